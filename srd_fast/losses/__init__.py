@@ -1,0 +1,25 @@
+"""Divergences in plain PyTorch, and the distillation loss from hidden states: packing, chunking, autograd."""
+
+from .chunked import Head
+from .distillation import (
+    DistillationLoss,
+    DistillationOutput,
+    check_vocabularies,
+    distillation_loss,
+    distillation_loss_from_logits,
+    token_cross_entropy,
+)
+from .divergences import divergence_names, get_divergence, register_divergence
+
+__all__ = [
+    "DistillationLoss",
+    "DistillationOutput",
+    "Head",
+    "check_vocabularies",
+    "distillation_loss",
+    "distillation_loss_from_logits",
+    "divergence_names",
+    "get_divergence",
+    "register_divergence",
+    "token_cross_entropy",
+]

@@ -1,0 +1,332 @@
+"""`distillation_loss`: the distillation loss of SRD from hidden states, or from logits where a loop has them already.
+
+    loss = sft_weight * CE(labels, student) + (1 - sft_weight) * scale * D(teacher, student)
+
+with D over softmaxes at `temperature` and scale = temperature^2 (Hinton et al., arXiv 1503.02531) or 1.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+from ..kernels import RowCoefficients
+from ..suggest import unknown_name
+from .chunked import ChunkedLoss, Head, PackedRows, rows_per_chunk, run_chunks
+from .divergences import get_divergence
+
+_BACKENDS = ("auto", "eager")
+_REDUCTIONS = ("mean", "sum", "none")
+# Vocabularies are padded to a multiple that suits the hardware: 943 unused classes (Phi-2) is the most seen in the wild.
+_MOST_PADDING = 1024
+
+
+@dataclass
+class DistillationOutput:
+    """What `distillation_loss` returns; all but `loss` carry no gradient.
+
+    With reduction "mean" and "sum" every value is a scalar reduced alike; with "none" each has the shape of the labels,
+    0 at ignored ones. divergence: D in nats at the temperature, without T^2. cross_entropy and entropy (of the student):
+    nats at temperature 1. num_items: scalar, the denominator of "mean".
+    """
+
+    loss: Tensor
+    divergence: Tensor
+    cross_entropy: Tensor
+    entropy: Tensor
+    num_items: Tensor
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    for name in ("temperature", "student_softcap", "teacher_softcap", "student_scale", "teacher_scale"):
+        value = options[name]
+        if value is None and name.endswith("softcap"):
+            continue
+        _require(
+            isinstance(value, (int, float)) and math.isfinite(value) and value > 0,
+            f"{name} must be a finite number above 0, got {value!r}",
+        )
+    for name in ("skew", "beta", "sft_weight"):
+        value = options[name]
+        _require(
+            isinstance(value, (int, float)) and 0 <= value <= 1,
+            f"{name} must be a number from 0 to 1, got {value!r}",
+        )
+    if options["backend"] not in _BACKENDS:
+        raise UserError(unknown_name("backend", options["backend"], _BACKENDS))
+    if options["reduction"] not in _REDUCTIONS:
+        raise UserError(unknown_name("reduction", options["reduction"], _REDUCTIONS))
+    budget = options["memory_budget"]
+    _require(
+        budget is None or (isinstance(budget, int) and budget > 0),
+        f"memory_budget must be a number of bytes above 0, or None for the device's default, got {budget!r}",
+    )
+
+
+def _check_side(side: str, hidden: Tensor, head: Head, labels: Tensor) -> None:
+    what = f"{side}_hidden" if head.weight is not None else f"{side}_logits"
+    _require(hidden.is_floating_point(), f"{what} must be floating point, got {hidden.dtype}")
+    _require(
+        hidden.shape[:-1] == labels.shape,
+        f"{what} has shape {tuple(hidden.shape)} and labels {tuple(labels.shape)}: all but the last "
+        f"dimension of {what} must be that of labels",
+    )
+    _require(hidden.device == labels.device, f"{what} is on {hidden.device} and labels on {labels.device}")
+    if head.weight is None:
+        return
+    _require(
+        head.weight.dim() == 2 and head.weight.is_floating_point(),
+        f"{side}_weight must be a floating-point matrix [V, D], got {tuple(head.weight.shape)} {head.weight.dtype}",
+    )
+    _require(
+        hidden.shape[-1] == head.weight.shape[1],
+        f"{side}_hidden is {hidden.shape[-1]} wide but {side}_weight is [V, D] = {tuple(head.weight.shape)}",
+    )
+    _require(
+        head.bias is None or tuple(head.bias.shape) == (head.weight.shape[0],),
+        f"{side}_bias must have shape ({head.weight.shape[0]},), got "
+        f"{None if head.bias is None else tuple(head.bias.shape)}",
+    )
+
+
+def check_vocabularies(student_classes: int, teacher_classes: int) -> None:
+    """Refuse two vocabularies whose sizes differ by more than padding does."""
+    small, large = sorted((student_classes, teacher_classes))
+    _require(
+        large - small <= min(_MOST_PADDING, small // 2),
+        f"student and teacher have {student_classes} and {teacher_classes} classes, too far apart for one "
+        "vocabulary with padding: both must use the same tokenizer",
+    )
+
+
+def _check_labels(labels_N: Tensor, num_classes: int) -> None:
+    # Looking at the labels would synchronise a GPU with its host; there the gather's own device-side assertion speaks.
+    if labels_N.device.type == "cpu" and labels_N.numel():
+        low, high = int(labels_N.min()), int(labels_N.max())
+        _require(
+            low >= 0 and high < num_classes,
+            f"labels must be from 0 to {num_classes - 1} or ignore_index, got {low if low < 0 else high}",
+        )
+
+
+def _loss(
+    student: Tensor,
+    student_head: Head,
+    teacher: Tensor,
+    teacher_head: Head,
+    labels: Tensor,
+    o: dict[str, Any],
+) -> DistillationOutput:
+    _check_options(o)
+    _require(
+        labels.dtype in (torch.int64, torch.int32),
+        f"labels must be integers (int64 or int32), got {labels.dtype}",
+    )
+    _check_side("student", student, student_head, labels)
+    _check_side("teacher", teacher, teacher_head, labels)
+    v_S, v_T = student_head.num_classes(student), teacher_head.num_classes(teacher)
+    check_vocabularies(v_S, v_T)
+    divergence = get_divergence(o["divergence"])
+    sft, t = float(o["sft_weight"]), float(o["temperature"])
+    scale = t * t if o["temperature_scaling"] else 1.0
+    token_weights = o["token_weights"]
+    if token_weights is not None:
+        _require(
+            token_weights.shape == labels.shape,
+            f"token_weights has shape {tuple(token_weights.shape)}, labels {tuple(labels.shape)}: they must be equal",
+        )
+
+    kept = labels.reshape(-1).ne(o["ignore_index"]).nonzero().squeeze(1)
+    labels_N = labels.reshape(-1)[kept].long()
+    _check_labels(labels_N, v_S)
+    rows = PackedRows(
+        teacher_ND=teacher.detach().reshape(-1, teacher.shape[-1])[kept],
+        teacher_head=teacher_head,
+        labels_N=labels_N,
+        weights_N=None if token_weights is None else token_weights.detach().reshape(-1)[kept].float(),
+        divergence=divergence.bind(float(o["skew"]), float(o["beta"])),
+        coefficients=RowCoefficients(sft, (1.0 - sft) * scale, t),
+        chunk=rows_per_chunk(max(v_S, v_T), student.device, student.dtype, o["memory_budget"]),
+        student_softcap=student_head.softcap,
+        student_scale=student_head.scale,
+    )
+    per_row = o["reduction"] == "none"
+    loss, *values = ChunkedLoss.apply(
+        student.reshape(-1, student.shape[-1])[kept], student_head.weight, student_head.bias, rows, per_row
+    )
+    num_items = torch.as_tensor(
+        kept.numel() if o["num_items"] is None else o["num_items"], device=labels.device
+    )
+    if per_row:
+        spread = [
+            x.new_zeros(labels.numel()).index_put((kept,), x).view(labels.shape) for x in (loss, *values)
+        ]
+        return DistillationOutput(*spread, num_items)
+    if rows.weights_N is not None:
+        values = [x * rows.weights_N for x in values]
+    totals = [loss, *(x.sum() for x in values)]
+    if o["reduction"] == "mean":
+        totals = [x / num_items.clamp(min=1) for x in totals]
+    return DistillationOutput(*totals, num_items)
+
+
+def distillation_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    labels: Tensor,
+    *,
+    divergence: str = "skew_reverse_kl",
+    temperature: float = 2.0,
+    skew: float = 0.1,
+    beta: float = 0.5,
+    sft_weight: float = 0.1,
+    temperature_scaling: bool = True,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    student_scale: float = 1.0,
+    teacher_scale: float = 1.0,
+    token_weights: Tensor | None = None,
+    num_items: int | float | Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    backend: str = "auto",
+    memory_budget: int | None = None,
+) -> DistillationOutput:
+    """Distillation loss from last hidden states; the gradient flows into the student's hidden states, weight and bias.
+
+    Rows with `labels == ignore_index` are packed out first and cost nothing; the others run through both heads a chunk at
+    a time. The GEMMs run in each head's dtype, softmaxes and reductions in float32 (float64 for float64 input).
+
+    Args:
+        student_hidden: [..., D_S] last hidden states after the final norm, any float dtype.
+        student_weight: [V_S, D_S] head.
+        teacher_hidden: [..., D_T]; teacher_weight: [V_T, D_T]. Neither receives a gradient.
+        labels: [...] class indices aligned with the hidden states (shifted already), or `ignore_index`.
+        divergence: a name from `divergence_names()`.
+        temperature: T > 0 of both softmaxes in D. Cross-entropy and entropy are at temperature 1.
+        skew: s of the skew divergences, 0 to 1. beta: of the JSD, 0 (forward KL) to 1 (reverse KL).
+        sft_weight: a, 0 to 1, weight of the cross-entropy on the labels.
+        temperature_scaling: multiply D by T^2.
+        student_bias, teacher_bias: [V]. *_softcap: c of c * tanh(z / c). *_scale: factor on the logits.
+        token_weights: [...] factor on each token's loss; it does not enter `num_items`.
+        num_items: denominator of the mean, e.g. the tokens of all accumulation steps and ranks. Default: labels that count.
+        reduction: "mean", "sum" or "none" (one value per label, 0 where ignored).
+        backend: "auto" or "eager".
+        memory_budget: bytes for a chunk's working memory. Default 1 GiB on CUDA, 256 MiB elsewhere.
+
+    V_S and V_T may differ by padding: D is then over the common classes, cross-entropy and entropy over all of the student's.
+
+    Raises:
+        UserError (a ValueError) that names the argument, its value and what it should be.
+
+    Example:
+        >>> import torch
+        >>> h_S, w_S, h_T, w_T = torch.randn(2, 3, 8), torch.randn(11, 8), torch.randn(2, 3, 16), torch.randn(11, 16)
+        >>> labels = torch.tensor([[-100, 4, 2], [-100, -100, 0]])
+        >>> out = distillation_loss(h_S.requires_grad_(), w_S, h_T, w_T, labels, divergence="jsd")
+        >>> out.loss.backward()
+        >>> int(out.num_items), h_S.grad[0, 0].abs().sum().item()
+        (3, 0.0)
+    """
+    options = dict(locals())
+    return _loss(
+        student_hidden,
+        Head(student_weight, student_bias, student_softcap, student_scale),
+        teacher_hidden,
+        Head(teacher_weight, teacher_bias, teacher_softcap, teacher_scale),
+        labels,
+        options,
+    )
+
+
+def distillation_loss_from_logits(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    *,
+    divergence: str = "skew_reverse_kl",
+    temperature: float = 2.0,
+    skew: float = 0.1,
+    beta: float = 0.5,
+    sft_weight: float = 0.1,
+    temperature_scaling: bool = True,
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    token_weights: Tensor | None = None,
+    num_items: int | float | Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    backend: str = "auto",
+    memory_budget: int | None = None,
+) -> DistillationOutput:
+    """`distillation_loss` for loops that have logits: [..., V_S] and [..., V_T]. Everything else as there."""
+    options = dict(locals(), student_scale=1.0, teacher_scale=1.0)
+    student_head = Head(None, None, student_softcap)
+    return _loss(
+        student_logits, student_head, teacher_logits, Head(None, None, teacher_softcap), labels, options
+    )
+
+
+@torch.no_grad()
+def token_cross_entropy(
+    hidden_ND: Tensor, head: Head, labels_N: Tensor, memory_budget: int | None = None
+) -> Tensor:
+    """Cross-entropy of each row under a model's head, [N] in nats, without a [N, V] tensor and without gradient.
+
+    Args:
+        hidden_ND: [N, D] last hidden states of the rows to score.
+        labels_N: [N] class indices.
+    """
+    chunk = rows_per_chunk(head.num_classes(hidden_ND), hidden_ND.device, hidden_ND.dtype, memory_budget)
+    rows = PackedRows(None, None, labels_N, None, None, RowCoefficients(1.0, 0.0, 1.0), chunk)
+    with torch.autocast(hidden_ND.device.type, enabled=False):
+        values, _ = run_chunks(hidden_ND, head, rows, None)
+    return values.cross_entropy
+
+
+class DistillationLoss(nn.Module):
+    """`distillation_loss` with its options fixed: `DistillationLoss(divergence="jsd", temperature=2.0)(h, w, ...)`.
+
+    Options may be given again in the call, where they win. Their names are those of `distillation_loss`.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        known = set(distillation_loss.__kwdefaults__ or {})
+        for name in options:
+            if name not in known:
+                raise UserError(unknown_name("option", name, known))
+        _check_options({**(distillation_loss.__kwdefaults__ or {}), **options})
+        get_divergence(options.get("divergence", "skew_reverse_kl"))
+        self.options = options
+
+    def forward(
+        self,
+        student_hidden: Tensor,
+        student_weight: Tensor,
+        teacher_hidden: Tensor,
+        teacher_weight: Tensor,
+        labels: Tensor,
+        **options: Any,
+    ) -> DistillationOutput:
+        """See `distillation_loss`."""
+        merged = {**self.options, **options}
+        return distillation_loss(
+            student_hidden, student_weight, teacher_hidden, teacher_weight, labels, **merged
+        )
+
+    def extra_repr(self) -> str:
+        """The options that were given."""
+        return ", ".join(f"{k}={v!r}" for k, v in self.options.items())

@@ -1,0 +1,114 @@
+"""Turns matplotlib figures into small, crisp, reproducible SVG pictures in a wide and a narrow layout."""
+
+import base64
+import io
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import matplotlib
+import matplotlib.style
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+
+INK = "#1f2328"
+MUTED = "#656d76"
+DROPPED = "#a3a9b0"
+LINE = "#3b528b"
+
+# One unit of a figure is one CSS pixel, so that text has the same size in the plots as on the page.
+WIDE, NARROW = 920, 352
+RASTER_DPI = 180
+
+_STYLE = {
+    "axes.axisbelow": True,
+    "axes.edgecolor": "#c4c9cf",
+    "axes.grid": True,
+    "axes.labelcolor": INK,
+    "axes.labelsize": 11.5,
+    "axes.linewidth": 0.8,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 11.5,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "font.size": 11.5,
+    "grid.color": "#e6e8eb",
+    "grid.linewidth": 0.8,
+    "lines.solid_capstyle": "round",
+    # Text stays text: small files, the page's own font, sharp at every zoom.
+    "svg.fonttype": "none",
+    "text.color": INK,
+    "xtick.color": "#c4c9cf",
+    "xtick.labelcolor": MUTED,
+    "xtick.labelsize": 11,
+    "ytick.color": "#c4c9cf",
+    "ytick.labelcolor": MUTED,
+    "ytick.labelsize": 11,
+}
+_FONT = re.compile(r"(font: [^;'\"]*?[\d.]+px) [^;\"]+")
+_FAMILY = r"\1 system-ui, -apple-system, 'Segoe UI', 'Liberation Sans', Arial, sans-serif"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One figure as two ``data:`` URIs, the second for screens too narrow for the first, and its description."""
+
+    wide: str
+    narrow: str
+    alt: str
+
+
+def picture(draw: Callable[[bool], Figure], alt: str) -> Picture:
+    """Call ``draw(narrow)`` for both layouts under the page's style and encode what it draws."""
+    # The default style first: a user's own matplotlibrc must not change the page.
+    with matplotlib.style.context(["default", _STYLE]):
+        return Picture(_encode(draw(False)), _encode(draw(True)), alt)
+
+
+def _encode(figure: Figure) -> str:
+    buffer = io.StringIO()
+    # The salt and the missing date make the bytes depend on the figure alone.
+    with matplotlib.rc_context({"svg.hashsalt": "srd-fast"}):
+        FigureCanvasSVG(figure).print_svg(buffer, dpi=RASTER_DPI, metadata={"Date": None, "Creator": None})
+    svg = _FONT.sub(_FAMILY, buffer.getvalue())
+    return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of so many CSS pixels."""
+    return Figure(figsize=(width / 72, height / 72), layout="constrained")
+
+
+def sequence(count: int) -> list[str]:
+    """Colours from easy (dark blue) to hard (orange), told apart by lightness too and so by every kind of eye."""
+    colormap = matplotlib.colormaps["plasma"]
+    return [to_hex(colormap(0.04 + 0.7 * i / max(count - 1, 1))) for i in range(count)]
+
+
+def shade_stages(axes: Axes, bands: list[tuple[float, float, int]], labels: bool) -> None:
+    """Tint the span of every stage and mark its border; ``labels`` writes the stage above the axes."""
+    if not bands:
+        return
+    colours = sequence(max(stage for *_, stage in bands))
+    span = bands[-1][1] - bands[0][0]
+    for i, (start, end, stage) in enumerate(bands):
+        colour = colours[stage - 1]
+        axes.axvspan(start, end, color=colour, alpha=0.07, linewidth=0)
+        if i:
+            axes.axvline(start, color=MUTED, linewidth=0.9, linestyle=(0, (2, 2)))
+        if labels:
+            wide = (end - start) / span > 0.16
+            axes.annotate(
+                f"stage {stage}" if wide else f"{stage}",
+                ((start + end) / 2, 1.0),
+                xycoords=("data", "axes fraction"),
+                xytext=(0, 4),
+                textcoords="offset points",
+                ha="center",
+                color=colour,
+                fontsize=10.5,
+            )

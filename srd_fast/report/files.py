@@ -1,0 +1,113 @@
+"""Opens the files of a run folder; every fault becomes a UserError that names the file and the place in it."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from srd_fast.errors import UserError
+
+
+class Fields:
+    """Typed access to a parsed JSON object, whose errors name the file and the key."""
+
+    def __init__(self, path: Path, data: Any, where: str = "") -> None:
+        if not isinstance(data, dict):
+            raise UserError(f"{path}: {where or 'the file'} must be a JSON object, found {_kind(data)}")
+        self.path, self.data, self.where = path, data, where
+
+    def fail(self, name: str, wanted: str) -> UserError:
+        """The error for a key whose value is not what it should be."""
+        key = f"{self.where}.{name}" if self.where else name
+        return UserError(f"{self.path}: {key} must be {wanted}, found {_kind(self.data.get(name))}")
+
+    def text(self, name: str) -> str:
+        """A string; empty when the key is missing or null."""
+        value = self.data.get(name)
+        if not isinstance(value, str | None):
+            raise self.fail(name, "a string")
+        return value or ""
+
+    def number(self, name: str) -> float:
+        """A number; NaN when the key is missing or null."""
+        value = self.data.get(name)
+        if value is None:
+            return math.nan
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise self.fail(name, "a number")
+        return float(value)
+
+    def child(self, name: str) -> "Fields":
+        """An object; empty when the key is missing or null."""
+        value = self.data.get(name)
+        if not isinstance(value, dict | None):
+            raise self.fail(name, "an object")
+        return Fields(self.path, value or {}, f"{self.where}.{name}" if self.where else name)
+
+    def items(self, name: str) -> list[Any]:
+        """A list; empty when the key is missing or null."""
+        value = self.data.get(name)
+        if not isinstance(value, list | None):
+            raise self.fail(name, "a list")
+        return value or []
+
+    def objects(self, name: str) -> list["Fields"]:
+        """A list of objects."""
+        return [Fields(self.path, item, f"{name}[{i}]") for i, item in enumerate(self.items(name))]
+
+    def numbers(self) -> dict[str, float]:
+        """Every key of this object as a number."""
+        return {name: self.number(name) for name in self.data}
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "nothing"}
+    return names.get(type(value), "a number")
+
+
+def read_text(path: Path) -> str | None:
+    """The text of a file, None when there is none."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def read_json(path: Path) -> Fields | None:
+    """The object in a JSON file, None when there is no file."""
+    text = read_text(path)
+    if text is None:
+        return None
+    try:
+        return Fields(path, json.loads(text))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: not valid JSON (line {error.lineno}: {error.msg})") from error
+
+
+def read_table(path: Path, required: Sequence[str], optional: Sequence[str] | None = ()) -> pa.Table | None:
+    """The named columns of a Parquet file, None when there is no file; ``optional=None`` takes every column."""
+    if not path.exists():
+        return None
+    try:
+        names = pq.read_schema(path).names
+        missing = [name for name in required if name not in names]
+        if missing:
+            raise UserError(
+                f"{path}: column {missing[0]!r} is missing; found {', '.join(names) or 'no columns'}"
+            )
+        wanted = None if optional is None else [*required, *(name for name in optional if name in names)]
+        return pq.read_table(path, columns=wanted)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path}: not a readable Parquet file ({_first_line(error)})") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

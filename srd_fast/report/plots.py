@@ -1,0 +1,229 @@
+"""The figures of the page: the difficulty map, and what was measured at every step."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from srd_fast.report.canvas import DROPPED, INK, LINE, MUTED, NARROW, WIDE, new_figure, sequence, shade_stages
+from srd_fast.report.read import FloatArray
+
+Band = tuple[float, float, int]
+
+# ROUGE-L ties at exactly 0 and 100 points are spread over a strip of their own outside the axis.
+STRIP = (3.0, 11.0)
+GOLDEN = 0.6180339887498949
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows of one colour on the difficulty map: cross-entropy in nats per token, ROUGE-L in 0..1."""
+
+    label: str
+    colour: str
+    cross_entropy: FloatArray
+    rouge_l: FloatArray
+    kept: bool = True
+
+
+def stage_bands(steps: FloatArray, stages: FloatArray) -> list[Band]:
+    """(first step, last step, stage) of every run of steps in one stage, without gaps between them."""
+    if not len(steps):
+        return []
+    borders = np.flatnonzero(np.diff(stages)) + 1
+    starts = [float(steps[0]), *((steps[borders - 1] + steps[borders]) / 2)]
+    ends = [*starts[1:], float(steps[-1])]
+    return [
+        (float(start), float(end), int(stages[row]))
+        for start, end, row in zip(starts, ends, [0, *borders], strict=True)
+    ]
+
+
+def smooth_by_stage(values: FloatArray, stages: FloatArray) -> FloatArray:
+    """Centred moving mean over a fifteenth of the run, never across a stage border, where the loss changes meaning."""
+    half = max(2, len(values) // 30)
+    smooth = np.full(len(values), np.nan)
+    for i in range(len(values)):
+        window = slice(max(0, i - half), i + half + 1)
+        near = values[window][(stages[window] == stages[i]) & np.isfinite(values[window])]
+        smooth[i] = near.mean() if len(near) else np.nan
+    return smooth
+
+
+def difficulty_map(groups: Sequence[Group], right_edge: float, narrow: bool) -> Figure:
+    """ROUGE-L against cross-entropy with a histogram along each axis; points beyond ``right_edge`` sit on it."""
+    figure = new_figure(NARROW, 400) if narrow else new_figure(WIDE, 560)
+    grid = figure.add_gridspec(
+        2,
+        2,
+        width_ratios=(4 if narrow else 6, 1),
+        height_ratios=(1, 5 if narrow else 5.5),
+        wspace=0.02,
+        hspace=0.02,
+    )
+    axes = figure.add_subplot(grid[1, 0])
+    top = figure.add_subplot(grid[0, 0], sharex=axes)
+    right = figure.add_subplot(grid[1, 1], sharey=axes)
+
+    _scatter(axes, groups, right_edge, size=9 if narrow else 16)
+    for edge in (-STRIP[1], 100 + STRIP[0]):
+        axes.axhspan(edge, edge + STRIP[1] - STRIP[0], color="#f1f2f4", linewidth=0, zorder=0)
+    middle = sum(STRIP) / 2
+    exactly = "=" if narrow else "exactly"
+    axes.set_yticks(
+        [-middle, 20, 40, 60, 80, 100 + middle], [f"{exactly} 0", "20", "40", "60", "80", f"{exactly} 100"]
+    )
+    axes.set_ylim(-STRIP[1] - 1.5, 100 + STRIP[1] + 1.5)
+    axes.set_xlim(0, right_edge * 1.02)
+    axes.set_xlabel("cross-entropy (nats per token)" + ("" if narrow else ", harder to the right"))
+    axes.set_ylabel("ROUGE-L (points)" + ("" if narrow else ", harder downwards"))
+
+    columns = np.linspace(0, right_edge, 25 if narrow else 49)
+    counts = [np.histogram(np.minimum(g.cross_entropy, right_edge), columns)[0] for g in groups]
+    floor = np.zeros(len(columns) - 1)
+    for group, count in zip(groups, counts, strict=True):
+        top.bar(columns[:-1], count, np.diff(columns) * 0.9, floor, align="edge", color=group.colour)
+        floor += count
+    _rouge_histogram(right, groups, fontsize=9.5 if narrow else 10.5)
+    for margin in (top, right):
+        margin.tick_params(labelbottom=False, labelleft=False, length=0)
+        margin.grid(False)
+        margin.spines[:].set_visible(False)
+    top.set_ylabel("rows", color=MUTED, fontsize=10.5)
+    right.set_xlabel("rows", color=MUTED, fontsize=10.5)
+    return figure
+
+
+def _scatter(axes: Axes, groups: Sequence[Group], right_edge: float, size: float) -> None:
+    total = sum(len(group.rouge_l) for group in groups)
+    alpha = float(np.clip(14 / np.sqrt(max(total, 1)), 0.12, 0.75))
+    kept = [group for group in groups if group.kept]
+    for group in groups:
+        if not group.kept:
+            x = np.minimum(group.cross_entropy, right_edge)
+            y = _spread_ties(group.rouge_l)
+            axes.scatter(
+                x, y, size, group.colour, "x", alpha=min(1, alpha * 1.6), linewidths=1, rasterized=True
+            )
+    if kept:
+        x = np.minimum(np.concatenate([group.cross_entropy for group in kept]), right_edge)
+        y = np.concatenate([_spread_ties(group.rouge_l) for group in kept])
+        colours = np.repeat([group.colour for group in kept], [len(group.rouge_l) for group in kept])
+        # Drawn in a shuffled order, so that no subset hides another.
+        order = np.random.default_rng(0).permutation(len(x))
+        axes.scatter(x[order], y[order], size, colours[order], alpha=alpha, linewidths=0, rasterized=True)
+
+
+def _spread_ties(rouge_l: FloatArray) -> FloatArray:
+    """Points of ROUGE-L, with exact 0 and 100 spread evenly over their strips."""
+    points = rouge_l * 100
+    offset = STRIP[0] + 1 + (STRIP[1] - STRIP[0] - 2) * (np.arange(len(points)) * GOLDEN % 1)
+    return np.where(rouge_l <= 0, -offset, np.where(rouge_l >= 1, 100 + offset, points))
+
+
+def _rouge_histogram(axes: Axes, groups: Sequence[Group], fontsize: float) -> None:
+    edges = np.arange(0, 101, 5.0)
+    floor = np.zeros(len(edges) + 1)
+    middle = sum(STRIP) / 2
+    centres = np.array([-middle, *(edges[:-1] + 2.5), 100 + middle])
+    heights = np.array([STRIP[1] - STRIP[0], *np.full(len(edges) - 1, 4.5), STRIP[1] - STRIP[0]])
+    for group in groups:
+        inside = group.rouge_l[(group.rouge_l > 0) & (group.rouge_l < 1)] * 100
+        zero, one = np.sum(group.rouge_l <= 0), np.sum(group.rouge_l >= 1)
+        count = np.array([zero, *np.histogram(inside, edges)[0], one])
+        axes.barh(centres, count, heights, floor, color=group.colour)
+        floor += count
+    for y, value in ((centres[0], floor[0]), (centres[-1], floor[-1])):
+        axes.annotate(
+            f"{value:,.0f}", (value, y), (3, 0), textcoords="offset points", va="center", fontsize=fontsize
+        )
+    axes.set_xlim(0, max(float(floor.max()), 1) * 1.45)
+
+
+def schedule(train: dict[str, FloatArray], bands: list[Band], narrow: bool) -> Figure:
+    """Temperature, weight of the SFT loss and learning rate over the steps, one panel each."""
+    panels = (
+        ("temperature", "temperature T"),
+        ("sft_weight", "SFT weight"),
+        ("learning_rate", "learning rate"),
+    )
+    figure = new_figure(NARROW, 330) if narrow else new_figure(WIDE, 330)
+    rows = figure.subplots(len(panels), 1, sharex=True)
+    for i, (axes, (name, title)) in enumerate(zip(rows, panels, strict=True)):
+        shade_stages(axes, bands, labels=i == 0)
+        _by_stage(axes, train, train[name], color=LINE, linewidth=2)
+        axes.set_title(title, pad=18 if i == 0 else 5)
+        axes.yaxis.set_major_locator(MaxNLocator(3))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
+        axes.margins(x=0, y=0.18)
+    _label_steps(rows[-1])
+    return figure
+
+
+def curves(
+    train: dict[str, FloatArray], validation: dict[str, FloatArray], bands: list[Band], narrow: bool
+) -> Figure:
+    """Training loss and divergence with a smoothed line, validation KL and cross-entropy as points."""
+    figure = new_figure(NARROW, 760) if narrow else new_figure(WIDE, 480)
+    grid = figure.subplots(4, 1, sharex=True) if narrow else figure.subplots(2, 2, sharex=True).ravel()
+    panels = (
+        (train, "loss", "training loss"),
+        (train, "divergence", "training divergence (nats per token)"),
+        (validation, "kl", "validation KL to the teacher (nats per token)"),
+        (validation, "cross_entropy", "validation cross-entropy (nats per token)"),
+    )
+    for i, (axes, (source, name, title)) in enumerate(zip(grid, panels, strict=True)):
+        shade_stages(axes, bands, labels=i < (1 if narrow else 2))
+        axes.set_title(title, pad=18 if i < (1 if narrow else 2) else 5)
+        values = source[name]
+        if source is train:
+            _by_stage(axes, train, values, color=LINE, linewidth=0.9, alpha=0.35)
+            smooth = smooth_by_stage(values, train["stage"])
+            _by_stage(axes, train, smooth, color=LINE, linewidth=2)
+        else:
+            seen = np.isfinite(values)
+            axes.plot(
+                source["step"][seen], values[seen], color=INK, linewidth=1.2, marker="o", markersize=4.5
+            )
+        if not np.isfinite(values).any():
+            axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color=MUTED)
+        axes.margins(x=0.01, y=0.1)
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+    for axes in grid[-1:] if narrow else grid[-2:]:
+        _label_steps(axes)
+    return figure
+
+
+def throughput(train: dict[str, FloatArray], bands: list[Band], narrow: bool) -> Figure:
+    """Training speed and memory over the steps."""
+    figure = new_figure(NARROW, 400) if narrow else new_figure(WIDE, 230)
+    pair = figure.subplots(2, 1, sharex=True) if narrow else figure.subplots(1, 2)
+    for i, (axes, name, title) in enumerate(
+        zip(pair, ("tokens_per_second", "memory_mb"), ("tokens per second", "memory (MB)"), strict=True)
+    ):
+        shade_stages(axes, bands, labels=not (narrow and i))
+        _by_stage(axes, train, train[name], color=LINE, linewidth=1.4)
+        axes.set_title(title, pad=5 if narrow and i else 18)
+        axes.margins(x=0.01)
+        axes.set_ylim(0, max(1.0, float(np.nanmax(train[name], initial=0))) * 1.12)
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+    for axes in pair[-1:] if narrow else pair:
+        _label_steps(axes)
+    return figure
+
+
+def _by_stage(axes: Axes, train: dict[str, FloatArray], values: FloatArray, **style: object) -> None:
+    """One line a stage: nothing is interpolated across a border."""
+    borders = np.flatnonzero(np.diff(train["stage"])) + 1
+    for rows in np.split(np.arange(len(values)), borders):
+        # A stage of a single step is a point, which a line would not show.
+        axes.plot(train["step"][rows], values[rows], marker="." if len(rows) == 1 else None, **style)
+
+
+def _label_steps(axes: Axes) -> None:
+    axes.set_xlabel("optimizer step")
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))

@@ -1,0 +1,300 @@
+"""Reads a run folder into one dataclass, checking every file at the door.
+
+A missing file is ``None``; a damaged one raises :class:`~srd_fast.errors.UserError` naming it.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from srd_fast.errors import UserError
+from srd_fast.report.files import Fields, read_json, read_table, read_text
+
+FloatArray = npt.NDArray[np.float64]
+
+PLAN_FORMAT = "srd_fast.plan/1"
+METHODS = ("srd", "random", "none")
+
+
+@dataclass(frozen=True)
+class TrainRows:
+    """The training rows, kept as columns: only the few rows that the page shows become Python objects."""
+
+    table: pa.Table
+    index: dict[str, int]
+
+    def prompt(self, sample_id: str) -> str | None:
+        """The full rendered prompt, or None for an unknown row."""
+        row = self.index.get(sample_id)
+        return None if row is None else self.table["prompt"][row].as_py()
+
+    def references(self, sample_id: str) -> list[str]:
+        """The reference responses; empty for an unknown row."""
+        row = self.index.get(sample_id)
+        return [] if row is None else list(self.table["references"][row].as_py() or [])
+
+
+@dataclass(frozen=True)
+class Reflections:
+    """The starting student's answers and their scores.
+
+    ``scores`` maps a signal to one value per row, NaN where a row is unscored: ``rouge_l`` in 0..1,
+    ``cross_entropy`` in nats per token, other signals in their own unit.
+    """
+
+    table: pa.Table
+    index: dict[str, int]
+    scores: dict[str, FloatArray]
+
+    def generation(self, sample_id: str) -> str | None:
+        """The starting student's answer, or None for an unknown row."""
+        row = self.index.get(sample_id)
+        return None if row is None else self.table["generation"][row].as_py()
+
+    def score(self, signal: str, sample_id: str) -> float:
+        """The value of one signal, NaN for an unknown row or signal."""
+        row = self.index.get(sample_id)
+        return math.nan if row is None or signal not in self.scores else float(self.scores[signal][row])
+
+    def unscored(self) -> list[tuple[str, str]]:
+        """(sample_id, reason) of every row that carries a reason."""
+        if "reason" not in self.table.column_names:
+            return []
+        reasons = zip(self.table["sample_id"].to_pylist(), self.table["reason"].to_pylist(), strict=True)
+        return [(sample_id, reason) for sample_id, reason in reasons if reason is not None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The curriculum: which rows are kept, in which subset (easiest first), and which are not, and why."""
+
+    method: str
+    keep: float
+    stages: int
+    rrf_k: float
+    signals: tuple[str, ...]
+    subsets: list[list[str]]
+    dropped: list[tuple[str, str]]
+    unscored: list[tuple[str, str]]
+    fused: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Columns over steps, one value per step in increasing order: ``train["step"]``, ``validation["kl"]``, ..."""
+
+    train: dict[str, FloatArray]
+    validation: dict[str, FloatArray]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One held-out prompt and what a model made of it."""
+
+    sample_id: str
+    prompt: str
+    reference: str
+    generation: str
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One model on the validation rows: ROUGE-L in 0..1, the rest in nats per token, NaN when not measured."""
+
+    rouge_l: float
+    rouge_l_std: float
+    cross_entropy: float
+    kl: float
+    num_samples: float
+    num_tokens: float
+    examples: list[Example]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a finished run says about itself; ``evaluation`` is keyed ``teacher``, ``start``, ``student``."""
+
+    version: str
+    teacher: str
+    student: str
+    divergence: str
+    data: dict[str, float]
+    evaluation: dict[str, Evaluation]
+    timings: dict[str, float]
+    training: dict[str, float]
+    environment: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder; a field is None when its file is missing."""
+
+    folder: Path
+    train: TrainRows | None
+    num_validation: int | None
+    reflections: Reflections | None
+    plan: Plan | None
+    metrics: Metrics | None
+    summary: Summary | None
+    config: str | None
+
+
+def read_run(run_folder: str | Path) -> Run:
+    """Read every known file of a run folder.
+
+    Raises:
+        UserError: the folder does not exist or a file in it is damaged; the message names the file.
+    """
+    folder = Path(run_folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: there is no such run folder")
+    return Run(
+        folder=folder,
+        train=_read_train(folder / "data" / "train.parquet"),
+        num_validation=_count_rows(folder / "data" / "validation.parquet"),
+        reflections=_read_reflections(folder / "reflections.parquet"),
+        plan=_read_plan(folder / "plan.json"),
+        metrics=_read_metrics(folder / "metrics.jsonl"),
+        summary=_read_summary(folder / "summary.json"),
+        config=read_text(folder / "config.yaml"),
+    )
+
+
+def _index(table: pa.Table, path: Path, texts: Sequence[str]) -> dict[str, int]:
+    for name in ("sample_id", *texts):
+        kind = table.schema.field(name).type
+        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)) and len(table):
+            raise UserError(f"{path}: column {name!r} must hold strings, found {kind}")
+    return {sample_id: row for row, sample_id in enumerate(table["sample_id"].to_pylist())}
+
+
+def _read_train(path: Path) -> TrainRows | None:
+    table = read_table(path, ("sample_id", "prompt", "references"))
+    if table is None:
+        return None
+    kind = table.schema.field("references").type
+    if len(table) and not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
+        raise UserError(f"{path}: column 'references' must hold lists of strings, found {kind}")
+    return TrainRows(table, _index(table, path, ("prompt",)))
+
+
+def _count_rows(path: Path) -> int | None:
+    table = read_table(path, ("sample_id",))
+    return None if table is None else len(table)
+
+
+def _read_reflections(path: Path) -> Reflections | None:
+    table = read_table(path, ("sample_id", "generation"), optional=None)
+    if table is None:
+        return None
+    scores = {
+        field.name: np.asarray(table[field.name].to_numpy(), dtype=np.float64)
+        for field in table.schema
+        if pa.types.is_floating(field.type)
+    }
+    return Reflections(table, _index(table, path, ("generation",)), scores)
+
+
+def _read_plan(path: Path) -> Plan | None:
+    fields = read_json(path)
+    if fields is None:
+        return None
+    if fields.text("format") != PLAN_FORMAT:
+        raise UserError(f"{path}: format must be {PLAN_FORMAT!r}, found {fields.text('format')!r}")
+    if fields.text("method") not in METHODS:
+        raise UserError(
+            f"{path}: method must be one of {', '.join(METHODS)}, found {fields.text('method')!r}"
+        )
+    subsets = fields.items("subsets")
+    for i, subset in enumerate(subsets):
+        if not isinstance(subset, list) or not all(isinstance(sample_id, str) for sample_id in subset):
+            raise UserError(f"{path}: subsets[{i}] must be a list of sample ids")
+    stages = fields.number("stages")
+    return Plan(
+        method=fields.text("method"),
+        keep=fields.number("keep"),
+        stages=len(subsets) if math.isnan(stages) else int(stages),
+        rrf_k=fields.number("rrf_k"),
+        signals=tuple(fields.child("signals").data),
+        subsets=subsets,
+        dropped=_reasons(fields.objects("dropped")),
+        unscored=_reasons(fields.objects("unscored")),
+        fused=fields.child("fused").numbers(),
+    )
+
+
+def _reasons(rows: Sequence[Fields]) -> list[tuple[str, str]]:
+    return [(row.text("sample_id"), row.text("reason")) for row in rows]
+
+
+TRAIN_COLUMNS = (
+    "step", "stage", "temperature", "sft_weight", "learning_rate", "loss", "divergence", "cross_entropy", "entropy",
+    "grad_norm", "tokens_per_second", "memory_mb", "seconds",
+)  # fmt: skip
+VALIDATION_COLUMNS = ("step", "kl", "cross_entropy")
+
+
+def _read_metrics(path: Path) -> Metrics | None:
+    text = read_text(path)
+    if text is None:
+        return None
+    train: dict[float, Fields] = {}
+    validation: dict[float, Fields] = {}
+    lines = text.rstrip("\n").split("\n")
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = Fields(path, json.loads(line), f"line {number}")
+        except json.JSONDecodeError as error:
+            # A run that is still going, or was cut off, may leave its last line half written.
+            if number == len(lines):
+                break
+            raise UserError(f"{path}: line {number} is not valid JSON ({error.msg})") from error
+        step = row.number("step")
+        rows = {"train": train, "eval": validation}.get(row.text("kind"))
+        if rows is not None:
+            if math.isnan(step):
+                raise row.fail("step", "a number")
+            # A resumed run repeats steps: what it wrote last is what the final student saw.
+            rows[step] = row
+    return Metrics(_columns(train, TRAIN_COLUMNS), _columns(validation, VALIDATION_COLUMNS))
+
+
+def _columns(rows: Mapping[float, Fields], names: Sequence[str]) -> dict[str, FloatArray]:
+    ordered = [rows[step] for step in sorted(rows)]
+    return {name: np.array([row.number(name) for row in ordered], dtype=np.float64) for name in names}
+
+
+def _read_summary(path: Path) -> Summary | None:
+    fields = read_json(path)
+    if fields is None:
+        return None
+    models = fields.child("evaluation")
+    environment = fields.child("environment")
+    return Summary(
+        version=fields.text("srd_fast_version"),
+        teacher=fields.text("teacher"),
+        student=fields.text("student"),
+        divergence=fields.text("divergence"),
+        data=fields.child("data").numbers(),
+        evaluation={name: _evaluation(models.child(name)) for name in models.data},
+        timings=fields.child("timings").numbers(),
+        training=fields.child("training").numbers(),
+        environment={name: str(value) for name, value in environment.data.items()},
+    )
+
+
+def _evaluation(fields: Fields) -> Evaluation:
+    examples = [
+        Example(row.text("sample_id"), row.text("prompt"), row.text("reference"), row.text("generation"))
+        for row in fields.objects("examples")
+    ]
+    names = ("rouge_l", "rouge_l_std", "cross_entropy", "kl", "num_samples", "num_tokens")
+    return Evaluation(*(fields.number(name) for name in names), examples=examples)

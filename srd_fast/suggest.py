@@ -1,0 +1,13 @@
+"""The sentence for a misspelt name: what was given, the nearest right one, and all there are."""
+
+from collections.abc import Iterable
+
+from rapidfuzz import process
+
+
+def unknown_name(kind: str, given: object, known: Iterable[str]) -> str:
+    """'unknown KIND GIVEN; did you mean X? Known: ...' with the nearest known name if one is near."""
+    names = sorted(known)
+    match = process.extractOne(str(given), names, score_cutoff=60)
+    hint = f"; did you mean {match[0]!r}?" if match else "."
+    return f"unknown {kind} {given!r}{hint} Known: {', '.join(names)}"
