@@ -1,8 +1,8 @@
 """Divergences D(p, q) between teacher p and student q, and the registry that users extend.
 
 Each is a function of log-probabilities [N, V] that returns its value [N] (nats) and its weight w = dD/d(log q) [N, V];
-the gradient with respect to the student's logits follows from w alone (see `srd_fast.kernels.rows`). Terms of w that are
-a multiple of q are left out, since they cancel there.
+the gradient with respect to the student's logits follows from w alone (see `srd_fast.kernels.rows`). Terms of w that
+are a multiple of q are left out, since they cancel there.
 
     forward_kl        KL(p, q)                                    w = -p
     reverse_kl        KL(q, p)                                    w = q log(q/p)

@@ -13,8 +13,8 @@ __all__ = ["write_report"]
 def write_report(run_folder: str | Path) -> Path:
     """Write ``report.html`` into a run folder, replacing an older one in a single step.
 
-    Every file of the folder is optional: a section whose file is missing says so and names the step that writes
-    it. The page loads nothing from outside and runs no script, and the same run gives the same bytes.
+    Every file of the folder is optional: a section whose file is missing says so and names the step that
+    writes it. The page loads nothing from outside and runs no script, and the same run gives the same bytes.
 
     Args:
         run_folder: a folder written by ``srd-fast run``.

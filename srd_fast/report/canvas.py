@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import matplotlib
 import matplotlib.style
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
@@ -49,13 +48,15 @@ _STYLE = {
     "ytick.labelcolor": MUTED,
     "ytick.labelsize": 11,
 }
-_FONT = re.compile(r"(font: [^;'\"]*?[\d.]+px) [^;\"]+")
-_FAMILY = r"\1 system-ui, -apple-system, 'Segoe UI', 'Liberation Sans', Arial, sans-serif"
+_FONT = re.compile(r"'DejaVu Sans'[^\";]*sans-serif")
+_PAGE_FONT = "system-ui, -apple-system, 'Segoe UI', 'Liberation Sans', Arial, sans-serif"
+_ATTRIBUTE = re.compile(r'"[^"]*"')
+_LONG_NUMBER = re.compile(r"(\d\.\d\d)\d+")
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One figure as two ``data:`` URIs, the second for screens too narrow for the first, and its description."""
+    """One figure as two ``data:`` URIs, for wide and for narrow screens, and its description in words."""
 
     wide: str
     narrow: str
@@ -71,10 +72,13 @@ def picture(draw: Callable[[bool], Figure], alt: str) -> Picture:
 
 def _encode(figure: Figure) -> str:
     buffer = io.StringIO()
-    # The salt and the missing date make the bytes depend on the figure alone.
+    # The salt and the empty metadata make the bytes depend on the figure alone.
+    metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     with matplotlib.rc_context({"svg.hashsalt": "srd-fast"}):
-        FigureCanvasSVG(figure).print_svg(buffer, dpi=RASTER_DPI, metadata={"Date": None, "Creator": None})
-    svg = _FONT.sub(_FAMILY, buffer.getvalue())
+        figure.savefig(buffer, format="svg", dpi=RASTER_DPI, metadata=metadata)
+    svg = _FONT.sub(_PAGE_FONT, buffer.getvalue())
+    # A hundredth of a pixel is more than anyone sees. Labels stand between the tags, not in their attributes.
+    svg = _ATTRIBUTE.sub(lambda match: _LONG_NUMBER.sub(r"\1", match[0]), svg)
     return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
 
 
@@ -84,7 +88,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def sequence(count: int) -> list[str]:
-    """Colours from easy (dark blue) to hard (orange), told apart by lightness too and so by every kind of eye."""
+    """Colours from easy (dark blue) to hard (orange) whose lightness rises too, for every kind of eye."""
     colormap = matplotlib.colormaps["plasma"]
     return [to_hex(colormap(0.04 + 0.7 * i / max(count - 1, 1))) for i in range(count)]
 
@@ -97,7 +101,7 @@ def shade_stages(axes: Axes, bands: list[tuple[float, float, int]], labels: bool
     span = bands[-1][1] - bands[0][0]
     for i, (start, end, stage) in enumerate(bands):
         colour = colours[stage - 1]
-        axes.axvspan(start, end, color=colour, alpha=0.07, linewidth=0)
+        axes.axvspan(start, end, color=colour, alpha=0.09, linewidth=0)
         if i:
             axes.axvline(start, color=MUTED, linewidth=0.9, linestyle=(0, (2, 2)))
         if labels:
@@ -109,6 +113,6 @@ def shade_stages(axes: Axes, bands: list[tuple[float, float, int]], labels: bool
                 xytext=(0, 4),
                 textcoords="offset points",
                 ha="center",
-                color=colour,
+                color=MUTED,
                 fontsize=10.5,
             )

@@ -1,4 +1,4 @@
-"""Opens the files of a run folder; every fault becomes a UserError that names the file and the place in it."""
+"""Opens the files of a run folder; a fault becomes a UserError that names the file and the place."""
 
 import json
 import math
@@ -93,16 +93,14 @@ def read_json(path: Path) -> Fields | None:
 
 
 def read_table(path: Path, required: Sequence[str], optional: Sequence[str] | None = ()) -> pa.Table | None:
-    """The named columns of a Parquet file, None when there is no file; ``optional=None`` takes every column."""
+    """The named columns of a Parquet file, None when there is no file; ``optional=None`` takes them all."""
     if not path.exists():
         return None
     try:
         names = pq.read_schema(path).names
         missing = [name for name in required if name not in names]
         if missing:
-            raise UserError(
-                f"{path}: column {missing[0]!r} is missing; found {', '.join(names) or 'no columns'}"
-            )
+            raise UserError(f"{path}: column {missing[0]!r} is missing; found {', '.join(names) or 'no columns'}")
         wanted = None if optional is None else [*required, *(name for name in optional if name in names)]
         return pq.read_table(path, columns=wanted)
     except (pa.ArrowException, OSError) as error:

@@ -2,13 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from srd_fast.report.canvas import DROPPED, INK, LINE, MUTED, NARROW, WIDE, new_figure, sequence, shade_stages
+from srd_fast.report.canvas import INK, LINE, MUTED, NARROW, WIDE, new_figure, shade_stages
 from srd_fast.report.read import FloatArray
 
 Band = tuple[float, float, int]
@@ -16,6 +18,11 @@ Band = tuple[float, float, int]
 # ROUGE-L ties at exactly 0 and 100 points are spread over a strip of their own outside the axis.
 STRIP = (3.0, 11.0)
 GOLDEN = 0.6180339887498949
+
+# Steps; a longer line is drawn as pixels.
+LONGEST_LINE = 1000
+
+NICE = (1, 2, 2.5, 5, 10)
 
 
 @dataclass(frozen=True)
@@ -43,18 +50,31 @@ def stage_bands(steps: FloatArray, stages: FloatArray) -> list[Band]:
 
 
 def smooth_by_stage(values: FloatArray, stages: FloatArray) -> FloatArray:
-    """Centred moving mean over a fifteenth of the run, never across a stage border, where the loss changes meaning."""
+    """Centred moving mean over a fifteenth of the run, never across a stage border.
+
+    The loss changes its meaning at a border.
+    """
     half = max(2, len(values) // 30)
+    known = np.isfinite(values)
     smooth = np.full(len(values), np.nan)
-    for i in range(len(values)):
-        window = slice(max(0, i - half), i + half + 1)
-        near = values[window][(stages[window] == stages[i]) & np.isfinite(values[window])]
-        smooth[i] = near.mean() if len(near) else np.nan
+    for rows in _stages(stages):
+        sums, counts = (
+            np.concatenate([[0.0], np.cumsum(column[rows])]) for column in (np.where(known, values, 0), known)
+        )
+        place = np.arange(len(rows))
+        first, last = np.maximum(place - half, 0), np.minimum(place + half + 1, len(rows))
+        count = counts[last] - counts[first]
+        smooth[rows] = np.where(count > 0, (sums[last] - sums[first]) / np.maximum(count, 1), np.nan)
     return smooth
 
 
+def _stages(stages: FloatArray) -> list[npt.NDArray[np.intp]]:
+    """The rows of every run of one stage."""
+    return np.split(np.arange(len(stages)), np.flatnonzero(np.diff(stages)) + 1)
+
+
 def difficulty_map(groups: Sequence[Group], right_edge: float, narrow: bool) -> Figure:
-    """ROUGE-L against cross-entropy with a histogram along each axis; points beyond ``right_edge`` sit on it."""
+    """ROUGE-L against cross-entropy, a histogram along each axis; points beyond ``right_edge`` sit on it."""
     figure = new_figure(NARROW, 400) if narrow else new_figure(WIDE, 560)
     grid = figure.add_gridspec(
         2,
@@ -68,14 +88,12 @@ def difficulty_map(groups: Sequence[Group], right_edge: float, narrow: bool) -> 
     top = figure.add_subplot(grid[0, 0], sharex=axes)
     right = figure.add_subplot(grid[1, 1], sharey=axes)
 
-    _scatter(axes, groups, right_edge, size=9 if narrow else 16)
+    _scatter(axes, groups, right_edge, size=10 if narrow else 21)
     for edge in (-STRIP[1], 100 + STRIP[0]):
         axes.axhspan(edge, edge + STRIP[1] - STRIP[0], color="#f1f2f4", linewidth=0, zorder=0)
     middle = sum(STRIP) / 2
     exactly = "=" if narrow else "exactly"
-    axes.set_yticks(
-        [-middle, 20, 40, 60, 80, 100 + middle], [f"{exactly} 0", "20", "40", "60", "80", f"{exactly} 100"]
-    )
+    axes.set_yticks([-middle, 20, 40, 60, 80, 100 + middle], [f"{exactly} 0", "20", "40", "60", "80", f"{exactly} 100"])
     axes.set_ylim(-STRIP[1] - 1.5, 100 + STRIP[1] + 1.5)
     axes.set_xlim(0, right_edge * 1.02)
     axes.set_xlabel("cross-entropy (nats per token)" + ("" if narrow else ", harder to the right"))
@@ -100,21 +118,19 @@ def difficulty_map(groups: Sequence[Group], right_edge: float, narrow: bool) -> 
 def _scatter(axes: Axes, groups: Sequence[Group], right_edge: float, size: float) -> None:
     total = sum(len(group.rouge_l) for group in groups)
     alpha = float(np.clip(14 / np.sqrt(max(total, 1)), 0.12, 0.75))
-    kept = [group for group in groups if group.kept]
     for group in groups:
         if not group.kept:
             x = np.minimum(group.cross_entropy, right_edge)
-            y = _spread_ties(group.rouge_l)
-            axes.scatter(
-                x, y, size, group.colour, "x", alpha=min(1, alpha * 1.6), linewidths=1, rasterized=True
-            )
+            style: dict[str, Any] = {"marker": "x", "linewidths": 1, "alpha": min(1.0, alpha * 1.6)}
+            axes.scatter(x, _spread_ties(group.rouge_l), s=size, c=group.colour, rasterized=True, **style)
+    kept = [group for group in groups if group.kept]
     if kept:
         x = np.minimum(np.concatenate([group.cross_entropy for group in kept]), right_edge)
         y = np.concatenate([_spread_ties(group.rouge_l) for group in kept])
         colours = np.repeat([group.colour for group in kept], [len(group.rouge_l) for group in kept])
         # Drawn in a shuffled order, so that no subset hides another.
         order = np.random.default_rng(0).permutation(len(x))
-        axes.scatter(x[order], y[order], size, colours[order], alpha=alpha, linewidths=0, rasterized=True)
+        axes.scatter(x[order], y[order], s=size, c=colours[order], alpha=alpha, linewidths=0, rasterized=True)
 
 
 def _spread_ties(rouge_l: FloatArray) -> FloatArray:
@@ -137,10 +153,8 @@ def _rouge_histogram(axes: Axes, groups: Sequence[Group], fontsize: float) -> No
         axes.barh(centres, count, heights, floor, color=group.colour)
         floor += count
     for y, value in ((centres[0], floor[0]), (centres[-1], floor[-1])):
-        axes.annotate(
-            f"{value:,.0f}", (value, y), (3, 0), textcoords="offset points", va="center", fontsize=fontsize
-        )
-    axes.set_xlim(0, max(float(floor.max()), 1) * 1.45)
+        axes.annotate(f"{value:,.0f}", (value, y), (3, 0), textcoords="offset points", va="center", fontsize=fontsize)
+    axes.set_xlim(0, max(float(floor.max()), 1) * (1.6 if len(f"{floor.max():.0f}") > 3 else 1.4))
 
 
 def schedule(train: dict[str, FloatArray], bands: list[Band], narrow: bool) -> Figure:
@@ -156,16 +170,14 @@ def schedule(train: dict[str, FloatArray], bands: list[Band], narrow: bool) -> F
         shade_stages(axes, bands, labels=i == 0)
         _by_stage(axes, train, train[name], color=LINE, linewidth=2)
         axes.set_title(title, pad=18 if i == 0 else 5)
-        axes.yaxis.set_major_locator(MaxNLocator(3))
+        axes.yaxis.set_major_locator(MaxNLocator(3, steps=NICE))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
         axes.margins(x=0, y=0.18)
     _label_steps(rows[-1])
     return figure
 
 
-def curves(
-    train: dict[str, FloatArray], validation: dict[str, FloatArray], bands: list[Band], narrow: bool
-) -> Figure:
+def curves(train: dict[str, FloatArray], validation: dict[str, FloatArray], bands: list[Band], narrow: bool) -> Figure:
     """Training loss and divergence with a smoothed line, validation KL and cross-entropy as points."""
     figure = new_figure(NARROW, 760) if narrow else new_figure(WIDE, 480)
     grid = figure.subplots(4, 1, sharex=True) if narrow else figure.subplots(2, 2, sharex=True).ravel()
@@ -185,13 +197,11 @@ def curves(
             _by_stage(axes, train, smooth, color=LINE, linewidth=2)
         else:
             seen = np.isfinite(values)
-            axes.plot(
-                source["step"][seen], values[seen], color=INK, linewidth=1.2, marker="o", markersize=4.5
-            )
+            axes.plot(source["step"][seen], values[seen], color=INK, linewidth=1.2, marker="o", markersize=4.5)
         if not np.isfinite(values).any():
             axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color=MUTED)
         axes.margins(x=0.01, y=0.1)
-        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.yaxis.set_major_locator(MaxNLocator(5, steps=NICE))
     for axes in grid[-1:] if narrow else grid[-2:]:
         _label_steps(axes)
     return figure
@@ -209,21 +219,26 @@ def throughput(train: dict[str, FloatArray], bands: list[Band], narrow: bool) ->
         axes.set_title(title, pad=5 if narrow and i else 18)
         axes.margins(x=0.01)
         axes.set_ylim(0, max(1.0, float(np.nanmax(train[name], initial=0))) * 1.12)
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
-        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+        axes.yaxis.set_major_locator(MaxNLocator(5, steps=NICE))
     for axes in pair[-1:] if narrow else pair:
         _label_steps(axes)
     return figure
 
 
-def _by_stage(axes: Axes, train: dict[str, FloatArray], values: FloatArray, **style: object) -> None:
+def _by_stage(axes: Axes, train: dict[str, FloatArray], values: FloatArray, **style: Any) -> None:
     """One line a stage: nothing is interpolated across a border."""
-    borders = np.flatnonzero(np.diff(train["stage"])) + 1
-    for rows in np.split(np.arange(len(values)), borders):
-        # A stage of a single step is a point, which a line would not show.
-        axes.plot(train["step"][rows], values[rows], marker="." if len(rows) == 1 else None, **style)
+    for rows in _stages(train["stage"]):
+        # A stage of a single step is a point, which a line would not show. Long lines would make a huge page.
+        axes.plot(
+            train["step"][rows],
+            values[rows],
+            marker="." if len(rows) == 1 else None,
+            rasterized=len(values) > LONGEST_LINE,
+            **style,
+        )
 
 
 def _label_steps(axes: Axes) -> None:
     axes.set_xlabel("optimizer step")
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(6, steps=NICE, integer=True))

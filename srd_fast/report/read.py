@@ -87,7 +87,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Metrics:
-    """Columns over steps, one value per step in increasing order: ``train["step"]``, ``validation["kl"]``, ..."""
+    """Columns over steps, one value per step in increasing order, such as ``train["loss"]``."""
 
     train: dict[str, FloatArray]
     validation: dict[str, FloatArray]
@@ -105,15 +105,15 @@ class Example:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One model on the validation rows: ROUGE-L in 0..1, the rest in nats per token, NaN when not measured."""
+    """One model on the validation rows: ROUGE-L in 0..1, the rest in nats per token, NaN if not measured."""
 
-    rouge_l: float
-    rouge_l_std: float
-    cross_entropy: float
-    kl: float
-    num_samples: float
-    num_tokens: float
-    examples: list[Example]
+    rouge_l: float = math.nan
+    rouge_l_std: float = math.nan
+    cross_entropy: float = math.nan
+    kl: float = math.nan
+    num_samples: float = math.nan
+    num_tokens: float = math.nan
+    examples: tuple[Example, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -208,9 +208,7 @@ def _read_plan(path: Path) -> Plan | None:
     if fields.text("format") != PLAN_FORMAT:
         raise UserError(f"{path}: format must be {PLAN_FORMAT!r}, found {fields.text('format')!r}")
     if fields.text("method") not in METHODS:
-        raise UserError(
-            f"{path}: method must be one of {', '.join(METHODS)}, found {fields.text('method')!r}"
-        )
+        raise UserError(f"{path}: method must be one of {', '.join(METHODS)}, found {fields.text('method')!r}")
     subsets = fields.items("subsets")
     for i, subset in enumerate(subsets):
         if not isinstance(subset, list) or not all(isinstance(sample_id, str) for sample_id in subset):
@@ -234,9 +232,16 @@ def _reasons(rows: Sequence[Fields]) -> list[tuple[str, str]]:
 
 
 TRAIN_COLUMNS = (
-    "step", "stage", "temperature", "sft_weight", "learning_rate", "loss", "divergence", "cross_entropy", "entropy",
-    "grad_norm", "tokens_per_second", "memory_mb", "seconds",
-)  # fmt: skip
+    "step",
+    "stage",
+    "temperature",
+    "sft_weight",
+    "learning_rate",
+    "loss",
+    "divergence",
+    "tokens_per_second",
+    "memory_mb",
+)
 VALIDATION_COLUMNS = ("step", "kl", "cross_entropy")
 
 
@@ -264,7 +269,10 @@ def _read_metrics(path: Path) -> Metrics | None:
                 raise row.fail("step", "a number")
             # A resumed run repeats steps: what it wrote last is what the final student saw.
             rows[step] = row
-    return Metrics(_columns(train, TRAIN_COLUMNS), _columns(validation, VALIDATION_COLUMNS))
+    metrics = Metrics(_columns(train, TRAIN_COLUMNS), _columns(validation, VALIDATION_COLUMNS))
+    stage = metrics.train["stage"]
+    stage[~(stage >= 1)] = 1
+    return metrics
 
 
 def _columns(rows: Mapping[float, Fields], names: Sequence[str]) -> dict[str, FloatArray]:
@@ -292,9 +300,16 @@ def _read_summary(path: Path) -> Summary | None:
 
 
 def _evaluation(fields: Fields) -> Evaluation:
-    examples = [
+    examples = tuple(
         Example(row.text("sample_id"), row.text("prompt"), row.text("reference"), row.text("generation"))
         for row in fields.objects("examples")
-    ]
-    names = ("rouge_l", "rouge_l_std", "cross_entropy", "kl", "num_samples", "num_tokens")
-    return Evaluation(*(fields.number(name) for name in names), examples=examples)
+    )
+    return Evaluation(
+        rouge_l=fields.number("rouge_l"),
+        rouge_l_std=fields.number("rouge_l_std"),
+        cross_entropy=fields.number("cross_entropy"),
+        kl=fields.number("kl"),
+        num_samples=fields.number("num_samples"),
+        num_tokens=fields.number("num_tokens"),
+        examples=examples,
+    )

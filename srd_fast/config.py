@@ -1,0 +1,121 @@
+"""`SRDConfig`: the training arguments of selective reflection distillation, and its presets."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+from .errors import UserError
+from .losses import get_divergence
+from .suggest import unknown_name
+
+# `paper`: arXiv 2508.06135. `official`: what the authors' code does, where it differs.
+TRAINING_PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {
+        "temperature_start": 1.0,
+        "temperature_end": 2.0,
+        "sft_weight_start": 0.3,
+        "sft_weight_end": 0.1,
+        "epochs_per_stage": 8,
+    },
+    "official": {
+        "temperature": [1.0, 1.5, 2.0],
+        "sft_weight": [0.2, 0.1, 0.0],
+        "epochs_per_stage": 8,
+        "learning_rate": 1e-4,
+        "min_learning_rate": 1e-7,
+        "restart_learning_rate": True,
+        "reset_optimizer": True,
+        "temperature_scaling": "official",
+        "per_device_train_batch_size": 16,
+    },
+}
+
+
+def _described(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class SRDConfig(TrainingArguments):
+    """`TrainingArguments` plus the distillation's own fields.
+
+    A run is one pass over the curriculum's sequence of samples, so `num_train_epochs` is always 1: set
+    `epochs_per_stage` instead. The schedule is linear over the stages from `*_start` to `*_end`, unless
+    `temperature` or `sft_weight` give one number or one a stage.
+
+    Raises:
+        UserError (a ValueError) naming the field for values out of range.
+    """
+
+    learning_rate: float = _described(1e-4, "Peak learning rate of each stage's cosine.")
+    logging_steps: float = _described(10, "Steps between training logs.")
+    divergence: str = _described("skew_reverse_kl", "Name of the divergence; see divergence_names().")
+    skew: float = _described(0.1, "Skew of the skew divergences, 0 to 1.")
+    beta: float = _described(0.5, "Beta of the JSD, 0 (forward KL) to 1 (reverse KL).")
+    temperature_start: float = _described(1.0, "Temperature of the first stage.")
+    temperature_end: float = _described(2.0, "Temperature of the last stage.")
+    temperature: Any = _described(None, "One temperature, or one a stage; replaces temperature_start and _end.")
+    temperature_scaling: Any = _described(
+        True, "Multiply the divergence by T^2: true, false, or 'official' (as the authors' code, by divergence)."
+    )
+    sft_weight_start: float = _described(0.3, "Weight of the cross-entropy in the first stage.")
+    sft_weight_end: float = _described(0.1, "Weight of the cross-entropy in the last stage.")
+    sft_weight: Any = _described(None, "One weight, or one a stage; replaces sft_weight_start and _end.")
+    epochs_per_stage: Any = _described(8, "Passes over each stage's samples: one number, or one a stage.")
+    stage_learning_rates: Any = _described(None, "Peak learning rate of each stage; default learning_rate.")
+    min_learning_rate: float = _described(1e-7, "Where each cosine ends.")
+    restart_learning_rate: bool = _described(True, "A cosine for each stage instead of one over the run.")
+    reset_optimizer: bool = _described(True, "Drop the optimizer's state at the start of each later stage.")
+    template: str = _described("alpaca", "Prompt template: alpaca, chat, or text with {instruction} and {input}.")
+    max_prompt_length: int = _described(512, "Tokens; longer prompts lose the end of their input text.")
+    max_response_length: int = _described(512, "Tokens, the end-of-sequence token included.")
+    backend: str = _described("auto", "Loss backend.")
+    memory_budget: int | None = _described(None, "Bytes for a chunk of the loss.")
+
+    def __post_init__(self) -> None:
+        self.num_train_epochs = 1.0
+        get_divergence(self.divergence)
+        for name in ("temperature", "temperature_start", "temperature_end"):
+            self._check_numbers(name, above=0.0)
+        for name in ("sft_weight", "sft_weight_start", "sft_weight_end", "skew", "beta"):
+            self._check_numbers(name, least=0.0, most=1.0)
+        for name in ("epochs_per_stage", "stage_learning_rates", "learning_rate"):
+            self._check_numbers(name, above=0.0)
+        for name in ("max_prompt_length", "max_response_length"):
+            self._check_numbers(name, least=1)
+        if self.temperature_scaling not in (True, False, "official"):
+            raise UserError(f"temperature_scaling must be true, false or 'official', got {self.temperature_scaling!r}")
+        super().__post_init__()
+
+    def _check_numbers(
+        self, name: str, above: float | None = None, least: float | None = None, most: float | None = None
+    ) -> None:
+        value = getattr(self, name)
+        for x in value if isinstance(value, (list, tuple)) else [value]:
+            if x is None and value is None:
+                continue
+            fine = isinstance(x, (int, float)) and not isinstance(x, bool) and x == x and abs(x) != float("inf")
+            if fine and above is not None:
+                fine = x > above
+            if fine and least is not None:
+                fine = x >= least
+            if fine and most is not None:
+                fine = x <= most
+            if not fine:
+                low = f"above {above:g}" if above is not None else f"at least {least:g}"
+                raise UserError(f"{name} must be {low}{f' and at most {most:g}' if most is not None else ''}, got {x!r}")
+
+    @property
+    def scales_with_temperature(self) -> bool:
+        """Whether this divergence is multiplied by T^2."""
+        if self.temperature_scaling == "official":
+            return get_divergence(self.divergence).official_t_squared
+        return bool(self.temperature_scaling)
+
+    @classmethod
+    def from_preset(cls, preset: str, **fields: Any) -> "SRDConfig":
+        """The preset "paper" or "official" with `fields` on top, e.g. `SRDConfig.from_preset("paper", output_dir=...)`."""
+        if preset not in TRAINING_PRESETS:
+            raise UserError(unknown_name("preset", preset, TRAINING_PRESETS))
+        return cls(**{**TRAINING_PRESETS[preset], **fields})

@@ -1,0 +1,136 @@
+"""Baby Step as an index stream: which samples, T, SFT weight and learning rate, as pure functions of the step.
+
+Stage k trains on subsets 1..k together (Baby Step; Bengio et al., ICML 2009; SRD, arXiv 2508.06135). A step takes
+`batch_size` samples over all ranks and accumulation steps, so nothing but the step number is needed to go on.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .curation import CurriculumPlan
+from .errors import UserError
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage: its samples (positions in the data set), its first step and number of steps, and its constants."""
+
+    samples: np.ndarray
+    first_step: int
+    steps: int
+    temperature: float
+    sft_weight: float
+    peak_learning_rate: float
+
+
+def per_stage(
+    name: str, given: float | Sequence[float] | None, start: float, end: float, stages: int
+) -> list[float]:
+    """A value for every stage: the list as given, a constant, or linear from `start` to `end`."""
+    if given is None:
+        return [start] if stages == 1 else [start + (end - start) * s / (stages - 1) for s in range(stages)]
+    if isinstance(given, (int, float)):
+        return [float(given)] * stages
+    if len(given) != stages:
+        raise UserError(f"{name} has {len(given)} values for {stages} stages; give one a stage, or one number")
+    return [float(x) for x in given]
+
+
+class Curriculum:
+    """The whole run's schedule.
+
+    Args:
+        plan: which samples belong to which subset.
+        sample_ids: ids of the data set in its order; must hold every kept sample.
+        batch_size: samples a step, over all ranks and accumulation steps.
+        epochs_per_stage: passes over the samples of each stage; may be fractional.
+        temperatures, sft_weights, learning_rates: one value a stage; the learning rate is the stage's peak.
+        min_learning_rate: where each cosine ends.
+        restart_learning_rate: a cosine for each stage, else one over the run from the first stage's peak.
+        warmup: steps (>= 1) or share (< 1) of each cosine spent rising linearly.
+        seed: of the shuffling inside an epoch.
+
+    A stage has ceil(samples * epochs / batch_size) steps; what its last step lacks it takes from one more shuffle.
+    """
+
+    def __init__(
+        self,
+        plan: CurriculumPlan,
+        sample_ids: Sequence[str],
+        *,
+        batch_size: int,
+        epochs_per_stage: Sequence[float],
+        temperatures: Sequence[float],
+        sft_weights: Sequence[float],
+        learning_rates: Sequence[float],
+        min_learning_rate: float = 0.0,
+        restart_learning_rate: bool = True,
+        warmup: float = 0,
+        seed: int = 0,
+    ) -> None:
+        position = {s: i for i, s in enumerate(sample_ids)}
+        missing = [s for s in plan.kept if s not in position]
+        if missing:
+            raise UserError(
+                f"the plan keeps {len(missing)} samples that the data does not have, the first is {missing[0]!r}: "
+                "curate again with this data"
+            )
+        self.batch_size, self.seed = batch_size, seed
+        self.min_learning_rate, self.warmup = min_learning_rate, warmup
+        self.restart_learning_rate = restart_learning_rate
+        self.stages: list[Stage] = []
+        step = 0
+        for k in range(len(plan.subsets)):
+            samples = np.array([position[s] for s in plan.stage_ids(k)], dtype=np.int64)
+            steps = max(1, math.ceil(len(samples) * epochs_per_stage[k] / batch_size - 1e-9))
+            self.stages.append(Stage(samples, step, steps, temperatures[k], sft_weights[k], learning_rates[k]))
+            step += steps
+        self.total_steps = step
+
+    def stage_of(self, step: int) -> int:
+        """Index (from 0) of the stage that `step` (from 0) belongs to; the last one beyond the end."""
+        return next((k for k, s in enumerate(self.stages) if step < s.first_step + s.steps), len(self.stages) - 1)
+
+    def temperature(self, step: int) -> float:
+        """T at `step`."""
+        return self.stages[self.stage_of(step)].temperature
+
+    def sft_weight(self, step: int) -> float:
+        """Weight of the cross-entropy at `step`."""
+        return self.stages[self.stage_of(step)].sft_weight
+
+    def learning_rate(self, step: int) -> float:
+        """Learning rate at `step`: linear rise, then cosine to `min_learning_rate`."""
+        stage = self.stages[self.stage_of(step)]
+        if self.restart_learning_rate:
+            peak, done, length = stage.peak_learning_rate, step - stage.first_step, stage.steps
+        else:
+            peak, done, length = self.stages[0].peak_learning_rate, step, self.total_steps
+        rise = self.warmup if self.warmup >= 1 else math.ceil(self.warmup * length)
+        if done < rise:
+            return peak * (done + 1) / (rise + 1)
+        share = min(1.0, (done - rise) / max(1, length - rise))
+        low = min(self.min_learning_rate, peak)
+        return low + (peak - low) * 0.5 * (1 + math.cos(math.pi * share))
+
+    def is_stage_start(self, step: int) -> bool:
+        """Whether `step` is the first of a stage after the first stage."""
+        return any(step == s.first_step for s in self.stages[1:])
+
+    def indices(self) -> Iterator[int]:
+        """Positions in the data set, `batch_size` a step, for the whole run."""
+        for k, stage in enumerate(self.stages):
+            needed, epoch = stage.steps * self.batch_size, 0
+            while needed > 0:
+                shuffled = np.random.default_rng((self.seed, k, epoch)).permutation(stage.samples)[:needed]
+                yield from shuffled.tolist()
+                needed -= len(shuffled)
+                epoch += 1
+
+    @property
+    def sample_passes(self) -> int:
+        """Samples that go through the student in the whole run."""
+        return self.total_steps * self.batch_size

@@ -1,0 +1,86 @@
+"""Take a causal language model apart into body and head, and prove on real tokens that the parts make the whole."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+from ..losses import Head
+
+# Largest difference between rebuilt and own logits that rounding explains, relative to the largest logit.
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The transformers model inside a PEFT model; any other model as it is. Adapters stay in place in its layers."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+
+
+def last_hidden_state(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Hidden states after the final norm, as the head sees them: [B, L, D]."""
+    body: Any = unwrap(model).base_model
+    out = body(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, return_dict=True)
+    return out.last_hidden_state
+
+
+def find_head(model: nn.Module) -> Head:
+    """The language-model head: weight, bias, softcap and scale, read from the modules and the config.
+
+    Scales known by their config names: `logit_scale` (Cohere: a factor), `logits_scaling` (Granite: a divisor);
+    softcap: `final_logit_softcapping` (Gemma 2 and 3). Anything else a model does to its logits shows in `check_head`.
+    """
+    inner: Any = unwrap(model)
+    module = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
+    if module is None or not isinstance(getattr(module, "weight", None), Tensor):
+        raise UserError(
+            f"model {type(inner).__name__} has no language-model head (get_output_embeddings() gives {module!r}); "
+            "pass a causal language model, e.g. from AutoModelForCausalLM.from_pretrained"
+        )
+    config = inner.config.get_text_config() if hasattr(inner.config, "get_text_config") else inner.config
+    scale = getattr(config, "logit_scale", None)
+    if scale is None and getattr(config, "logits_scaling", None) is not None:
+        scale = 1.0 / config.logits_scaling
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return Head(module.weight, getattr(module, "bias", None), softcap, 1.0 if scale is None else float(scale))
+
+
+@torch.no_grad()
+def check_head(model: nn.Module, name: str) -> None:
+    """Compare head(hidden states) with the model's own logits on a few tokens.
+
+    Args:
+        model: a causal language model, in any dtype, on any device; left in the mode it was in.
+        name: "student" or "teacher", for the message.
+
+    Raises:
+        UserError if the two differ by more than rounding: the model does something to its logits that is not known
+        here, and a loss from its hidden states would be that of another model.
+    """
+    inner: Any = unwrap(model)
+    head = find_head(model)
+    assert head.weight is not None
+    device, was_training = head.weight.device, model.training
+    model.eval()
+    vocabulary = min(head.weight.shape[0], inner.get_input_embeddings().weight.shape[0])
+    input_ids = (torch.arange(1, 13, device=device) * 7919 % vocabulary).view(2, 6)
+    mask = torch.ones_like(input_ids)
+    try:
+        own = inner(input_ids=input_ids, attention_mask=mask, use_cache=False).logits
+        rebuilt = head.project(last_hidden_state(model, input_ids, mask).flatten(0, 1)).view_as(own)
+    except (RuntimeError, AttributeError, TypeError) as e:
+        raise UserError(f"{name} {type(inner).__name__}: cannot rebuild its logits from its hidden states: {e}") from e
+    finally:
+        model.train(was_training)
+    if head.softcap is not None:
+        rebuilt = head.softcap * torch.tanh(rebuilt / head.softcap)
+    own, rebuilt = own.float(), rebuilt.float()
+    difference = ((own - rebuilt).abs().max() / own.abs().max().clamp(min=1e-6)).item()
+    if not difference <= _TOLERANCE.get(head.weight.dtype, 5e-2):
+        ratio = (own.flatten() @ rebuilt.flatten() / rebuilt.flatten().square().sum()).item()
+        raise UserError(
+            f"{name} {type(inner).__name__}: its hidden states times its head differ from its own logits by "
+            f"{difference:.1e} of the largest logit (best single factor between them: {ratio:.4g}). It changes its "
+            "logits in a way not known here (known: bias, final_logit_softcapping, logit_scale, logits_scaling), so "
+            "training from hidden states would train another model; use distillation_loss_from_logits for it"
+        )

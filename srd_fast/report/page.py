@@ -1,0 +1,200 @@
+"""Puts the page together: a small view per section, rendered by ``template.html``, all of it escaped."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from srd_fast.report.figures import curves_view, difficulty_view, schedule_view, throughput_view
+from srd_fast.report.numbers import count, duration, missing, number, points
+from srd_fast.report.read import Evaluation, Plan, Run
+from srd_fast.report.samples import examples_view, samples_view, unscored_view
+
+MODELS = (("teacher", "Teacher"), ("start", "Starting student"), ("student", "Distilled student"))
+STEPS = ("prepare", "init-student", "reflect", "curate", "cache", "distill", "evaluate")
+
+
+def render(run: Run) -> str:
+    """The whole page as HTML."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("template.html").render(
+        title=_title(run),
+        result=_result(run),
+        facts=_facts(run),
+        scores=_scores(run),
+        examples=examples_view(run),
+        difficulty=difficulty_view(run),
+        schedule=schedule_view(run),
+        curves=curves_view(run),
+        throughput=throughput_view(run),
+        samples=samples_view(run),
+        unscored=unscored_view(run),
+        timings=_timings(run),
+        environment=_environment(run),
+        config=run.config,
+        config_missing=missing(run, "config.yaml"),
+    )
+
+
+def _title(run: Run) -> list[str]:
+    """The names of the two models, or none."""
+    if run.summary is None or not (run.summary.teacher and run.summary.student):
+        return []
+    return [_short(run.summary.teacher), _short(run.summary.student)]
+
+
+def _short(name: str) -> str:
+    """The last part of a local path; a hub name as it is."""
+    return Path(name).name or name if name.startswith(("/", ".", "~")) else name
+
+
+def _result(run: Run) -> str:
+    """The outcome in one sentence."""
+    absent = missing(run, "summary.json")
+    if absent:
+        return f"No result yet: {absent}"
+    start, student, teacher = (_evaluation(run, name) for name in ("start", "student", "teacher"))
+    parts = []
+    for name, scale, unit, digits in (("rouge_l", 100, "points", 1), ("kl", 1, "nats per token", 3)):
+        before, after = scale * getattr(start, name), scale * getattr(student, name)
+        if math.isnan(before) or math.isnan(after):
+            continue
+        what = "ROUGE-L" if name == "rouge_l" else "the KL divergence to the teacher"
+        part = f"{_change(what, f'{before:.{digits}f}', f'{after:.{digits}f}')} {unit}"
+        if name == "rouge_l" and not math.isnan(teacher.rouge_l):
+            part += f" (the teacher scores {points(teacher.rouge_l)})"
+        parts.append(part)
+    if not parts:
+        return "summary.json holds no scores of both students."
+    return f"Distillation {' and '.join(parts)}."
+
+
+def _change(what: str, before: str, after: str) -> str:
+    if before == after:
+        return f"left {what} at {after}"
+    return f"{'raised' if float(after) > float(before) else 'lowered'} {what} from {before} to {after}"
+
+
+def _evaluation(run: Run, name: str) -> Evaluation:
+    found = run.summary.evaluation.get(name) if run.summary else None
+    return found or Evaluation()
+
+
+def _facts(run: Run) -> list[tuple[str, str]]:
+    """(label, value) of what went in: rows, plan, training."""
+    summary = run.summary
+    data = summary.data if summary else {}
+    training = summary.training if summary else {}
+    train_rows = data.get("train", math.nan if run.train is None else len(run.train.table))
+    validation_rows = data.get("validation", math.nan if run.num_validation is None else run.num_validation)
+    facts = [
+        ("training rows", count(train_rows)),
+        ("validation rows", count(validation_rows)),
+        ("rejected rows", count(data.get("rejected", math.nan))),
+        ("divergence", summary.divergence if summary and summary.divergence else "–"),
+        ("optimizer steps", count(training.get("steps", math.nan))),
+        ("sample passes", count(training.get("sample_passes", math.nan))),
+        ("tokens trained on", count(training.get("tokens", math.nan))),
+        ("curriculum", _plan_in_words(run.plan)),
+    ]
+    return [(label, value) for label, value in facts if value != "–"]
+
+
+def _plan_in_words(plan: Plan | None) -> str:
+    if plan is None:
+        return "–"
+    kept = sum(len(subset) for subset in plan.subsets)
+    how = {"srd": "selective reflection", "random": "random drop", "none": "no selection"}[plan.method]
+    subsets = sum(1 for subset in plan.subsets if subset)
+    return (
+        f"{how}: {kept:,} kept in {subsets} subset{'' if subsets == 1 else 's'}, "
+        f"{len(plan.dropped):,} dropped, {len(plan.unscored):,} unscored"
+    )
+
+
+def _scores(run: Run) -> dict[str, Any]:
+    """The before/after table. A cell is (text, is the better student)."""
+    absent = missing(run, "summary.json")
+    if absent or run.summary is None:
+        return {"missing": absent, "rows": [], "note": ""}
+    evaluations = {name: _evaluation(run, name) for name, _ in MODELS}
+    rouge = {name: points(e.rouge_l) for name, e in evaluations.items()}
+    entropy = {name: number(e.cross_entropy) for name, e in evaluations.items()}
+    kl = {name: number(e.kl) for name, e in evaluations.items()}
+    best = [_best(rouge, max), _best(entropy, min), _best(kl, min)]
+    rows = []
+    for name, label in MODELS:
+        spread = evaluations[name].rouge_l_std
+        spread_text = "" if math.isnan(spread) else f" ± {100 * spread:.1f}"
+        texts = (rouge[name] + spread_text, entropy[name], kl[name])
+        rows.append((label, [(text, name == winner) for text, winner in zip(texts, best, strict=True)]))
+    return {"missing": "", "rows": rows, "note": _scores_note(run, list(evaluations.values()))}
+
+
+def _best(texts: dict[str, str], pick: Any) -> str | None:
+    """The better student by the digits shown; nobody when they are equal or one was not measured."""
+    students = {name: texts[name] for name in ("start", "student") if texts[name] != "–"}
+    if len(set(students.values())) < 2:
+        return None
+    return str(pick(students, key=lambda name: float(students[name].replace(",", ""))))
+
+
+def _scores_note(run: Run, evaluations: Sequence[Evaluation]) -> str:
+    absent = [label.lower() for (name, label) in MODELS if run.summary and name not in run.summary.evaluation]
+    measured = next((e for e in evaluations if not math.isnan(e.num_samples)), None)
+    note = ""
+    if measured:
+        note = f"Measured on {count(measured.num_samples)} validation rows"
+        tokens = "" if math.isnan(measured.num_tokens) else f" with {count(measured.num_tokens)} response tokens"
+        note += f"{tokens}. "
+    if any(not math.isnan(e.rouge_l_std) for e in evaluations):
+        note += "± is the standard deviation over sampling seeds. "
+    if any(not math.isnan(e.rouge_l) for e in evaluations):
+        note += "The better student is in bold. "
+    if absent:
+        note += f"summary.json holds no evaluation of the {' and the '.join(absent)}."
+    return note.strip()
+
+
+def _timings(run: Run) -> dict[str, Any]:
+    """(step, duration, share of the longest in percent) in the order of the run."""
+    absent = missing(run, "summary.json")
+    if absent or run.summary is None:
+        return {"missing": absent, "rows": [], "total": ""}
+    timings = {name: value for name, value in run.summary.timings.items() if not math.isnan(value)}
+    if not timings:
+        return {"missing": "summary.json holds no timings.", "rows": [], "total": ""}
+    names = [*(name for name in STEPS if name in timings), *(name for name in timings if name not in STEPS)]
+    longest = max(*timings.values(), 1e-9)
+    rows = [(name, duration(timings[name]), f"{100 * timings[name] / longest:.1f}") for name in names]
+    return {"missing": "", "rows": rows, "total": duration(sum(timings.values()))}
+
+
+def _environment(run: Run) -> dict[str, Any]:
+    """(label, value) of the machine and the versions."""
+    absent = missing(run, "summary.json")
+    if absent or run.summary is None:
+        return {"missing": absent, "rows": []}
+    summary = run.summary
+    training = summary.training
+    rows = [
+        ("teacher", summary.teacher),
+        ("student", summary.student),
+        ("srd-fast", summary.version),
+        *summary.environment.items(),
+        ("mean training speed", _with_unit(training.get("tokens_per_second", math.nan), "tokens per second")),
+        ("peak memory", _with_unit(training.get("peak_memory_mb", math.nan), "MB")),
+    ]
+    return {"missing": "", "rows": [(label, value) for label, value in rows if value]}
+
+
+def _with_unit(value: float, unit: str) -> str:
+    return "" if math.isnan(value) else f"{count(value)} {unit}"

@@ -1,0 +1,112 @@
+"""The sections with text: sample rows from both ends of the plan, held-out examples, unscored rows."""
+
+import math
+from typing import Any
+
+from srd_fast.report.numbers import missing, number, points
+from srd_fast.report.read import Plan, Run
+
+SHOWN = 5
+UNSCORED_SHOWN = 20
+# A longer text is cut, so that a few huge rows do not make a huge page.
+MAX_CHARACTERS = 6000
+
+
+def samples_view(run: Run) -> dict[str, Any]:
+    """The easiest and hardest kept rows and the hardest dropped ones, each with its texts and scores."""
+    absent = missing(run, "plan.json", "data/train.parquet", "reflections.parquet")
+    view: dict[str, Any] = {"missing": absent, "note": "", "groups": []}
+    plan = run.plan
+    if plan is None or (run.train is None and run.reflections is None):
+        return view
+    subset_of = {sample_id: i for i, ids in enumerate(plan.subsets, start=1) for sample_id in ids}
+    kept = sorted(subset_of, key=lambda sample_id: _difficulty(run, plan, sample_id))
+    dropped = sorted((sample_id for sample_id, _ in plan.dropped), key=lambda s: _difficulty(run, plan, s))
+    reasons = dict(plan.dropped)
+    order = "fused rank, as in the plan" if plan.fused else "ROUGE-L, then cross-entropy"
+    view["note"] = f"Ordered by {order}. The answer is the starting student's."
+    hardest = [sample_id for sample_id in kept[::-1][:SHOWN] if sample_id not in kept[:SHOWN]]
+    for title, ids in (
+        ("Easiest kept rows", kept[:SHOWN]),
+        ("Hardest kept rows", hardest),
+        ("Hardest dropped rows", dropped[::-1][:SHOWN]),
+    ):
+        cards = [_card(run, plan, sample_id, subset_of, reasons) for sample_id in ids]
+        view["groups"].append((title, cards))
+    return view
+
+
+def _difficulty(run: Run, plan: Plan, sample_id: str) -> tuple[float, float, float, str]:
+    """A sort key, easiest first; a row without a score counts as hardest."""
+    rouge, entropy = math.nan, math.nan
+    if run.reflections is not None:
+        rouge = run.reflections.score("rouge_l", sample_id)
+        entropy = run.reflections.score("cross_entropy", sample_id)
+    keys = (-plan.fused.get(sample_id, math.nan), -rouge, entropy)
+    fused, rouge, entropy = (math.inf if math.isnan(key) else key for key in keys)
+    return fused, rouge, entropy, sample_id
+
+
+def _card(run: Run, plan: Plan, sample_id: str, subset_of: dict[str, int], reasons: dict[str, str]) -> dict[str, Any]:
+    scores = []
+    if run.reflections is not None:
+        scores.append(("ROUGE-L", points(run.reflections.score("rouge_l", sample_id)), "points"))
+        scores.append(("cross-entropy", number(run.reflections.score("cross_entropy", sample_id)), "nats per token"))
+        for signal in plan.signals:
+            if signal not in ("rouge_l", "cross_entropy"):
+                scores.append((signal, f"{run.reflections.score(signal, sample_id):.4g}", ""))
+    if sample_id in plan.fused:
+        scores.append(("fused", f"{plan.fused[sample_id]:.4f}", ""))
+    references = run.train.references(sample_id) if run.train else []
+    answer = run.reflections.generation(sample_id) if run.reflections else None
+    prompt = run.train.prompt(sample_id) if run.train else None
+    return {
+        "sample_id": sample_id,
+        "place": f"subset {subset_of[sample_id]}" if sample_id in subset_of else reasons.get(sample_id, ""),
+        "scores": scores,
+        "prompt": None if prompt is None else _cut(prompt),
+        "references": [_cut(reference) for reference in references],
+        "answer": None if answer is None else _cut(answer),
+    }
+
+
+def _cut(text: str) -> str:
+    if len(text) <= MAX_CHARACTERS:
+        return text
+    return f"{text[:MAX_CHARACTERS]} […{len(text) - MAX_CHARACTERS:,} more characters]"
+
+
+def examples_view(run: Run) -> list[dict[str, Any]]:
+    """Held-out prompts with the reference and every model's answer."""
+    if run.summary is None:
+        return []
+    examples: dict[str, dict[str, Any]] = {}
+    for name, label in (
+        ("teacher", "teacher"),
+        ("start", "starting student"),
+        ("student", "distilled student"),
+    ):
+        evaluation = run.summary.evaluation.get(name)
+        for example in evaluation.examples if evaluation else []:
+            entry = examples.setdefault(
+                example.sample_id,
+                {
+                    "sample_id": example.sample_id,
+                    "prompt": _cut(example.prompt),
+                    "reference": _cut(example.reference),
+                    "answers": [],
+                },
+            )
+            entry["answers"].append((label, _cut(example.generation)))
+    return list(examples.values())[:SHOWN]
+
+
+def unscored_view(run: Run) -> dict[str, Any]:
+    """The first unscored rows with their reasons, and how many there are."""
+    if run.plan is not None:
+        found = run.plan.unscored
+    elif run.reflections is not None:
+        found = run.reflections.unscored()
+    else:
+        return {"missing": missing(run, "plan.json"), "rows": [], "total": 0}
+    return {"missing": "", "rows": found[:UNSCORED_SHOWN], "total": len(found)}

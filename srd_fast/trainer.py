@@ -1,0 +1,319 @@
+"""`SRDTrainer`: selective reflection distillation as a `transformers.Trainer`.
+
+The curriculum is one sequence of samples for the whole run, so a run is a single epoch for the Trainer: checkpoints,
+resuming, gradient accumulation, mixed precision, several ranks, LoRA and logging work as they always do.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import Sampler
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+
+from .config import SRDConfig
+from .curation import CurriculumPlan
+from .curriculum import Curriculum, per_stage
+from .data import IGNORE_INDEX, DistillationCollator, Tokenisation, pad_id, prepare_dataset
+from .errors import UserError
+from .losses import DistillationLoss, check_vocabularies
+from .measure import measure_batch, peak_memory_mb
+from .models import check_head, check_tokenizers, find_head, last_hidden_state
+from .teacher import LiveTeacher, TeacherSource
+
+logger = logging.getLogger(__name__)
+
+
+class _IndexStream(Sampler[int]):
+    def __init__(self, curriculum: Curriculum) -> None:
+        self.curriculum = curriculum
+
+    def __iter__(self) -> Iterator[int]:
+        return self.curriculum.indices()
+
+    def __len__(self) -> int:
+        return self.curriculum.sample_passes
+
+
+class _StageBorders(TrainerCallback):
+    """Drops the optimizer's state before the first step of each later stage."""
+
+    def __init__(self, curriculum: Curriculum) -> None:
+        self.curriculum = curriculum
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.curriculum.is_stage_start(state.global_step) and kwargs.get("optimizer") is not None:
+            optimizer = kwargs["optimizer"]
+            getattr(optimizer, "optimizer", optimizer).state.clear()
+
+
+class SRDTrainer(Trainer):
+    """Distil `teacher_model` into `model` along a curriculum.
+
+    Args:
+        model: the student, a causal language model in the dtype to train in (float32 with bf16=True for mixed precision).
+        teacher_model: a causal language model with the same tokenizer, or any `TeacherSource`. Never trained.
+        args: SRDConfig.
+        train_dataset: rows of any format of `srd_fast.data`, or tokenised samples.
+        curriculum: which samples are trained on and in which stage. Default: all of them, in one stage.
+        eval_dataset: rows for validation, of any format; evaluation gives KL(teacher, student) and cross-entropy.
+        processing_class: the student's tokenizer.
+        teacher_tokenizer: compared with the student's; leave it out if the models share one.
+        peft_config: a PEFT configuration; the student becomes a PEFT model with it.
+        callbacks, optimizers: as in `transformers.Trainer`.
+
+    Raises:
+        UserError for models whose head is not understood, different tokenizers, a plan that does not fit the data.
+    """
+
+    args: SRDConfig
+
+    def __init__(
+        self,
+        model: nn.Module,
+        teacher_model: nn.Module | TeacherSource,
+        args: SRDConfig,
+        train_dataset: Any,
+        curriculum: CurriculumPlan | None = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        teacher_tokenizer: PreTrainedTokenizerBase | None = None,
+        peft_config: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        data_collator: Callable[..., Any] | None = None,
+    ) -> None:
+        if processing_class is None:
+            raise UserError("processing_class is missing: pass the student's tokenizer")
+        if not isinstance(args, SRDConfig):
+            raise UserError(f"args must be an SRDConfig, got {type(args).__name__}")
+        if teacher_tokenizer is not None:
+            check_tokenizers(processing_class, teacher_tokenizer)
+        if peft_config is not None:
+            model = _with_adapters(model, peft_config)
+        tokenisation = Tokenisation(processing_class, args.template, args.max_prompt_length, args.max_response_length)
+        train = prepare_dataset(train_dataset, tokenisation, "train_dataset").dataset
+        evaluation = None
+        if eval_dataset is not None:
+            evaluation = prepare_dataset(eval_dataset, tokenisation, "eval_dataset").dataset
+        if args.n_gpu > 1:
+            logger.warning("%d GPUs are visible to one process; using the first. For all: accelerate launch", args.n_gpu)
+            args._n_gpu = 1
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train,
+            eval_dataset=evaluation,
+            processing_class=processing_class,
+            data_collator=data_collator or DistillationCollator(pad_id(processing_class)),
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        # num_items_in_batch counts the labels that are predicted, over accumulation steps and ranks.
+        self.model_accepts_loss_kwargs, self._loss_shifts_labels = True, True
+
+        check_head(model, "student")
+        is_model = isinstance(teacher_model, nn.Module)
+        self.teacher: TeacherSource = LiveTeacher(teacher_model, args.device) if is_model else teacher_model  # type: ignore[arg-type,assignment]
+        head_S, head_T = find_head(model).weight, self.teacher.head.weight
+        assert head_S is not None
+        assert head_T is not None
+        check_vocabularies(head_S.shape[0], head_T.shape[0])
+
+        plan = curriculum or CurriculumPlan(subsets=[list(train["sample_id"])], method="none")
+        self.curriculum = make_curriculum(plan, train["sample_id"], args)
+        if args.reset_optimizer:
+            self.add_callback(_StageBorders(self.curriculum))
+        self.loss_function = DistillationLoss(
+            divergence=args.divergence,
+            skew=args.skew,
+            beta=args.beta,
+            temperature_scaling=args.scales_with_temperature,
+            backend=args.backend,
+            memory_budget=args.memory_budget,
+        )
+        self.add_callback(_WindowStart(self))
+        self._sums: dict[str, Tensor] = {}
+        self._window = (time.monotonic(), 0)
+        self._started = time.monotonic()
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        return _IndexStream(self.curriculum)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = ["input_ids", "labels"]
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The learning rate as a function of the step, relative to `learning_rate`."""
+        if self.lr_scheduler is None:
+            base = self.args.learning_rate
+            self.lr_scheduler = LambdaLR(
+                optimizer or self.optimizer, lambda step: self.curriculum.learning_rate(step) / base
+            )
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Loss of a micro-batch; its denominator is the number of tokens of the whole step."""
+        step = self.state.global_step
+        labels = inputs["labels"][:, 1:]
+        teacher_BLD = self.teacher.hidden_states(inputs["input_ids"], inputs["attention_mask"])[:, :-1]
+        student = self.accelerator.unwrap_model(model)
+
+        def forward(input_ids: Tensor, attention_mask: Tensor) -> Any:
+            with self.accelerator.autocast():
+                hidden_BLD = last_hidden_state(student, input_ids, attention_mask)[:, :-1]
+            head, teacher_head = find_head(student), self.teacher.head
+            return self.loss_function(
+                hidden_BLD,
+                head.weight,
+                teacher_BLD,
+                teacher_head.weight,
+                labels,
+                temperature=self.curriculum.temperature(step),
+                sft_weight=self.curriculum.sft_weight(step),
+                student_bias=head.bias,
+                teacher_bias=teacher_head.bias,
+                student_softcap=head.softcap,
+                teacher_softcap=teacher_head.softcap,
+                student_scale=head.scale,
+                teacher_scale=teacher_head.scale,
+                num_items=num_items_in_batch,
+            )
+
+        out = _call_through(model, student, forward, inputs["input_ids"], inputs["attention_mask"])
+        self._count(out, labels)
+        loss = out.loss
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # DDP averages the gradients of the ranks
+        return (loss, {"loss": loss}) if return_outputs else loss
+
+    def _count(self, out: Any, labels: Tensor) -> None:
+        for name in ("divergence", "cross_entropy", "entropy"):
+            value = getattr(out, name).detach()
+            self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value
+        tokens = (labels != IGNORE_INDEX).sum()
+        self._sums["tokens"] = self._sums.get("tokens", torch.zeros_like(tokens)) + tokens
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds what the curriculum and the loss say to the training logs."""
+        if "loss" in logs and self._sums:
+            step = max(0, self.state.global_step - 1)
+            last_time, last_step = self._window
+            now, steps = time.monotonic(), self.state.global_step - last_step
+            sums = {n: self.accelerator.reduce(v.float(), "sum").item() for n, v in self._sums.items()}
+            tokens = sums.pop("tokens")
+            logs |= {n: total / max(1, steps) for n, total in sums.items()}
+            logs |= {
+                "stage": self.curriculum.stage_of(step) + 1,
+                "temperature": self.curriculum.temperature(step),
+                "sft_weight": self.curriculum.sft_weight(step),
+                "tokens_per_second": tokens / max(1e-9, now - last_time),
+                "memory_mb": peak_memory_mb(self.args.device),
+                "seconds": now - self._started,
+            }
+            self._sums, self._window = {}, (now, self.state.global_step)
+        super().log(logs, start_time)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """As in `transformers.Trainer`. With no checkpoint yet, `resume_from_checkpoint=True` starts from the beginning."""
+        from transformers.trainer_utils import get_last_checkpoint
+
+        if resume_from_checkpoint is True and get_last_checkpoint(self.args.output_dir) is None:
+            logger.warning("no checkpoint in %s yet: starting from the beginning", self.args.output_dir)
+            resume_from_checkpoint = None
+        self._started = time.monotonic()
+        self._sums = {}
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _start_window(self) -> None:
+        self._window = (time.monotonic(), self.state.global_step)
+
+    @torch.no_grad()
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Token means over the validation rows: `eval_kl` = KL(teacher, student) at T = 1, `eval_cross_entropy`.
+
+        `eval_loss` is `eval_kl`, so that `metric_for_best_model="loss"` picks the student closest to its teacher.
+        """
+        loader = self.get_eval_dataloader(eval_dataset)
+        student = self.accelerator.unwrap_model(self.model)
+        was_training, totals = student.training, torch.zeros(3, dtype=torch.float64, device=self.args.device)
+        student.eval()
+        try:
+            for inputs in loader:
+                with self.accelerator.autocast():
+                    measured = measure_batch(student, self.teacher, self._prepare_inputs(inputs))
+                totals += torch.stack([measured.kl, measured.cross_entropy, measured.num_tokens]).double()
+        finally:
+            student.train(was_training)
+        kl, cross_entropy, tokens = self.accelerator.reduce(totals, "sum").tolist()
+        p = metric_key_prefix
+        metrics = {f"{p}_loss": kl / tokens, f"{p}_kl": kl / tokens, f"{p}_cross_entropy": cross_entropy / tokens}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+class _WindowStart(TrainerCallback):
+    def __init__(self, trainer: SRDTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._start_window()
+
+
+def make_curriculum(plan: CurriculumPlan, sample_ids: Sequence[str], args: SRDConfig) -> Curriculum:
+    """The schedule that `args` gives to a plan."""
+    stages = len(plan.subsets)
+    return Curriculum(
+        plan,
+        list(sample_ids),
+        batch_size=args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        epochs_per_stage=per_stage("epochs_per_stage", args.epochs_per_stage, 0, 0, stages),
+        temperatures=per_stage("temperature", args.temperature, args.temperature_start, args.temperature_end, stages),
+        sft_weights=per_stage("sft_weight", args.sft_weight, args.sft_weight_start, args.sft_weight_end, stages),
+        learning_rates=per_stage("stage_learning_rates", args.stage_learning_rates or args.learning_rate, 0, 0, stages),
+        min_learning_rate=args.min_learning_rate,
+        restart_learning_rate=args.restart_learning_rate,
+        warmup=args.warmup_steps,
+        seed=args.data_seed if args.data_seed is not None else args.seed,
+    )
+
+
+def _with_adapters(model: nn.Module, peft_config: Any) -> nn.Module:
+    try:
+        from peft import get_peft_model
+    except ImportError as e:
+        raise UserError(f"peft_config needs the peft package: pip install 'srd-fast[peft]' ({e})") from e
+    return get_peft_model(model, peft_config)  # type: ignore[arg-type]
+
+
+def _call_through(wrapped: nn.Module, inner: nn.Module, forward: Callable[..., Any], *args: Any) -> Any:
+    """Run `forward` inside the wrapper's own call (DDP and FSDP prepare for the backward pass there)."""
+    if wrapped is inner:
+        return forward(*args)
+    original = inner.forward
+
+    def once(*a: Any, **k: Any) -> Any:
+        inner.forward = original
+        return forward(*a, **k)
+
+    inner.forward = once
+    try:
+        return wrapped(*args)
+    finally:
+        inner.forward = original
+
+
