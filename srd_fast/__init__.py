@@ -1,0 +1,73 @@
+"""SRD-Fast: selective reflection distillation of large language models.
+
+from srd_fast import reflect, curate, SRDConfig, SRDTrainer, evaluate, distillation_loss
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .config import SRDConfig
+    from .curation import CurriculumPlan, Signal, curate
+    from .errors import UserError
+    from .evaluation import evaluate
+    from .losses import (
+        DistillationLoss,
+        DistillationOutput,
+        distillation_loss,
+        distillation_loss_from_logits,
+        divergence_names,
+        register_divergence,
+    )
+    from .reflection import Sampling, reflect, register_difficulty, register_engine
+    from .trainer import SRDTrainer
+
+# Importing torch and transformers takes seconds; `srd-fast --help` and a wrong config should not wait for them.
+_HOME = {
+    "CurriculumPlan": "curation",
+    "DistillationLoss": "losses",
+    "DistillationOutput": "losses",
+    "SRDConfig": "config",
+    "SRDTrainer": "trainer",
+    "Sampling": "reflection",
+    "Signal": "curation",
+    "UserError": "errors",
+    "curate": "curation",
+    "distillation_loss": "losses",
+    "distillation_loss_from_logits": "losses",
+    "divergence_names": "losses",
+    "evaluate": "evaluation",
+    "reflect": "reflection",
+    "register_difficulty": "reflection",
+    "register_divergence": "losses",
+    "register_engine": "reflection",
+}
+__all__ = [
+    "CurriculumPlan",
+    "DistillationLoss",
+    "DistillationOutput",
+    "SRDConfig",
+    "SRDTrainer",
+    "Sampling",
+    "Signal",
+    "UserError",
+    "curate",
+    "distillation_loss",
+    "distillation_loss_from_logits",
+    "divergence_names",
+    "evaluate",
+    "reflect",
+    "register_difficulty",
+    "register_divergence",
+    "register_engine",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'srd_fast' has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

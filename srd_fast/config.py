@@ -104,7 +104,9 @@ class SRDConfig(TrainingArguments):
                 fine = x <= most
             if not fine:
                 low = f"above {above:g}" if above is not None else f"at least {least:g}"
-                raise UserError(f"{name} must be {low}{f' and at most {most:g}' if most is not None else ''}, got {x!r}")
+                raise UserError(
+                    f"{name} must be {low}{f' and at most {most:g}' if most is not None else ''}, got {x!r}"
+                )
 
     @property
     def scales_with_temperature(self) -> bool:

@@ -5,9 +5,9 @@ Reciprocal rank fusion: Cormack et al., SIGIR 2009; its use for distillation dat
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 from datasets import Dataset
 
 from .errors import UserError
+from .files import write_text
 from .suggest import unknown_name
 
 PLAN_FORMAT = "srd_fast.plan/1"
@@ -74,15 +75,13 @@ class CurriculumPlan:
             "keep": self.keep,
             "stages": self.stages,
             "rrf_k": self.rrf_k,
-            "signals": {n: {"higher_is_easier": s.higher_is_easier, "weight": s.weight} for n, s in self.signals.items()},
+            "signals": {n: asdict(s) for n, s in self.signals.items()},
             "subsets": self.subsets,
             "dropped": self.dropped,
             "unscored": self.unscored,
             "fused": self.fused,
         }
-        temporary = target.with_name(f".{target.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(temporary, target)
+        write_text(target, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> "CurriculumPlan":
@@ -175,7 +174,7 @@ def curate(
         keep = 1.0
     else:
         borders = _borders(len(ranked), keep, stages, floor_subsets)
-        subsets = [ranked[a:b] for a, b in zip(borders, borders[1:])]
+        subsets = [ranked[a:b] for a, b in pairwise(borders)]
         what = "drawn" if method == "random" else "fused rank"
         dropped = [
             {"sample_id": s, "reason": f"{what} {r} of {len(ranked)}, beyond the {borders[-1]} kept"}

@@ -26,9 +26,7 @@ class Stage:
     peak_learning_rate: float
 
 
-def per_stage(
-    name: str, given: float | Sequence[float] | None, start: float, end: float, stages: int
-) -> list[float]:
+def per_stage(name: str, given: float | Sequence[float] | None, start: float, end: float, stages: int) -> list[float]:
     """A value for every stage: the list as given, a constant, or linear from `start` to `end`."""
     if given is None:
         return [start] if stages == 1 else [start + (end - start) * s / (stages - 1) for s in range(stages)]

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .losses import distillation_loss
+from .data import IGNORE_INDEX
+from .losses import distillation_loss, token_cross_entropy
 from .models import find_head, last_hidden_state
 from .teacher import TeacherSource
 
@@ -21,16 +22,24 @@ class Divergences(NamedTuple):
 
 
 @torch.no_grad()
-def measure_batch(student: nn.Module, teacher: TeacherSource, inputs: dict[str, Any]) -> Divergences:
-    """Measure a collated batch (input_ids, attention_mask, labels: [B, L]) without gradients or full logits."""
-    ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    head, teacher_head = find_head(student), teacher.head
+def measure_batch(student: nn.Module, teacher: TeacherSource | None, inputs: dict[str, Any]) -> Divergences:
+    """Measure a collated batch (input_ids, attention_mask, labels: [B, L]) without gradients or full logits.
+
+    Without a teacher `kl` is 0.
+    """
+    ids, mask, labels = inputs["input_ids"], inputs["attention_mask"], inputs["labels"][:, 1:]
+    hidden_BLD, head = last_hidden_state(student, ids, mask)[:, :-1], find_head(student)
+    if teacher is None:
+        kept = labels != IGNORE_INDEX
+        losses = token_cross_entropy(hidden_BLD[kept], head, labels[kept])
+        return Divergences(losses.new_zeros(()), losses.sum(), kept.sum())
+    teacher_head = teacher.head
     out = distillation_loss(
-        last_hidden_state(student, ids, mask)[:, :-1],
+        hidden_BLD,
         head.weight,  # type: ignore[arg-type]
         teacher.hidden_states(ids, mask)[:, :-1],
         teacher_head.weight,  # type: ignore[arg-type]
-        inputs["labels"][:, 1:],
+        labels,
         divergence="forward_kl",
         temperature=1.0,
         student_bias=head.bias,

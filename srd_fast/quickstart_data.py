@@ -13,8 +13,7 @@ from typing import TypeVar
 
 T = TypeVar("T")
 Row = dict[str, str]  # instruction, input, output and topic
-
-MAX_ROWS = 2700  # well before the smallest family runs out of distinct prompts
+MAX_ROWS = 2600  # well before the smallest family runs out of distinct prompts
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -45,12 +44,11 @@ CATEGORIES = {
 NOUNS = tuple(noun for group in CATEGORIES.values() for noun in group) + GIFTS
 CAPITALS = _pairs("""France:Paris, Germany:Berlin, Italy:Rome, Spain:Madrid, Portugal:Lisbon, Greece:Athens,
     Austria:Vienna, Belgium:Brussels, Denmark:Copenhagen, Norway:Oslo, Sweden:Stockholm, Finland:Helsinki,
-    Ireland:Dublin, Poland:Warsaw, Hungary:Budapest, Romania:Bucharest, Bulgaria:Sofia, Croatia:Zagreb,
-    Serbia:Belgrade, Estonia:Tallinn, Lithuania:Vilnius, Iceland:Reykjavik, Turkey:Ankara, Russia:Moscow,
-    Ukraine:Kyiv, Egypt:Cairo, Morocco:Rabat, Kenya:Nairobi, Ethiopia:Addis Ababa, China:Beijing, Japan:Tokyo,
-    Thailand:Bangkok, Vietnam:Hanoi, India:New Delhi, Nepal:Kathmandu, Pakistan:Islamabad, Iran:Tehran,
-    Lebanon:Beirut, Australia:Canberra, Canada:Ottawa, Cuba:Havana, Peru:Lima, Chile:Santiago,
-    Argentina:Buenos Aires, Jamaica:Kingston""")
+    Ireland:Dublin, Poland:Warsaw, Hungary:Budapest, Romania:Bucharest, Bulgaria:Sofia, Serbia:Belgrade,
+    Estonia:Tallinn, Lithuania:Vilnius, Iceland:Reykjavik, Turkey:Ankara, Russia:Moscow, Ukraine:Kyiv,
+    Egypt:Cairo, Morocco:Rabat, Kenya:Nairobi, China:Beijing, Japan:Tokyo, Thailand:Bangkok, Vietnam:Hanoi,
+    India:New Delhi, Nepal:Kathmandu, Pakistan:Islamabad, Iran:Tehran, Australia:Canberra, Canada:Ottawa,
+    Cuba:Havana, Peru:Lima, Chile:Santiago, Argentina:Buenos Aires""")
 PLURALS = _pairs("""cat:cats, tree:trees, house:houses, window:windows, key:keys, toy:toys, day:days,
     monkey:monkeys, photo:photos, box:boxes, bus:buses, church:churches, dish:dishes, glass:glasses,
     watch:watches, tomato:tomatoes, city:cities, baby:babies, story:stories, country:countries, puppy:puppies,
@@ -58,11 +56,10 @@ PLURALS = _pairs("""cat:cats, tree:trees, house:houses, window:windows, key:keys
     mouse:mice, child:children, foot:feet, tooth:teeth, goose:geese, man:men, woman:women, person:people,
     ox:oxen, sheep:sheep, deer:deer, crisis:crises, phenomenon:phenomena""")
 PAST_TENSES = _pairs("""walk:walked, play:played, jump:jumped, help:helped, ask:asked, live:lived, bake:baked,
-    stop:stopped, drop:dropped, study:studied, try:tried, go:went, eat:ate, see:saw, run:ran, come:came,
-    take:took, give:gave, write:wrote, drive:drove, break:broke, choose:chose, sing:sang, swim:swam,
-    drink:drank, begin:began, buy:bought, think:thought, teach:taught, fight:fought, sleep:slept, keep:kept,
-    build:built, make:made, say:said, tell:told, sell:sold, stand:stood, grow:grew, throw:threw, draw:drew,
-    forget:forgot, hide:hid, freeze:froze, cut:cut""")
+    stop:stopped, study:studied, try:tried, go:went, eat:ate, see:saw, run:ran, come:came, take:took,
+    give:gave, write:wrote, drive:drove, break:broke, choose:chose, sing:sang, swim:swam, drink:drank,
+    begin:began, buy:bought, think:thought, teach:taught, fight:fought, sleep:slept, keep:kept, build:built,
+    make:made, say:said, sell:sold, stand:stood, grow:grew, throw:threw, draw:drew, hide:hid, cut:cut""")
 ANTONYMS = _pairs("""hot:cold, big:small, fast:slow, early:late, happy:sad, rich:poor, strong:weak, wet:dry,
     full:empty, clean:dirty, up:down, loud:quiet, true:false, wide:narrow, deep:shallow, safe:dangerous,
     cheap:expensive, victory:defeat, day:night, north:south, friend:enemy, buy:sell, push:pull, arrive:depart,
@@ -72,10 +69,9 @@ ANTONYMS += tuple((right, left) for left, right in ANTONYMS)
 VERBS = _pairs("""write wrote written:letter poem story, paint painted painted:fence wall door,
     draw drew drawn:map picture horse, clean cleaned cleaned:kitchen window floor,
     hide hid hidden:key gift map, find found found:key ring map, eat ate eaten:apple sandwich cake,
-    open opened opened:box letter door, sell sold sold:car bicycle house, build built built:tower boat bridge,
-    choose chose chosen:gift song book, repair repaired repaired:roof clock bicycle,
-    break broke broken:window plate chair, throw threw thrown:ball stone stick,
-    buy bought bought:table lamp guitar""")
+    open opened opened:box letter door, sell sold sold:car bicycle lamp, build built built:tower boat bridge,
+    repair repaired repaired:roof clock bicycle, break broke broken:window plate chair,
+    throw threw thrown:ball stone stick, buy bought bought:table book guitar""")
 DEFINITIONS = _pairs("""a baker:a person who makes bread and cakes, a pilot:a person who flies an airplane,
     a farmer:a person who grows crops and raises animals, a teacher:a person who helps students learn,
     a dentist:a doctor who takes care of teeth, an author:a person who writes books,
@@ -84,12 +80,11 @@ DEFINITIONS = _pairs("""a baker:a person who makes bread and cakes, a pilot:a pe
     a firefighter:a person who puts out fires, a thermometer:an instrument that measures temperature,
     a square:a shape with four equal sides and right angles, a clock:a device that shows the time,
     a microscope:an instrument that makes tiny objects visible, a triangle:a shape with three sides,
-    a compass:an instrument that shows which way is north,
-    a calendar:a chart that shows the days and months of a year, a decade:a period of ten years,
-    a dictionary:a book that explains the meaning of words, a century:a period of one hundred years,
-    an umbrella:a folding cover that protects you from rain, a dozen:a group of twelve,
-    a refrigerator:a machine that keeps food cold, a lighthouse:a tower with a bright light that guides ships,
-    a hexagon:a shape with six sides, an island:a piece of land surrounded by water""")
+    a decade:a period of ten years, a dictionary:a book that explains the meaning of words,
+    a century:a period of one hundred years, an umbrella:a folding cover that protects you from rain,
+    a dozen:a group of twelve, a refrigerator:a machine that keeps food cold,
+    a lighthouse:a tower with a bright light that guides ships, a hexagon:a shape with six sides,
+    an island:a piece of land surrounded by water""")
 UNITS = _pairs("""kilometers meters:1000, meters centimeters:100, centimeters millimeters:10,
     kilograms grams:1000, liters milliliters:1000, hours minutes:60, minutes seconds:60, days hours:24,
     weeks days:7, feet inches:12, yards feet:3, pounds ounces:16""")
@@ -358,7 +353,7 @@ def _from_small_numbers(draw: _Draw) -> Values:
 """)
 def _from_person(draw: _Draw) -> Values:
     (name, other), surname, (_, city) = draw.sample(NAMES, 2), draw.choice(SURNAMES), draw.choice(CAPITALS)
-    year, month, day, age = draw.between(1950, 2029), draw.between(1, 12), draw.between(1, 28), draw.between(18, 80)
+    year, month, day, age = draw.between(1990, 2029), draw.between(1, 12), draw.between(1, 28), draw.between(18, 80)
     dates = {"iso": f"{year}-{month:02d}-{day:02d}", "slash": f"{day:02d}/{month:02d}/{year}"}
     dates |= {"D": f"{MONTHS[month - 1]} {day}, {year}", "m": MONTHS[month - 1], "d": str(day)}
     record = json.dumps({"name": name, "age": age, "city": city})

@@ -101,7 +101,9 @@ class SRDTrainer(Trainer):
         if eval_dataset is not None:
             evaluation = prepare_dataset(eval_dataset, tokenisation, "eval_dataset").dataset
         if args.n_gpu > 1:
-            logger.warning("%d GPUs are visible to one process; using the first. For all: accelerate launch", args.n_gpu)
+            logger.warning(
+                "%d GPUs are visible to one process; using the first. For all: accelerate launch", args.n_gpu
+            )
             args._n_gpu = 1
         super().__init__(
             model=model,
@@ -315,5 +317,3 @@ def _call_through(wrapped: nn.Module, inner: nn.Module, forward: Callable[..., A
         return wrapped(*args)
     finally:
         inner.forward = original
-
-

@@ -70,9 +70,7 @@ class _Gradients(NamedTuple):
     bias_V: Tensor | None
 
 
-def rows_per_chunk(
-    num_classes: int, device: torch.device, dtype: torch.dtype, memory_budget: int | None
-) -> int:
+def rows_per_chunk(num_classes: int, device: torch.device, dtype: torch.dtype, memory_budget: int | None) -> int:
     """Rows whose working memory fits in `memory_budget` bytes (default: 1 GiB on CUDA, 256 MiB elsewhere), at least 1."""
     budget = memory_budget or _DEFAULT_BUDGET.get(device.type, _DEFAULT_BUDGET_ELSEWHERE)
     itemsize = max(dtype.itemsize, torch.float32.itemsize)

@@ -162,13 +162,9 @@ def _loss(
     loss, *values = ChunkedLoss.apply(
         student.reshape(-1, student.shape[-1])[kept], student_head.weight, student_head.bias, rows, per_row
     )
-    num_items = torch.as_tensor(
-        kept.numel() if o["num_items"] is None else o["num_items"], device=labels.device
-    )
+    num_items = torch.as_tensor(kept.numel() if o["num_items"] is None else o["num_items"], device=labels.device)
     if per_row:
-        spread = [
-            x.new_zeros(labels.numel()).index_put((kept,), x).view(labels.shape) for x in (loss, *values)
-        ]
+        spread = [x.new_zeros(labels.numel()).index_put((kept,), x).view(labels.shape) for x in (loss, *values)]
         return DistillationOutput(*spread, num_items)
     if rows.weights_N is not None:
         values = [x * rows.weights_N for x in values]
@@ -274,15 +270,11 @@ def distillation_loss_from_logits(
     """`distillation_loss` for loops that have logits: [..., V_S] and [..., V_T]. Everything else as there."""
     options = dict(locals(), student_scale=1.0, teacher_scale=1.0)
     student_head = Head(None, None, student_softcap)
-    return _loss(
-        student_logits, student_head, teacher_logits, Head(None, None, teacher_softcap), labels, options
-    )
+    return _loss(student_logits, student_head, teacher_logits, Head(None, None, teacher_softcap), labels, options)
 
 
 @torch.no_grad()
-def token_cross_entropy(
-    hidden_ND: Tensor, head: Head, labels_N: Tensor, memory_budget: int | None = None
-) -> Tensor:
+def token_cross_entropy(hidden_ND: Tensor, head: Head, labels_N: Tensor, memory_budget: int | None = None) -> Tensor:
     """Cross-entropy of each row under a model's head, [N] in nats, without a [N, V] tensor and without gradient.
 
     Args:
@@ -323,9 +315,7 @@ class DistillationLoss(nn.Module):
     ) -> DistillationOutput:
         """See `distillation_loss`."""
         merged = {**self.options, **options}
-        return distillation_loss(
-            student_hidden, student_weight, teacher_hidden, teacher_weight, labels, **merged
-        )
+        return distillation_loss(student_hidden, student_weight, teacher_hidden, teacher_weight, labels, **merged)
 
     def extra_repr(self) -> str:
         """The options that were given."""

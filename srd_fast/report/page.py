@@ -111,13 +111,14 @@ def _facts(run: Run) -> list[tuple[str, str]]:
 def _plan_in_words(plan: Plan | None) -> str:
     if plan is None:
         return "–"
-    kept = sum(len(subset) for subset in plan.subsets)
     how = {"srd": "selective reflection", "random": "random drop", "none": "no selection"}[plan.method]
     subsets = sum(1 for subset in plan.subsets if subset)
-    return (
-        f"{how}: {kept:,} kept in {subsets} subset{'' if subsets == 1 else 's'}, "
-        f"{len(plan.dropped):,} dropped, {len(plan.unscored):,} unscored"
-    )
+    kept = f"{sum(len(subset) for subset in plan.subsets):,} kept"
+    parts = [f"{kept} in {subsets} subsets" if subsets > 1 else kept]
+    parts += [
+        f"{len(some):,} {what}" for some, what in ((plan.dropped, "dropped"), (plan.unscored, "unscored")) if some
+    ]
+    return f"{how}: {', '.join(parts)}"
 
 
 def _scores(run: Run) -> dict[str, Any]:

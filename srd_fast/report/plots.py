@@ -197,7 +197,8 @@ def curves(train: dict[str, FloatArray], validation: dict[str, FloatArray], band
             _by_stage(axes, train, smooth, color=LINE, linewidth=2)
         else:
             seen = np.isfinite(values)
-            axes.plot(source["step"][seen], values[seen], color=INK, linewidth=1.2, marker="o", markersize=4.5)
+            dot = "o" if seen.sum() <= 60 else None
+            axes.plot(source["step"][seen], values[seen], color=INK, linewidth=1.2, marker=dot, markersize=4.5)
         if not np.isfinite(values).any():
             axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color=MUTED)
         axes.margins(x=0.01, y=0.1)
@@ -242,3 +243,4 @@ def _by_stage(axes: Axes, train: dict[str, FloatArray], values: FloatArray, **st
 def _label_steps(axes: Axes) -> None:
     axes.set_xlabel("optimizer step")
     axes.xaxis.set_major_locator(MaxNLocator(6, steps=NICE, integer=True))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))

@@ -1,0 +1,129 @@
+"""`srd-fast`: the verbs. Exit status 0, 2 with one line for a user's mistake, 130 when stopped with Ctrl-C."""
+
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .errors import UserError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Selective reflection distillation: reflect, curate, distil, evaluate, report.",
+)
+
+_Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file; see examples/quickstart.yaml.")]
+_Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[key=value]...", help="Override config keys, e.g. distill.skew=0.2.")
+]
+
+
+@app.command()
+def run(config: _Config, overrides: _Overrides = None) -> None:
+    """Every step: prepare, init-student, reflect, curate, distill, evaluate, report.
+
+    A step is skipped when its output is there and was made from the same inputs. Stopped, the same command goes on.
+    """
+    from .pipeline import execute
+    from .run_config import load_run_config
+
+    folder = execute(load_run_config(config, overrides or []))
+    typer.echo(f"report: {folder / 'report.html'}")
+    typer.echo(f"student: {folder / 'student'}")
+
+
+def _step_command(name: str, text: str) -> None:
+    @app.command(name, help=f"{text} The steps before it must be done.")
+    def command(
+        config: _Config,
+        overrides: _Overrides = None,
+        force: Annotated[bool, typer.Option("--force", help="Do it again even if nothing has changed.")] = False,
+    ) -> None:
+        from .pipeline import execute
+        from .run_config import load_run_config
+
+        execute(load_run_config(config, overrides or []), only=name, force=force)
+
+
+_step_command("prepare", "Read and tokenise the data into the run folder.")
+_step_command("reflect", "The starting student answers every training prompt: reflections.parquet.")
+_step_command("curate", "Rank, drop and stage the samples: plan.json.")
+_step_command("distill", "Train along the plan: checkpoints/, metrics.jsonl, student/.")
+_step_command("evaluate", "Teacher, starting and distilled student on the validation rows: summary.json.")
+_step_command("report", "One page from the run folder: report.html.")
+
+
+@app.command("init-student")
+def init_student(
+    teacher: Annotated[str, typer.Option(help="Model folder, hub id, or smollm2-135m-instruct.")],
+    output: Annotated[Path, typer.Option(help="Folder for the student.")],
+    layers: Annotated[
+        str, typer.Option(help="How many layers to keep (first and last ones), or a list such as 0,1,2,27,28,29.")
+    ],
+    data: Annotated[str | None, typer.Option(help="Rows for the warm-up; required with --warmup-steps.")] = None,
+    warmup_steps: Annotated[int, typer.Option(min=0, help="Steps of forward-KL distillation after the cut.")] = 0,
+    learning_rate: Annotated[float, typer.Option(help="Of the warm-up.")] = 4e-4,
+    batch_size: Annotated[int, typer.Option(min=1, help="Of the warm-up.")] = 16,
+    template: Annotated[str, typer.Option(help="Prompt template of the warm-up rows.")] = "alpaca",
+    seed: Annotated[int, typer.Option(help="Of the warm-up's order.")] = 0,
+) -> None:
+    """Cut a student out of a teacher by keeping some of its layers, and warm it up."""
+    try:
+        kept: list[int] | int = [int(x) for x in layers.split(",")] if "," in layers else int(layers)
+    except ValueError:
+        raise UserError(f"layers must be a number or a list of numbers, got {layers!r}") from None
+    if bool(data) != bool(warmup_steps):
+        raise UserError("--data and --warmup-steps go together: give both for a warm-up, or neither")
+
+    from .data import Tokenisation, prepare_dataset, read_rows
+    from .models import load_tokenizer
+    from .steps import prune_and_warm_up
+
+    rows = None
+    if data:
+        rows = prepare_dataset(read_rows(data), Tokenisation(load_tokenizer(teacher), template)).dataset
+    prune_and_warm_up(
+        teacher,
+        output,
+        layers=kept,
+        rows=rows,
+        warmup_steps=warmup_steps,
+        learning_rate=learning_rate,
+        batch_size=batch_size,
+        seed=seed,
+        template=template,
+    )
+    typer.echo(f"student: {output}")
+
+
+def _quiet() -> None:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    warnings.simplefilter("ignore", FutureWarning)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+    logging.getLogger("srd_fast").setLevel(logging.INFO)
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one line and exit status 2, never a traceback."""
+    _quiet()
+    try:
+        app()
+    except UserError as e:
+        typer.echo(f"error: {e}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        typer.echo("stopped; the same command goes on from here", err=True)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

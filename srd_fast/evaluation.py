@@ -1,0 +1,87 @@
+"""How good is a model on held-out rows: ROUGE-L of its answers, cross-entropy, divergence to the teacher."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .data import DistillationCollator, Tokenisation, batches_by_length, first_label, pad_id, prepare_dataset
+from .errors import UserError
+from .measure import measure_batch
+from .models import load_model
+from .reflection import RougeL, Sampling, make_engine
+from .teacher import LiveTeacher, TeacherSource
+
+
+def evaluate(
+    model: PreTrainedModel | str,
+    dataset: Dataset | Sequence[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    teacher: PreTrainedModel | TeacherSource | None = None,
+    engine: str = "transformers",
+    sampling: Sampling | None = None,
+    seeds: Sequence[int] = (),
+    batch_size: int = 32,
+    template: str = "alpaca",
+    rouge_tokenizer: str = "auto",
+    num_examples: int = 5,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Evaluate a model on rows of any format of `srd_fast.data`, or on tokenised samples.
+
+    Args:
+        teacher: gives `kl`, the mean of KL(teacher, model) over the tokens of the responses at T = 1.
+        sampling: default greedy, at most 128 new tokens.
+        seeds: sample once for each, at `sampling.temperature` (which must be above 0); ROUGE-L is their mean.
+
+    Returns:
+        rouge_l (0..1, the best over the references, mean over samples), rouge_l_std (over seeds, None when greedy),
+        cross_entropy (nats per token), kl (nats per token or None), num_samples, num_tokens, and `examples`.
+    """
+    sampling = sampling or Sampling()
+    if seeds and sampling.temperature <= 0:
+        raise UserError("evaluation seeds need a sampling temperature above 0 (the paper's is 1.0)")
+    model = load_model(model) if isinstance(model, str) else model
+    source = LiveTeacher(teacher) if isinstance(teacher, torch.nn.Module) else teacher
+    samples = prepare_dataset(dataset, Tokenisation(tokenizer, template)).dataset
+    references = list(samples["references"])
+    input_ids, labels = list(samples["input_ids"]), list(samples["labels"])
+    runner = make_engine(engine, model, tokenizer, batch_size=batch_size, progress=progress)
+    prompts = [x[: first_label(y)] for x, y in zip(input_ids, labels)]
+    scorer = RougeL(rouge_tokenizer)
+    means, generations = [], [""] * len(samples)
+    for seed in seeds or (sampling.seed,):
+        for i, generated in runner.generate(prompts, _with_seed(sampling, seed)):
+            generations[i] = tokenizer.decode(generated, skip_special_tokens=True).strip()
+        means.append(statistics.fmean(scorer.score(g, r or [""]) for g, r in zip(generations, references)))
+
+    collate, was_training = DistillationCollator(pad_id(tokenizer)), model.training
+    totals = torch.zeros(3, dtype=torch.float64)
+    model.eval()
+    for indices in batches_by_length([len(x) for x in input_ids], batch_size):
+        batch = collate([{"input_ids": input_ids[i], "labels": labels[i]} for i in indices])
+        measured = measure_batch(model, source, {k: v.to(model.device) for k, v in batch.items()})
+        totals += torch.stack([x.cpu().double() for x in measured])
+    model.train(was_training)
+    kl, cross_entropy, tokens = totals.tolist()
+    examples = [
+        {"sample_id": i, "prompt": p, "reference": (r or [""])[0], "generation": g}
+        for i, p, r, g in zip(samples["sample_id"], samples["prompt"], references, generations)
+    ]
+    return {
+        "rouge_l": statistics.fmean(means),
+        "rouge_l_std": statistics.stdev(means) if len(means) > 1 else None,
+        "cross_entropy": cross_entropy / tokens,
+        "kl": kl / tokens if source is not None else None,
+        "num_samples": len(samples),
+        "num_tokens": int(tokens),
+        "examples": examples[:num_examples],
+    }
+
+
+def _with_seed(sampling: Sampling, seed: int) -> Sampling:
+    return Sampling(**{**vars(sampling), "seed": seed})

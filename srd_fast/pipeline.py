@@ -1,0 +1,164 @@
+"""The steps of a run, each redone only when what it was made from has changed.
+
+A step's fingerprint covers its part of the config and the fingerprints of the steps before it; `steps.json` in the run
+folder holds it with a digest of every output. A step is skipped when both still match.
+"""
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from . import steps
+from .errors import UserError
+from .files import content_digest, write_text
+from .run_config import RunConfig
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step: what it makes (paths in the run folder), from which part of the config, after which steps."""
+
+    name: str
+    outputs: Callable[[RunConfig], list[str]]
+    depends: Callable[[RunConfig], Any]
+    after: tuple[str, ...]
+    run: Callable[["steps.Run"], None]
+
+
+STEPS = (
+    Step("prepare", lambda c: ["data"], steps.prepare_inputs, (), steps.prepare),
+    Step(
+        "init-student",
+        lambda c: ["start"] if c.student == "prune" else [],
+        lambda c: [c.init_student.model_dump(), c.dtype, c.seed] if c.student == "prune" else c.student,
+        ("prepare",),
+        steps.init_student,
+    ),
+    Step(
+        "reflect",
+        lambda c: ["reflections.parquet"],
+        lambda c: [c.reflect.model_dump(), c.dtype],
+        ("init-student",),
+        steps.reflect_step,
+    ),
+    Step(
+        "curate",
+        lambda c: ["plan.json"],
+        lambda c: [c.curate.model_dump(), c.seed if c.curate.method == "random" else None],
+        ("reflect",),
+        steps.curate_step,
+    ),
+    Step(
+        "distill",
+        lambda c: ["student", "metrics.jsonl"],
+        lambda c: [c.distill, c.dtype, c.seed],
+        ("curate",),
+        steps.distill,
+    ),
+    Step(
+        "evaluate",
+        lambda c: ["summary.json"],
+        lambda c: [c.evaluate.model_dump(), c.dtype],
+        ("distill",),
+        steps.evaluate_step,
+    ),
+    Step("report", lambda c: ["report.html"], lambda c: None, ("evaluate",), steps.report),
+)
+STEP_NAMES = tuple(step.name for step in STEPS)
+
+
+def _hash(content: Any) -> str:
+    return hashlib.blake2b(json.dumps(content, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
+
+
+class Ledger:
+    """`steps.json`: for each finished step its fingerprint, the digests of its outputs, and its seconds."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "steps.json"
+        self.entries: dict[str, dict[str, Any]] = {}
+        if self.path.is_file():
+            try:
+                self.entries = json.loads(self.path.read_text(encoding="utf-8"))
+            except ValueError:
+                logger.warning("%s is damaged: every step is done again", self.path)
+
+    def is_valid(self, step: Step, fingerprint: str, config: RunConfig, folder: Path) -> bool:
+        """Whether the step was done from the same inputs and its outputs are as it left them."""
+        entry = self.entries.get(step.name)
+        if entry is None or entry.get("fingerprint") != fingerprint:
+            return False
+        return all(entry["outputs"].get(o) == content_digest(folder / o) is not None for o in step.outputs(config))
+
+    def record(self, step: Step, fingerprint: str, config: RunConfig, folder: Path, seconds: float) -> None:
+        """Note a finished step, atomically."""
+        outputs = {o: content_digest(folder / o) for o in step.outputs(config)}
+        self.entries[step.name] = {"fingerprint": fingerprint, "outputs": outputs, "seconds": seconds}
+        write_text(self.path, json.dumps(self.entries, indent=1))
+
+
+def fingerprints(config: RunConfig) -> dict[str, str]:
+    """Fingerprint of every step under this config."""
+    found: dict[str, str] = {}
+    for step in STEPS:
+        found[step.name] = _hash([step.name, step.depends(config), [found[a] for a in step.after]])
+    return found
+
+
+def execute(
+    config: RunConfig, only: str | None = None, force: bool = False, say: Callable[[str], None] = print
+) -> Path:
+    """Run every step that is not done, or `only` one, whose predecessors must be done.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        UserError for bad input, or when `only` needs a step that is not done.
+    """
+    folder = Path(config.output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"output_dir {config.output_dir!r} cannot be made: {e}") from e
+    steps.check_inputs(config)
+    wanted = fingerprints(config)
+    write_text(folder / "config.yaml", yaml.safe_dump(config.model_dump(), sort_keys=False))
+    ledger = Ledger(folder)
+    run = steps.Run(config, folder, wanted, ledger.entries)
+    for number, step in enumerate(STEPS, 1):
+        place = f"[{number}/{len(STEPS)}] {step.name}"
+        valid = ledger.is_valid(step, wanted[step.name], config, folder)
+        if only is not None and step.name != only:
+            if not valid and step.name in _before(only):
+                raise UserError(f"step {only!r} needs {step.name!r} done first: srd-fast {step.name} CONFIG")
+            continue
+        if valid and not (force and only == step.name):
+            say(f"{place}: unchanged, skipped")
+            continue
+        say(f"{place} ...")
+        started = time.monotonic()
+        step.run(run)
+        seconds = time.monotonic() - started
+        ledger.record(step, wanted[step.name], config, folder, seconds)
+        say(f"{place}: done in {seconds:.0f} s")
+    return folder
+
+
+def _before(name: str) -> set[str]:
+    by_name = {step.name: step for step in STEPS}
+    needed: set[str] = set()
+    todo: Iterable[str] = by_name[name].after
+    while todo:
+        needed.update(todo)
+        todo = [a for n in todo for a in by_name[n].after]
+    return needed

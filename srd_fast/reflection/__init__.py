@@ -1,0 +1,21 @@
+"""The student answers every training prompt, and its answers are scored: how hard is each sample for it?"""
+
+from .engines import GenerationEngine, Sampling, TransformersEngine, engine_names, make_engine, register_engine
+from .reflect import reflect
+from .rouge import RougeL
+from .signals import Reflected, difficulty_names, get_difficulty, register_difficulty
+
+__all__ = [
+    "GenerationEngine",
+    "Reflected",
+    "RougeL",
+    "Sampling",
+    "TransformersEngine",
+    "difficulty_names",
+    "engine_names",
+    "get_difficulty",
+    "make_engine",
+    "reflect",
+    "register_difficulty",
+    "register_engine",
+]

@@ -1,0 +1,184 @@
+"""The configuration of `srd-fast run`: a YAML file with `key=value` overrides, checked before anything runs."""
+
+from dataclasses import fields as dataclass_fields
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from .config import TRAINING_PRESETS, SRDConfig
+from .curation import CURATION_PRESETS
+from .errors import UserError
+from .reflection.reflect import REFLECTION_PRESETS
+from .suggest import unknown_name
+
+# Fields of SRDConfig that the run sets itself, or that mean nothing in it.
+_SET_BY_RUN = {"output_dir", "seed", "num_train_epochs", "template", "max_prompt_length", "max_response_length"}
+_DISTILL_FIELDS = {f.name for f in dataclass_fields(SRDConfig) if f.init} - _SET_BY_RUN
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+
+class InitStudent(_Section):
+    """How the student is cut out of the teacher and warmed up (only with `student: prune`)."""
+
+    layers: int | list[int] = 15
+    warmup_steps: int = Field(25, ge=0)
+    warmup_learning_rate: float = Field(4e-4, gt=0)
+    warmup_batch_size: int = Field(16, ge=1)
+
+
+class Reflect(_Section):
+    """How the student's reflections are made and scored."""
+
+    engine: str = "transformers"
+    batch_size: int = Field(32, ge=1)
+    max_new_tokens: int = Field(128, ge=1)
+    temperature: float = Field(0.0, ge=0)
+    no_repeat_ngram_size: int = Field(0, ge=0)
+    signals: list[str] = ["rouge_l", "cross_entropy"]
+    rouge_tokenizer: Literal["auto", "rouge", "unicode"] = "auto"
+    score_eos: bool = True
+
+
+class Curate(_Section):
+    """How scores become a plan. `signals`: name -> weight; default: every signal of reflect, weight 1."""
+
+    method: Literal["srd", "random", "none"] = "srd"
+    keep: float = Field(0.75, gt=0, le=1)
+    stages: int = Field(3, ge=1)
+    rrf_k: float = Field(60, gt=0)
+    signals: dict[str, float] | None = None
+    floor_subsets: bool = False
+
+
+class Evaluate(_Section):
+    """How models are evaluated on the validation rows. With `seeds`, sampled once for each at `temperature`."""
+
+    batch_size: int = Field(32, ge=1)
+    max_new_tokens: int = Field(128, ge=1)
+    seeds: list[int] = []
+    temperature: float = Field(1.0, gt=0)
+
+
+class RunConfig(_Section):
+    """Everything `srd-fast run` needs; every field has a default."""
+
+    teacher: str = "smollm2-135m-instruct"
+    student: str = "prune"
+    output_dir: str = "runs/srd"
+    data: str = "quickstart"
+    data_split: str = "train"
+    validation: int | str = 100
+    max_rows: int | None = Field(None, ge=1)
+    template: str = "alpaca"
+    max_prompt_length: int = Field(512, ge=1)
+    max_response_length: int = Field(256, ge=2)
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    device: str = "auto"
+    seed: int = 0
+    preset: Literal["paper", "official"] | None = None
+    init_student: InitStudent = InitStudent()
+    reflect: Reflect = Reflect()
+    curate: Curate = Curate()
+    distill: dict[str, Any] = {}
+    evaluate: Evaluate = Evaluate()
+
+    @field_validator("distill")
+    @classmethod
+    def _known_fields(cls, given: dict[str, Any]) -> dict[str, Any]:
+        for name in given:
+            if name in _SET_BY_RUN:
+                raise ValueError(f"{name} is set at the top level of the config, or by the run itself")
+            if name not in _DISTILL_FIELDS:
+                raise ValueError(unknown_name("key", name, _DISTILL_FIELDS).split(" Known:")[0])
+        return given
+
+
+def _read_yaml(path: str | Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"config {str(path)!r} cannot be read: {e}") from e
+    except yaml.YAMLError as e:
+        raise UserError(f"config {str(path)!r} is not valid YAML: {' '.join(str(e).split())}") from e
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UserError(f"config {str(path)!r} must hold `key: value` lines, got {type(content).__name__}")
+    return content
+
+
+def _override(content: dict[str, Any], assignment: str) -> None:
+    """Apply one `a.b=value`; the value is YAML. 1e-4 without a dot, which YAML takes for text, is a number here."""
+    key, equals, text = assignment.partition("=")
+    if not equals or not key:
+        raise UserError(f"override {assignment!r} is not of the form key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as e:
+        raise UserError(f"override {assignment!r}: the value is not valid YAML") from e
+    *parents, last = key.split(".")
+    level = content
+    for parent in parents:
+        level = level.setdefault(parent, {})
+        if not isinstance(level, dict):
+            raise UserError(f"override {assignment!r}: {parent!r} is not a section")
+    level[last] = value
+
+
+def _numbers(value: Any) -> Any:
+    """YAML 1.1 reads 1e-4 as text; everyone means the number."""
+    if isinstance(value, dict):
+        return {k: _numbers(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_numbers(v) for v in value]
+    if isinstance(value, str) and value[:1] in "+-.0123456789" and "e" in value.lower():
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def load_run_config(path: str | Path | None, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
+    """Read a config, apply the preset under it and the overrides over it, and check every key and value.
+
+    Raises:
+        UserError: one line that names the key, the value and what it should be; for an unknown key, the nearest one.
+    """
+    content = _read_yaml(path) if path is not None else {}
+    for assignment in overrides:
+        _override(content, assignment)
+    content = _numbers(content)
+    preset = content.get("preset")
+    if preset is not None:
+        if preset not in TRAINING_PRESETS:
+            raise UserError(unknown_name("preset", preset, TRAINING_PRESETS))
+        layers = {"distill": TRAINING_PRESETS, "curate": CURATION_PRESETS, "reflect": REFLECTION_PRESETS}
+        for section, presets in layers.items():
+            if isinstance(content.get(section, {}), dict):
+                content[section] = {**presets[preset], **content.get(section, {})}
+    try:
+        return RunConfig(**content)
+    except ValidationError as e:
+        raise UserError(_one_line(e)) from e
+    except TypeError as e:
+        raise UserError(f"config keys must be text: {e}") from e
+
+
+def _one_line(error: ValidationError) -> str:
+    first = error.errors()[0]
+    where = ".".join(str(x) for x in first["loc"] if not (isinstance(x, str) and x in {"int", "str", "list[int]"}))
+    if first["type"] == "extra_forbidden":
+        section: Any = RunConfig
+        for part in first["loc"][:-1]:
+            section = section.model_fields[part].annotation
+        name, known = str(first["loc"][-1]), section.model_fields
+        prefix = ".".join(str(x) for x in first["loc"][:-1])
+        return "config: " + unknown_name(f"key in {prefix}" if prefix else "key", name, known)
+    message = first["msg"].removeprefix("Value error, ")
+    return f"config: {where}: {message[:1].lower()}{message[1:]}, got {first['input']!r}"
