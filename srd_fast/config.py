@@ -117,7 +117,7 @@ class SRDConfig(TrainingArguments):
 
     @classmethod
     def from_preset(cls, preset: str, **fields: Any) -> "SRDConfig":
-        """The preset "paper" or "official" with `fields` on top, e.g. `SRDConfig.from_preset("paper", output_dir=...)`."""
+        """The preset "paper" or "official" with `fields` on top: `SRDConfig.from_preset("paper", output_dir=DIR)`."""
         if preset not in TRAINING_PRESETS:
             raise UserError(unknown_name("preset", preset, TRAINING_PRESETS))
         return cls(**{**TRAINING_PRESETS[preset], **fields})

@@ -227,7 +227,7 @@ class Tokenisation:
 
     def _cut_end(self, text: str, excess: int) -> str:
         ids = self._ids(text)
-        shorter = self.tokenizer.decode(ids[: max(0, len(ids) - excess)], skip_special_tokens=True).rstrip("�")
+        shorter = str(self.tokenizer.decode(ids[: max(0, len(ids) - excess)], skip_special_tokens=True)).rstrip("�")
         return shorter if len(shorter) < len(text) else text[: len(text) - excess]
 
     def sample(self, row: Mapping[str, Any], columns: Sequence[str]) -> dict[str, Any]:

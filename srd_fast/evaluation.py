@@ -56,7 +56,7 @@ def evaluate(
     means, generations = [], [""] * len(samples)
     for seed in seeds or (sampling.seed,):
         for i, generated in runner.generate(prompts, _with_seed(sampling, seed)):
-            generations[i] = tokenizer.decode(generated, skip_special_tokens=True).strip()
+            generations[i] = str(tokenizer.decode(generated, skip_special_tokens=True)).strip()
         means.append(statistics.fmean(scorer.score(g, r or [""]) for g, r in zip(generations, references)))
 
     collate, was_training = DistillationCollator(pad_id(tokenizer)), model.training

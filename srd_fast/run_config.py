@@ -26,19 +26,19 @@ class InitStudent(_Section):
     """How the student is cut out of the teacher and warmed up (only with `student: prune`)."""
 
     layers: int | list[int] = 15
-    warmup_steps: int = Field(25, ge=0)
-    warmup_learning_rate: float = Field(4e-4, gt=0)
-    warmup_batch_size: int = Field(16, ge=1)
+    warmup_steps: int = Field(default=25, ge=0)
+    warmup_learning_rate: float = Field(default=4e-4, gt=0)
+    warmup_batch_size: int = Field(default=16, ge=1)
 
 
 class Reflect(_Section):
     """How the student's reflections are made and scored."""
 
     engine: str = "transformers"
-    batch_size: int = Field(32, ge=1)
-    max_new_tokens: int = Field(128, ge=1)
-    temperature: float = Field(0.0, ge=0)
-    no_repeat_ngram_size: int = Field(0, ge=0)
+    batch_size: int = Field(default=32, ge=1)
+    max_new_tokens: int = Field(default=128, ge=1)
+    temperature: float = Field(default=0.0, ge=0)
+    no_repeat_ngram_size: int = Field(default=0, ge=0)
     signals: list[str] = ["rouge_l", "cross_entropy"]
     rouge_tokenizer: Literal["auto", "rouge", "unicode"] = "auto"
     score_eos: bool = True
@@ -48,9 +48,9 @@ class Curate(_Section):
     """How scores become a plan. `signals`: name -> weight; default: every signal of reflect, weight 1."""
 
     method: Literal["srd", "random", "none"] = "srd"
-    keep: float = Field(0.75, gt=0, le=1)
-    stages: int = Field(3, ge=1)
-    rrf_k: float = Field(60, gt=0)
+    keep: float = Field(default=0.75, gt=0, le=1)
+    stages: int = Field(default=3, ge=1)
+    rrf_k: float = Field(default=60, gt=0)
     signals: dict[str, float] | None = None
     floor_subsets: bool = False
 
@@ -58,10 +58,10 @@ class Curate(_Section):
 class Evaluate(_Section):
     """How models are evaluated on the validation rows. With `seeds`, sampled once for each at `temperature`."""
 
-    batch_size: int = Field(32, ge=1)
-    max_new_tokens: int = Field(128, ge=1)
+    batch_size: int = Field(default=32, ge=1)
+    max_new_tokens: int = Field(default=128, ge=1)
     seeds: list[int] = []
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(default=1.0, gt=0)
 
 
 class RunConfig(_Section):
@@ -73,10 +73,10 @@ class RunConfig(_Section):
     data: str = "quickstart"
     data_split: str = "train"
     validation: int | str = 100
-    max_rows: int | None = Field(None, ge=1)
+    max_rows: int | None = Field(default=None, ge=1)
     template: str = "alpaca"
-    max_prompt_length: int = Field(512, ge=1)
-    max_response_length: int = Field(256, ge=2)
+    max_prompt_length: int = Field(default=512, ge=1)
+    max_response_length: int = Field(default=256, ge=2)
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     device: str = "auto"
     seed: int = 0

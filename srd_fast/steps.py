@@ -365,10 +365,10 @@ def distill(run: Run) -> None:
     if not resume and trainer.args.eval_strategy != "no":
         trainer.evaluate()
     trainer.train(resume_from_checkpoint=resume)
-    trainer.model.config.use_cache = True
     finished = temporary_path(run.folder / "student")
     shutil.rmtree(finished, ignore_errors=True)
-    model = trainer.accelerator.unwrap_model(trainer.model)
+    model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    model.config.use_cache = True
     model.save_pretrained(finished)
     run.tokenizer.save_pretrained(finished)
     replace_folder(finished, run.folder / "student")

@@ -39,23 +39,38 @@ class _IndexStream(Sampler[int]):
         return self.curriculum.sample_passes
 
 
-class _StageBorders(TrainerCallback):
-    """Drops the optimizer's state before the first step of each later stage."""
+class _StepHooks(TrainerCallback):
+    """Drops the optimizer's state before the first step of each later stage, and sums up the seconds of steps.
 
-    def __init__(self, curriculum: Curriculum) -> None:
-        self.curriculum = curriculum
+    Evaluation and saving lie outside of a step, so they do not count in tokens per second.
+    """
+
+    def __init__(self, curriculum: Curriculum, reset_optimizer: bool) -> None:
+        self.curriculum, self.reset_optimizer = curriculum, reset_optimizer
+        self.seconds, self.steps, self._began = 0.0, 0, 0.0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.curriculum.is_stage_start(state.global_step) and kwargs.get("optimizer") is not None:
+        self._began = time.monotonic()
+        if self.reset_optimizer and self.curriculum.is_stage_start(state.global_step):
             optimizer = kwargs["optimizer"]
             getattr(optimizer, "optimizer", optimizer).state.clear()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.seconds += time.monotonic() - self._began
+        self.steps += 1
+
+    def take(self) -> tuple[float, int]:
+        """Seconds and steps since the last call."""
+        taken = max(self.seconds, 1e-9), max(self.steps, 1)
+        self.seconds, self.steps = 0.0, 0
+        return taken
 
 
 class SRDTrainer(Trainer):
     """Distil `teacher_model` into `model` along a curriculum.
 
     Args:
-        model: the student, a causal language model in the dtype to train in (float32 with bf16=True for mixed precision).
+        model: the student, a causal language model in the dtype to train in (float32, also with bf16=True).
         teacher_model: a causal language model with the same tokenizer, or any `TeacherSource`. Never trained.
         args: SRDConfig.
         train_dataset: rows of any format of `srd_fast.data`, or tokenised samples.
@@ -128,8 +143,8 @@ class SRDTrainer(Trainer):
 
         plan = curriculum or CurriculumPlan(subsets=[list(train["sample_id"])], method="none")
         self.curriculum = make_curriculum(plan, train["sample_id"], args)
-        if args.reset_optimizer:
-            self.add_callback(_StageBorders(self.curriculum))
+        self._hooks = _StepHooks(self.curriculum, args.reset_optimizer)
+        self.add_callback(self._hooks)
         self.loss_function = DistillationLoss(
             divergence=args.divergence,
             skew=args.skew,
@@ -138,23 +153,22 @@ class SRDTrainer(Trainer):
             backend=args.backend,
             memory_budget=args.memory_budget,
         )
-        self.add_callback(_WindowStart(self))
         self._sums: dict[str, Tensor] = {}
-        self._window = (time.monotonic(), 0)
         self._started = time.monotonic()
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return _IndexStream(self.curriculum)
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = ["input_ids", "labels"]
+        self._signature_columns = ["input_ids", "labels"]  # type: ignore[assignment]
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The learning rate as a function of the step, relative to `learning_rate`."""
         if self.lr_scheduler is None:
             base = self.args.learning_rate
             self.lr_scheduler = LambdaLR(
-                optimizer or self.optimizer, lambda step: self.curriculum.learning_rate(step) / base
+                optimizer or self.optimizer,  # type: ignore[arg-type]
+                lambda step: self.curriculum.learning_rate(step) / base,
             )
             self._created_lr_scheduler = True
         return self.lr_scheduler
@@ -211,35 +225,36 @@ class SRDTrainer(Trainer):
         """Adds what the curriculum and the loss say to the training logs."""
         if "loss" in logs and self._sums:
             step = max(0, self.state.global_step - 1)
-            last_time, last_step = self._window
-            now, steps = time.monotonic(), self.state.global_step - last_step
+            seconds, steps = self._hooks.take()
             sums = {n: self.accelerator.reduce(v.float(), "sum").item() for n, v in self._sums.items()}
             tokens = sums.pop("tokens")
-            logs |= {n: total / max(1, steps) for n, total in sums.items()}
+            logs |= {n: total / steps for n, total in sums.items()}
             logs |= {
                 "stage": self.curriculum.stage_of(step) + 1,
                 "temperature": self.curriculum.temperature(step),
                 "sft_weight": self.curriculum.sft_weight(step),
-                "tokens_per_second": tokens / max(1e-9, now - last_time),
+                "tokens_per_second": tokens / seconds,
                 "memory_mb": peak_memory_mb(self.args.device),
-                "seconds": now - self._started,
+                "seconds": time.monotonic() - self._started,
             }
-            self._sums, self._window = {}, (now, self.state.global_step)
+            self._sums = {}
         super().log(logs, start_time)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """As in `transformers.Trainer`. With no checkpoint yet, `resume_from_checkpoint=True` starts from the beginning."""
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> Any:
+        """As in `transformers.Trainer`; without a checkpoint, `resume_from_checkpoint=True` starts at the beginning."""
         from transformers.trainer_utils import get_last_checkpoint
 
         if resume_from_checkpoint is True and get_last_checkpoint(self.args.output_dir) is None:
             logger.warning("no checkpoint in %s yet: starting from the beginning", self.args.output_dir)
             resume_from_checkpoint = None
-        self._started = time.monotonic()
         self._sums = {}
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-
-    def _start_window(self) -> None:
-        self._window = (time.monotonic(), self.state.global_step)
+        self._hooks.take()
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     @torch.no_grad()
     def evaluate(
@@ -268,14 +283,6 @@ class SRDTrainer(Trainer):
         return metrics
 
 
-class _WindowStart(TrainerCallback):
-    def __init__(self, trainer: SRDTrainer) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer._start_window()
-
-
 def make_curriculum(plan: CurriculumPlan, sample_ids: Sequence[str], args: SRDConfig) -> Curriculum:
     """The schedule that `args` gives to a plan."""
     stages = len(plan.subsets)
@@ -299,7 +306,7 @@ def _with_adapters(model: nn.Module, peft_config: Any) -> nn.Module:
         from peft import get_peft_model
     except ImportError as e:
         raise UserError(f"peft_config needs the peft package: pip install 'srd-fast[peft]' ({e})") from e
-    return get_peft_model(model, peft_config)  # type: ignore[arg-type]
+    return get_peft_model(model, peft_config)
 
 
 def _call_through(wrapped: nn.Module, inner: nn.Module, forward: Callable[..., Any], *args: Any) -> Any:

@@ -1,8 +1,8 @@
 """Loss and gradient from hidden states, a chunk of rows at a time, so that no larger logits tensor ever exists.
 
 Shape letters: N packed rows, C rows of a chunk, D width, V classes. The gradient is computed in the forward pass, chunk
-by chunk beside the loss, because the logits of a chunk are gone afterwards; `backward` only scales it. With one loss per
-row the factors on the rows are known in `backward` alone, so there the chunks run once more.
+by chunk beside the loss, because the logits of a chunk are gone afterwards; `backward` only scales it. With one loss
+per row the factors on the rows are known in `backward` alone, so there the chunks run once more.
 """
 
 from dataclasses import dataclass
@@ -71,7 +71,7 @@ class _Gradients(NamedTuple):
 
 
 def rows_per_chunk(num_classes: int, device: torch.device, dtype: torch.dtype, memory_budget: int | None) -> int:
-    """Rows whose working memory fits in `memory_budget` bytes (default: 1 GiB on CUDA, 256 MiB elsewhere), at least 1."""
+    """Rows whose working memory fits in `memory_budget` bytes (default: 1 GiB on CUDA, else 256 MiB), at least 1."""
     budget = memory_budget or _DEFAULT_BUDGET.get(device.type, _DEFAULT_BUDGET_ELSEWHERE)
     itemsize = max(dtype.itemsize, torch.float32.itemsize)
     return max(1, budget // (num_classes * itemsize * _EAGER_BUFFERS))
@@ -130,7 +130,7 @@ class ChunkedLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         hidden_ND: Tensor,
         weight: Tensor | None,
@@ -158,7 +158,7 @@ class ChunkedLoss(torch.autograd.Function):
         return loss_N if per_row else loss_N.sum(), *values
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
         grad_loss = grad_outputs[0]
         if ctx.per_row:
             hidden_ND, weight, bias = ctx.saved_tensors

@@ -20,7 +20,7 @@ from .divergences import get_divergence
 
 _BACKENDS = ("auto", "eager")
 _REDUCTIONS = ("mean", "sum", "none")
-# Vocabularies are padded to a multiple that suits the hardware: 943 unused classes (Phi-2) is the most seen in the wild.
+# Vocabularies are padded to a multiple that suits the hardware: 943 unused classes (Phi-2) is the most in the wild.
 _MOST_PADDING = 1024
 
 
@@ -29,7 +29,7 @@ class DistillationOutput:
     """What `distillation_loss` returns; all but `loss` carry no gradient.
 
     With reduction "mean" and "sum" every value is a scalar reduced alike; with "none" each has the shape of the labels,
-    0 at ignored ones. divergence: D in nats at the temperature, without T^2. cross_entropy and entropy (of the student):
+    0 at ignored ones. divergence: D in nats at the temperature, without T^2. cross_entropy, and entropy of the student:
     nats at temperature 1. num_items: scalar, the denominator of "mean".
     """
 
@@ -164,14 +164,14 @@ def _loss(
     )
     num_items = torch.as_tensor(kept.numel() if o["num_items"] is None else o["num_items"], device=labels.device)
     if per_row:
-        spread = [x.new_zeros(labels.numel()).index_put((kept,), x).view(labels.shape) for x in (loss, *values)]
-        return DistillationOutput(*spread, num_items)
-    if rows.weights_N is not None:
-        values = [x * rows.weights_N for x in values]
-    totals = [loss, *(x.sum() for x in values)]
-    if o["reduction"] == "mean":
-        totals = [x / num_items.clamp(min=1) for x in totals]
-    return DistillationOutput(*totals, num_items)
+        rows_N = [loss, *values]
+        out = [x.new_zeros(labels.numel()).index_put((kept,), x).view(labels.shape) for x in rows_N]
+    else:
+        weights_N = rows.weights_N
+        out = [loss, *((x if weights_N is None else x * weights_N).sum() for x in values)]
+        if o["reduction"] == "mean":
+            out = [x / num_items.clamp(min=1) for x in out]
+    return DistillationOutput(out[0], out[1], out[2], out[3], num_items)
 
 
 def distillation_loss(
@@ -202,8 +202,8 @@ def distillation_loss(
 ) -> DistillationOutput:
     """Distillation loss from last hidden states; the gradient flows into the student's hidden states, weight and bias.
 
-    Rows with `labels == ignore_index` are packed out first and cost nothing; the others run through both heads a chunk at
-    a time. The GEMMs run in each head's dtype, softmaxes and reductions in float32 (float64 for float64 input).
+    Rows with `labels == ignore_index` are packed out first and cost nothing; the others run through both heads a chunk
+    at a time. The GEMMs run in each head's dtype, softmaxes and reductions in float32 (float64 for float64 input).
 
     Args:
         student_hidden: [..., D_S] last hidden states after the final norm, any float dtype.
@@ -217,12 +217,12 @@ def distillation_loss(
         temperature_scaling: multiply D by T^2.
         student_bias, teacher_bias: [V]. *_softcap: c of c * tanh(z / c). *_scale: factor on the logits.
         token_weights: [...] factor on each token's loss; it does not enter `num_items`.
-        num_items: denominator of the mean, e.g. the tokens of all accumulation steps and ranks. Default: labels that count.
+        num_items: denominator of the mean, e.g. the tokens of all accumulation steps and ranks. Default: those here.
         reduction: "mean", "sum" or "none" (one value per label, 0 where ignored).
         backend: "auto" or "eager".
         memory_budget: bytes for a chunk's working memory. Default 1 GiB on CUDA, 256 MiB elsewhere.
 
-    V_S and V_T may differ by padding: D is then over the common classes, cross-entropy and entropy over all of the student's.
+    V_S and V_T may differ by padding: D is then over the common classes, the rest over all of the student's.
 
     Raises:
         UserError (a ValueError) that names the argument, its value and what it should be.

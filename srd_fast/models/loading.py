@@ -107,7 +107,7 @@ def load_model(source: str, dtype: torch.dtype = torch.float32, device: str | to
     """
     path = resolve_model(source)
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
     except (OSError, ValueError, KeyError, RuntimeError) as e:
         raise UserError(f"model {source!r} cannot be loaded as a causal language model: {_first_line(e)}") from e
     if getattr(model, "hf_quantizer", None) is not None:

@@ -51,7 +51,7 @@ def prune_depth(model: PreTrainedModel, layers: int | list[int]) -> list[int]:
     for position, layer in enumerate(layers_kept):
         for part in layer.modules():
             if isinstance(getattr(part, "layer_idx", None), int):
-                part.layer_idx = position
+                part.layer_idx = position  # type: ignore[assignment]
     for key, value in list(vars(config).items()):
         if isinstance(value, list) and len(value) == total:
             setattr(config, key, [value[i] for i in kept])

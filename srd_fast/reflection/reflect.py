@@ -70,7 +70,7 @@ def reflect(
     out = open(partial_file, "a", encoding="utf-8") if partial_file is not None else None  # noqa: SIM115
     try:
         for position, generated in runner.generate([prompts[i] for i in todo], sampling or Sampling()):
-            text = tokenizer.decode(generated, skip_special_tokens=True).strip()
+            text = str(tokenizer.decode(generated, skip_special_tokens=True)).strip()
             done[ids[todo[position]]] = text
             if out is not None:
                 out.write(json.dumps({"sample_id": ids[todo[position]], "generation": text}) + "\n")

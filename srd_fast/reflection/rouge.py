@@ -1,4 +1,4 @@
-"""ROUGE-L as `rouge-score` computes it (F-measure, Porter stemmer), with a way out for text that its tokenizer empties."""
+"""ROUGE-L as `rouge-score` computes it (F-measure, Porter stemmer), and a way out for text its tokenizer empties."""
 
 import re
 from collections.abc import Sequence

@@ -114,7 +114,8 @@ def register_difficulty(
     """Add a signal: `function(reflected)` returns one number a sample, in order; non-finite marks it as unscored.
 
     Example:
-        >>> register_difficulty("brevity", lambda r: [-len(g) for g in r.generations], higher_is_easier=True, replace=True)
+        >>> register_difficulty("brevity", lambda r: [-len(g) for g in r.generations],
+        ...     higher_is_easier=True, replace=True)
         >>> get_difficulty("brevity").higher_is_easier
         True
     """

@@ -13,13 +13,11 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from srd_fast.curation import METHODS, PLAN_FORMAT
 from srd_fast.errors import UserError
 from srd_fast.report.files import Fields, read_json, read_table, read_text
 
 FloatArray = npt.NDArray[np.float64]
-
-PLAN_FORMAT = "srd_fast.plan/1"
-METHODS = ("srd", "random", "none")
 
 
 @dataclass(frozen=True)
