@@ -84,7 +84,7 @@ def init_student(
 
     from .data import Tokenisation, prepare_dataset, read_rows
     from .models import load_tokenizer
-    from .steps import prune_and_warm_up
+    from .student import prune_and_warm_up
 
     rows = None
     if data:
@@ -104,6 +104,10 @@ def init_student(
 
 
 def _quiet() -> None:
+    # On a CPU whose cores are shared, threads that spin while they wait cost several times what sleeping does. Read when
+    # torch is first imported, so it is set before any command imports it.
+    os.environ.setdefault("GOMP_SPINCOUNT", "0")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")

@@ -60,7 +60,7 @@ STEPS = (
     Step(
         "distill",
         lambda c: ["student", "metrics.jsonl"],
-        lambda c: [c.distill, c.dtype, c.seed],
+        lambda c: [c.distill, c.lora, c.dtype, c.seed],
         ("curate",),
         steps.distill,
     ),

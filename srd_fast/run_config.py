@@ -85,6 +85,7 @@ class RunConfig(_Section):
     reflect: Reflect = Reflect()
     curate: Curate = Curate()
     distill: dict[str, Any] = {}
+    lora: dict[str, Any] | None = None
     evaluate: Evaluate = Evaluate()
 
     @field_validator("distill")

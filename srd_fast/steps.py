@@ -1,5 +1,6 @@
 """What each step of a run does: files of the run folder in, files of the run folder out."""
 
+import dataclasses
 import importlib.metadata
 import json
 import logging
@@ -21,11 +22,12 @@ from .data import TOKENISED_FEATURES, Tokenisation, content_id, prepare_dataset,
 from .errors import UserError
 from .evaluation import evaluate
 from .files import content_digest, replace_folder, temporary_path, write_text
-from .models import check_tokenizers, fingerprint, load_model, load_tokenizer, prune_depth
+from .models import check_tokenizers, fingerprint, load_model, load_tokenizer
 from .quickstart_data import make_quickstart_splits
 from .reflection import Sampling, get_difficulty, reflect
 from .reflection.engines import engine_names
 from .report import write_report
+from .student import prune_and_warm_up, trainer_basics
 from .suggest import unknown_name
 from .trainer import SRDTrainer
 
@@ -91,6 +93,7 @@ def has_fast_bfloat16(device: torch.device) -> bool:
 def check_inputs(config: Any) -> None:
     """Everything that can be told to be wrong before any work: names, settings, missing files, tokenizers."""
     training_config(config, Path(config.output_dir), torch.device("cpu"), torch.float32)
+    lora_config(config)
     if config.reflect.engine not in engine_names():
         raise UserError(unknown_name("engine", config.reflect.engine, engine_names()))
     for name in (*config.reflect.signals, *(config.curate.signals or ())):
@@ -195,66 +198,10 @@ def init_student(run: Run) -> None:
     )
 
 
-def prune_and_warm_up(
-    teacher: str,
-    output: Path,
-    *,
-    layers: int | list[int],
-    rows: Dataset | None = None,
-    warmup_steps: int = 0,
-    learning_rate: float = 4e-4,
-    batch_size: int = 16,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-    seed: int = 0,
-    template: str = "alpaca",
-) -> None:
-    """Depth-prune `teacher` into a student folder, optionally after a short forward-KL distillation on `rows`.
-
-    A pruned student that was never warmed up answers noise, and reflections of noise rank nothing.
-    """
-    tokenizer = load_tokenizer(teacher)
-    student = load_model(teacher, torch.float32, device)
-    kept = prune_depth(student, layers)
-    logger.info("kept layers %s", kept)
-    work = temporary_path(output)
-    shutil.rmtree(work, ignore_errors=True)
-    if warmup_steps and rows is not None:
-        args = SRDConfig(
-            output_dir=str(work / "trainer"),
-            divergence="forward_kl",
-            temperature=1.0,
-            sft_weight=0.0,
-            learning_rate=learning_rate,
-            epochs_per_stage=warmup_steps * batch_size / len(rows),
-            per_device_train_batch_size=batch_size,
-            save_strategy="no",
-            seed=seed,
-            template=template,
-            **_trainer_basics(torch.device(device), dtype),
-        )
-        source = load_model(teacher, dtype, device)
-        SRDTrainer(student, source, args, rows, processing_class=tokenizer).train()
-    student.config.use_cache = True
-    student.save_pretrained(work / "model")
-    tokenizer.save_pretrained(work / "model")
-    replace_folder(work / "model", output)
-    shutil.rmtree(work, ignore_errors=True)
-
-
-def _trainer_basics(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    return {
-        "use_cpu": device.type == "cpu",
-        "bf16": dtype == torch.bfloat16,
-        "report_to": [],
-        "dataloader_pin_memory": device.type != "cpu",
-    }
-
-
 def training_config(config: Any, folder: Path, device: torch.device, dtype: torch.dtype) -> SRDConfig:
     """SRDConfig of a run: the run's own settings, under what `distill` gives."""
     basics = {
-        **_trainer_basics(device, dtype),
+        **trainer_basics(device, dtype),
         "logging_steps": 1,
         "save_strategy": "steps",
         "save_steps": 50,
@@ -275,6 +222,24 @@ def training_config(config: Any, folder: Path, device: torch.device, dtype: torc
         )
     except (ValueError, TypeError) as e:
         raise UserError(f"config: distill: {e}") from e
+
+
+def lora_config(config: Any) -> Any:
+    """A `peft.LoraConfig` from the section `lora`, or None for full training."""
+    if config.lora is None:
+        return None
+    try:
+        from peft import LoraConfig
+    except ImportError as e:
+        raise UserError(f"config: lora needs the peft package: pip install 'srd-fast[peft]' ({e})") from e
+    known = {f.name for f in dataclasses.fields(LoraConfig)}
+    for name in config.lora:
+        if name not in known:
+            raise UserError("config: " + unknown_name("key in lora", name, known).split(" Known:")[0])
+    try:
+        return LoraConfig(**{"task_type": "CAUSAL_LM", **config.lora})
+    except (TypeError, ValueError) as e:
+        raise UserError(f"config: lora: {e}") from e
 
 
 def reflect_step(run: Run) -> None:
@@ -361,6 +326,7 @@ def distill(run: Run) -> None:
         eval_dataset=run.data("validation"),
         processing_class=run.tokenizer,
         callbacks=[_MetricsFile(metrics)],
+        peft_config=lora_config(run.config),
     )
     if not resume and trainer.args.eval_strategy != "no":
         trainer.evaluate()
@@ -368,6 +334,8 @@ def distill(run: Run) -> None:
     finished = temporary_path(run.folder / "student")
     shutil.rmtree(finished, ignore_errors=True)
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    if run.config.lora is not None:
+        model = model.merge_and_unload()
     model.config.use_cache = True
     model.save_pretrained(finished)
     run.tokenizer.save_pretrained(finished)
@@ -376,40 +344,19 @@ def distill(run: Run) -> None:
 
 def evaluate_step(run: Run) -> None:
     """Teacher, starting and distilled student side by side, and the run's figures: summary.json."""
-    known = run.folder / "evaluation.json"
-    cached: dict[str, Any] = json.loads(known.read_text(encoding="utf-8")) if known.is_file() else {}
-    c, settings = run.config.evaluate, [run.config.evaluate.model_dump(), run.config.dtype]
-    made_by = {"teacher": "prepare", "start": "init-student", "student": "distill"}
-    sources = {"teacher": run.config.teacher, "start": run.start, "student": str(run.folder / "student")}
-    results = {}
-    for name, step in made_by.items():
-        key = json.dumps([run.fingerprints[step], run.fingerprints["prepare"], settings])
-        if cached.get(name, {}).get("key") != key:
-            model = run.teacher if name == "teacher" else load_model(sources[name], run.dtype, run.device)
-            result = evaluate(
-                model,
-                run.data("validation"),
-                run.tokenizer,
-                teacher=None if name == "teacher" else run.teacher,
-                sampling=Sampling(max_new_tokens=c.max_new_tokens, temperature=c.temperature if c.seeds else 0.0),
-                seeds=c.seeds,
-                batch_size=c.batch_size,
-                rouge_tokenizer=run.config.reflect.rouge_tokenizer,
-            )
-            cached[name] = {"key": key, **result}
-            write_text(known, _json(cached))
-        results[name] = {k: v for k, v in cached[name].items() if k != "key"}
+    config = run.config
+    rejected = json.loads((run.folder / "data" / "rejected.json").read_text(encoding="utf-8"))
     summary = {
         "srd_fast_version": importlib.metadata.version("srd-fast"),
-        "teacher": run.config.teacher,
-        "student": run.config.student if run.config.student != PRUNE else f"{run.config.teacher}, pruned",
-        "divergence": run.config.distill.get("divergence", SRDConfig.divergence),
+        "teacher": config.teacher,
+        "student": config.student if config.student != PRUNE else f"{config.teacher}, pruned",
+        "divergence": config.distill.get("divergence", SRDConfig.divergence),
         "data": {
             "train": len(run.data("train")),
             "validation": len(run.data("validation")),
-            "rejected": len(json.loads((run.folder / "data" / "rejected.json").read_text(encoding="utf-8"))),
+            "rejected": len(rejected),
         },
-        "evaluation": results,
+        "evaluation": _evaluations(run),
         "timings": {name: entry["seconds"] for name, entry in run.ledger.items() if "seconds" in entry},
         "training": _training_figures(run),
         "environment": {
@@ -420,6 +367,35 @@ def evaluate_step(run: Run) -> None:
         },
     }
     write_text(run.folder / "summary.json", _json(summary))
+
+
+def _evaluations(run: Run) -> dict[str, Any]:
+    """Results by model. evaluation.json keeps each with what it was made from, so that only changed ones are redone."""
+    path, c = run.folder / "evaluation.json", run.config.evaluate
+    kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    models = {
+        "teacher": ("prepare", run.config.teacher),
+        "start": ("init-student", run.start),
+        "student": ("distill", str(run.folder / "student")),
+    }
+    for name, (made_by, source) in models.items():
+        key = json.dumps([run.fingerprints[made_by], run.fingerprints["prepare"], c.model_dump(), run.config.dtype])
+        if kept.get(name, {}).get("key") == key:
+            continue
+        is_teacher = name == "teacher"
+        result = evaluate(
+            run.teacher if is_teacher else load_model(source, run.dtype, run.device),
+            run.data("validation"),
+            run.tokenizer,
+            teacher=None if is_teacher else run.teacher,
+            sampling=Sampling(max_new_tokens=c.max_new_tokens, temperature=c.temperature if c.seeds else 0.0),
+            seeds=c.seeds,
+            batch_size=c.batch_size,
+            rouge_tokenizer=run.config.reflect.rouge_tokenizer,
+        )
+        kept[name] = {"key": key, **result}
+        write_text(path, _json(kept))
+    return {name: {k: v for k, v in kept[name].items() if k != "key"} for name in models}
 
 
 def _training_figures(run: Run) -> dict[str, Any]:

@@ -1,0 +1,73 @@
+"""Make a starting student: cut it out of its teacher and warm it up."""
+
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+
+from .config import SRDConfig
+from .files import replace_folder, temporary_path
+from .models import load_model, load_tokenizer, prune_depth
+from .trainer import SRDTrainer
+
+logger = logging.getLogger(__name__)
+
+
+def trainer_basics(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """Training arguments that follow from where and in which dtype a run works."""
+    return {
+        "use_cpu": device.type == "cpu",
+        "bf16": dtype == torch.bfloat16,
+        "report_to": [],
+        "dataloader_pin_memory": device.type != "cpu",
+    }
+
+
+def prune_and_warm_up(
+    teacher: str,
+    output: Path,
+    *,
+    layers: int | list[int],
+    rows: Dataset | None = None,
+    warmup_steps: int = 0,
+    learning_rate: float = 4e-4,
+    batch_size: int = 16,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    template: str = "alpaca",
+) -> None:
+    """Depth-prune `teacher` into a student folder, optionally after a short forward-KL distillation on `rows`.
+
+    A pruned student that was never warmed up answers noise, and reflections of noise rank nothing.
+    """
+    tokenizer = load_tokenizer(teacher)
+    student = load_model(teacher, torch.float32, device)
+    kept = prune_depth(student, layers)
+    logger.info("kept layers %s", kept)
+    work = temporary_path(output)
+    shutil.rmtree(work, ignore_errors=True)
+    if warmup_steps and rows is not None:
+        args = SRDConfig(
+            output_dir=str(work / "trainer"),
+            divergence="forward_kl",
+            temperature=1.0,
+            sft_weight=0.0,
+            learning_rate=learning_rate,
+            epochs_per_stage=warmup_steps * batch_size / len(rows),
+            per_device_train_batch_size=batch_size,
+            save_strategy="no",
+            seed=seed,
+            template=template,
+            **trainer_basics(torch.device(device), dtype),
+        )
+        source = load_model(teacher, dtype, device)
+        SRDTrainer(student, source, args, rows, processing_class=tokenizer).train()
+    student.config.use_cache = True
+    student.save_pretrained(work / "model")
+    tokenizer.save_pretrained(work / "model")
+    replace_folder(work / "model", output)
+    shutil.rmtree(work, ignore_errors=True)
