@@ -104,16 +104,19 @@ def init_student(
 
 
 def _quiet() -> None:
-    # On a CPU whose cores are shared, threads that spin while they wait cost several times what sleeping does. Read when
-    # torch is first imported, so it is set before any command imports it.
+    # On a CPU whose cores are shared, threads that spin while they wait cost several times what sleeping does. This is
+    # read when torch is first imported, so it is set before any command imports it.
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     warnings.simplefilter("ignore", FutureWarning)
-    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
-    logging.getLogger("srd_fast").setLevel(logging.INFO)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger("srd_fast")
+    logger.handlers[:], logger.propagate = [handler], False
+    logger.setLevel(logging.INFO)
 
 
 def main() -> None:

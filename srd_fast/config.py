@@ -86,6 +86,13 @@ class SRDConfig(TrainingArguments):
             self._check_numbers(name, least=1)
         if self.temperature_scaling not in (True, False, "official"):
             raise UserError(f"temperature_scaling must be true, false or 'official', got {self.temperature_scaling!r}")
+        if self.label_smoothing_factor:
+            raise UserError(
+                f"label_smoothing_factor is {self.label_smoothing_factor}, which the distillation loss does not have; "
+                "set it to 0 (the teacher's probabilities are soft labels already)"
+            )
+        if self.auto_find_batch_size:
+            raise UserError("auto_find_batch_size would change the curriculum's steps in mid-run; set it to false")
         super().__post_init__()
 
     def _check_numbers(

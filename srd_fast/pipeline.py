@@ -38,15 +38,15 @@ STEPS = (
     Step("prepare", lambda c: ["data"], steps.prepare_inputs, (), steps.prepare),
     Step(
         "init-student",
-        lambda c: ["start"] if c.student == "prune" else [],
-        lambda c: [c.init_student.model_dump(), c.dtype, c.seed] if c.student == "prune" else c.student,
+        lambda c: ["start"] if c.student == steps.PRUNE else [],
+        steps.student_inputs,
         ("prepare",),
         steps.init_student,
     ),
     Step(
         "reflect",
         lambda c: ["reflections.parquet"],
-        lambda c: [c.reflect.model_dump(), c.dtype],
+        lambda c: [c.reflect.model_dump(), c.dtype, c.seed if c.reflect.temperature > 0 else None],
         ("init-student",),
         steps.reflect_step,
     ),

@@ -179,6 +179,13 @@ def _hold_out(samples: Dataset, count: int, seed: int) -> tuple[Dataset, Dataset
     )
 
 
+def student_inputs(config: Any) -> Any:
+    """What the starting student depends on: how it is cut and warmed up, or the model that is given."""
+    if config.student == PRUNE:
+        return [config.init_student.model_dump(), config.dtype, config.seed]
+    return fingerprint(config.student)
+
+
 def init_student(run: Run) -> None:
     """Cut the student out of the teacher and warm it up; nothing to do for a student that is given."""
     if run.config.student != PRUNE:
@@ -312,7 +319,9 @@ def distill(run: Run) -> None:
     checkpoints, metrics = run.folder / "checkpoints", run.folder / "metrics.jsonl"
     stamp, wanted = checkpoints / "fingerprint.txt", run.fingerprints["distill"]
     resume = stamp.is_file() and stamp.read_text(encoding="utf-8").strip() == wanted
-    if not resume:
+    if resume:
+        _drop_torn_line(metrics)
+    else:
         shutil.rmtree(checkpoints, ignore_errors=True)
         metrics.unlink(missing_ok=True)
         checkpoints.mkdir(parents=True)
@@ -396,6 +405,13 @@ def _evaluations(run: Run) -> dict[str, Any]:
         kept[name] = {"key": key, **result}
         write_text(path, _json(kept))
     return {name: {k: v for k, v in kept[name].items() if k != "key"} for name in models}
+
+
+def _drop_torn_line(path: Path) -> None:
+    """Remove a last line that a kill cut off, so that appending goes on behind whole lines."""
+    if path.is_file():
+        text = path.read_text(encoding="utf-8")
+        write_text(path, text[: text.rfind("\n") + 1])
 
 
 def _training_figures(run: Run) -> dict[str, Any]:

@@ -7,6 +7,7 @@ resuming, gradient accumulation, mixed precision, several ranks, LoRA and loggin
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from .data import IGNORE_INDEX, DistillationCollator, Tokenisation, pad_id, prep
 from .errors import UserError
 from .losses import DistillationLoss, check_vocabularies
 from .measure import measure_batch, peak_memory_mb
-from .models import check_head, check_tokenizers, find_head, last_hidden_state
+from .models import check_head, check_tokenizers, find_head, last_hidden_state, load_tokenizer
 from .teacher import LiveTeacher, TeacherSource
 
 logger = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ class SRDTrainer(Trainer):
         curriculum: which samples are trained on and in which stage. Default: all of them, in one stage.
         eval_dataset: rows for validation, of any format; evaluation gives KL(teacher, student) and cross-entropy.
         processing_class: the student's tokenizer.
-        teacher_tokenizer: compared with the student's; leave it out if the models share one.
+        teacher_tokenizer: compared with the student's. Default: the one in the folder that the teacher was loaded from.
         peft_config: a PEFT configuration; the student becomes a PEFT model with it.
         callbacks, optimizers: as in `transformers.Trainer`.
 
@@ -106,6 +107,7 @@ class SRDTrainer(Trainer):
             raise UserError("processing_class is missing: pass the student's tokenizer")
         if not isinstance(args, SRDConfig):
             raise UserError(f"args must be an SRDConfig, got {type(args).__name__}")
+        teacher_tokenizer = teacher_tokenizer or _tokenizer_beside(teacher_model)
         if teacher_tokenizer is not None:
             check_tokenizers(processing_class, teacher_tokenizer)
         if peft_config is not None:
@@ -143,6 +145,11 @@ class SRDTrainer(Trainer):
 
         plan = curriculum or CurriculumPlan(subsets=[list(train["sample_id"])], method="none")
         self.curriculum = make_curriculum(plan, train["sample_id"], args)
+        if args.max_steps > self.curriculum.total_steps:
+            raise UserError(
+                f"max_steps is {args.max_steps} but the curriculum has {self.curriculum.total_steps} steps; raise "
+                "epochs_per_stage, or leave max_steps out"
+            )
         self._hooks = _StepHooks(self.curriculum, args.reset_optimizer)
         self.add_callback(self._hooks)
         self.loss_function = DistillationLoss(
@@ -247,11 +254,10 @@ class SRDTrainer(Trainer):
         ignore_keys_for_eval: list[str] | None = None,
     ) -> Any:
         """As in `transformers.Trainer`; without a checkpoint, `resume_from_checkpoint=True` starts at the beginning."""
-        from transformers.trainer_utils import get_last_checkpoint
-
-        if resume_from_checkpoint is True and get_last_checkpoint(self.args.output_dir) is None:
-            logger.warning("no checkpoint in %s yet: starting from the beginning", self.args.output_dir)
-            resume_from_checkpoint = None
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_whole_checkpoint(Path(str(self.args.output_dir)))
+            if resume_from_checkpoint is None:
+                logger.warning("no checkpoint in %s yet: starting from the beginning", self.args.output_dir)
         self._sums = {}
         self._hooks.take()
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
@@ -283,6 +289,12 @@ class SRDTrainer(Trainer):
         return metrics
 
 
+def last_whole_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint that was written to its end: the Trainer writes trainer_state.json last."""
+    whole = [p.parent for p in folder.glob("checkpoint-*/trainer_state.json")]
+    return str(max(whole, key=lambda p: int(p.name.rpartition("-")[2]))) if whole else None
+
+
 def make_curriculum(plan: CurriculumPlan, sample_ids: Sequence[str], args: SRDConfig) -> Curriculum:
     """The schedule that `args` gives to a plan."""
     stages = len(plan.subsets)
@@ -299,6 +311,12 @@ def make_curriculum(plan: CurriculumPlan, sample_ids: Sequence[str], args: SRDCo
         warmup=args.warmup_steps,
         seed=args.data_seed if args.data_seed is not None else args.seed,
     )
+
+
+def _tokenizer_beside(model: Any) -> PreTrainedTokenizerBase | None:
+    """The tokenizer in the local folder that a model was loaded from, if there is one."""
+    folder = Path(str(getattr(model, "name_or_path", "") or "."))
+    return load_tokenizer(str(folder)) if (folder / "tokenizer_config.json").is_file() else None
 
 
 def _with_adapters(model: nn.Module, peft_config: Any) -> nn.Module:

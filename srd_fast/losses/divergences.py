@@ -13,7 +13,8 @@ are a multiple of q are left out, since they cancel there.
     tvd               1/2 sum |p - q|                             w = 1/2 q sign(q - p)
 
 Skew divergences: Ko et al., DistiLLM, arXiv 2402.03898. Generalised JSD and its ends (b = 0 is forward KL, b = 1
-reverse KL, the limits of D/b and D/(1-b)): Agarwal et al., GKD, arXiv 2306.13649. TVD: Wen et al., f-DISTILL, arXiv 2307.15190.
+reverse KL: the limits of D/b and D/(1-b)):
+Agarwal et al., GKD, arXiv 2306.13649. TVD: Wen et al., f-DISTILL, arXiv 2307.15190.
 """
 
 import math
