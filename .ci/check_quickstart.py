@@ -6,7 +6,10 @@ from pathlib import Path
 
 from transformers import AutoModelForCausalLM
 
-FILES = "config.yaml reflections.parquet plan.json checkpoints student metrics.jsonl summary.json report.html".split()
+FILES = [
+    *("config.yaml", "reflections.parquet", "plan.json", "checkpoints"),
+    *("student", "metrics.jsonl", "summary.json", "report.html"),
+]
 
 folder = Path(sys.argv[1])
 missing = [name for name in FILES if not (folder / name).exists()]

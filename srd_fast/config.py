@@ -82,6 +82,7 @@ class SRDConfig(TrainingArguments):
             self._check_numbers(name, least=0.0, most=1.0)
         for name in ("epochs_per_stage", "stage_learning_rates", "learning_rate"):
             self._check_numbers(name, above=0.0)
+        self._check_numbers("min_learning_rate", least=0.0)
         for name in ("max_prompt_length", "max_response_length"):
             self._check_numbers(name, least=1)
         if self.temperature_scaling not in (True, False, "official"):

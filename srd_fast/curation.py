@@ -91,9 +91,21 @@ class CurriculumPlan:
             if content.pop("format") != PLAN_FORMAT:
                 raise ValueError(f"its format is not {PLAN_FORMAT!r}")
             content["signals"] = {n: Signal(**s) for n, s in content["signals"].items()}
-            return cls(**content)
+            plan = cls(**content)
+            _check_subsets(plan.subsets)
+            return plan
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
             raise UserError(f"plan {str(path)!r} cannot be read ({e}); make it again with `srd-fast curate`") from e
+
+
+def _check_subsets(subsets: Any) -> None:
+    if not isinstance(subsets, list) or not all(isinstance(s, list) for s in subsets):
+        raise ValueError("its subsets are not lists")
+    ids = [i for subset in subsets for i in subset]
+    if not all(isinstance(i, str) for i in ids) or len(set(ids)) != len(ids):
+        raise ValueError("its subsets do not hold each sample_id once")
+    if not subsets or not subsets[0]:
+        raise ValueError("its first subset is empty")
 
 
 def competition_ranks(values: np.ndarray, higher_is_easier: bool) -> np.ndarray:
@@ -140,7 +152,7 @@ def curate(
         raise UserError(f"stages must be a whole number of at least 1, got {stages!r}")
     if not rrf_k > 0:
         raise UserError(f"rrf_k must be above 0, got {rrf_k!r}")
-    chosen = {n: s if isinstance(s, Signal) else Signal(**s) for n, s in (signals or DEFAULT_SIGNALS).items()}
+    chosen = {n: _signal(n, s) for n, s in (signals or DEFAULT_SIGNALS).items()}
     columns = set(scores.column_names if isinstance(scores, Dataset) else scores)
     for name in ("sample_id", *chosen):
         if name not in columns:
@@ -148,7 +160,7 @@ def curate(
     ids = [str(i) for i in scores["sample_id"]]
     if len(set(ids)) != len(ids):
         raise UserError("sample_id must be unique in the scores")
-    values = {n: _floats(scores[n]) for n in chosen}
+    values = {n: _floats(n, scores[n]) for n in chosen}
     given = scores["reason"] if "reason" in columns else [None] * len(ids)
     reasons = [r or _not_finite(values, i) for i, r in enumerate(given)]
     unscored = [{"sample_id": i, "reason": r} for i, r in zip(ids, reasons) if r]
@@ -160,7 +172,11 @@ def curate(
     fused = np.zeros(len(usable))
     for name, signal in chosen.items():
         fused += signal.weight / (rrf_k + competition_ranks(values[name][usable], signal.higher_is_easier))
-    tie_break = _floats(scores["cross_entropy"])[usable] if "cross_entropy" in columns else np.zeros(len(usable))
+    tie_break = (
+        _floats("cross_entropy", scores["cross_entropy"])[usable]
+        if "cross_entropy" in columns
+        else np.zeros(len(usable))
+    )
     if method == "random":
         names_in_order = np.sort(names)
         order_of = {n: i for i, n in enumerate(np.random.default_rng(seed).permutation(names_in_order).tolist())}
@@ -208,8 +224,22 @@ def _borders(count: int, keep: float, stages: int, floor_subsets: bool) -> list[
     return borders
 
 
-def _floats(column: Sequence[Any]) -> np.ndarray:
-    return np.array([math.nan if x is None else x for x in column], dtype=np.float64)
+def _signal(name: str, given: Signal | Mapping[str, Any]) -> Signal:
+    if isinstance(given, Signal):
+        return given
+    try:
+        return Signal(**given)
+    except TypeError:
+        raise UserError(
+            f"signal {name!r} must have higher_is_easier (true or false) and optionally weight, got {dict(given)!r}"
+        ) from None
+
+
+def _floats(name: str, column: Sequence[Any]) -> np.ndarray:
+    try:
+        return np.array([math.nan if x is None else x for x in column], dtype=np.float64)
+    except (ValueError, TypeError) as e:
+        raise UserError(f"column {name!r} of the scores must hold numbers: {e}") from None
 
 
 def _not_finite(values: Mapping[str, np.ndarray], row: int) -> str | None:

@@ -69,6 +69,8 @@ class Curriculum:
         warmup: float = 0,
         seed: int = 0,
     ) -> None:
+        if not plan.subsets or not plan.subsets[0]:
+            raise UserError("the plan's first subset is empty, so its first stage has nothing to train on")
         position = {s: i for i, s in enumerate(sample_ids)}
         missing = [s for s in plan.kept if s not in position]
         if missing:

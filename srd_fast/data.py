@@ -15,6 +15,7 @@ import gzip
 import hashlib
 import json
 import logging
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -93,7 +94,7 @@ def _json_rows(path: Path) -> list[dict[str, Any]]:
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as f:
             text = f.read().decode("utf-8-sig")
-    except (OSError, EOFError) as e:
+    except (OSError, EOFError, zlib.error) as e:
         raise UserError(f"data file {str(path)!r} cannot be read: {e}") from e
     except UnicodeDecodeError as e:
         raise UserError(f"data file {str(path)!r} is not UTF-8: byte {e.start} is {e.object[e.start]:#x}") from e
@@ -257,6 +258,8 @@ class Tokenisation:
             last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=0)
             if last == 0:
                 raise UserError("messages need an assistant turn after a user turn")
+            for m in messages:
+                _encodable(m["content"], "messages")
             chat = get_template("chat", self.tokenizer)
             history = [dict(m) for m in messages[:last]]
             fields = {"history": history[:-1], "instruction": history[-1]["content"], "role": history[-1]["role"]}
@@ -286,26 +289,36 @@ class Tokenisation:
         if len(ids) > limit:
             raise UserError(f"{len(ids)} tokens, above max_prompt_length + max_response_length = {limit}")
         response = [x for x in labels[start:] if x != IGNORE_INDEX]
-        references = row.get("references")
-        if references is None:
-            references = [self.tokenizer.decode(response, skip_special_tokens=True)]
-        prompt = row.get("prompt")
-        prompt = self.tokenizer.decode(ids[:start]) if prompt is None else prompt
-        return {"prompt": prompt, "references": list(references), "input_ids": ids, "labels": labels}
+        references = [str(self.tokenizer.decode(response, skip_special_tokens=True))]
+        if row.get("references") is not None:
+            if not isinstance(row["references"], list):
+                raise UserError(f"references must be a list of texts, got {type(row['references']).__name__}")
+            references = _references(row["references"], "references")
+        prompt = str(self.tokenizer.decode(ids[:start])) if row.get("prompt") is None else _text(row, "prompt")
+        return {"prompt": prompt, "references": references, "input_ids": ids, "labels": labels}
 
 
 def _text(row: Mapping[str, Any], column: str) -> str:
     value = row[column]
     if not isinstance(value, str):
         raise UserError(f"{column} must be text, got {type(value).__name__}")
-    return value
+    return _encodable(value, column)
+
+
+def _encodable(text: str, column: str) -> str:
+    """The text, if it is Unicode that can be written: JSON may carry half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise UserError(f"{column} holds half of a surrogate pair at character {e.start}") from None
+    return text
 
 
 def _references(value: Any, column: str) -> list[str]:
     values = value if isinstance(value, list) else [value]
     if not values or not all(isinstance(v, str) for v in values):
         raise UserError(f"{column} must be text or a list of texts, got {type(value).__name__}")
-    return list(values)
+    return [_encodable(v, column) for v in values]
 
 
 def first_label(labels: Sequence[int]) -> int:
@@ -321,7 +334,7 @@ def prepare_dataset(
     Raises:
         UserError for missing columns, repeated ids, or when no row is usable.
     """
-    if isinstance(data, Dataset) and data.features == TOKENISED_FEATURES:
+    if isinstance(data, Dataset) and data.features == TOKENISED_FEATURES and len(data):
         return PreparedData(data)
     rows = data.to_list() if isinstance(data, Dataset) else list(data)
     if not rows:

@@ -46,7 +46,9 @@ def evaluate(
     if seeds and sampling.temperature <= 0:
         raise UserError("evaluation seeds need a sampling temperature above 0 (the paper's is 1.0)")
     model = load_model(model) if isinstance(model, str) else model
-    source = LiveTeacher(teacher) if isinstance(teacher, torch.nn.Module) else teacher
+    watched = [m for m in (model, teacher) if isinstance(m, torch.nn.Module)]
+    modes = [m.training for m in watched]
+    source = LiveTeacher(teacher, freeze=False) if isinstance(teacher, torch.nn.Module) else teacher
     samples = prepare_dataset(dataset, Tokenisation(tokenizer, template)).dataset
     references = list(samples["references"])
     input_ids, labels = list(samples["input_ids"]), list(samples["labels"])
@@ -59,14 +61,15 @@ def evaluate(
             generations[i] = str(tokenizer.decode(generated, skip_special_tokens=True)).strip()
         means.append(statistics.fmean(scorer.score(g, r or [""]) for g, r in zip(generations, references)))
 
-    collate, was_training = DistillationCollator(pad_id(tokenizer)), model.training
+    collate = DistillationCollator(pad_id(tokenizer))
     totals = torch.zeros(3, dtype=torch.float64)
     model.eval()
     for indices in batches_by_length([len(x) for x in input_ids], batch_size):
         batch = collate([{"input_ids": input_ids[i], "labels": labels[i]} for i in indices])
         measured = measure_batch(model, source, {k: v.to(model.device) for k, v in batch.items()})
         totals += torch.stack([x.cpu().double() for x in measured])
-    model.train(was_training)
+    for module, mode in zip(watched, modes):
+        module.train(mode)
     kl, cross_entropy, tokens = totals.tolist()
     examples = [
         {"sample_id": i, "prompt": p, "reference": (r or [""])[0], "generation": g}

@@ -19,7 +19,7 @@ _DISTILL_FIELDS = {f.name for f in dataclass_fields(SRDConfig) if f.init} - _SET
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
 
 class InitStudent(_Section):
@@ -79,7 +79,7 @@ class RunConfig(_Section):
     max_response_length: int = Field(default=256, ge=2)
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     device: str = "auto"
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**32)
     preset: Literal["paper", "official"] | None = None
     init_student: InitStudent = InitStudent()
     reflect: Reflect = Reflect()
@@ -87,6 +87,13 @@ class RunConfig(_Section):
     distill: dict[str, Any] = {}
     lora: dict[str, Any] | None = None
     evaluate: Evaluate = Evaluate()
+
+    @field_validator("validation")
+    @classmethod
+    def _some_rows(cls, given: int | str) -> int | str:
+        if isinstance(given, int) and given < 1:
+            raise ValueError("must be a file, or how many rows to hold out, at least 1")
+        return given
 
     @field_validator("distill")
     @classmethod
@@ -151,7 +158,8 @@ def load_run_config(path: str | Path | None, overrides: list[str] | tuple[str, .
     Raises:
         UserError: one line that names the key, the value and what it should be; for an unknown key, the nearest one.
     """
-    content = _read_yaml(path) if path is not None else {}
+    given = _read_yaml(path) if path is not None else {}
+    content = {key: value for key, value in given.items() if value is not None}  # `curate:` with nothing below it
     for assignment in overrides:
         _override(content, assignment)
     content = _numbers(content)

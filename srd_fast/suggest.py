@@ -8,6 +8,6 @@ from rapidfuzz import process
 def unknown_name(kind: str, given: object, known: Iterable[str]) -> str:
     """'unknown KIND GIVEN; did you mean X? Known: ...' with the nearest known name if one is near."""
     names = sorted(known)
-    match = process.extractOne(str(given), names, score_cutoff=60)
+    match = process.extractOne(str(given), names, processor=str.lower, score_cutoff=60)
     hint = f"; did you mean {match[0]!r}?" if match else "."
     return f"unknown {kind} {given!r}{hint} Known: {', '.join(names)}"

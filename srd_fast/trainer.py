@@ -315,8 +315,8 @@ def make_curriculum(plan: CurriculumPlan, sample_ids: Sequence[str], args: SRDCo
 
 def _tokenizer_beside(model: Any) -> PreTrainedTokenizerBase | None:
     """The tokenizer in the local folder that a model was loaded from, if there is one."""
-    folder = Path(str(getattr(model, "name_or_path", "") or "."))
-    return load_tokenizer(str(folder)) if (folder / "tokenizer_config.json").is_file() else None
+    folder = str(getattr(model, "name_or_path", ""))
+    return load_tokenizer(folder) if folder and Path(folder, "tokenizer_config.json").is_file() else None
 
 
 def _with_adapters(model: nn.Module, peft_config: Any) -> nn.Module:

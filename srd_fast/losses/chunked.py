@@ -35,7 +35,7 @@ class Head:
         """Logits before the softcap, [C, V], in the weight's dtype: a fresh tensor."""
         if self.weight is None:
             return hidden_CD.clone()
-        logits_CV = (hidden_CD.to(self.weight.dtype) * self.scale) @ self.weight.t()
+        logits_CV = torch.mm(hidden_CD.to(self.weight.dtype) * self.scale, self.weight.t())
         if self.bias is not None:
             logits_CV += self.bias.to(logits_CV.dtype) * self.scale
         return logits_CV
@@ -113,18 +113,18 @@ def run_chunks(
         for whole, piece in zip(values, chunk_values):
             whole[part] = piece
         if grads.hidden_ND is not None:
-            back = g_CV if head.weight is None else (g_CV @ head.weight) * head.scale
+            back = g_CV if head.weight is None else torch.mm(g_CV, head.weight) * head.scale
             grads.hidden_ND[part] = back.to(hidden_ND.dtype)
         if grads.weight_VD is not None:
             scaled_CD = hidden_ND[part].to(g_CV.dtype) * head.scale
-            grads.weight_VD.add_(g_CV.t() @ scaled_CD)
+            grads.weight_VD.add_(torch.mm(g_CV.t(), scaled_CD))
         if grads.bias_V is not None:
             grads.bias_V.add_(g_CV.sum(0, dtype=accumulate), alpha=head.scale)
     return values, grads
 
 
 class ChunkedLoss(torch.autograd.Function):
-    """(hidden_ND, weight, bias, rows, per_row) -> loss, divergence_N, cross_entropy_N, entropy_N.
+    """(hidden_ND, weight, bias, rows, per_row, gradient) -> loss, divergence_N, cross_entropy_N, entropy_N.
 
     loss is the weighted sum over the rows, or [N] with `per_row`; the other three carry no gradient.
     """
@@ -137,13 +137,13 @@ class ChunkedLoss(torch.autograd.Function):
         bias: Tensor | None,
         rows: PackedRows,
         per_row: bool,
+        gradient: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         head = Head(weight, bias, rows.student_softcap, rows.student_scale)
-        needs = ctx.needs_input_grad[:3]
+        # Autograd says what needs a gradient even where gradients are switched off.
+        needs = ctx.needs_input_grad[:3] if gradient and not per_row else (False, False, False)
         with torch.autocast(hidden_ND.device.type, enabled=False):
-            values, grads = run_chunks(
-                hidden_ND, head, rows, rows.weights_N, (False, False, False) if per_row else needs
-            )
+            values, grads = run_chunks(hidden_ND, head, rows, rows.weights_N, needs)
         loss_N = rows.coefficients.cross_entropy * values.cross_entropy
         loss_N = loss_N + rows.coefficients.divergence * values.divergence
         if rows.weights_N is not None:
@@ -170,4 +170,4 @@ class ChunkedLoss(torch.autograd.Function):
         else:
             grads = _Gradients(*(None if g is None else g * grad_loss.to(g.dtype) for g in ctx.grads))
         cast = [None if g is None else g.to(dtype) for g, dtype in zip(grads, ctx.dtypes)]
-        return (*cast, None, None)
+        return (*cast, None, None, None)

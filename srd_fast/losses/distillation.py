@@ -64,6 +64,12 @@ def _check_options(options: dict[str, Any]) -> None:
         raise UserError(unknown_name("backend", options["backend"], _BACKENDS))
     if options["reduction"] not in _REDUCTIONS:
         raise UserError(unknown_name("reduction", options["reduction"], _REDUCTIONS))
+    num_items = options["num_items"]
+    if num_items is not None and not isinstance(num_items, Tensor):
+        _require(
+            isinstance(num_items, (int, float)) and math.isfinite(num_items) and num_items > 0,
+            f"num_items must be a number above 0, a scalar tensor, or None to count the labels, got {num_items!r}",
+        )
     budget = options["memory_budget"]
     _require(
         budget is None or (isinstance(budget, int) and budget > 0),
@@ -144,6 +150,7 @@ def _loss(
             f"token_weights has shape {tuple(token_weights.shape)}, labels {tuple(labels.shape)}: they must be equal",
         )
 
+    compute = torch.promote_types(student.dtype, torch.float32)
     kept = labels.reshape(-1).ne(o["ignore_index"]).nonzero().squeeze(1)
     labels_N = labels.reshape(-1)[kept].long()
     _check_labels(labels_N, v_S)
@@ -151,7 +158,7 @@ def _loss(
         teacher_ND=teacher.detach().reshape(-1, teacher.shape[-1])[kept],
         teacher_head=teacher_head,
         labels_N=labels_N,
-        weights_N=None if token_weights is None else token_weights.detach().reshape(-1)[kept].float(),
+        weights_N=None if token_weights is None else token_weights.detach().reshape(-1)[kept].to(compute),
         divergence=divergence.bind(float(o["skew"]), float(o["beta"])),
         coefficients=RowCoefficients(sft, (1.0 - sft) * scale, t),
         chunk=rows_per_chunk(max(v_S, v_T), student.device, student.dtype, o["memory_budget"]),
@@ -160,7 +167,12 @@ def _loss(
     )
     per_row = o["reduction"] == "none"
     loss, *values = ChunkedLoss.apply(
-        student.reshape(-1, student.shape[-1])[kept], student_head.weight, student_head.bias, rows, per_row
+        student.reshape(-1, student.shape[-1])[kept],
+        student_head.weight,
+        student_head.bias,
+        rows,
+        per_row,
+        torch.is_grad_enabled(),
     )
     num_items = torch.as_tensor(kept.numel() if o["num_items"] is None else o["num_items"], device=labels.device)
     if per_row:

@@ -61,7 +61,9 @@ def _skew_forward_kl(log_p: Tensor, log_q: Tensor, skew: float, beta: float) -> 
 
 def _skew_reverse_kl(log_p: Tensor, log_q: Tensor, skew: float, beta: float) -> tuple[Tensor, Tensor]:
     q, log_ratio = log_q.exp(), log_q - _log_mixture(log_q, log_p, skew)
-    return (q * log_ratio).sum(-1), q * (log_ratio - skew * log_ratio.exp())
+    # q/m is at most 1/s, and unbounded for s = 0, where its term is gone.
+    weight = q * log_ratio - skew * q * log_ratio.exp() if skew > 0 else q * log_ratio
+    return (q * log_ratio).sum(-1), weight
 
 
 def _jsd(log_p: Tensor, log_q: Tensor, skew: float, beta: float) -> tuple[Tensor, Tensor]:
@@ -121,9 +123,9 @@ def get_divergence(name: str) -> Divergence:
 
 def _weight_by_autograd(value: Callable[..., Tensor]) -> ValueAndWeight:
     def value_and_weight(log_p: Tensor, log_q: Tensor, skew: float, beta: float) -> tuple[Tensor, Tensor]:
-        with torch.enable_grad():
-            leaf = log_q.detach().requires_grad_(True)
-            rows = value(log_p.detach(), leaf, skew=skew, beta=beta)
+        with torch.inference_mode(False), torch.enable_grad():
+            leaf = log_q.detach().clone().requires_grad_(True)
+            rows = value(log_p.detach().clone(), leaf, skew=skew, beta=beta)
             (weight,) = torch.autograd.grad(rows.sum(), leaf)
         return rows.detach(), weight
 

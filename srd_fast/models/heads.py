@@ -24,7 +24,7 @@ def last_hidden_state(model: nn.Module, input_ids: Tensor, attention_mask: Tenso
     return out.last_hidden_state
 
 
-def find_head(model: nn.Module) -> Head:
+def find_head(model: nn.Module, name: str = "model") -> Head:
     """The language-model head: weight, bias, softcap and scale, read from the modules and the config.
 
     Scales known by their config names: `logit_scale` (Cohere: a factor), `logits_scaling` (Granite: a divisor);
@@ -34,8 +34,13 @@ def find_head(model: nn.Module) -> Head:
     module = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
     if module is None or not isinstance(getattr(module, "weight", None), Tensor):
         raise UserError(
-            f"model {type(inner).__name__} has no language-model head (get_output_embeddings() gives {module!r}); "
+            f"{name} {type(inner).__name__} has no language-model head (get_output_embeddings() gives {module!r}); "
             "pass a causal language model, e.g. from AutoModelForCausalLM.from_pretrained"
+        )
+    if hasattr(module, "base_layer"):
+        raise UserError(
+            f"{name} {type(inner).__name__}: its head carries an adapter ({type(module).__name__}), which a loss from "
+            "hidden states and the head's weight would miss; take it out of target_modules, or put it in modules_to_save"
         )
     config = inner.config.get_text_config() if hasattr(inner.config, "get_text_config") else inner.config
     scale = getattr(config, "logit_scale", None)
@@ -58,7 +63,7 @@ def check_head(model: nn.Module, name: str) -> None:
         here, and a loss from its hidden states would be that of another model.
     """
     inner: Any = unwrap(model)
-    head = find_head(model)
+    head = find_head(model, name)
     assert head.weight is not None
     device, was_training = head.weight.device, model.training
     model.eval()

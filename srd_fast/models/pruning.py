@@ -53,7 +53,7 @@ def prune_depth(model: PreTrainedModel, layers: int | list[int]) -> list[int]:
             if isinstance(getattr(part, "layer_idx", None), int):
                 part.layer_idx = position  # type: ignore[assignment]
     for key, value in list(vars(config).items()):
-        if isinstance(value, list) and len(value) == total:
+        if "layer" in key and isinstance(value, list) and len(value) == total:
             setattr(config, key, [value[i] for i in kept])
     config.num_hidden_layers = len(kept)
     return kept

@@ -10,7 +10,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ..data import DistillationCollator, batches_by_length, pad_id
+from ..data import IGNORE_INDEX, DistillationCollator, batches_by_length, pad_id
 from ..errors import UserError
 from ..losses import token_cross_entropy
 from ..models import find_head, last_hidden_state
@@ -73,9 +73,10 @@ def cross_entropy(reflected: Reflected) -> list[float]:
         hidden = last_hidden_state(model, batch["input_ids"], batch["attention_mask"])[:, :-1]
         target = batch["labels"][:, 1:]
         if not reflected.score_eos:
-            last = (batch["attention_mask"].sum(1) - 2).clamp(min=0)
-            target = target.scatter(1, last[:, None], -100)
-        kept = target != -100
+            last = (batch["attention_mask"].sum(1) - 2).clamp(min=0)[:, None]
+            is_eos = target.gather(1, last) == reflected.tokenizer.eos_token_id
+            target = target.scatter(1, last, torch.where(is_eos, IGNORE_INDEX, target.gather(1, last)))
+        kept = target != IGNORE_INDEX
         losses = token_cross_entropy(hidden[kept], head, target[kept])
         for row, i, count in zip(range(len(indices)), indices, kept.sum(1).tolist()):
             part = losses[int(kept[:row].sum()) : int(kept[:row].sum()) + count]

@@ -20,17 +20,21 @@ class TeacherSource(Protocol):
 
 
 class LiveTeacher:
-    """A frozen teacher: eval mode, no gradients, in its own dtype, outside autocast.
+    """A teacher in eval mode and its own dtype, outside autocast; its hidden states carry no gradient.
+
+    `freeze` switches off the gradients of its parameters, so that no optimizer can train it.
 
     Raises:
         UserError for a quantised teacher, or one whose head cannot be rebuilt from its hidden states.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device | str | None = None) -> None:
+    def __init__(self, model: nn.Module, device: torch.device | str | None = None, freeze: bool = True) -> None:
         if getattr(unwrap(model), "hf_quantizer", None) is not None:
             raise UserError("the teacher is quantised; distillation needs its full weights (bfloat16 is fine)")
         self.model = model.to(device) if device is not None else model
-        self.model.eval().requires_grad_(False)
+        self.model.eval()
+        if freeze:
+            self.model.requires_grad_(False)
         check_head(self.model, "teacher")
         self.head = find_head(self.model)
 

@@ -1,0 +1,221 @@
+"""The package as it is installed: names, wheel, examples in docstrings, and which module may import which."""
+
+import ast
+import doctest
+import importlib
+import importlib.util
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import srd_fast
+from srd_fast.reflection import signals
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# From the lowest to the highest; a room imports from its own floor and from those below it.
+FLOORS = (
+    ("errors", "suggest", "files", "quickstart_data"),
+    ("kernels",),
+    ("losses",),
+    ("models",),
+    ("data", "templates"),
+    ("teacher",),
+    ("measure",),
+    ("reflection",),
+    ("curation",),
+    ("curriculum",),
+    ("config",),
+    ("trainer",),
+    ("student",),
+    ("evaluation",),
+    ("report",),
+    ("run_config",),
+    ("steps", "pipeline"),
+    ("cli",),
+)
+FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+
+
+def sources() -> dict[str, Path]:
+    """Module name -> its file, the package's own __init__ left out."""
+    files = {
+        p: ("srd_fast", *p.relative_to(ROOT / "srd_fast").with_suffix("").parts) for p in ROOT.glob("srd_fast/**/*.py")
+    }
+    files |= {
+        p: ("srd_fast", "kernels", *p.relative_to(ROOT / "kernels").with_suffix("").parts)
+        for p in ROOT.glob("kernels/**/*.py")
+    }
+    named = {".".join(n for n in parts if n != "__init__"): p for p, parts in files.items()}
+    named.pop("srd_fast")
+    return named
+
+
+def imported(module: str, path: Path) -> set[str]:
+    """Full names of what a module imports, relative imports resolved, those inside functions included."""
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            found |= {f"{base}.{alias.name}" for alias in node.names}
+    return found
+
+
+def rooms(names: set[str]) -> set[str]:
+    return {n.split(".")[1] for n in names if n.startswith("srd_fast.")}
+
+
+def test_every_module_has_its_floor() -> None:
+    assert {name.split(".")[1] for name in sources()} == set(FLOOR_OF)
+
+
+@pytest.mark.parametrize("module", sources())
+def test_imports_go_down(module: str) -> None:
+    own = FLOOR_OF[module.split(".")[1]]
+    above = {room for room in rooms(imported(module, sources()[module])) if FLOOR_OF.get(room, 99) > own}
+    assert not above, f"{module} imports from {above}, which stand above it"
+
+
+def test_kernels_know_nothing_of_the_rest() -> None:
+    for module, path in sources().items():
+        if module.split(".")[1] == "kernels":
+            assert rooms(imported(module, path)) <= {"kernels"}
+
+
+def test_the_import_checker_sees_every_way_to_import(tmp_path: Path) -> None:
+    text = "import srd_fast.a\nfrom . import b\nfrom .c import x\nfrom .. import d\nfrom srd_fast.e.f import y\n"
+    path = tmp_path / "m.py"
+    path.write_text(text + "def g():\n    from ..h import z\n")
+    expected = {"srd_fast.a", "srd_fast.p.b", "srd_fast.p.c.x", "srd_fast.d", "srd_fast.e.f.y", "srd_fast.h.z"}
+    assert imported("srd_fast.p.m", path) == expected
+    assert rooms(expected) == {"a", "p", "d", "e", "h"}
+
+
+# Names
+
+
+@pytest.mark.parametrize("name", srd_fast.__all__)
+def test_every_public_name_is_there_and_says_what_it_is(name: str) -> None:
+    found = getattr(srd_fast, name)
+    assert found.__doc__
+    assert found.__module__.startswith("srd_fast.")
+    assert name in dir(srd_fast)
+
+
+def test_the_contract_names_are_public() -> None:
+    wanted = {"distillation_loss", "DistillationLoss", "reflect", "curate", "SRDConfig", "SRDTrainer", "evaluate"}
+    wanted |= {"distillation_loss_from_logits", "register_divergence", "register_difficulty", "UserError"}
+    assert wanted <= set(srd_fast.__all__)
+    assert srd_fast.__all__ == sorted(srd_fast.__all__)
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="module 'srd_fast' has no attribute 'distil'"):
+        srd_fast.distil  # noqa: B018
+    assert not hasattr(srd_fast, "kernel")
+
+
+def outside(code: str, folder: Path) -> str:
+    """What python prints for `code`, run in another folder than the checkout."""
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_no_other_package_is_shadowed(tmp_path: Path) -> None:
+    code = """
+import importlib.util, sys, srd_fast.kernels
+print(srd_fast.kernels.distillation_rows.__module__)
+for name in ("kernels", "benchmarks", "tests", "examples"):
+    spec = importlib.util.find_spec(name)
+    places = [] if spec is None else [spec.origin, *(spec.submodule_search_locations or [])]
+    print(*(p for p in places if p))
+"""
+    first, *places = outside(code, tmp_path).splitlines()
+    assert first == "srd_fast.kernels.rows"
+    assert not any(str(ROOT) in place for place in places)
+
+
+def test_the_command_line_starts_without_torch(tmp_path: Path) -> None:
+    code = """
+import sys
+import srd_fast, srd_fast.cli
+assert "torch" not in sys.modules and "transformers" not in sys.modules
+print(srd_fast.UserError.__name__)
+assert "torch" not in sys.modules
+"""
+    assert outside(code, tmp_path) == "UserError"
+
+
+# Docstrings
+
+
+def test_kernels_are_part_of_the_package() -> None:
+    assert {"srd_fast.kernels", "srd_fast.kernels.rows"} <= set(sources())
+    assert importlib.util.find_spec("srd_fast.kernels.rows") is not None
+
+
+@pytest.mark.parametrize("module", sorted(sources()))
+def test_examples_in_docstrings_run(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signals, "_REGISTRY", dict(signals._REGISTRY))
+    result = doctest.testmod(importlib.import_module(module))
+    assert result.failed == 0
+
+
+def test_there_are_examples() -> None:
+    finder = doctest.DocTestFinder()
+    found = [t for m in sources() for t in finder.find(importlib.import_module(m)) if t.examples]
+    assert len(found) >= 2
+
+
+@pytest.mark.parametrize("module", sorted(sources()))
+def test_every_module_says_what_it_is_for(module: str) -> None:
+    assert importlib.import_module(module).__doc__
+
+
+# The wheel
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    for needed in ("setuptools", "pip"):
+        if importlib.util.find_spec(needed) is None:
+            pytest.skip(f"building a wheel needs {needed}")
+    copy = tmp_path_factory.mktemp("source") / "srd-fast"
+    for name in ("srd_fast", "kernels"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        if (ROOT / name).is_file():
+            shutil.copy(ROOT / name, copy)
+    target = copy.parent / "wheels"
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", target, copy]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return zipfile.ZipFile(next(target.glob("srd_fast-*.whl")))
+
+
+def test_the_wheel_holds_all_modules_and_the_template(wheel: zipfile.ZipFile) -> None:
+    names = set(wheel.namelist())
+    expected = {
+        m.replace(".", "/") + (f"/{p.name}" if p.name == "__init__.py" else ".py") for m, p in sources().items()
+    }
+    expected |= {"srd_fast/__init__.py", "srd_fast/py.typed"}
+    expected |= {f"srd_fast/report/{p.name}" for p in (ROOT / "srd_fast" / "report").glob("*.html")}
+    assert {"srd_fast/kernels/rows.py", "srd_fast/report/template.html", "srd_fast/py.typed"} <= expected
+    assert expected <= names
+    tops = {n.split("/")[0] for n in names}
+    assert {t for t in tops if not t.endswith(".dist-info")} == {"srd_fast"}
+
+
+def test_the_wheel_brings_command_and_licence(wheel: zipfile.ZipFile) -> None:
+    texts = {n.split("/", 1)[1]: n for n in wheel.namelist() if ".dist-info/" in n}
+    assert "srd-fast = srd_fast.cli:main" in wheel.read(texts["entry_points.txt"]).decode()
+    assert "licenses/LICENSE" in texts

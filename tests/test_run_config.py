@@ -1,0 +1,255 @@
+"""A run's configuration: what is misspelt, of the wrong type or out of range is told in one line, before any work."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from srd_fast.config import TRAINING_PRESETS
+from srd_fast.curation import CURATION_PRESETS
+from srd_fast.errors import UserError
+from srd_fast.reflection.reflect import REFLECTION_PRESETS
+from srd_fast.run_config import RunConfig, load_run_config
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Any:
+    def load(text: str, *overrides: str) -> RunConfig:
+        path = tmp_path / "config.yaml"
+        path.write_text(text, encoding="utf-8")
+        return load_run_config(path, list(overrides))
+
+    return load
+
+
+def refused(config: Any, text: str, *overrides: str) -> str:
+    with pytest.raises(UserError) as error:
+        config(text, *overrides)
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize(
+    ("text", "given", "nearest"),
+    [
+        ("techer: x", "key 'techer'", "teacher"),
+        ("curat: {keep: 0.5}", "key 'curat'", "curate"),
+        ("curate: {kepe: 0.5}", "key in curate 'kepe'", "keep"),
+        ("reflect: {bach_size: 4}", "key in reflect 'bach_size'", "batch_size"),
+        ("evaluate: {sedes: [1]}", "key in evaluate 'sedes'", "seeds"),
+        ("init_student: {layer: 4}", "key in init_student 'layer'", "layers"),
+        ("distill: {leraning_rate: 0.1}", "key 'leraning_rate'", "learning_rate"),
+        ("distill: {temprature_end: 2}", "key 'temprature_end'", "temperature_end"),
+    ],
+)
+def test_a_misspelt_key_gets_the_nearest_right_one(text: str, given: str, nearest: str, config: Any) -> None:
+    message = refused(config, text)
+    assert f"unknown {given}; did you mean {nearest!r}?" in message
+    key, _, value = text.partition(": ")
+    if value.startswith("{"):
+        name, _, inner = value[1:-1].partition(": ")
+        assert refused(config, "", f"{key}.{name}={inner}") == message
+
+
+def test_an_unknown_key_comes_with_the_known_ones(config: Any) -> None:
+    assert "Known: floor_subsets, keep, method, rrf_k, signals, stages" in refused(config, "curate: {zzz: 1}")
+
+
+@pytest.mark.parametrize("key", ["output_dir", "seed", "num_train_epochs", "template", "max_prompt_length"])
+def test_what_the_run_sets_is_not_for_distill(key: str, config: Any) -> None:
+    assert f"{key} is set at the top level of the config, or by the run itself" in refused(
+        config, "", f"distill.{key}=1"
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "where"),
+    [
+        ("curate.keep=0", "curate.keep"),
+        ("curate.keep=1.2", "curate.keep"),
+        ("curate.keep=.nan", "curate.keep"),
+        ("curate.keep=much", "curate.keep"),
+        ("curate.stages=0", "curate.stages"),
+        ("curate.stages=2.5", "curate.stages"),
+        ("curate.rrf_k=0", "curate.rrf_k"),
+        ("curate.rrf_k=.nan", "curate.rrf_k"),
+        ("curate.method=easy", "curate.method"),
+        ("curate.signals=[rouge_l]", "curate.signals"),
+        ("curate.signals={rouge_l: many}", "curate.signals.rouge_l"),
+        ("curate=5", "curate"),
+        ("reflect.batch_size=0", "reflect.batch_size"),
+        ("reflect.max_new_tokens=-1", "reflect.max_new_tokens"),
+        ("reflect.temperature=-0.5", "reflect.temperature"),
+        ("reflect.temperature=.nan", "reflect.temperature"),
+        ("reflect.temperature=.inf", "reflect.temperature"),
+        ("reflect.signals=rouge_l", "reflect.signals"),
+        ("reflect.rouge_tokenizer=latin", "reflect.rouge_tokenizer"),
+        ("reflect.score_eos=perhaps", "reflect.score_eos"),
+        ("evaluate.seeds=[a]", "evaluate.seeds.0"),
+        ("evaluate.temperature=0", "evaluate.temperature"),
+        ("evaluate.temperature=.inf", "evaluate.temperature"),
+        ("init_student.layers=half", "init_student.layers"),
+        ("init_student.warmup_steps=-1", "init_student.warmup_steps"),
+        ("init_student.warmup_learning_rate=0", "init_student.warmup_learning_rate"),
+        ("max_rows=0", "max_rows"),
+        ("max_prompt_length=0", "max_prompt_length"),
+        ("validation=-5", "validation"),
+        ("validation=[1]", "validation"),
+        ("seed=-1", "seed"),
+        ("seed=a", "seed"),
+        ("seed=99999999999", "seed"),
+        ("dtype=float8", "dtype"),
+        ("teacher=5", "teacher"),
+        ("distill=fast", "distill"),
+    ],
+)
+def test_wrong_types_and_ranges_name_the_key_and_the_value(override: str, where: str, config: Any) -> None:
+    message = refused(config, "", override)
+    assert message.startswith(f"config: {where}: ")
+    value = yaml.safe_load(override.partition("=")[2])
+    last = value if not isinstance(value, (list, dict)) or where.endswith("signals") else None
+    if last is not None:
+        assert message.endswith(f", got {last!r}")
+
+
+@pytest.mark.parametrize(
+    ("override", "section", "key", "value"),
+    [
+        ("seed=7", None, "seed", 7),
+        ("teacher=some/model", None, "teacher", "some/model"),
+        ("validation=12", None, "validation", 12),
+        ("validation=rows.jsonl", None, "validation", "rows.jsonl"),
+        ("max_rows=null", None, "max_rows", None),
+        ("curate.keep=0.5", "curate", "keep", 0.5),
+        ("curate.keep=5e-1", "curate", "keep", 0.5),
+        ("curate.rrf_k=1e2", "curate", "rrf_k", 100.0),
+        ("curate.signals={rouge_l: 2, cross_entropy: 1e-1}", "curate", "signals", {"rouge_l": 2, "cross_entropy": 0.1}),
+        ("curate.floor_subsets=true", "curate", "floor_subsets", True),
+        ("evaluate.seeds=[10, 20]", "evaluate", "seeds", [10, 20]),
+        ("evaluate.seeds=[]", "evaluate", "seeds", []),
+        ("init_student.layers=[0, 1, 3]", "init_student", "layers", [0, 1, 3]),
+        ("init_student.layers=6", "init_student", "layers", 6),
+        ("init_student.warmup_learning_rate=1E-4", "init_student", "warmup_learning_rate", 1e-4),
+    ],
+)
+def test_overrides_are_values(override: str, section: str | None, key: str, value: Any, config: Any) -> None:
+    found = config("seed: 1\ncurate: {stages: 2}\n", override)
+    assert getattr(getattr(found, section) if section else found, key) == value
+    assert found.curate.stages == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-4", 1e-4),
+        ("2E-5", 2e-5),
+        ("-1e-3", -1e-3),
+        (".5e-3", 5e-4),
+        ("1.0e-4", 1e-4),
+        ("[1e-4, 2e-4]", [1e-4, 2e-4]),
+    ],
+)
+def test_numbers_without_a_dot_are_numbers_in_file_and_override(text: str, value: Any, config: Any) -> None:
+    assert config(f"distill: {{learning_rate: {text}}}").distill == {"learning_rate": value}
+    assert config("", f"distill.learning_rate={text}").distill == {"learning_rate": value}
+
+
+@pytest.mark.parametrize("name", ["2024-experiment", "7even", "1e", "e5", "0e/1e"])
+def test_names_that_begin_like_numbers_stay_names(name: str, config: Any) -> None:
+    assert config("", f"output_dir={name}").output_dir == name
+
+
+def test_the_last_override_wins_over_the_file(config: Any) -> None:
+    text = "curate: {keep: 0.1, stages: 2}\ndistill: {skew: 0.3}\n"
+    found = config(text, "curate.keep=0.2", "curate.keep=0.3", "distill.divergence=jsd")
+    assert (found.curate.keep, found.curate.stages) == (0.3, 2)
+    assert found.distill == {"skew": 0.3, "divergence": "jsd"}
+
+
+@pytest.mark.parametrize(
+    ("override", "complaint"),
+    [
+        ("keep", "override 'keep' is not of the form key=value"),
+        ("=3", "override '=3' is not of the form key=value"),
+        ("seed.x=3", "'seed' is not a section"),
+        ("seed=[1", "the value is not valid YAML"),
+    ],
+)
+def test_wrong_overrides(override: str, complaint: str, config: Any) -> None:
+    assert complaint in refused(config, "seed: 1", override)
+
+
+@pytest.mark.parametrize("preset", ["paper", "official"])
+def test_a_preset_lies_under_explicit_keys(preset: str, config: Any) -> None:
+    plain = config(f"preset: {preset}")
+    assert plain.distill == TRAINING_PRESETS[preset]
+    for section, presets in ((plain.curate, CURATION_PRESETS), (plain.reflect, REFLECTION_PRESETS)):
+        assert {k: getattr(section, k) for k in presets[preset]} == presets[preset]
+    text = f"preset: {preset}\ncurate: {{keep: 0.5}}\ndistill: {{epochs_per_stage: 1, skew: 0.2}}\n"
+    found = config(text, "reflect.max_new_tokens=9")
+    assert (found.curate.keep, found.curate.stages) == (0.5, 3)
+    assert found.reflect.max_new_tokens == 9
+    assert found.distill == {**TRAINING_PRESETS[preset], "epochs_per_stage": 1, "skew": 0.2}
+    assert config("", f"preset={preset}") == plain
+
+
+def test_presets_are_the_papers_numbers(config: Any) -> None:
+    paper, official = config("preset: paper"), config("preset: official")
+    assert (paper.curate.keep, paper.curate.stages, paper.curate.rrf_k) == (0.75, 3, 60)
+    assert not paper.curate.floor_subsets
+    assert official.curate.floor_subsets
+    assert (paper.distill["temperature_start"], paper.distill["temperature_end"]) == (1.0, 2.0)
+    assert (paper.distill["sft_weight_start"], paper.distill["sft_weight_end"]) == (0.3, 0.1)
+    assert paper.distill["epochs_per_stage"] == official.distill["epochs_per_stage"] == 8
+    assert official.distill["temperature"] == [1.0, 1.5, 2.0]
+    assert official.distill["sft_weight"] == pytest.approx([1 - 0.8, 1 - 0.9, 1 - 1.0])
+    assert (official.reflect.temperature, official.reflect.no_repeat_ngram_size) == (0.01, 6)
+    assert (official.reflect.max_new_tokens, official.reflect.score_eos) == (256, False)
+
+
+def test_an_unknown_preset_is_named_with_the_nearest(config: Any) -> None:
+    assert "unknown preset 'papr'; did you mean 'paper'? Known: official, paper" in refused(config, "preset: papr")
+
+
+@pytest.mark.parametrize("text", ["", "\n", "# only a comment\n", "---\n"])
+def test_an_empty_file_is_all_defaults(text: str, config: Any) -> None:
+    assert config(text) == RunConfig() == load_run_config(None)
+
+
+def test_an_empty_section_is_its_defaults(config: Any) -> None:
+    text = "curate:\n  # keep: 0.5\ndistill:\n"
+    assert config(text) == RunConfig()
+    assert config(text, "curate.keep=0.5", "preset=paper").curate.keep == 0.5
+
+
+@pytest.mark.parametrize(("text", "kind"), [("- a\n- b\n", "list"), ("just words", "str"), ("5", "int")])
+def test_a_file_must_hold_keys(text: str, kind: str, config: Any) -> None:
+    assert f"must hold `key: value` lines, got {kind}" in refused(config, text)
+
+
+@pytest.mark.parametrize("text", ["a: [1, 2", "a: b: c", "curate:\n\tkeep: 1", "a: 'open\nb: 1\n", "\x00"])
+def test_broken_yaml_is_one_line(text: str, config: Any) -> None:
+    message = refused(config, text)
+    assert "config.yaml' is not valid YAML" in message
+
+
+@pytest.mark.parametrize("text", ["1: x", "distill: {1: x}", "curate: {null: 3}"])
+def test_keys_are_text(text: str, config: Any) -> None:
+    assert refused(config, text).startswith("config")
+
+
+def test_a_missing_or_unreadable_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"config '.*nowhere\.yaml' cannot be read"):
+        load_run_config(tmp_path / "nowhere.yaml")
+    with pytest.raises(UserError, match="cannot be read"):
+        load_run_config(tmp_path)
+    (tmp_path / "latin.yaml").write_bytes(b"teacher: caf\xe9")
+    with pytest.raises(UserError, match="cannot be read"):
+        load_run_config(tmp_path / "latin.yaml")
+
+
+def test_a_written_config_reads_back_equal(config: Any) -> None:
+    first = config("preset: official\nvalidation: 7\n", "curate.signals={rouge_l: 1}", "init_student.layers=[0, 2]")
+    assert config(yaml.safe_dump(first.model_dump(), sort_keys=False)) == first
