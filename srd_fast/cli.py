@@ -4,6 +4,8 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -25,6 +27,16 @@ _Overrides = Annotated[
 ]
 
 
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Ctrl-C ends with status 130 and a word about going on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo("\nstopped; the same command goes on from here", err=True)
+        raise typer.Exit(130) from None
+
+
 @app.command()
 def run(config: _Config, overrides: _Overrides = None) -> None:
     """Every step: prepare, init-student, reflect, curate, distill, evaluate, report.
@@ -34,7 +46,8 @@ def run(config: _Config, overrides: _Overrides = None) -> None:
     from .pipeline import execute
     from .run_config import load_run_config
 
-    folder = execute(load_run_config(config, overrides or []))
+    with _stoppable():
+        folder = execute(load_run_config(config, overrides or []))
     typer.echo(f"report: {folder / 'report.html'}")
     typer.echo(f"student: {folder / 'student'}")
 
@@ -49,7 +62,8 @@ def _step_command(name: str, text: str) -> None:
         from .pipeline import execute
         from .run_config import load_run_config
 
-        execute(load_run_config(config, overrides or []), only=name, force=force)
+        with _stoppable():
+            execute(load_run_config(config, overrides or []), only=name, force=force)
 
 
 _step_command("prepare", "Read and tokenise the data into the run folder.")
@@ -127,9 +141,6 @@ def main() -> None:
     except UserError as e:
         typer.echo(f"error: {e}", err=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        typer.echo("stopped; the same command goes on from here", err=True)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

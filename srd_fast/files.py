@@ -35,6 +35,14 @@ def write_text(target: Path, text: str) -> None:
     os.replace(temporary, target)
 
 
+def remove(path: Path) -> None:
+    """Delete a file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def replace_folder(finished: Path, target: Path) -> None:
     """Move a finished folder to `target`, in the place of an older one."""
     target.parent.mkdir(parents=True, exist_ok=True)

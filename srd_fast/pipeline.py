@@ -17,7 +17,7 @@ import yaml
 
 from . import steps
 from .errors import UserError
-from .files import content_digest, write_text
+from .files import content_digest, remove, write_text
 from .run_config import RunConfig
 
 logger = logging.getLogger(__name__)
@@ -25,13 +25,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Step:
-    """One step: what it makes (paths in the run folder), from which part of the config, after which steps."""
+    """One step: what it makes (paths in the run folder), from which part of the config, after which steps.
+
+    caches: paths that let it go on from where it was, and that --force throws away.
+    """
 
     name: str
     outputs: Callable[[RunConfig], list[str]]
     depends: Callable[[RunConfig], Any]
     after: tuple[str, ...]
     run: Callable[["steps.Run"], None]
+    caches: tuple[str, ...] = ()
 
 
 STEPS = (
@@ -63,13 +67,15 @@ STEPS = (
         lambda c: [c.distill, c.lora, c.dtype, c.seed],
         ("curate",),
         steps.distill,
+        ("checkpoints",),
     ),
     Step(
         "evaluate",
         lambda c: ["summary.json"],
-        lambda c: [c.evaluate.model_dump(), c.dtype],
+        lambda c: [c.evaluate.model_dump(), c.reflect.rouge_tokenizer, c.dtype],
         ("distill",),
         steps.evaluate_step,
+        ("evaluation.json",),
     ),
     Step("report", lambda c: ["report.html"], lambda c: None, ("evaluate",), steps.report),
 )
@@ -88,8 +94,16 @@ class Ledger:
         self.entries: dict[str, dict[str, Any]] = {}
         if self.path.is_file():
             try:
-                self.entries = json.loads(self.path.read_text(encoding="utf-8"))
-            except ValueError:
+                content = json.loads(self.path.read_text(encoding="utf-8"))
+                self.entries = {
+                    name: {
+                        "fingerprint": e["fingerprint"],
+                        "outputs": dict(e["outputs"]),
+                        "seconds": float(e["seconds"]),
+                    }
+                    for name, e in content.items()
+                }
+            except (ValueError, KeyError, TypeError, AttributeError):
                 logger.warning("%s is damaged: every step is done again", self.path)
 
     def is_valid(self, step: Step, fingerprint: str, config: RunConfig, folder: Path) -> bool:
@@ -140,9 +154,13 @@ def execute(
         valid = ledger.is_valid(step, wanted[step.name], config, folder)
         if only is not None and step.name != only:
             if not valid and step.name in _before(only):
-                raise UserError(f"step {only!r} needs {step.name!r} done first: srd-fast {step.name} CONFIG")
+                verb = "run" if step.name == "init-student" else step.name  # that verb takes no config
+                raise UserError(f"step {only!r} needs {step.name!r} done first: srd-fast {verb} CONFIG")
             continue
-        if valid and not (force and only == step.name):
+        if force and only == step.name:
+            for cache in step.caches:
+                remove(folder / cache)
+        elif valid:
             say(f"{place}: unchanged, skipped")
             continue
         say(f"{place} ...")

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from .config import SRDConfig
 from .curation import CurriculumPlan, Signal, curate
+from .curriculum import per_stage
 from .data import TOKENISED_FEATURES, Tokenisation, content_id, prepare_dataset, read_rows
 from .errors import UserError
 from .evaluation import evaluate
@@ -92,7 +93,10 @@ def has_fast_bfloat16(device: torch.device) -> bool:
 
 def check_inputs(config: Any) -> None:
     """Everything that can be told to be wrong before any work: names, settings, missing files, tokenizers."""
-    training_config(config, Path(config.output_dir), torch.device("cpu"), torch.float32)
+    _check_device(config.device)
+    args = training_config(config, Path(config.output_dir), torch.device("cpu"), torch.float32)
+    for name in ("epochs_per_stage", "temperature", "sft_weight", "stage_learning_rates"):
+        per_stage(name, getattr(args, name), 0.0, 0.0, config.curate.stages)
     lora_config(config)
     if config.reflect.engine not in engine_names():
         raise UserError(unknown_name("engine", config.reflect.engine, engine_names()))
@@ -109,6 +113,15 @@ def check_inputs(config: Any) -> None:
     if config.student != PRUNE:
         check_tokenizers(load_tokenizer(config.student), tokenizer)
     Tokenisation(tokenizer, config.template, config.max_prompt_length, config.max_response_length)
+
+
+def _check_device(name: str) -> None:
+    if name == "auto":
+        return
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as e:
+        raise UserError(f"config: device: {name!r} cannot be used: {str(e).splitlines()[0]}") from e
 
 
 def _must_exist(key: str, source: str) -> None:
@@ -381,14 +394,18 @@ def evaluate_step(run: Run) -> None:
 def _evaluations(run: Run) -> dict[str, Any]:
     """Results by model. evaluation.json keeps each with what it was made from, so that only changed ones are redone."""
     path, c = run.folder / "evaluation.json", run.config.evaluate
-    kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    try:
+        kept: dict[str, Any] = dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    except (ValueError, TypeError):
+        kept = {}
     models = {
         "teacher": ("prepare", run.config.teacher),
         "start": ("init-student", run.start),
         "student": ("distill", str(run.folder / "student")),
     }
     for name, (made_by, source) in models.items():
-        key = json.dumps([run.fingerprints[made_by], run.fingerprints["prepare"], c.model_dump(), run.config.dtype])
+        settings = [c.model_dump(), run.config.reflect.rouge_tokenizer, run.config.dtype]
+        key = json.dumps([run.fingerprints[made_by], run.fingerprints["prepare"], settings])
         if kept.get(name, {}).get("key") == key:
             continue
         is_teacher = name == "teacher"

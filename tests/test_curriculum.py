@@ -83,6 +83,11 @@ def test_half_an_epoch_more_sees_half_the_samples_once_more() -> None:
     assert sorted(Counter(names(curriculum, 8)).values()) == [1] * 4 + [2] * 4
 
 
+def test_rounding_adds_no_step() -> None:
+    assert 10 * 1.1 > 11
+    assert make((10,), batch_size=1, epochs=1.1).total_steps == 11
+
+
 def test_the_paper_takes_twelve_passes_where_plain_distillation_takes_twenty() -> None:
     curriculum = make((16, 16, 16), batch_size=16, epochs=8)
     assert curriculum.sample_passes == 12 * 64

@@ -40,7 +40,7 @@ def find_head(model: nn.Module, name: str = "model") -> Head:
     if hasattr(module, "base_layer"):
         raise UserError(
             f"{name} {type(inner).__name__}: its head carries an adapter ({type(module).__name__}), which a loss from "
-            "hidden states and the head's weight would miss; take it out of target_modules, or put it in modules_to_save"
+            "hidden states and the head's weight would miss; take it out of target_modules, or use modules_to_save"
         )
     config = inner.config.get_text_config() if hasattr(inner.config, "get_text_config") else inner.config
     scale = getattr(config, "logit_scale", None)
