@@ -1,0 +1,40 @@
+"""SmolLM2-135M-Instruct, fetched once: cut to 8 layers it learns from its teacher in 8 steps."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from srd_fast import SRDConfig, SRDTrainer
+from srd_fast.models import check_head, load_model, load_tokenizer, prune_depth
+from srd_fast.quickstart_data import make_quickstart_splits
+
+pytestmark = pytest.mark.slow
+NAME = "smollm2-135m-instruct"
+
+
+def test_a_pruned_student_learns(tmp_path: Path) -> None:
+    torch.set_num_threads(2)
+    teacher, student = load_model(NAME), load_model(NAME)
+    check_head(teacher, "teacher")
+    assert prune_depth(student, 8) == [0, 1, 2, *range(25, 30)]
+    train, validation = make_quickstart_splits(64, 16, seed=0)
+    args = SRDConfig(
+        output_dir=str(tmp_path),
+        divergence="forward_kl",
+        temperature=1.0,
+        sft_weight=0.0,
+        learning_rate=4e-4,
+        epochs_per_stage=1,
+        per_device_train_batch_size=8,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+    )
+    trainer = SRDTrainer(student, teacher, args, train, eval_dataset=validation, processing_class=load_tokenizer(NAME))
+    before = trainer.evaluate()
+    trainer.train()
+    after = trainer.evaluate()
+    assert trainer.state.global_step == 8
+    assert after["eval_kl"] < 0.7 * before["eval_kl"]
+    assert after["eval_cross_entropy"] < 0.8 * before["eval_cross_entropy"]
