@@ -83,7 +83,8 @@ class SRDConfig(TrainingArguments):
         for name in ("epochs_per_stage", "stage_learning_rates", "learning_rate"):
             self._check_numbers(name, above=0.0)
         self._check_numbers("min_learning_rate", least=0.0)
-        for name in ("max_prompt_length", "max_response_length"):
+        sizes = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+        for name in ("max_prompt_length", "max_response_length", *sizes):
             self._check_numbers(name, least=1)
         if self.temperature_scaling not in (True, False, "official"):
             raise UserError(f"temperature_scaling must be true, false or 'official', got {self.temperature_scaling!r}")

@@ -7,6 +7,8 @@ Row formats, told apart by their columns:
     messages: [{"role", "content"}, ...]       the tokenizer's chat template; the last assistant turn is the response
     input_ids, labels                          tokenised already; labels are -100 where there is no loss
 
+A column `references` (a list of texts) replaces the response as what answers are scored against.
+
 A tokenised sample has the columns sample_id, prompt, references, input_ids and labels. The prompt and the response are
 tokenised apart and joined as ids, so training sees exactly the prompt ids that generation starts from.
 """
@@ -237,7 +239,8 @@ class Tokenisation:
             return self._tokenised(row)
         fields, references, template = self._fields(row, columns)
         prompt, prompt_ids = self.prompt_ids(fields, template)
-        response = self.response_ids(references[0] if references else "")
+        response = self.response_ids(references[0])
+        references = _given_references(row) or references
         return {
             "prompt": prompt,
             "references": references,
@@ -290,10 +293,7 @@ class Tokenisation:
             raise UserError(f"{len(ids)} tokens, above max_prompt_length + max_response_length = {limit}")
         response = [x for x in labels[start:] if x != IGNORE_INDEX]
         references = [str(self.tokenizer.decode(response, skip_special_tokens=True))]
-        if row.get("references") is not None:
-            if not isinstance(row["references"], list):
-                raise UserError(f"references must be a list of texts, got {type(row['references']).__name__}")
-            references = _references(row["references"], "references")
+        references = _given_references(row) or references
         prompt = str(self.tokenizer.decode(ids[:start])) if row.get("prompt") is None else _text(row, "prompt")
         return {"prompt": prompt, "references": references, "input_ids": ids, "labels": labels}
 
@@ -319,6 +319,14 @@ def _references(value: Any, column: str) -> list[str]:
     if not values or not all(isinstance(v, str) for v in values):
         raise UserError(f"{column} must be text or a list of texts, got {type(value).__name__}")
     return [_encodable(v, column) for v in values]
+
+
+def _given_references(row: Mapping[str, Any]) -> list[str] | None:
+    """What a column `references` says the answers to score against are; None without one."""
+    given = row.get("references")
+    if given is not None and not isinstance(given, list):
+        raise UserError(f"references must be a list of texts, got {type(given).__name__}")
+    return _references(given, "references") if given else None
 
 
 def first_label(labels: Sequence[int]) -> int:
@@ -351,10 +359,10 @@ def prepare_dataset(
             samples.append({"sample_id": sample_id, **tokenisation.sample(row, columns)})
         except UserError as e:
             rejected.append((f"row {number} ({sample_id})", str(e)))
-    if rejected:
-        logger.warning("%s: %d of %d rows rejected; first: %s: %s", name, len(rejected), len(rows), *rejected[0])
     if not samples:
         raise UserError(f"{name}: none of {len(rows)} rows is usable; first: {rejected[0][0]}: {rejected[0][1]}")
+    if rejected:
+        logger.warning("%s: %d of %d rows rejected; first: %s: %s", name, len(rejected), len(rows), *rejected[0])
     return PreparedData(Dataset.from_list(samples, features=TOKENISED_FEATURES), rejected)
 
 

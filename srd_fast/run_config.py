@@ -39,7 +39,7 @@ class Reflect(_Section):
     max_new_tokens: int = Field(default=128, ge=1)
     temperature: float = Field(default=0.0, ge=0)
     no_repeat_ngram_size: int = Field(default=0, ge=0)
-    signals: list[str] = ["rouge_l", "cross_entropy"]
+    signals: list[str] = Field(default=["rouge_l", "cross_entropy"], min_length=1)
     rouge_tokenizer: Literal["auto", "rouge", "unicode"] = "auto"
     score_eos: bool = True
 

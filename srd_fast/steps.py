@@ -147,7 +147,10 @@ def prepare(run: Run) -> None:
     tokenisation = Tokenisation(run.tokenizer, c.template, c.max_prompt_length, c.max_response_length)
     if c.data == QUICKSTART:
         held_out = c.validation if isinstance(c.validation, int) else 0
-        train_rows, validation_rows = make_quickstart_splits(c.max_rows or QUICKSTART_ROWS, held_out, c.seed)
+        try:
+            train_rows, validation_rows = make_quickstart_splits(c.max_rows or QUICKSTART_ROWS, held_out, c.seed)
+        except ValueError as e:
+            raise UserError(f"config: max_rows and validation together: {e}") from e
     else:
         train_rows, validation_rows = read_rows(c.data, c.data_split)[: c.max_rows], []
     if isinstance(c.validation, str):
@@ -241,7 +244,7 @@ def training_config(config: Any, folder: Path, device: torch.device, dtype: torc
             max_response_length=config.max_response_length,
         )
     except (ValueError, TypeError) as e:
-        raise UserError(f"config: distill: {e}") from e
+        raise UserError(f"config: distill: {' '.join(str(e).split())}") from e
 
 
 def lora_config(config: Any) -> Any:

@@ -5,12 +5,14 @@ resuming, gradient accumulation, mixed precision, several ranks, LoRA and loggin
 """
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Sampler
@@ -113,6 +115,7 @@ class SRDTrainer(Trainer):
         if peft_config is not None:
             model = _with_adapters(model, peft_config)
         tokenisation = Tokenisation(processing_class, args.template, args.max_prompt_length, args.max_response_length)
+        self._tokenisation = tokenisation
         train = prepare_dataset(train_dataset, tokenisation, "train_dataset").dataset
         evaluation = None
         if eval_dataset is not None:
@@ -262,6 +265,16 @@ class SRDTrainer(Trainer):
         self._hooks.take()
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
+    def _evaluation_batches(self, dataset: Dataset) -> Iterator[dict[str, Any]]:
+        """Every row once over all ranks, as many batches on each: a rank without rows left gets one without loss."""
+        world, size = self.args.world_size, self.args.per_device_eval_batch_size
+        mine = list(range(self.args.process_index, len(dataset), world))
+        for start in range(0, math.ceil(len(dataset) / world), size):
+            samples = [dataset[i] for i in mine[start : start + size]]
+            if not samples:
+                samples = [{**dataset[0], "labels": [IGNORE_INDEX] * len(dataset[0]["labels"])}]
+            yield self.data_collator(samples)
+
     @torch.no_grad()
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -270,12 +283,15 @@ class SRDTrainer(Trainer):
 
         `eval_loss` is `eval_kl`, so that `metric_for_best_model="loss"` picks the student closest to its teacher.
         """
-        loader = self.get_eval_dataloader(eval_dataset)
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        if rows is None:
+            raise UserError("eval_dataset is missing: pass it to SRDTrainer or to evaluate()")
+        dataset = prepare_dataset(rows, self._tokenisation, "eval_dataset").dataset
         student = self.accelerator.unwrap_model(self.model)
         was_training, totals = student.training, torch.zeros(3, dtype=torch.float64, device=self.args.device)
         student.eval()
         try:
-            for inputs in loader:
+            for inputs in self._evaluation_batches(dataset):
                 with self.accelerator.autocast():
                     measured = measure_batch(student, self.teacher, self._prepare_inputs(inputs))
                 totals += torch.stack([measured.kl, measured.cross_entropy, measured.num_tokens]).double()

@@ -546,6 +546,14 @@ def test_no_tensor_is_larger_than_a_chunk_of_logits(reduction: str) -> None:
     assert watch.most_alive <= budget + fixed
 
 
+def test_the_smallest_budget_takes_one_row_at_a_time() -> None:
+    p = problem(shape=(6,), widths=(2, 2), classes=(400, 400), bias=False, ignored=0.0).to(torch.float32)
+    with Watch() as watch:
+        p.run(memory_budget=1)
+    assert (1, 400) in watch.shapes
+    assert not any(len(shape) == 2 and shape[1] == 400 and shape[0] > 1 for shape in watch.shapes - {(2, 400)})
+
+
 @pytest.mark.parametrize(
     ("trained", "products"),
     [

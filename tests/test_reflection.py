@@ -95,7 +95,7 @@ def test_rouge_l_is_that_of_the_rouge_score_package(data_folder: Path | None) ->
         expected.append(max(theirs.score(r, prediction)["rougeL"].fmeasure for r in references))
     assert found == expected
     assert 0.2 < sum(expected) / 2000 < 0.9
-    assert len({round(e, 6) for e in expected}) > 100
+    assert len({round(e, 6) for e in expected}) > 50
 
 
 def test_auto_is_rouge_for_latin_text(data_folder: Path | None) -> None:

@@ -2,10 +2,12 @@
 
 import copy
 import gc
+import itertools
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -289,6 +291,34 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(last: int, tokenizer
         assert [x[name] for x in parts.logs] == pytest.approx([x[name] for x in whole.logs], rel=1e-3), name
 
 
+def test_a_label_on_the_first_token_has_nothing_that_predicts_it(tokenizer: PreTrainedTokenizerFast) -> None:
+    def collator(samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        batch = tiny.collate(samples)
+        batch["labels"][:, 0] = batch["input_ids"][:, 0]
+        return batch
+
+    first, usual = make(tokenizer, data_collator=collator), make(tokenizer)
+    first.train()
+    usual.train()
+    assert first.losses == usual.losses
+    assert_gradients(first.gradients[-1], usual.gradients[-1], 0.0)
+
+
+def test_tokens_per_second_count_labels_in_steps(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A clock that moves on by a second whenever it is read: once a step, none of it in logging or evaluation."""
+    ticks = itertools.count()
+    monkeypatch.setattr("srd_fast.trainer.time", SimpleNamespace(monotonic=lambda: float(next(ticks))))
+    args = config(per_device_train_batch_size=2, gradient_accumulation_steps=2, eval_strategy="steps", eval_steps=1)
+    trainer = make(tokenizer, args=args, eval_dataset=SAMPLES[:2])
+    trainer.train()
+    samples = in_order(trainer)
+    for step, log in enumerate(trainer.logs):
+        labels = [x for s in samples[4 * step : 4 * step + 4] for x in s["labels"] if x != tiny.IGNORE]
+        assert log["tokens_per_second"] == len(labels)
+
+
 def test_a_teacher_is_any_source_of_hidden_states(tokenizer: PreTrainedTokenizerFast) -> None:
     model = tiny.tiny_model("phi", seed=1, width=24)
 
@@ -542,14 +572,14 @@ def test_adapters_on_the_head_are_refused(tokenizer: PreTrainedTokenizerFast) ->
 
 
 @pytest.mark.parametrize("batch_size", [3, 8])
-@pytest.mark.parametrize(("student", "teacher"), [("llama", "llama_untied"), ("gemma2", "gemma2"), ("phi", "granite")])
+@pytest.mark.parametrize(("student", "teacher"), [("gpt2", "llama_untied"), ("gemma2", "gemma2"), ("phi", "granite")])
 def test_evaluation_is_that_of_full_logits(
     student: str, teacher: str, batch_size: int, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     rows = tiny.tiny_samples(7, seed=4)
     trainer = make(
         tokenizer,
-        tiny.tiny_model(student),
+        tiny.tiny_model(student, resid_pdrop=0.3),
         tiny.tiny_model(teacher, seed=1, width=24),
         args=config(per_device_eval_batch_size=batch_size, temperature=3.0),
         eval_dataset=rows,
@@ -702,9 +732,10 @@ def test_the_model_is_left_as_it_was_after_an_error() -> None:
     def fail(x: Tensor) -> None:
         raise RuntimeError("out of memory")
 
-    with pytest.raises(RuntimeError, match="out of memory"):
-        _call_through(Wrapper(inner), inner, fail, torch.ones(1, 3))
-    assert inner(torch.ones(1, 3)).shape == (1, 2)
+    for wrapper in (Wrapper(inner), nn.Sequential(nn.Linear(7, 3), inner)):
+        with pytest.raises(RuntimeError, match=r"out of memory|shapes"):
+            _call_through(wrapper, inner, fail, torch.ones(1, 3))
+        assert inner(torch.ones(1, 3)).shape == (1, 2)
 
 
 # A user's mistakes.
