@@ -39,17 +39,17 @@ def samples(tiny_tokenizer: PreTrainedTokenizerFast) -> Dataset:
 
 
 class Scripted:
-    """An engine that answers the n-th prompt it was ever given by a function of its ids; remembers all prompts."""
+    """An engine that answers by a function of the prompt's ids, in a mixed order; remembers the prompts it got."""
 
-    def __init__(self, answer: Callable[[list[int]], list[int]], last_first: bool = True) -> None:
-        self.answer, self.last_first = answer, last_first
+    def __init__(self, answer: Callable[[list[int]], list[int]], in_order: bool = False) -> None:
+        self.answer, self.in_order = answer, in_order
         self.prompts: list[list[int]] = []
 
     def __call__(self, student: Any, tokenizer: Any, **options: Any) -> "Scripted":
         return self
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[tuple[int, list[int]]]:
-        for i in reversed(range(len(prompts))) if self.last_first else range(len(prompts)):
+        for i in sorted(range(len(prompts)), key=lambda i: i if self.in_order else i * 4 % 11):
             self.prompts.append(list(prompts[i]))
             yield i, self.answer(list(prompts[i]))
 
@@ -282,7 +282,7 @@ def test_the_engine_is_asked_with_the_prompts_of_training(
     tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast, samples: Dataset
 ) -> None:
     for template in ("alpaca", "chat"):
-        engine = Scripted(lambda ids: [], last_first=False)
+        engine = Scripted(lambda ids: [], in_order=True)
         register_engine("scripted", engine, replace=True)
         reflect(tiny_model, ROWS, tiny_tokenizer, engine="scripted", template=template, progress=False)
         data = prepare_dataset(ROWS, Tokenisation(tiny_tokenizer, template)).dataset
@@ -388,7 +388,10 @@ def test_generations_that_are_there_are_not_made_again(
     foreign = json.dumps({"sample_id": "of another data set", "generation": "x"}) + "\n"
     partial.write_text("".join([*lines[:5], foreign, "\n", lines[5][:-9]]))
     assert run() == whole
-    assert engine.prompts == [p for p in reversed(prompts_of(samples))][5:]
+    there = {json.loads(line)["sample_id"] for line in lines[:5]}
+    assert sorted(engine.prompts) == sorted(
+        p for p, i in zip(prompts_of(samples), samples["sample_id"]) if i not in there
+    )
     rows = [json.loads(line) for line in partial.read_text().splitlines()]
     assert sorted(r["sample_id"] for r in rows) == sorted(samples["sample_id"])
 
@@ -417,6 +420,21 @@ def test_an_interrupted_run_leaves_what_it_had(
     assert len(engine.prompts) == 9 + len(ROWS) - 4
     engine.prompts = [[]] * 9
     assert list(rest) == list(reflect(tiny_model, samples, tiny_tokenizer, **options))
+
+
+def test_every_generation_is_in_the_file_before_the_next_one(
+    tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast, samples: Dataset, tmp_path: Path
+) -> None:
+    partial = tmp_path / "partial.jsonl"
+
+    def counts_lines(ids: list[int]) -> list[int]:
+        assert len(partial.read_text().splitlines()) == len(engine.prompts) - 1
+        return end_of_prompt(ids)
+
+    engine = Scripted(counts_lines)
+    register_engine("scripted", engine)
+    reflect(tiny_model, samples, tiny_tokenizer, engine="scripted", partial_file=partial, progress=False)
+    assert len(engine.prompts) == len(ROWS)
 
 
 # Registries
