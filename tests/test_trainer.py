@@ -664,7 +664,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(
         student = tiny.tiny_model(architecture)
         trainer = make(tokenizer, student, args=config(gradient_checkpointing=checkpointing), peft_config=adapters)
         trainer.train()
-        assert student.is_gradient_checkpointing == checkpointing
+        assert any(getattr(m, "gradient_checkpointing", False) for m in student.modules()) == checkpointing
         runs.append(trainer)
     assert runs[1].losses == pytest.approx(runs[0].losses, rel=1e-6)
     for found, wanted in zip(runs[1].gradients, runs[0].gradients):
