@@ -155,6 +155,21 @@ assert "torch" not in sys.modules
     assert outside(code, tmp_path) == "UserError"
 
 
+def test_the_installed_command_helps_and_refuses(tmp_path: Path) -> None:
+    command = shutil.which("srd-fast", path=str(Path(sys.executable).parent))
+    assert command, "there is no srd-fast beside python: install the package"
+    told = subprocess.run([command, "--help"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (told.returncode, told.stderr) == (0, "")
+    for verb in ("init-student", "reflect", "curate", "distill", "evaluate", "report", "run"):
+        assert f"\n  {verb} " in told.stdout
+    (tmp_path / "config.yaml").write_text("curate: {keep: 2}\n")
+    wrong = [command, "run", "config.yaml"]
+    refused = subprocess.run(wrong, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert refused.stderr.startswith("error: config: curate.keep: ")
+    assert refused.stderr.count("\n") == 1
+
+
 # Docstrings
 
 
