@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .reflection import Sampling, reflect, register_difficulty, register_engine
     from .trainer import SRDTrainer
 
-# Importing torch and transformers takes seconds; `srd-fast --help` and a wrong config should not wait for them.
+# Importing torch and transformers takes seconds, which `srd-fast --help` should not wait for.
 _HOME = {
     "CurriculumPlan": "curation",
     "DistillationLoss": "losses",

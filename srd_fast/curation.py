@@ -178,9 +178,7 @@ def curate(
         else np.zeros(len(usable))
     )
     if method == "random":
-        names_in_order = np.sort(names)
-        order_of = {n: i for i, n in enumerate(np.random.default_rng(seed).permutation(names_in_order).tolist())}
-        order = np.array(sorted(range(len(names)), key=lambda i: order_of[str(names[i])]))
+        order = np.random.default_rng(seed).permutation(np.argsort(names))
     else:
         order = np.lexsort((names, tie_break, -fused))
     ranked = names[order].tolist()

@@ -28,7 +28,7 @@ import torch
 from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
-from .errors import UserError
+from .errors import UserError, first_line
 from .templates import PromptTemplate, get_template
 
 logger = logging.getLogger(__name__)
@@ -85,11 +85,7 @@ def _hub_rows(name: str, split: str) -> list[dict[str, Any]]:
     try:
         return load_dataset(name, split=split).to_list()
     except Exception as e:  # network, hub and parsing errors of many kinds
-        raise UserError(f"data {name!r} is no file here, and as a hub name it fails: {_first_line(e)}") from e
-
-
-def _first_line(e: Exception) -> str:
-    return (str(e).strip().splitlines() or [type(e).__name__])[0]
+        raise UserError(f"data {name!r} is no file here, and as a hub name it fails: {first_line(e)}") from e
 
 
 def _json_rows(path: Path) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -57,7 +58,7 @@ def evaluate(
     scorer = RougeL(rouge_tokenizer)
     means, generations = [], [""] * len(samples)
     for seed in seeds or (sampling.seed,):
-        for i, generated in runner.generate(prompts, _with_seed(sampling, seed)):
+        for i, generated in runner.generate(prompts, replace(sampling, seed=seed)):
             generations[i] = str(tokenizer.decode(generated, skip_special_tokens=True)).strip()
         means.append(statistics.fmean(scorer.score(g, r or [""]) for g, r in zip(generations, references)))
 
@@ -84,7 +85,3 @@ def evaluate(
         "num_tokens": int(tokens),
         "examples": examples[:num_examples],
     }
-
-
-def _with_seed(sampling: Sampling, seed: int) -> Sampling:
-    return Sampling(**{**vars(sampling), "seed": seed})

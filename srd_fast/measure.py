@@ -33,22 +33,15 @@ def measure_batch(student: nn.Module, teacher: TeacherSource | None, inputs: dic
         kept = labels != IGNORE_INDEX
         losses = token_cross_entropy(hidden_BLD[kept], head, labels[kept])
         return Divergences(losses.new_zeros(()), losses.sum(), kept.sum())
-    teacher_head = teacher.head
     out = distillation_loss(
-        hidden_BLD,
-        head.weight,  # type: ignore[arg-type]
-        teacher.hidden_states(ids, mask)[:, :-1],
-        teacher_head.weight,  # type: ignore[arg-type]
-        labels,
+        student_hidden=hidden_BLD,
+        teacher_hidden=teacher.hidden_states(ids, mask)[:, :-1],
+        labels=labels,
         divergence="forward_kl",
         temperature=1.0,
-        student_bias=head.bias,
-        teacher_bias=teacher_head.bias,
-        student_softcap=head.softcap,
-        teacher_softcap=teacher_head.softcap,
-        student_scale=head.scale,
-        teacher_scale=teacher_head.scale,
         reduction="sum",
+        **head.arguments("student"),
+        **teacher.head.arguments("teacher"),
     )
     return Divergences(out.divergence, out.cross_entropy, out.num_items)
 

@@ -102,7 +102,7 @@ class RunConfig(_Section):
             if name in _SET_BY_RUN:
                 raise ValueError(f"{name} is set at the top level of the config, or by the run itself")
             if name not in _DISTILL_FIELDS:
-                raise ValueError(unknown_name("key", name, _DISTILL_FIELDS).split(" Known:")[0])
+                raise ValueError(unknown_name("key", name, _DISTILL_FIELDS, listed=False))
         return given
 
 

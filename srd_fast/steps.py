@@ -20,7 +20,7 @@ from .config import SRDConfig
 from .curation import CurriculumPlan, Signal, curate
 from .curriculum import per_stage
 from .data import TOKENISED_FEATURES, Tokenisation, content_id, prepare_dataset, read_rows
-from .errors import UserError
+from .errors import UserError, first_line
 from .evaluation import evaluate
 from .files import content_digest, replace_folder, temporary_path, write_text
 from .models import check_tokenizers, fingerprint, load_model, load_tokenizer
@@ -121,7 +121,7 @@ def _check_device(name: str) -> None:
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as e:
-        raise UserError(f"config: device: {name!r} cannot be used: {str(e).splitlines()[0]}") from e
+        raise UserError(f"config: device: {name!r} cannot be used: {first_line(e)}") from e
 
 
 def _must_exist(key: str, source: str) -> None:
@@ -258,7 +258,7 @@ def lora_config(config: Any) -> Any:
     known = {f.name for f in dataclasses.fields(LoraConfig)}
     for name in config.lora:
         if name not in known:
-            raise UserError("config: " + unknown_name("key in lora", name, known).split(" Known:")[0])
+            raise UserError("config: " + unknown_name("key in lora", name, known, listed=False))
     try:
         return LoraConfig(**{"task_type": "CAUSAL_LM", **config.lora})
     except (TypeError, ValueError) as e:

@@ -5,9 +5,10 @@ from collections.abc import Iterable
 from rapidfuzz import process
 
 
-def unknown_name(kind: str, given: object, known: Iterable[str]) -> str:
-    """'unknown KIND GIVEN; did you mean X? Known: ...' with the nearest known name if one is near."""
+def unknown_name(kind: str, given: object, known: Iterable[str], listed: bool = True) -> str:
+    """'unknown KIND GIVEN; did you mean X? Known: ...' with the nearest name if one is near, and all if `listed`."""
     names = sorted(known)
     match = process.extractOne(str(given), names, processor=str.lower, score_cutoff=60)
     hint = f"; did you mean {match[0]!r}?" if match else "."
-    return f"unknown {kind} {given!r}{hint} Known: {', '.join(names)}"
+    everything = f" Known: {', '.join(names)}" if listed else ""
+    return f"unknown {kind} {given!r}{hint}{everything}"

@@ -115,7 +115,6 @@ class SRDTrainer(Trainer):
         if peft_config is not None:
             model = _with_adapters(model, peft_config)
         tokenisation = Tokenisation(processing_class, args.template, args.max_prompt_length, args.max_response_length)
-        self._tokenisation = tokenisation
         train = prepare_dataset(train_dataset, tokenisation, "train_dataset").dataset
         evaluation = None
         if eval_dataset is not None:
@@ -137,6 +136,7 @@ class SRDTrainer(Trainer):
         )
         # num_items_in_batch counts the labels that are predicted, over accumulation steps and ranks.
         self.model_accepts_loss_kwargs, self._loss_shifts_labels = True, True
+        self._tokenisation = tokenisation
 
         check_head(model, "student")
         is_model = isinstance(teacher_model, nn.Module)
@@ -199,22 +199,15 @@ class SRDTrainer(Trainer):
         def forward(input_ids: Tensor, attention_mask: Tensor) -> Any:
             with self.accelerator.autocast():
                 hidden_BLD = last_hidden_state(student, input_ids, attention_mask)[:, :-1]
-            head, teacher_head = find_head(student), self.teacher.head
             return self.loss_function(
-                hidden_BLD,
-                head.weight,
-                teacher_BLD,
-                teacher_head.weight,
-                labels,
+                student_hidden=hidden_BLD,
+                teacher_hidden=teacher_BLD,
+                labels=labels,
                 temperature=self.curriculum.temperature(step),
                 sft_weight=self.curriculum.sft_weight(step),
-                student_bias=head.bias,
-                teacher_bias=teacher_head.bias,
-                student_softcap=head.softcap,
-                teacher_softcap=teacher_head.softcap,
-                student_scale=head.scale,
-                teacher_scale=teacher_head.scale,
                 num_items=num_items_in_batch,
+                **find_head(student).arguments("student"),
+                **self.teacher.head.arguments("teacher"),
             )
 
         out = _call_through(model, student, forward, inputs["input_ids"], inputs["attention_mask"])

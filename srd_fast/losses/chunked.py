@@ -40,6 +40,11 @@ class Head:
             logits_CV += self.bias.to(logits_CV.dtype) * self.scale
         return logits_CV
 
+    def arguments(self, side: str) -> dict[str, Any]:
+        """The head as keyword arguments of `distillation_loss`; side: "student" or "teacher"."""
+        parts = {"weight": self.weight, "bias": self.bias, "softcap": self.softcap, "scale": self.scale}
+        return {f"{side}_{name}": value for name, value in parts.items()}
+
     def num_classes(self, hidden: Tensor) -> int:
         """V."""
         return hidden.shape[-1] if self.weight is None else self.weight.shape[0]

@@ -8,7 +8,7 @@ are a multiple of q are left out, since they cancel there.
     reverse_kl        KL(q, p)                                    w = q log(q/p)
     skew_forward_kl   KL(p, m),  m = s p + (1-s) q                w = -(1-s) p q / m
     skew_reverse_kl   KL(q, m),  m = (1-s) p + s q                w = q (log(q/m) - s q/m)
-    jsd               b KL(p, m) + (1-b) KL(q, m),            w = (1-b) q log(q/m)
+    jsd               b KL(p, m) + (1-b) KL(q, m),                w = (1-b) q log(q/m)
                       m = b p + (1-b) q
     tvd               1/2 sum |p - q|                             w = 1/2 q sign(q - p)
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..files import content_digest
 
 logger = logging.getLogger(__name__)
@@ -110,7 +110,7 @@ def load_model(source: str, dtype: torch.dtype = torch.float32, device: str | to
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
     except Exception as e:  # damaged weights, configs and archives raise errors of many libraries
-        raise UserError(f"model {source!r} cannot be loaded as a causal language model: {_first_line(e)}") from e
+        raise UserError(f"model {source!r} cannot be loaded as a causal language model: {first_line(e)}") from e
     if getattr(model, "hf_quantizer", None) is not None:
         raise UserError(f"model {source!r} is quantised; distillation needs the full weights of teacher and student")
     return model.to(device).eval()
@@ -129,14 +129,10 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as e:  # as for models
-        raise UserError(f"no tokenizer can be loaded from {source!r}: {_first_line(e)}") from e
+        raise UserError(f"no tokenizer can be loaded from {source!r}: {first_line(e)}") from e
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {source!r} has no end-of-sequence token; responses must end in one")
     return tokenizer
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:

@@ -78,9 +78,8 @@ def cross_entropy(reflected: Reflected) -> list[float]:
             target = target.scatter(1, last, torch.where(is_eos, IGNORE_INDEX, target.gather(1, last)))
         kept = target != IGNORE_INDEX
         losses = token_cross_entropy(hidden[kept], head, target[kept])
-        for row, i, count in zip(range(len(indices)), indices, kept.sum(1).tolist()):
-            part = losses[int(kept[:row].sum()) : int(kept[:row].sum()) + count]
-            result[i] = float(part.mean()) if count else float("nan")
+        for i, of_sample in zip(indices, losses.split(kept.sum(1).tolist())):
+            result[i] = float(of_sample.mean()) if len(of_sample) else float("nan")
         bar.update(len(indices))
     bar.close()
     model.train(was_training)

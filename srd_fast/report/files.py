@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from srd_fast.errors import UserError
+from srd_fast.errors import UserError, first_line
 
 
 class Fields:
@@ -104,8 +104,4 @@ def read_table(path: Path, required: Sequence[str], optional: Sequence[str] | No
         wanted = None if optional is None else [*required, *(name for name in optional if name in names)]
         return pq.read_table(path, columns=wanted)
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: not a readable Parquet file ({_first_line(error)})") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path}: not a readable Parquet file ({first_line(error)})") from error
