@@ -1,28 +1,40 @@
-"""The row loss in eager PyTorch: the backend that runs everywhere, and the one others are measured against.
+"""The row loss in PyTorch, eager or compiled: a few passes over a block of rows that stays in the CPU's caches.
 
-Shape letters: C rows of a chunk, V classes, S student, T teacher, K classes that both have.
+Shape letters: C rows of a chunk, R rows of a block, V classes, S student, T teacher, K classes that both have.
 
-With x = z_S / t and q = softmax(x), let w = dD / d(log q) with every log q_v taken as independent. Then
+Three functions of V-wide tensors make up the loss: `statistics` (maxima and sums of exponentials), `reduction` (D and
+sum(w)) and `gradient`. Eager PyTorch runs them as they stand; `torch.compile` turns each into loops without a V-wide
+temporary. Logarithms of sums, and the label's class, are left to `distillation_rows`: work on [R, 1] tensors between
+V-wide loops would keep the compiler from joining these, and a one-hot row costs a third of the gradient's time.
 
-    dD/dx_v = w_v - q_v * sum(w)          and          d(log q)/dz = (d(log q)/dx) / t
-
-so a divergence is fully described by its value and its w; adding any multiple of q to w changes nothing.
+All softmaxes subtract the maximum from raw logits before anything else, so nothing of the size of a logit is rounded.
 """
 
-from typing import NamedTuple, Protocol
+import functools
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .divergences import RowDivergence, Terms
+
 # Stands in for -inf: large enough that exp() gives exactly 0, small enough that differences stay finite.
 LOGIT_FLOOR = -1e30
 
+# Bytes of V-wide tensors that a block of rows may hold: logits alone where compiled, temporaries too in eager mode.
+_BLOCK_BYTES = {"cpu": 24 << 20}
+_BLOCK_BYTES_ELSEWHERE = 256 << 20
+# V-wide tensors of the compute dtype alive at once in eager mode.
+EAGER_BUFFERS = 10
+# Rows whose stride is a multiple of this many elements can be read and written 128 bits at a time.
+ALIGNMENT = 16
 
-class RowDivergence(Protocol):
-    """A divergence D(p, q) between teacher p and student q, per row."""
 
-    def __call__(self, log_p_CK: Tensor, log_q_CK: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the divergence of each row, [C] in nats, and w = dD/d(log q), [C, K]."""
+# The softcaps of student and teacher.
+Caps = tuple[Tensor | None, Tensor | None]
 
 
 class RowCoefficients(NamedTuple):
@@ -41,12 +53,182 @@ class RowValues(NamedTuple):
     entropy: Tensor
 
 
-def _softcap(logits_CV: Tensor, softcap: float | None) -> Tensor:
-    return logits_CV if softcap is None else softcap * torch.tanh(logits_CV / softcap)
+def _logits(stored: Tensor, softcap: Tensor | None) -> Tensor:
+    z = stored.to(torch.promote_types(stored.dtype, torch.float32))
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    return z.clamp(min=LOGIT_FLOOR)
 
 
-def _log_softmax(logits_CV: Tensor) -> Tensor:
-    return torch.log_softmax(logits_CV.clamp(min=LOGIT_FLOOR), dim=-1)
+def _student_sums(z: Tensor, inverse_t: Tensor | float, temperature_kind: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    maximum = z.amax(1, keepdim=True)
+    z = z - maximum
+    e_t = torch.exp(z * inverse_t)
+    # One exponential is enough at the temperatures that people use.
+    e = e_t if temperature_kind == "one" else e_t * e_t if temperature_kind == "two" else torch.exp(z)
+    return maximum, e.sum(1, keepdim=True), (e * z).sum(1, keepdim=True), e_t.sum(1, keepdim=True)
+
+
+def statistics(
+    student: Tensor, teacher: Tensor, caps: Caps, inverse_t: Tensor, temperature_kind: str
+) -> tuple[Tensor, ...]:
+    """Student: maximum M, sums of e^(z-M), e^(z-M) (z-M) and e^((z-M)/T). Teacher: maximum, sum of e^((z-M)/T)."""
+    z_T = _logits(teacher, caps[1])
+    maximum = z_T.amax(1, keepdim=True)
+    sum_t = torch.exp((z_T - maximum) * inverse_t).sum(1, keepdim=True)
+    return (*_student_sums(_logits(student, caps[0]), inverse_t, temperature_kind), maximum, sum_t)
+
+
+def student_statistics(student: Tensor, cap: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """`statistics` of the student alone, at temperature 1."""
+    maximum, s, a, _ = _student_sums(_logits(student, cap), 1.0, "one")
+    return maximum, s, a
+
+
+def _log_probabilities(
+    stored: Tensor, cap: Tensor | None, maximum: Tensor, log_sum: Tensor, inverse_t: Tensor
+) -> tuple[Tensor, Tensor]:
+    log_p = (_logits(stored, cap) - maximum) * inverse_t - log_sum
+    return log_p, log_p.exp()
+
+
+class Normalisers(NamedTuple):
+    """What turns a row's logits into log-probabilities at the temperature: each [R, 1]."""
+
+    max_S: Tensor
+    log_sum_S: Tensor
+    max_T: Tensor
+    log_sum_T: Tensor
+
+
+def reduction(
+    student: Tensor,
+    teacher: Tensor,
+    caps: Caps,
+    n: Normalisers,
+    inverse_t: Tensor,
+    skew: Tensor,
+    beta: Tensor,
+    terms: Terms,
+) -> tuple[Tensor, Tensor]:
+    """D and sum(w), [R, 1]."""
+    log_q, q = _log_probabilities(student, caps[0], n.max_S, n.log_sum_S, inverse_t)
+    log_p, p = _log_probabilities(teacher, caps[1], n.max_T, n.log_sum_T, inverse_t)
+    value, w = terms(log_p, log_q, p, q, skew, beta)
+    return value.sum(1, keepdim=True), w.sum(1, keepdim=True)
+
+
+def gradient(
+    student: Tensor,
+    teacher: Tensor,
+    caps: Caps,
+    n: Normalisers,
+    sum_w: Tensor,
+    log_sum_1: Tensor,
+    factors: tuple[Tensor, Tensor],
+    inverse_t: Tensor,
+    skew: Tensor,
+    beta: Tensor,
+    terms: Terms,
+    temperature_kind: str,
+    out: Tensor,
+) -> None:
+    """Write a q_1 + b (w - q sum(w)) to `out`, which may be `student`.
+
+    q_1: softmax at temperature 1, (z - max_S) - log_sum_1 its logarithm. factors: a, b, each [R, 1]; a holds the ratio
+    of sums where q_1 is a power of q.
+    """
+    z = _logits(student, caps[0])
+    log_q = (z - n.max_S) * inverse_t - n.log_sum_S
+    q = log_q.exp()
+    log_p, p = _log_probabilities(teacher, caps[1], n.max_T, n.log_sum_T, inverse_t)
+    _, w = terms(log_p, log_q, p, q, skew, beta)
+    # At T = 2, q = e^(y/2) / S_2 and q_1 = e^y / S_1, so q_1 = q^2 S_2^2 / S_1; at T = 1 it is q times a ratio of sums.
+    if temperature_kind == "one":
+        q_1 = q
+    elif temperature_kind == "two":
+        q_1 = q * q
+    else:
+        q_1 = torch.exp((z - n.max_S) - log_sum_1)
+    g = factors[0] * q_1 + factors[1] * (w - q * sum_w)
+    if caps[0] is not None:
+        g = g * (1 - (z / caps[0]).square())
+    out.copy_(g)
+
+
+def student_gradient(
+    student: Tensor, cap: Tensor | None, maximum: Tensor, log_sum_1: Tensor, factor: Tensor, out: Tensor
+) -> None:
+    """`gradient` of the cross-entropy alone."""
+    z = _logits(student, cap)
+    g = factor * torch.exp((z - maximum) - log_sum_1)
+    if cap is not None:
+        g = g * (1 - (z / cap).square())
+    out.copy_(g)
+
+
+class _Compiler:
+    """`torch.compile`, once for each function and kind of argument; eager mode, after one warning, where that fails.
+
+    Row counts and class counts are symbolic, so a step with another number of rows compiles nothing. Each entry is a
+    copy of the function's code, because the limit on recompilations counts per code object.
+    """
+
+    def __init__(self) -> None:
+        self._functions: dict[Any, Callable[..., Any]] = {}
+        self._failed = False
+
+    def __call__(self, key: Any, function: Callable[..., Any], *args: Any) -> Any:
+        if self._failed:
+            return function(*args)
+        key = (function, key, torch.is_inference_mode_enabled(), torch.get_num_threads())
+        compiled = self._functions.get(key)
+        if compiled is not None:
+            return compiled(*args)
+        code, name = function.__code__.replace(), function.__name__
+        compiled = torch.compile(types.FunctionType(code, function.__globals__, name), dynamic=True, fullgraph=True)
+        try:
+            result = compiled(*args)
+        except Exception as error:  # What a missing or broken compiler raises differs from release to release.
+            self._failed = True
+            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            warnings.warn(f"torch.compile does not work here, using eager PyTorch: {reason}", stacklevel=2)
+            return function(*args)
+        self._functions[key] = compiled
+        return result
+
+
+_compile = _Compiler()
+
+
+def _eager(key: Any, function: Callable[..., Any], *args: Any) -> Any:
+    return function(*args)
+
+
+def block_bytes(device: torch.device) -> int:
+    """Bytes that the V-wide tensors of a block of rows may take."""
+    return _BLOCK_BYTES.get(device.type, _BLOCK_BYTES_ELSEWHERE)
+
+
+def _blocks(rows: int, bytes_per_row: int, device: torch.device) -> Iterator[slice]:
+    """Slices of equal length, give or take a row, that cover the rows."""
+    fitting = max(2, block_bytes(device) // bytes_per_row)
+    count = -(-rows // fitting)
+    bounds = [rows * i // count for i in range(count + 1)] if count else []
+    return map(slice, bounds[:-1], bounds[1:])
+
+
+def _merge_tail(
+    sums: tuple[Tensor, Tensor, Tensor], tail: tuple[Tensor, Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`student_statistics` of all classes from those of two parts."""
+    maximum = torch.maximum(sums[0], tail[0])
+    total_s, total_a = torch.zeros_like(maximum), torch.zeros_like(maximum)
+    for m, s, a in (sums, tail):
+        moved = (m - maximum).exp()
+        total_s = total_s + s * moved
+        total_a = total_a + (a + s * (m - maximum)) * moved
+    return maximum, total_s, total_a
 
 
 def distillation_rows(
@@ -59,51 +241,150 @@ def distillation_rows(
     student_softcap: float | None = None,
     teacher_softcap: float | None = None,
     row_weights_C: Tensor | None = None,
-    gradient: bool = True,
+    gradient_CV: Tensor | None = None,
+    compiled: bool = False,
 ) -> RowValues:
-    """Divergence, cross-entropy and entropy of each row; the gradient replaces `student_logits_CV` in place.
+    """Divergence, cross-entropy and entropy of each row, and the gradient on the student's logits.
 
     Args:
-        student_logits_CV: [C, V_S], before the softcap, any float dtype. With `gradient`, overwritten by
-            row_weight * d(loss of the row)/d(these logits).
+        student_logits_CV: [C, V_S], before the softcap, any float dtype.
         teacher_logits_CV: [C, V_T] or None for cross-entropy and entropy alone. Where V_T != V_S (padded
             vocabularies) the divergence is taken over the first min(V_S, V_T) classes, renormalised.
         labels_C: [C] class indices below V_S.
-        divergence: value and weight of D on log-probabilities; None if and only if there is no teacher.
+        divergence: None if and only if there is no teacher.
         coefficients: what a row's loss is made of.
         student_softcap, teacher_softcap: c in c * tanh(z / c), applied to the logits first (Gemma 2).
         row_weights_C: [C] factor on each row's gradient; the returned values are not weighted.
-        gradient: False leaves the logits as they are and saves the work.
+        gradient_CV: [C, V_S] of any float dtype, or `student_logits_CV` itself: receives
+            row_weight * d(loss of the row)/d(student logits). None saves the work.
+        compiled: run the passes through `torch.compile`; needs a divergence with a formula.
     """
-    compute = torch.promote_types(student_logits_CV.dtype, torch.float32)
-    z_S = _softcap(student_logits_CV.to(compute), student_softcap)
-    log_q1 = _log_softmax(z_S)
-    q1 = log_q1.exp()
-    cross_entropy_C = -log_q1.gather(1, labels_C[:, None]).squeeze(1)
-    entropy_C = -(q1 * log_q1).sum(-1)
+    loss = _RowLoss(
+        divergence, coefficients, student_softcap, teacher_softcap, student_logits_CV, teacher_logits_CV, compiled
+    )
+    pieces = []
+    for part in loss.blocks():
+        weights_R = None if row_weights_C is None else row_weights_C[part, None]
+        out_RV = None if gradient_CV is None else gradient_CV[part]
+        teacher_RK = None if teacher_logits_CV is None else teacher_logits_CV[part]
+        pieces.append(loss.block(student_logits_CV[part], teacher_RK, labels_C[part, None], weights_R, out_RV))
+    if not pieces:
+        return RowValues(*(labels_C.new_empty(0, dtype=loss.compute) for _ in range(3)))
+    return RowValues(*(torch.cat(values).squeeze(1) for values in zip(*pieces)))
 
-    weight_CK: Tensor | None = None
-    if teacher_logits_CV is None or divergence is None:
-        divergence_C = torch.zeros_like(cross_entropy_C)
-    else:
-        common = min(student_logits_CV.shape[1], teacher_logits_CV.shape[1])
+
+class _RowLoss:
+    """What the blocks of one call share."""
+
+    def __init__(
+        self,
+        divergence: RowDivergence | None,
+        coefficients: RowCoefficients,
+        student_softcap: float | None,
+        teacher_softcap: float | None,
+        student: Tensor,
+        teacher: Tensor | None,
+        compiled: bool,
+    ) -> None:
+        self.compute = torch.promote_types(student.dtype, torch.float32)
+        self.divergence, self.coefficients = divergence, coefficients
         t = coefficients.temperature
-        log_p = _log_softmax(_softcap(teacher_logits_CV[:, :common].to(compute), teacher_softcap) / t)
-        same = t == 1.0 and common == z_S.shape[1]
-        log_q = log_q1 if same else _log_softmax(z_S[:, :common] / t)
-        divergence_C, weight_CK = divergence(log_p, log_q)
-    values = RowValues(divergence_C, cross_entropy_C, entropy_C)
-    if not gradient:
+        self.temperature_kind = "one" if t == 1 else "two" if t == 2 else "other"
+        # As tensors, because a compiled function would be specialised to a Python float.
+        number = functools.partial(torch.full, (), dtype=self.compute, device=student.device)
+        self.inverse_t = number(1 / t)
+        self.caps: Caps = (
+            None if student_softcap is None else number(student_softcap),
+            None if teacher_softcap is None else number(teacher_softcap),
+        )
+        if divergence is not None:
+            self.skew, self.beta = number(divergence.skew), number(divergence.beta)
+        # One row would compile once more: sizes 0 and 1 are never symbolic.
+        compiled = compiled and student.shape[0] > 1 and student.shape[1] > 2
+        self.run = _compile if compiled else _eager
+        stored = student.element_size() + (0 if teacher is None else teacher.element_size())
+        row = student.shape[1] * (stored if compiled else EAGER_BUFFERS * self.compute.itemsize)
+        self.blocks = functools.partial(_blocks, student.shape[0], row, student.device)
+
+    def block(
+        self,
+        student_RV: Tensor,
+        teacher_RV: Tensor | None,
+        labels_R1: Tensor,
+        weights_R1: Tensor | None,
+        out: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Divergence, cross-entropy and entropy, each [R, 1]; the gradient to `out`."""
+        if teacher_RV is None or self.divergence is None:
+            return self._student_block(student_RV, labels_R1, weights_R1, out)
+        classes = min(student_RV.shape[1], teacher_RV.shape[1])
+        student, teacher, tail = student_RV[:, :classes], teacher_RV[:, :classes], student_RV[:, classes:]
+        key = (student.dtype, teacher.dtype, *(c is None for c in self.caps), tail.shape[1] > 0, self.temperature_kind)
+        max_1, s, a, s_t, max_T, s_T = self.run(
+            key, statistics, student, teacher, self.caps, self.inverse_t, self.temperature_kind
+        )
+        n = Normalisers(max_1, s_t.log(), max_T, s_T.log())
+        if tail.shape[1]:
+            max_1, s, a = _merge_tail((max_1, s, a), student_statistics(tail, self.caps[0]))
+        log_sum_1 = s.log()
+        label_S = student_RV.gather(1, labels_R1)
+        cross_entropy = log_sum_1 - (_logits(label_S, self.caps[0]) - max_1)
+        entropy = log_sum_1 - a / s
+
+        labels_K = labels_R1.clamp(max=classes - 1)
+        if self.divergence.formula is not None:
+            run, terms = self.run, self.divergence.formula.terms
+            label_terms = terms
+            parameters = (self.inverse_t, self.skew, self.beta)
+            value, sum_w = run((key, terms), reduction, student, teacher, self.caps, n, *parameters, terms)
+        else:
+            run = _eager
+            log_q, _ = _log_probabilities(student, self.caps[0], n.max_S, n.log_sum_S, self.inverse_t)
+            log_p, _ = _log_probabilities(teacher, self.caps[1], n.max_T, n.log_sum_T, self.inverse_t)
+            value, w = self.divergence(log_p, log_q)
+            value, sum_w, w_label = value[:, None], w.sum(1, keepdim=True), w.gather(1, labels_K)
+            terms, label_terms = (lambda *_: (w, w)), (lambda *_: (w_label, w_label))
+        if out is None:
+            return value, cross_entropy, entropy
+
+        a_R1, b_R1 = self._factors(weights_R1, s)
+        # log q_1 = (z - max_S) - log_sum. Where q_1 is computed as a power of q, its factor holds the other constant.
+        log_sum = log_sum_1 + (max_1 - n.max_S)
+        power = {"one": 1, "two": 2, "other": 0}[self.temperature_kind]
+        factors = (a_R1 * (power * n.log_sum_S - log_sum).exp() if power else a_R1, b_R1)
+        shared = (self.caps, n, sum_w, log_sum, factors, self.inverse_t, self.skew, self.beta)
+        at_label = torch.empty_like(s)
+        gradient(label_S, teacher.gather(1, labels_K), *shared, label_terms, self.temperature_kind, at_label)
+        if tail.shape[1]:
+            in_tail = torch.empty_like(s)
+            student_gradient(label_S, self.caps[0], max_1, log_sum_1, a_R1, in_tail)
+            at_label = torch.where(labels_R1 < classes, at_label, in_tail)
+            student_gradient(tail, self.caps[0], max_1, log_sum_1, a_R1, out[:, classes:])
+        run((key, terms), gradient, student, teacher, *shared, terms, self.temperature_kind, out[:, :classes])
+        out.scatter_(1, labels_R1, (at_label - a_R1 * self._softcap_slope(label_S)).to(out.dtype))
+        return value, cross_entropy, entropy
+
+    def _student_block(
+        self, student_RV: Tensor, labels_R1: Tensor, weights_R1: Tensor | None, out: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        cap = self.caps[0]
+        key = (student_RV.dtype, cap is None)
+        max_1, s, a = self.run(key, student_statistics, student_RV, cap)
+        log_sum_1 = s.log()
+        label_S = student_RV.gather(1, labels_R1)
+        values = torch.zeros_like(s), log_sum_1 - (_logits(label_S, cap) - max_1), log_sum_1 - a / s
+        if out is not None:
+            a_R1, _ = self._factors(weights_R1, s)
+            at_label = torch.empty_like(s)
+            student_gradient(label_S, cap, max_1, log_sum_1, a_R1, at_label)
+            self.run((key, out.dtype), student_gradient, student_RV, cap, max_1, log_sum_1, a_R1, out)
+            out.scatter_(1, labels_R1, (at_label - a_R1 * self._softcap_slope(label_S)).to(out.dtype))
         return values
 
-    g_CV = q1.scatter_add_(1, labels_C[:, None], torch.full_like(cross_entropy_C, -1.0)[:, None])
-    g_CV *= coefficients.cross_entropy
-    if weight_CK is not None:
-        share = coefficients.divergence / coefficients.temperature
-        g_CV[:, : weight_CK.shape[1]] += share * (weight_CK - log_q.exp() * weight_CK.sum(-1, keepdim=True))
-    if student_softcap is not None:
-        g_CV *= 1 - (z_S / student_softcap).square()
-    if row_weights_C is not None:
-        g_CV *= row_weights_C[:, None]
-    student_logits_CV.copy_(g_CV)
-    return values
+    def _factors(self, weights_R1: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
+        weight = torch.ones_like(like) if weights_R1 is None else weights_R1.to(like.dtype)
+        return weight * self.coefficients.cross_entropy, weight * self.coefficients.divergence * self.inverse_t
+
+    def _softcap_slope(self, label_S: Tensor) -> Tensor | float:
+        cap = self.caps[0]
+        return 1.0 if cap is None else 1 - (_logits(label_S, cap) / cap).square()

@@ -1,6 +1,6 @@
 """Divergences in plain PyTorch, and the distillation loss from hidden states: packing, chunking, autograd."""
 
-from .chunked import Head
+from .chunked import Head, free_workspace
 from .distillation import (
     DistillationLoss,
     DistillationOutput,
@@ -19,6 +19,7 @@ __all__ = [
     "distillation_loss",
     "distillation_loss_from_logits",
     "divergence_names",
+    "free_workspace",
     "get_divergence",
     "register_divergence",
     "token_cross_entropy",

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..kernels import RowCoefficients
 from ..suggest import unknown_name
-from .chunked import ChunkedLoss, Head, PackedRows, rows_per_chunk, run_chunks
+from .backends import check_backend
+from .chunked import ChunkedLoss, Head, PackedRows, run_chunks
 from .divergences import get_divergence
 
-_BACKENDS = ("auto", "eager")
 _REDUCTIONS = ("mean", "sum", "none")
 # Vocabularies are padded to a multiple that suits the hardware: 943 unused classes (Phi-2) is the most in the wild.
 _MOST_PADDING = 1024
@@ -60,8 +60,7 @@ def _check_options(options: dict[str, Any]) -> None:
             isinstance(value, (int, float)) and 0 <= value <= 1,
             f"{name} must be a number from 0 to 1, got {value!r}",
         )
-    if options["backend"] not in _BACKENDS:
-        raise UserError(unknown_name("backend", options["backend"], _BACKENDS))
+    check_backend(options["backend"])
     if options["reduction"] not in _REDUCTIONS:
         raise UserError(unknown_name("reduction", options["reduction"], _REDUCTIONS))
     num_items = options["num_items"]
@@ -74,6 +73,10 @@ def _check_options(options: dict[str, Any]) -> None:
     _require(
         budget is None or (isinstance(budget, int) and budget > 0),
         f"memory_budget must be a number of bytes above 0, or None for the device's default, got {budget!r}",
+    )
+    _require(
+        options["logits_dtype"] in (None, torch.float32),
+        f"logits_dtype must be torch.float32, or None for the dtype of the heads, got {options['logits_dtype']!r}",
     )
 
 
@@ -123,6 +126,14 @@ def _check_labels(labels_N: Tensor, num_classes: int) -> None:
         )
 
 
+def _autocast_dtype(student: Tensor) -> torch.dtype | None:
+    # Autocast leaves float64 alone.
+    kind = student.device.type
+    if student.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
 def _loss(
     student: Tensor,
     student_head: Head,
@@ -161,9 +172,12 @@ def _loss(
         weights_N=None if token_weights is None else token_weights.detach().reshape(-1)[kept].to(compute),
         divergence=divergence.bind(float(o["skew"]), float(o["beta"])),
         coefficients=RowCoefficients(sft, (1.0 - sft) * scale, t),
-        chunk=rows_per_chunk(max(v_S, v_T), student.device, student.dtype, o["memory_budget"]),
         student_softcap=student_head.softcap,
         student_scale=student_head.scale,
+        gemm_dtype=_autocast_dtype(student),
+        logits_dtype=o["logits_dtype"],
+        backend=o["backend"],
+        memory_budget=o["memory_budget"],
     )
     per_row = o["reduction"] == "none"
     loss, *values = ChunkedLoss.apply(
@@ -175,12 +189,13 @@ def _loss(
         torch.is_grad_enabled(),
     )
     num_items = torch.as_tensor(kept.numel() if o["num_items"] is None else o["num_items"], device=labels.device)
+    if rows.weights_N is not None:
+        values = [x * rows.weights_N for x in values]
     if per_row:
         rows_N = [loss, *values]
         out = [x.new_zeros(labels.numel()).index_put((kept,), x).view(labels.shape) for x in rows_N]
     else:
-        weights_N = rows.weights_N
-        out = [loss, *((x if weights_N is None else x * weights_N).sum() for x in values)]
+        out = [loss, *(x.sum() for x in values)]
         if o["reduction"] == "mean":
             out = [x / num_items.clamp(min=1) for x in out]
     return DistillationOutput(out[0], out[1], out[2], out[3], num_items)
@@ -211,11 +226,13 @@ def distillation_loss(
     ignore_index: int = -100,
     backend: str = "auto",
     memory_budget: int | None = None,
+    logits_dtype: torch.dtype | None = None,
 ) -> DistillationOutput:
     """Distillation loss from last hidden states; the gradient flows into the student's hidden states, weight and bias.
 
     Rows with `labels == ignore_index` are packed out first and cost nothing; the others run through both heads a chunk
-    at a time. The GEMMs run in each head's dtype, softmaxes and reductions in float32 (float64 for float64 input).
+    at a time. The GEMMs run in each head's dtype, or autocast's where that is on; softmaxes and reductions in float32
+    (float64 for float64 input).
 
     Args:
         student_hidden: [..., D_S] last hidden states after the final norm, any float dtype.
@@ -231,8 +248,11 @@ def distillation_loss(
         token_weights: [...] factor on each token's loss; it does not enter `num_items`.
         num_items: denominator of the mean, e.g. the tokens of all accumulation steps and ranks. Default: those here.
         reduction: "mean", "sum" or "none" (one value per label, 0 where ignored).
-        backend: "auto" or "eager".
-        memory_budget: bytes for a chunk's working memory. Default 1 GiB on CUDA, 256 MiB elsewhere.
+        backend: "triton" (a GPU), "compile" (`torch.compile`, for a CPU), "eager", or "auto": Triton on a GPU, compile
+            on a CPU from 16,384 classes on, else eager.
+        memory_budget: bytes for a chunk's working memory. Default 1 GiB on CUDA, 512 MiB elsewhere.
+        logits_dtype: None for the dtype of the GEMMs, or torch.float32: with narrower heads the logits are then not
+            rounded, which takes twice the memory and makes the gradient an order of magnitude more exact.
 
     V_S and V_T may differ by padding: D is then over the common classes, the rest over all of the student's.
 
@@ -280,7 +300,7 @@ def distillation_loss_from_logits(
     memory_budget: int | None = None,
 ) -> DistillationOutput:
     """`distillation_loss` for loops that have logits: [..., V_S] and [..., V_T]. Everything else as there."""
-    options = dict(locals(), student_scale=1.0, teacher_scale=1.0)
+    options = dict(locals(), student_scale=1.0, teacher_scale=1.0, logits_dtype=None)
     student_head = Head(None, None, student_softcap)
     return _loss(student_logits, student_head, teacher_logits, Head(None, None, teacher_softcap), labels, options)
 
@@ -293,8 +313,8 @@ def token_cross_entropy(hidden_ND: Tensor, head: Head, labels_N: Tensor, memory_
         hidden_ND: [N, D] last hidden states of the rows to score.
         labels_N: [N] class indices.
     """
-    chunk = rows_per_chunk(head.num_classes(hidden_ND), hidden_ND.device, hidden_ND.dtype, memory_budget)
-    rows = PackedRows(None, None, labels_N, None, None, RowCoefficients(1.0, 0.0, 1.0), chunk)
+    coefficients = RowCoefficients(1.0, 0.0, 1.0)
+    rows = PackedRows(None, None, labels_N, None, None, coefficients, memory_budget=memory_budget)
     with torch.autocast(hidden_ND.device.type, enabled=False):
         values, _ = run_chunks(hidden_ND, head, rows, None)
     return values.cross_entropy

@@ -1,0 +1,186 @@
+"""Divergences D(p, q) between teacher p and student q: each once in PyTorch and, beside it, once for Triton.
+
+With x = z_S / T and q = softmax(x), let w = dD / d(log q) with every log q_v taken as independent. Then
+
+    dD/dx_v = w_v - q_v * sum(w)          and          d(log q)/dz = (d(log q)/dx) / T
+
+so a divergence is fully described by what each class adds to it and its w. Adding any multiple of q to w changes
+nothing: such terms are left out. Both functions of a divergence take log p, log q, p, q of some classes, and skew s and
+beta b, and return the classes' terms of D (nats) and w.
+
+    forward_kl        KL(p, q)                                    w = -p
+    reverse_kl        KL(q, p)                                    w = q log(q/p)
+    skew_forward_kl   KL(p, m),  m = s p + (1-s) q                w = -(1-s) p q / m
+    skew_reverse_kl   KL(q, m),  m = (1-s) p + s q                w = q (log(q/m) - s q/m)
+    jsd               b KL(p, m) + (1-b) KL(q, m),                w = (1-b) q log(q/m)
+                      m = b p + (1-b) q
+    tvd               1/2 sum |p - q|                             w = 1/2 q sign(q - p)
+
+Skew divergences: Ko et al., DistiLLM, arXiv 2402.03898. Generalised JSD and its ends (b = 0 is forward KL, b = 1
+reverse KL: the limits of D/b and D/(1-b)): Agarwal et al., GKD, arXiv 2306.13649. TVD: Wen et al., f-DISTILL,
+arXiv 2307.15190.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
+Terms = Callable[[Tensor, Tensor, Tensor, Tensor, Any, Any], tuple[Tensor, Tensor]]
+RowFunction = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def jit(function: Callable[..., Any]) -> Any:
+    """`triton.jit`, or None without Triton."""
+    return None if triton is None else triton.jit(function)
+
+
+if triton is not None:
+    LN2 = tl.constexpr(0.6931471805599453)
+    # Smallest normal float32: keeps log(m) finite where p and q both underflow; they multiply it by 0.
+    TINY = tl.constexpr(1.1754943508222875e-38)
+
+
+def _mixture(a: Tensor, b: Tensor, share_of_a: Any) -> Tensor:
+    return (share_of_a * a + (1 - share_of_a) * b).clamp(min=torch.finfo(a.dtype).tiny)
+
+
+def forward_kl(log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor, skew: Any, beta: Any) -> tuple[Tensor, Tensor]:
+    return p * (log_p - log_q), -p
+
+
+@jit
+def forward_kl_triton(log_p, log_q, p, q, skew, beta):
+    return p * (log_p - log_q), -p
+
+
+def reverse_kl(log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor, skew: Any, beta: Any) -> tuple[Tensor, Tensor]:
+    w = q * (log_q - log_p)
+    return w, w
+
+
+@jit
+def reverse_kl_triton(log_p, log_q, p, q, skew, beta):
+    w = q * (log_q - log_p)
+    return w, w
+
+
+def skew_forward_kl(log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor, skew: Any, beta: Any) -> tuple[Tensor, Tensor]:
+    m = _mixture(p, q, skew)
+    return p * (log_p - m.log()), (skew - 1) * q * (p / m)
+
+
+@jit
+def skew_forward_kl_triton(log_p, log_q, p, q, skew, beta):
+    m = tl.maximum(skew * p + (1 - skew) * q, TINY)
+    return p * (log_p - tl.log2(m) * LN2), (skew - 1) * q * (p / m)
+
+
+def skew_reverse_kl(log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor, skew: Any, beta: Any) -> tuple[Tensor, Tensor]:
+    m = _mixture(q, p, skew)
+    value = q * (log_q - m.log())
+    return value, value - skew * q * (q / m)
+
+
+@jit
+def skew_reverse_kl_triton(log_p, log_q, p, q, skew, beta):
+    m = tl.maximum(skew * q + (1 - skew) * p, TINY)
+    value = q * (log_q - tl.log2(m) * LN2)
+    return value, value - skew * q * (q / m)
+
+
+def jsd(log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor, skew: Any, beta: Any) -> tuple[Tensor, Tensor]:
+    log_m = _mixture(p, q, beta).log()
+    w = (1 - beta) * q * (log_q - log_m)
+    return beta * p * (log_p - log_m) + w, w
+
+
+@jit
+def jsd_triton(log_p, log_q, p, q, skew, beta):
+    log_m = tl.log2(tl.maximum(beta * p + (1 - beta) * q, TINY)) * LN2
+    w = (1 - beta) * q * (log_q - log_m)
+    return beta * p * (log_p - log_m) + w, w
+
+
+def tvd(log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor, skew: Any, beta: Any) -> tuple[Tensor, Tensor]:
+    difference = q - p
+    return 0.5 * difference.abs(), 0.5 * q * difference.sign()
+
+
+@jit
+def tvd_triton(log_p, log_q, p, q, skew, beta):
+    difference = q - p
+    sign = tl.where(difference > 0, 1.0, tl.where(difference < 0, -1.0, 0.0))
+    return 0.5 * tl.abs(difference), 0.5 * q * sign
+
+
+@dataclass(frozen=True)
+class Formula:
+    """A divergence's two functions. triton: None without Triton.
+
+    one_read: "teacher" or "student" where D is a sum over that side's probabilities of log-probabilities alone and w
+    needs at most D besides, so that the Triton kernel has both after one read of the logits; else None.
+    """
+
+    name: str
+    terms: Terms
+    triton: Any
+    one_read: str | None = None
+
+
+FORMULAS = {
+    f.name: f
+    for f in (
+        Formula("forward_kl", forward_kl, forward_kl_triton, "teacher"),
+        Formula("reverse_kl", reverse_kl, reverse_kl_triton, "student"),
+        Formula("skew_forward_kl", skew_forward_kl, skew_forward_kl_triton),
+        Formula("skew_reverse_kl", skew_reverse_kl, skew_reverse_kl_triton),
+        Formula("jsd", jsd, jsd_triton),
+        Formula("tvd", tvd, tvd_triton),
+    )
+}
+
+# Where a mixture is one of its ends, the divergence is a plain KL, and exact where the other side underflows.
+_LIMITS = {
+    ("skew_forward_kl", "skew", 0.0): "forward_kl",
+    ("skew_reverse_kl", "skew", 0.0): "reverse_kl",
+    ("jsd", "beta", 0.0): "forward_kl",
+    ("jsd", "beta", 1.0): "reverse_kl",
+}
+
+
+@dataclass(frozen=True)
+class RowDivergence:
+    """A divergence with its parameters: a formula, or a function of whole rows that eager PyTorch alone can run.
+
+    rows: (log_p_CK, log_q_CK) -> D of each row, [C] in nats, and w = dD/d(log q), [C, K].
+    """
+
+    formula: Formula | None
+    skew: float = 0.1
+    beta: float = 0.5
+    rows: RowFunction | None = None
+
+    @staticmethod
+    def of(name: str, skew: float = 0.1, beta: float = 0.5) -> "RowDivergence":
+        """One of `FORMULAS` by name; at the ends of skew and beta, the KL that is its limit."""
+        for (limited, parameter, end), limit in _LIMITS.items():
+            if name == limited and {"skew": skew, "beta": beta}[parameter] == end:
+                name = limit
+        return RowDivergence(FORMULAS[name], skew, beta)
+
+    def __call__(self, log_p_CK: Tensor, log_q_CK: Tensor) -> tuple[Tensor, Tensor]:
+        """D of each row, [C] in nats, and w = dD/d(log q), [C, K]."""
+        if self.rows is not None:
+            return self.rows(log_p_CK, log_q_CK)
+        assert self.formula is not None
+        value, w = self.formula.terms(log_p_CK, log_q_CK, log_p_CK.exp(), log_q_CK.exp(), self.skew, self.beta)
+        return value.sum(-1), w

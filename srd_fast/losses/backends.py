@@ -1,0 +1,88 @@
+"""Which row function computes a loss: Triton on a GPU, `torch.compile` on a CPU, eager PyTorch everywhere."""
+
+import functools
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from ..kernels import RowCoefficients, RowDivergence, RowValues, distillation_rows
+from ..suggest import unknown_name
+
+BACKENDS = ("auto", "triton", "compile", "eager")
+# Below this many classes a compiled function does not earn back the seconds that its compilation takes.
+_COMPILE_FROM_CLASSES = 16384
+
+
+class RowBackend(Protocol):
+    """`distillation_rows` and its equals."""
+
+    def __call__(
+        self,
+        student_logits_CV: Tensor,
+        teacher_logits_CV: Tensor | None,
+        labels_C: Tensor,
+        divergence: RowDivergence | None,
+        coefficients: RowCoefficients,
+        *,
+        student_softcap: float | None = None,
+        teacher_softcap: float | None = None,
+        row_weights_C: Tensor | None = None,
+        gradient_CV: Tensor | None = None,
+    ) -> RowValues:
+        """See `srd_fast.kernels.distillation_rows`."""
+
+
+def check_backend(name: Any) -> None:
+    """Refuse a name that is none of `BACKENDS`."""
+    if name not in BACKENDS:
+        raise UserError(unknown_name("backend", name, BACKENDS))
+
+
+def _why_not_triton(device: torch.device, dtype: torch.dtype, divergence: RowDivergence | None) -> str | None:
+    try:
+        from ..kernels import triton_rows
+    except ImportError:
+        return "the package triton is not installed"
+    if device.type != "cuda" and not triton_rows.INTERPRETED:
+        return f"the tensors are on {device}, and Triton needs a GPU (or the environment variable TRITON_INTERPRET=1)"
+    if dtype == torch.float64:
+        return "the Triton kernel has no float64"
+    return _why_no_formula(divergence)
+
+
+def _why_no_formula(divergence: RowDivergence | None) -> str | None:
+    if divergence is not None and divergence.formula is None:
+        return "a registered divergence runs in eager PyTorch"
+    return None
+
+
+def row_backend(
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    num_classes: int,
+    divergence: RowDivergence | None,
+    padding_is_scratch: bool,
+) -> tuple[RowBackend, str]:
+    """The row function for `name`, and its name where that was "auto". Raises UserError where it cannot run.
+
+    Args:
+        dtype: of the logits. num_classes: V.
+        padding_is_scratch: whether a row's stride beyond its classes may be read and written.
+    """
+    why_not_triton = _why_not_triton(device, dtype, divergence)
+    why_not_compile = _why_no_formula(divergence)
+    if name == "auto":
+        compile_pays = device.type == "cpu" and num_classes >= _COMPILE_FROM_CLASSES and why_not_compile is None
+        name = "triton" if device.type == "cuda" and why_not_triton is None else "compile" if compile_pays else "eager"
+    if name == "triton":
+        if why_not_triton is not None:
+            raise UserError(f"backend 'triton' cannot run: {why_not_triton}; use backend='auto'")
+        from ..kernels.triton_rows import distillation_rows_triton
+
+        return functools.partial(distillation_rows_triton, padding_is_scratch=padding_is_scratch), name
+    if name == "compile" and why_not_compile is not None:
+        raise UserError(f"backend 'compile' cannot run: {why_not_compile}; use backend='auto' or 'eager'")
+    return functools.partial(distillation_rows, compiled=name == "compile"), name
