@@ -361,7 +361,7 @@ class _RowLoss:
             at_label = torch.where(labels_R1 < classes, at_label, in_tail)
             student_gradient(tail, self.caps[0], max_1, log_sum_1, a_R1, out[:, classes:])
         run((key, terms), gradient, student, teacher, *shared, terms, self.temperature_kind, out[:, :classes])
-        out.scatter_(1, labels_R1, (at_label - a_R1 * self._softcap_slope(label_S)).to(out.dtype))
+        self._write_label(out, labels_R1, label_S, at_label, a_R1)
         return value, cross_entropy, entropy
 
     def _student_block(
@@ -378,13 +378,16 @@ class _RowLoss:
             at_label = torch.empty_like(s)
             student_gradient(label_S, cap, max_1, log_sum_1, a_R1, at_label)
             self.run((key, out.dtype), student_gradient, student_RV, cap, max_1, log_sum_1, a_R1, out)
-            out.scatter_(1, labels_R1, (at_label - a_R1 * self._softcap_slope(label_S)).to(out.dtype))
+            self._write_label(out, labels_R1, label_S, at_label, a_R1)
         return values
 
     def _factors(self, weights_R1: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
         weight = torch.ones_like(like) if weights_R1 is None else weights_R1.to(like.dtype)
         return weight * self.coefficients.cross_entropy, weight * self.coefficients.divergence * self.inverse_t
 
-    def _softcap_slope(self, label_S: Tensor) -> Tensor | float:
+    def _write_label(self, out: Tensor, labels_R1: Tensor, label_S: Tensor, gradient_R1: Tensor, a_R1: Tensor) -> None:
+        """The label's gradient: what it is as any class, and -a from the one-hot."""
         cap = self.caps[0]
-        return 1.0 if cap is None else 1 - (_logits(label_S, cap) / cap).square()
+        slope = 1.0 if cap is None else 1 - (_logits(label_S, cap) / cap).square()
+        rows = torch.arange(len(out), device=out.device)
+        out[rows, labels_R1[:, 0]] = (gradient_R1 - a_R1 * slope)[:, 0].to(out.dtype)

@@ -290,6 +290,8 @@ def _accumulate(grads: _Gradients, g_CV: Tensor, hidden_ND: Tensor, part: slice,
 
 def _scale(x: Tensor, factor: Tensor) -> None:
     """Multiply in place by a scalar tensor, which a product in bfloat16 would first round to 8 bits."""
+    if factor.device.type == "cpu" and factor == 1:
+        return
     if x.element_size() >= factor.element_size():
         x.mul_(factor)
         return

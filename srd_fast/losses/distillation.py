@@ -165,16 +165,26 @@ def _loss(
     kept = labels.reshape(-1).ne(o["ignore_index"]).nonzero().squeeze(1)
     labels_N = labels.reshape(-1)[kept].long()
     _check_labels(labels_N, v_S)
+    num_items = torch.as_tensor(kept.numel() if o["num_items"] is None else o["num_items"], device=labels.device)
+    weights_N = None if token_weights is None else token_weights.detach().reshape(-1)[kept].to(compute)
+    gemm_dtype = _autocast_dtype(student)
+    mean = o["reduction"] == "mean"
+    # The denominator belongs in the rows' weights: there it is applied in float32, before a gradient is rounded. Not
+    # with float16 gradients, which a factor of 1/num_items would push out of its range.
+    in_weights = mean and torch.float16 not in (gemm_dtype, student.dtype)
+    if in_weights:
+        share = 1 / num_items.clamp(min=1).to(compute)
+        weights_N = share.expand(labels_N.shape) if weights_N is None else weights_N * share
     rows = PackedRows(
         teacher_ND=teacher.detach().reshape(-1, teacher.shape[-1])[kept],
         teacher_head=teacher_head,
         labels_N=labels_N,
-        weights_N=None if token_weights is None else token_weights.detach().reshape(-1)[kept].to(compute),
+        weights_N=weights_N,
         divergence=divergence.bind(float(o["skew"]), float(o["beta"])),
         coefficients=RowCoefficients(sft, (1.0 - sft) * scale, t),
         student_softcap=student_head.softcap,
         student_scale=student_head.scale,
-        gemm_dtype=_autocast_dtype(student),
+        gemm_dtype=gemm_dtype,
         logits_dtype=o["logits_dtype"],
         backend=o["backend"],
         memory_budget=o["memory_budget"],
@@ -188,16 +198,15 @@ def _loss(
         per_row,
         torch.is_grad_enabled(),
     )
-    num_items = torch.as_tensor(kept.numel() if o["num_items"] is None else o["num_items"], device=labels.device)
-    if rows.weights_N is not None:
-        values = [x * rows.weights_N for x in values]
+    if weights_N is not None:
+        values = [x * weights_N for x in values]
     if per_row:
         rows_N = [loss, *values]
         out = [x.new_zeros(labels.numel()).index_put((kept,), x).view(labels.shape) for x in rows_N]
     else:
         out = [loss, *(x.sum() for x in values)]
-        if o["reduction"] == "mean":
-            out = [x / num_items.clamp(min=1) for x in out]
+    if mean and not in_weights:
+        out = [x / num_items.clamp(min=1) for x in out]
     return DistillationOutput(out[0], out[1], out[2], out[3], num_items)
 
 
