@@ -1,6 +1,6 @@
 """Divergences in plain PyTorch, and the distillation loss from hidden states: packing, chunking, autograd."""
 
-from .chunked import Head, free_workspace
+from .buffers import free_workspace
 from .distillation import (
     DistillationLoss,
     DistillationOutput,
@@ -10,6 +10,7 @@ from .distillation import (
     token_cross_entropy,
 )
 from .divergences import divergence_names, get_divergence, register_divergence
+from .head import Head
 
 __all__ = [
     "DistillationLoss",

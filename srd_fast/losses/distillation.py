@@ -16,8 +16,9 @@ from ..errors import UserError
 from ..kernels import RowCoefficients
 from ..suggest import unknown_name
 from .backends import check_backend
-from .chunked import ChunkedLoss, Head, PackedRows, run_chunks
+from .chunked import ChunkedLoss, PackedRows, run_chunks
 from .divergences import get_divergence
+from .head import Head
 
 _REDUCTIONS = ("mean", "sum", "none")
 # Vocabularies are padded to a multiple that suits the hardware: 943 unused classes (Phi-2) is the most in the wild.

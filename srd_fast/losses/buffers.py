@@ -1,0 +1,116 @@
+"""Memory of the chunked loss: buffers kept from call to call, rows of a chunk, and sums over chunks.
+
+Shape letters: C rows of a chunk, D width, V classes.
+"""
+
+import threading
+
+import torch
+from torch import Tensor
+
+from ..kernels import ALIGNMENT, block_bytes
+
+_DEFAULT_BUDGET = {"cuda": 1 << 30}
+_DEFAULT_BUDGET_ELSEWHERE = 512 << 20
+# A matrix product's rows on a GPU come in tiles of this many.
+_GPU_TILE = 128
+_CLASSES_AT_ONCE = 8192
+
+
+class Workspace(threading.local):
+    """The chunk's buffers, kept from call to call: the operating system zeroes what is allocated anew, page by page."""
+
+    def __init__(self) -> None:
+        self.buffers: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
+
+    def take(self, name: str, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """[rows, columns] of undefined content, rows aligned for 128-bit accesses, what follows them scratch."""
+        stride = -(-columns // ALIGNMENT) * ALIGNMENT
+        key = name, device, dtype
+        buffer = self.buffers.get(key)
+        if buffer is None or buffer.numel() < rows * stride:
+            # Gone before the new one comes. A tensor made in inference mode could not be written outside of it.
+            self.buffers.pop(key, None)
+            with torch.inference_mode(False):
+                buffer = torch.empty(rows * stride, dtype=dtype, device=device)
+            # A GPU's caching allocator keeps freed memory by itself, and can give it to others meanwhile.
+            if device.type == "cpu":
+                self.buffers[key] = buffer
+        return buffer[: rows * stride].view(rows, stride)[:, :columns]
+
+
+workspace = Workspace()
+
+
+def free_workspace() -> None:
+    """Free the buffers that this thread's losses on the CPU keep between calls, `memory_budget` bytes at most."""
+    workspace.buffers.clear()
+
+
+def class_slices(num_classes: int) -> list[slice]:
+    """Classes a few thousand at a time, where a product has another dtype than the tensor it goes to."""
+    return [slice(v, min(v + _CLASSES_AT_ONCE, num_classes)) for v in range(0, num_classes, _CLASSES_AT_ONCE)]
+
+
+def chunk_rows(num_rows: int, logits_bytes: int, temporary_bytes: int, device: torch.device, budget: int | None) -> int:
+    """Rows of a chunk, at least 1: as many as fit in the budget, then the same for every chunk.
+
+    Args:
+        logits_bytes: what a row keeps in buffers for the whole chunk.
+        temporary_bytes: what a row needs besides while its block of rows is worked on.
+        budget: bytes; None for 1 GiB on CUDA and 512 MiB elsewhere.
+    """
+    budget = budget or _DEFAULT_BUDGET.get(device.type, _DEFAULT_BUDGET_ELSEWHERE)
+    block = block_bytes(device)
+    fitting = (budget - block) // logits_bytes if budget >= 2 * block else budget // (logits_bytes + temporary_bytes)
+    if device.type == "cuda" and fitting > _GPU_TILE:
+        fitting -= fitting % _GPU_TILE
+    chunks = max(1, -(-num_rows // max(1, fitting)))
+    rows = -(-num_rows // chunks)
+    if device.type == "cuda" and rows > _GPU_TILE:
+        rows += -rows % _GPU_TILE
+    return max(1, rows)
+
+
+class GradientSum:
+    """The gradient of a weight [V, D] or bias [V], summed over chunks in float32 at least and rounded once."""
+
+    def __init__(self, x: Tensor, name: str, gemm_dtype: torch.dtype, several: bool, anything: bool) -> None:
+        # Without rows nothing is ever added.
+        self.total = torch.empty_like(x) if anything else torch.zeros_like(x)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        self.partial = self.total
+        if several and wide != x.dtype:
+            self.partial = workspace.take(name, 1, x.numel(), wide, x.device).view(x.shape)
+        # A product in the dtype of the sum goes straight onto it.
+        self.direct = x.dim() == 2 and self.partial.dtype == gemm_dtype and self.partial is self.total
+
+    def add(self, g_CV: Tensor, hidden_CD: Tensor, scale: float, first: bool, last: bool) -> None:
+        """Add scale * g.T @ hidden, or for a bias scale * the sum over the rows of g."""
+        hidden_CD = hidden_CD.to(g_CV.dtype)
+        if self.direct:
+            torch.addmm(self.total, g_CV.t(), hidden_CD, beta=0 if first else 1, alpha=scale, out=self.total)
+            return
+        target = self.total if last else self.partial
+        for part in class_slices(g_CV.shape[1]):
+            if self.total.dim() == 2:
+                product = torch.mm(g_CV[:, part].t(), hidden_CD)
+            else:
+                product = g_CV[:, part].sum(0, dtype=self.partial.dtype)
+            if scale != 1.0:
+                product *= scale
+            if first:
+                target[part] = product
+            else:
+                torch.add(self.partial[part], product, out=target[part])
+
+
+def scale_in_place(x: Tensor, factor: Tensor) -> None:
+    """Multiply in place by a scalar tensor, which a product in bfloat16 would first round to 8 bits."""
+    if factor.device.type == "cpu" and factor == 1:
+        return
+    if x.element_size() >= factor.element_size():
+        x.mul_(factor)
+        return
+    for part in class_slices(x.shape[0]):
+        x[part] = x[part].to(factor.dtype) * factor

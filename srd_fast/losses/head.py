@@ -1,0 +1,68 @@
+"""The output projection of a language model, as the loss applies it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .buffers import class_slices
+
+
+@dataclass(frozen=True)
+class Head:
+    """logits = softcap * tanh(z / softcap), z = scale * (hidden @ weight.T + bias).
+
+    weight: [V, D], or None where the "hidden states" are logits already. bias: [V] or None.
+    """
+
+    weight: Tensor | None
+    bias: Tensor | None = None
+    softcap: float | None = None
+    scale: float = 1.0
+
+    def project(self, hidden_CD: Tensor, out: Tensor | None = None) -> Tensor:
+        """Logits before the softcap, [C, V], in `out` or a new tensor of the weight's dtype.
+
+        Without a weight the hidden states themselves, not a copy. `out` in float32 with a narrower weight receives the
+        unrounded products.
+        """
+        weight = self.weight
+        if weight is None:
+            return hidden_CD
+        hidden_CD = hidden_CD.to(weight.dtype)
+        if self.scale != 1.0:
+            hidden_CD = hidden_CD * self.scale
+        if out is None:
+            out = hidden_CD.new_empty(hidden_CD.shape[0], weight.shape[0])
+        if out.dtype != weight.dtype:
+            self._project_wide(hidden_CD, weight, out)
+        elif self.bias is None:
+            torch.mm(hidden_CD, weight.t(), out=out)
+        else:
+            torch.addmm(self.bias.to(weight.dtype) * self.scale, hidden_CD, weight.t(), out=out)
+        return out
+
+    def _project_wide(self, hidden_CD: Tensor, weight: Tensor, out: Tensor) -> None:
+        if out.is_cuda:
+            torch.mm(hidden_CD, weight.t(), out_dtype=out.dtype, out=out)
+        else:
+            # No CPU product of narrow matrices keeps its float32 sums, so a slice of the weight is widened at a time.
+            for part in class_slices(weight.shape[0]):
+                torch.mm(hidden_CD.to(out.dtype), weight[part].to(out.dtype).t(), out=out[:, part])
+        if self.bias is not None:
+            out += self.bias.to(out.dtype) * self.scale
+
+    def to(self, dtype: torch.dtype) -> "Head":
+        """The head with weight and bias in `dtype`."""
+        weight, bias = (None if x is None else x.to(dtype) for x in (self.weight, self.bias))
+        return Head(weight, bias, self.softcap, self.scale)
+
+    def arguments(self, side: str) -> dict[str, Any]:
+        """The head as keyword arguments of `distillation_loss`; side: "student" or "teacher"."""
+        parts = {"weight": self.weight, "bias": self.bias, "softcap": self.softcap, "scale": self.scale}
+        return {f"{side}_{name}": value for name, value in parts.items()}
+
+    def num_classes(self, hidden: Tensor) -> int:
+        """V."""
+        return hidden.shape[-1] if self.weight is None else self.weight.shape[0]
