@@ -61,7 +61,7 @@ def chunk_rows(num_rows: int, logits_bytes: int, temporary_bytes: int, device: t
         budget: bytes; None for 1 GiB on CUDA and 512 MiB elsewhere.
     """
     budget = budget or _DEFAULT_BUDGET.get(device.type, _DEFAULT_BUDGET_ELSEWHERE)
-    block = block_bytes(device)
+    block = block_bytes(device) if temporary_bytes else 0
     fitting = (budget - block) // logits_bytes if budget >= 2 * block else budget // (logits_bytes + temporary_bytes)
     if device.type == "cuda" and fitting > _GPU_TILE:
         fitting -= fitting % _GPU_TILE
