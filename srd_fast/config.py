@@ -32,6 +32,15 @@ TRAINING_PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+def with_preset(preset: str, fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a preset with the given ones on top; a given start or end displaces the preset's list of stages."""
+    base = dict(TRAINING_PRESETS[preset])
+    for name in ("temperature", "sft_weight"):
+        if f"{name}_start" in fields or f"{name}_end" in fields:
+            base.pop(name, None)
+    return {**base, **fields}
+
+
 def _described(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
@@ -129,4 +138,4 @@ class SRDConfig(TrainingArguments):
         """The preset "paper" or "official" with `fields` on top: `SRDConfig.from_preset("paper", output_dir=DIR)`."""
         if preset not in TRAINING_PRESETS:
             raise UserError(unknown_name("preset", preset, TRAINING_PRESETS))
-        return cls(**{**TRAINING_PRESETS[preset], **fields})
+        return cls(**with_preset(preset, fields))

@@ -213,16 +213,22 @@ class Tokenisation:
         fields = dict(fields)
         for cut in template.cut_order:
             text = template.render(fields)
-            ids = self._ids(text, special=template.adds_special_tokens)
+            ids = self._prompt_ids(text, template)
             while len(ids) > self.max_prompt_length and fields.get(cut):
                 fields[cut] = self._cut_end(fields[cut], len(ids) - self.max_prompt_length)
                 text = template.render(fields)
-                ids = self._ids(text, special=template.adds_special_tokens)
+                ids = self._prompt_ids(text, template)
             if len(ids) <= self.max_prompt_length:
                 return text, ids
         raise UserError(
             f"the prompt template alone is {len(ids)} tokens, above max_prompt_length {self.max_prompt_length}"
         )
+
+    def _prompt_ids(self, text: str, template: PromptTemplate) -> list[int]:
+        ids = self._ids(text, special=template.adds_special_tokens)
+        # Some tokenizers end every text; between prompt and response that would end the sample.
+        ended = ids[-1:] == [self.tokenizer.eos_token_id] and template.adds_special_tokens
+        return ids[:-1] if ended and self._ids(text)[-1:] != ids[-1:] else ids
 
     def _cut_end(self, text: str, excess: int) -> str:
         ids = self._ids(text)

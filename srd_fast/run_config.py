@@ -7,7 +7,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from .config import TRAINING_PRESETS, SRDConfig
+from .config import TRAINING_PRESETS, SRDConfig, with_preset
 from .curation import CURATION_PRESETS
 from .errors import UserError
 from .reflection.reflect import REFLECTION_PRESETS
@@ -167,8 +167,9 @@ def load_run_config(path: str | Path | None, overrides: list[str] | tuple[str, .
     if preset is not None:
         if preset not in TRAINING_PRESETS:
             raise UserError(unknown_name("preset", preset, TRAINING_PRESETS))
-        layers = {"distill": TRAINING_PRESETS, "curate": CURATION_PRESETS, "reflect": REFLECTION_PRESETS}
-        for section, presets in layers.items():
+        if isinstance(content.get("distill", {}), dict):
+            content["distill"] = with_preset(preset, content.get("distill", {}))
+        for section, presets in (("curate", CURATION_PRESETS), ("reflect", REFLECTION_PRESETS)):
             if isinstance(content.get(section, {}), dict):
                 content[section] = {**presets[preset], **content.get(section, {})}
     try:

@@ -163,6 +163,8 @@ def prepare(run: Run) -> None:
     else:
         rejected = train.rejected
         train_set, validation_set = _hold_out(train.dataset, int(c.validation), c.seed)
+    if c.curate.stages > len(train_set):
+        raise UserError(f"config: curate.stages is {c.curate.stages} but the data has {len(train_set)} usable rows")
     folder = run.folder / "data"
     folder.mkdir(exist_ok=True)
     for name, part in (("train", train_set), ("validation", validation_set)):

@@ -25,7 +25,7 @@ from .data import IGNORE_INDEX, DistillationCollator, Tokenisation, pad_id, prep
 from .errors import UserError
 from .losses import DistillationLoss, check_vocabularies
 from .measure import measure_batch, peak_memory_mb
-from .models import check_head, check_tokenizers, find_head, last_hidden_state, load_tokenizer
+from .models import check_head, check_tokenizers, find_head, last_hidden_state, load_tokenizer, unwrap
 from .teacher import LiveTeacher, TeacherSource
 
 logger = logging.getLogger(__name__)
@@ -109,6 +109,8 @@ class SRDTrainer(Trainer):
             raise UserError("processing_class is missing: pass the student's tokenizer")
         if not isinstance(args, SRDConfig):
             raise UserError(f"args must be an SRDConfig, got {type(args).__name__}")
+        if isinstance(teacher_model, nn.Module) and unwrap(teacher_model) is unwrap(model):
+            raise UserError("teacher_model is the model that is trained; load the teacher as a model of its own")
         teacher_tokenizer = teacher_tokenizer or _tokenizer_beside(teacher_model)
         if teacher_tokenizer is not None:
             check_tokenizers(processing_class, teacher_tokenizer)
@@ -333,6 +335,11 @@ def _with_adapters(model: nn.Module, peft_config: Any) -> nn.Module:
         from peft import get_peft_model
     except ImportError as e:
         raise UserError(f"peft_config needs the peft package: pip install 'srd-fast[peft]' ({e})") from e
+    if getattr(peft_config, "is_prompt_learning", False):
+        raise UserError(
+            f"peft_config is {type(peft_config).__name__}: trained prompts add positions that the teacher does not have; "
+            "use adapters in the layers, such as LoraConfig"
+        )
     return get_peft_model(model, peft_config)
 
 

@@ -539,6 +539,12 @@ def test_more_stages_than_samples(copy: Path, config_file: Path) -> None:
     assert "stages is 20 but keep=0.75 of 24 samples leaves 18: lower stages or raise keep" in message
 
 
+def test_more_stages_than_rows_is_told_before_reflection(config_file: Path, tmp_path: Path) -> None:
+    message = srd_fast("run", config_file, f"output_dir={tmp_path}", "curate.stages=1000").error()
+    assert "curate.stages is 1000 but the data has" in message
+    assert not (tmp_path / "reflections.parquet").exists()
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_a_device_that_is_not_there(config_file: Path, tmp_path: Path) -> None:
     result = srd_fast("run", config_file, f"output_dir={tmp_path}", "device=cuda")

@@ -548,6 +548,21 @@ def test_special_tokens_come_once_and_only_before_the_prompt(tiny_tokenizer: Pre
             assert [i for i, x in enumerate(sample["input_ids"]) if x == bos] == [0]
 
 
+def test_a_tokenizer_that_ends_every_text_does_not_end_the_prompt(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    core = Tokenizer.from_str(tiny_tokenizer.backend_tokenizer.to_str())
+    eos = tiny_tokenizer.eos_token_id
+    core.post_processor = processors.TemplateProcessing(
+        single="$A <|endoftext|>", special_tokens=[("<|endoftext|>", eos)]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|endoftext|>")
+    tokenizer.chat_template = tiny_tokenizer.chat_template
+    assert tokenizer("a").input_ids[-1] == eos
+    for row in GOOD_ROWS[:3]:
+        sample, plain = (one(row, t, template="alpaca") for t in (tokenizer, tiny_tokenizer))
+        assert sample == plain
+        assert [i for i, x in enumerate(sample["input_ids"]) if x == eos] == [len(sample["input_ids"]) - 1]
+
+
 # Batches
 
 

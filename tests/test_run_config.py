@@ -195,6 +195,12 @@ def test_a_preset_lies_under_explicit_keys(preset: str, config: Any) -> None:
     assert config("", f"preset={preset}") == plain
 
 
+def test_a_given_end_displaces_the_presets_list(config: Any) -> None:
+    found = config("preset: official\ndistill: {sft_weight_end: 0.05}\n").distill
+    assert "sft_weight" not in found
+    assert (found["sft_weight_end"], found["temperature"]) == (0.05, [1.0, 1.5, 2.0])
+
+
 def test_presets_are_the_papers_numbers(config: Any) -> None:
     paper, official = config("preset: paper"), config("preset: official")
     assert (paper.curate.keep, paper.curate.stages, paper.curate.rrf_k) == (0.75, 3, 60)

@@ -826,6 +826,19 @@ def test_settings_of_the_loss_are_checked_before_training(
         make(tokenizer, args=config(**{field: value}))
 
 
+def test_a_model_cannot_teach_itself(tokenizer: PreTrainedTokenizerFast) -> None:
+    model = tiny.tiny_model("llama")
+    with pytest.raises(UserError, match="teacher_model is the model that is trained"):
+        make(tokenizer, student=model, teacher=model)
+
+
+def test_trained_prompts_are_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    peft = pytest.importorskip("peft")
+    given = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    with pytest.raises(UserError, match="peft_config is PromptTuningConfig"):
+        make(tokenizer, peft_config=given)
+
+
 def test_presets() -> None:
     paper = SRDConfig.from_preset("paper", output_dir="out", use_cpu=True, learning_rate=3e-4)
     assert (paper.temperature_start, paper.temperature_end) == (1.0, 2.0)
@@ -837,3 +850,5 @@ def test_presets() -> None:
     assert official.temperature_scaling == "official"
     with pytest.raises(UserError, match="unknown preset 'offical'; did you mean 'official'"):
         SRDConfig.from_preset("offical")
+    warmer = SRDConfig.from_preset("official", output_dir="out", use_cpu=True, temperature_end=3.0)
+    assert (warmer.temperature, warmer.temperature_end, warmer.sft_weight) == (None, 3.0, official.sft_weight)
