@@ -337,8 +337,8 @@ def _with_adapters(model: nn.Module, peft_config: Any) -> nn.Module:
         raise UserError(f"peft_config needs the peft package: pip install 'srd-fast[peft]' ({e})") from e
     if getattr(peft_config, "is_prompt_learning", False):
         raise UserError(
-            f"peft_config is {type(peft_config).__name__}: trained prompts add positions that the teacher does not have; "
-            "use adapters in the layers, such as LoraConfig"
+            f"peft_config is {type(peft_config).__name__}: trained prompts add positions that the teacher does not "
+            "have; use adapters in the layers, such as LoraConfig"
         )
     return get_peft_model(model, peft_config)
 
