@@ -211,10 +211,10 @@ def block_bytes(device: torch.device) -> int:
 
 
 def _blocks(rows: int, bytes_per_row: int, device: torch.device) -> Iterator[slice]:
-    """Slices of equal length, give or take a row, that cover the rows."""
+    """Slices of equal length, give or take a row, that cover the rows: none of one row, unless there is but one."""
     fitting = max(2, block_bytes(device) // bytes_per_row)
-    count = -(-rows // fitting)
-    bounds = [rows * i // count for i in range(count + 1)] if count else []
+    count = min(-(-rows // fitting), max(1, rows // 2))
+    bounds = [rows * i // count for i in range(count + 1)] if rows else []
     return map(slice, bounds[:-1], bounds[1:])
 
 
