@@ -6,7 +6,8 @@ With x = z_S / T and q = softmax(x), let w = dD / d(log q) with every log q_v ta
 
 so a divergence is fully described by what each class adds to it and its w. Adding any multiple of q to w changes
 nothing: such terms are left out. Both functions of a divergence take log p, log q, p, q of some classes, and skew s and
-beta b, and return the classes' terms of D (nats) and w.
+beta b, and return the classes' terms of D (nats) and w. The one for Triton also takes LOG2, the GPU's logarithm; it
+takes that of ratios like m/q, not of m, which makes an approximate one exact enough: log(q/m) is of the order of 1.
 
     forward_kl        KL(p, q)                                    w = -p
     reverse_kl        KL(q, p)                                    w = q log(q/p)
@@ -45,8 +46,7 @@ def jit(function: Callable[..., Any]) -> Any:
 
 if triton is not None:
     LN2 = tl.constexpr(0.6931471805599453)
-    # Smallest normal float32: keeps log(m) finite where p and q both underflow; they multiply it by 0.
-    TINY = tl.constexpr(1.1754943508222875e-38)
+    LOG2E = tl.constexpr(1.4426950408889634)
 
 
 def _mixture(a: Tensor, b: Tensor, share_of_a: Any) -> Tensor:
@@ -58,7 +58,7 @@ def forward_kl(log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor, skew: Any, be
 
 
 @jit
-def forward_kl_triton(log_p, log_q, p, q, skew, beta):
+def forward_kl_triton(log_p, log_q, p, q, skew, beta, LOG2):
     return p * (log_p - log_q), -p
 
 
@@ -68,7 +68,7 @@ def reverse_kl(log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor, skew: Any, be
 
 
 @jit
-def reverse_kl_triton(log_p, log_q, p, q, skew, beta):
+def reverse_kl_triton(log_p, log_q, p, q, skew, beta, LOG2):
     w = q * (log_q - log_p)
     return w, w
 
@@ -79,9 +79,11 @@ def skew_forward_kl(log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor, skew: An
 
 
 @jit
-def skew_forward_kl_triton(log_p, log_q, p, q, skew, beta):
-    m = tl.maximum(skew * p + (1 - skew) * q, TINY)
-    return p * (log_p - tl.log2(m) * LN2), (skew - 1) * q * (p / m)
+def skew_forward_kl_triton(log_p, log_q, p, q, skew, beta, LOG2):
+    # m = p u. Where q/p is beyond 2^126, p is below all normal numbers and adds nothing.
+    bits = tl.minimum((log_q - log_p) * LOG2E, 126.0, propagate_nan=tl.PropagateNan.ALL)
+    log2_u = LOG2(skew + (1 - skew) * tl.exp2(bits))
+    return p * log2_u * -LN2, (skew - 1) * q * tl.exp2(-log2_u)
 
 
 def skew_reverse_kl(log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor, skew: Any, beta: Any) -> tuple[Tensor, Tensor]:
@@ -91,10 +93,12 @@ def skew_reverse_kl(log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor, skew: An
 
 
 @jit
-def skew_reverse_kl_triton(log_p, log_q, p, q, skew, beta):
-    m = tl.maximum(skew * q + (1 - skew) * p, TINY)
-    value = q * (log_q - tl.log2(m) * LN2)
-    return value, value - skew * q * (q / m)
+def skew_reverse_kl_triton(log_p, log_q, p, q, skew, beta, LOG2):
+    # m = q u. Where p/q is beyond 2^126, q is below all normal numbers and adds nothing.
+    bits = tl.minimum((log_p - log_q) * LOG2E, 126.0, propagate_nan=tl.PropagateNan.ALL)
+    log2_u = LOG2(skew + (1 - skew) * tl.exp2(bits))
+    value = q * log2_u * -LN2
+    return value, value - skew * q * tl.exp2(-log2_u)
 
 
 def jsd(log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor, skew: Any, beta: Any) -> tuple[Tensor, Tensor]:
@@ -104,10 +108,14 @@ def jsd(log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor, skew: Any, beta: Any
 
 
 @jit
-def jsd_triton(log_p, log_q, p, q, skew, beta):
-    log_m = tl.log2(tl.maximum(beta * p + (1 - beta) * q, TINY)) * LN2
-    w = (1 - beta) * q * (log_q - log_m)
-    return beta * p * (log_p - log_m) + w, w
+def jsd_triton(log_p, log_q, p, q, skew, beta, LOG2):
+    # m over the larger of p and q, so that neither ratio overflows.
+    difference = log_p - log_q
+    ratio = tl.exp2(tl.abs(difference) * -LOG2E)
+    larger = tl.where(difference > 0, beta, 1 - beta)
+    log_m = LOG2(larger + (1 - larger) * ratio) * LN2
+    w = (beta - 1) * q * (tl.maximum(difference, 0.0) + log_m)
+    return beta * p * (tl.minimum(difference, 0.0) - log_m) + w, w
 
 
 def tvd(log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor, skew: Any, beta: Any) -> tuple[Tensor, Tensor]:
@@ -116,7 +124,7 @@ def tvd(log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor, skew: Any, beta: Any
 
 
 @jit
-def tvd_triton(log_p, log_q, p, q, skew, beta):
+def tvd_triton(log_p, log_q, p, q, skew, beta, LOG2):
     difference = q - p
     sign = tl.where(difference > 0, 1.0, tl.where(difference < 0, -1.0, 0.0))
     return 0.5 * tl.abs(difference), 0.5 * q * sign
