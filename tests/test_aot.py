@@ -1,0 +1,135 @@
+"""Proof without a GPU: what the Triton kernel moves in the interpreter, and its machine code for four GPUs."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="the package triton is not installed")
+
+from srd_fast.kernels import FORMULAS, triton_rows
+from srd_fast.kernels.aot import TARGETS, Configuration, Finding, configurations
+from srd_fast.kernels.disassembly import _count_gcn, _count_sass, _Line, _loops
+
+# Label, row pointers' scalars and the three results of a row, spread over its classes; the rest of an aligned row.
+SCALARS = 0.1
+
+
+def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, cwd=cwd)
+
+
+@pytest.fixture(scope="module")
+def traced() -> dict[str, dict[str, float]]:
+    done = run(str(Path(__file__).with_name("kernel_trace.py")))
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("divergence", FORMULAS)
+def test_traced_bytes_per_logit_in_bfloat16(traced: dict[str, dict[str, float]], divergence: str) -> None:
+    reads = 1 if FORMULAS[divergence].one_read else 2
+    assert traced[f"{divergence} values"]["loads"] == pytest.approx(4 * reads, abs=SCALARS)
+    assert traced[f"{divergence} values"]["stores"] == pytest.approx(0, abs=SCALARS)
+    with_gradient = traced[f"{divergence} gradient"]
+    assert with_gradient["loads"] == pytest.approx(4 * reads + 4, abs=SCALARS)
+    assert with_gradient["stores"] == pytest.approx(2, abs=SCALARS)
+    assert sum(with_gradient.values()) == pytest.approx(10 if reads == 1 else 14, abs=SCALARS)
+
+
+def test_traced_bytes_of_cross_entropy_alone(traced: dict[str, dict[str, float]]) -> None:
+    assert sum(traced["cross_entropy gradient"].values()) == pytest.approx(6, abs=SCALARS)
+    assert sum(traced["cross_entropy values"].values()) == pytest.approx(2, abs=SCALARS)
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], list[Finding]]:
+    """`aot --quick`: what it printed, and its findings."""
+    file = tmp_path_factory.mktemp("aot") / "findings.json"
+    done = run("-m", "srd_fast.kernels.aot", "--quick", "--json", str(file), cwd=Path(__file__).parents[1])
+    assert done.returncode in (0, 1), done.stderr
+    return done, [Finding(**finding) for finding in json.loads(file.read_text())]
+
+
+def test_compiled_kernels_keep_the_rules(
+    compiled: tuple[subprocess.CompletedProcess[str], list[Finding]],
+) -> None:
+    done, findings = compiled
+    assert done.returncode == 0, done.stdout
+    assert "12 kernels, 0 that break a rule." in done.stdout
+    assert {finding.target for finding in findings} == set(TARGETS)
+    for finding in findings:
+        assert finding.error is None
+        assert finding.spills == 0
+        assert (finding.load_bits, finding.store_bits) == (128, 128)
+        assert finding.bytes_per_logit == (14 if "skew" in finding.configuration else 10)
+        # Four programs of 256 threads fit the registers of an SM.
+        assert 16 <= finding.registers <= 64
+
+
+def test_compiled_kernels_stay_lean(compiled: tuple[subprocess.CompletedProcess[str], list[Finding]]) -> None:
+    """Measured on sm_90: 58 and 98 instructions, 4.25 and 8.25 exp2. Many more, and not memory limits an H100."""
+    for finding in compiled[1]:
+        if finding.target.startswith("sm_"):
+            two_reads = "skew" in finding.configuration
+            assert 20 < finding.instructions_per_logit < (110 if two_reads else 65)
+            assert 2 <= finding.exp2_per_logit < (9 if two_reads else 5)
+
+
+def test_the_interpreter_cannot_compile() -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "srd_fast.kernels.aot", "--quick"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 2
+    assert "TRITON_INTERPRET is set" in done.stderr.splitlines()[-1]
+
+
+def test_every_block_size_is_among_the_configurations() -> None:
+    every = configurations()
+    assert len(set(map(str, every))) == len(every)
+    for warp_size in (32, 64):
+        possible = {json.dumps(triton_rows.launch_options(V, warp_size)) for V in range(1, 5000)}
+        examined = {json.dumps(triton_rows.launch_options(c.classes, warp_size)) for c in every}
+        assert possible == examined
+
+
+@pytest.mark.parametrize(
+    ("changes", "reads", "limit"),
+    [
+        ({"divergence": "forward_kl"}, 2, 10),
+        ({}, 3, 14),
+        ({"logits": "fp32"}, 3, 26),
+        ({"gradient": None}, 2, 8),
+        ({"divergence": None}, 2, 6),
+    ],
+)
+def test_byte_limits(changes: dict[str, Any], reads: int, limit: int) -> None:
+    configuration = Configuration(**changes)
+    assert (configuration.reads, configuration.byte_limit) == (reads, limit)
+
+
+def lines(text: str) -> list[_Line]:
+    """ "label:", "opcode" or "opcode -> target", "!" before an opcode after which nothing follows."""
+    found = []
+    for entry in text.split(";"):
+        label, opcode, target = re.fullmatch(r"\s*(?:(\.\w+):|!?([\w.]+)(?: -> (\.\w+))?)\s*", entry).groups("")
+        found.append(_Line(label, opcode, target, ends="!" in entry))
+    return found
+
+
+def test_loops_are_found_wherever_their_blocks_lie() -> None:
+    text = "LDG.E;.A:;LDG.E.128.CONSTANT;MUFU.EX2;BRA -> .C;.B:;!EXIT;.C:;STG.E.U16;MUFU.RCP;BRA -> .A;!BRA -> .B"
+    (loop,) = _loops(lines(text), _count_sass)
+    assert (loop.loads, loop.stores, loop.exp2, loop.special, loop.instructions) == ([128], [16], 1, 2, 6)
+
+
+def test_widths_of_amd_accesses() -> None:
+    text = ".A:;global_load_dwordx4;buffer_load_dword;global_store_short;s_nop;v_exp_f32_e32;s_cbranch_scc1 -> .A"
+    (loop,) = _loops(lines(text), _count_gcn)
+    assert (loop.loads, loop.stores, loop.exp2, loop.instructions) == ([128, 32], [16], 1, 5)
