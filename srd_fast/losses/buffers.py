@@ -72,6 +72,13 @@ def chunk_rows(num_rows: int, logits_bytes: int, temporary_bytes: int, device: t
     return max(1, rows)
 
 
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a @ b, in `dtype` and unrounded where the device can, else in the dtype of both."""
+    if a.is_cuda and a.dtype != dtype:
+        return torch.mm(a, b, out_dtype=dtype)
+    return torch.mm(a, b)
+
+
 class GradientSum:
     """The gradient of a weight [V, D] or bias [V], summed over chunks in float32 at least and rounded once."""
 
@@ -94,7 +101,7 @@ class GradientSum:
         target = self.total if last else self.partial
         for part in class_slices(g_CV.shape[1]):
             if self.total.dim() == 2:
-                product = torch.mm(g_CV[:, part].t(), hidden_CD)
+                product = _product(g_CV[:, part].t(), hidden_CD, self.partial.dtype)
             else:
                 product = g_CV[:, part].sum(0, dtype=self.partial.dtype)
             if scale != 1.0:
