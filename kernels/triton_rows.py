@@ -13,8 +13,8 @@ and entropy, is the one at T = 1, its square at T = 2, and a second one at any o
     A = sum e^(z - m) (z - m)                      entropy = ln S - A/S, at t = 1
     B = sum e ((z_S - o_S) - (z_T - o_T))          one-read divergences, e of the side that weighs the terms
 
-from which KL = +-(B/S - (M_S - o_S) + (M_T - o_T))/t -+ ln S_S +- ln S_T, with o the label's logits. The gradient of
-reverse KL is q ((z_S - o_S) - (z_T - o_T) - B/S)/t: both terms rounded alike, and no logarithms of sums.
+from which KL = +-(B/S - (M_S - o_S) + (M_T - o_T))/t -+ ln S_S +- ln S_T, with o the label's logits or 0. The gradient
+of reverse KL is q ((z_S - o_S) - (z_T - o_T) - B/S)/t: both terms rounded alike, and no logarithms of sums.
 
 Two-read divergences need sum(w) before the first gradient element, so a second pass accumulates D and sum(w).
 The last pass writes  g = a (softmax(z) - onehot) + b/t (w - q sum(w)).  Passes run in alternating directions: the end
@@ -139,11 +139,14 @@ def row_kernel(
     z_label = tl.sum(
         load_logits(student_ptr, label, one, V, student_readable, student_softcap, STUDENT_SOFTCAP), axis=0
     )
-    # What one-read divergences measure both sides from: any finite logits of the row do.
-    origin = tl.where(z_label > FLOOR, z_label, 0.0)
     if TEACHER and SIDE != 0:
-        z = tl.sum(load_logits(teacher_ptr, label, one, K, teacher_readable, teacher_softcap, TEACHER_SOFTCAP), axis=0)
-        origin_T = tl.where(z > FLOOR, z, 0.0)
+        # What one-read divergences measure both sides from: one class, so that equal rows are exactly equal.
+        at = tl.minimum(label, K - 1)
+        at_S = load_logits(student_ptr, at, one, K, student_readable, student_softcap, STUDENT_SOFTCAP)
+        at_T = load_logits(teacher_ptr, at, one, K, teacher_readable, teacher_softcap, TEACHER_SOFTCAP)
+        finite = (at_S > FLOOR) & (at_T > FLOOR)
+        origin = tl.sum(tl.where(finite, at_S, 0.0), axis=0)
+        origin_T = tl.sum(tl.where(finite, at_T, 0.0), axis=0)
 
     # Student sums: s1 at T = 1 over V classes, relative to m_S, and a1; s at T over K classes, relative to m_K.
     # Teacher sums: t, relative to m_T. b: B.
