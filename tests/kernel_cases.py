@@ -1,0 +1,189 @@
+"""Rows of logits, their loss as a textbook writes it in any dtype, and the same by each row function.
+
+A row function is *accurate* where it is no further from float64 than plain PyTorch is, give or take a tolerance.
+"""
+
+import math
+import os
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from tiny import plain_cross_entropy
+from torch import Tensor
+
+from srd_fast.kernels import RowCoefficients, RowDivergence, distillation_rows
+
+KINDS = ("random", "peaked", "identical", "masked", "one_hot")
+TEMPERATURES = (0.5, 1.0, 2.0, 4.0)
+SKEW, BETA = 0.1, 0.3
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# Of the largest value: what a backend may be worse by than plain PyTorch where its result has that dtype.
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2e-3, torch.float16: 2e-3}
+# Rounding falls either way where terms of tens of nats cancel (reverse KL and a teacher that is certain): there the
+# error of one sample is now half, now twice that of plain PyTorch, and the two are equal on average.
+LUCK = 2.0
+
+
+class Result(NamedTuple):
+    """Per-row values [C] and the gradient on the student's logits [C, V]."""
+
+    divergence: Tensor
+    cross_entropy: Tensor
+    entropy: Tensor
+    loss: Tensor
+    gradient: Tensor
+
+
+@dataclass
+class Rows:
+    """What a row function takes. The softcap is that of both sides."""
+
+    student_CV: Tensor
+    teacher_CV: Tensor
+    labels_C: Tensor
+    weights_C: Tensor
+    softcap: float | None = None
+
+    def first(self, count: int) -> "Rows":
+        """The first rows alone."""
+        tensors = (self.student_CV, self.teacher_CV, self.labels_C, self.weights_C)
+        return Rows(*(x[:count] for x in tensors), self.softcap)
+
+
+def make_rows(
+    kind: str,
+    rows: int,
+    classes: tuple[int, int],
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    seed: int = 0,
+    softcap: float | None = None,
+) -> Rows:
+    """Logits of a few units, and what the kind says. Where the student has more classes, row 0's label is the last."""
+    g = torch.Generator().manual_seed(seed)
+    v_S, v_T = classes
+    common = min(classes)
+    student, teacher = torch.randn(rows, v_S, generator=g) * 3, torch.randn(rows, v_T, generator=g) * 3
+    labels = torch.randint(min(8, v_S - 1), v_S, (rows,), generator=g)
+    if v_S > v_T and rows:
+        labels[0] = v_S - 1
+    if kind == "peaked":
+        student[:, 5] += 30
+        teacher[:, 3] += 60
+    elif kind == "identical":
+        teacher[:, :common] = student[:, :common]
+    elif kind == "masked":  # some classes that both rule out
+        student[:, 1:8:2] = teacher[:, 1:8:2] = -math.inf
+    elif kind == "masked_apart":  # some that only one rules out
+        student[:, 1:5] = -math.inf
+        teacher[:, 3:8] = -math.inf
+    elif kind == "one_hot":
+        teacher[torch.arange(rows), labels.clamp(max=common - 1)] += 25
+    elif kind != "random":
+        raise ValueError(kind)
+    weights = torch.rand(rows, generator=g) + 0.5
+    sides = (x.to(device=device, dtype=dtype) for x in (student, teacher))
+    return Rows(*sides, labels.to(device), weights.to(device), softcap)
+
+
+def coefficients(temperature: float) -> RowCoefficients:
+    """Both terms weigh something."""
+    return RowCoefficients(0.3, 0.7 * temperature**2, temperature)
+
+
+def _divergence(name: str, log_p: Tensor, log_q: Tensor) -> Tensor:
+    p, q = log_p.exp(), log_q.exp()
+
+    def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
+        return (log_a.exp() * (log_a - log_b)).sum(-1)
+
+    def mixture(log_a: Tensor, log_b: Tensor, share_of_a: float) -> Tensor:
+        return torch.logaddexp(log_a + math.log(share_of_a), log_b + math.log(1 - share_of_a))
+
+    if name == "forward_kl":
+        return kl(log_p, log_q)
+    if name == "reverse_kl":
+        return kl(log_q, log_p)
+    if name == "skew_forward_kl":
+        return kl(log_p, mixture(log_p, log_q, SKEW))
+    if name == "skew_reverse_kl":
+        return kl(log_q, mixture(log_q, log_p, SKEW))
+    if name == "jsd":
+        log_m = mixture(log_p, log_q, BETA)
+        return BETA * kl(log_p, log_m) + (1 - BETA) * kl(log_q, log_m)
+    if name == "tvd":
+        return 0.5 * (p - q).abs().sum(-1)
+    raise ValueError(name)
+
+
+def textbook(rows: Rows, divergence: str, temperature: float, dtype: torch.dtype) -> Result:
+    """By autograd in `dtype` from the stored logits, -inf floored at -1e30; the gradient in the logits' own dtype."""
+    leaf = rows.student_CV.detach().to(dtype).clamp(min=-1e30).requires_grad_()
+    z_S, z_T = leaf, rows.teacher_CV.to(dtype).clamp(min=-1e30)
+    if rows.softcap is not None:
+        z_S, z_T = (rows.softcap * torch.tanh(z / rows.softcap) for z in (z_S, z_T))
+    common = min(z_S.shape[-1], z_T.shape[-1])
+    log_p = torch.log_softmax(z_T[:, :common] / temperature, -1)
+    log_q = torch.log_softmax(z_S[:, :common] / temperature, -1)
+    d, ce = _divergence(divergence, log_p, log_q), plain_cross_entropy(z_S, rows.labels_C)
+    log_q_1 = torch.log_softmax(z_S.detach(), -1)
+    k = coefficients(temperature)
+    loss = k.cross_entropy * ce + k.divergence * d
+    (gradient,) = torch.autograd.grad((loss * rows.weights_C.to(dtype)).sum(), leaf)
+    if dtype != torch.float64:
+        gradient = gradient.to(rows.student_CV.dtype)
+    return Result(d.detach(), ce.detach(), -(log_q_1.exp() * log_q_1).sum(-1), loss.detach(), gradient)
+
+
+def by_backend(backend: str, rows: Rows, divergence: str, temperature: float, **options: bool) -> Result:
+    """By a row function, the gradient written over the logits as the chunked loss does it."""
+    z, k = rows.student_CV.clone(memory_format=torch.preserve_format), coefficients(temperature)
+    gradient = z
+    if backend == "triton" and INTERPRETED and z.dtype == torch.bfloat16:
+        # Triton's interpreter cuts float32 off to bfloat16, where a GPU rounds.
+        gradient = torch.empty_like(z, dtype=torch.float32)
+    arguments = (z, rows.teacher_CV, rows.labels_C, RowDivergence.of(divergence, SKEW, BETA), k)
+    keywords = {"student_softcap": rows.softcap, "teacher_softcap": rows.softcap}
+    keywords |= {"row_weights_C": rows.weights_C, "gradient_CV": gradient, **options}
+    if backend == "triton":
+        from srd_fast.kernels.triton_rows import distillation_rows_triton
+
+        values = distillation_rows_triton(*arguments, **keywords)
+    else:
+        values = distillation_rows(*arguments, **keywords, compiled=backend == "compile")
+    loss = k.cross_entropy * values.cross_entropy + k.divergence * values.divergence
+    return Result(*values, loss, gradient.to(z.dtype))
+
+
+def assert_accurate(
+    backend: str, rows: Rows, divergence: str, temperature: float, kind: str, tried: int | None = None, **options: bool
+) -> None:
+    """Nothing is NaN; every value, and the gradient's largest error and l2 error, are as good as plain PyTorch's.
+
+    tried: rows that the backend gets; what plain PyTorch's error is like shows on all of them.
+    """
+    count = len(rows.labels_C) if tried is None else tried
+    found = by_backend(backend, rows.first(count), divergence, temperature, **options)
+    plain = textbook(rows, divergence, temperature, torch.float32)
+    truth = textbook(rows, divergence, temperature, torch.float64)
+    for name, x, rival, exact in zip(Result._fields, found, plain, truth):
+        what = f"{backend}, {kind}, V {rows.student_CV.shape[1]}, T {temperature}: {name}"
+        assert x.shape == exact[:count].shape, f"{what} is {tuple(x.shape)}"
+        assert not x.isnan().any(), f"{what} has NaN"
+        error, of_rival = x.double() - exact[:count], rival.double() - exact
+        # A divergence of equal rows is 0, and so is the entropy of a certain student: there the tolerance is in nats.
+        in_nats = name == "entropy" or (name == "divergence" and kind == "identical")
+        largest, size = exact.abs().max().item(), exact.norm().item() * (count / len(exact)) ** 0.5
+        scale = max(largest, 1.0) if in_nats else largest
+        assert scale > 1e-12, f"{what} is zero, this could not fail"
+        tolerance = TOLERANCE[x.dtype] * scale
+        if backend == "triton" and name == "gradient" and divergence == "reverse_kl":
+            # sum(w) is D there, from another sum than each w: the gradient is off by some of D's last digit.
+            tolerance += 2**-22 * truth.divergence.max().item() * coefficients(temperature).divergence / temperature
+        worst, allowed = error.abs().max().item(), LUCK * of_rival.abs().max().item() + tolerance
+        assert worst <= allowed, f"{what} off by {worst:.2e}, largest {largest:.2e}, may be {allowed:.2e}"
+        if name == "gradient":
+            allowed = LUCK * of_rival.norm().item() * (count / len(exact)) ** 0.5 + tolerance * size / largest
+            worst = error.norm().item()
+            assert worst <= allowed, f"{what} off by {worst:.2e} (l2) of {size:.2e}, may be {allowed:.2e}"
