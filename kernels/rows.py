@@ -131,9 +131,9 @@ def gradient(
     beta: Tensor,
     terms: Terms,
     temperature_kind: str,
-    out: Tensor,
+    out: Tensor | None,
 ) -> None:
-    """Write a q_1 + b (w - q sum(w)) to `out`, which may be `student`.
+    """Write a q_1 + b (w - q sum(w)) to `out`, or over `student` for None.
 
     q_1: softmax at temperature 1, (z - max_S) - log_sum_1 its logarithm. factors: a, b, each [R, 1]; a holds the ratio
     of sums where q_1 is a power of q.
@@ -153,25 +153,26 @@ def gradient(
     g = factors[0] * q_1 + factors[1] * (w - q * sum_w)
     if caps[0] is not None:
         g = g * (1 - (z / caps[0]).square())
-    out.copy_(g)
+    (student if out is None else out).copy_(g)
 
 
 def student_gradient(
-    student: Tensor, cap: Tensor | None, maximum: Tensor, log_sum_1: Tensor, factor: Tensor, out: Tensor
+    student: Tensor, cap: Tensor | None, maximum: Tensor, log_sum_1: Tensor, factor: Tensor, out: Tensor | None
 ) -> None:
     """`gradient` of the cross-entropy alone."""
     z = _logits(student, cap)
     g = factor * torch.exp((z - maximum) - log_sum_1)
     if cap is not None:
         g = g * (1 - (z / cap).square())
-    out.copy_(g)
+    (student if out is None else out).copy_(g)
 
 
 class _Compiler:
     """`torch.compile`, once for each function and kind of argument; eager mode, after one warning, where that fails.
 
     Row counts and class counts are symbolic, so a step with another number of rows compiles nothing. Each entry is a
-    copy of the function's code, because the limit on recompilations counts per code object.
+    copy of the function's code, because the limit on recompilations counts per code object. No two arguments may share
+    memory: compiled code would take the second from where it was in the first call.
     """
 
     def __init__(self) -> None:
@@ -186,7 +187,7 @@ class _Compiler:
         if compiled is not None:
             return compiled(*args)
         code, name = function.__code__.replace(), function.__name__
-        compiled = torch.compile(types.FunctionType(code, function.__globals__, name), dynamic=True, fullgraph=True)
+        compiled = torch.compile(types.FunctionType(code, function.__globals__, name), dynamic=True)
         try:
             result = compiled(*args)
         except Exception as error:  # What a missing or broken compiler raises differs from release to release.
@@ -199,6 +200,12 @@ class _Compiler:
 
 
 _compile = _Compiler()
+
+
+def _layout(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """What compiled code takes for granted: dtypes, packed rows, and which sizes and strides are equal."""
+    sizes = [n for x in tensors if x is not None for n in (x.shape[1], x.stride(0))]
+    return tuple(None if x is None else x.dtype for x in tensors), tuple(sizes.index(n) for n in sizes)
 
 
 def _eager(key: Any, function: Callable[..., Any], *args: Any) -> Any:
@@ -262,6 +269,7 @@ def distillation_rows(
     loss = _RowLoss(
         divergence, coefficients, student_softcap, teacher_softcap, student_logits_CV, teacher_logits_CV, compiled
     )
+    loss.in_place = gradient_CV is not None and gradient_CV.data_ptr() == student_logits_CV.data_ptr()
     pieces = []
     for part in loss.blocks():
         weights_R = None if row_weights_C is None else row_weights_C[part, None]
@@ -286,6 +294,7 @@ class _RowLoss:
         teacher: Tensor | None,
         compiled: bool,
     ) -> None:
+        self.in_place = False
         self.compute = torch.promote_types(student.dtype, torch.float32)
         self.divergence, self.coefficients = divergence, coefficients
         t = coefficients.temperature
@@ -319,7 +328,8 @@ class _RowLoss:
             return self._student_block(student_RV, labels_R1, weights_R1, out)
         classes = min(student_RV.shape[1], teacher_RV.shape[1])
         student, teacher, tail = student_RV[:, :classes], teacher_RV[:, :classes], student_RV[:, classes:]
-        key = (student.dtype, teacher.dtype, *(c is None for c in self.caps), tail.shape[1] > 0, self.temperature_kind)
+        target = None if self.in_place or out is None else out[:, :classes]
+        key = (_layout(student, teacher, target), *(c is None for c in self.caps), self.temperature_kind)
         max_1, s, a, s_t, max_T, s_T = self.run(
             key, statistics, student, teacher, self.caps, self.inverse_t, self.temperature_kind
         )
@@ -360,7 +370,7 @@ class _RowLoss:
             student_gradient(label_S, self.caps[0], max_1, log_sum_1, a_R1, in_tail)
             at_label = torch.where(labels_R1 < classes, at_label, in_tail)
             student_gradient(tail, self.caps[0], max_1, log_sum_1, a_R1, out[:, classes:])
-        run((key, terms), gradient, student, teacher, *shared, terms, self.temperature_kind, out[:, :classes])
+        run((key, terms), gradient, student, teacher, *shared, terms, self.temperature_kind, target)
         self._write_label(out, labels_R1, label_S, at_label, a_R1)
         return value, cross_entropy, entropy
 
@@ -368,7 +378,8 @@ class _RowLoss:
         self, student_RV: Tensor, labels_R1: Tensor, weights_R1: Tensor | None, out: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         cap = self.caps[0]
-        key = (student_RV.dtype, cap is None)
+        target = None if self.in_place else out
+        key = (_layout(student_RV, target), cap is None)
         max_1, s, a = self.run(key, student_statistics, student_RV, cap)
         log_sum_1 = s.log()
         label_S = student_RV.gather(1, labels_R1)
@@ -377,7 +388,7 @@ class _RowLoss:
             a_R1, _ = self._factors(weights_R1, s)
             at_label = torch.empty_like(s)
             student_gradient(label_S, cap, max_1, log_sum_1, a_R1, at_label)
-            self.run((key, out.dtype), student_gradient, student_RV, cap, max_1, log_sum_1, a_R1, out)
+            self.run(key, student_gradient, student_RV, cap, max_1, log_sum_1, a_R1, target)
             self._write_label(out, labels_R1, label_S, at_label, a_R1)
         return values
 

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..kernels import EAGER_BUFFERS, RowCoefficients, RowDivergence, RowValues
 from .backends import row_backend
@@ -174,8 +173,12 @@ class ChunkedLoss(torch.autograd.Function):
         return loss_N if per_row else loss_N.sum(), *values
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
+        # Only create_graph=True switches gradients on here.
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "the distillation loss has no second derivative: call backward without create_graph=True"
+            )
         grad_loss = grad_outputs[0]
         hidden_ND, weight, bias = ctx.saved_tensors
         rows: PackedRows = ctx.rows
