@@ -194,19 +194,22 @@ def _timed(step: Step, p: Problem, device: str, flush: Tensor | None) -> float:
 
 def time_providers(
     names: list[str], shape: Shape, dtype: torch.dtype, device: str, divergence: str, repeats: int
-) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """Seconds of every repeat of every provider that runs, and why the others do not."""
+) -> tuple[dict[str, list[float]], dict[str, str], dict[str, float]]:
+    """Seconds of every repeat of every provider that runs, why the others do not, and how far each one's gradient of
+    the hidden states is from plain PyTorch's (norm of the difference over norm)."""
     p = Problem.make(shape, dtype, device, divergence)
     few_labels = Problem.make(shape, dtype, device, divergence, IGNORED_SHARE)
     partly = replace(p, labels=few_labels.labels)
     del few_labels
     flush = torch.empty(256 << 20, dtype=torch.int8, device=device) if device == "cuda" else None
     steps: dict[str, tuple[Step, Problem]] = {}
-    missing = {}
+    missing, gradients = {}, {}
     for name in names:
         try:
             steps[name] = PROVIDERS[name](p), p
             _timed(steps[name][0], p, device, flush)
+            if p.h_S.grad is not None:
+                gradients[name] = p.h_S.grad.float()
         except (ImportError, NotImplementedError, torch.OutOfMemoryError) as error:
             steps.pop(name, None)
             missing[name] = str(error).splitlines()[0]
@@ -217,7 +220,11 @@ def time_providers(
     for _ in range(repeats):
         for name, (step, problem) in steps.items():
             seconds[name].append(_timed(step, problem, device, flush))
-    return seconds, missing
+    of_plain = gradients.pop("plain", None)
+    apart = (
+        {} if of_plain is None else {k: ((g - of_plain).norm() / of_plain.norm()).item() for k, g in gradients.items()}
+    )
+    return seconds, missing, apart
 
 
 def _resident_bytes(field: str) -> int:
@@ -320,9 +327,10 @@ def main() -> None:
                 case = f"{shape_name} {vars(shape)}, {dtype}, {divergence}, {_device_name(o.device)}"
                 seconds: dict[str, list[float]] = {name: [] for name in o.providers}
                 missing: dict[str, str] = {}
+                apart: dict[str, float] = {}
                 if not o.no_time:
                     arguments = shape, getattr(torch, dtype), o.device, divergence, o.repeats
-                    seconds, missing = time_providers(o.providers, *arguments)
+                    seconds, missing, apart = time_providers(o.providers, *arguments)
                 memory = {
                     name: peak_in_fresh_process(name, shape, dtype, o.device, divergence)
                     for name in seconds
@@ -342,6 +350,8 @@ def main() -> None:
                     measured = list(_quantiles(values)) if values else []
                     if memory.get(name) is not None:
                         measured.append(("extra_peak_bytes", memory[name]))
+                    if name in apart:
+                        measured.append(("gradient_apart_from_plain", apart[name]))
                     for metric, value in measured:
                         provider = {"provider": name, "version": _version(name)}
                         rows.append({**provider, **common, "metric": metric, "value": value})
@@ -351,6 +361,8 @@ def main() -> None:
                     )
                 else:
                     _print_table(case, seconds, memory)
+                for name, value in apart.items():
+                    print(f"{name}: gradient of the hidden states {value:.1e} from plain's")
                 for name, reason in missing.items():
                     print(f"{name} left out: {reason}")
 

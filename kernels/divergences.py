@@ -47,6 +47,7 @@ def jit(function: Callable[..., Any]) -> Any:
 if triton is not None:
     LN2 = tl.constexpr(0.6931471805599453)
     LOG2E = tl.constexpr(1.4426950408889634)
+    ROUNDING = tl.constexpr(32 * torch.finfo(torch.float32).eps)
 
 
 def _mixture(a: Tensor, b: Tensor, share_of_a: Any) -> Tensor:
@@ -120,13 +121,16 @@ def jsd_triton(log_p, log_q, p, q, skew, beta, LOG2):
 
 def tvd(log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor, skew: Any, beta: Any) -> tuple[Tensor, Tensor]:
     difference = q - p
-    return 0.5 * difference.abs(), 0.5 * q * difference.sign()
+    # Equal but for rounding counts as equal: the sign of noise would be a gradient as large as any.
+    distinct = difference.abs() > 32 * torch.finfo(q.dtype).eps * q
+    return 0.5 * difference.abs(), 0.5 * q * difference.sign() * distinct
 
 
 @jit
 def tvd_triton(log_p, log_q, p, q, skew, beta, LOG2):
     difference = q - p
-    sign = tl.where(difference > 0, 1.0, tl.where(difference < 0, -1.0, 0.0))
+    rounding = q * ROUNDING
+    sign = tl.where(difference > rounding, 1.0, tl.where(difference < -rounding, -1.0, 0.0))
     return 0.5 * tl.abs(difference), 0.5 * q * sign
 
 
