@@ -3,10 +3,11 @@
 A row function is *accurate* where it is no further from float64 than plain PyTorch is, give or take a tolerance.
 """
 
+import functools
 import math
 import os
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from tiny import plain_cross_entropy
@@ -156,25 +157,33 @@ def by_backend(backend: str, rows: Rows, divergence: str, temperature: float, **
     return Result(*values, loss, gradient.to(z.dtype))
 
 
+@functools.lru_cache(maxsize=len(KINDS))
+def rows_and_rivals(
+    divergence: str, temperature: float, kind: str, count: int, **options: Any
+) -> tuple[Rows, Result, Result]:
+    """`make_rows`, and of them what plain PyTorch makes in float32 and in float64. Kept for the next backend."""
+    made = make_rows(kind, count, **options)
+    return made, *(textbook(made, divergence, temperature, dtype) for dtype in (torch.float32, torch.float64))
+
+
 def assert_accurate(
-    backend: str, rows: Rows, divergence: str, temperature: float, kind: str, tried: int | None = None, **options: bool
+    backend: str, divergence: str, temperature: float, kind: str, count: int, tried: int | None = None, **options: Any
 ) -> None:
     """Nothing is NaN; every value, and the gradient's largest error and l2 error, are as good as plain PyTorch's.
 
-    tried: rows that the backend gets; what plain PyTorch's error is like shows on all of them.
+    tried: rows that the backend gets; what plain PyTorch's error is like shows on all of them. options: of `make_rows`.
     """
-    count = len(rows.labels_C) if tried is None else tried
-    found = by_backend(backend, rows.first(count), divergence, temperature, **options)
-    plain = textbook(rows, divergence, temperature, torch.float32)
-    truth = textbook(rows, divergence, temperature, torch.float64)
+    rows, plain, truth = rows_and_rivals(divergence, temperature, kind, count, **options)
+    tried = tried or count
+    found = by_backend(backend, rows.first(tried), divergence, temperature)
     for name, x, rival, exact in zip(Result._fields, found, plain, truth):
         what = f"{backend}, {kind}, V {rows.student_CV.shape[1]}, T {temperature}: {name}"
-        assert x.shape == exact[:count].shape, f"{what} is {tuple(x.shape)}"
+        assert x.shape == exact[:tried].shape, f"{what} is {tuple(x.shape)}"
         assert not x.isnan().any(), f"{what} has NaN"
-        error, of_rival = x.double() - exact[:count], rival.double() - exact
+        error, of_rival = x.double() - exact[:tried], rival.double() - exact
         # A divergence of equal rows is 0, and so is the entropy of a certain student: there the tolerance is in nats.
         in_nats = name == "entropy" or (name == "divergence" and kind == "identical")
-        largest, size = exact.abs().max().item(), exact.norm().item() * (count / len(exact)) ** 0.5
+        largest, size = exact.abs().max().item(), exact.norm().item() * (tried / count) ** 0.5
         scale = max(largest, 1.0) if in_nats else largest
         assert scale > 1e-12, f"{what} is zero, this could not fail"
         tolerance = TOLERANCE[x.dtype] * scale
@@ -184,6 +193,6 @@ def assert_accurate(
         worst, allowed = error.abs().max().item(), LUCK * of_rival.abs().max().item() + tolerance
         assert worst <= allowed, f"{what} off by {worst:.2e}, largest {largest:.2e}, may be {allowed:.2e}"
         if name == "gradient":
-            allowed = LUCK * of_rival.norm().item() * (count / len(exact)) ** 0.5 + tolerance * size / largest
+            allowed = LUCK * of_rival.norm().item() * (tried / count) ** 0.5 + tolerance * size / largest
             worst = error.norm().item()
             assert worst <= allowed, f"{what} off by {worst:.2e} (l2) of {size:.2e}, may be {allowed:.2e}"

@@ -59,7 +59,7 @@ def test_no_further_from_float64_than_plain_torch(
 ) -> None:
     for kind in KINDS:
         if (divergence, kind) != ("tvd", "identical"):  # a kink
-            assert_accurate(backend, make_rows(kind, 32, classes, dtype, DEVICE), divergence, temperature, kind)
+            assert_accurate(backend, divergence, temperature, kind, 32, classes=classes, dtype=dtype, device=DEVICE)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -67,7 +67,8 @@ def test_no_further_from_float64_than_plain_torch(
 @pytest.mark.parametrize("classes", [(97, 97), (151, 128), (49152, 49152)])
 def test_softcaps_are_as_accurate(classes: tuple[int, int], divergence: str, dtype: torch.dtype) -> None:
     for kind in ("random", "peaked", "masked"):
-        assert_accurate("triton", make_rows(kind, 32, classes, dtype, DEVICE, softcap=8.0), divergence, 2.0, kind)
+        options = {"classes": classes, "dtype": dtype, "device": DEVICE, "softcap": 8.0}
+        assert_accurate("triton", divergence, 2.0, kind, 32, **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
