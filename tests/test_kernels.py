@@ -73,7 +73,9 @@ def accuracy_table() -> Iterator[Any]:
         by_default |= classes == (49152, 49152) and (dtype, temperature) == (torch.float32, 2.0)
         if backend == "triton":
             unusual = sum((dtype != torch.float32, classes != (97, 97), temperature != 2.0))
-            by_default = unusual == 0 or (unusual == 1 and divergence in ("reverse_kl", "jsd"))
+            by_default = unusual == 0 or (
+                unusual == 1 and divergence == ("jsd" if temperature == 2.0 else "reverse_kl")
+            )
         name = f"{backend}-{divergence}-{str(dtype)[6:]}-{classes[0]}-{classes[1]}-T{temperature}"
         yield pytest.param(*entry, marks=() if by_default else pytest.mark.slow, id=name)
 
@@ -105,9 +107,8 @@ def test_no_further_from_float64_than_plain_torch(
         assert_accurate(backend, divergence, temperature, kind, count, tried, classes=classes, dtype=dtype)
 
 
-SOFTCAPPED = ([("compile", "reverse_kl", (97, 97))] if not INTERPRETED else []) + [
-    (b, d, c) for b, d, c in product(BACKENDS, ("reverse_kl", "jsd"), SMALL) if b != "compile"
-]
+# `test_loss_and_gradients_of_each_backend` has it compiled.
+SOFTCAPPED = [(b, d, c) for b, d, c in product(BACKENDS, ("reverse_kl", "jsd"), SMALL) if b != "compile"]
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -226,7 +227,7 @@ def test_any_shape_and_stride(data: st.DataObject) -> None:
 
 
 @not_interpreted
-@pytest.mark.parametrize("layout", ["wide", "transposed"])
+@pytest.mark.parametrize("layout", ["wide", pytest.param("transposed", marks=pytest.mark.slow)])
 def test_compiled_rows_may_lie_anyhow(layout: str) -> None:
     sample = make_rows("random", 5, (97, 97))
     expected = by_backend("eager", sample, "tvd", 4.0)
@@ -362,7 +363,7 @@ def test_loss_of_many_blocks_in_a_large_vocabulary(backend: str) -> None:
     """As a user on a CPU gets it, by default: compiled, several blocks of rows in a chunk."""
     exact = problem(shape=(200,), widths=(4, 4), classes=(20000, 20000), bias=False, ignored=0.0)
     quick = exact.to(torch.float32)
-    assert 200 * 20000 * 8 > rows.block_bytes(torch.device("cpu"))
+    assert rows.block_bytes(torch.device("cpu")) < 200 * 20000 * 8
     out, expected = (p.run(backend=b, divergence="jsd") for p, b in ((quick, backend), (exact, "eager")))
     assert_same(out.loss, expected.loss, 3e-6)
     found, wanted = gradients(quick, out.loss), gradients(exact, expected.loss)
@@ -484,8 +485,9 @@ def largest_allocation(run: Callable[[], Any]) -> int:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_second_call_makes_no_tensor_of_the_size_of_a_chunk(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    p = problem(shape=(60,), widths=(2, 2), classes=(97, 97), ignored=0.0).to(torch.float32)
-    chunk = 60 * 112 * 4
+    count = 12 if backend == "triton" else 60
+    p = problem(shape=(count,), widths=(2, 2), classes=(97, 97), ignored=0.0).to(torch.float32)
+    chunk = count * 112 * 4
     monkeypatch.setitem(rows._BLOCK_BYTES, "cpu", 2 * 97 * 4 * 10)  # so that eager mode's temporaries are smaller
 
     def train() -> None:
@@ -494,7 +496,7 @@ def test_a_second_call_makes_no_tensor_of_the_size_of_a_chunk(backend: str, monk
     train()  # compiles
     free_workspace()
     assert largest_allocation(train) == chunk
-    assert largest_allocation(train) < chunk // 4
+    assert largest_allocation(train) < chunk // 2
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
