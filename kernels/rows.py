@@ -1,11 +1,15 @@
 """The row loss in PyTorch, eager or compiled: a few passes over a block of rows that stays in the CPU's caches.
 
-Shape letters: C rows of a chunk, R rows of a block, V classes, S student, T teacher, K classes that both have.
+Shape letters: C rows of a chunk, R rows of a block, V classes, S student, T teacher, K classes that both have, P pieces
+of a row, W classes of a piece.
 
 Three functions of V-wide tensors make up the loss: `statistics` (maxima and sums of exponentials), `reduction` (D and
 sum(w)) and `gradient`. Eager PyTorch runs them as they stand; `torch.compile` turns each into loops without a V-wide
 temporary. Logarithms of sums, and the label's class, are left to `distillation_rows`: work on [R, 1] tensors between
 V-wide loops would keep the compiler from joining these, and a one-hot row costs a third of the gradient's time.
+
+A compiled loop adds a row's terms one after the other, and the small ones are lost once the sum is large, where eager
+PyTorch adds in pairs. So compiled reductions take pieces of some thousand classes, which `_RowLoss` then merges.
 
 All softmaxes subtract the maximum from raw logits before anything else, so nothing of the size of a logit is rounded.
 """
@@ -29,6 +33,8 @@ _BLOCK_BYTES = {"cpu": 24 << 20}
 _BLOCK_BYTES_ELSEWHERE = 256 << 20
 # V-wide tensors of the compute dtype alive at once in eager mode.
 EAGER_BUFFERS = 10
+# Classes that compiled code may add up in a row.
+_PIECE = 2048
 # Rows whose stride is a multiple of this many elements can be read and written 128 bits at a time.
 ALIGNMENT = 16
 
@@ -61,22 +67,25 @@ def _logits(stored: Tensor, softcap: Tensor | None) -> Tensor:
 
 
 def _student_sums(z: Tensor, inverse_t: Tensor | float, temperature_kind: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    maximum = z.amax(1, keepdim=True)
+    maximum = z.amax(-1, keepdim=True)
     z = z - maximum
     e_t = torch.exp(z * inverse_t)
     # One exponential is enough at the temperatures that people use.
     e = e_t if temperature_kind == "one" else e_t * e_t if temperature_kind == "two" else torch.exp(z)
-    return maximum, e.sum(1, keepdim=True), (e * z).sum(1, keepdim=True), e_t.sum(1, keepdim=True)
+    return maximum.squeeze(-1), e.sum(-1), (e * z).sum(-1), e_t.sum(-1)
 
 
 def statistics(
     student: Tensor, teacher: Tensor, caps: Caps, inverse_t: Tensor, temperature_kind: str
 ) -> tuple[Tensor, ...]:
-    """Student: maximum M, sums of e^(z-M), e^(z-M) (z-M) and e^((z-M)/T). Teacher: maximum, sum of e^((z-M)/T)."""
+    """Of pieces [R, P, W], each [R, P].
+
+    Student: maximum M, sums of e^(z-M), e^(z-M) (z-M) and e^((z-M)/T). Teacher: maximum, sum of e^((z-M)/T).
+    """
     z_T = _logits(teacher, caps[1])
-    maximum = z_T.amax(1, keepdim=True)
-    sum_t = torch.exp((z_T - maximum) * inverse_t).sum(1, keepdim=True)
-    return (*_student_sums(_logits(student, caps[0]), inverse_t, temperature_kind), maximum, sum_t)
+    maximum = z_T.amax(-1, keepdim=True)
+    sum_t = torch.exp((z_T - maximum) * inverse_t).sum(-1)
+    return (*_student_sums(_logits(student, caps[0]), inverse_t, temperature_kind), maximum.squeeze(-1), sum_t)
 
 
 def student_statistics(student: Tensor, cap: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -104,18 +113,19 @@ class Normalisers(NamedTuple):
 def reduction(
     student: Tensor,
     teacher: Tensor,
-    caps: Caps,
     n: Normalisers,
+    caps: Caps,
     inverse_t: Tensor,
     skew: Tensor,
     beta: Tensor,
     terms: Terms,
 ) -> tuple[Tensor, Tensor]:
-    """D and sum(w), [R, 1]."""
-    log_q, q = _log_probabilities(student, caps[0], n.max_S, n.log_sum_S, inverse_t)
-    log_p, p = _log_probabilities(teacher, caps[1], n.max_T, n.log_sum_T, inverse_t)
+    """What pieces [R, P, W] add to D and sum(w), each [R, P]; normalisers [R, P] too, else the loops do not join."""
+    max_S, log_sum_S, max_T, log_sum_T = (x[..., None] for x in n)
+    log_q, q = _log_probabilities(student, caps[0], max_S, log_sum_S, inverse_t)
+    log_p, p = _log_probabilities(teacher, caps[1], max_T, log_sum_T, inverse_t)
     value, w = terms(log_p, log_q, p, q, skew, beta)
-    return value.sum(1, keepdim=True), w.sum(1, keepdim=True)
+    return value.sum(-1), w.sum(-1)
 
 
 def gradient(
@@ -204,7 +214,7 @@ _compile = _Compiler()
 
 def _layout(*tensors: Tensor | None) -> tuple[Any, ...]:
     """What compiled code takes for granted: dtypes, packed rows, and which sizes and strides are equal."""
-    sizes = [n for x in tensors if x is not None for n in (x.shape[1], x.stride(0))]
+    sizes = [n for x in tensors if x is not None for n in (x[0].numel(), *x.shape[1:], *x.stride())]
     return tuple(None if x is None else x.dtype for x in tensors), tuple(sizes.index(n) for n in sizes)
 
 
@@ -225,17 +235,17 @@ def _blocks(rows: int, bytes_per_row: int, device: torch.device) -> Iterator[sli
     return map(slice, bounds[:-1], bounds[1:])
 
 
-def _merge_tail(
-    sums: tuple[Tensor, Tensor, Tensor], tail: tuple[Tensor, Tensor, Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`student_statistics` of all classes from those of two parts."""
-    maximum = torch.maximum(sums[0], tail[0])
-    total_s, total_a = torch.zeros_like(maximum), torch.zeros_like(maximum)
-    for m, s, a in (sums, tail):
-        moved = (m - maximum).exp()
-        total_s = total_s + s * moved
-        total_a = total_a + (a + s * (m - maximum)) * moved
-    return maximum, total_s, total_a
+def _merge(
+    maxima_RP: Tensor, scale: Tensor | float, sums_RP: Tensor, products_RP: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """Maximum M, sum of e = e^((z-M) scale) and, for products, of e (z-M), each [R, 1], from those of pieces."""
+    maximum = maxima_RP.amax(1, keepdim=True)
+    lower = maxima_RP - maximum
+    moved = (lower * scale).exp()
+    merged = maximum, (sums_RP * moved).sum(1, keepdim=True)
+    if products_RP is None:
+        return merged
+    return *merged, ((products_RP + sums_RP * lower) * moved).sum(1, keepdim=True)
 
 
 def distillation_rows(
@@ -295,6 +305,7 @@ class _RowLoss:
         compiled: bool,
     ) -> None:
         self.in_place = False
+        classes = student.shape[1] if teacher is None else min(student.shape[1], teacher.shape[1])
         self.compute = torch.promote_types(student.dtype, torch.float32)
         self.divergence, self.coefficients = divergence, coefficients
         t = coefficients.temperature
@@ -309,11 +320,38 @@ class _RowLoss:
         if divergence is not None:
             self.skew, self.beta = number(divergence.skew), number(divergence.beta)
         # One row would compile once more: sizes 0 and 1 are never symbolic.
-        compiled = compiled and student.shape[0] > 1 and student.shape[1] > 2
+        compiled = compiled and student.shape[0] > 1 and classes > 3
         self.run = _compile if compiled else _eager
+        # Of the numbers that make pieces of some thousand classes, the one that leaves the fewest over.
+        numbers = range(max(2, classes // (2 * _PIECE)), max(3, classes // _PIECE))
+        self.num_pieces = min(numbers, key=lambda n: (classes % n, classes // n % ALIGNMENT)) if compiled else 1
         stored = student.element_size() + (0 if teacher is None else teacher.element_size())
         row = student.shape[1] * (stored if compiled else EAGER_BUFFERS * self.compute.itemsize)
         self.blocks = functools.partial(_blocks, student.shape[0], row, student.device)
+
+    def _pieces(self, x: Tensor) -> Iterator[Tensor]:
+        """[R, K] as [R, P, W], and the classes that are left over."""
+        whole = x.shape[1] - x.shape[1] % self.num_pieces
+        yield x[:, :whole].unflatten(1, (self.num_pieces, -1))
+        if whole < x.shape[1]:
+            yield x[:, None, whole:]
+
+    def _reduce(
+        self,
+        key: Any,
+        function: Callable[..., Any],
+        sides: tuple[Tensor, ...],
+        *args: Any,
+        normalisers: Normalisers | None = None,
+    ) -> list[Tensor]:
+        """`function`'s reductions of all pieces, each [R, P]."""
+        main, *left = zip(*map(self._pieces, sides))
+        rest = (normalisers, *args) if normalisers else args
+        parts = [function(*x, *rest) for x in left]
+        if normalisers:
+            rest = (Normalisers(*(x.repeat(1, self.num_pieces) for x in normalisers)), *args)
+        parts.append(self.run((key, _layout(*main)), function, *main, *rest))
+        return [torch.cat(x, 1) for x in zip(*parts)]
 
     def block(
         self,
@@ -330,12 +368,16 @@ class _RowLoss:
         student, teacher, tail = student_RV[:, :classes], teacher_RV[:, :classes], student_RV[:, classes:]
         target = None if self.in_place or out is None else out[:, :classes]
         key = (_layout(student, teacher, target), *(c is None for c in self.caps), self.temperature_kind)
-        max_1, s, a, s_t, max_T, s_T = self.run(
-            key, statistics, student, teacher, self.caps, self.inverse_t, self.temperature_kind
+        max_RP, s_RP, a_RP, s_t_RP, max_T_RP, s_T_RP = self._reduce(
+            key, statistics, (student, teacher), self.caps, self.inverse_t, self.temperature_kind
         )
-        n = Normalisers(max_1, s_t.log(), max_T, s_T.log())
+        max_S, s_t = _merge(max_RP, self.inverse_t, s_t_RP)
+        max_T, s_T = _merge(max_T_RP, self.inverse_t, s_T_RP)
+        n = Normalisers(max_S, s_t.log(), max_T, s_T.log())
         if tail.shape[1]:
-            max_1, s, a = _merge_tail((max_1, s, a), student_statistics(tail, self.caps[0]))
+            rest = student_statistics(tail[:, None], self.caps[0])
+            max_RP, s_RP, a_RP = (torch.cat(both, 1) for both in zip((max_RP, s_RP, a_RP), rest))
+        max_1, s, a = _merge(max_RP, 1.0, s_RP, a_RP)
         log_sum_1 = s.log()
         label_S = student_RV.gather(1, labels_R1)
         cross_entropy = log_sum_1 - (_logits(label_S, self.caps[0]) - max_1)
@@ -346,7 +388,10 @@ class _RowLoss:
             run, terms = self.run, self.divergence.formula.terms
             label_terms = terms
             parameters = (self.inverse_t, self.skew, self.beta)
-            value, sum_w = run((key, terms), reduction, student, teacher, self.caps, n, *parameters, terms)
+            both_RP = self._reduce(
+                (key, terms), reduction, (student, teacher), self.caps, *parameters, terms, normalisers=n
+            )
+            value, sum_w = (x.sum(1, keepdim=True) for x in both_RP)
         else:
             run = _eager
             log_q, _ = _log_probabilities(student, self.caps[0], n.max_S, n.log_sum_S, self.inverse_t)
@@ -380,7 +425,8 @@ class _RowLoss:
         cap = self.caps[0]
         target = None if self.in_place else out
         key = (_layout(student_RV, target), cap is None)
-        max_1, s, a = self.run(key, student_statistics, student_RV, cap)
+        maxima_RP, *sums_RP = self._reduce(key, student_statistics, (student_RV,), cap)
+        max_1, s, a = _merge(maxima_RP, 1.0, *sums_RP)
         log_sum_1 = s.log()
         label_S = student_RV.gather(1, labels_R1)
         values = torch.zeros_like(s), log_sum_1 - (_logits(label_S, cap) - max_1), log_sum_1 - a / s
