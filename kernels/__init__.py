@@ -5,16 +5,29 @@ row's divergence, cross-entropy and entropy, and writes the gradient on the stud
 """
 
 from .divergences import FORMULAS, Formula, RowDivergence
-from .rows import ALIGNMENT, EAGER_BUFFERS, RowCoefficients, RowValues, block_bytes, distillation_rows
+from .rows import (
+    ALIGNMENT,
+    EAGER_BUFFERS,
+    LOGIT_FLOOR,
+    RowCoefficients,
+    RowValues,
+    SparseDivergence,
+    block_bytes,
+    compact_rows,
+    distillation_rows,
+)
 
 __all__ = [
     "ALIGNMENT",
     "EAGER_BUFFERS",
     "FORMULAS",
+    "LOGIT_FLOOR",
     "Formula",
     "RowCoefficients",
     "RowDivergence",
     "RowValues",
+    "SparseDivergence",
     "block_bytes",
+    "compact_rows",
     "distillation_rows",
 ]

@@ -1,11 +1,12 @@
 """The row loss in PyTorch, eager or compiled: a few passes over a block of rows that stays in the CPU's caches.
 
 Shape letters: C rows of a chunk, R rows of a block, V classes, S student, T teacher, K classes that both have, P pieces
-of a row, W classes of a piece.
+of a row, W classes of a piece, B buckets of classes.
 
 Three functions of V-wide tensors make up the loss: `statistics` (maxima and sums of exponentials), `reduction` (D and
-sum(w)) and `gradient`. Eager PyTorch runs them as they stand; `torch.compile` turns each into loops without a V-wide
-temporary. Logarithms of sums, and the label's class, are left to `distillation_rows`: work on [R, 1] tensors between
+sum(w)) and `gradient`; two, `tempered_statistics` and `tempered_gradient`, where the teacher is known at few classes
+(`compact_rows`). Eager PyTorch runs them as they stand; `torch.compile` turns each into loops without a V-wide
+temporary. Logarithms of sums, and single classes, are left to `_RowLoss`: work on [R, 1] tensors between
 V-wide loops would keep the compiler from joining these, and a one-hot row costs a third of the gradient's time.
 
 A compiled loop adds a row's terms one after the other, and the small ones are lost once the sum is large, where eager
@@ -15,10 +16,12 @@ All softmaxes subtract the maximum from raw logits before anything else, so noth
 """
 
 import functools
+import math
 import types
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -101,6 +104,13 @@ def _log_probabilities(
     return log_p, log_p.exp()
 
 
+def _at_temperature_1(q: Tensor, z: Tensor, maximum: Tensor, log_sum_1: Tensor, temperature_kind: str) -> Tensor:
+    # At T = 2, q = e^(y/2) / S_2 and q_1 = e^y / S_1, so q_1 = q^2 S_2^2 / S_1; at T = 1 it is q times a ratio of sums.
+    if temperature_kind == "one":
+        return q
+    return q * q if temperature_kind == "two" else torch.exp((z - maximum) - log_sum_1)
+
+
 class Normalisers(NamedTuple):
     """What turns a row's logits into log-probabilities at the temperature: each [R, 1]."""
 
@@ -153,13 +163,7 @@ def gradient(
     q = log_q.exp()
     log_p, p = _log_probabilities(teacher, caps[1], n.max_T, n.log_sum_T, inverse_t)
     _, w = terms(log_p, log_q, p, q, skew, beta)
-    # At T = 2, q = e^(y/2) / S_2 and q_1 = e^y / S_1, so q_1 = q^2 S_2^2 / S_1; at T = 1 it is q times a ratio of sums.
-    if temperature_kind == "one":
-        q_1 = q
-    elif temperature_kind == "two":
-        q_1 = q * q
-    else:
-        q_1 = torch.exp((z - n.max_S) - log_sum_1)
+    q_1 = _at_temperature_1(q, z, n.max_S, log_sum_1, temperature_kind)
     g = factors[0] * q_1 + factors[1] * (w - q * sum_w)
     if caps[0] is not None:
         g = g * (1 - (z / caps[0]).square())
@@ -174,6 +178,44 @@ def student_gradient(
     g = factor * torch.exp((z - maximum) - log_sum_1)
     if cap is not None:
         g = g * (1 - (z / cap).square())
+    (student if out is None else out).copy_(g)
+
+
+def _rest_logits(stored: Tensor, cap: Tensor | None, apart: bool) -> Tensor:
+    z = _logits(stored, cap)
+    # A softcap would give the classes that are left out, -inf, a logit like any other.
+    return torch.where(stored == -math.inf, LOGIT_FLOOR, z) if apart and cap is not None else z
+
+
+def tempered_statistics(
+    student: Tensor, cap: Tensor | None, inverse_t: Tensor, temperature_kind: str, apart: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`statistics` of the student alone. apart: whether -inf marks classes that are left out, softcap or not."""
+    return _student_sums(_rest_logits(student, cap, apart), inverse_t, temperature_kind)
+
+
+def tempered_gradient(
+    student: Tensor,
+    cap: Tensor | None,
+    maximum: Tensor,
+    log_sum_t: Tensor,
+    log_sum_1: Tensor,
+    factors: tuple[Tensor, Tensor],
+    inverse_t: Tensor,
+    temperature_kind: str,
+    apart: bool,
+    out: Tensor | None,
+) -> None:
+    """Write a q_1 + c q to `out`, or over `student` for None: q_1 and a as in `gradient`, q over what is not left out.
+
+    maximum, log_sum_t, log_sum_1, and a, c of factors: each [R, 1].
+    """
+    z = _rest_logits(student, cap, apart)
+    q = torch.exp((z - maximum) * inverse_t - log_sum_t)
+    q_1 = _at_temperature_1(q, z, maximum, log_sum_1, temperature_kind)
+    g = factors[0] * q_1 + factors[1] * q
+    if cap is not None:
+        g = g * (1 - (z / cap).clamp(min=-1).square())
     (student if out is None else out).copy_(g)
 
 
@@ -279,16 +321,66 @@ def distillation_rows(
     loss = _RowLoss(
         divergence, coefficients, student_softcap, teacher_softcap, student_logits_CV, teacher_logits_CV, compiled
     )
-    loss.in_place = gradient_CV is not None and gradient_CV.data_ptr() == student_logits_CV.data_ptr()
-    pieces = []
-    for part in loss.blocks():
-        weights_R = None if row_weights_C is None else row_weights_C[part, None]
-        out_RV = None if gradient_CV is None else gradient_CV[part]
+
+    def block(part: slice, *rows: Any) -> tuple[Tensor, Tensor, Tensor]:
         teacher_RK = None if teacher_logits_CV is None else teacher_logits_CV[part]
-        pieces.append(loss.block(student_logits_CV[part], teacher_RK, labels_C[part, None], weights_R, out_RV))
-    if not pieces:
-        return RowValues(*(labels_C.new_empty(0, dtype=loss.compute) for _ in range(3)))
-    return RowValues(*(torch.cat(values).squeeze(1) for values in zip(*pieces)))
+        return loss.block(student_logits_CV[part], teacher_RK, *rows)
+
+    return loss.run_blocks(block, student_logits_CV, labels_C, row_weights_C, gradient_CV)
+
+
+@dataclass(frozen=True)
+class SparseDivergence:
+    """D of C rows whose teacher is known at K classes a row, as a function of the student's probabilities there.
+
+    ids_CK: the classes, int64, or None for none. apart: whether D sees each of them, all distinct, as a bucket and all
+    other classes as one more; else the last bucket is all V classes.
+    """
+
+    ids_CK: Tensor | None
+    apart: ClassVar[bool]
+
+    def rows(self, part: slice) -> "SparseDivergence":
+        """The same of some of the rows: every tensor's."""
+        return replace(self, **{name: x[part] for name, x in vars(self).items() if isinstance(x, Tensor)})
+
+    def __call__(self, log_q_CB: Tensor, log_sum_C1: Tensor) -> tuple[Tensor, Tensor]:
+        """D [C, 1] in nats, and dD/dx [C, K + 1], x = z/T, of each class and of the last bucket.
+
+        That of the last bucket is the sum over its classes, among which it is spread in proportion to q.
+
+        Args:
+            log_q_CB: [C, K + 1] log-probabilities at T of the classes and of the last bucket.
+            log_sum_C1: [C, 1] logarithm of the sum of e^(z/T) over all V classes.
+        """
+        raise NotImplementedError
+
+
+def compact_rows(
+    student_logits_CV: Tensor,
+    divergence: SparseDivergence,
+    labels_C: Tensor,
+    coefficients: RowCoefficients,
+    *,
+    student_softcap: float | None = None,
+    row_weights_C: Tensor | None = None,
+    gradient_CV: Tensor | None = None,
+    compiled: bool = False,
+) -> RowValues:
+    """`distillation_rows` with a teacher that is known at few classes: no teacher logits, two passes instead of three.
+
+    Args:
+        student_logits_CV: [C, V], before the softcap, any float dtype; overwritten where `divergence.apart`.
+        divergence: of the C rows. It runs in eager PyTorch, on [C, K + 1] tensors, whatever `compiled` is.
+
+    Everything else as there.
+    """
+    loss = _RowLoss(None, coefficients, student_softcap, None, student_logits_CV, None, compiled)
+
+    def block(part: slice, *rows: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return loss.compact_block(student_logits_CV[part], divergence.rows(part), *rows)
+
+    return loss.run_blocks(block, student_logits_CV, labels_C, row_weights_C, gradient_CV)
 
 
 class _RowLoss:
@@ -328,6 +420,29 @@ class _RowLoss:
         stored = student.element_size() + (0 if teacher is None else teacher.element_size())
         row = student.shape[1] * (stored if compiled else EAGER_BUFFERS * self.compute.itemsize)
         self.blocks = functools.partial(_blocks, student.shape[0], row, student.device)
+
+    def run_blocks(
+        self,
+        block: Callable[..., tuple[Tensor, Tensor, Tensor]],
+        student_CV: Tensor,
+        labels_C: Tensor,
+        weights_C: Tensor | None,
+        out_CV: Tensor | None,
+    ) -> RowValues:
+        """`block(part, labels_R1, weights_R1, out_RV)` for all parts of the rows, joined."""
+        self.in_place = out_CV is not None and out_CV.data_ptr() == student_CV.data_ptr()
+        pieces = [
+            block(
+                part,
+                labels_C[part, None],
+                None if weights_C is None else weights_C[part, None],
+                None if out_CV is None else out_CV[part],
+            )
+            for part in self.blocks()
+        ]
+        if not pieces:
+            return RowValues(*(labels_C.new_empty(0, dtype=self.compute) for _ in range(3)))
+        return RowValues(*(torch.cat(values).squeeze(1) for values in zip(*pieces)))
 
     def _pieces(self, x: Tensor) -> Iterator[Tensor]:
         """[R, K] as [R, P, W], and the classes that are left over."""
@@ -403,10 +518,9 @@ class _RowLoss:
             return value, cross_entropy, entropy
 
         a_R1, b_R1 = self._factors(weights_R1, s)
-        # log q_1 = (z - max_S) - log_sum. Where q_1 is computed as a power of q, its factor holds the other constant.
+        # log q_1 = (z - max_S) - log_sum
         log_sum = log_sum_1 + (max_1 - n.max_S)
-        power = {"one": 1, "two": 2, "other": 0}[self.temperature_kind]
-        factors = (a_R1 * (power * n.log_sum_S - log_sum).exp() if power else a_R1, b_R1)
+        factors = (self._factor_of_power(a_R1, n.log_sum_S, log_sum), b_R1)
         shared = (self.caps, n, sum_w, log_sum, factors, self.inverse_t, self.skew, self.beta)
         at_label = torch.empty_like(s)
         gradient(label_S, teacher.gather(1, labels_K), *shared, label_terms, self.temperature_kind, at_label)
@@ -438,13 +552,75 @@ class _RowLoss:
             self._write_label(out, labels_R1, label_S, at_label, a_R1)
         return values
 
+    def compact_block(
+        self,
+        student_RV: Tensor,
+        divergence: SparseDivergence,
+        labels_R1: Tensor,
+        weights_R1: Tensor | None,
+        out: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`block` for `compact_rows`."""
+        cap, ids_RK, apart = self.caps[0], divergence.ids_CK, divergence.apart
+        target = None if self.in_place else out
+        key = (_layout(student_RV, target), cap is None, self.temperature_kind, apart)
+        options = (cap, self.inverse_t, self.temperature_kind)
+        label_S = student_RV.gather(1, labels_R1)
+        ids_S = label_S[:, :0] if ids_RK is None else student_RV.gather(1, ids_RK)
+        if apart and ids_RK is not None:
+            # The rest's mass is then a sum of its own: 1 minus the mass of the others has no digits where it is small.
+            student_RV.scatter_(1, ids_RK, -math.inf)
+        max_RP, s_RP, a_RP, s_t_RP = self._reduce(key, tempered_statistics, (student_RV,), *options, apart)
+        max_rest, s_t = _merge(max_RP, self.inverse_t, s_t_RP)
+        log_sum_rest = s_t.log()
+        if apart:
+            known = tempered_statistics(ids_S[:, None], *options, False)
+            rest = max_RP, s_RP, a_RP, s_t_RP
+            max_RP, s_RP, a_RP, s_t_RP = (torch.cat(both, 1) for both in zip(rest, known))
+        _, s_t = _merge(max_RP, self.inverse_t, s_t_RP)
+        log_sum_t = s_t.log()
+        max_1, s, a = _merge(max_RP, 1.0, s_RP, a_RP)
+        log_sum_1 = s.log()
+        cross_entropy = log_sum_1 - (_logits(label_S, cap) - max_1)
+        entropy = log_sum_1 - a / s
+
+        z_ids = _logits(ids_S, cap)
+        log_q_RK = (z_ids - max_1) * self.inverse_t - log_sum_t
+        log_q_rest = (max_rest - max_1) * self.inverse_t + (log_sum_rest - log_sum_t)
+        value, g_RB = divergence(torch.cat((log_q_RK, log_q_rest), 1), max_1 * self.inverse_t + log_sum_t)
+        if out is None:
+            return value, cross_entropy, entropy
+
+        a_R1, b_R1 = self._factors(weights_R1, s)
+        log_sum = log_sum_1 + (max_1 - max_rest)
+        factors = (self._factor_of_power(a_R1, log_sum_rest, log_sum), b_R1 * g_RB[:, -1:])
+        shared = (cap, max_rest, log_sum_rest, log_sum, factors, self.inverse_t, self.temperature_kind, apart)
+        at_label = torch.empty_like(s)
+        tempered_gradient(label_S, *shared, at_label)
+        self.run(key, tempered_gradient, student_RV, *shared, target)
+        self._write_label(out, labels_R1, label_S, at_label, a_R1)
+        if ids_RK is not None:
+            # Written, not added: each is exact, however often its class occurs, and rounded once.
+            g_RK = a_R1 * ((z_ids - max_1 - log_sum_1).exp() - (ids_RK == labels_R1).to(a_R1.dtype))
+            g_RK = (g_RK + b_R1 * g_RB[:, :-1]) * self._slope(z_ids)
+            out.scatter_(1, ids_RK, g_RK.to(out.dtype))
+        return value, cross_entropy, entropy
+
+    def _factor_of_power(self, a_R1: Tensor, log_sum_t: Tensor, log_sum_1: Tensor) -> Tensor:
+        """a, and where q_1 is computed as a power of q, the ratio of their constants."""
+        power = {"one": 1, "two": 2, "other": 0}[self.temperature_kind]
+        return a_R1 * (power * log_sum_t - log_sum_1).exp() if power else a_R1
+
+    def _slope(self, z: Tensor) -> Tensor | float:
+        cap = self.caps[0]
+        return 1.0 if cap is None else 1 - (z / cap).square()
+
     def _factors(self, weights_R1: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
         weight = torch.ones_like(like) if weights_R1 is None else weights_R1.to(like.dtype)
         return weight * self.coefficients.cross_entropy, weight * self.coefficients.divergence * self.inverse_t
 
     def _write_label(self, out: Tensor, labels_R1: Tensor, label_S: Tensor, gradient_R1: Tensor, a_R1: Tensor) -> None:
         """The label's gradient: what it is as any class, and -a from the one-hot."""
-        cap = self.caps[0]
-        slope = 1.0 if cap is None else 1 - (_logits(label_S, cap) / cap).square()
+        slope = self._slope(_logits(label_S, self.caps[0]))
         rows = torch.arange(len(out), device=out.device)
         out[rows, labels_R1[:, 0]] = (gradient_R1 - a_R1 * slope)[:, 0].to(out.dtype)

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Iterator
@@ -39,7 +40,7 @@ def _stoppable() -> Iterator[None]:
 
 @app.command()
 def run(config: _Config, overrides: _Overrides = None) -> None:
-    """Every step: prepare, init-student, reflect, curate, distill, evaluate, report.
+    """Every step: prepare, init-student, reflect, curate, cache, distill, evaluate, report.
 
     A step is skipped when its output is there and was made from the same inputs. Stopped, the same command goes on.
     """
@@ -69,9 +70,36 @@ def _step_command(name: str, text: str) -> None:
 _step_command("prepare", "Read and tokenise the data into the run folder.")
 _step_command("reflect", "The starting student answers every training prompt: reflections.parquet.")
 _step_command("curate", "Rank, drop and stage the samples: plan.json.")
+_step_command("cache", "Run the teacher once over the kept samples: teacher_cache/.")
 _step_command("distill", "Train along the plan: checkpoints/, metrics.jsonl, student/.")
 _step_command("evaluate", "Teacher, starting and distilled student on the validation rows: summary.json.")
 _step_command("report", "One page from the run folder: report.html.")
+
+
+@app.command("plan")
+def plan_memory(
+    config: _Config,
+    overrides: _Overrides = None,
+    limit: Annotated[
+        str | None, typer.Option(help="Such as 8GiB, 8GB or 8192MB: change sizes until the peak is below it.")
+    ] = None,
+) -> None:
+    """Peak memory of the step distill by part, and the disk of the teacher cache, before anything is computed.
+
+    With --limit, the smallest changes that fit, as a command line; a smaller batch with as many more accumulation
+    steps trains the same. Exit status 2 if nothing fits.
+    """
+    from .planner import fit, parse_bytes, plan
+    from .run_config import load_run_config
+
+    allowed = None if limit is None else parse_bytes(limit)
+    given = overrides or []
+    made = plan(load_run_config(config, given)) if allowed is None else fit(load_run_config(config, given), allowed)
+    typer.echo(made)
+    if allowed is not None:
+        if not made.overrides:
+            typer.echo(f"fits in {allowed / 1e9:.2f} GB as it is")
+        typer.echo(shlex.join(["srd-fast", "run", str(config), *given, *made.overrides]))
 
 
 @app.command("init-student")

@@ -8,6 +8,7 @@ from transformers import TrainingArguments
 from .errors import UserError
 from .losses import get_divergence
 from .suggest import unknown_name
+from .teacher.stores import check_kind
 
 # `paper`: arXiv 2508.06135. `official`: what the authors' code does, where it differs.
 TRAINING_PRESETS: dict[str, dict[str, Any]] = {
@@ -81,6 +82,14 @@ class SRDConfig(TrainingArguments):
     max_response_length: int = _described(512, "Tokens, the end-of-sequence token included.")
     backend: str = _described("auto", "Loss backend.")
     memory_budget: int | None = _described(None, "Bytes for a chunk of the loss.")
+    teacher_cache: str | None = _described(None, "Folder of the teacher's rows; filled first where it lacks any.")
+    teacher_cache_kind: str = _described("hidden", "What the cache holds: hidden, topk, sampled or projected.")
+    teacher_cache_k: int = _described(64, "Classes, or draws, a row of a compact cache.")
+    teacher_offload: bool = _described(False, "Keep a live teacher's body in the host's memory between steps.")
+    padding_free: Any = _described(
+        "auto", "Batches without padding: true, false, or 'auto' where the models' attention is known to take them."
+    )
+    length_buckets: int = _described(0, "Batches whose samples are sorted by length together; 0: as shuffled.")
 
     def __post_init__(self) -> None:
         self.num_train_epochs = 1.0
@@ -93,10 +102,14 @@ class SRDConfig(TrainingArguments):
             self._check_numbers(name, above=0.0)
         self._check_numbers("min_learning_rate", least=0.0)
         sizes = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
-        for name in ("max_prompt_length", "max_response_length", *sizes):
+        for name in ("max_prompt_length", "max_response_length", "teacher_cache_k", *sizes):
             self._check_numbers(name, least=1)
+        self._check_numbers("length_buckets", least=0)
         if self.temperature_scaling not in (True, False, "official"):
             raise UserError(f"temperature_scaling must be true, false or 'official', got {self.temperature_scaling!r}")
+        if self.padding_free not in (True, False, "auto"):
+            raise UserError(f"padding_free must be true, false or 'auto', got {self.padding_free!r}")
+        check_kind(self.teacher_cache_kind)
         if self.label_smoothing_factor:
             raise UserError(
                 f"label_smoothing_factor is {self.label_smoothing_factor}, which the distillation loss does not have; "

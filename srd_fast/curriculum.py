@@ -7,6 +7,7 @@ Stage k trains on subsets 1..k together (Baby Step; Bengio et al., ICML 2009; SR
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 
@@ -50,6 +51,10 @@ class Curriculum:
         restart_learning_rate: a cosine for each stage, else one over the run from the first stage's peak.
         warmup: steps (>= 1) or share (< 1) of each cosine spent rising linearly.
         seed: of the shuffling inside an epoch.
+        lengths: tokens of each sample of the data set; needed for `length_buckets`.
+        length_buckets: batches that are sorted by length together: of that many batches' samples, in the order of the
+            shuffle, the longest make one batch and so on, and these batches are shuffled again. A stage keeps its
+            samples, an epoch's samples stay within that many batches of their places. 0: as shuffled.
 
     A stage has ceil(samples * epochs / batch_size) steps; what its last step lacks it takes from one more shuffle.
     """
@@ -68,6 +73,8 @@ class Curriculum:
         restart_learning_rate: bool = True,
         warmup: float = 0,
         seed: int = 0,
+        lengths: Sequence[int] | None = None,
+        length_buckets: int = 0,
     ) -> None:
         if not plan.subsets or not plan.subsets[0]:
             raise UserError("the plan's first subset is empty, so its first stage has nothing to train on")
@@ -79,6 +86,8 @@ class Curriculum:
                 "curate again with this data"
             )
         self.batch_size, self.seed = batch_size, seed
+        self.length_buckets = length_buckets
+        self._lengths = np.array(lengths) if lengths is not None else None
         self.min_learning_rate, self.warmup = min_learning_rate, warmup
         self.restart_learning_rate = restart_learning_rate
         self.stages: list[Stage] = []
@@ -123,12 +132,24 @@ class Curriculum:
     def indices(self) -> Iterator[int]:
         """Positions in the data set, `batch_size` a step, for the whole run."""
         for k, stage in enumerate(self.stages):
-            needed, epoch = stage.steps * self.batch_size, 0
-            while needed > 0:
-                shuffled = np.random.default_rng((self.seed, k, epoch)).permutation(stage.samples)[:needed]
-                yield from shuffled.tolist()
-                needed -= len(shuffled)
-                epoch += 1
+            shuffled = self._shuffled(k, stage)
+            if self.length_buckets < 2 or self._lengths is None:
+                yield from shuffled
+                continue
+            window = 0
+            while samples := list(islice(shuffled, self.length_buckets * self.batch_size)):
+                order = sorted(samples, key=lambda i: (-self._lengths[i], i))  # type: ignore[index]
+                batches = np.array(order).reshape(-1, self.batch_size)
+                yield from np.random.default_rng((self.seed, k, 1 << 32, window)).permutation(batches).ravel().tolist()
+                window += 1
+
+    def _shuffled(self, k: int, stage: Stage) -> Iterator[int]:
+        needed, epoch = stage.steps * self.batch_size, 0
+        while needed > 0:
+            shuffled = np.random.default_rng((self.seed, k, epoch)).permutation(stage.samples)[:needed]
+            yield from shuffled.tolist()
+            needed -= len(shuffled)
+            epoch += 1
 
     @property
     def sample_passes(self) -> int:

@@ -7,10 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .data import IGNORE_INDEX
-from .losses import distillation_loss, token_cross_entropy
-from .models import find_head, last_hidden_state
-from .teacher import TeacherSource
+from .losses import token_cross_entropy
+from .models import find_head, hidden_states
+from .teacher import TeacherSource, distillation_loss_of_rows, labels_with_loss, rows_with_loss
 
 
 class Divergences(NamedTuple):
@@ -23,25 +22,18 @@ class Divergences(NamedTuple):
 
 @torch.no_grad()
 def measure_batch(student: nn.Module, teacher: TeacherSource | None, inputs: dict[str, Any]) -> Divergences:
-    """Measure a collated batch (input_ids, attention_mask, labels: [B, L]) without gradients or full logits.
+    """Measure a collated batch without gradients or full logits.
 
     Without a teacher `kl` is 0.
     """
-    ids, mask, labels = inputs["input_ids"], inputs["attention_mask"], inputs["labels"][:, 1:]
-    hidden_BLD, head = last_hidden_state(student, ids, mask)[:, :-1], find_head(student)
+    hidden_ND, head = rows_with_loss(hidden_states(student, inputs), inputs["labels"]), find_head(student)
+    labels_N = labels_with_loss(inputs["labels"])
     if teacher is None:
-        kept = labels != IGNORE_INDEX
-        losses = token_cross_entropy(hidden_BLD[kept], head, labels[kept])
-        return Divergences(losses.new_zeros(()), losses.sum(), kept.sum())
-    out = distillation_loss(
-        student_hidden=hidden_BLD,
-        teacher_hidden=teacher.hidden_states(ids, mask)[:, :-1],
-        labels=labels,
-        divergence="forward_kl",
-        temperature=1.0,
-        reduction="sum",
-        **head.arguments("student"),
-        **teacher.head.arguments("teacher"),
+        losses = token_cross_entropy(hidden_ND, head, labels_N)
+        return Divergences(losses.new_zeros(()), losses.sum(), torch.tensor(len(labels_N), device=losses.device))
+    rows = teacher.rows(inputs, 1.0)
+    out = distillation_loss_of_rows(
+        hidden_ND, head, rows, labels_N, divergence="forward_kl", temperature=1.0, reduction="sum"
     )
     return Divergences(out.divergence, out.cross_entropy, out.num_items)
 

@@ -15,6 +15,7 @@ from .suggest import unknown_name
 
 # Fields of SRDConfig that the run sets itself, or that mean nothing in it.
 _SET_BY_RUN = {"output_dir", "seed", "num_train_epochs", "template", "max_prompt_length", "max_response_length"}
+_SET_BY_RUN |= {"teacher_cache", "teacher_cache_kind", "teacher_cache_k"}
 _DISTILL_FIELDS = {f.name for f in dataclass_fields(SRDConfig) if f.init} - _SET_BY_RUN
 
 
@@ -55,6 +56,13 @@ class Curate(_Section):
     floor_subsets: bool = False
 
 
+class Cache(_Section):
+    """Where teacher rows come from: `kind` live runs the teacher at every step, the others run it once."""
+
+    kind: Literal["hidden", "topk", "sampled", "projected", "live"] = "hidden"
+    k: int = Field(default=64, ge=1)
+
+
 class Evaluate(_Section):
     """How models are evaluated on the validation rows. With `seeds`, sampled once for each at `temperature`."""
 
@@ -84,6 +92,7 @@ class RunConfig(_Section):
     init_student: InitStudent = InitStudent()
     reflect: Reflect = Reflect()
     curate: Curate = Curate()
+    cache: Cache = Cache()
     distill: dict[str, Any] = {}
     lora: dict[str, Any] | None = None
     evaluate: Evaluate = Evaluate()

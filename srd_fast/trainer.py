@@ -7,12 +7,13 @@ resuming, gradient accumulation, mixed precision, several ranks, LoRA and loggin
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Sampler
@@ -25,18 +26,42 @@ from .data import IGNORE_INDEX, DistillationCollator, Tokenisation, pad_id, prep
 from .errors import UserError
 from .losses import DistillationLoss, check_vocabularies
 from .measure import measure_batch, peak_memory_mb
-from .models import check_head, check_tokenizers, find_head, last_hidden_state, load_tokenizer, unwrap
-from .teacher import LiveTeacher, TeacherSource
+from .models import (
+    check_head,
+    check_tokenizers,
+    enable_flattening,
+    find_head,
+    hidden_states,
+    load_model,
+    load_tokenizer,
+    unwrap,
+)
+from .teacher import (
+    LiveTeacher,
+    TeacherCache,
+    TeacherSource,
+    distillation_loss_of_rows,
+    labels_with_loss,
+    open_teacher_cache,
+    rows_with_loss,
+)
 
 logger = logging.getLogger(__name__)
 
 
 class _IndexStream(Sampler[int]):
-    def __init__(self, curriculum: Curriculum) -> None:
-        self.curriculum = curriculum
+    """The curriculum's samples; tells `will_need` of each a few batches before its turn."""
+
+    def __init__(self, curriculum: Curriculum, will_need: Callable[[int], None]) -> None:
+        self.curriculum, self.will_need = curriculum, will_need
 
     def __iter__(self) -> Iterator[int]:
-        return self.curriculum.indices()
+        ahead = islice(self.curriculum.indices(), 4 * self.curriculum.batch_size, None)
+        for index in self.curriculum.indices():
+            yield index
+            coming = next(ahead, None)
+            if coming is not None:
+                self.will_need(coming)
 
     def __len__(self) -> int:
         return self.curriculum.sample_passes
@@ -69,12 +94,24 @@ class _StepHooks(TrainerCallback):
         return taken
 
 
+class _WithTeacherRows:
+    """Collates as another collator does, and adds what the teacher's cache holds of the samples."""
+
+    def __init__(self, collate: Callable[..., Any], teacher: TeacherCache) -> None:
+        self.collate, self.teacher = collate, teacher
+
+    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        return {**self.collate(samples), "teacher": self.teacher.collate(samples)}
+
+
 class SRDTrainer(Trainer):
     """Distil `teacher_model` into `model` along a curriculum.
 
     Args:
         model: the student, a causal language model in the dtype to train in (float32, also with bf16=True).
-        teacher_model: a causal language model with the same tokenizer, or any `TeacherSource`. Never trained.
+        teacher_model: a causal language model with the same tokenizer, or any `TeacherSource`. Never trained. A folder
+            or name is loaded where it is needed: with `args.teacher_cache` only to fill the cache, so that its body
+            takes no memory while the student trains. None reads a cache that is there.
         args: SRDConfig.
         train_dataset: rows of any format of `srd_fast.data`, or tokenised samples.
         curriculum: which samples are trained on and in which stage. Default: all of them, in one stage.
@@ -93,7 +130,7 @@ class SRDTrainer(Trainer):
     def __init__(
         self,
         model: nn.Module,
-        teacher_model: nn.Module | TeacherSource,
+        teacher_model: nn.Module | TeacherSource | str | None,
         args: SRDConfig,
         train_dataset: Any,
         curriculum: CurriculumPlan | None = None,
@@ -111,6 +148,8 @@ class SRDTrainer(Trainer):
             raise UserError(f"args must be an SRDConfig, got {type(args).__name__}")
         if isinstance(teacher_model, nn.Module) and unwrap(teacher_model) is unwrap(model):
             raise UserError("teacher_model is the model that is trained; load the teacher as a model of its own")
+        if teacher_model is None and args.teacher_cache is None:
+            raise UserError("teacher_model is missing: pass a model, its folder or name, or name a teacher_cache")
         teacher_tokenizer = teacher_tokenizer or _tokenizer_beside(teacher_model)
         if teacher_tokenizer is not None:
             check_tokenizers(processing_class, teacher_tokenizer)
@@ -141,15 +180,16 @@ class SRDTrainer(Trainer):
         self._tokenisation = tokenisation
 
         check_head(model, "student")
-        is_model = isinstance(teacher_model, nn.Module)
-        self.teacher: TeacherSource = LiveTeacher(teacher_model, args.device) if is_model else teacher_model  # type: ignore[arg-type,assignment]
-        head_S, head_T = find_head(model).weight, self.teacher.head.weight
+        head_S = find_head(model).weight
         assert head_S is not None
-        assert head_T is not None
-        check_vocabularies(head_S.shape[0], head_T.shape[0])
-
         plan = curriculum or CurriculumPlan(subsets=[list(train["sample_id"])], method="none")
-        self.curriculum = make_curriculum(plan, train["sample_id"], args)
+        self.curriculum = make_curriculum(plan, train, args)
+        self.teacher = self._teacher_source(teacher_model, evaluation)
+        check_vocabularies(head_S.shape[0], self.teacher.num_classes)
+        if isinstance(self.data_collator, DistillationCollator):
+            self.data_collator.flatten = self._takes_flattened()
+        if isinstance(self.teacher, TeacherCache):
+            self.data_collator = _WithTeacherRows(self.data_collator, self.teacher)
         if args.max_steps > self.curriculum.total_steps:
             raise UserError(
                 f"max_steps is {args.max_steps} but the curriculum has {self.curriculum.total_steps} steps; raise "
@@ -157,19 +197,69 @@ class SRDTrainer(Trainer):
             )
         self._hooks = _StepHooks(self.curriculum, args.reset_optimizer)
         self.add_callback(self._hooks)
-        self.loss_function = DistillationLoss(
-            divergence=args.divergence,
-            skew=args.skew,
-            beta=args.beta,
-            temperature_scaling=args.scales_with_temperature,
-            backend=args.backend,
-            memory_budget=args.memory_budget,
-        )
+        self._loss_options = {
+            "divergence": args.divergence,
+            "skew": args.skew,
+            "beta": args.beta,
+            "temperature_scaling": args.scales_with_temperature,
+            "backend": args.backend,
+            "memory_budget": args.memory_budget,
+        }
+        DistillationLoss(**self._loss_options)  # says now what is wrong with them
         self._sums: dict[str, Tensor] = {}
         self._started = time.monotonic()
 
+    def _teacher_source(self, teacher: Any, evaluation: Dataset | None) -> TeacherSource:
+        args: SRDConfig = self.args
+        dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+        if args.teacher_cache is not None:
+            kept = sorted({i for stage in self.curriculum.stages for i in stage.samples.tolist()})
+            train: Any = self.train_dataset
+            wanted: list[Any] = [train.select(kept)]
+            wanted += [] if evaluation is None else [evaluation]
+            return open_teacher_cache(
+                args.teacher_cache,
+                teacher,
+                concatenate_datasets(wanted),
+                kind=args.teacher_cache_kind,
+                k=args.teacher_cache_k,
+                temperatures=[1.0, *(stage.temperature for stage in self.curriculum.stages)],
+                student=self.model,
+                template=args.template,
+                dtype=dtype,
+                device=args.device,
+                progress=not args.disable_tqdm and args.process_index == 0,
+            ).to(args.device)
+        if isinstance(teacher, str):
+            teacher = load_model(teacher, dtype, "cpu" if args.teacher_offload else args.device)
+        if isinstance(teacher, nn.Module):
+            return LiveTeacher(teacher, args.device, offload=args.teacher_offload)
+        return teacher
+
+    def _takes_flattened(self) -> bool:
+        """Whether batches may go without padding through every model that runs; switches their attention if so."""
+        wanted = self.args.padding_free
+        if not wanted:
+            return False
+        live = [self.teacher.model] if isinstance(self.teacher, LiveTeacher) else []
+        if not live and not isinstance(self.teacher, TeacherCache) and wanted == "auto":
+            return False  # a source of the user's own, which may count on padded batches
+        models: list[tuple[str, Any]] = [("student", self.model), *(("teacher", m) for m in live)]
+        for name, model in models:
+            reason = enable_flattening(model)
+            if reason is not None and wanted is True:
+                raise UserError(f"padding_free is true but the {name} {type(model).__name__} cannot: {reason}")
+            if reason is not None:
+                logger.warning("batches are padded, because the %s cannot go without: %s", name, reason)
+                return False
+        return True
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        return _IndexStream(self.curriculum)
+        teacher: TeacherSource = self.teacher
+        samples: Any = self.train_dataset
+        if not isinstance(teacher, TeacherCache):
+            return _IndexStream(self.curriculum, lambda index: None)
+        return _IndexStream(self.curriculum, lambda index: teacher.will_need(samples[index]))
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = ["input_ids", "labels"]  # type: ignore[assignment]
@@ -194,37 +284,36 @@ class SRDTrainer(Trainer):
     ) -> Any:
         """Loss of a micro-batch; its denominator is the number of tokens of the whole step."""
         step = self.state.global_step
-        labels = inputs["labels"][:, 1:]
-        teacher_BLD = self.teacher.hidden_states(inputs["input_ids"], inputs["attention_mask"])[:, :-1]
+        temperature, labels_N = self.curriculum.temperature(step), labels_with_loss(inputs["labels"])
+        rows = self.teacher.rows(inputs, temperature)
         student = self.accelerator.unwrap_model(model)
 
-        def forward(input_ids: Tensor, attention_mask: Tensor) -> Any:
+        def forward(batch: Mapping[str, Any]) -> Any:
             with self.accelerator.autocast():
-                hidden_BLD = last_hidden_state(student, input_ids, attention_mask)[:, :-1]
-            return self.loss_function(
-                student_hidden=hidden_BLD,
-                teacher_hidden=teacher_BLD,
-                labels=labels,
-                temperature=self.curriculum.temperature(step),
+                hidden_BLD = hidden_states(student, batch)
+            return distillation_loss_of_rows(
+                rows_with_loss(hidden_BLD, batch["labels"]),
+                find_head(student),
+                rows,
+                labels_N,
+                temperature=temperature,
                 sft_weight=self.curriculum.sft_weight(step),
                 num_items=num_items_in_batch,
-                **find_head(student).arguments("student"),
-                **self.teacher.head.arguments("teacher"),
+                **self._loss_options,
             )
 
-        out = _call_through(model, student, forward, inputs["input_ids"], inputs["attention_mask"])
-        self._count(out, labels)
+        out = _call_through(model, student, forward, inputs)
+        self._count(out, len(labels_N))
         loss = out.loss
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # DDP averages the gradients of the ranks
         return (loss, {"loss": loss}) if return_outputs else loss
 
-    def _count(self, out: Any, labels: Tensor) -> None:
+    def _count(self, out: Any, tokens: int) -> None:
         for name in ("divergence", "cross_entropy", "entropy"):
             value = getattr(out, name).detach()
             self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value
-        tokens = (labels != IGNORE_INDEX).sum()
-        self._sums["tokens"] = self._sums.get("tokens", torch.zeros_like(tokens)) + tokens
+        self._sums["tokens"] = self._sums.get("tokens", torch.zeros_like(out.loss.detach())) + tokens
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds what the curriculum and the loss say to the training logs."""
@@ -306,12 +395,12 @@ def last_whole_checkpoint(folder: Path) -> str | None:
     return str(max(whole, key=lambda p: int(p.name.rpartition("-")[2]))) if whole else None
 
 
-def make_curriculum(plan: CurriculumPlan, sample_ids: Sequence[str], args: SRDConfig) -> Curriculum:
-    """The schedule that `args` gives to a plan."""
+def make_curriculum(plan: CurriculumPlan, samples: Dataset, args: SRDConfig) -> Curriculum:
+    """The schedule that `args` gives to a plan of these samples."""
     stages = len(plan.subsets)
     return Curriculum(
         plan,
-        list(sample_ids),
+        samples["sample_id"],
         batch_size=args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
         epochs_per_stage=per_stage("epochs_per_stage", args.epochs_per_stage, 0, 0, stages),
         temperatures=per_stage("temperature", args.temperature, args.temperature_start, args.temperature_end, stages),
@@ -321,11 +410,15 @@ def make_curriculum(plan: CurriculumPlan, sample_ids: Sequence[str], args: SRDCo
         restart_learning_rate=args.restart_learning_rate,
         warmup=args.warmup_steps,
         seed=args.data_seed if args.data_seed is not None else args.seed,
+        lengths=[len(ids) for ids in samples["input_ids"]] if args.length_buckets > 1 else None,
+        length_buckets=args.length_buckets,
     )
 
 
 def _tokenizer_beside(model: Any) -> PreTrainedTokenizerBase | None:
-    """The tokenizer in the local folder that a model was loaded from, if there is one."""
+    """The tokenizer in the local folder that a model was loaded from, if there is one; of a name, its own."""
+    if isinstance(model, str):
+        return load_tokenizer(model)
     folder = str(getattr(model, "name_or_path", ""))
     return load_tokenizer(folder) if folder and Path(folder, "tokenizer_config.json").is_file() else None
 

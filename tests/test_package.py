@@ -35,7 +35,9 @@ FLOORS = (
     ("evaluation",),
     ("report",),
     ("run_config",),
+    ("live_bytes",),
     ("steps", "pipeline"),
+    ("planner",),
     ("cli",),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

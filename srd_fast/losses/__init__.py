@@ -1,6 +1,7 @@
 """Divergences in plain PyTorch, and the distillation loss from hidden states: packing, chunking, autograd."""
 
 from .buffers import free_workspace
+from .compact import CompactTeacher, Projected, Sampled, TopK, compact_distillation_loss
 from .distillation import (
     DistillationLoss,
     DistillationOutput,
@@ -13,10 +14,15 @@ from .divergences import divergence_names, get_divergence, register_divergence
 from .head import Head
 
 __all__ = [
+    "CompactTeacher",
     "DistillationLoss",
     "DistillationOutput",
     "Head",
+    "Projected",
+    "Sampled",
+    "TopK",
     "check_vocabularies",
+    "compact_distillation_loss",
     "distillation_loss",
     "distillation_loss_from_logits",
     "divergence_names",

@@ -6,13 +6,15 @@ scales it. Where the factors on the rows are known in `backward` alone (one loss
 retained graph), the chunks run once more.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..kernels import EAGER_BUFFERS, RowCoefficients, RowDivergence, RowValues
+from ..errors import UserError
+from ..kernels import EAGER_BUFFERS, RowCoefficients, RowDivergence, RowValues, SparseDivergence, compact_rows
 from .backends import row_backend
 from .buffers import GradientSum, chunk_rows, scale_in_place, workspace
 from .head import Head
@@ -22,9 +24,10 @@ from .head import Head
 class PackedRows:
     """All of a loss but the tensors that carry gradients.
 
-    teacher_ND / teacher_head: both None for cross-entropy and entropy alone. labels_N: below V. weights_N: factor on
-    each row's loss or None for 1. gemm_dtype: of the heads' products, None for each head's own. logits_dtype: of the
-    logits, None for that of the products.
+    teacher_ND / teacher_head: both None for cross-entropy and entropy alone, or where `compact` has D of all rows.
+    labels_N: below V. weights_N: factor on each row's loss or None for 1. gemm_dtype: of the heads' products, None for
+    each head's own. logits_dtype: of the logits, None for that of the products. projection_ND: subtracted, over T, from
+    D's gradient on the hidden states: what `compact` leaves out of that on the logits.
     """
 
     teacher_ND: Tensor | None
@@ -39,6 +42,8 @@ class PackedRows:
     logits_dtype: torch.dtype | None = None
     backend: str = "auto"
     memory_budget: int | None = None
+    compact: SparseDivergence | None = None
+    projection_ND: Tensor | None = None
 
 
 class _Gradients(NamedTuple):
@@ -67,6 +72,54 @@ class _Side:
         return self.head.project(hidden_CD, workspace.take(self.name, len(hidden_CD), self.classes, self.dtype, device))
 
 
+def _compact_backend(name: str, student: _Side) -> str:
+    """What runs the student's rows of a compact teacher: "compile" or "eager"."""
+    device = student.hidden_ND.device
+    if name == "triton":
+        raise UserError("backend 'triton' cannot run: it has no kernel for compact teachers; use backend='auto'")
+    if name == "auto" and device.type != "cpu":
+        return "eager"
+    return row_backend(name, device, student.dtype, student.classes, None, True)[1]
+
+
+class _ChunkRows:
+    """The row loss of a chunk, and what it needs: a teacher's logits, or what is known of them.
+
+    teacher: the other side with a head, or None.
+    """
+
+    def __init__(self, student: _Side, rows: PackedRows) -> None:
+        self.rows, self.student, self.teacher = rows, student, None
+        self._function: Callable[..., RowValues]
+        if rows.compact is not None:
+            self.backend = _compact_backend(rows.backend, student)
+            return
+        if rows.teacher_ND is not None and rows.teacher_head is not None:
+            self.teacher = _Side("teacher", rows.teacher_ND, rows.teacher_head, rows)
+        device, divergence, sides = student.hidden_ND.device, rows.divergence, self.sides
+        most_classes, owned = max(s.classes for s in sides), all(s.head.weight is not None for s in sides)
+        self._function, self.backend = row_backend(rows.backend, device, student.dtype, most_classes, divergence, owned)
+
+    @property
+    def sides(self) -> list[_Side]:
+        """Whose logits a chunk holds."""
+        return [self.student] if self.teacher is None else [self.student, self.teacher]
+
+    def __call__(self, part: slice, student_CV: Tensor, **options: Any) -> RowValues:
+        """`distillation_rows` of the part's logits; options: row_weights_C, gradient_CV."""
+        rows, labels_C = self.rows, self.rows.labels_N[part]
+        options["student_softcap"] = self.student.head.softcap
+        if rows.compact is not None:
+            compiled = self.backend == "compile"
+            return compact_rows(
+                student_CV, rows.compact.rows(part), labels_C, rows.coefficients, compiled=compiled, **options
+            )
+        teacher_CV = None
+        if self.teacher is not None:
+            teacher_CV, options["teacher_softcap"] = self.teacher.logits(part), self.teacher.head.softcap
+        return self._function(student_CV, teacher_CV, labels_C, rows.divergence, rows.coefficients, **options)
+
+
 def run_chunks(
     hidden_ND: Tensor,
     head: Head,
@@ -76,20 +129,16 @@ def run_chunks(
 ) -> tuple[RowValues, _Gradients]:
     """Per-row values of all rows, and the gradients asked for (hidden, weight, bias) of sum(weights * loss)."""
     n, device = hidden_ND.shape[0], hidden_ND.device
-    student, teacher = _Side("student", hidden_ND, head, rows), None
-    if rows.teacher_ND is not None and rows.teacher_head is not None:
-        teacher = _Side("teacher", rows.teacher_ND, rows.teacher_head, rows)
-    sides = [side for side in (student, teacher) if side is not None]
-    most_classes = max(side.classes for side in sides)
-    owned = all(side.head.weight is not None for side in sides)
-    row_function, backend = row_backend(rows.backend, device, student.dtype, most_classes, rows.divergence, owned)
+    student = _Side("student", hidden_ND, head, rows)
+    row_loss = _ChunkRows(student, rows)
 
     # The gradient replaces the logits unless those are wider than the products, or not ours to write.
     separate = any(needs) and student.dtype != student.gemm_dtype
-    logits_bytes = sum(side.classes * side.dtype.itemsize for side in sides)
+    logits_bytes = sum(side.classes * side.dtype.itemsize for side in row_loss.sides)
     logits_bytes += separate * student.classes * student.gemm_dtype.itemsize
     wide = torch.promote_types(student.dtype, torch.float32)
-    temporary_bytes = EAGER_BUFFERS * most_classes * wide.itemsize if backend == "eager" else 0
+    most_classes = max(side.classes for side in row_loss.sides)
+    temporary_bytes = EAGER_BUFFERS * most_classes * wide.itemsize if row_loss.backend == "eager" else 0
     chunk = chunk_rows(n, logits_bytes, temporary_bytes, device, rows.memory_budget)
 
     d_hidden_ND = torch.empty_like(hidden_ND, memory_format=torch.contiguous_format) if needs[0] else None
@@ -108,31 +157,37 @@ def run_chunks(
             g_CV = workspace.take("gradient", part.stop - start, student.classes, student.gemm_dtype, device)
         elif head.weight is None and d_hidden_ND is not None:
             g_CV = d_hidden_ND[part]
-        of_chunk = row_function(
-            student_CV,
-            None if teacher is None else teacher.logits(part),
-            rows.labels_N[part],
-            rows.divergence,
-            rows.coefficients,
-            student_softcap=head.softcap,
-            teacher_softcap=None if teacher is None else teacher.head.softcap,
-            row_weights_C=None if weights_N is None else weights_N[part],
-            gradient_CV=g_CV,
-        )
+        weights_C = None if weights_N is None else weights_N[part]
+        of_chunk = row_loss(part, student_CV, row_weights_C=weights_C, gradient_CV=g_CV)
         for whole, piece in zip(values, of_chunk):
             whole[part] = piece
         if g_CV is None or head.weight is None:
             continue
         if d_hidden_ND is not None:
-            _write_hidden(d_hidden_ND[part], g_CV, student.head)
+            if rows.projection_ND is None:
+                _write_hidden(d_hidden_ND[part], g_CV, student.head)
+            else:
+                factor = rows.coefficients.divergence / rows.coefficients.temperature
+                missing_CD = rows.projection_ND[part].to(wide) * factor
+                missing_CD = missing_CD if weights_C is None else missing_CD * weights_C[:, None]
+                _write_hidden(d_hidden_ND[part], g_CV, student.head, missing_CD)
         for total in sums:
             if total is not None:
                 total.add(g_CV, hidden_ND[part], head.scale, first=start == 0, last=part.stop == n)
     return values, _Gradients(d_hidden_ND, *(None if x is None else x.total for x in sums))
 
 
-def _write_hidden(target_CD: Tensor, g_CV: Tensor, head: Head) -> None:
+def _write_hidden(target_CD: Tensor, g_CV: Tensor, head: Head, minus_CD: Tensor | None = None) -> None:
+    """g @ weight * scale - minus."""
     assert head.weight is not None
+    if minus_CD is not None:
+        # The two nearly cancel where the student is good, so the product is rounded as late as the device can.
+        narrow_on_gpu = g_CV.is_cuda and g_CV.element_size() < 4
+        product_CD = (
+            torch.mm(g_CV, head.weight, out_dtype=torch.float32) if narrow_on_gpu else torch.mm(g_CV, head.weight)
+        )
+        target_CD.copy_(product_CD.to(minus_CD.dtype) * head.scale - minus_CD)
+        return
     if target_CD.dtype == g_CV.dtype:
         torch.mm(g_CV, head.weight, out=target_CD)
     else:

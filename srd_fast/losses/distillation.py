@@ -41,23 +41,25 @@ class DistillationOutput:
     num_items: Tensor
 
 
-def _require(condition: bool, message: str) -> None:
+def require(condition: bool, message: str) -> None:
+    """Raise UserError(message) unless the condition holds."""
     if not condition:
         raise UserError(message)
 
 
-def _check_options(options: dict[str, Any]) -> None:
+def check_options(options: dict[str, Any]) -> None:
+    """Refuse bad values of the options of `distillation_loss`, divergence and token_weights left out."""
     for name in ("temperature", "student_softcap", "teacher_softcap", "student_scale", "teacher_scale"):
         value = options[name]
         if value is None and name.endswith("softcap"):
             continue
-        _require(
+        require(
             isinstance(value, (int, float)) and math.isfinite(value) and value > 0,
             f"{name} must be a finite number above 0, got {value!r}",
         )
     for name in ("skew", "beta", "sft_weight"):
         value = options[name]
-        _require(
+        require(
             isinstance(value, (int, float)) and 0 <= value <= 1,
             f"{name} must be a number from 0 to 1, got {value!r}",
         )
@@ -66,41 +68,42 @@ def _check_options(options: dict[str, Any]) -> None:
         raise UserError(unknown_name("reduction", options["reduction"], _REDUCTIONS))
     num_items = options["num_items"]
     if num_items is not None and not isinstance(num_items, Tensor):
-        _require(
+        require(
             isinstance(num_items, (int, float)) and math.isfinite(num_items) and num_items > 0,
             f"num_items must be a number above 0, a scalar tensor, or None to count the labels, got {num_items!r}",
         )
     budget = options["memory_budget"]
-    _require(
+    require(
         budget is None or (isinstance(budget, int) and budget > 0),
         f"memory_budget must be a number of bytes above 0, or None for the device's default, got {budget!r}",
     )
-    _require(
+    require(
         options["logits_dtype"] in (None, torch.float32),
         f"logits_dtype must be torch.float32, or None for the dtype of the heads, got {options['logits_dtype']!r}",
     )
 
 
-def _check_side(side: str, hidden: Tensor, head: Head, labels: Tensor) -> None:
+def check_side(side: str, hidden: Tensor, head: Head, labels: Tensor) -> None:
+    """Refuse hidden states, or logits, that fit neither the labels nor their head."""
     what = f"{side}_hidden" if head.weight is not None else f"{side}_logits"
-    _require(hidden.is_floating_point(), f"{what} must be floating point, got {hidden.dtype}")
-    _require(
+    require(hidden.is_floating_point(), f"{what} must be floating point, got {hidden.dtype}")
+    require(
         hidden.shape[:-1] == labels.shape,
         f"{what} has shape {tuple(hidden.shape)} and labels {tuple(labels.shape)}: all but the last "
         f"dimension of {what} must be that of labels",
     )
-    _require(hidden.device == labels.device, f"{what} is on {hidden.device} and labels on {labels.device}")
+    require(hidden.device == labels.device, f"{what} is on {hidden.device} and labels on {labels.device}")
     if head.weight is None:
         return
-    _require(
+    require(
         head.weight.dim() == 2 and head.weight.is_floating_point(),
         f"{side}_weight must be a floating-point matrix [V, D], got {tuple(head.weight.shape)} {head.weight.dtype}",
     )
-    _require(
+    require(
         hidden.shape[-1] == head.weight.shape[1],
         f"{side}_hidden is {hidden.shape[-1]} wide but {side}_weight is [V, D] = {tuple(head.weight.shape)}",
     )
-    _require(
+    require(
         head.bias is None or tuple(head.bias.shape) == (head.weight.shape[0],),
         f"{side}_bias must have shape ({head.weight.shape[0]},), got "
         f"{None if head.bias is None else tuple(head.bias.shape)}",
@@ -110,20 +113,21 @@ def _check_side(side: str, hidden: Tensor, head: Head, labels: Tensor) -> None:
 def check_vocabularies(student_classes: int, teacher_classes: int) -> None:
     """Refuse two vocabularies whose sizes differ by more than padding does."""
     small, large = sorted((student_classes, teacher_classes))
-    _require(
+    require(
         large - small <= min(_MOST_PADDING, small // 2),
         f"student and teacher have {student_classes} and {teacher_classes} classes, too far apart for one "
         "vocabulary with padding: both must use the same tokenizer",
     )
 
 
-def _check_labels(labels_N: Tensor, num_classes: int) -> None:
-    # Looking at the labels would synchronise a GPU with its host; there the gather's own device-side assertion speaks.
-    if labels_N.device.type == "cpu" and labels_N.numel():
-        low, high = int(labels_N.min()), int(labels_N.max())
-        _require(
+def check_classes(what: str, classes: Tensor, num_classes: int, otherwise: str = "") -> None:
+    """Refuse class indices out of range. otherwise: what else they may be, for the message."""
+    # Looking at them would synchronise a GPU with its host; there the gather's own device-side assertion speaks.
+    if classes.device.type == "cpu" and classes.numel():
+        low, high = int(classes.min()), int(classes.max())
+        require(
             low >= 0 and high < num_classes,
-            f"labels must be from 0 to {num_classes - 1} or ignore_index, got {low if low < 0 else high}",
+            f"{what} must be from 0 to {num_classes - 1}{otherwise}, got {low if low < 0 else high}",
         )
 
 
@@ -135,6 +139,80 @@ def _autocast_dtype(student: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind)
 
 
+class StudentRows:
+    """The student's rows with loss and what a loss needs besides a teacher, all checked.
+
+    kept: indices of the N rows among all labels. weights_N: factor on each row, the mean's denominator within it where
+    that is safe.
+    """
+
+    def __init__(self, student: Tensor, head: Head, labels: Tensor, o: dict[str, Any]) -> None:
+        check_options(o)
+        require(
+            labels.dtype in (torch.int64, torch.int32),
+            f"labels must be integers (int64 or int32), got {labels.dtype}",
+        )
+        check_side("student", student, head, labels)
+        token_weights = o["token_weights"]
+        if token_weights is not None:
+            shapes = f"token_weights has shape {tuple(token_weights.shape)}, labels {tuple(labels.shape)}"
+            require(token_weights.shape == labels.shape, f"{shapes}: they must be equal")
+
+        self.head, self.labels, self.options = head, labels, o
+        self.compute = torch.promote_types(student.dtype, torch.float32)
+        self.kept = labels.reshape(-1).ne(o["ignore_index"]).nonzero().squeeze(1)
+        self.labels_N = labels.reshape(-1)[self.kept].long()
+        check_classes("labels", self.labels_N, head.num_classes(student), " or ignore_index")
+        self.hidden_ND = student.reshape(-1, student.shape[-1])[self.kept]
+        self.gemm_dtype = _autocast_dtype(student)
+        num_items = self.kept.numel() if o["num_items"] is None else o["num_items"]
+        self.num_items = torch.as_tensor(num_items, device=labels.device)
+        self.weights_N = None if token_weights is None else self.of_rows(token_weights).to(self.compute)
+        # The denominator belongs in the rows' weights: there it is applied in float32, before a gradient is rounded.
+        # Not with float16 gradients, which a factor of 1/num_items would push out of its range.
+        self._divide = o["reduction"] == "mean"
+        if self._divide and torch.float16 not in (self.gemm_dtype, student.dtype):
+            share = 1 / self.num_items.clamp(min=1).to(self.compute)
+            self.weights_N = share.expand(self.labels_N.shape) if self.weights_N is None else self.weights_N * share
+            self._divide = False
+
+    def of_rows(self, x: Tensor) -> Tensor:
+        """The rows with loss of [..., D] or, in the shape of the labels, of [...], without gradient."""
+        return x.detach().reshape(-1, *x.shape[self.labels.dim() :])[self.kept]
+
+    def loss(self, **teacher: Any) -> DistillationOutput:
+        """The loss beside a teacher, given as fields of `PackedRows`."""
+        o = self.options
+        sft, t = float(o["sft_weight"]), float(o["temperature"])
+        rows = PackedRows(
+            labels_N=self.labels_N,
+            weights_N=self.weights_N,
+            coefficients=RowCoefficients(sft, (1.0 - sft) * (t * t if o["temperature_scaling"] else 1.0), t),
+            student_softcap=self.head.softcap,
+            student_scale=self.head.scale,
+            gemm_dtype=self.gemm_dtype,
+            logits_dtype=o["logits_dtype"],
+            backend=o["backend"],
+            memory_budget=o["memory_budget"],
+            **{"teacher_ND": None, "teacher_head": None, "divergence": None, **teacher},
+        )
+        per_row = o["reduction"] == "none"
+        loss, *values = ChunkedLoss.apply(
+            self.hidden_ND, self.head.weight, self.head.bias, rows, per_row, torch.is_grad_enabled()
+        )
+        if self.weights_N is not None:
+            values = [x * self.weights_N for x in values]
+        if per_row:
+            rows_N = [loss, *values]
+            shape, count = self.labels.shape, self.labels.numel()
+            out = [x.new_zeros(count).index_put((self.kept,), x).view(shape) for x in rows_N]
+        else:
+            out = [loss, *(x.sum() for x in values)]
+        if self._divide:
+            out = [x / self.num_items.clamp(min=1) for x in out]
+        return DistillationOutput(out[0], out[1], out[2], out[3], self.num_items)
+
+
 def _loss(
     student: Tensor,
     student_head: Head,
@@ -143,72 +221,14 @@ def _loss(
     labels: Tensor,
     o: dict[str, Any],
 ) -> DistillationOutput:
-    _check_options(o)
-    _require(
-        labels.dtype in (torch.int64, torch.int32),
-        f"labels must be integers (int64 or int32), got {labels.dtype}",
-    )
-    _check_side("student", student, student_head, labels)
-    _check_side("teacher", teacher, teacher_head, labels)
-    v_S, v_T = student_head.num_classes(student), teacher_head.num_classes(teacher)
-    check_vocabularies(v_S, v_T)
-    divergence = get_divergence(o["divergence"])
-    sft, t = float(o["sft_weight"]), float(o["temperature"])
-    scale = t * t if o["temperature_scaling"] else 1.0
-    token_weights = o["token_weights"]
-    if token_weights is not None:
-        _require(
-            token_weights.shape == labels.shape,
-            f"token_weights has shape {tuple(token_weights.shape)}, labels {tuple(labels.shape)}: they must be equal",
-        )
-
-    compute = torch.promote_types(student.dtype, torch.float32)
-    kept = labels.reshape(-1).ne(o["ignore_index"]).nonzero().squeeze(1)
-    labels_N = labels.reshape(-1)[kept].long()
-    _check_labels(labels_N, v_S)
-    num_items = torch.as_tensor(kept.numel() if o["num_items"] is None else o["num_items"], device=labels.device)
-    weights_N = None if token_weights is None else token_weights.detach().reshape(-1)[kept].to(compute)
-    gemm_dtype = _autocast_dtype(student)
-    mean = o["reduction"] == "mean"
-    # The denominator belongs in the rows' weights: there it is applied in float32, before a gradient is rounded. Not
-    # with float16 gradients, which a factor of 1/num_items would push out of its range.
-    in_weights = mean and torch.float16 not in (gemm_dtype, student.dtype)
-    if in_weights:
-        share = 1 / num_items.clamp(min=1).to(compute)
-        weights_N = share.expand(labels_N.shape) if weights_N is None else weights_N * share
-    rows = PackedRows(
-        teacher_ND=teacher.detach().reshape(-1, teacher.shape[-1])[kept],
+    rows = StudentRows(student, student_head, labels, o)
+    check_side("teacher", teacher, teacher_head, labels)
+    check_vocabularies(student_head.num_classes(student), teacher_head.num_classes(teacher))
+    return rows.loss(
+        teacher_ND=rows.of_rows(teacher),
         teacher_head=teacher_head,
-        labels_N=labels_N,
-        weights_N=weights_N,
-        divergence=divergence.bind(float(o["skew"]), float(o["beta"])),
-        coefficients=RowCoefficients(sft, (1.0 - sft) * scale, t),
-        student_softcap=student_head.softcap,
-        student_scale=student_head.scale,
-        gemm_dtype=gemm_dtype,
-        logits_dtype=o["logits_dtype"],
-        backend=o["backend"],
-        memory_budget=o["memory_budget"],
+        divergence=get_divergence(o["divergence"]).bind(float(o["skew"]), float(o["beta"])),
     )
-    per_row = o["reduction"] == "none"
-    loss, *values = ChunkedLoss.apply(
-        student.reshape(-1, student.shape[-1])[kept],
-        student_head.weight,
-        student_head.bias,
-        rows,
-        per_row,
-        torch.is_grad_enabled(),
-    )
-    if weights_N is not None:
-        values = [x * weights_N for x in values]
-    if per_row:
-        rows_N = [loss, *values]
-        out = [x.new_zeros(labels.numel()).index_put((kept,), x).view(labels.shape) for x in rows_N]
-    else:
-        out = [loss, *(x.sum() for x in values)]
-    if mean and not in_weights:
-        out = [x / num_items.clamp(min=1) for x in out]
-    return DistillationOutput(out[0], out[1], out[2], out[3], num_items)
 
 
 def distillation_loss(
@@ -342,7 +362,7 @@ class DistillationLoss(nn.Module):
         for name in options:
             if name not in known:
                 raise UserError(unknown_name("option", name, known))
-        _check_options({**(distillation_loss.__kwdefaults__ or {}), **options})
+        check_options({**(distillation_loss.__kwdefaults__ or {}), **options})
         get_divergence(options.get("divergence", "skew_reverse_kl"))
         self.options = options
 

@@ -58,6 +58,16 @@ class Head:
         weight, bias = (None if x is None else x.to(dtype) for x in (self.weight, self.bias))
         return Head(weight, bias, self.softcap, self.scale)
 
+    def on(self, device: torch.device | str) -> "Head":
+        """The head on a device."""
+        weight, bias = (None if x is None else x.detach().to(device) for x in (self.weight, self.bias))
+        return Head(weight, bias, self.softcap, self.scale)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Weight and bias by name, without gradient; the bias only if there is one."""
+        parts = {"weight": self.weight, "bias": self.bias}
+        return {name: x.detach() for name, x in parts.items() if x is not None}
+
     def arguments(self, side: str) -> dict[str, Any]:
         """The head as keyword arguments of `distillation_loss`; side: "student" or "teacher"."""
         parts = {"weight": self.weight, "bias": self.bias, "softcap": self.softcap, "scale": self.scale}

@@ -1,5 +1,6 @@
 """Take a causal language model apart into body and head, and prove on real tokens that the parts make the whole."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..losses import Head
+from .varlen import flattened_forward, varlen_keywords
 
 # Largest difference between rebuilt and own logits that rounding explains, relative to the largest logit.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
@@ -17,11 +19,31 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
 
 
-def last_hidden_state(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Hidden states after the final norm, as the head sees them: [B, L, D]."""
-    body: Any = unwrap(model).base_model
-    out = body(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, return_dict=True)
+def hidden_states(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """Hidden states after the final norm, as the head sees them.
+
+    Args:
+        model: a causal language model; `enable_flattening` says whether it takes flattened batches.
+        batch: input_ids and attention_mask, each [B, L], or a flattened batch: input_ids and position_ids, each [1, L],
+            and cu_seq_lens [B + 1] int32, where each sample begins, then L. On a GPU this waits for the lengths, unless
+            cu_seq_lens is on the CPU. Other keys do not matter.
+
+    Returns:
+        [B, L, D]; of a flattened batch, [1, L, D].
+    """
+    inner: Any = unwrap(model)
+    ids, options = batch["input_ids"], {"use_cache": False, "return_dict": True}
+    if "cu_seq_lens" not in batch:
+        return inner.base_model(input_ids=ids, attention_mask=batch["attention_mask"], **options).last_hidden_state
+    keywords = varlen_keywords(batch["cu_seq_lens"], ids.device, inner.config._attn_implementation)
+    with flattened_forward():
+        out = inner.base_model(input_ids=ids, position_ids=batch["position_ids"], **options, **keywords)
     return out.last_hidden_state
+
+
+def last_hidden_state(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """`hidden_states` of a padded batch: [B, L, D]."""
+    return hidden_states(model, {"input_ids": input_ids, "attention_mask": attention_mask})
 
 
 def find_head(model: nn.Module, name: str = "model") -> Head:

@@ -9,10 +9,12 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import UserError, first_line
@@ -172,3 +174,18 @@ def fingerprint(source: str) -> str:
     """Hash of a model folder's weights, config and tokenizer files; of a hub id, the id itself."""
     path = Path(resolve_model(source))
     return (content_digest(path, _MODEL_FILES) if path.is_dir() else None) or f"hub:{source}"
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Hash of a model's parameters and buffers as they are in memory, dtype included; tied ones are read once."""
+    state = model.state_dict()
+
+    def digest(x: torch.Tensor) -> str:
+        content = x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        return f"{x.dtype}{tuple(x.shape)}{hashlib.blake2b(content, digest_size=16).hexdigest()}"
+
+    by_place = {(x.data_ptr(), x.shape): x for x in state.values()}
+    with ThreadPoolExecutor() as pool:
+        digests = dict(zip(by_place, pool.map(digest, by_place.values())))
+    listed = [f"{name}:{digests[x.data_ptr(), x.shape]}" for name, x in sorted(state.items())]
+    return hashlib.blake2b("\n".join(listed).encode(), digest_size=16).hexdigest()

@@ -1,5 +1,32 @@
-"""Where teacher rows come from: today a live model."""
+"""Where teacher rows come from: a model that runs beside the student, or a cache of one that was run once."""
 
-from .live import LiveTeacher, TeacherSource
+from .build import build_teacher_cache, open_teacher_cache
+from .cache import TeacherCache
+from .index import StaleCacheError
+from .live import LiveTeacher
+from .shards import DamagedFileError
+from .source import (
+    HiddenRows,
+    TeacherRows,
+    TeacherSource,
+    distillation_loss_of_rows,
+    labels_with_loss,
+    rows_with_loss,
+)
+from .stores import make_store
 
-__all__ = ["LiveTeacher", "TeacherSource"]
+__all__ = [
+    "DamagedFileError",
+    "HiddenRows",
+    "LiveTeacher",
+    "StaleCacheError",
+    "TeacherCache",
+    "TeacherRows",
+    "TeacherSource",
+    "build_teacher_cache",
+    "distillation_loss_of_rows",
+    "labels_with_loss",
+    "make_store",
+    "open_teacher_cache",
+    "rows_with_loss",
+]

@@ -1,45 +1,77 @@
 """A teacher that runs beside the student."""
 
-from typing import Protocol
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..losses import Head
-from ..models import check_head, find_head, last_hidden_state, unwrap
-
-
-class TeacherSource(Protocol):
-    """Gives the teacher's head, and its last hidden states for the rows of a batch."""
-
-    head: Head
-
-    def hidden_states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """[B, L, D_T] last hidden states after the final norm, without gradient."""
+from ..models import check_head, find_head, hidden_states, unwrap
+from .source import HiddenRows, TeacherRows, rows_with_loss
 
 
 class LiveTeacher:
-    """A teacher in eval mode and its own dtype, outside autocast; its hidden states carry no gradient.
+    """A teacher in eval mode and its own dtype, outside autocast.
 
-    `freeze` switches off the gradients of its parameters, so that no optimizer can train it.
+    Args:
+        model: a causal language model.
+        device: where it runs; default: where it is.
+        offload: keep its body in the host's memory and bring it to `device` for each batch. The head stays.
+        freeze: switch off the gradients of its parameters, so that no optimizer can train it.
 
     Raises:
         UserError for a quantised teacher, or one whose head cannot be rebuilt from its hidden states.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device | str | None = None, freeze: bool = True) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        device: torch.device | str | None = None,
+        offload: bool = False,
+        freeze: bool = True,
+    ) -> None:
         if getattr(unwrap(model), "hf_quantizer", None) is not None:
             raise UserError("the teacher is quantised; distillation needs its full weights (bfloat16 is fine)")
-        self.model = model.to(device) if device is not None else model
+        self.model = model.to(device) if device is not None and not offload else model
         self.model.eval()
         if freeze:
             self.model.requires_grad_(False)
         check_head(self.model, "teacher")
-        self.head = find_head(self.model)
+        head = find_head(self.model)
+        assert head.weight is not None
+        self.device = torch.device(device) if device is not None else head.weight.device
+        self.offload = offload
+        if offload and self.device.type == "cuda":
+            # Copies from page-locked memory need no staging, and run beside the student's work.
+            for x in self._body():
+                x.data = x.data.pin_memory()
+        self.head = head.on(self.device)
+        own = (head.weight, self.head.weight), (head.bias, self.head.bias)
+        self._heads = {id(x): there for x, there in own if x is not None and there is not None}
+        self.num_classes = head.weight.shape[0]
 
-    @torch.no_grad()
-    def hidden_states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """[B, L, D_T] last hidden states."""
-        with torch.autocast(input_ids.device.type, enabled=False):
-            return last_hidden_state(self.model, input_ids, attention_mask)
+    def _body(self) -> list[Tensor]:
+        return [*self.model.parameters(), *self.model.buffers()]
+
+    @contextmanager
+    def _on_device(self) -> Iterator[None]:
+        """The body on the device for the time being; nothing has to be copied back, because nothing changes."""
+        if not self.offload:
+            yield
+            return
+        home = [(x, x.data) for x in self._body()]
+        try:
+            for x, data in home:
+                x.data = self._heads[id(x)] if id(x) in self._heads else data.to(self.device, non_blocking=True)
+            yield
+        finally:
+            for x, data in home:
+                x.data = data
+
+    @torch.inference_mode()
+    def rows(self, batch: Mapping[str, Any], temperature: float) -> TeacherRows:
+        """Hidden states of the rows with loss; the temperature does not matter to them."""
+        with self._on_device(), torch.autocast(self.device.type, enabled=False):
+            return HiddenRows(rows_with_loss(hidden_states(self.model, batch), batch["labels"]), self.head)

@@ -1,0 +1,342 @@
+"""SRD training of SmolLM2-135M-Instruct -> 15 layers, step by step beside the loop that everyone writes first.
+
+    python benchmarks/training.py --data TRAIN.jsonl                              # 100 steps, float32
+    python benchmarks/training.py --data TRAIN.jsonl --dtype bfloat16
+    python benchmarks/training.py --data TRAIN.jsonl --variant kernel --steps 30  # breakdown: kernel, packing, cache
+    python benchmarks/training.py --data TRAIN.jsonl --teacher-ratio 20 --steps 10
+    python benchmarks/training.py --data TRAIN.jsonl --memory                     # peaks, each in a process of its own
+
+The loop: batches padded to their longest sample, teacher and student on all positions, both logits in full, the
+divergence in float32 on the rows with loss (as in the published code of SRD and DistiLLM), AdamW. SRD-Fast runs through
+`SRDTrainer` with the same start, samples, order, schedule and optimizer. The two take turns, a step each, so that a
+machine's changing speed meets both; printed are both losses of every step, the medians of their seconds, and how far
+the weights are apart at the end.
+
+Whole runs are extrapolated from these steps: SRD has 8 (N1 + (N1 + N2) + (N1 + N2 + N3)) sample passes over three
+subsets of the kept 75 %, plain distillation 20 N; the cache is built once, and timed whole (or, with --teacher-ratio, on
+64 samples). Figures are appended to a long-form CSV file.
+
+Variants, each with what is before it: `kernel`, the chunked loss on rows with loss; `packing`, batches without padding;
+`cache`, teacher rows from disk; `lora`, as `cache` with adapters and a frozen head on both sides.
+"""
+
+import argparse
+import copy
+import csv
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
+
+from srd_fast import SRDConfig, SRDTrainer
+from srd_fast.curation import CurriculumPlan
+from srd_fast.data import DistillationCollator, Tokenisation, pad_id, prepare_dataset, read_rows
+from srd_fast.models import load_model, load_tokenizer, prune_depth
+from srd_fast.quickstart_data import make_quickstart_splits
+from srd_fast.teacher import TeacherCache, build_teacher_cache
+
+MODEL = "smollm2-135m-instruct"
+EPOCHS, STAGES, KEEP, PLAIN_EPOCHS, BATCH = 8, 3, 0.75, 20, 16
+
+
+class PlainLoop:
+    """One step of distillation as it is usually written."""
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, trainer: SRDTrainer, dtype: torch.dtype) -> None:
+        self.student, self.teacher, self.trainer, self.dtype = student.train(), teacher.eval(), trainer, dtype
+        kind, options = trainer.get_optimizer_cls_and_kwargs(trainer.args, student)
+        self.optimizer = kind([p for p in student.parameters() if p.requires_grad], **options)
+        self.collate = DistillationCollator(pad_id(trainer.processing_class))
+
+    def step(self, number: int, samples: list[dict[str, Any]]) -> float:
+        """Loss of the step `number` on these samples; the weights are changed."""
+        curriculum, args = self.trainer.curriculum, self.trainer.args
+        t, sft = curriculum.temperature(number), curriculum.sft_weight(number)
+        batch = self.collate(samples)
+        labels = batch["labels"][:, 1:]
+        kept = labels != -100
+        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            with torch.no_grad():
+                z_T = self.teacher(**inputs, use_cache=False).logits[:, :-1].float()
+            z_S = self.student(**inputs, use_cache=False).logits[:, :-1].float()
+        log_p, log_q = torch.log_softmax(z_T / t, -1), torch.log_softmax(z_S / t, -1)
+        per_token = (log_p.exp() * (log_p - log_q)).sum(-1)
+        divergence = (per_token * kept).sum() / kept.sum()
+        cross_entropy = functional.cross_entropy(z_S.flatten(0, 1), labels.flatten(), ignore_index=-100)
+        loss = sft * cross_entropy + (1 - sft) * t * t * divergence
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.student.parameters(), args.max_grad_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = curriculum.learning_rate(number)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.item()
+
+
+class InTurn(TrainerCallback):
+    """After every step of the trainer, the same step of the plain loop; seconds and losses of both."""
+
+    def __init__(self, loop: PlainLoop, steps: int) -> None:
+        self.loop, self.steps, self.order = loop, steps, None
+        self.ours: list[float] = []
+        self.plain: list[float] = []
+        self.losses: list[tuple[float, float]] = []
+        self.tokens: list[tuple[int, int]] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The clock of the first step."""
+        self.order = self.loop.trainer.curriculum.indices()
+        self._began = time.perf_counter()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """The trainer logs within its step: its seconds count up to here."""
+        if "loss" not in (logs or {}):
+            return
+        self.ours.append(time.perf_counter() - self._began)
+        trainer = self.loop.trainer
+        assert self.order is not None
+        samples = [trainer.train_dataset[next(self.order)] for _ in range(BATCH)]
+        began = time.perf_counter()
+        loss = self.loop.step(state.global_step - 1, samples)
+        self.plain.append(time.perf_counter() - began)
+        lengths = [len(s["input_ids"]) for s in samples]
+        self.tokens.append((sum(lengths), max(lengths) * BATCH))
+        self.losses.append((trainer.last_loss, loss))
+        if state.global_step % 10 == 0 or state.global_step == self.steps:
+            report = f"step {state.global_step}: loss {trainer.last_loss:.6f} plain {loss:.6f}"
+            print(f"{report}, {self.ours[-1]:.2f} s and {self.plain[-1]:.2f} s", flush=True)
+        self._began = time.perf_counter()
+
+
+class Trainer(SRDTrainer):
+    """Keeps the loss of the last step as it was computed."""
+
+    last_loss = 0.0
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """As always."""
+        loss = super().compute_loss(*args, **kwargs)
+        self.last_loss = loss.item()
+        return loss
+
+
+def read_samples(path: Path | None, tokenizer: Any) -> Any:
+    """Tokenised rows of a file, else of the quickstart's data."""
+    rows = read_rows(path) if path else make_quickstart_splits(512, 1, 0)[0]
+    return prepare_dataset(rows, Tokenisation(tokenizer, "alpaca", 512, 256)).dataset
+
+
+def larger_teacher(ratio: float) -> LlamaForCausalLM:
+    """A random teacher whose forward pass costs `ratio` times that of the 15-layer student."""
+    student = 15 * (576 * (576 + 192 * 2 + 576) + 3 * 576 * 1536) + 576 * 49152
+    D, F = 2048, 5632
+    layer, head = D * (D + 512 * 2 + D) + 3 * D * F, D * 49152
+    layers = round((ratio * student - head) / layer)
+    config = LlamaConfig(
+        vocab_size=49152, hidden_size=D, intermediate_size=F, num_hidden_layers=layers, num_attention_heads=32,
+        num_key_value_heads=8, tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        model = LlamaForCausalLM(config).eval()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    print(f"teacher of {layers} layers, {sum(p.numel() for p in model.parameters()) / 1e9:.2f} G parameters")
+    return model
+
+
+def load_teacher(args: argparse.Namespace) -> nn.Module:
+    """The pair's teacher, or a larger random one."""
+    if args.teacher_ratio:
+        return larger_teacher(args.teacher_ratio)
+    return load_model(MODEL, getattr(torch, args.dtype))
+
+
+def make_trainer(args: argparse.Namespace, samples: Any, tokenizer: Any, folder: Path) -> tuple[Trainer, Any, float]:
+    """A trainer of the variant, its live teacher or None, and the seconds that the whole cache takes."""
+    student = load_model(MODEL)
+    prune_depth(student, 15)
+    subset = int(len(samples) * KEEP) // STAGES
+    ids = samples.shuffle(seed=1)["sample_id"][: subset * STAGES]
+    plan = CurriculumPlan([list(ids[k * subset : (k + 1) * subset]) for k in range(STAGES)], method="random")
+    config = SRDConfig(
+        output_dir=str(folder / "out"),
+        divergence="forward_kl",
+        learning_rate=4e-4,
+        epochs_per_stage=EPOCHS,
+        per_device_train_batch_size=BATCH,
+        bf16=args.dtype == "bfloat16",
+        use_cpu=True,
+        report_to=[],
+        logging_steps=1,
+        save_strategy="no",
+        max_steps=args.steps,
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        padding_free=args.variant != "kernel",
+    )
+    cache = args.cache or folder / "cache"
+    teacher: Any = None if (cache / "index.json").exists() else load_teacher(args)
+    build_seconds, adapters = 0.0, None
+    if args.variant == "lora":
+        from peft import LoraConfig
+
+        adapters = LoraConfig(r=16, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], task_type="CAUSAL_LM")
+    source = teacher
+    if args.variant in ("cache", "lora"):
+        kept = set(ids)
+        rows = samples.select([i for i, s in enumerate(samples["sample_id"]) if s in kept])
+        whole = sum(map(len, rows["input_ids"]))
+        if args.teacher_ratio:
+            rows = rows.select(sorted(range(len(rows)), key=lambda i: hash(rows[i]["sample_id"]))[:64])
+        began = time.perf_counter()
+        if teacher is not None:
+            build_teacher_cache(teacher, rows, cache, progress=False)
+        share = sum(map(len, rows["input_ids"])) / whole
+        build_seconds = (time.perf_counter() - began) / share
+        print(f"cache: {build_seconds:.1f} s{f', extrapolated from {share:.0%} of the tokens' if share < 1 else ''}")
+        if args.teacher_ratio:  # the steps take what the cache holds
+            plan = CurriculumPlan([list(rows["sample_id"])], method="random")
+            config.max_steps = min(args.steps, EPOCHS * len(rows) // BATCH)
+        source = TeacherCache(cache)
+    trainer = Trainer(
+        student, source, config, samples, curriculum=plan, processing_class=tokenizer, peft_config=adapters
+    )
+    return trainer, teacher, build_seconds
+
+
+def run_memory(args: argparse.Namespace, samples: Any, tokenizer: Any, folder: Path) -> None:
+    """One side alone, a few steps: the peak of this process."""
+    trainer, teacher, _ = make_trainer(args, samples, tokenizer, folder)
+    if args.side == "ours":
+        trainer.train()
+    elif args.side == "plain":
+        loop = PlainLoop(trainer.model, teacher, trainer, getattr(torch, args.dtype))
+        order = trainer.curriculum.indices()
+        for number in range(args.steps):
+            loop.step(number, [samples[next(order)] for _ in range(BATCH)])
+    print(json.dumps({"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
+
+
+def peaks(args: argparse.Namespace) -> dict[str, float]:
+    """Peak resident bytes of the loop, of filling the cache, and of training from it, each in a process of its own."""
+    found = {}
+    with tempfile.TemporaryDirectory() as cache:
+        for side, variant in (("plain", "kernel"), ("filling", args.variant), ("ours", args.variant)):
+            command = [sys.executable, __file__, "--memory-of", side, "--variant", variant, "--steps", str(args.steps)]
+            command += ["--dtype", args.dtype, "--cache", cache, *(["--data", str(args.data)] if args.data else [])]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            found[side] = json.loads(done.stdout.splitlines()[-1])["peak"]
+            print(f"{side}: {found[side] / 1e6:.0f} MB", flush=True)
+    return found
+
+
+def run_times(args: argparse.Namespace, samples: Any, tokenizer: Any, folder: Path) -> dict[str, float]:
+    """Both sides in turn, and whole runs from their medians."""
+    trainer, teacher, build_seconds = make_trainer(args, samples, tokenizer, folder)
+    loop = PlainLoop(copy.deepcopy(trainer.model), teacher, trainer, getattr(torch, args.dtype))
+    turns = InTurn(loop, args.steps)
+    trainer.add_callback(turns)
+    trainer.train()
+    skip = min(2, len(turns.ours) - 1)
+    ours, plain = statistics.median(turns.ours[skip:]), statistics.median(turns.plain[skip:])
+    steps = sum(stage.steps for stage in trainer.curriculum.stages)
+    if args.teacher_ratio:
+        subset = int(len(samples) * KEEP) // STAGES
+        steps = -(-EPOCHS * subset * 6 // BATCH)
+    plain_steps = PLAIN_EPOCHS * len(samples) / BATCH
+    whole = {"ours": steps * ours + build_seconds, "srd": steps * plain, "plain": plain_steps * plain}
+    worst = max(abs(a - b) / abs(b) for a, b in turns.losses)
+    apart = 0.0
+    for a, b in zip(trainer.model.parameters(), loop.student.parameters()):
+        apart = max(apart, ((a - b).norm() / b.norm().clamp(min=1e-9)).item())
+    real, padded = (sum(x) for x in zip(*turns.tokens))
+    print(f"{args.variant}, {args.dtype}: a step {ours:.2f} s, plain {plain:.2f} s: {ours / plain:.3f}x")
+    print(f"tokens {real}, with padding {padded}: {real / padded:.2f}")
+    print(f"losses differ by at most {worst:.1e} of themselves, weights by {apart:.1e} of their norm (largest of all)")
+    print(f"whole SRD: {whole['ours']:.0f} s (cache {build_seconds:.0f} s) of {whole['srd']:.0f} s by the loop: "
+          f"{whole['ours'] / whole['srd']:.3f}x; of plain distillation {whole['ours'] / whole['plain']:.3f}x")  # fmt: skip
+    return {
+        "step_seconds": ours,
+        "plain_step_seconds": plain,
+        "cache_seconds": build_seconds,
+        "of_srd": whole["ours"] / whole["srd"],
+        "of_plain": whole["ours"] / whole["plain"],
+        "loss_difference": worst,
+        "weight_difference": apart,
+    }
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=os.environ.get("SRD_FAST_DATA"), help="default: quickstart's rows")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--variant", default="cache", choices=["kernel", "packing", "cache", "lora"])
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--teacher-ratio", type=float, help="a random teacher of that many times the student's compute")
+    parser.add_argument("--memory", action="store_true", help="peaks instead of times")
+    parser.add_argument("--memory-of", dest="side", choices=["plain", "filling", "ours"], help=argparse.SUPPRESS)
+    parser.add_argument("--cache", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "training.csv")
+    args = parser.parse_args()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
+    if args.memory:
+        args.steps = min(args.steps, 12)
+        figures = {f"peak_bytes_{side}": value for side, value in peaks(args).items()}
+    else:
+        tokenizer = load_tokenizer(MODEL)
+        folder = Path(tempfile.mkdtemp(prefix="srd-fast-"))
+        try:
+            samples = read_samples(args.data, tokenizer)
+            if args.side:
+                run_memory(args, samples, tokenizer, folder)
+                return
+            figures = run_times(args, samples, tokenizer, folder)
+        finally:
+            shutil.rmtree(folder)
+    write(args, figures)
+
+
+def write(args: argparse.Namespace, figures: dict[str, float]) -> None:
+    """Append rows to the CSV file."""
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    new = not args.output.exists()
+    with args.output.open("a", newline="") as f:
+        out = csv.writer(f)
+        if new:
+            out.writerow(
+                ["variant", "version", "dtype", "teacher_ratio", "steps", "threads", "processor", "torch", "date",
+                 "metric", "value"]
+            )  # fmt: skip
+        common = [
+            args.variant,
+            importlib.metadata.version("srd-fast"),
+            args.dtype,
+            args.teacher_ratio or "",
+            args.steps,
+        ]
+        common += [torch.get_num_threads(), platform.processor() or platform.machine(), torch.__version__]
+        common += [datetime.date.today().isoformat()]
+        out.writerows([*common, name, value] for name, value in figures.items())
+
+
+if __name__ == "__main__":
+    main()

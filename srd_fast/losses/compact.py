@@ -1,0 +1,249 @@
+"""The distillation loss beside a teacher of which each row keeps a few numbers, as a cache on disk does.
+
+Shape letters: N rows with loss, in the order of `labels.flatten()`; R some of them; K classes of a row; B = K + 1
+buckets; V classes; D width. p, q: softmaxes of teacher and student at the temperature T of the call, z the student's
+logits.
+
+    TopK        D of p and q over K classes and one bucket for all others: any divergence
+    Sampled     E D = KL(p, q), E gradient = its gradient; from K draws of p
+    Projected   KL(p, q) exactly, where the student's head is frozen: sum_v p_v z_v is linear in the hidden state
+
+Buckets: with w as in `srd_fast.kernels.divergences` and S = sum(w) over the buckets, dD/d(z_v/T) is w_v - q_v S for a
+class with a bucket of its own, and q_v (w_rest / q_rest - S) for the others.
+
+Sampled: of p, the KL's gradient takes but a mean over p, and so does the KL beside the entropy, so that the mean over
+draws is unbiased for both (Anshumann et al., Sparse Logit Sampling, arXiv 2503.16870).
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from ..kernels import LOGIT_FLOOR, RowDivergence, SparseDivergence
+from .distillation import DistillationOutput, StudentRows, check_classes, require
+from .divergences import get_divergence
+from .head import Head
+
+
+class TopK(NamedTuple):
+    """Each row's K classes, usually the likeliest, and the rest as one.
+
+    ids_NK: int64, distinct within a row, K from 1 to V. log_p_NK: their log-probabilities in the full softmax at T.
+    log_tail_N: logarithm of the mass of all other classes, -inf for none. Both in nats, float32 or float64.
+    """
+
+    ids_NK: Tensor
+    log_p_NK: Tensor
+    log_tail_N: Tensor
+
+
+class Sampled(NamedTuple):
+    """Draws from each row's p.
+
+    ids_NK: int64, K draws with replacement from the softmax at T. entropy_N: that softmax's exact entropy, nats.
+    """
+
+    ids_NK: Tensor
+    entropy_N: Tensor
+
+
+class Projected(NamedTuple):
+    """The mean under p of the student's head: p @ weight * scale and p @ bias * scale, p at T.
+
+    projection_ND: D the student's width. entropy_N: of p, nats. bias_N: zeros where the head has no bias.
+    """
+
+    projection_ND: Tensor
+    entropy_N: Tensor
+    bias_N: Tensor
+
+
+CompactTeacher = TopK | Sampled | Projected
+
+
+@dataclass(frozen=True)
+class _Buckets(SparseDivergence):
+    """Of `TopK`. log_p_CB: the rest last."""
+
+    log_p_CB: Tensor
+    divergence: RowDivergence
+    apart = True
+
+    def __call__(self, log_q_CB: Tensor, log_sum_C1: Tensor) -> tuple[Tensor, Tensor]:
+        log_p_CB = self.log_p_CB.to(log_q_CB.dtype).clamp(min=LOGIT_FLOOR)
+        value_C, w_CB = self.divergence(log_p_CB, log_q_CB)
+        return value_C[:, None], w_CB - log_q_CB.exp() * w_CB.sum(1, keepdim=True)
+
+
+@dataclass(frozen=True)
+class _Draws(SparseDivergence):
+    """Of `Sampled`."""
+
+    ids_CK: Tensor
+    entropy_C: Tensor
+    apart = False
+
+    def __call__(self, log_q_CB: Tensor, log_sum_C1: Tensor) -> tuple[Tensor, Tensor]:
+        sorted_CK = self.ids_CK.sort(1).values
+        ends_CK = torch.searchsorted(sorted_CK, self.ids_CK, right=True)
+        count_CK = ends_CK - torch.searchsorted(sorted_CK, self.ids_CK)
+        value_C1 = -log_q_CB[:, :-1].mean(1, keepdim=True) - self.entropy_C[:, None]
+        gradient_CB = log_q_CB.exp()
+        gradient_CB[:, :-1] -= count_CK.to(log_q_CB.dtype) / count_CK.shape[1]
+        return value_C1, gradient_CB
+
+
+@dataclass(frozen=True)
+class _Mean(SparseDivergence):
+    """Of `Projected`, but for what the projection adds to the gradient on the hidden states.
+
+    known_C: all of D but the logarithm of the student's sum.
+    """
+
+    known_C: Tensor
+    apart = False
+
+    def __call__(self, log_q_CB: Tensor, log_sum_C1: Tensor) -> tuple[Tensor, Tensor]:
+        return log_sum_C1 + self.known_C[:, None], log_q_CB.exp()
+
+
+def _check_rows(teacher: CompactTeacher, student: StudentRows) -> None:
+    """Every tensor has N rows, on the device of the labels, with the right kind of number."""
+    kind, count, device = type(teacher).__name__, len(student.labels_N), student.labels.device
+    for name, x in teacher._asdict().items():
+        what = f"teacher.{name} of {kind}"
+        require(isinstance(x, Tensor), f"{what} must be a tensor, got {type(x).__name__}")
+        dimensions = 2 if name.endswith(("_NK", "_ND")) else 1
+        require(
+            x.dim() == dimensions and x.shape[0] == count,
+            f"{what} has shape {tuple(x.shape)}, but must have {dimensions} dimension{'s' * (dimensions > 1)} and one "
+            f"row for each of the {count} labels with loss",
+        )
+        require(x.device == device, f"{what} is on {x.device} and labels on {device}")
+        if name == "ids_NK":
+            require(x.dtype in (torch.int64, torch.int32), f"{what} must be int64, got {x.dtype}")
+            require(x.shape[1] > 0, f"{what} must have at least one column, got shape {tuple(x.shape)}")
+            check_classes(what, x, student.head.num_classes(student.hidden_ND))
+        else:
+            require(x.is_floating_point(), f"{what} must be floating point, got {x.dtype}")
+
+
+def _check_top_k(teacher: TopK) -> None:
+    require(
+        teacher.log_p_NK.shape == teacher.ids_NK.shape,
+        f"teacher.log_p_NK has shape {tuple(teacher.log_p_NK.shape)} and ids_NK {tuple(teacher.ids_NK.shape)}: they "
+        "must be equal",
+    )
+    # As with labels, no look at a GPU's memory.
+    if teacher.ids_NK.device.type == "cpu":
+        repeated = teacher.ids_NK.sort(1).values.diff(dim=1).eq(0).any(1).nonzero()
+        first = f"row {repeated[0].item()}" if len(repeated) else ""
+        require(not first, f"teacher.ids_NK of TopK must be distinct within a row, {first} repeats one")
+
+
+def _check_projected(teacher: Projected, head: Head) -> None:
+    assert head.weight is not None
+    for name, x in (("student_weight", head.weight), ("student_bias", head.bias)):
+        require(
+            x is None or not x.requires_grad,
+            f"{name} requires a gradient, but a Projected teacher holds for one head only: freeze it, or use TopK, "
+            "Sampled or distillation_loss",
+        )
+    require(
+        head.softcap is None,
+        f"student_softcap must be None with a Projected teacher, got {head.softcap!r}: capped logits are not linear in "
+        "the hidden state",
+    )
+    width = head.weight.shape[1]
+    require(
+        teacher.projection_ND.shape[1] == width,
+        f"teacher.projection_ND is {teacher.projection_ND.shape[1]} wide but student_weight is [V, D] = "
+        f"{tuple(head.weight.shape)}",
+    )
+
+
+def _known(teacher: Projected, student: StudentRows, temperature: float) -> Tensor:
+    """-entropy - sum_v p_v z_v / T, [N]."""
+    weight = student.head.weight
+    assert weight is not None
+    # As the head's product takes it: the two then differ from the unrounded ones by the same.
+    hidden_ND = student.hidden_ND.detach().to(student.gemm_dtype or weight.dtype).to(student.compute)
+    mean_z_N = (hidden_ND * teacher.projection_ND).sum(1) + teacher.bias_N
+    return (-teacher.entropy_N - mean_z_N / temperature).to(student.compute)
+
+
+def compact_distillation_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher: CompactTeacher,
+    labels: Tensor,
+    *,
+    divergence: str = "skew_reverse_kl",
+    temperature: float = 2.0,
+    skew: float = 0.1,
+    beta: float = 0.5,
+    sft_weight: float = 0.1,
+    temperature_scaling: bool = True,
+    student_bias: Tensor | None = None,
+    student_softcap: float | None = None,
+    student_scale: float = 1.0,
+    token_weights: Tensor | None = None,
+    num_items: int | float | Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    backend: str = "auto",
+    memory_budget: int | None = None,
+    logits_dtype: torch.dtype | None = None,
+) -> DistillationOutput:
+    """`distillation_loss` beside a teacher known at few classes: no head, hidden states or logits of its own.
+
+    Args:
+        teacher: `TopK`, with any divergence, or `Sampled` or `Projected`, with "forward_kl". N is the number of labels
+            other than `ignore_index`, T must be `temperature`. It receives no gradient.
+        backend: "auto" (`torch.compile` on a CPU from 16,384 classes on, else eager), "compile" or "eager".
+
+    Everything else as in `distillation_loss`, the student's gradients included, but that with `Projected` neither
+    student_weight nor student_bias may require one, and student_softcap must be None.
+
+    D of `TopK` is over the K classes and the rest: at most the full divergence, which it equals from K = V - 1 on.
+    With `Projected` and a narrow head dtype, the gradient is the small difference of two rounded products.
+
+    Raises:
+        UserError (a ValueError) that names the argument, its value and what it should be.
+
+    Example:
+        >>> import torch
+        >>> hidden, weight = torch.randn(2, 3, 8, requires_grad=True), torch.randn(11, 8)
+        >>> labels = torch.tensor([[-100, 4, 2], [-100, -100, 0]])
+        >>> top = torch.log_softmax(torch.randn(3, 11) / 2.0, -1).topk(4)
+        >>> teacher = TopK(top.indices, top.values, torch.log1p(-top.values.exp().sum(1)))
+        >>> out = compact_distillation_loss(hidden, weight, teacher, labels, divergence="jsd")
+        >>> out.loss.backward()
+        >>> int(out.num_items), hidden.grad[0, 0].abs().sum().item()
+        (3, 0.0)
+    """
+    options = dict(locals(), teacher_softcap=None, teacher_scale=1.0)
+    if not isinstance(teacher, (TopK, Sampled, Projected)):
+        raise UserError(f"teacher must be a TopK, Sampled or Projected, got {type(teacher).__name__}")
+    head = Head(student_weight, student_bias, student_softcap, student_scale)
+    student = StudentRows(student_hidden, head, labels, options)
+    formula = get_divergence(divergence).bind(float(skew), float(beta))
+    _check_rows(teacher, student)
+    if isinstance(teacher, TopK):
+        _check_top_k(teacher)
+        ids_NK, log_p_NK, log_tail_N = (x.detach() for x in teacher)
+        log_p_NB = torch.cat((log_p_NK, log_tail_N[:, None].to(log_p_NK.dtype)), 1)
+        return student.loss(compact=_Buckets(ids_NK.long(), log_p_NB, formula))
+    require(
+        divergence == "forward_kl",
+        f"divergence must be 'forward_kl' with a {type(teacher).__name__} teacher, got {divergence!r}",
+    )
+    if isinstance(teacher, Sampled):
+        draws = _Draws(teacher.ids_NK.long().contiguous(), teacher.entropy_N.detach().to(student.compute))
+        return student.loss(compact=draws)
+    _check_projected(teacher, head)
+    teacher = Projected(*(x.detach() for x in teacher))
+    return student.loss(compact=_Mean(None, _known(teacher, student, temperature)), projection_ND=teacher.projection_ND)

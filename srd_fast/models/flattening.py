@@ -1,0 +1,199 @@
+"""Switch a model to flattened batches, and prove on a few tokens that they give what padded ones do."""
+
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import first_line
+from .heads import hidden_states, unwrap
+from .varlen import IMPLEMENTATION
+
+# What rounding explains of the mean error of a token's hidden state and of its gradient, relative to their norms. Norms
+# and softmaxes are in float32 in float64 models too, and on a GPU float32 may be TF32, with the fraction of float16.
+# SmolLM2-135M beside itself in float32: bfloat16 0.03 and 0.1, float16 0.002 and 0.02; with samples that see each other
+# 0.4 and 1.4.
+_TOLERANCE = {
+    torch.float64: (1e-5, 1e-5),
+    torch.float32: (1e-4, 1e-4),
+    torch.float16: (0.02, 0.15),
+    torch.bfloat16: (0.1, 0.4),
+}
+_LENGTHS = (7, 1, 12)
+_MIXERS = (nn.Conv1d, nn.Conv2d, nn.RNNBase)
+_ATTENTION = {"full_attention", "sliding_attention", "attention"}
+
+
+def enable_flattening(model: nn.Module) -> str | None:
+    """Make a causal language model take flattened batches in `hidden_states`, if it gives the same for them.
+
+    Its attention implementation becomes `srd_varlen`, which is `sdpa` for padded batches and generation; flash
+    attention stays. Then three samples, flattened and padded, must have the same hidden states, and the same gradients
+    of their input embeddings if the model is trained; on a GPU a float32 model also under bfloat16 autocast.
+
+    Args:
+        model: on its device and in its dtype, PEFT models included; left in the mode it was in.
+
+    Returns:
+        None, or in one clause why flattened batches are not for this model, which then is as it was before.
+    """
+    inner: Any = unwrap(model)
+    reason = _unfit(inner)
+    if reason is not None:
+        return reason
+    before, modes = _implementations(inner), [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        reason = _switch_and_compare(model, inner)
+    except Exception as e:  # models of other people's code raise anything for a batch they do not understand
+        reason = first_line(e)
+    finally:
+        for module, training in modes:
+            module.training = training
+    if reason is not None:
+        for config, implementation in before:
+            config._attn_implementation_internal = implementation
+    return reason
+
+
+def _unfit(inner: Any) -> str | None:
+    """What can be read off a model without running it; numbers alone do not show what its present weights silence."""
+    body = inner.base_model
+    mixer = next((m for m in body.modules() if isinstance(m, _MIXERS)), None)
+    if mixer is not None:
+        return f"its layers mix tokens outside of attention ({type(mixer).__name__})"
+    config = inner.config.get_text_config() if hasattr(inner.config, "get_text_config") else inner.config
+    other = sorted(set(getattr(config, "layer_types", None) or ()) - _ATTENTION)
+    if other:
+        return f"its layers are not all full or sliding attention ({', '.join(other)})"
+    parameters = inspect.signature(body.forward).parameters
+    if "position_ids" not in parameters:
+        return "it takes no position_ids"
+    if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        return "its forward takes no keywords for its attention"
+    implementation = inner.config._attn_implementation
+    if _is_flash(implementation):
+        return None
+    if implementation not in ("sdpa", "eager", IMPLEMENTATION):
+        return f"its attention implementation is {implementation}"
+    if not getattr(inner, "_can_set_attn_implementation", lambda: False)():
+        return "its attention implementation cannot be set"
+    if not getattr(inner, "_supports_sdpa", False):
+        return "its attention is more than scaled_dot_product_attention"
+    if any(_asks_for_sdpa(kind) for kind in {type(m) for m in body.modules()}):
+        return "its layers treat the sdpa implementation by its name"
+    return None
+
+
+def _is_flash(implementation: str | None) -> bool:
+    return "flash" in str(implementation)
+
+
+def _asks_for_sdpa(kind: type) -> bool:
+    """Whether a module's code compares its attention implementation with "sdpa": under another name it may differ."""
+    if kind.__module__.startswith("torch."):
+        return False
+    try:
+        source = inspect.getsource(kind)
+    except (OSError, TypeError):
+        return False
+    return re.search(r"_attn_implementation\s*(==|!=|in\b|not in\b)[^\n]*sdpa", source) is not None
+
+
+def _implementations(inner: Any) -> list[tuple[Any, Any]]:
+    """Every config of a model and its parts, with its attention implementation."""
+    configs = {id(c): c for c in _configs(inner)}
+    return [(c, c._attn_implementation) for c in configs.values() if hasattr(c, "_attn_implementation_internal")]
+
+
+def _configs(inner: Any) -> Iterator[Any]:
+    waiting = [m.config for m in inner.modules() if hasattr(m, "config")]
+    while waiting:
+        config = waiting.pop()
+        yield config
+        waiting += [c for c in (getattr(config, n, None) for n in getattr(config, "sub_configs", {})) if c is not None]
+
+
+def _switch_and_compare(model: nn.Module, inner: Any) -> str | None:
+    embedding = inner.get_input_embeddings()
+    device, dtype = embedding.weight.device, embedding.weight.dtype
+    padded, flattened = _batches(embedding.weight.shape[0], device)
+    runs: list[tuple[torch.dtype, Callable[[], Any]]] = [(dtype, nullcontext)]
+    if device.type == "cuda" and dtype == torch.float32:
+        runs.append((torch.bfloat16, lambda: torch.autocast("cuda", torch.bfloat16)))
+    expected = []
+    for _, context in runs:
+        with context():
+            expected.append(_hidden_and_gradient(model, embedding, padded))
+    if not _is_flash(inner.config._attn_implementation):
+        inner.set_attn_implementation(IMPLEMENTATION)
+    own = padded["attention_mask"].bool()
+    for (precision, context), wanted in zip(runs, expected):
+        may_be_tf32 = device.type == "cuda" and precision == torch.float32
+        tolerances = _TOLERANCE[torch.float16 if may_be_tf32 else precision]
+        with context():
+            again = _hidden_and_gradient(model, embedding, padded)
+            found = _hidden_and_gradient(model, embedding, flattened)
+        for what, tolerance, a, b, c in zip(("hidden states", "gradients"), tolerances, wanted, again, found):
+            for batch, difference in (("flattened", _error(c[0], a[own])), ("padded", _error(b[own], a[own]))):
+                if not difference <= tolerance:
+                    return f"its {what} in {batch} batches come out different by {difference:.1e} ({precision})"
+    return None
+
+
+def _batches(vocabulary: int, device: torch.device) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The same three samples, padded and flattened."""
+    rows = (torch.arange(1, sum(_LENGTHS) + 1) * 7919 % vocabulary).split(_LENGTHS)
+    ones = [torch.ones_like(row) for row in rows]
+    padded = {
+        "input_ids": nn.utils.rnn.pad_sequence(list(rows), batch_first=True),
+        "attention_mask": nn.utils.rnn.pad_sequence(ones, batch_first=True),
+    }
+    flattened = {
+        "input_ids": torch.cat(rows)[None],
+        "position_ids": torch.cat([torch.arange(n) for n in _LENGTHS])[None],
+        "cu_seq_lens": torch.tensor((0, *_LENGTHS)).cumsum(0).int(),
+    }
+    return {n: x.to(device) for n, x in padded.items()}, {n: x.to(device) for n, x in flattened.items()}
+
+
+def _hidden_and_gradient(model: nn.Module, embedding: nn.Module, batch: Mapping[str, Tensor]) -> list[Tensor]:
+    """Hidden states; if a parameter is trained, also the gradients of the input embeddings: each [B, L, D]."""
+    trained = any(p.requires_grad for p in model.parameters())
+    with _captured(embedding) as embeddings, torch.set_grad_enabled(trained):
+        hidden_BLD = hidden_states(model, batch)
+        if not trained:
+            return [hidden_BLD]
+        # A direction of its own for each token, the same for it in both batches; 0 for padding.
+        ids, mask = batch["input_ids"], batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+        column = torch.arange(hidden_BLD.shape[-1], device=ids.device)
+        direction_BLD = torch.cos(ids[..., None] + 1.7 * column) * mask[..., None]
+        (gradient_BLD,) = torch.autograd.grad((hidden_BLD * direction_BLD).sum(), embeddings[-1:])
+    return [hidden_BLD.detach(), gradient_BLD]
+
+
+@contextmanager
+def _captured(embedding: nn.Module) -> Iterator[list[Tensor]]:
+    """The outputs of a module, as leaves of the graph."""
+    outputs: list[Tensor] = []
+
+    def capture(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        outputs.append(output.detach().requires_grad_(torch.is_grad_enabled()))
+        return outputs[-1]
+
+    handle = embedding.register_forward_hook(capture)
+    try:
+        yield outputs
+    finally:
+        handle.remove()
+
+
+def _error(found_ND: Tensor, expected_ND: Tensor) -> float:
+    """Mean error of a row relative to its norm; the norm counts as at least a hundredth of the largest."""
+    found, expected = found_ND.double(), expected_ND.double()
+    norms = expected.norm(dim=-1)
+    return ((found - expected).norm(dim=-1) / norms.clamp(min=norms.max() / 100).clamp(min=1e-12)).mean().item()

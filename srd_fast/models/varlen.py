@@ -1,0 +1,199 @@
+"""Attention within the samples of a flattened batch: transformers' attention implementation `srd_varlen`.
+
+A forward pass that is given `cu_seq_lens_q` attends causally inside each sample, and no mask of the whole batch is ever
+made. Without it (padded batches, generation) the implementation is transformers' `sdpa`, mask and attention.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+
+def _torch_kernel() -> Callable[..., Any] | None:
+    """torch's variable-length flash attention, if this torch has it with windows and grouped heads."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    needed = {"scale", "window_size", "enable_gqa"}
+    return varlen_attn if needed <= set(inspect.signature(varlen_attn).parameters) else None
+
+
+IMPLEMENTATION = "srd_varlen"
+_KERNEL = _torch_kernel()
+_HALF = (torch.float16, torch.bfloat16)
+# True inside the forward pass of a flattened batch. It only spares masks and refuses layers without the keywords; what
+# attends to what follows from the keywords alone, which gradient checkpointing hands on to the recomputation.
+_in_flattened_forward: ContextVar[bool] = ContextVar("in_flattened_forward", default=False)
+
+
+@contextmanager
+def flattened_forward() -> Iterator[None]:
+    """For the forward pass of a flattened batch: no masks, and every attention layer must get `cu_seq_lens_q`."""
+    token = _in_flattened_forward.set(True)
+    try:
+        yield
+    finally:
+        _in_flattened_forward.reset(token)
+
+
+def varlen_keywords(cu_seq_lens: Tensor, device: torch.device, implementation: str) -> dict[str, Any]:
+    """What the attention layers need to know of a flattened batch, as keywords of the model's forward.
+
+    Args:
+        cu_seq_lens: [B + 1] int32, where each sample begins, then the total. Unless on the CPU, this waits for it.
+        device: of the model.
+        implementation: the model's attention implementation; flash attention takes no other keywords than its own.
+    """
+    lengths = cu_seq_lens.diff().tolist()
+    longest, starts = max(lengths), cu_seq_lens.to(device, torch.int32, non_blocking=True)
+    keywords = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": longest, "max_length_k": longest}
+    return keywords | {"sample_lengths": lengths} if implementation == IMPLEMENTATION else keywords
+
+
+def varlen_mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """The mask that transformers' `sdpa` gets; of a flattened batch, None, or the window of a sliding-window layer.
+
+    A window is an int64 tensor [1, 1, 1, 1] in place of the mask.
+
+    Raises:
+        ValueError in the forward pass of a flattened batch for a mask that is not causal or a sliding window.
+    """
+    if not _in_flattened_forward.get():
+        return ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](*args, **kwargs)
+    window, config = kwargs.get("local_size"), kwargs.get("config")
+    if kwargs.get("use_vmap") or kwargs.get("allow_is_bidirectional_skip"):
+        raise ValueError("its mask is more than causal")
+    if window is None:
+        return None
+    if getattr(config, "attention_chunk_size", None) is not None or getattr(config, "sliding_window", None) != window:
+        raise ValueError("its mask is local and no sliding window")
+    return torch.full((1, 1, 1, 1), window)
+
+
+def varlen_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
+    sample_lengths: list[int] | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention within each sample.
+
+    Args:
+        module: the attention layer.
+        query, key, value: [1, heads, L, D], [1, key heads, L, D], [1, key heads, L, D_v].
+        attention_mask: from `varlen_mask`. A whole mask is heeded as `sdpa` does.
+        dropout: probability, 0 outside of training.
+        scaling: factor on the products. Default: 1 / sqrt(D).
+        cu_seq_lens_q: [B + 1] int32, where each sample begins, then L. Without it this is `sdpa`.
+        max_length_q, sample_lengths: the longest length and all of them, so that nothing waits for the device.
+
+    Returns:
+        [1, L, heads, D_v], None.
+
+    Raises:
+        ValueError for what a flattened batch cannot have: softcap, sinks, position bias, a layer that is not causal.
+    """
+    sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    flattened = _in_flattened_forward.get()
+    if flattened and cu_seq_lens_q is None:
+        raise ValueError("its attention does not get the keywords of its forward")
+    whole_mask = attention_mask is not None and (attention_mask.numel() > 1 or attention_mask.dtype != torch.int64)
+    if flattened and whole_mask:
+        raise ValueError("it makes masks of its own")
+    if cu_seq_lens_q is None or whole_mask:
+        return sdpa(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+    _check_causal_self_attention(module, query, key, kwargs)
+    window = None if attention_mask is None else int(attention_mask.item())
+    lengths = cu_seq_lens_q.diff().tolist() if sample_lengths is None else sample_lengths
+    longest = max(lengths) if max_length_q is None else int(max_length_q)
+    if window is not None and window >= longest:
+        window = None
+    if _has_kernel(query, value, dropout):
+        return _attend_in_kernel(query, key, value, cu_seq_lens_q, longest, scaling, window), None
+    # split's backward is one concatenation, that of slices a zero-filled copy of the batch for each sample.
+    runs = [(n, len(list(run))) for n, run in groupby(lengths)]
+    parts = [x.split([n * count for n, count in runs], dim=2) for x in (query, key, value)]
+    outputs = []
+    for (n, count), *part in zip(runs, *parts):
+        q, k, v = (x[0].unflatten(1, (count, n)).transpose(0, 1) for x in part)
+        band = None if window is None or n <= window else _band(n, window, q.device)
+        out = sdpa(module, q, k, v, band, dropout=dropout, scaling=scaling, is_causal=True)[0]
+        outputs.append(out.flatten(0, 1))
+    return torch.cat(outputs)[None], None
+
+
+def _check_causal_self_attention(module: nn.Module, query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> None:
+    extras = [n for n in ("softcap", "s_aux", "position_bias", "cache") if kwargs.get(n) is not None]
+    if extras:
+        raise ValueError(f"its attention has {' and '.join(extras)}")
+    given = kwargs.get("is_causal")
+    if not (getattr(module, "is_causal", True) if given is None else given):
+        raise ValueError("its attention is not causal")
+    if query.shape[0] != 1 or query.shape[2] != key.shape[2]:
+        raise ValueError(f"queries {tuple(query.shape)} and keys {tuple(key.shape)} are not those of a flattened batch")
+
+
+def _band(n: int, window: int, device: torch.device) -> Tensor:
+    """[1, 1, n, n], True where a token sees another: itself and the window - 1 tokens before."""
+    return torch.ones(n, n, dtype=torch.bool, device=device).tril_().triu_(1 - window)[None, None]
+
+
+def _kernel_dtype(query: Tensor) -> torch.dtype:
+    """The dtype in which scaled_dot_product_attention would run, which autocast casts and a custom op it does not."""
+    device = query.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
+
+
+def _has_kernel(query: Tensor, value: Tensor, dropout: float) -> bool:
+    """Whether torch's variable-length flash attention takes these."""
+    width = query.shape[-1]
+    return (
+        query.is_cuda
+        and torch.version.hip is None
+        and _KERNEL is not None
+        and dropout == 0
+        and _kernel_dtype(query) in _HALF
+        and width == value.shape[-1]
+        and width % 8 == 0
+        and width <= 256
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    )
+
+
+def _attend_in_kernel(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_lens: Tensor,
+    longest: int,
+    scaling: float | None,
+    window: int | None,
+) -> Tensor:
+    """`varlen_attention` by torch's kernel; its window (left, 0) is `left` tokens beside the own one, -1 all."""
+    assert _KERNEL is not None
+    dtype, left = _kernel_dtype(query), -1 if window is None else window - 1
+    q, k, v = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))
+    starts = cu_seq_lens.to(query.device)
+    options = {"scale": scaling, "window_size": (left, 0), "enable_gqa": q.shape[1] != k.shape[1]}
+    return _KERNEL(q, k, v, starts, starts, longest, longest, **options)[None]
+
+
+AttentionInterface.register(IMPLEMENTATION, varlen_attention)
+AttentionMaskInterface.register(IMPLEMENTATION, varlen_mask)

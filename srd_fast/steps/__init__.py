@@ -1,0 +1,26 @@
+"""What each step of a run does: files of the run folder in, files of the run folder out."""
+
+from .data import prepare, prepare_inputs
+from .inputs import check_inputs
+from .outcome import evaluate_step, report
+from .run import LIVE, PRUNE, Run
+from .selection import curate_step, init_student, reflect_step, student_inputs
+from .training import cache_inputs, cache_teacher, distill
+
+__all__ = [
+    "LIVE",
+    "PRUNE",
+    "Run",
+    "cache_inputs",
+    "cache_teacher",
+    "check_inputs",
+    "curate_step",
+    "distill",
+    "evaluate_step",
+    "init_student",
+    "prepare",
+    "prepare_inputs",
+    "reflect_step",
+    "report",
+    "student_inputs",
+]

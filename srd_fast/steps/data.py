@@ -1,0 +1,74 @@
+"""The first step: rows of any source to tokenised samples, some of them held out."""
+
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from ..data import Tokenisation, content_id, prepare_dataset, read_rows
+from ..errors import UserError
+from ..files import content_digest, write_text
+from ..models import fingerprint
+from ..quickstart_data import make_quickstart_splits
+from .run import QUICKSTART, Run, json_text, write_parquet
+
+QUICKSTART_ROWS = 256
+
+
+def prepare_inputs(config: Any) -> Any:
+    """What the prepared data depends on: the rows' source, the tokenizer's model, template and limits."""
+    sources = [s for s in (config.data, config.validation) if isinstance(s, str)]
+    stamps = [[s, _file_stamp(Path(s).expanduser())] for s in sources]
+    limits = [config.template, config.max_prompt_length, config.max_response_length, config.max_rows, config.seed]
+    return [stamps, config.validation, config.data_split, limits, fingerprint(config.teacher)]
+
+
+def _file_stamp(path: Path) -> str | None:
+    return content_digest(path) if path.is_file() else None
+
+
+def prepare(run: Run) -> None:
+    """Read and tokenise the data; hold out validation rows if no file of them is given."""
+    c = run.config
+    tokenisation = Tokenisation(run.tokenizer, c.template, c.max_prompt_length, c.max_response_length)
+    if c.data == QUICKSTART:
+        held_out = c.validation if isinstance(c.validation, int) else 0
+        try:
+            train_rows, validation_rows = make_quickstart_splits(c.max_rows or QUICKSTART_ROWS, held_out, c.seed)
+        except ValueError as e:
+            raise UserError(f"config: max_rows and validation together: {e}") from e
+    else:
+        train_rows, validation_rows = read_rows(c.data, c.data_split)[: c.max_rows], []
+    if isinstance(c.validation, str):
+        validation_rows = read_rows(c.validation, "validation")
+    train = prepare_dataset(train_rows, tokenisation, "data")
+    if validation_rows:
+        validation = prepare_dataset(validation_rows, tokenisation, "validation")
+        rejected = train.rejected + validation.rejected
+        train_set, validation_set = train.dataset, validation.dataset
+    else:
+        rejected = train.rejected
+        train_set, validation_set = _hold_out(train.dataset, int(c.validation), c.seed)
+    if c.curate.stages > len(train_set):
+        raise UserError(f"config: curate.stages is {c.curate.stages} but the data has {len(train_set)} usable rows")
+    folder = run.folder / "data"
+    folder.mkdir(exist_ok=True)
+    for name, part in (("train", train_set), ("validation", validation_set)):
+        write_parquet(part, folder / f"{name}.parquet")
+    listed = [{"where": where, "reason": reason} for where, reason in rejected]
+    write_text(folder / "rejected.json", json_text(listed))
+
+
+def _hold_out(samples: Dataset, count: int, seed: int) -> tuple[Dataset, Dataset]:
+    """Split off `count` samples chosen by a hash of their id, so that adding rows moves few others."""
+    if not 1 <= count < len(samples):
+        raise UserError(
+            f"validation is {count} but the data has {len(samples)} usable rows; give a file, or a number from 1 to "
+            f"{len(samples) - 1}"
+        )
+    keys = [content_id({"id": i, "seed": seed}, ("id", "seed")) for i in samples["sample_id"]]
+    chosen = set(sorted(range(len(keys)), key=lambda i: keys[i])[:count])
+    return (
+        samples.select([i for i in range(len(keys)) if i not in chosen]),
+        samples.select(sorted(chosen)),
+    )

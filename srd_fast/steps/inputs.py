@@ -1,0 +1,55 @@
+"""Everything that can be told to be wrong before any work: names, settings, missing files, tokenizers."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..curriculum import per_stage
+from ..data import Tokenisation
+from ..errors import UserError, first_line
+from ..models import check_tokenizers, load_tokenizer
+from ..reflection import get_difficulty
+from ..reflection.engines import engine_names
+from ..suggest import unknown_name
+from .run import PRUNE, QUICKSTART
+from .training import check_cache, lora_config, training_config
+
+
+def check_inputs(config: Any) -> None:
+    """UserError for the first thing that is wrong."""
+    _check_device(config.device)
+    args = training_config(config, Path(config.output_dir), torch.device("cpu"), torch.float32)
+    for name in ("epochs_per_stage", "temperature", "sft_weight", "stage_learning_rates"):
+        per_stage(name, getattr(args, name), 0.0, 0.0, config.curate.stages)
+    lora_config(config)
+    check_cache(config, args)
+    if config.reflect.engine not in engine_names():
+        raise UserError(unknown_name("engine", config.reflect.engine, engine_names()))
+    for name in (*config.reflect.signals, *(config.curate.signals or ())):
+        get_difficulty(name)
+    extra = set(config.curate.signals or ()) - set(config.reflect.signals)
+    if extra:
+        raise UserError(f"curate.signals names {sorted(extra)}, which reflect.signals does not make")
+    if isinstance(config.validation, str):
+        _must_exist("validation", config.validation)
+    if config.data != QUICKSTART:
+        _must_exist("data", config.data)
+    tokenizer = load_tokenizer(config.teacher)
+    if config.student != PRUNE:
+        check_tokenizers(load_tokenizer(config.student), tokenizer)
+    Tokenisation(tokenizer, config.template, config.max_prompt_length, config.max_response_length)
+
+
+def _check_device(name: str) -> None:
+    if name == "auto":
+        return
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as e:
+        raise UserError(f"config: device: {name!r} cannot be used: {first_line(e)}") from e
+
+
+def _must_exist(key: str, source: str) -> None:
+    if source.endswith((".jsonl", ".json", ".parquet", ".gz")) and not Path(source).expanduser().is_file():
+        raise UserError(f"{key}: file {source!r} does not exist")

@@ -1,0 +1,96 @@
+"""What a run came to: evaluate, report."""
+
+import importlib.metadata
+import json
+from typing import Any
+
+import torch
+import transformers
+
+from ..config import SRDConfig
+from ..evaluation import evaluate
+from ..files import write_text
+from ..models import load_model
+from ..reflection import Sampling
+from ..report import write_report
+from .run import PRUNE, Run, json_text
+from .training import training_config
+
+
+def evaluate_step(run: Run) -> None:
+    """Teacher, starting and distilled student side by side, and the run's figures: summary.json."""
+    config = run.config
+    rejected = json.loads((run.folder / "data" / "rejected.json").read_text(encoding="utf-8"))
+    summary = {
+        "srd_fast_version": importlib.metadata.version("srd-fast"),
+        "teacher": config.teacher,
+        "student": config.student if config.student != PRUNE else f"{config.teacher}, pruned",
+        "divergence": config.distill.get("divergence", SRDConfig.divergence),
+        "data": {
+            "train": len(run.data("train")),
+            "validation": len(run.data("validation")),
+            "rejected": len(rejected),
+        },
+        "evaluation": _evaluations(run),
+        "timings": {name: entry["seconds"] for name, entry in run.ledger.items() if "seconds" in entry},
+        "training": _training_figures(run),
+        "environment": {
+            "device": str(run.device),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "dtype": str(run.dtype).removeprefix("torch."),
+        },
+    }
+    write_text(run.folder / "summary.json", json_text(summary))
+
+
+def _evaluations(run: Run) -> dict[str, Any]:
+    """Results by model. evaluation.json keeps each with what it was made from, so that only changed ones are redone."""
+    path, c = run.folder / "evaluation.json", run.config.evaluate
+    try:
+        kept: dict[str, Any] = dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    except (ValueError, TypeError):
+        kept = {}
+    models = {
+        "teacher": ("prepare", run.config.teacher),
+        "start": ("init-student", run.start),
+        "student": ("distill", str(run.folder / "student")),
+    }
+    for name, (made_by, source) in models.items():
+        settings = [c.model_dump(), run.config.reflect.rouge_tokenizer, run.config.dtype]
+        key = json.dumps([run.fingerprints[made_by], run.fingerprints["prepare"], settings])
+        if kept.get(name, {}).get("key") == key:
+            continue
+        is_teacher = name == "teacher"
+        result = evaluate(
+            run.teacher if is_teacher else load_model(source, run.dtype, run.device),
+            run.data("validation"),
+            run.tokenizer,
+            teacher=None if is_teacher else run.teacher,
+            sampling=Sampling(max_new_tokens=c.max_new_tokens, temperature=c.temperature if c.seeds else 0.0),
+            seeds=c.seeds,
+            batch_size=c.batch_size,
+            rouge_tokenizer=run.config.reflect.rouge_tokenizer,
+        )
+        kept[name] = {"key": key, **result}
+        write_text(path, json_text(kept))
+    return {name: {k: v for k, v in kept[name].items() if k != "key"} for name in models}
+
+
+def _training_figures(run: Run) -> dict[str, Any]:
+    rows = [json.loads(x) for x in (run.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    train = {r["step"]: r for r in rows if r["kind"] == "train"}
+    args = training_config(run.config, run.folder, run.device, run.dtype)
+    steps = max(train)
+    spent = sorted(r["tokens_per_second"] for r in train.values())
+    return {
+        "steps": steps,
+        "sample_passes": steps * args.per_device_train_batch_size * args.gradient_accumulation_steps,
+        "tokens_per_second": spent[len(spent) // 2],
+        "peak_memory_mb": max(r["memory_mb"] for r in train.values()),
+    }
+
+
+def report(run: Run) -> None:
+    """report.html."""
+    write_report(run.folder)

@@ -1,0 +1,194 @@
+"""From a plan to a trained student: cache, distill."""
+
+import dataclasses
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import concatenate_datasets
+from transformers import TrainerCallback
+
+from ..config import SRDConfig
+from ..curation import CurriculumPlan
+from ..curriculum import per_stage
+from ..errors import UserError
+from ..files import remove, replace_folder, temporary_path, write_text
+from ..models import load_model
+from ..student import trainer_basics
+from ..suggest import unknown_name
+from ..teacher import StaleCacheError, TeacherCache, open_teacher_cache
+from ..trainer import SRDTrainer
+from .run import LIVE, Run
+
+logger = logging.getLogger(__name__)
+
+
+def training_config(config: Any, folder: Path, device: torch.device, dtype: torch.dtype) -> SRDConfig:
+    """SRDConfig of a run: the run's own settings, under what `distill` gives."""
+    basics = {
+        **trainer_basics(device, dtype),
+        "logging_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": 50,
+        "save_total_limit": 2,
+        "eval_strategy": "steps",
+        "eval_steps": 25,
+        "per_device_train_batch_size": 16,
+        "per_device_eval_batch_size": 32,
+    }
+    try:
+        return SRDConfig(
+            **{**basics, **config.distill},
+            output_dir=str(folder / "checkpoints"),
+            seed=config.seed,
+            template=config.template,
+            max_prompt_length=config.max_prompt_length,
+            max_response_length=config.max_response_length,
+        )
+    except (ValueError, TypeError) as e:
+        raise UserError(f"config: distill: {' '.join(str(e).split())}") from e
+
+
+def lora_config(config: Any) -> Any:
+    """A `peft.LoraConfig` from the section `lora`, or None for full training."""
+    if config.lora is None:
+        return None
+    try:
+        from peft import LoraConfig
+    except ImportError as e:
+        raise UserError(f"config: lora needs the peft package: pip install 'srd-fast[peft]' ({e})") from e
+    known = {f.name for f in dataclasses.fields(LoraConfig)}
+    for name in config.lora:
+        if name not in known:
+            raise UserError("config: " + unknown_name("key in lora", name, known, listed=False))
+    try:
+        return LoraConfig(**{"task_type": "CAUSAL_LM", **config.lora})
+    except (TypeError, ValueError) as e:
+        raise UserError(f"config: lora: {e}") from e
+
+
+def check_cache(config: Any, args: SRDConfig) -> None:
+    """Refuse kinds of teacher cache that the rest of the config does not go with."""
+    kind = config.cache.kind
+    if kind in ("sampled", "projected") and args.divergence != "forward_kl":
+        raise UserError(
+            f"config: cache.kind {kind!r} gives forward_kl alone, and distill.divergence is {args.divergence!r}; "
+            "use hidden or topk"
+        )
+    if kind == "projected" and config.lora is None:
+        raise UserError("config: cache.kind 'projected' needs a student whose head is frozen: set lora, or use hidden")
+
+
+def cache_inputs(config: Any) -> Any:
+    """What the cache depends on, besides the plan."""
+    c = config.cache
+    return [c.kind, config.dtype, *([c.k, _temperatures(config)] if c.kind not in (LIVE, "hidden") else [])]
+
+
+def _temperatures(config: Any) -> list[float]:
+    args = training_config(config, Path(config.output_dir), torch.device("cpu"), torch.float32)
+    stages = config.curate.stages
+    return [1.0, *per_stage("temperature", args.temperature, args.temperature_start, args.temperature_end, stages)]
+
+
+def cache_teacher(run: Run) -> None:
+    """Run the teacher once over the kept and the validation samples; nothing to do with a live teacher."""
+    open_cache(run)
+
+
+def open_cache(run: Run) -> TeacherCache | None:
+    """The run's cache, whole: what is missing or damaged is made, what is of another teacher is replaced."""
+    c = run.config.cache
+    if c.kind == LIVE:
+        return None
+    folder, train = run.folder / "teacher_cache", run.data("train")
+    kept = set(CurriculumPlan.load(run.folder / "plan.json").kept)
+    samples = [train.select([i for i, s in enumerate(train["sample_id"]) if s in kept]), run.data("validation")]
+
+    def opened() -> TeacherCache:
+        return open_teacher_cache(
+            folder,
+            run.config.teacher,
+            concatenate_datasets(samples),
+            kind=c.kind,
+            k=c.k,
+            temperatures=_temperatures(run.config),
+            student=load_model(run.start, torch.float32) if c.kind != "hidden" else None,
+            template=run.config.template,
+            dtype=run.dtype,
+            device=run.device,
+            repair=True,
+        )
+
+    try:
+        return opened().to(run.device)
+    except StaleCacheError as e:
+        logger.warning("%s: making it again", str(e).partition(";")[0])
+        remove(folder)
+        return opened().to(run.device)
+
+
+class _MetricsFile(TrainerCallback):
+    """Appends every log to metrics.jsonl as it comes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        logs = logs or {}
+        if "loss" in logs:
+            row = {"kind": "train", "step": state.global_step, **logs}
+        elif "eval_kl" in logs:
+            kl, cross_entropy = logs["eval_kl"], logs["eval_cross_entropy"]
+            row = {"kind": "eval", "step": state.global_step, "kl": kl, "cross_entropy": cross_entropy}
+        else:
+            return
+        with self.path.open("a", encoding="utf-8") as f:
+            f.write(json.dumps(row) + "\n")
+
+
+def distill(run: Run) -> None:
+    """Train along the plan, from the last checkpoint of the same inputs if there is one."""
+    checkpoints, metrics = run.folder / "checkpoints", run.folder / "metrics.jsonl"
+    stamp, wanted = checkpoints / "fingerprint.txt", run.fingerprints["distill"]
+    resume = stamp.is_file() and stamp.read_text(encoding="utf-8").strip() == wanted
+    if resume:
+        _drop_torn_line(metrics)
+    else:
+        shutil.rmtree(checkpoints, ignore_errors=True)
+        metrics.unlink(missing_ok=True)
+        checkpoints.mkdir(parents=True)
+        stamp.write_text(wanted + "\n", encoding="utf-8")
+    trainer = SRDTrainer(
+        load_model(run.start, torch.float32, run.device),
+        open_cache(run) or run.teacher,
+        training_config(run.config, run.folder, run.device, run.dtype),
+        run.data("train"),
+        curriculum=CurriculumPlan.load(run.folder / "plan.json"),
+        eval_dataset=run.data("validation"),
+        processing_class=run.tokenizer,
+        callbacks=[_MetricsFile(metrics)],
+        peft_config=lora_config(run.config),
+    )
+    if not resume and trainer.args.eval_strategy != "no":
+        trainer.evaluate()
+    trainer.train(resume_from_checkpoint=resume)
+    finished = temporary_path(run.folder / "student")
+    shutil.rmtree(finished, ignore_errors=True)
+    model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    if run.config.lora is not None:
+        model = model.merge_and_unload()
+    model.config.use_cache = True
+    model.save_pretrained(finished)
+    run.tokenizer.save_pretrained(finished)
+    replace_folder(finished, run.folder / "student")
+
+
+def _drop_torn_line(path: Path) -> None:
+    """Remove a last line that a kill cut off, so that appending goes on behind whole lines."""
+    if path.is_file():
+        text = path.read_text(encoding="utf-8")
+        write_text(path, text[: text.rfind("\n") + 1])

@@ -1,0 +1,383 @@
+"""Run a teacher once, and keep what it says of the rows with loss.
+
+Which samples share a file follows from the request alone, and a file is written whole or not at all, so a cache that
+was cut short ends as the one that was not.
+"""
+
+import hashlib
+import logging
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..data import IGNORE_INDEX, DistillationCollator
+from ..errors import UserError
+from ..files import temporary_path
+from ..losses import Head
+from ..models import find_head, fingerprint, hidden_states, load_model, weights_digest
+from . import shards
+from .cache import TeacherCache
+from .index import (
+    FORMAT,
+    HEAD,
+    INDEX,
+    KEY_BYTES,
+    META,
+    compare_meta,
+    contents,
+    digest,
+    json_text,
+    meta_digest,
+    read_index,
+    read_meta,
+    sample_key,
+    verify_files,
+    write_index,
+)
+from .live import LiveTeacher
+from .source import rows_with_loss
+from .stores import Store, check_kind, make_store
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Request:
+    """A sample that the cache shall hold."""
+
+    key: bytes
+    input_ids: Sequence[int]
+    labels: Sequence[int]
+    num_rows: int
+
+
+def _requests(samples: Iterable[Mapping[str, Any]]) -> list[_Request]:
+    """Without repetition, longest first: like lengths share a batch, and the largest batch comes first."""
+    found: dict[bytes, _Request] = {}
+    for s in samples:
+        key = sample_key(s["input_ids"], s["labels"])
+        found.setdefault(
+            key, _Request(key, s["input_ids"], s["labels"], sum(x != IGNORE_INDEX for x in s["labels"][1:]))
+        )
+    return sorted(found.values(), key=lambda r: (-len(r.input_ids), r.key))
+
+
+def describe(
+    teacher: nn.Module, store: Store, kind: str, template: str | None = None, source: str | None = None
+) -> dict[str, Any]:
+    """What meta.json says of a cache of this teacher.
+
+    Args:
+        template: the prompt template of the samples.
+        source: a fingerprint of where the teacher was loaded from, for checks without its weights.
+    """
+    head = find_head(teacher, "teacher")
+    assert head.weight is not None
+    return {
+        "format": FORMAT,
+        "kind": kind,
+        "options": store.options,
+        "teacher": weights_digest(teacher),
+        "source": source,
+        "revision": _revision(teacher),
+        "dtype": _dtype_name(teacher),
+        "template": template,
+        "num_classes": head.weight.shape[0],
+        "softcap": head.softcap,
+        "scale": head.scale,
+    }
+
+
+def build_teacher_cache(
+    teacher: nn.Module,
+    samples: Iterable[Mapping[str, Any]],
+    folder: str | Path,
+    *,
+    kind: str = "hidden",
+    store: Store | None = None,
+    template: str | None = None,
+    source: str | None = None,
+    batch_tokens: int = 4096,
+    shard_bytes: int = 64 << 20,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> "TeacherCache":
+    """Run the teacher over the samples that the cache does not hold yet, and open the cache.
+
+    Any number of processes may fill one folder, and any of them may be killed: the next call goes on with the first
+    file that is missing or damaged, and the result is the same to the byte.
+
+    Args:
+        teacher: a causal language model; it is moved to `device`, and its dtype is that of the hidden states.
+        samples: with input_ids and labels (-100 where there is no loss), such as a prepared data set.
+        kind: "hidden", or a compact kind together with its `store` from `make_store`.
+        template, source: see `describe`.
+        batch_tokens: of a forward pass, padding included.
+        shard_bytes: of rows in one file, the unit of work that a kill can cost.
+
+    Raises:
+        UserError for a teacher that cannot teach live either, if the folder's cache is of something else, or if the
+            disk has too little room for it.
+    """
+    folder = Path(folder)
+    check_kind(kind)
+    store = store or make_store(kind, 2)
+    live = LiveTeacher(teacher, device, freeze=False)
+    teacher, head = live.model, live.head
+    meta = describe(teacher, store, kind, template, source)
+    requests = _requests(samples)
+    index = _begin(folder, meta)
+    _drop_damaged(folder, index)
+    missing = _missing(folder, index, requests)
+    per_row = store.bytes_per_row(head, next(teacher.parameters()).dtype)
+    groups = _groups(missing, per_row, shard_bytes)
+    _check_disk(folder, [g for name, g in groups.items() if not (folder / name).exists()], per_row, head, kind)
+    if kind == "hidden":
+        shards.write_once(folder / HEAD, head.tensors, wait=True)
+    maker = _Maker(teacher, head, store, batch_tokens)
+    with tqdm(total=sum(r.num_rows for r in missing), unit="row", desc="teacher", disable=not progress) as bar:
+        waiting = []
+        for name, group in groups.items():
+            if not shards.write_once(folder / name, lambda g=group: maker.make(g), wait=False):  # type: ignore[misc]
+                waiting.append((name, group))
+                continue
+            bar.update(sum(r.num_rows for r in group))
+        for name, group in waiting:
+            shards.write_once(folder / name, lambda g=group: maker.make(g), wait=True)  # type: ignore[misc]
+            bar.update(sum(r.num_rows for r in group))
+    _add_to_index(folder, [*groups, *([HEAD] if kind == "hidden" else [])])
+    _drop_unfinished(folder)
+    return TeacherCache(folder, store, verify=False)
+
+
+@dataclass(frozen=True)
+class _Maker:
+    """Rows of a file's samples."""
+
+    teacher: nn.Module
+    head: Head
+    store: Store
+    batch_tokens: int
+
+    @torch.inference_mode()
+    def make(self, group: Sequence[_Request]) -> dict[str, Tensor]:
+        device, parts, start = next(self.teacher.parameters()).device, [], 0
+        while start < len(group):
+            size = max(1, self.batch_tokens // len(group[start].input_ids))
+            part = group[start : start + size]
+            batch = DistillationCollator(0)([{"input_ids": r.input_ids, "labels": r.labels} for r in part])
+            batch = {name: x.to(device) for name, x in batch.items()}
+            with torch.autocast(device.type, enabled=False):
+                hidden_ND = rows_with_loss(hidden_states(self.teacher, batch), batch["labels"])
+                encoded = self.store.encode(hidden_ND, self.head, [r.key for r in part], [r.num_rows for r in part])
+            parts.append({name: x.cpu() for name, x in encoded.items()})
+            start += size
+        made = {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
+        made["keys"] = torch.frombuffer(bytearray(b"".join(r.key for r in group)), dtype=torch.uint8).view(
+            -1, KEY_BYTES
+        )
+        made["num_rows"] = torch.tensor([r.num_rows for r in group])
+        return made
+
+
+def _groups(requests: Sequence[_Request], bytes_per_row: int, shard_bytes: int) -> dict[str, list[_Request]]:
+    """File name -> its samples."""
+    groups: list[list[_Request]] = []
+    room = 0
+    for r in requests:
+        size = r.num_rows * bytes_per_row
+        if not groups or size > room:
+            groups.append([])
+            room = shard_bytes
+        groups[-1].append(r)
+        room -= size
+    named = {}
+    for group in groups:
+        name = hashlib.blake2b(b"".join(r.key for r in group), digest_size=8).hexdigest()
+        named[f"rows-{name}.safetensors"] = group
+    return named
+
+
+def _begin(folder: Path, meta: dict[str, Any]) -> dict[str, str]:
+    """Write meta.json, or compare with the one that is there; returns the index."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"teacher_cache {str(folder)!r} cannot be made: {e}") from e
+    index, path, content = _usable_index(folder), folder / META, json_text(meta).encode()
+    if META in index or path.exists():
+        try:
+            compare_meta(folder, read_meta(folder, index), meta)
+            return index
+        except shards.DamagedFileError as e:
+            if index.get(META) != digest(content):
+                raise
+            _say_again(e)
+    with shards.locked(temporary_path(path)) as descriptor:
+        assert descriptor is not None
+        shards.publish(descriptor, temporary_path(path), path, content)
+    return index
+
+
+def _usable_index(folder: Path) -> dict[str, str]:
+    """The index; without one that is damaged, the files tell what they hold."""
+    try:
+        return read_index(folder)
+    except shards.DamagedFileError as e:
+        _say_again(e)
+        (folder / INDEX).unlink(missing_ok=True)
+        return {}
+
+
+def _say_again(error: UserError) -> None:
+    logger.warning("%s; making it again", error)
+
+
+def _drop_damaged(folder: Path, index: dict[str, str]) -> None:
+    """Delete files that do not hold what they should, whether the index knows them or a killed process left them."""
+    named = {name: index.get(name) for name in (*index, *(p.name for p in folder.glob("*.safetensors")))}
+    named.pop(META, None)
+    damaged = verify_files(folder, named)
+    for name, error in damaged:
+        _say_again(error)
+        (folder / name).unlink(missing_ok=True)
+        index.pop(name, None)
+    if damaged:
+        write_index(folder, lambda files: {n: d for n, d in files.items() if n not in dict(damaged)})
+
+
+def _drop_unfinished(folder: Path) -> None:
+    """Delete hidden files of killed processes; those that are being written have a lock."""
+    for partial in folder.glob(temporary_path(Path("*")).name):
+        with shards.locked(partial, wait=False) as descriptor:
+            if descriptor is not None:
+                partial.unlink(missing_ok=True)
+
+
+def _missing(folder: Path, index: Mapping[str, str], requests: Sequence[_Request]) -> list[_Request]:
+    held: set[bytes] = set()
+    for name in index:
+        if name.startswith("rows-"):
+            held.update(key for key, _ in contents(folder / name))
+    return [r for r in requests if r.key not in held]
+
+
+def _check_disk(folder: Path, groups: Sequence[Sequence[_Request]], per_row: int, head: Head, kind: str) -> None:
+    rows, samples = sum(r.num_rows for g in groups for r in g), sum(map(len, groups))
+    needed = rows * per_row + samples * (KEY_BYTES + 8) + len(groups) * 1024
+    if kind == "hidden" and not (folder / HEAD).exists():
+        needed += sum(x.numel() * x.element_size() for x in head.tensors().values())
+    free = shutil.disk_usage(folder).free
+    if rows:
+        logger.info("teacher cache: %d rows of %d bytes, %.2f GB to write", rows, per_row, needed / 1e9)
+    if needed > free:
+        raise UserError(
+            f"teacher_cache {str(folder)!r}: {rows} rows of {per_row} bytes need {needed / 1e9:.2f} GB, and "
+            f"{free / 1e9:.2f} GB are free; give a folder on a larger disk, a compact kind (topk, sampled), or train "
+            "with the live teacher"
+        )
+
+
+def _add_to_index(folder: Path, names: Sequence[str]) -> None:
+    def added(files: dict[str, str]) -> dict[str, str]:
+        new = [name for name in names if name not in files]
+        return {**files, **{n: shards.checked_digest(folder / n) for n in new}, META: meta_digest(folder)}
+
+    write_index(folder, added)
+
+
+def open_teacher_cache(
+    folder: str | Path,
+    teacher: nn.Module | str | None,
+    samples: Sequence[Mapping[str, Any]],
+    *,
+    kind: str = "hidden",
+    k: int = 64,
+    temperatures: Sequence[float] = (1.0,),
+    student: nn.Module | None = None,
+    template: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    repair: bool = False,
+    progress: bool = True,
+) -> "TeacherCache":
+    """The cache in `folder`, checked against its teacher, and filled first where it lacks any of the samples.
+
+    Args:
+        teacher: a model; or a folder, hub id or name, which is loaded in `dtype` only to fill the cache; or None to
+            read what is there.
+        kind, k, temperatures, student: see `make_store`.
+        repair: make damaged files again, instead of refusing the cache.
+
+    Raises:
+        UserError that names the file that is damaged, or what the cache was made with that is different here.
+    """
+    folder = Path(folder)
+    named = isinstance(teacher, str)
+    source = fingerprint(teacher) if isinstance(teacher, str) else None
+    try:
+        index = read_index(folder)
+        meta = read_meta(folder, index) if index else {}
+    except shards.DamagedFileError:
+        if not repair:
+            raise
+        index = {}
+    if index:
+        if isinstance(teacher, str) and meta.get("source") is None:
+            teacher, source = load_model(teacher, dtype, device), None
+        wanted: dict[str, Any] = {"kind": kind, "template": template, "source": source}
+        if isinstance(teacher, nn.Module):
+            wanted |= {
+                "dtype": _dtype_name(teacher),
+                "teacher": weights_digest(teacher),
+                "revision": _revision(teacher),
+            }
+        elif named:
+            wanted["dtype"] = str(dtype).removeprefix("torch.")
+        compare_meta(folder, meta, wanted)
+        store = make_store(kind, _common(meta["num_classes"], student), k, temperatures, student)
+        compare_meta(folder, meta, {"options": store.options})
+        try:
+            cache = TeacherCache(folder, store)
+        except shards.DamagedFileError:
+            if not repair:
+                raise
+        else:
+            if not cache.missing(samples):
+                return cache
+    if teacher is None:
+        raise UserError(f"teacher_cache {str(folder)!r} lacks samples of this data; pass the teacher, to fill it")
+    model = load_model(teacher, dtype, device) if isinstance(teacher, str) else teacher
+    head = find_head(model, "teacher").weight
+    assert head is not None
+    return build_teacher_cache(
+        model,
+        samples,
+        folder,
+        kind=kind,
+        store=make_store(kind, _common(head.shape[0], student), k, temperatures, student),
+        template=template,
+        source=source,
+        device=device,
+        progress=progress,
+    )
+
+
+def _common(teacher_classes: int, student: nn.Module | None) -> int:
+    head = None if student is None else find_head(student, "student").weight
+    return teacher_classes if head is None else min(teacher_classes, head.shape[0])
+
+
+def _revision(model: nn.Module) -> str | None:
+    """The commit that a model of the hub is of."""
+    return getattr(getattr(model, "config", None), "_commit_hash", None)
+
+
+def _dtype_name(model: nn.Module) -> str:
+    return str(next(model.parameters()).dtype).removeprefix("torch.")

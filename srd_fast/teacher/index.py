@@ -1,0 +1,148 @@
+"""What a teacher cache's folder says of itself: who made it, which files are finished, and what each must hold.
+
+    meta.json               what made it: teacher, dtype, template, kind of store
+    head.safetensors        the teacher's head (kind "hidden" alone)
+    rows-<hash>.safetensors keys [S, 16], num_rows [S] and the rows of S samples, one sample after the other
+    index.json              its finished files and the digest of each
+
+A sample's key is a hash of its token ids and of which of them have loss, so the same text is stored once, in whatever
+data set and order it comes.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import safe_open
+
+from ..data import IGNORE_INDEX
+from ..errors import UserError
+from ..files import temporary_path
+from . import shards
+
+FORMAT = 1
+KEY_BYTES = 16
+# Tensors of a file whose first dimension is the sample, not the row.
+OF_SAMPLES = ("keys", "num_rows")
+META, HEAD, INDEX = "meta.json", "head.safetensors", "index.json"
+# What the fields of meta.json are called in a message, the likeliest reason for a difference first.
+_FIELDS = {
+    "format": "format",
+    "kind": "kind",
+    "dtype": "dtype",
+    "template": "template",
+    "options": "options",
+    "revision": "teacher's revision",
+    "source": "teacher's files",
+    "teacher": "teacher's weights",
+}
+
+
+def sample_key(input_ids: Sequence[int], labels: Sequence[int]) -> bytes:
+    """16 bytes that depend on a sample's token ids and on which of them have loss."""
+    state = hashlib.blake2b(np.asarray(input_ids, dtype="<i4").tobytes(), digest_size=KEY_BYTES)
+    state.update(np.packbits(np.asarray(labels) != IGNORE_INDEX).tobytes())
+    return state.digest()
+
+
+def compare_meta(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """UserError for the first field that differs; None in `wanted` is not compared."""
+    for field, what in _FIELDS.items():
+        if wanted.get(field) is not None and found.get(field) != wanted[field]:
+            raise StaleCacheError(folder, what, found.get(field), wanted[field])
+
+
+class StaleCacheError(UserError):
+    """A cache of another teacher, dtype, template or kind."""
+
+    def __init__(self, folder: Path, what: str, found: Any, wanted: Any) -> None:
+        super().__init__(
+            f"teacher_cache {str(folder)!r} was made with another {what}: {found!r} there, {wanted!r} here; "
+            "delete the folder, or name another one"
+        )
+
+
+def json_text(content: Any) -> str:
+    return json.dumps(content, indent=1, sort_keys=True)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise shards.DamagedFileError(path, f"cannot be read: {e}") from e
+    if not isinstance(content, dict):
+        raise shards.DamagedFileError(path, "it holds no object")
+    return content
+
+
+def read_meta(folder: Path, index: Mapping[str, str]) -> dict[str, Any]:
+    """What meta.json says, once it is known to be as the index has it."""
+    if META in index and meta_digest(folder) != index[META]:
+        raise shards.DamagedFileError(folder / META, "its checksum is not the one in the index")
+    return read_json(folder / META)
+
+
+def read_index(folder: Path) -> dict[str, str]:
+    """File -> digest of every finished file; empty before the first one is whole."""
+    path = folder / INDEX
+    if not path.exists():
+        return {}
+    content = read_json(path)
+    files, own = content.get("files"), content.get("digest")
+    if not isinstance(files, dict) or own != _index_digest(files):
+        raise shards.DamagedFileError(path, "its checksum is not that of its entries")
+    return files
+
+
+def _index_digest(files: Mapping[str, str]) -> str:
+    return digest(json_text(files).encode())
+
+
+def digest(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+def meta_digest(folder: Path) -> str:
+    try:
+        return digest((folder / META).read_bytes())
+    except OSError as e:
+        raise shards.DamagedFileError(folder / META, f"cannot be read: {e}") from e
+
+
+def write_index(folder: Path, change: Callable[[dict[str, str]], dict[str, str]]) -> None:
+    """Replace the index by what `change` makes of it."""
+    partial = temporary_path(folder / INDEX)
+    with shards.locked(partial) as descriptor:
+        assert descriptor is not None
+        files = dict(sorted(change(read_index(folder)).items()))
+        content = json_text({"files": files, "digest": _index_digest(files)})
+        shards.publish(descriptor, partial, folder / INDEX, content.encode())
+
+
+def verify_files(folder: Path, files: Mapping[str, str | None]) -> list[tuple[str, UserError]]:
+    """Files whose digest is not the given one (None: not the one they carry), each with what is wrong."""
+
+    def check(name: str) -> UserError | None:
+        path, told = folder / name, files[name]
+        try:
+            found = meta_digest(folder) if name == META else shards.checked_digest(path)
+        except shards.DamagedFileError as e:
+            return e
+        if told is not None and told != found:
+            return shards.DamagedFileError(path, f"its checksum is {found}, not {told} as the index says")
+        return None
+
+    with ThreadPoolExecutor() as pool:
+        return [(name, error) for name, error in zip(files, pool.map(check, files)) if error is not None]
+
+
+def contents(path: Path) -> list[tuple[bytes, int]]:
+    """Keys and row counts of a file's samples, in their order."""
+    with safe_open(path, "pt") as f:
+        keys, counts = f.get_tensor("keys").numpy(), f.get_tensor("num_rows").tolist()
+    return [(key.tobytes(), count) for key, count in zip(keys, counts)]

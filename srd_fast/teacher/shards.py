@@ -1,0 +1,129 @@
+"""Safetensors files that carry a digest of what they hold: written whole or not at all, each by one process alone."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from ..errors import UserError
+from ..files import temporary_path
+
+try:
+    import fcntl
+except ImportError:  # Windows: one process at a time
+    fcntl = None  # type: ignore[assignment]
+
+_DIGEST = "blake2b"
+
+
+def payload_digest(tensors: Mapping[str, Tensor]) -> str:
+    """Hash of the names, dtypes, shapes and bytes of tensors."""
+    state = hashlib.blake2b(digest_size=16)
+    for name in sorted(tensors):
+        x = tensors[name].detach().cpu().contiguous()
+        state.update(f"{name}\0{x.dtype}\0{tuple(x.shape)}\0".encode())
+        state.update(x.reshape(-1).view(torch.uint8).numpy().data)
+    return state.hexdigest()
+
+
+@contextmanager
+def locked(partial: Path, wait: bool = True) -> Iterator[int | None]:
+    """An open, locked file at `partial`, or None where another process holds it. The lock ends with the process."""
+    while True:
+        descriptor = os.open(partial, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            if fcntl is not None:
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+                except BlockingIOError:
+                    yield None
+                    return
+            if not _is_at(partial, descriptor):
+                continue  # renamed by its last holder
+            yield descriptor
+            return
+        finally:
+            os.close(descriptor)
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    """Whether the open file is the one that the path names now."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def publish(descriptor: int, partial: Path, target: Path, content: bytes) -> None:
+    """Write the locked file, bring it to disk, and give it its name."""
+    os.ftruncate(descriptor, 0)
+    with os.fdopen(os.dup(descriptor), "wb") as f:
+        f.write(content)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(partial, target)
+
+
+def write_once(target: Path, make: Callable[[], Mapping[str, Tensor]], wait: bool) -> bool:
+    """Write `make()` to `target` unless it is there; False if another process is at it and `wait` is off.
+
+    The bytes go to a hidden file, which its writer has locked, then to disk, then to their name. A writer that is
+    killed leaves the hidden file behind, unlocked, for the next one.
+    """
+    partial = temporary_path(target)
+    if target.exists() and not partial.exists():
+        return True
+    with locked(partial, wait) as descriptor:
+        if descriptor is None:
+            return False
+        if target.exists():  # finished while we waited
+            partial.unlink(missing_ok=True)
+            return True
+        tensors = {name: x.cpu().contiguous() for name, x in make().items()}
+        publish(descriptor, partial, target, save(tensors, {_DIGEST: payload_digest(tensors)}))
+        return True
+
+
+def checked_digest(path: Path) -> str:
+    """The digest that a file carries, if it is that of what it holds.
+
+    Raises:
+        DamagedFileError if the file is not there, is not readable, or holds something else.
+    """
+    try:
+        with safe_open(path, "pt") as f:
+            told = (f.metadata() or {}).get(_DIGEST)
+        found = payload_digest(load_file(path))
+    except (OSError, SafetensorError, ValueError, KeyError) as e:
+        raise DamagedFileError(path, f"cannot be read: {e}") from e
+    if told != found:
+        raise DamagedFileError(path, f"its checksum is {found}, not {told} as when it was written")
+    return found
+
+
+class DamagedFileError(UserError):
+    """A file of a teacher cache that does not hold what was written to it."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"teacher cache: {path} is damaged: {reason}")
+        self.path = path
+
+
+def open_for_reading_ahead(path: Path) -> tuple[int, dict[str, tuple[int, int]]]:
+    """A descriptor, and for each tensor where in the file it begins and the bytes of one of its rows."""
+    with path.open("rb") as f:
+        length = int.from_bytes(f.read(8), "little")
+        header = json.loads(f.read(length))
+    header.pop("__metadata__", None)
+    places = {}
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        places[name] = 8 + length + begin, (end - begin) // max(1, entry["shape"][0])
+    return os.open(path, os.O_RDONLY), places

@@ -1,0 +1,55 @@
+"""What a teacher gives to a batch, whether it runs beside the student or was run once before."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor
+
+from ..data import IGNORE_INDEX
+from ..losses import DistillationOutput, Head, Projected, Sampled, TopK, compact_distillation_loss, distillation_loss
+
+
+class HiddenRows(NamedTuple):
+    """Last hidden states of the rows with loss, [N, D_T], and the head that turns them into logits."""
+
+    hidden_ND: Tensor
+    head: Head
+
+
+TeacherRows = HiddenRows | TopK | Sampled | Projected
+
+
+class TeacherSource(Protocol):
+    """A teacher: `num_classes` is V_T."""
+
+    num_classes: int
+
+    def rows(self, batch: Mapping[str, Any], temperature: float) -> TeacherRows:
+        """The teacher's side of a batch's rows with loss, in the order of `rows_with_loss`, without gradient.
+
+        Args:
+            batch: what the collator made: the model's inputs, labels, and what the source itself attached.
+            temperature: of the softmax that the rows are for.
+        """
+
+
+def rows_with_loss(states_BLD: Tensor, labels_BL: Tensor) -> Tensor:
+    """[N, D]: the states that predict a label, sample by sample: state i predicts label i + 1."""
+    return states_BLD[:, :-1][labels_BL[:, 1:] != IGNORE_INDEX]
+
+
+def labels_with_loss(labels_BL: Tensor) -> Tensor:
+    """[N]: the labels of `rows_with_loss`."""
+    labels = labels_BL[:, 1:]
+    return labels[labels != IGNORE_INDEX]
+
+
+def distillation_loss_of_rows(
+    student_ND: Tensor, student_head: Head, rows: TeacherRows, labels_N: Tensor, **options: Any
+) -> DistillationOutput:
+    """The loss of a batch's rows with loss, by the kind of the teacher's rows. options: of `distillation_loss`."""
+    arguments = {"labels": labels_N, **student_head.arguments("student"), **options}
+    if isinstance(rows, HiddenRows):
+        teacher = rows.head.arguments("teacher")
+        return distillation_loss(student_hidden=student_ND, teacher_hidden=rows.hidden_ND, **teacher, **arguments)
+    return compact_distillation_loss(student_hidden=student_ND, teacher=rows, **arguments)

@@ -1,0 +1,274 @@
+"""What a teacher cache keeps of each row with loss: hidden states, or less where the teacher's head does not fit.
+
+A kind turns last hidden states into tensors whose first dimension is the row, and such tensors into what the loss
+takes. Shape letters: N rows, K kept classes, M temperatures, D width, V classes, B bytes.
+
+    hidden      the hidden states: exact for every divergence and temperature; 2 D_T bytes in bfloat16
+    topk        the K likeliest classes and the mass of the rest: every divergence, over K + 1 buckets
+    sampled     K draws from the teacher's distribution: forward KL, its estimate and gradient unbiased
+    projected   the mean of the student's head under that distribution: forward KL, exact, for a frozen head
+
+Sampled classes as a substitute for a distribution: sparse logit sampling (arXiv 2503.16870).
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+from ..losses import Head, Projected, Sampled, TopK
+from ..models import find_head
+from ..suggest import unknown_name
+from .shards import payload_digest
+from .source import HiddenRows, TeacherRows
+
+# Bytes of logits at a time while a compact store is made.
+_CHUNK_BYTES = 256 << 20
+
+
+class Store(Protocol):
+    """One kind of store. `options` says everything that changes what is stored; it is compared on reading."""
+
+    @property
+    def options(self) -> dict[str, Any]: ...
+
+    def bytes_per_row(self, head: Head, hidden_dtype: torch.dtype) -> int:
+        """What a row takes on disk."""
+
+    def encode(self, hidden_ND: Tensor, head: Head, keys: Sequence[bytes], counts: Sequence[int]) -> dict[str, Tensor]:
+        """Tensors to store, first dimension N. keys, counts: the samples that the rows belong to, in order."""
+
+    def decode(self, stored: Mapping[str, Tensor], head: Head | None, temperature: float) -> TeacherRows:
+        """What the loss takes at `temperature`."""
+
+
+@dataclass(frozen=True)
+class HiddenStore:
+    """Last hidden states in the teacher's dtype."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Nothing to choose."""
+        return {}
+
+    def bytes_per_row(self, head: Head, hidden_dtype: torch.dtype) -> int:
+        """D_T times the size of a number."""
+        assert head.weight is not None
+        return head.weight.shape[1] * hidden_dtype.itemsize
+
+    def encode(self, hidden_ND: Tensor, head: Head, keys: Sequence[bytes], counts: Sequence[int]) -> dict[str, Tensor]:
+        """As they are."""
+        return {"hidden": hidden_ND}
+
+    def decode(self, stored: Mapping[str, Tensor], head: Head | None, temperature: float) -> TeacherRows:
+        """With the head that the cache holds."""
+        assert head is not None
+        return HiddenRows(stored["hidden"], head)
+
+
+def bits_for(classes: int) -> int:
+    """Bits that hold an id below `classes`."""
+    return max(1, math.ceil(math.log2(classes)))
+
+
+def pack_ids(ids_NK: Tensor, bits: int) -> Tensor:
+    """[N, ceil(K bits / 8)] uint8: the ids one after the other, lowest bit first."""
+    of_ids = (ids_NK[..., None] >> torch.arange(bits, device=ids_NK.device)) & 1
+    of_rows = of_ids.flatten(-2).to(torch.uint8)
+    padded = torch.nn.functional.pad(of_rows, (0, -of_rows.shape[-1] % 8)).unflatten(-1, (-1, 8))
+    powers = 1 << torch.arange(8, device=ids_NK.device, dtype=torch.uint8)
+    return (padded * powers).sum(-1, dtype=torch.uint8)
+
+
+def unpack_ids(packed_NB: Tensor, bits: int, count: int) -> Tensor:
+    """[N, count] int64: what `pack_ids` packed."""
+    of_rows = (packed_NB[..., None] >> torch.arange(8, device=packed_NB.device, dtype=torch.uint8)) & 1
+    of_ids = of_rows.flatten(-2)[..., : count * bits].unflatten(-1, (count, bits)).long()
+    return (of_ids << torch.arange(bits, device=packed_NB.device)).sum(-1)
+
+
+def _chunks(hidden_ND: Tensor, head: Head, classes: int) -> Iterator[Tensor]:
+    """Float32 logits of the first classes, [C, classes], after the softcap."""
+    assert head.weight is not None
+    rows = max(1, _CHUNK_BYTES // (head.weight.shape[0] * 4))
+    for part in hidden_ND.split(rows):
+        z = head.project(part)[:, :classes].float()
+        yield z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
+
+
+def _index(temperatures: Sequence[float], wanted: float) -> int:
+    for i, t in enumerate(temperatures):
+        if math.isclose(t, wanted, rel_tol=1e-9):
+            return i
+    known = ", ".join(f"{t:g}" for t in temperatures)
+    raise UserError(f"teacher_cache holds rows for the temperatures {known}, not {wanted:g}: make it with that one too")
+
+
+@dataclass(frozen=True)
+class TopKStore:
+    """The `k` likeliest classes: ids, float16 logits below the largest, and the rest's mass at each temperature."""
+
+    k: int
+    temperatures: tuple[float, ...]
+    classes: int
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """k and the temperatures."""
+        return {"k": self.k, "temperatures": list(self.temperatures)}
+
+    def bytes_per_row(self, head: Head, hidden_dtype: torch.dtype) -> int:
+        """Ids, two bytes a logit, four a temperature."""
+        return math.ceil(self.k * bits_for(self.classes) / 8) + 2 * self.k + 4 * len(self.temperatures)
+
+    def encode(self, hidden_ND: Tensor, head: Head, keys: Sequence[bytes], counts: Sequence[int]) -> dict[str, Tensor]:
+        """ids [N, B], logits [N, K], log_rest [N, M]: ln of the sum of e^((z - max) / T) over all other classes."""
+        parts = []
+        for z in _chunks(hidden_ND, head, self.classes):
+            top, ids = z.topk(self.k, dim=-1)
+            z, below = z - top[:, :1], (top - top[:, :1]).half()
+            rest = z.scatter(1, ids, -math.inf)
+            log_rest = torch.stack([torch.logsumexp(rest / t, -1) for t in self.temperatures], -1)
+            parts.append((pack_ids(ids, bits_for(self.classes)), below, log_rest.clamp(min=-1e30)))
+        return _joined(("ids", "logits", "log_rest"), parts)
+
+    def decode(self, stored: Mapping[str, Tensor], head: Head | None, temperature: float) -> TeacherRows:
+        """Renormalised, so that float16 rounding leaves a distribution."""
+        log_rest = stored["log_rest"][:, _index(self.temperatures, temperature)]
+        z = stored["logits"].float() / temperature
+        log_sum = torch.logaddexp(torch.logsumexp(z, -1), log_rest)
+        ids = unpack_ids(stored["ids"], bits_for(self.classes), self.k)
+        return TopK(ids, z - log_sum[:, None], log_rest - log_sum)
+
+
+def _joined(names: Sequence[str], parts: Sequence[Sequence[Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat(pieces) for name, pieces in zip(names, zip(*parts))}
+
+
+@dataclass(frozen=True)
+class SampledStore:
+    """`k` draws with replacement from the teacher's distribution at each temperature, and its entropy."""
+
+    k: int
+    temperatures: tuple[float, ...]
+    classes: int
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """k and the temperatures."""
+        return {"k": self.k, "temperatures": list(self.temperatures)}
+
+    def bytes_per_row(self, head: Head, hidden_dtype: torch.dtype) -> int:
+        """Ids and an entropy for each temperature."""
+        return (math.ceil(self.k * bits_for(self.classes) / 8) + 4) * len(self.temperatures)
+
+    def encode(self, hidden_ND: Tensor, head: Head, keys: Sequence[bytes], counts: Sequence[int]) -> dict[str, Tensor]:
+        """ids [N, M, B], entropy [N, M]. A sample's draws follow from its key, whatever is encoded beside it."""
+        parts = []
+        for key, hidden in zip(keys, hidden_ND.split(list(counts))):
+            generator = torch.Generator(hidden.device).manual_seed(int.from_bytes(key[:7], "little"))
+            for z in _chunks(hidden, head, self.classes):
+                ids, entropies = [], []
+                for t in self.temperatures:
+                    log_p = torch.log_softmax(z / t, -1)
+                    p = log_p.exp()
+                    drawn = _draw(p, self.k, generator)
+                    ids.append(pack_ids(drawn.sort(-1).values, bits_for(self.classes)))
+                    entropies.append(-(p * log_p.clamp(min=-1e30)).sum(-1))
+                parts.append((torch.stack(ids, 1), torch.stack(entropies, 1)))
+        return _joined(("ids", "entropy"), parts)
+
+    def decode(self, stored: Mapping[str, Tensor], head: Head | None, temperature: float) -> TeacherRows:
+        """The draws at that temperature."""
+        i = _index(self.temperatures, temperature)
+        return Sampled(unpack_ids(stored["ids"][:, i], bits_for(self.classes), self.k), stored["entropy"][:, i])
+
+
+def _draw(p_NV: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """[N, count] ids drawn with replacement, by inverting the distribution function in float64."""
+    cumulative = p_NV.double().cumsum(-1)
+    u = torch.rand(p_NV.shape[0], count, generator=generator, device=p_NV.device, dtype=torch.float64)
+    return torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True).clamp(max=p_NV.shape[1] - 1)
+
+
+@dataclass(frozen=True)
+class ProjectedStore:
+    """p @ W_S at each temperature, float32, with the entropy and p @ bias_S: the loss then needs no teacher's head."""
+
+    student_head: Head
+    student_digest: str
+    temperatures: tuple[float, ...]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The temperatures and the student's head."""
+        return {"temperatures": list(self.temperatures), "student_head": self.student_digest}
+
+    def bytes_per_row(self, head: Head, hidden_dtype: torch.dtype) -> int:
+        """D_S + 2 float32 for each temperature."""
+        assert self.student_head.weight is not None
+        return 4 * (self.student_head.weight.shape[1] + 2) * len(self.temperatures)
+
+    def encode(self, hidden_ND: Tensor, head: Head, keys: Sequence[bytes], counts: Sequence[int]) -> dict[str, Tensor]:
+        """projection [N, M, D_S], entropy [N, M], bias [N, M]."""
+        weight, bias, scale = self.student_head.weight, self.student_head.bias, self.student_head.scale
+        assert weight is not None
+        parts = []
+        for z in _chunks(hidden_ND, head, weight.shape[0]):
+            projections, entropies, biases = [], [], []
+            for t in self.temperatures:
+                log_p = torch.log_softmax(z / t, -1)
+                p = log_p.exp()
+                projections.append(p @ weight[: z.shape[1]].float() * scale)
+                biases.append(z.new_zeros(len(z)) if bias is None else p @ bias[: z.shape[1]].float() * scale)
+                entropies.append(-(p * log_p.clamp(min=-1e30)).sum(-1))
+            parts.append(tuple(torch.stack(x, 1) for x in (projections, entropies, biases)))
+        return _joined(("projection", "entropy", "bias"), parts)
+
+    def decode(self, stored: Mapping[str, Tensor], head: Head | None, temperature: float) -> TeacherRows:
+        """The projection at that temperature."""
+        i = _index(self.temperatures, temperature)
+        return Projected(stored["projection"][:, i], stored["entropy"][:, i], stored["bias"][:, i])
+
+
+STORES = ("hidden", "topk", "sampled", "projected")
+
+
+def check_kind(kind: str) -> None:
+    """UserError for a kind that there is not."""
+    if kind not in STORES:
+        raise UserError(unknown_name("teacher cache kind", kind, STORES))
+
+
+def make_store(
+    kind: str,
+    classes: int,
+    k: int = 64,
+    temperatures: Sequence[float] = (1.0,),
+    student: nn.Module | None = None,
+) -> Store:
+    """The store of a kind: "hidden", "topk", "sampled" or "projected".
+
+    Args:
+        classes: V that teacher and student have in common.
+        k: classes, or draws, that a compact store keeps of a row.
+        temperatures: that a compact store holds rows for. Evaluation needs 1.
+        student: for "projected", the model whose head does not change.
+    """
+    check_kind(kind)
+    ordered = tuple(sorted({float(t) for t in temperatures}))
+    if kind == "hidden":
+        return HiddenStore()
+    if kind == "projected":
+        if student is None:
+            raise UserError('teacher cache kind "projected" needs the student, whose head must not change')
+        head = find_head(student, "student")
+        assert head.weight is not None
+        return ProjectedStore(head, payload_digest(head.tensors()), ordered)
+    if not 1 <= k < classes:
+        raise UserError(f"teacher cache: k must be from 1 to {classes - 1}, got {k}")
+    return (TopKStore if kind == "topk" else SampledStore)(k, ordered, classes)
