@@ -10,9 +10,13 @@ of every step, and at the end the peaks of resident memory and of address space.
 """
 
 import argparse
+import os
 import resource
 from pathlib import Path
 from typing import Any
+
+# Arrow's own allocator reserves a GiB of addresses at its first use, which counts against `ulimit -v` on both sides.
+os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback

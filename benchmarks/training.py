@@ -13,8 +13,8 @@ machine's changing speed meets both; printed are both losses of every step, the 
 the weights are apart at the end.
 
 Whole runs are extrapolated from these steps: SRD has 8 (N1 + (N1 + N2) + (N1 + N2 + N3)) sample passes over three
-subsets of the kept 75 %, plain distillation 20 N; the cache is built once, and timed whole (or, with --teacher-ratio, on
-64 samples). Figures are appended to a long-form CSV file.
+subsets of the kept 75 %, plain distillation 20 N; the cache is built once, and timed whole (or, with --teacher-ratio,
+on 64 samples). Figures are appended to a long-form CSV file.
 
 Variants, each with what is before it: `kernel`, the chunked loss on rows with loss; `packing`, batches without padding;
 `cache`, teacher rows from disk; `lora`, as `cache` with adapters and a frozen head on both sides.
@@ -39,7 +39,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
@@ -271,14 +271,15 @@ def run_times(args: argparse.Namespace, samples: Any, tokenizer: Any, folder: Pa
     print(f"{args.variant}, {args.dtype}: a step {ours:.2f} s, plain {plain:.2f} s: {ours / plain:.3f}x")
     print(f"tokens {real}, with padding {padded}: {real / padded:.2f}")
     print(f"losses differ by at most {worst:.1e} of themselves, weights by {apart:.1e} of their norm (largest of all)")
-    print(f"whole SRD: {whole['ours']:.0f} s (cache {build_seconds:.0f} s) of {whole['srd']:.0f} s by the loop: "
-          f"{whole['ours'] / whole['srd']:.3f}x; of plain distillation {whole['ours'] / whole['plain']:.3f}x")  # fmt: skip
+    of_srd, of_plain = (whole["ours"] / whole[x] for x in ("srd", "plain"))
+    print(f"SRD by the loop: {whole['srd']:.0f} s; ours: {whole['ours']:.0f} s with the cache's: {of_srd:.3f}x")
+    print(f"plain distillation by the loop: {whole['plain']:.0f} s: {of_plain:.3f}x")
     return {
         "step_seconds": ours,
         "plain_step_seconds": plain,
         "cache_seconds": build_seconds,
-        "of_srd": whole["ours"] / whole["srd"],
-        "of_plain": whole["ours"] / whole["plain"],
+        "of_srd": of_srd,
+        "of_plain": of_plain,
         "loss_difference": worst,
         "weight_difference": apart,
     }
@@ -321,19 +322,11 @@ def write(args: argparse.Namespace, figures: dict[str, float]) -> None:
     new = not args.output.exists()
     with args.output.open("a", newline="") as f:
         out = csv.writer(f)
+        columns = ["variant", "version", "dtype", "teacher_ratio", "steps", "threads", "processor", "torch", "date"]
         if new:
-            out.writerow(
-                ["variant", "version", "dtype", "teacher_ratio", "steps", "threads", "processor", "torch", "date",
-                 "metric", "value"]
-            )  # fmt: skip
-        common = [
-            args.variant,
-            importlib.metadata.version("srd-fast"),
-            args.dtype,
-            args.teacher_ratio or "",
-            args.steps,
-        ]
-        common += [torch.get_num_threads(), platform.processor() or platform.machine(), torch.__version__]
+            out.writerow([*columns, "metric", "value"])
+        common = [args.variant, importlib.metadata.version("srd-fast"), args.dtype, args.teacher_ratio or ""]
+        common += [args.steps, torch.get_num_threads(), platform.processor() or platform.machine(), torch.__version__]
         common += [datetime.date.today().isoformat()]
         out.writerows([*common, name, value] for name, value in figures.items())
 

@@ -5,10 +5,10 @@ row's divergence, cross-entropy and entropy, and writes the gradient on the stud
 """
 
 from .divergences import FORMULAS, Formula, RowDivergence
+from .passes import LOGIT_FLOOR
 from .rows import (
     ALIGNMENT,
     EAGER_BUFFERS,
-    LOGIT_FLOOR,
     RowCoefficients,
     RowValues,
     SparseDivergence,

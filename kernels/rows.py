@@ -1,24 +1,11 @@
 """The row loss in PyTorch, eager or compiled: a few passes over a block of rows that stays in the CPU's caches.
 
 Shape letters: C rows of a chunk, R rows of a block, V classes, S student, T teacher, K classes that both have, P pieces
-of a row, W classes of a piece, B buckets of classes.
-
-Three functions of V-wide tensors make up the loss: `statistics` (maxima and sums of exponentials), `reduction` (D and
-sum(w)) and `gradient`; two, `tempered_statistics` and `tempered_gradient`, where the teacher is known at few classes
-(`compact_rows`). Eager PyTorch runs them as they stand; `torch.compile` turns each into loops without a V-wide
-temporary. Logarithms of sums, and single classes, are left to `_RowLoss`: work on [R, 1] tensors between
-V-wide loops would keep the compiler from joining these, and a one-hot row costs a third of the gradient's time.
-
-A compiled loop adds a row's terms one after the other, and the small ones are lost once the sum is large, where eager
-PyTorch adds in pairs. So compiled reductions take pieces of some thousand classes, which `_RowLoss` then merges.
-
-All softmaxes subtract the maximum from raw logits before anything else, so nothing of the size of a logit is rounded.
+of a row, B buckets of classes. `passes.py` has the V-wide functions; here is what goes between them.
 """
 
 import functools
 import math
-import types
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
@@ -26,10 +13,22 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from .divergences import RowDivergence, Terms
-
-# Stands in for -inf: large enough that exp() gives exactly 0, small enough that differences stay finite.
-LOGIT_FLOOR = -1e30
+from .compiler import Compiler, eager, layout
+from .divergences import RowDivergence
+from .passes import (
+    Caps,
+    Normalisers,
+    gradient,
+    log_probabilities,
+    logits,
+    merge,
+    reduction,
+    statistics,
+    student_gradient,
+    student_statistics,
+    tempered_gradient,
+    tempered_statistics,
+)
 
 # Bytes of V-wide tensors that a block of rows may hold: logits alone where compiled, temporaries too in eager mode.
 _BLOCK_BYTES = {"cpu": 24 << 20}
@@ -41,9 +40,7 @@ _PIECE = 2048
 # Rows whose stride is a multiple of this many elements can be read and written 128 bits at a time.
 ALIGNMENT = 16
 
-
-# The softcaps of student and teacher.
-Caps = tuple[Tensor | None, Tensor | None]
+_compile = Compiler()
 
 
 class RowCoefficients(NamedTuple):
@@ -62,208 +59,6 @@ class RowValues(NamedTuple):
     entropy: Tensor
 
 
-def _logits(stored: Tensor, softcap: Tensor | None) -> Tensor:
-    z = stored.to(torch.promote_types(stored.dtype, torch.float32))
-    if softcap is not None:
-        z = softcap * torch.tanh(z / softcap)
-    return z.clamp(min=LOGIT_FLOOR)
-
-
-def _student_sums(z: Tensor, inverse_t: Tensor | float, temperature_kind: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    maximum = z.amax(-1, keepdim=True)
-    z = z - maximum
-    e_t = torch.exp(z * inverse_t)
-    # One exponential is enough at the temperatures that people use.
-    e = e_t if temperature_kind == "one" else e_t * e_t if temperature_kind == "two" else torch.exp(z)
-    return maximum.squeeze(-1), e.sum(-1), (e * z).sum(-1), e_t.sum(-1)
-
-
-def statistics(
-    student: Tensor, teacher: Tensor, caps: Caps, inverse_t: Tensor, temperature_kind: str
-) -> tuple[Tensor, ...]:
-    """Of pieces [R, P, W], each [R, P].
-
-    Student: maximum M, sums of e^(z-M), e^(z-M) (z-M) and e^((z-M)/T). Teacher: maximum, sum of e^((z-M)/T).
-    """
-    z_T = _logits(teacher, caps[1])
-    maximum = z_T.amax(-1, keepdim=True)
-    sum_t = torch.exp((z_T - maximum) * inverse_t).sum(-1)
-    return (*_student_sums(_logits(student, caps[0]), inverse_t, temperature_kind), maximum.squeeze(-1), sum_t)
-
-
-def student_statistics(student: Tensor, cap: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """`statistics` of the student alone, at temperature 1."""
-    maximum, s, a, _ = _student_sums(_logits(student, cap), 1.0, "one")
-    return maximum, s, a
-
-
-def _log_probabilities(
-    stored: Tensor, cap: Tensor | None, maximum: Tensor, log_sum: Tensor, inverse_t: Tensor
-) -> tuple[Tensor, Tensor]:
-    log_p = (_logits(stored, cap) - maximum) * inverse_t - log_sum
-    return log_p, log_p.exp()
-
-
-def _at_temperature_1(q: Tensor, z: Tensor, maximum: Tensor, log_sum_1: Tensor, temperature_kind: str) -> Tensor:
-    # At T = 2, q = e^(y/2) / S_2 and q_1 = e^y / S_1, so q_1 = q^2 S_2^2 / S_1; at T = 1 it is q times a ratio of sums.
-    if temperature_kind == "one":
-        return q
-    return q * q if temperature_kind == "two" else torch.exp((z - maximum) - log_sum_1)
-
-
-class Normalisers(NamedTuple):
-    """What turns a row's logits into log-probabilities at the temperature: each [R, 1]."""
-
-    max_S: Tensor
-    log_sum_S: Tensor
-    max_T: Tensor
-    log_sum_T: Tensor
-
-
-def reduction(
-    student: Tensor,
-    teacher: Tensor,
-    n: Normalisers,
-    caps: Caps,
-    inverse_t: Tensor,
-    skew: Tensor,
-    beta: Tensor,
-    terms: Terms,
-) -> tuple[Tensor, Tensor]:
-    """What pieces [R, P, W] add to D and sum(w), each [R, P]; normalisers [R, P] too, else the loops do not join."""
-    max_S, log_sum_S, max_T, log_sum_T = (x[..., None] for x in n)
-    log_q, q = _log_probabilities(student, caps[0], max_S, log_sum_S, inverse_t)
-    log_p, p = _log_probabilities(teacher, caps[1], max_T, log_sum_T, inverse_t)
-    value, w = terms(log_p, log_q, p, q, skew, beta)
-    return value.sum(-1), w.sum(-1)
-
-
-def gradient(
-    student: Tensor,
-    teacher: Tensor,
-    caps: Caps,
-    n: Normalisers,
-    sum_w: Tensor,
-    log_sum_1: Tensor,
-    factors: tuple[Tensor, Tensor],
-    inverse_t: Tensor,
-    skew: Tensor,
-    beta: Tensor,
-    terms: Terms,
-    temperature_kind: str,
-    out: Tensor | None,
-) -> None:
-    """Write a q_1 + b (w - q sum(w)) to `out`, or over `student` for None.
-
-    q_1: softmax at temperature 1, (z - max_S) - log_sum_1 its logarithm. factors: a, b, each [R, 1]; a holds the ratio
-    of sums where q_1 is a power of q.
-    """
-    z = _logits(student, caps[0])
-    log_q = (z - n.max_S) * inverse_t - n.log_sum_S
-    q = log_q.exp()
-    log_p, p = _log_probabilities(teacher, caps[1], n.max_T, n.log_sum_T, inverse_t)
-    _, w = terms(log_p, log_q, p, q, skew, beta)
-    q_1 = _at_temperature_1(q, z, n.max_S, log_sum_1, temperature_kind)
-    g = factors[0] * q_1 + factors[1] * (w - q * sum_w)
-    if caps[0] is not None:
-        g = g * (1 - (z / caps[0]).square())
-    (student if out is None else out).copy_(g)
-
-
-def student_gradient(
-    student: Tensor, cap: Tensor | None, maximum: Tensor, log_sum_1: Tensor, factor: Tensor, out: Tensor | None
-) -> None:
-    """`gradient` of the cross-entropy alone."""
-    z = _logits(student, cap)
-    g = factor * torch.exp((z - maximum) - log_sum_1)
-    if cap is not None:
-        g = g * (1 - (z / cap).square())
-    (student if out is None else out).copy_(g)
-
-
-def _rest_logits(stored: Tensor, cap: Tensor | None, apart: bool) -> Tensor:
-    z = _logits(stored, cap)
-    # A softcap would give the classes that are left out, -inf, a logit like any other.
-    return torch.where(stored == -math.inf, LOGIT_FLOOR, z) if apart and cap is not None else z
-
-
-def tempered_statistics(
-    student: Tensor, cap: Tensor | None, inverse_t: Tensor, temperature_kind: str, apart: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`statistics` of the student alone. apart: whether -inf marks classes that are left out, softcap or not."""
-    return _student_sums(_rest_logits(student, cap, apart), inverse_t, temperature_kind)
-
-
-def tempered_gradient(
-    student: Tensor,
-    cap: Tensor | None,
-    maximum: Tensor,
-    log_sum_t: Tensor,
-    log_sum_1: Tensor,
-    factors: tuple[Tensor, Tensor],
-    inverse_t: Tensor,
-    temperature_kind: str,
-    apart: bool,
-    out: Tensor | None,
-) -> None:
-    """Write a q_1 + c q to `out`, or over `student` for None: q_1 and a as in `gradient`, q over what is not left out.
-
-    maximum, log_sum_t, log_sum_1, and a, c of factors: each [R, 1].
-    """
-    z = _rest_logits(student, cap, apart)
-    q = torch.exp((z - maximum) * inverse_t - log_sum_t)
-    q_1 = _at_temperature_1(q, z, maximum, log_sum_1, temperature_kind)
-    g = factors[0] * q_1 + factors[1] * q
-    if cap is not None:
-        g = g * (1 - (z / cap).clamp(min=-1).square())
-    (student if out is None else out).copy_(g)
-
-
-class _Compiler:
-    """`torch.compile`, once for each function and kind of argument; eager mode, after one warning, where that fails.
-
-    Row counts and class counts are symbolic, so a step with another number of rows compiles nothing. Each entry is a
-    copy of the function's code, because the limit on recompilations counts per code object. No two arguments may share
-    memory: compiled code would take the second from where it was in the first call.
-    """
-
-    def __init__(self) -> None:
-        self._functions: dict[Any, Callable[..., Any]] = {}
-        self._failed = False
-
-    def __call__(self, key: Any, function: Callable[..., Any], *args: Any) -> Any:
-        if self._failed:
-            return function(*args)
-        key = (function, key, torch.is_inference_mode_enabled(), torch.get_num_threads())
-        compiled = self._functions.get(key)
-        if compiled is not None:
-            return compiled(*args)
-        code, name = function.__code__.replace(), function.__name__
-        compiled = torch.compile(types.FunctionType(code, function.__globals__, name), dynamic=True)
-        try:
-            result = compiled(*args)
-        except Exception as error:  # What a missing or broken compiler raises differs from release to release.
-            self._failed = True
-            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            warnings.warn(f"torch.compile does not work here, using eager PyTorch: {reason}", stacklevel=2)
-            return function(*args)
-        self._functions[key] = compiled
-        return result
-
-
-_compile = _Compiler()
-
-
-def _layout(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """What compiled code takes for granted: dtypes, packed rows, and which sizes and strides are equal."""
-    sizes = [n for x in tensors if x is not None for n in (x[0].numel(), *x.shape[1:], *x.stride())]
-    return tuple(None if x is None else x.dtype for x in tensors), tuple(sizes.index(n) for n in sizes)
-
-
-def _eager(key: Any, function: Callable[..., Any], *args: Any) -> Any:
-    return function(*args)
-
-
 def block_bytes(device: torch.device) -> int:
     """Bytes that the V-wide tensors of a block of rows may take."""
     return _BLOCK_BYTES.get(device.type, _BLOCK_BYTES_ELSEWHERE)
@@ -275,19 +70,6 @@ def _blocks(rows: int, bytes_per_row: int, device: torch.device) -> Iterator[sli
     count = min(-(-rows // fitting), max(1, rows // 2))
     bounds = [rows * i // count for i in range(count + 1)] if rows else []
     return map(slice, bounds[:-1], bounds[1:])
-
-
-def _merge(
-    maxima_RP: Tensor, scale: Tensor | float, sums_RP: Tensor, products_RP: Tensor | None = None
-) -> tuple[Tensor, ...]:
-    """Maximum M, sum of e = e^((z-M) scale) and, for products, of e (z-M), each [R, 1], from those of pieces."""
-    maximum = maxima_RP.amax(1, keepdim=True)
-    lower = maxima_RP - maximum
-    moved = (lower * scale).exp()
-    merged = maximum, (sums_RP * moved).sum(1, keepdim=True)
-    if products_RP is None:
-        return merged
-    return *merged, ((products_RP + sums_RP * lower) * moved).sum(1, keepdim=True)
 
 
 def distillation_rows(
@@ -413,7 +195,7 @@ class _RowLoss:
             self.skew, self.beta = number(divergence.skew), number(divergence.beta)
         # One row would compile once more: sizes 0 and 1 are never symbolic.
         compiled = compiled and student.shape[0] > 1 and classes > 3
-        self.run = _compile if compiled else _eager
+        self.run = _compile if compiled else eager
         # Of the numbers that make pieces of some thousand classes, the one that leaves the fewest over.
         numbers = range(max(2, classes // (2 * _PIECE)), max(3, classes // _PIECE))
         self.num_pieces = min(numbers, key=lambda n: (classes % n, classes // n % ALIGNMENT)) if compiled else 1
@@ -465,7 +247,7 @@ class _RowLoss:
         parts = [function(*x, *rest) for x in left]
         if normalisers:
             rest = (Normalisers(*(x.repeat(1, self.num_pieces) for x in normalisers)), *args)
-        parts.append(self.run((key, _layout(*main)), function, *main, *rest))
+        parts.append(self.run((key, layout(*main)), function, *main, *rest))
         return [torch.cat(x, 1) for x in zip(*parts)]
 
     def block(
@@ -482,20 +264,20 @@ class _RowLoss:
         classes = min(student_RV.shape[1], teacher_RV.shape[1])
         student, teacher, tail = student_RV[:, :classes], teacher_RV[:, :classes], student_RV[:, classes:]
         target = None if self.in_place or out is None else out[:, :classes]
-        key = (_layout(student, teacher, target), *(c is None for c in self.caps), self.temperature_kind)
+        key = (layout(student, teacher, target), *(c is None for c in self.caps), self.temperature_kind)
         max_RP, s_RP, a_RP, s_t_RP, max_T_RP, s_T_RP = self._reduce(
             key, statistics, (student, teacher), self.caps, self.inverse_t, self.temperature_kind
         )
-        max_S, s_t = _merge(max_RP, self.inverse_t, s_t_RP)
-        max_T, s_T = _merge(max_T_RP, self.inverse_t, s_T_RP)
+        max_S, s_t = merge(max_RP, self.inverse_t, s_t_RP)
+        max_T, s_T = merge(max_T_RP, self.inverse_t, s_T_RP)
         n = Normalisers(max_S, s_t.log(), max_T, s_T.log())
         if tail.shape[1]:
             rest = student_statistics(tail[:, None], self.caps[0])
             max_RP, s_RP, a_RP = (torch.cat(both, 1) for both in zip((max_RP, s_RP, a_RP), rest))
-        max_1, s, a = _merge(max_RP, 1.0, s_RP, a_RP)
+        max_1, s, a = merge(max_RP, 1.0, s_RP, a_RP)
         log_sum_1 = s.log()
         label_S = student_RV.gather(1, labels_R1)
-        cross_entropy = log_sum_1 - (_logits(label_S, self.caps[0]) - max_1)
+        cross_entropy = log_sum_1 - (logits(label_S, self.caps[0]) - max_1)
         entropy = log_sum_1 - a / s
 
         labels_K = labels_R1.clamp(max=classes - 1)
@@ -508,9 +290,9 @@ class _RowLoss:
             )
             value, sum_w = (x.sum(1, keepdim=True) for x in both_RP)
         else:
-            run = _eager
-            log_q, _ = _log_probabilities(student, self.caps[0], n.max_S, n.log_sum_S, self.inverse_t)
-            log_p, _ = _log_probabilities(teacher, self.caps[1], n.max_T, n.log_sum_T, self.inverse_t)
+            run = eager
+            log_q, _ = log_probabilities(student, self.caps[0], n.max_S, n.log_sum_S, self.inverse_t)
+            log_p, _ = log_probabilities(teacher, self.caps[1], n.max_T, n.log_sum_T, self.inverse_t)
             value, w = self.divergence(log_p, log_q)
             value, sum_w, w_label = value[:, None], w.sum(1, keepdim=True), w.gather(1, labels_K)
             terms, label_terms = (lambda *_: (w, w)), (lambda *_: (w_label, w_label))
@@ -538,12 +320,12 @@ class _RowLoss:
     ) -> tuple[Tensor, Tensor, Tensor]:
         cap = self.caps[0]
         target = None if self.in_place else out
-        key = (_layout(student_RV, target), cap is None)
+        key = (layout(student_RV, target), cap is None)
         maxima_RP, *sums_RP = self._reduce(key, student_statistics, (student_RV,), cap)
-        max_1, s, a = _merge(maxima_RP, 1.0, *sums_RP)
+        max_1, s, a = merge(maxima_RP, 1.0, *sums_RP)
         log_sum_1 = s.log()
         label_S = student_RV.gather(1, labels_R1)
-        values = torch.zeros_like(s), log_sum_1 - (_logits(label_S, cap) - max_1), log_sum_1 - a / s
+        values = torch.zeros_like(s), log_sum_1 - (logits(label_S, cap) - max_1), log_sum_1 - a / s
         if out is not None:
             a_R1, _ = self._factors(weights_R1, s)
             at_label = torch.empty_like(s)
@@ -563,7 +345,7 @@ class _RowLoss:
         """`block` for `compact_rows`."""
         cap, ids_RK, apart = self.caps[0], divergence.ids_CK, divergence.apart
         target = None if self.in_place else out
-        key = (_layout(student_RV, target), cap is None, self.temperature_kind, apart)
+        key = (layout(student_RV, target), cap is None, self.temperature_kind, apart)
         options = (cap, self.inverse_t, self.temperature_kind)
         label_S = student_RV.gather(1, labels_R1)
         ids_S = label_S[:, :0] if ids_RK is None else student_RV.gather(1, ids_RK)
@@ -571,20 +353,20 @@ class _RowLoss:
             # The rest's mass is then a sum of its own: 1 minus the mass of the others has no digits where it is small.
             student_RV.scatter_(1, ids_RK, -math.inf)
         max_RP, s_RP, a_RP, s_t_RP = self._reduce(key, tempered_statistics, (student_RV,), *options, apart)
-        max_rest, s_t = _merge(max_RP, self.inverse_t, s_t_RP)
+        max_rest, s_t = merge(max_RP, self.inverse_t, s_t_RP)
         log_sum_rest = s_t.log()
         if apart:
             known = tempered_statistics(ids_S[:, None], *options, False)
             rest = max_RP, s_RP, a_RP, s_t_RP
             max_RP, s_RP, a_RP, s_t_RP = (torch.cat(both, 1) for both in zip(rest, known))
-        _, s_t = _merge(max_RP, self.inverse_t, s_t_RP)
+        _, s_t = merge(max_RP, self.inverse_t, s_t_RP)
         log_sum_t = s_t.log()
-        max_1, s, a = _merge(max_RP, 1.0, s_RP, a_RP)
+        max_1, s, a = merge(max_RP, 1.0, s_RP, a_RP)
         log_sum_1 = s.log()
-        cross_entropy = log_sum_1 - (_logits(label_S, cap) - max_1)
+        cross_entropy = log_sum_1 - (logits(label_S, cap) - max_1)
         entropy = log_sum_1 - a / s
 
-        z_ids = _logits(ids_S, cap)
+        z_ids = logits(ids_S, cap)
         log_q_RK = (z_ids - max_1) * self.inverse_t - log_sum_t
         log_q_rest = (max_rest - max_1) * self.inverse_t + (log_sum_rest - log_sum_t)
         value, g_RB = divergence(torch.cat((log_q_RK, log_q_rest), 1), max_1 * self.inverse_t + log_sum_t)
@@ -621,6 +403,6 @@ class _RowLoss:
 
     def _write_label(self, out: Tensor, labels_R1: Tensor, label_S: Tensor, gradient_R1: Tensor, a_R1: Tensor) -> None:
         """The label's gradient: what it is as any class, and -a from the one-hot."""
-        slope = self._slope(_logits(label_S, self.caps[0]))
+        slope = self._slope(logits(label_S, self.caps[0]))
         rows = torch.arange(len(out), device=out.device)
         out[rows, labels_R1[:, 0]] = (gradient_R1 - a_R1 * slope)[:, 0].to(out.dtype)

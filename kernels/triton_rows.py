@@ -27,7 +27,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .divergences import FORMULAS, RowDivergence
-from .rows import ALIGNMENT, LOGIT_FLOOR, RowCoefficients, RowValues
+from .passes import LOGIT_FLOOR
+from .rows import ALIGNMENT, RowCoefficients, RowValues
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)

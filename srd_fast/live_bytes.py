@@ -29,10 +29,7 @@ class _Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _aten._local_scalar_dense.default:
             return self.owner.value_of(args[0])
-        if func is _aten._to_copy.default:
-            label = self.owner.label_of_copy(args[0])
-        else:
-            label = None
+        label = self.owner.label_of_copy(args[0]) if func is _aten._to_copy.default else None
         out = func(*args, **(kwargs or {}))
         for x in tree_leaves(out):
             if isinstance(x, Tensor):
@@ -45,14 +42,14 @@ class _Watch(TorchDispatchMode):
 class LiveBytes:
     """`with LiveBytes() as live:` makes every tensor fake and counts its storage, by label, until it dies.
 
-    live: bytes by label now. peak: bytes by label when their sum was largest since `forget_peak`, at `moment`.
+    live: bytes by label now. peak: bytes by label when their sum was largest; peak_moment: what `moment` was then.
     masks_are_whole: what a look at a fake boolean tensor gives; sizes depend on no other value.
     """
 
     def __init__(self, masks_are_whole: bool = False) -> None:
         self.live: Counter[str] = Counter()
         self.peak: dict[str, int] = {}
-        self.moment = self.label = ""
+        self.moment = self.peak_moment = self.label = ""
         self.masks_are_whole = masks_are_whole
         self.values: dict[int, Any] = {}
         self._total = self._largest = 0
@@ -84,7 +81,9 @@ class LiveBytes:
         return self._copies.get(self._labels.get(x.untyped_storage()._cdata, ""))
 
     def see(self, x: Tensor, label: str | None = None) -> None:
-        """Count the storage of `x`, unless it is counted already."""
+        """Count the storage of `x`, unless it is counted already or on the device meta, which is a shape alone."""
+        if x.device.type == "meta":
+            return
         storage = x.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if key in self._labels:
@@ -94,7 +93,7 @@ class LiveBytes:
         self.live[self._labels[key]] += size
         self._total += size
         if self._total > self._largest:
-            self._largest, self.peak, self._peak_moment = self._total, dict(self.live), self.moment
+            self._largest, self.peak, self.peak_moment = self._total, dict(self.live), self.moment
 
     def _gone(self, key: int, size: int) -> None:
         self.live[self._labels.pop(key)] -= size
@@ -116,8 +115,3 @@ class LiveBytes:
         if known is not None:
             return known
         return self.masks_are_whole if x.dtype == torch.bool else 1.0 if x.is_floating_point() else 1
-
-    @property
-    def peak_moment(self) -> str:
-        """`moment` at the peak."""
-        return getattr(self, "_peak_moment", "")

@@ -1,17 +1,15 @@
 """How much memory the step `distill` of a run will need at its peak, and the teacher cache on disk, before it runs.
 
-Student, optimizer and a live teacher go through one step on fake tensors (see `live_bytes`), made from their configs
-alone; the loss takes part with the buffers that its chunks would have. What lies outside of tensors is measured once
-(the process after its imports) or allowed for (`_ALLOWANCE`).
+The tensors come from a step on fake ones (`dry_step`). What lies outside of them is measured (a process after its
+imports) or allowed for (`_KEPT`).
 """
 
-import gc
 import json
+import os
 import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -19,32 +17,24 @@ from typing import Any
 
 import torch
 import yaml
-from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, Trainer
 
 from .config import SRDConfig
 from .curation import CurriculumPlan
-from .curriculum import per_stage
 from .data import IGNORE_INDEX, read_rows
-from .errors import UserError, first_line
-from .kernels import ALIGNMENT, EAGER_BUFFERS, block_bytes
-from .live_bytes import LiveBytes
-from .losses import get_divergence
-from .losses.backends import row_backend
-from .losses.buffers import chunk_rows
-from .models import find_head, flattening, hidden_states, prune_depth, resolve_model, unwrap, varlen
+from .dry_step import Batch, Simulated, simulate
+from .errors import UserError
 from .run_config import RunConfig
-from .steps import LIVE, PRUNE, Run
+from .steps import LIVE, Run
 from .steps.data import QUICKSTART_ROWS
 from .steps.run import QUICKSTART
-from .steps.training import check_cache, lora_config, training_config
+from .steps.training import check_cache, training_config
 from .teacher.index import KEY_BYTES
-from .teacher.stores import ProjectedStore, Store, make_store
 from .trainer import make_curriculum
 
-# What a process on CPU takes beyond the tensors that are alive at its peak, as a part of them: glibc's malloc keeps
-# freed memory between tensors in use, and matrix products pack their operands. On CUDA: the caching allocator's blocks.
-_ALLOWANCE = {"cpu": 0.10, "cuda": 0.10}
+# What allocators keep beside tensors in use, as a part of activations and cast weights. On Linux glibc's malloc takes
+# blocks of up to 32 MB from a heap whose gaps later tensors fill only in part: 0.52 to 0.68 measured (SmolLM2-135M at
+# 15 layers, batches of 8 and 16, hidden and live), 0 with MALLOC_MMAP_THRESHOLD_ set. On CUDA an assumption.
+_KEPT = {"cpu": 0.6, "cuda": 0.1}
 # A CUDA context with cuBLAS, bytes on the device.
 _CUDA_BASE = 600 << 20
 # After the imports, where no process can be started to measure it: Linux, torch 2.13 for CPU, transformers 5.
@@ -64,14 +54,6 @@ PARTS = (
     "cache rows",
     "allocator",
 )
-
-
-@dataclass(frozen=True)
-class Batch:
-    """A micro-batch: its samples' lengths in tokens, and how many tokens have a loss."""
-
-    lengths: tuple[int, ...]
-    rows: int
 
 
 @dataclass(frozen=True)
@@ -113,7 +95,8 @@ class MemoryPlan:
     def __str__(self) -> str:
         width = max(map(len, (*self.parts, "disk: teacher cache")))
         lines = [f"{name:{width}}  {size / 1e9:9.3f} GB  {size / self.total:6.1%}" for name, size in self.rows()]
-        lines.append(f"{'disk: teacher cache':{width}}  {self.disk / 1e9:9.3f} GB")
+        known = "  unknown until the data is prepared" if self.disk is None else f"  {self.disk / 1e9:9.3f} GB"
+        lines.append(f"{'disk: teacher cache':{width}}{known}")
         if self.host:
             lines.append(f"{'host: teacher':{width}}  {self.host / 1e9:9.3f} GB")
         return "\n".join(lines)
@@ -137,8 +120,8 @@ class _Lengths:
     source: str
 
 
-_DATA_KEYS = ("teacher", "data", "data_split", "validation", "max_rows", "template", "seed")
-_DATA_KEYS += ("max_prompt_length", "max_response_length")
+_LIMITS = ("max_prompt_length", "max_response_length")
+_DATA_KEYS = ("teacher", "data", "data_split", "validation", "max_rows", "template", "seed", *_LIMITS)
 _PLAN_KEYS = ("student", "init_student", "reflect", "curate")
 
 
@@ -208,313 +191,7 @@ def _evaluation_batch(lengths: _Lengths | None, config: RunConfig, size: int, fl
     return _largest([rows[i : i + size] for i in range(0, len(rows), size)], flattened)
 
 
-# The models, without weights
-
-
-def _load_config(source: str) -> Any:
-    try:
-        return AutoConfig.from_pretrained(resolve_model(source))
-    except UserError:
-        raise
-    except Exception as e:  # damaged configs raise errors of many libraries
-        raise UserError(f"model {source!r} has no config that can be read: {first_line(e)}") from e
-
-
-def _make_model(source: str, dtype: torch.dtype, device: torch.device) -> Any:
-    config = _load_config(source)
-    try:
-        with device:
-            return AutoModelForCausalLM.from_config(config, dtype=dtype)
-    except ValueError as e:
-        raise UserError(f"model {source!r} is not a causal language model: {first_line(e)}") from e
-
-
-def _make_student(config: RunConfig, device: torch.device, live: LiveBytes, args: SRDConfig) -> Any:
-    with live.labelled("student weights"):
-        source = config.teacher if config.student == PRUNE else config.student
-        model = _make_model(source, torch.float32, device)
-        if config.student == PRUNE:
-            prune_depth(model, config.init_student.layers)
-    peft_config = lora_config(config)
-    if peft_config is not None:
-        from peft import get_peft_model
-
-        with live.labelled("adapters"):
-            model = get_peft_model(model, peft_config)
-    if args.gradient_checkpointing:
-        options = {**(args.gradient_checkpointing_kwargs or {}), "preserve_rng_state": False}
-        unwrap(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-        if peft_config is not None:
-            unwrap(model).enable_input_require_grads()
-    gc.collect()
-    return model.train()
-
-
-def _make_teacher(config: RunConfig, run: Run, student: Any, offload: bool) -> tuple[Any, list[Tensor]]:
-    """The body if it runs, and whatever else of the teacher stays in memory."""
-    kind = config.cache.kind
-    if kind in ("topk", "sampled"):
-        return None, []
-    if kind == "projected":
-        return None, [torch.empty_like(x) for x in find_head(student).tensors().values()]
-    model = _make_model(config.teacher, run.dtype, torch.device("cpu") if offload else run.device)
-    model.eval().requires_grad_(False)
-    head = [x for x in find_head(model).tensors().values()]
-    if kind == LIVE:
-        return model, [torch.empty_like(x, device=run.device) for x in head] if offload else []
-    return None, [torch.empty_like(x) for x in head]
-
-
-def _flattens(models: Sequence[Any], wanted: Any) -> bool:
-    """What `SRDTrainer` decides, short of running the models; switches their attention if so."""
-    if not wanted or any(flattening._unfit(unwrap(m)) is not None for m in models):
-        return False
-    for model in models:
-        if "flash" not in str(unwrap(model).config._attn_implementation):
-            unwrap(model).set_attn_implementation(varlen.IMPLEMENTATION)
-    return True
-
-
-def _forward(model: Any, batch: Batch, device: torch.device, flattened: bool) -> Tensor:
-    """The hidden states that `srd_fast.models.hidden_states` would give."""
-    if not flattened:
-        ids = torch.zeros(len(batch.lengths), max(batch.lengths), dtype=torch.long, device=device)
-        return hidden_states(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
-    inner, lengths = unwrap(model), list(batch.lengths)
-    text = inner.config.get_text_config()
-    if getattr(text, "sliding_window", None) is None:
-        # Without windows only the sum of the lengths matters, and equal lengths are one call of the kernel.
-        lengths = [-(-sum(lengths) // len(lengths))] * len(lengths)
-    total = sum(lengths)
-    starts = torch.zeros(len(lengths) + 1, dtype=torch.int32, device=device)
-    keywords: dict[str, Any] = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts}
-    keywords |= {"max_length_q": max(lengths), "max_length_k": max(lengths)}
-    if inner.config._attn_implementation == varlen.IMPLEMENTATION:
-        keywords["sample_lengths"] = lengths
-    ids = torch.zeros(1, total, dtype=torch.long, device=device)
-    with varlen.flattened_forward():
-        out = inner.base_model(
-            input_ids=ids, position_ids=torch.zeros_like(ids), use_cache=False, return_dict=True, **keywords
-        )
-    return out.last_hidden_state
-
-
-# The loss
-
-
-@dataclass(frozen=True)
-class _LossSizes:
-    """What `ChunkedLoss` allocates; see `losses.chunked.run_chunks`. Bytes, but for classes.
-
-    kept: the workspace. working: casts of heads, eager temporaries and slices of products.
-    """
-
-    kept: int
-    working: int
-
-
-def _loss_sizes(
-    config: RunConfig, args: SRDConfig, run: Run, student: Any, teacher_classes: int, rows: int, training: bool
-) -> _LossSizes:
-    head = find_head(student).weight
-    assert head is not None
-    classes, width = head.shape
-    autocast = args.bf16 or args.fp16
-    # The products run in autocast's dtype; a float32 loss gets a teacher in float32.
-    gemm = run.dtype if autocast else head.dtype
-    sides = [classes, *([teacher_classes] if config.cache.kind in (LIVE, "hidden") else [])]
-    compact = len(sides) == 1
-    divergence = None if compact else get_divergence(args.divergence).bind(args.skew, args.beta)
-    if compact and args.backend == "auto" and run.device.type != "cpu":
-        backend = "eager"
-    else:
-        backend = row_backend(args.backend, run.device, gemm, max(sides), divergence, True)[1]
-    temporary = EAGER_BUFFERS * max(sides) * 4 if backend == "eager" else 0
-    strides = [-(-s // ALIGNMENT) * ALIGNMENT for s in sides]
-    chunk = chunk_rows(rows, sum(sides) * gemm.itemsize, temporary, run.device, args.memory_budget)
-    casts = classes * width * gemm.itemsize if gemm != head.dtype else 0
-    working = casts + (min(chunk * temporary, block_bytes(run.device)) if temporary else 0)
-    if training and head.requires_grad and gemm != head.dtype:
-        working += min(classes, 8192) * width * (gemm.itemsize + 4)
-    if run.device.type == "cpu":
-        working += max(classes, *sides) * width * gemm.itemsize  # the head as the product packs it
-    return _LossSizes(chunk * sum(strides) * gemm.itemsize, working)
-
-
-class _Loss(torch.autograd.Function):
-    """Allocates what `ChunkedLoss` does."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden_ND: Tensor, weight: Tensor, bias: Tensor | None, working: int) -> Tensor:
-        grads = [torch.empty_like(x) if n else None for x, n in zip((hidden_ND, weight, bias), ctx.needs_input_grad)]
-        scratch = torch.empty(working, dtype=torch.uint8, device=hidden_ND.device)
-        ctx.grads = grads
-        del scratch
-        ctx.save_for_backward(hidden_ND, weight, bias)
-        return hidden_ND.new_zeros(())
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
-        grads, ctx.grads = ctx.grads, None
-        return (*grads, None)
-
-
-# One step
-
-
-@dataclass
-class _Step:
-    """A distillation step on fake tensors."""
-
-    config: RunConfig
-    args: SRDConfig
-    run: Run
-    live: LiveBytes
-    student: Any
-    teacher: Any
-    teacher_classes: int
-    flattened: bool
-
-    def autocast(self) -> Any:
-        """As accelerate sets it up."""
-        if not (self.args.bf16 or self.args.fp16):
-            return nullcontext()
-        return torch.autocast(self.run.device.type, torch.bfloat16 if self.args.bf16 else torch.float16)
-
-    @contextmanager
-    def at(self, moment: str, label: str) -> Iterator[None]:
-        """Name the moment, and what is allocated in it."""
-        self.live.moment = moment
-        with self.live.labelled(label, {"student weights": "cast weights", "adapters": "cast weights"}):
-            yield
-
-    def teacher_rows(self, batch: Batch) -> Tensor | None:
-        """The live teacher's hidden states."""
-        if self.teacher is None:
-            return None
-        with torch.inference_mode(False), torch.no_grad(), self.at("teacher", "activations"):
-            device = next(self.teacher.parameters()).device
-            hidden_BLD = _forward(self.teacher, batch, device, self.flattened)
-            return self.rows(hidden_BLD, batch)
-
-    @staticmethod
-    def rows(hidden_BLD: Tensor, batch: Batch) -> Tensor:
-        """[N, D], as `rows_with_loss` takes them."""
-        index = torch.zeros(batch.rows, dtype=torch.long, device=hidden_BLD.device)
-        return hidden_BLD[:, :-1][index, index]
-
-    def evaluate(self, batch: Batch, loss: _LossSizes) -> None:
-        """`measure_batch`."""
-        teacher_ND = self.teacher_rows(batch)
-        with torch.no_grad(), self.autocast(), self.at("evaluation", "activations"):
-            hidden_ND = self.rows(_forward(self.student, batch, self.run.device, self.flattened), batch)
-            with self.at("evaluation", "loss"):
-                torch.empty(loss.working, dtype=torch.uint8, device=self.run.device)
-        del teacher_ND, hidden_ND
-
-    def train(self, batch: Batch, loss: _LossSizes) -> None:
-        """`SRDTrainer.training_step` of a micro-batch."""
-        teacher_ND = self.teacher_rows(batch)
-        with self.at("forward", "activations"):
-            with self.autocast():
-                hidden_BLD = _forward(self.student, batch, self.run.device, self.flattened)
-            hidden_ND = self.rows(hidden_BLD, batch)
-            head = find_head(self.student)
-            with self.at("loss", "loss"):
-                value = _Loss.apply(hidden_ND, head.weight, head.bias, loss.working)  # type: ignore[no-untyped-call]
-        with self.at("backward", "backward"):
-            value.backward()
-        del teacher_ND, hidden_BLD, hidden_ND
-
-    def optimise(self, optimizer: Any) -> None:
-        """The optimizer's step; its state counts as such from then on."""
-        with self.at("optimizer", "optimizer"):
-            optimizer.step()
-
-
-def _optimizer(args: SRDConfig, model: Any) -> Any:
-    try:
-        kind, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
-    except (ImportError, RuntimeError, ValueError) as e:
-        raise UserError(f"config: distill.optim: {first_line(e)}") from e
-    return kind([p for p in model.parameters() if p.requires_grad], **options)
-
-
-@dataclass(frozen=True)
-class _Simulated:
-    """parts, moment: of the peak. row_bytes, head_bytes: of the cache on disk."""
-
-    parts: dict[str, int]
-    moment: str
-    batch: Batch
-    flattened: bool
-    host: int
-    row_bytes: int
-    head_bytes: int
-
-
-def _store(config: RunConfig, args: SRDConfig, student: Any, classes: int) -> Store:
-    kind, stages = config.cache.kind, config.curate.stages
-    of_stages = per_stage("temperature", args.temperature, args.temperature_start, args.temperature_end, stages)
-    temperatures = tuple(sorted({1.0, *map(float, of_stages)}))
-    if kind == "projected":
-        return ProjectedStore(find_head(student), "", temperatures)
-    return make_store(kind, classes, config.cache.k, temperatures)
-
-
-def _simulate(config: RunConfig, args: SRDConfig, lengths: _Lengths | None) -> _Simulated:
-    run = Run(config, Path(config.output_dir), {}, {})
-    device, live = run.device, LiveBytes()
-    offload = args.teacher_offload and device.type != "cpu" and config.cache.kind == LIVE
-    with live:
-        student = _make_student(config, device, live, args)
-        with live.labelled("host" if offload else "teacher"):
-            teacher, held = _make_teacher(config, run, student, offload)
-            gc.collect()
-        for x in held:
-            live.relabel(x, "teacher")
-        host = live.live.pop("host", 0)
-        teacher_classes = _load_config(config.teacher).get_text_config().vocab_size
-        flattened = _flattens([student, *([teacher] if teacher is not None else [])], args.padding_free)
-        sizes = args.per_device_train_batch_size, args.per_device_eval_batch_size
-        batch = _train_batch(lengths, config, sizes[0], flattened)
-        evaluation = _evaluation_batch(lengths, config, sizes[1], flattened)
-        # Fake masks are never whole unless no batch needs padding.
-        live.masks_are_whole = len(set(batch.lengths)) == 1
-        evaluates = args.eval_strategy != "no"
-        loss = _loss_sizes(config, args, run, student, teacher_classes, batch.rows, True)
-        of_evaluation = _loss_sizes(config, args, run, student, teacher_classes, evaluation.rows, False)
-        step = _Step(config, args, run, live, student, teacher, teacher_classes, flattened)
-        with live.labelled("loss"):
-            kept = max(loss.kept, of_evaluation.kept if evaluates else 0)
-            workspace = torch.empty(kept, dtype=torch.uint8, device=device)
-        trained = [p for p in student.parameters() if p.requires_grad]
-        for p in trained:
-            p.register_post_accumulate_grad_hook(lambda p: live.relabel(p.grad, "gradients"))
-        with step.at("optimizer", "gradients"):
-            for p in trained:
-                p.grad = torch.empty_like(p)
-        optimizer = _optimizer(args, student)
-        step.optimise(optimizer)
-        optimizer.zero_grad()
-        if evaluates:
-            student.eval()
-            step.evaluate(evaluation, of_evaluation)
-            student.train()
-        for _ in range(min(2, args.gradient_accumulation_steps)):
-            step.train(batch, loss)
-        step.optimise(optimizer)
-        row_bytes = head_bytes = 0
-        if config.cache.kind != LIVE:
-            head_T = find_head(_make_model(config.teacher, run.dtype, device))
-            common = min(teacher_classes, find_head(student).num_classes(workspace))
-            row_bytes = _store(config, args, student, common).bytes_per_row(head_T, run.dtype)
-            if config.cache.kind == "hidden":
-                head_bytes = sum(x.numel() * x.element_size() for x in head_T.tensors().values())
-    return _Simulated(live.peak, live.peak_moment, batch, flattened, host, row_bytes, head_bytes)
-
-
-def _disk(config: RunConfig, lengths: _Lengths | None, made: _Simulated) -> int | None:
+def _disk(config: RunConfig, lengths: _Lengths | None, made: Simulated) -> int | None:
     """Bytes of the cache; None where the number of samples is not known yet."""
     if config.cache.kind == LIVE:
         return 0
@@ -542,19 +219,23 @@ def _count_rows(config: RunConfig) -> int | None:
 # The whole
 
 
+# On Linux ru_maxrss counts what a process was before exec as well, its parent, and VmHWM does not.
 _PROBE = """
-import resource, sys
 import srd_fast.cli
 srd_fast.cli._quiet()
 import srd_fast.pipeline, torch._dynamo, torch._inductor.compile_fx
-unit = 1 if sys.platform == "darwin" else 1024
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+try:
+    with open("/proc/self/status") as f:
+        print(next(int(line.split()[1]) * 1024 for line in f if line.startswith("VmHWM")))
+except (OSError, StopIteration):
+    import resource, sys
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
 """
 
 
 @cache
 def _process_bytes() -> int:
-    """ru_maxrss of a process that has imported what a run imports, measured once; `_BASE` where that fails."""
+    """Peak resident memory of a process that has imported what a run imports, measured once; `_BASE` where that fails."""
     try:
         done = subprocess.run([sys.executable, "-c", _PROBE], capture_output=True, text=True, check=True, timeout=300)
         return int(done.stdout.split()[-1])
@@ -575,10 +256,19 @@ def plan(config: RunConfig) -> MemoryPlan:
     args = training_config(config, run.folder, run.device, run.dtype)
     check_cache(config, args)
     lengths = _read_lengths(config, args)
-    made = _simulate(config, args, lengths)
+
+    def largest(training: bool, flattened: bool) -> Batch:
+        if training:
+            return _train_batch(lengths, config, args.per_device_train_batch_size, flattened)
+        return _evaluation_batch(lengths, config, args.per_device_eval_batch_size, flattened)
+
+    made = simulate(config, args, largest)
     parts = {**made.parts, "process": _CUDA_BASE if run.device.type == "cuda" else _process_bytes()}
     parts["cache rows"] = 2 * made.batch.rows * made.row_bytes
-    parts["allocator"] = int(_ALLOWANCE.get(run.device.type, 0.1) * sum(made.parts.values()))
+    kept = (
+        0.0 if "MALLOC_MMAP_THRESHOLD_" in os.environ and run.device.type == "cpu" else _KEPT.get(run.device.type, 0.1)
+    )
+    parts["allocator"] = int(kept * (parts.get("activations", 0) + parts.get("cast weights", 0)))
     return MemoryPlan(
         device=run.device.type,
         parts={name: parts[name] for name in PARTS if parts.get(name)},
@@ -594,6 +284,7 @@ def plan(config: RunConfig) -> MemoryPlan:
 # What fits in a limit
 
 
+_EVALUATION = "distill.per_device_eval_batch_size"
 _SMALLEST_BUDGET = 32 << 20
 _BUDGETS = (512 << 20, 256 << 20, 128 << 20, 64 << 20, _SMALLEST_BUDGET)
 _UNITS = {"": 1, "b": 1}
@@ -689,16 +380,17 @@ def fit(config: RunConfig, limit: int) -> MemoryPlan:
     batch, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
     default = (1 << 30) if run.device.type == "cuda" else 512 << 20
     budgets: list[dict[str, Any]] = [{}]
-    budgets += [{"distill.memory_budget": b} for b in _BUDGETS if b < (args.memory_budget or default)]
+    most = args.memory_budget or default
+    budgets += [{"distill.memory_budget": n} for n in _BUDGETS if n < most]
     sizes: list[dict[str, Any]] = [{}]
     for size in range(batch - 1, 0, -1):
         if batch * accumulation % size == 0:
             steps = {"distill.gradient_accumulation_steps": batch * accumulation // size}
             sizes.append({"distill.per_device_train_batch_size": size, **steps})
             if args.per_device_eval_batch_size > 2 * size:
-                sizes[-1]["distill.per_device_eval_batch_size"] = 2 * size
+                sizes[-1][_EVALUATION] = 2 * size
     # A budget below a quarter of the usual one makes products slow, so it comes after smaller batches.
-    good = [b for b in budgets if b.get("distill.memory_budget", default) >= default // 4] or [{}]
+    good = [b for b in budgets if b.get("distill.memory_budget", default) >= default // 4]
     for variant in _variants(config, args, run.device):
         if not search.fits({**variant, **sizes[-1], **budgets[-1]}):
             continue
@@ -707,11 +399,14 @@ def fit(config: RunConfig, limit: int) -> MemoryPlan:
             return search.plan(search.first(usual))
         smaller = [{**variant, **s, **good[-1]} for s in sizes]
         if search.fits(smaller[-1]):
-            size = sizes[smaller.index(search.first(smaller))]
-            return search.plan(search.first([{**variant, **size, **b} for b in good]))
-        return search.plan(search.first([{**variant, **sizes[-1], **b} for b in budgets]))
+            chosen = sizes[smaller.index(search.first(smaller))]
+            found = search.first([{**variant, **chosen, **b} for b in good])
+        else:
+            found = search.first([{**variant, **sizes[-1], **b} for b in budgets])
+        spared = {name: value for name, value in found.items() if name != _EVALUATION}
+        return search.plan(spared if search.fits(spared) else found)
     least = min(search.made.values(), key=lambda p: p.total)
     raise UserError(
-        f"nothing fits in {limit / 1e9:.2f} GB: the least is {least.total / 1e9:.2f} GB, of which {least.largest} takes "
-        f"{least.parts[least.largest] / 1e9:.2f} GB (with {' '.join(least.overrides) or 'no overrides'})"
+        f"nothing fits in {limit / 1e9:.2f} GB: the least is {least.total / 1e9:.2f} GB, of which {least.largest} "
+        f"takes {least.parts[least.largest] / 1e9:.2f} GB (with {' '.join(least.overrides) or 'no overrides'})"
     )

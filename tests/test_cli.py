@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -32,8 +33,8 @@ from srd_fast.quickstart_data import make_quickstart_rows
 from srd_fast.run_config import load_run_config
 
 CONTRACT = (
-    "config.yaml", "reflections.parquet", "plan.json", "checkpoints", "student", "metrics.jsonl", "summary.json",
-    "report.html",
+    "config.yaml", "reflections.parquet", "plan.json", "teacher_cache", "checkpoints", "student", "metrics.jsonl",
+    "summary.json", "report.html",
 )  # fmt: skip
 STEPS_OF_DISTILL = 72  # 18 of 24 rows in 3 subsets, 4 epochs a stage, batch 2
 SAVE_STEPS = 8
@@ -193,7 +194,7 @@ def test_a_second_run_does_nothing(finished: Path, config_file: Path) -> None:
 def test_another_share_redoes_what_follows_from_it(copy: Path, config_file: Path) -> None:
     result = srd_fast("run", config_file, f"output_dir={copy}", "curate.keep=0.25", "distill.epochs_per_stage=1")
     assert result.steps("unchanged, skipped") == ["prepare", "init-student", "reflect"]
-    assert result.steps("done in") == ["curate", "distill", "evaluate", "report"]
+    assert result.steps("done in") == ["curate", "cache", "distill", "evaluate", "report"]
     assert train_steps(copy) == [1, *range(2, 7)]
     assert json.loads((copy / "summary.json").read_text())["training"]["steps"] == 6
     assert yaml.safe_load((copy / "config.yaml").read_text())["curate"]["keep"] == 0.25
@@ -274,6 +275,9 @@ def test_a_damaged_ledger_means_doing_it_again(content: str, copy: Path, config_
         ("reflect.rouge_tokenizer=unicode", "reflect"),
         ("curate.stages=2", "curate"),
         ("curate.signals={rouge_l: 2}", "curate"),
+        ("cache.kind=topk", "cache"),
+        ("cache.kind=live", "cache"),
+        ("cache.k=32", None),  # of hidden states there is no choice
         ("distill.skew=0.2", "distill"),
         ("evaluate.max_new_tokens=5", "evaluate"),
         ("output_dir=elsewhere", None),
@@ -308,7 +312,7 @@ def test_other_content_behind_the_same_name_counts(
 
 
 def test_a_verb_needs_the_steps_before_it(config_file: Path, tmp_path: Path) -> None:
-    for verb in ("reflect", "curate", "distill", "evaluate", "report"):
+    for verb in ("reflect", "curate", "cache", "distill", "evaluate", "report"):
         message = srd_fast(verb, config_file, f"output_dir={tmp_path / 'run'}").error()
         assert f"step '{verb}' needs 'prepare' done first" in message
 
@@ -370,6 +374,132 @@ def test_another_rouge_tokenizer_scores_every_model_again(copy: Path, config_fil
     result = srd_fast("run", config_file, f"output_dir={copy}", "reflect.rouge_tokenizer=unicode", *QUICK)
     assert result.status == 0
     assert teacher_score(copy) <= 1
+
+
+# The teacher's cache
+
+
+def cached(folder: Path) -> dict[str, bytes]:
+    """The files of a run's cache, hidden ones included."""
+    return {p.name: p.read_bytes() for p in (folder / "teacher_cache").iterdir()}
+
+
+def rows_file(folder: Path) -> Path:
+    (found,) = (folder / "teacher_cache").glob("rows-*.safetensors")
+    return found
+
+
+def test_the_cache_holds_the_kept_and_the_validation_samples(finished: Path) -> None:
+    assert len(load_file(rows_file(finished))["keys"]) == 18 + 6
+    assert sorted(cached(finished)) == ["head.safetensors", "index.json", "meta.json", rows_file(finished).name]
+    meta = json.loads((finished / "teacher_cache" / "meta.json").read_text())
+    assert (meta["kind"], meta["dtype"], meta["template"]) == ("hidden", "float32", "alpaca")
+
+
+def test_cache_is_a_verb(copy: Path, finished: Path, config_file: Path) -> None:
+    config = (config_file, f"output_dir={copy}")
+    assert srd_fast("cache", *config).steps("unchanged, skipped") == ["cache"]
+    shutil.rmtree(copy / "teacher_cache")
+    assert srd_fast("cache", *config).steps("done in") == ["cache"]
+    assert cached(copy) == cached(finished)
+    before = rows_file(copy).stat().st_mtime_ns
+    assert srd_fast("cache", *config, "--force").steps("done in") == ["cache"]
+    assert rows_file(copy).stat().st_mtime_ns > before
+    assert cached(copy) == cached(finished)
+    assert srd_fast("run", *config).steps("unchanged, skipped") == list(STEP_NAMES)
+
+
+def test_more_samples_leave_the_teachers_rows_of_the_others(copy: Path, config_file: Path) -> None:
+    before = rows_file(copy)
+    stamp = before.stat().st_mtime_ns
+    config = (config_file, f"output_dir={copy}", "curate.keep=1")
+    assert srd_fast("curate", *config).status == 0
+    assert srd_fast("cache", *config).steps("done in") == ["cache"]
+    assert before.stat().st_mtime_ns == stamp
+    (new,) = set((copy / "teacher_cache").glob("rows-*")) - {before}
+    assert len(load_file(new)["keys"]) == 24 - 18
+
+
+def test_a_damaged_cache_is_named_and_made_again(copy: Path, finished: Path, config_file: Path) -> None:
+    path = rows_file(copy)
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    shutil.rmtree(copy / "student")
+    result = srd_fast("run", config_file, f"output_dir={copy}")
+    assert result.status == 0
+    assert re.search(rf"{path.name} is damaged: its checksum is .*; making it again", result.err)
+    assert result.steps("done in")[:1] == ["distill"]
+    assert cached(copy) == cached(finished)
+    assert same_weights(copy, finished)
+
+
+@pytest.mark.parametrize("name", ["index.json", "meta.json", "head.safetensors"])
+def test_any_damaged_file_of_the_cache_is_made_again(name: str, copy: Path, finished: Path, config_file: Path) -> None:
+    path = copy / "teacher_cache" / name
+    path.write_bytes(path.read_bytes()[:-1])
+    result = srd_fast("cache", config_file, f"output_dir={copy}")
+    if name == "index.json":
+        assert result.steps("done in") == ["cache"]
+    else:  # the step looks at the index alone
+        assert result.steps("unchanged, skipped") == ["cache"]
+        result = srd_fast("distill", config_file, f"output_dir={copy}", *QUICK)
+    assert result.status == 0
+    assert re.search(rf"{name} is damaged: .*; making it again", result.err)
+    assert cached(copy) == cached(finished)
+
+
+def test_a_cache_of_something_else_is_replaced(copy: Path, config_file: Path) -> None:
+    """What was made before the cache is kept: only the step's own inputs have changed."""
+    entries = json.loads((copy / "steps.json").read_text())
+    meta = json.loads((copy / "teacher_cache" / "meta.json").read_text())
+    shutil.rmtree(copy / "teacher_cache")
+    config = (config_file, f"output_dir={copy}", "cache.kind=topk", "cache.k=8")
+    assert srd_fast("cache", *config).steps("done in") == ["cache"]
+    result = srd_fast("cache", *config[:2])
+    assert (result.status, result.steps("done in")) == (0, ["cache"])
+    assert re.search(r"was made with another kind: 'topk' there, 'hidden' here: making it again\n", result.err)
+    assert json.loads((copy / "teacher_cache" / "meta.json").read_text()) == meta
+    assert json.loads((copy / "steps.json").read_text())["cache"]["outputs"] == entries["cache"]["outputs"]
+
+
+def test_a_live_teacher_leaves_no_cache(copy: Path, finished: Path, config_file: Path) -> None:
+    shutil.rmtree(copy / "teacher_cache")
+    config = (config_file, f"output_dir={copy}", "cache.kind=live")
+    result = srd_fast("run", *config)
+    assert (result.status, result.steps("done in")[:2]) == (0, ["cache", "distill"])
+    assert not (copy / "teacher_cache").exists()
+    assert srd_fast("run", *config).steps("unchanged, skipped") == list(STEP_NAMES)
+    live, hidden = weights(copy), weights(finished)
+    for name, weight in hidden.items():
+        tiny.assert_same(live[name], weight, 1e-2, name)
+    losses = [[row["loss"] for row in metrics(f) if row["kind"] == "train"] for f in (copy, finished)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("cache.kind=topk", "cache.k=16"),
+        ("cache.kind=sampled", "cache.k=16", "distill.divergence=forward_kl"),
+        ("cache.kind=projected", "distill.divergence=forward_kl", "lora={target_modules: [q_proj]}"),
+    ],
+)
+def test_every_kind_of_cache_trains(overrides: tuple[str, ...], copy: Path, config_file: Path) -> None:
+    if "projected" in overrides[0]:
+        pytest.importorskip("peft")
+    shutil.rmtree(copy / "teacher_cache")
+    config = (config_file, f"output_dir={copy}", *QUICK, *overrides)
+    assert srd_fast("cache", *config).steps("done in") == ["cache"]
+    assert not (copy / "teacher_cache" / "head.safetensors").exists()
+    result = srd_fast("distill", *config)
+    assert (result.status, result.steps("done in")) == (0, ["distill"])
+    assert all(math.isfinite(row["loss"]) for row in metrics(copy))
+
+
+def test_a_projection_needs_adapters(config_file: Path, tmp_path: Path) -> None:
+    overrides = ("cache.kind=projected", "distill.divergence=forward_kl")
+    message = srd_fast("run", config_file, f"output_dir={tmp_path / 'run'}", *overrides).error()
+    assert "cache.kind 'projected' needs a student whose head is frozen: set lora, or use hidden" in message
 
 
 # init-student
@@ -476,6 +606,17 @@ MISTAKES: dict[str, tuple[str, str]] = {
     "misspelt section": ("distil.skew=1", "unknown key 'distil'; did you mean 'distill'?"),
     "unknown template": ("template=alpca", "template must be 'alpaca', 'chat' or text with {instruction}"),
     "template too long": ("max_prompt_length=9", "the prompt template alone is"),
+    "unknown kind of cache": ("cache.kind=top_k", "config: cache.kind: input should be 'hidden', 'topk'"),
+    "cache that keeps nothing": ("cache.k=0", "config: cache.k: "),
+    "drawn classes and another divergence": (
+        "cache.kind=sampled",
+        "cache.kind 'sampled' gives forward_kl alone, and distill.divergence is 'skew_reverse_kl'; use hidden or topk",
+    ),
+    "projection and another divergence": (
+        "cache.kind=projected",
+        "cache.kind 'projected' gives forward_kl alone, and distill.divergence is 'skew_reverse_kl'",
+    ),
+    "cache set under distill": ("distill.teacher_cache=there", "teacher_cache is set at the top level of the config"),
     "unknown engine": ("reflect.engine=transformer", "unknown engine 'transformer'; did you mean 'transformers'?"),
     "unknown signal": ("reflect.signals=[rouge]", "unknown difficulty signal 'rouge'; did you mean 'rouge_l'?"),
     "no signals": ("reflect.signals=[]", "signal"),

@@ -1,6 +1,7 @@
 """The curriculum is a pure function of the step: who is seen how often; T, weight and learning rate at each border."""
 
 import math
+import random
 from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
@@ -124,6 +125,72 @@ def test_a_plan_that_the_data_does_not_fit_is_refused() -> None:
         Curriculum(plan, ["s000", "s002", "s003", "s004", "x"], batch_size=2, learning_rates=[1, 1], **options)
     more = Curriculum(plan, ["x", *plan.kept, "y"], batch_size=3, learning_rates=[1, 1], **options)
     assert set(more.indices()) == {1, 2, 3, 4, 5, 6}
+
+
+# Batches of like length
+
+
+def lengths_of(count: int, seed: int = 0) -> list[int]:
+    return random.Random(seed).choices(range(5, 200), k=count)
+
+
+def padding(curriculum: Curriculum, lengths: Sequence[int]) -> int:
+    """Padding tokens of the whole run."""
+    size, order = curriculum.batch_size, list(curriculum.indices())
+    batches = [[lengths[i] for i in order[start : start + size]] for start in range(0, len(order), size)]
+    return sum(max(batch) * size - sum(batch) for batch in batches)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 20), min_size=1, max_size=3),
+    batch_size=st.integers(1, 7),
+    epochs=st.floats(0.3, 4),
+    buckets=st.integers(0, 6),
+)
+def test_like_lengths_leave_every_stage_its_samples(
+    sizes: list[int], batch_size: int, epochs: float, buckets: int
+) -> None:
+    options = {"batch_size": batch_size, "epochs": epochs, "lengths": lengths_of(sum(sizes))}
+    plain, sorted_by_length = (make(sizes, **options, length_buckets=b) for b in (0, buckets))
+    assert sorted_by_length.total_steps == plain.total_steps
+    size = batch_size * max(1, buckets)
+    stages = (by_stage(c, list(c.indices())) for c in (sorted_by_length, plain))
+    for found, expected in zip(*stages, strict=True):
+        for start in range(0, len(expected), size):  # each window for itself
+            assert Counter(found[start : start + size]) == Counter(expected[start : start + size])
+
+
+@pytest.mark.parametrize("buckets", [2, 4, 8])
+def test_like_lengths_save_padding(buckets: int) -> None:
+    lengths = lengths_of(96)
+    options: dict[str, Any] = {"batch_size": 8, "epochs": 3, "lengths": lengths}
+    plain, fewer, less = (make((48, 48), **options, length_buckets=b) for b in (0, buckets // 2, buckets))
+    assert padding(less, lengths) < padding(fewer, lengths) <= padding(plain, lengths)
+    assert padding(make((48, 48), **options, length_buckets=8), lengths) < 0.4 * padding(plain, lengths)
+
+
+def test_batches_of_like_length_come_in_any_order() -> None:
+    """Long ones first would be another curriculum; each epoch has an order of its own."""
+    lengths = lengths_of(64)
+    curriculum = make((64,), batch_size=4, epochs=2, lengths=lengths, length_buckets=16)
+    order = list(curriculum.indices())
+    longest = [max(lengths[i] for i in order[start : start + 4]) for start in range(0, 128, 4)]
+    assert longest[:16] != sorted(longest[:16], reverse=True)
+    assert longest[:16] != longest[16:]
+
+
+def test_batches_of_like_length_are_a_function_of_the_seed() -> None:
+    options: dict[str, Any] = {"lengths": lengths_of(18), "length_buckets": 3}
+    first = list(make((9, 9), seed=1, **options).indices())
+    assert first == list(make((9, 9), seed=1, **options).indices())
+    assert first != list(make((9, 9), seed=2, **options).indices())
+
+
+@pytest.mark.parametrize("buckets", [0, 1])
+def test_fewer_than_two_buckets_leave_the_order(buckets: int) -> None:
+    given_lengths = make((9, 9), lengths=lengths_of(18), length_buckets=buckets)
+    assert list(given_lengths.indices()) == list(make((9, 9)).indices())
 
 
 # Constants of a stage

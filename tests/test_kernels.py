@@ -620,7 +620,7 @@ def test_other_sizes_compile_nothing_more() -> None:
 def test_any_mix_of_layouts_runs_in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """What Dynamo compiles again for: rows packed, padded, of two lengths, in blocks; gradients apart or in place."""
     usual = torch.compile
-    monkeypatch.setattr(rows, "_compile", rows._Compiler())
+    monkeypatch.setattr(rows, "_compile", rows.Compiler())
     monkeypatch.setattr(torch, "compile", lambda function, **options: usual(function, **options, backend="eager"))
     monkeypatch.setitem(rows._BLOCK_BYTES, "cpu", 4 * 300 * 8)
     for dtype, count, (v_S, v_T) in product(DTYPES, (3, 20), ((300, 300), (304, 304), (300, 307), (304, 320))):

@@ -37,6 +37,7 @@ FLOORS = (
     ("run_config",),
     ("live_bytes",),
     ("steps", "pipeline"),
+    ("dry_step",),
     ("planner",),
     ("cli",),
 )

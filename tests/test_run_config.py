@@ -57,7 +57,10 @@ def test_an_unknown_key_comes_with_the_known_ones(config: Any) -> None:
     assert "Known: floor_subsets, keep, method, rrf_k, signals, stages" in refused(config, "curate: {zzz: 1}")
 
 
-@pytest.mark.parametrize("key", ["output_dir", "seed", "num_train_epochs", "template", "max_prompt_length"])
+@pytest.mark.parametrize(
+    "key",
+    ["output_dir", "seed", "num_train_epochs", "template", "max_prompt_length", "teacher_cache", "teacher_cache_kind"],
+)
 def test_what_the_run_sets_is_not_for_distill(key: str, config: Any) -> None:
     assert f"{key} is set at the top level of the config, or by the run itself" in refused(
         config, "", f"distill.{key}=1"
@@ -87,6 +90,10 @@ def test_what_the_run_sets_is_not_for_distill(key: str, config: Any) -> None:
         ("reflect.signals=rouge_l", "reflect.signals"),
         ("reflect.rouge_tokenizer=latin", "reflect.rouge_tokenizer"),
         ("reflect.score_eos=perhaps", "reflect.score_eos"),
+        ("cache.kind=top", "cache.kind"),
+        ("cache.kind=[]", "cache.kind"),
+        ("cache.k=0", "cache.k"),
+        ("cache.k=1.5", "cache.k"),
         ("evaluate.seeds=[a]", "evaluate.seeds.0"),
         ("evaluate.temperature=0", "evaluate.temperature"),
         ("evaluate.temperature=.inf", "evaluate.temperature"),
@@ -127,6 +134,8 @@ def test_wrong_types_and_ranges_name_the_key_and_the_value(override: str, where:
         ("curate.rrf_k=1e2", "curate", "rrf_k", 100.0),
         ("curate.signals={rouge_l: 2, cross_entropy: 1e-1}", "curate", "signals", {"rouge_l": 2, "cross_entropy": 0.1}),
         ("curate.floor_subsets=true", "curate", "floor_subsets", True),
+        ("cache.kind=live", "cache", "kind", "live"),
+        ("cache.k=128", "cache", "k", 128),
         ("evaluate.seeds=[10, 20]", "evaluate", "seeds", [10, 20]),
         ("evaluate.seeds=[]", "evaluate", "seeds", []),
         ("init_student.layers=[0, 1, 3]", "init_student", "layers", [0, 1, 3]),

@@ -92,6 +92,18 @@ def _quick_collection() -> Iterator[None]:
     gc.unfreeze()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, list[Any]]]:
+    """Two ranks of this file, at work from the start because they begin with seconds of imports."""
+    folder = tmp_path_factory.mktemp("ranks")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(test_distributed, "__file__", __file__)  # the program that start_ranks starts
+        processes = test_distributed.start_ranks(folder)
+    yield folder, processes
+    for process in processes:
+        process.kill()
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An undisturbed cache of SAMPLES by `teacher_model()`. Shared: work on a copy."""
@@ -427,7 +439,7 @@ def opened(folder: Path) -> TeacherCache:
 
 
 @pytest.mark.parametrize("number", range(5))
-@pytest.mark.parametrize(("open_it", "step"), [(TeacherCache, 3), (opened, 17)])
+@pytest.mark.parametrize(("open_it", "step"), [(TeacherCache, 7), (opened, 29)])
 def test_a_flipped_bit_is_noticed_and_the_file_named(
     open_it: Callable[[Path], Any], step: int, number: int, copied: Path
 ) -> None:
@@ -841,30 +853,25 @@ def rank(folder: Path) -> None:
     torch.distributed.destroy_process_group()
 
 
-def test_two_ranks_fill_one_cache_and_train_as_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(test_distributed, "__file__", __file__)  # the program that start_ranks starts
-    processes = test_distributed.start_ranks(tmp_path)
-    try:
-        live = test_distributed.train(tmp_path / "live", 1, "llama")
-        alone = test_distributed.train(tmp_path / "alone", 1, "llama", teacher_cache=str(tmp_path / "own"))
-        statuses = [process.wait(timeout=120) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert statuses == [0, 0], "\n".join((tmp_path / f"rank{r}.txt").read_text()[-3000:] for r in (0, 1))
-    assert files(tmp_path / "cache") == files(tmp_path / "own")
-    ranks = [torch.load(tmp_path / f"rank{r}.pt") for r in (0, 1)]
-    for found in (*ranks, alone):
+def test_two_ranks_fill_one_cache_and_train_as_one_process(ranks: tuple[Path, list[Any]], tmp_path: Path) -> None:
+    folder, processes = ranks
+    live = test_distributed.train(tmp_path / "live", 1, "llama")
+    alone = test_distributed.train(tmp_path / "alone", 1, "llama", teacher_cache=str(tmp_path / "own"))
+    statuses = [process.wait(timeout=120) for process in processes]
+    assert statuses == [0, 0], "\n".join((folder / f"rank{r}.txt").read_text()[-3000:] for r in (0, 1))
+    assert files(folder / "cache") == files(tmp_path / "own")
+    results = [torch.load(folder / f"rank{r}.pt") for r in (0, 1)]
+    for found in (*results, alone):
         assert found["order"] == live["order"]
         for name, weight in live["weights"].items():
             assert_same(found["weights"][name], weight, 1e-5, name)
         for metrics, expected in zip(found["metrics"], live["metrics"], strict=True):
             assert metrics["eval_kl"] == pytest.approx(expected["eval_kl"], rel=1e-4)
-    for found in ranks:
+    for found in results:
         assert (found["world"], found["wrapped"]) == (2, "DistributedDataParallel")
         for log, expected in zip(found["logs"], live["logs"], strict=True):
             assert log["loss"] == pytest.approx(expected["loss"], rel=1e-3)
-    assert all(torch.equal(w, ranks[1]["weights"][n]) for n, w in ranks[0]["weights"].items())
+    assert all(torch.equal(w, results[1]["weights"][n]) for n, w in results[0]["weights"].items())
 
 
 if __name__ == "__main__":

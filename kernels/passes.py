@@ -1,0 +1,198 @@
+"""The functions of V-wide tensors that make up the row loss, each of which `torch.compile` turns into loops.
+
+Shape letters: R rows, V classes, S student, T teacher, P pieces of a row, W classes of a piece.
+
+Three where the teacher's logits are there: `statistics` (maxima and sums of exponentials), `reduction` (D and sum(w))
+and `gradient`; two, `tempered_statistics` and `tempered_gradient`, where it is known at few classes. Eager PyTorch runs
+them as they stand; compiled they need no V-wide temporary. Logarithms of sums, and single classes, are left to their
+caller: work on [R, 1] tensors between V-wide loops would keep the compiler from joining these, and a one-hot row costs
+a third of the gradient's time.
+
+A compiled loop adds a row's terms one after the other, and the small ones are lost once the sum is large, where eager
+PyTorch adds in pairs. So reductions take pieces of a row, which `merge` joins.
+
+All softmaxes subtract the maximum from raw logits before anything else, so nothing of the size of a logit is rounded.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .divergences import Terms
+
+# Stands in for -inf: large enough that exp() gives exactly 0, small enough that differences stay finite.
+LOGIT_FLOOR = -1e30
+# The softcaps of student and teacher.
+Caps = tuple[Tensor | None, Tensor | None]
+
+
+def logits(stored: Tensor, softcap: Tensor | None) -> Tensor:
+    z = stored.to(torch.promote_types(stored.dtype, torch.float32))
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    return z.clamp(min=LOGIT_FLOOR)
+
+
+def _student_sums(z: Tensor, inverse_t: Tensor | float, temperature_kind: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    maximum = z.amax(-1, keepdim=True)
+    z = z - maximum
+    e_t = torch.exp(z * inverse_t)
+    # One exponential is enough at the temperatures that people use.
+    e = e_t if temperature_kind == "one" else e_t * e_t if temperature_kind == "two" else torch.exp(z)
+    return maximum.squeeze(-1), e.sum(-1), (e * z).sum(-1), e_t.sum(-1)
+
+
+def statistics(
+    student: Tensor, teacher: Tensor, caps: Caps, inverse_t: Tensor, temperature_kind: str
+) -> tuple[Tensor, ...]:
+    """Of pieces [R, P, W], each [R, P].
+
+    Student: maximum M, sums of e^(z-M), e^(z-M) (z-M) and e^((z-M)/T). Teacher: maximum, sum of e^((z-M)/T).
+    """
+    z_T = logits(teacher, caps[1])
+    maximum = z_T.amax(-1, keepdim=True)
+    sum_t = torch.exp((z_T - maximum) * inverse_t).sum(-1)
+    return (*_student_sums(logits(student, caps[0]), inverse_t, temperature_kind), maximum.squeeze(-1), sum_t)
+
+
+def student_statistics(student: Tensor, cap: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """`statistics` of the student alone, at temperature 1."""
+    maximum, s, a, _ = _student_sums(logits(student, cap), 1.0, "one")
+    return maximum, s, a
+
+
+def log_probabilities(
+    stored: Tensor, cap: Tensor | None, maximum: Tensor, log_sum: Tensor, inverse_t: Tensor
+) -> tuple[Tensor, Tensor]:
+    log_p = (logits(stored, cap) - maximum) * inverse_t - log_sum
+    return log_p, log_p.exp()
+
+
+def _at_temperature_1(q: Tensor, z: Tensor, maximum: Tensor, log_sum_1: Tensor, temperature_kind: str) -> Tensor:
+    # At T = 2, q = e^(y/2) / S_2 and q_1 = e^y / S_1, so q_1 = q^2 S_2^2 / S_1; at T = 1 it is q times a ratio of sums.
+    if temperature_kind == "one":
+        return q
+    return q * q if temperature_kind == "two" else torch.exp((z - maximum) - log_sum_1)
+
+
+class Normalisers(NamedTuple):
+    """What turns a row's logits into log-probabilities at the temperature: each [R, 1]."""
+
+    max_S: Tensor
+    log_sum_S: Tensor
+    max_T: Tensor
+    log_sum_T: Tensor
+
+
+def reduction(
+    student: Tensor,
+    teacher: Tensor,
+    n: Normalisers,
+    caps: Caps,
+    inverse_t: Tensor,
+    skew: Tensor,
+    beta: Tensor,
+    terms: Terms,
+) -> tuple[Tensor, Tensor]:
+    """What pieces [R, P, W] add to D and sum(w), each [R, P]; normalisers [R, P] too, else the loops do not join."""
+    max_S, log_sum_S, max_T, log_sum_T = (x[..., None] for x in n)
+    log_q, q = log_probabilities(student, caps[0], max_S, log_sum_S, inverse_t)
+    log_p, p = log_probabilities(teacher, caps[1], max_T, log_sum_T, inverse_t)
+    value, w = terms(log_p, log_q, p, q, skew, beta)
+    return value.sum(-1), w.sum(-1)
+
+
+def gradient(
+    student: Tensor,
+    teacher: Tensor,
+    caps: Caps,
+    n: Normalisers,
+    sum_w: Tensor,
+    log_sum_1: Tensor,
+    factors: tuple[Tensor, Tensor],
+    inverse_t: Tensor,
+    skew: Tensor,
+    beta: Tensor,
+    terms: Terms,
+    temperature_kind: str,
+    out: Tensor | None,
+) -> None:
+    """Write a q_1 + b (w - q sum(w)) to `out`, or over `student` for None.
+
+    q_1: softmax at temperature 1, (z - max_S) - log_sum_1 its logarithm. factors: a, b, each [R, 1]; a holds the ratio
+    of sums where q_1 is a power of q.
+    """
+    z = logits(student, caps[0])
+    log_q = (z - n.max_S) * inverse_t - n.log_sum_S
+    q = log_q.exp()
+    log_p, p = log_probabilities(teacher, caps[1], n.max_T, n.log_sum_T, inverse_t)
+    _, w = terms(log_p, log_q, p, q, skew, beta)
+    q_1 = _at_temperature_1(q, z, n.max_S, log_sum_1, temperature_kind)
+    g = factors[0] * q_1 + factors[1] * (w - q * sum_w)
+    if caps[0] is not None:
+        g = g * (1 - (z / caps[0]).square())
+    (student if out is None else out).copy_(g)
+
+
+def student_gradient(
+    student: Tensor, cap: Tensor | None, maximum: Tensor, log_sum_1: Tensor, factor: Tensor, out: Tensor | None
+) -> None:
+    """`gradient` of the cross-entropy alone."""
+    z = logits(student, cap)
+    g = factor * torch.exp((z - maximum) - log_sum_1)
+    if cap is not None:
+        g = g * (1 - (z / cap).square())
+    (student if out is None else out).copy_(g)
+
+
+def _rest_logits(stored: Tensor, cap: Tensor | None, apart: bool) -> Tensor:
+    z = logits(stored, cap)
+    # A softcap would give the classes that are left out, -inf, a logit like any other.
+    return torch.where(stored == -math.inf, LOGIT_FLOOR, z) if apart and cap is not None else z
+
+
+def tempered_statistics(
+    student: Tensor, cap: Tensor | None, inverse_t: Tensor, temperature_kind: str, apart: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`statistics` of the student alone. apart: whether -inf marks classes that are left out, softcap or not."""
+    return _student_sums(_rest_logits(student, cap, apart), inverse_t, temperature_kind)
+
+
+def tempered_gradient(
+    student: Tensor,
+    cap: Tensor | None,
+    maximum: Tensor,
+    log_sum_t: Tensor,
+    log_sum_1: Tensor,
+    factors: tuple[Tensor, Tensor],
+    inverse_t: Tensor,
+    temperature_kind: str,
+    apart: bool,
+    out: Tensor | None,
+) -> None:
+    """Write a q_1 + c q to `out`, or over `student` for None: q_1 and a as in `gradient`, q over what is not left out.
+
+    maximum, log_sum_t, log_sum_1, and a, c of factors: each [R, 1].
+    """
+    z = _rest_logits(student, cap, apart)
+    q = torch.exp((z - maximum) * inverse_t - log_sum_t)
+    q_1 = _at_temperature_1(q, z, maximum, log_sum_1, temperature_kind)
+    g = factors[0] * q_1 + factors[1] * q
+    if cap is not None:
+        g = g * (1 - (z / cap).clamp(min=-1).square())
+    (student if out is None else out).copy_(g)
+
+
+def merge(
+    maxima_RP: Tensor, scale: Tensor | float, sums_RP: Tensor, products_RP: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """Maximum M, sum of e = e^((z-M) scale) and, for products, of e (z-M), each [R, 1], from those of pieces."""
+    maximum = maxima_RP.amax(1, keepdim=True)
+    lower = maxima_RP - maximum
+    moved = (lower * scale).exp()
+    merged = maximum, (sums_RP * moved).sum(1, keepdim=True)
+    if products_RP is None:
+        return merged
+    return *merged, ((products_RP + sums_RP * lower) * moved).sum(1, keepdim=True)

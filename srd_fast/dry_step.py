@@ -1,0 +1,353 @@
+"""The distillation step of a run on fake tensors: student, optimizer and live teacher from their configs alone.
+
+The loss takes part with the buffers that its chunks would have.
+"""
+
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer
+
+from .config import SRDConfig
+from .curriculum import per_stage
+from .errors import UserError, first_line
+from .kernels import ALIGNMENT, EAGER_BUFFERS, block_bytes
+from .live_bytes import LiveBytes
+from .losses import Head, get_divergence
+from .losses.backends import row_backend
+from .losses.buffers import chunk_rows
+from .models import find_head, flattening, hidden_states, prune_depth, resolve_model, unwrap, varlen
+from .run_config import RunConfig
+from .steps import LIVE, PRUNE, Run
+from .steps.training import lora_config
+from .teacher.stores import ProjectedStore, Store, make_store
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch: its samples' lengths in tokens, and how many tokens have a loss."""
+
+    lengths: tuple[int, ...]
+    rows: int
+
+
+# The models, without weights
+
+
+def _load_config(source: str) -> Any:
+    try:
+        return AutoConfig.from_pretrained(resolve_model(source))
+    except UserError:
+        raise
+    except Exception as e:  # damaged configs raise errors of many libraries
+        raise UserError(f"model {source!r} has no config that can be read: {first_line(e)}") from e
+
+
+def _make_model(source: str, dtype: torch.dtype, device: torch.device) -> Any:
+    config = _load_config(source)
+    try:
+        with device:
+            return AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except ValueError as e:
+        raise UserError(f"model {source!r} is not a causal language model: {first_line(e)}") from e
+
+
+def _make_student(config: RunConfig, device: torch.device, live: LiveBytes, args: SRDConfig) -> Any:
+    with live.labelled("student weights"):
+        source = config.teacher if config.student == PRUNE else config.student
+        model = _make_model(source, torch.float32, device)
+        if config.student == PRUNE:
+            prune_depth(model, config.init_student.layers)
+    peft_config = lora_config(config)
+    inner: Any = unwrap(model)
+    if peft_config is not None:
+        from peft import get_peft_model
+
+        # Parameters that are fake cannot change place; they are where and what they shall be.
+        stay = mock.patch.object(nn.Module, "to", lambda self, *args, **kwargs: self)
+        with live.labelled("adapters"), device, stay:
+            model = get_peft_model(model, peft_config)
+    if args.gradient_checkpointing:
+        given: Any = args.gradient_checkpointing_kwargs or {}
+        options = {"use_reentrant": False, **given, "preserve_rng_state": False}
+        inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+        if peft_config is not None:
+            inner.enable_input_require_grads()
+    gc.collect()
+    return model.train()
+
+
+def _make_teacher(config: RunConfig, run: Run, student: Any, offload: bool) -> tuple[Any, list[Tensor], Head]:
+    """The body if it runs, whatever else of the teacher stays in memory, and its head."""
+    kind = config.cache.kind
+    model = _make_model(config.teacher, run.dtype, torch.device("cpu") if offload else run.device)
+    model.eval().requires_grad_(False)
+    head = find_head(model)
+    copied = {"hidden": head, "projected": find_head(student), LIVE: head if offload else Head(None)}.get(kind)
+    held = [] if copied is None else [torch.empty_like(x, device=run.device) for x in copied.tensors().values()]
+    # What is only asked for its shape takes no memory.
+    return (model if kind == LIVE else None), held, head.on("meta")
+
+
+def _flattens(models: Sequence[Any], wanted: Any) -> bool:
+    """What `SRDTrainer` decides, short of running the models; switches their attention if so."""
+    if not wanted or any(flattening._unfit(unwrap(m)) is not None for m in models):
+        return False
+    for model in models:
+        inner: Any = unwrap(model)
+        if "flash" not in str(inner.config._attn_implementation):
+            inner.set_attn_implementation(varlen.IMPLEMENTATION)
+    return True
+
+
+def _forward(model: Any, batch: Batch, device: torch.device, flattened: bool) -> Tensor:
+    """The hidden states that `srd_fast.models.hidden_states` would give."""
+    if not flattened:
+        ids = torch.zeros(len(batch.lengths), max(batch.lengths), dtype=torch.long, device=device)
+        return hidden_states(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    inner: Any = unwrap(model)
+    lengths = list(batch.lengths)
+    text = inner.config.get_text_config()
+    if getattr(text, "sliding_window", None) is None:
+        # Without windows only the sum of the lengths matters, and equal lengths are one call of the kernel.
+        lengths = [-(-sum(lengths) // len(lengths))] * len(lengths)
+    total = sum(lengths)
+    starts = torch.zeros(len(lengths) + 1, dtype=torch.int32, device=device)
+    keywords: dict[str, Any] = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts}
+    keywords |= {"max_length_q": max(lengths), "max_length_k": max(lengths)}
+    if inner.config._attn_implementation == varlen.IMPLEMENTATION:
+        keywords["sample_lengths"] = lengths
+    ids = torch.zeros(1, total, dtype=torch.long, device=device)
+    with varlen.flattened_forward():
+        out = inner.base_model(
+            input_ids=ids, position_ids=torch.zeros_like(ids), use_cache=False, return_dict=True, **keywords
+        )
+    return out.last_hidden_state
+
+
+# The loss
+
+
+@dataclass(frozen=True)
+class _LossSizes:
+    """What `ChunkedLoss` allocates; see `losses.chunked.run_chunks`. Bytes, but for classes.
+
+    kept: the workspace. working: casts of heads, eager temporaries and slices of products.
+    """
+
+    kept: int
+    working: int
+
+
+def _loss_sizes(
+    config: RunConfig, args: SRDConfig, run: Run, student: Any, teacher_classes: int, rows: int, training: bool
+) -> _LossSizes:
+    head = find_head(student).weight
+    assert head is not None
+    classes, width = head.shape
+    autocast = args.bf16 or args.fp16
+    # The products run in autocast's dtype; a float32 loss gets a teacher in float32.
+    gemm = run.dtype if autocast else head.dtype
+    sides = [classes, *([teacher_classes] if config.cache.kind in (LIVE, "hidden") else [])]
+    compact = len(sides) == 1
+    divergence = None if compact else get_divergence(args.divergence).bind(args.skew, args.beta)
+    if compact and args.backend == "auto" and run.device.type != "cpu":
+        backend = "eager"
+    else:
+        backend = row_backend(args.backend, run.device, gemm, max(sides), divergence, True)[1]
+    temporary = EAGER_BUFFERS * max(sides) * 4 if backend == "eager" else 0
+    strides = [-(-s // ALIGNMENT) * ALIGNMENT for s in sides]
+    chunk = chunk_rows(rows, sum(sides) * gemm.itemsize, temporary, run.device, args.memory_budget)
+    casts = classes * width * gemm.itemsize if gemm != head.dtype else 0
+    working = casts + (min(chunk * temporary, block_bytes(run.device)) if temporary else 0)
+    if training and head.requires_grad and gemm != head.dtype:
+        working += min(classes, 8192) * width * (gemm.itemsize + 4)
+    if run.device.type == "cpu":
+        working += max(classes, *sides) * width * gemm.itemsize  # the head as the product packs it
+    return _LossSizes(chunk * sum(strides) * gemm.itemsize, working)
+
+
+class _Loss(torch.autograd.Function):
+    """Allocates what `ChunkedLoss` does."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_ND: Tensor, weight: Tensor, bias: Tensor | None, working: int) -> Tensor:
+        grads = [
+            torch.empty_like(x) if x is not None and n else None
+            for x, n in zip((hidden_ND, weight, bias), ctx.needs_input_grad)
+        ]
+        scratch = torch.empty(working, dtype=torch.uint8, device=hidden_ND.device)
+        ctx.grads = grads
+        del scratch
+        ctx.save_for_backward(hidden_ND, weight, bias)
+        return hidden_ND.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
+        grads, ctx.grads = ctx.grads, None
+        return (*grads, None)
+
+
+# One step
+
+
+@dataclass
+class _Step:
+    """A distillation step on fake tensors."""
+
+    config: RunConfig
+    args: SRDConfig
+    run: Run
+    live: LiveBytes
+    student: Any
+    teacher: Any
+    flattened: bool
+
+    def autocast(self) -> Any:
+        """As accelerate sets it up."""
+        if not (self.args.bf16 or self.args.fp16):
+            return nullcontext()
+        return torch.autocast(self.run.device.type, torch.bfloat16 if self.args.bf16 else torch.float16)
+
+    @contextmanager
+    def at(self, moment: str, label: str) -> Iterator[None]:
+        """Name the moment, and what is allocated in it."""
+        self.live.moment = moment
+        with self.live.labelled(label, {"student weights": "cast weights", "adapters": "cast weights"}):
+            yield
+
+    def teacher_rows(self, batch: Batch) -> Tensor | None:
+        """The live teacher's hidden states."""
+        if self.teacher is None:
+            return None
+        with torch.inference_mode(False), torch.no_grad(), self.at("teacher", "activations"):
+            device = next(self.teacher.parameters()).device
+            hidden_BLD = _forward(self.teacher, batch, device, self.flattened)
+            return self.rows(hidden_BLD, batch)
+
+    @staticmethod
+    def rows(hidden_BLD: Tensor, batch: Batch) -> Tensor:
+        """[N, D], as `rows_with_loss` takes them."""
+        index = torch.zeros(batch.rows, dtype=torch.long, device=hidden_BLD.device)
+        return hidden_BLD[:, :-1][index, index]
+
+    def evaluate(self, batch: Batch, loss: _LossSizes) -> None:
+        """`measure_batch`."""
+        teacher_ND = self.teacher_rows(batch)
+        with torch.no_grad(), self.autocast(), self.at("evaluation", "activations"):
+            hidden_ND = self.rows(_forward(self.student, batch, self.run.device, self.flattened), batch)
+            with self.at("evaluation", "loss"):
+                torch.empty(loss.working, dtype=torch.uint8, device=self.run.device)
+        del teacher_ND, hidden_ND
+
+    def train(self, batch: Batch, loss: _LossSizes) -> None:
+        """`SRDTrainer.training_step` of a micro-batch."""
+        teacher_ND = self.teacher_rows(batch)
+        with self.at("forward", "activations"):
+            with self.autocast():
+                hidden_BLD = _forward(self.student, batch, self.run.device, self.flattened)
+            hidden_ND = self.rows(hidden_BLD, batch)
+            head = find_head(self.student)
+            with self.at("loss", "loss"):
+                value = _Loss.apply(hidden_ND, head.weight, head.bias, loss.working)
+        with self.at("backward", "backward"):
+            value.backward()
+        del teacher_ND, hidden_BLD, hidden_ND
+
+    def optimise(self, optimizer: Any) -> None:
+        """The optimizer's step; its state counts as such from then on."""
+        with self.at("optimizer", "optimizer"):
+            optimizer.step()
+
+
+def _optimizer(args: SRDConfig, model: Any) -> Any:
+    try:
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
+    except (ImportError, RuntimeError, ValueError) as e:
+        raise UserError(f"config: distill.optim: {first_line(e)}") from e
+    return kind([p for p in model.parameters() if p.requires_grad], **options)
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """parts, moment: of the peak. row_bytes, head_bytes: of the cache on disk."""
+
+    parts: dict[str, int]
+    moment: str
+    batch: Batch
+    flattened: bool
+    host: int
+    row_bytes: int
+    head_bytes: int
+
+
+def _store(config: RunConfig, args: SRDConfig, student: Any, classes: int) -> Store:
+    kind, stages = config.cache.kind, config.curate.stages
+    of_stages = per_stage("temperature", args.temperature, args.temperature_start, args.temperature_end, stages)
+    temperatures = tuple(sorted({1.0, *map(float, of_stages)}))
+    if kind == "projected":
+        return ProjectedStore(find_head(student), "", temperatures)
+    return make_store(kind, classes, config.cache.k, temperatures)
+
+
+def simulate(config: RunConfig, args: SRDConfig, largest: Callable[[bool, bool], Batch]) -> Simulated:
+    """Peak of evaluation and of a training step in its steady state: optimizer state there, gradients to be made.
+
+    Args:
+        largest: (training or evaluation, whether batches are flattened) -> the largest micro-batch.
+    """
+    run = Run(config, Path(config.output_dir), {}, {})
+    device, live = run.device, LiveBytes()
+    offload = args.teacher_offload and device.type != "cpu" and config.cache.kind == LIVE
+    with live:
+        student = _make_student(config, device, live, args)
+        with live.labelled("host" if offload else "teacher"):
+            teacher, held, head_T = _make_teacher(config, run, student, offload)
+            gc.collect()
+        for x in held:
+            live.relabel(x, "teacher")
+        host = live.live.pop("host", 0)
+        assert head_T.weight is not None
+        teacher_classes = head_T.weight.shape[0]
+        flattened = _flattens([student, *([teacher] if teacher is not None else [])], args.padding_free)
+        batch, evaluation = largest(True, flattened), largest(False, flattened)
+        # Fake masks are never whole unless no batch needs padding.
+        live.masks_are_whole = len(set(batch.lengths)) == 1
+        evaluates = args.eval_strategy != "no"
+        loss = _loss_sizes(config, args, run, student, teacher_classes, batch.rows, True)
+        of_evaluation = _loss_sizes(config, args, run, student, teacher_classes, evaluation.rows, False)
+        step = _Step(config, args, run, live, student, teacher, flattened)
+        with live.labelled("loss"):
+            kept = max(loss.kept, of_evaluation.kept if evaluates else 0)
+            workspace = torch.empty(kept, dtype=torch.uint8, device=device)
+        trained = [p for p in student.parameters() if p.requires_grad]
+        for p in trained:
+            p.register_post_accumulate_grad_hook(lambda p: live.relabel(p.grad, "gradients"))
+        with step.at("optimizer", "gradients"):
+            for p in trained:
+                p.grad = torch.empty_like(p)
+        with step.at("optimizer", "optimizer"):
+            optimizer = _optimizer(args, student)
+        step.optimise(optimizer)
+        optimizer.zero_grad()
+        if evaluates:
+            student.eval()
+            step.evaluate(evaluation, of_evaluation)
+            student.train()
+        for _ in range(min(2, args.gradient_accumulation_steps)):
+            step.train(batch, loss)
+        step.optimise(optimizer)
+        row_bytes = head_bytes = 0
+        if config.cache.kind != LIVE:
+            common = min(teacher_classes, find_head(student).num_classes(workspace))
+            row_bytes = _store(config, args, student, common).bytes_per_row(head_T, run.dtype)
+            if config.cache.kind == "hidden":
+                head_bytes = sum(x.numel() * x.element_size() for x in head_T.tensors().values())
+    return Simulated(live.peak, live.peak_moment, batch, flattened, host, row_bytes, head_bytes)

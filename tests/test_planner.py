@@ -1,0 +1,283 @@
+"""The memory planner: counted bytes are those of real tensors, the table adds up, what is proposed fits."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import yaml
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from srd_fast import UserError, planner
+from srd_fast.cli import app
+from srd_fast.dry_step import Batch, _forward
+from srd_fast.live_bytes import LiveBytes
+from srd_fast.models import enable_flattening, hidden_states
+from srd_fast.models.varlen import IMPLEMENTATION
+from srd_fast.run_config import RunConfig, load_run_config
+
+BASE = 10_000_000
+LENGTHS = (9, 3, 6)
+
+
+@pytest.fixture(autouse=True)
+def _no_probe(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "slow" not in request.keywords:
+        monkeypatch.setattr(planner, "_process_bytes", lambda: BASE)
+
+
+def made_config(teacher: Path, folder: Path, *overrides: str) -> RunConfig:
+    given = [f"teacher={teacher}", f"output_dir={folder}", "init_student.layers=2", "dtype=float32", "device=cpu"]
+    given += ["max_prompt_length=40", "max_response_length=20", 'distill.eval_strategy="no"']
+    return load_run_config(None, [*given, *overrides])
+
+
+# Live bytes
+
+
+def test_storages_are_counted_while_they_live() -> None:
+    with LiveBytes() as live:
+        with live.labelled("a"):
+            x = torch.empty(100)
+            view = x[10:].view(9, 10)
+        with live.labelled("b"):
+            y = x + 1
+        assert live.live == {"a": 400, "b": 400}
+        del x, y
+        assert live.live == {"a": 400, "b": 0}
+        live.relabel(view, "b")
+        del view
+    assert live.live == {"a": 0, "b": 0}
+    assert live.peak == {"a": 400, "b": 400}
+
+
+class Saved:
+    """Bytes of distinct storages that autograd keeps, without the parameters."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.known = {p.untyped_storage()._cdata for p in model.parameters()}
+        self.kept: dict[int, Tensor] = {}
+
+    def pack(self, x: Tensor) -> Tensor:
+        key = x.untyped_storage()._cdata
+        if key not in self.known and x.numel() > 1:
+            self.kept.setdefault(key, x)
+        return x
+
+    @property
+    def total(self) -> int:
+        return sum(x.untyped_storage().nbytes() for x in self.kept.values())
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("flattened", [False, True])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2", "qwen2"])
+def test_fake_forward_passes_save_what_real_ones_do(architecture: str, flattened: bool, bf16: bool) -> None:
+    real = tiny.tiny_model(architecture, layers=2, width=32).train()
+    samples = [{"input_ids": [1] * n, "labels": [1] * n} for n in LENGTHS]
+    batch: dict[str, Any] = tiny.collate(samples)
+    if flattened:
+        if enable_flattening(real) is not None:
+            pytest.skip("takes no flattened batches")
+        starts = torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0).tolist()], dtype=torch.int32)
+        positions = torch.cat([torch.arange(n) for n in LENGTHS])[None]
+        batch = {"input_ids": torch.ones_like(positions), "position_ids": positions, "cu_seq_lens": starts}
+    saved = Saved(real)
+    with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda x: x), torch.autocast("cpu", enabled=bf16):
+        hidden_states(real, batch)
+
+    with LiveBytes() as live:
+        fake = type(real)(real.config).train()
+        if flattened:
+            fake.set_attn_implementation(IMPLEMENTATION)
+        counted, before = Saved(fake), sum(live.live.values())
+        with torch.autograd.graph.saved_tensors_hooks(counted.pack, lambda x: x), torch.autocast("cpu", enabled=bf16):
+            out = _forward(fake, Batch(LENGTHS, 5), torch.device("cpu"), flattened)
+        alive = sum(live.live.values()) - before
+        assert counted.total > 10_000
+        assert counted.total == pytest.approx(saved.total, rel=0.005)
+        assert counted.total <= alive <= 1.25 * counted.total
+        del out
+
+
+# Plans
+
+
+def test_the_table_adds_up(tiny_teacher_folder: Path, tmp_path: Path) -> None:
+    made = planner.plan(made_config(tiny_teacher_folder, tmp_path))
+    lines = [line.split() for line in str(made).splitlines()]
+    total = next(float(words[-3]) for words in lines if words[0] == "total")
+    parts = sum(float(words[-3]) for words in lines[: [w[0] for w in lines].index("total")])
+    assert made.total == sum(made.parts.values())
+    assert total == pytest.approx(parts, abs=0.0005 * len(lines))
+    assert made.parts["process"] == BASE
+    assert made.batch == Batch((60,) * 16, 16 * 20)
+    assert "limits" in made.source
+    assert made.host == 0
+
+
+def parameters(config: RunConfig) -> int:
+    made = tiny.tiny_model("llama_untied", layers=2, width=32, vocab=400, max_position_embeddings=1024)
+    return sum(p.numel() for p in made.parameters())
+
+
+@pytest.mark.parametrize(("optim", "states"), [("adamw_torch", 2), ("sgd", 0), ("rmsprop", 1), ("adagrad", 1)])
+def test_the_optimizer_s_state(tiny_teacher_folder: Path, tmp_path: Path, optim: str, states: int) -> None:
+    config = made_config(tiny_teacher_folder, tmp_path, f"distill.optim={optim}")
+    parts = planner.plan(config).parts
+    assert parts["student weights"] == pytest.approx(4 * parameters(config), rel=0.01)
+    assert parts.get("optimizer", 0) == pytest.approx(states * 4 * parameters(config), rel=0.01, abs=500)
+
+
+def test_adapters_alone_are_trained(tiny_teacher_folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    config = made_config(tiny_teacher_folder, tmp_path, "lora={r: 4, target_modules: [q_proj]}")
+    parts = planner.plan(config).parts
+    assert parts["adapters"] == 2 * 4 * 4 * (32 + 32)
+    assert parts["optimizer"] == pytest.approx(2 * parts["adapters"], abs=100)
+
+
+def test_what_each_teacher_keeps(tiny_teacher_folder: Path, tmp_path: Path) -> None:
+    head = 400 * 32 * 4
+    kinds = {}
+    for kind in ("hidden", "topk", "sampled", "projected", "live"):
+        extra = ["lora={r: 4, target_modules: [q_proj]}"] if kind == "projected" else []
+        config = made_config(
+            tiny_teacher_folder, tmp_path, f"cache.kind={kind}", "distill.divergence=forward_kl", *extra
+        )
+        kinds[kind] = planner.plan(config)
+    kept = {kind: made.parts.get("teacher", 0) for kind, made in kinds.items()}
+    assert kept["hidden"] == kept["projected"] == head
+    assert kept["topk"] == kept["sampled"] == 0
+    assert kept["live"] > 2 * head
+    assert kinds["live"].disk == 0
+    # 256 rows of the quickstart, at most 20 tokens of 32 float32 each.
+    assert kinds["hidden"].disk == 256 * (20 * 32 * 4 + 24) + head
+
+
+def test_checkpointing_and_smaller_batches_keep_fewer_activations(tiny_teacher_folder: Path, tmp_path: Path) -> None:
+    def activations(*overrides: str) -> int:
+        return planner.plan(made_config(tiny_teacher_folder, tmp_path, *overrides)).parts["activations"]
+
+    whole = activations()
+    assert activations("distill.per_device_train_batch_size=8") == pytest.approx(whole / 2, rel=0.05)
+    assert activations("distill.gradient_checkpointing=true") < 0.5 * whole
+
+
+def test_lengths_come_from_the_run_folder(
+    tiny_teacher_folder: Path, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    from srd_fast.pipeline import execute
+
+    limits = ["max_prompt_length=400", "max_response_length=200", "max_rows=24", "validation=4"]
+    config = made_config(tiny_teacher_folder, tmp_path, *limits)
+    execute(config, only="prepare", say=lambda text: None)
+    made = planner.plan(config)
+    assert "longest samples" in made.source
+    assert max(made.batch.lengths) < 600
+    other = planner.plan(made_config(tiny_teacher_folder, tmp_path, *limits[:1], "max_rows=24", "validation=4"))
+    assert "limits" in other.source
+
+
+# Limits
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("8GiB", 2**33), ("8GB", 8 * 10**9), ("8192MB", 8192 * 10**6), ("1.5 KiB", 1536), ("77", 77), ("2g", 2**31)],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert planner.parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "-1GB", "8 parsecs", "0", "1e9"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(UserError, match="limit must be a size"):
+        planner.parse_bytes(text)
+
+
+def test_what_is_proposed_fits_and_trains_the_same(tiny_teacher_folder: Path, tmp_path: Path) -> None:
+    config = made_config(tiny_teacher_folder, tmp_path, "distill.gradient_accumulation_steps=3")
+    whole = planner.plan(config)
+    assert planner.fit(config, whole.total).overrides == ()
+    limit = BASE + (whole.total - BASE) * 3 // 5
+    made = planner.fit(config, limit)
+    accumulated = ("distill.gradient_accumulation_steps=3", *made.overrides)
+    again = made_config(tiny_teacher_folder, tmp_path, *accumulated)
+    assert planner.plan(again).total == made.total <= limit
+    d = again.distill
+    assert d["per_device_train_batch_size"] * d["gradient_accumulation_steps"] == 48
+    assert d["per_device_train_batch_size"] < 16
+
+
+def test_the_command(tiny_teacher_folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(made_config(tiny_teacher_folder, tmp_path / "run").model_dump()))
+    told = CliRunner().invoke(app, ["plan", str(file), "seed=3"])
+    assert told.exit_code == 0, told.output
+    assert "total" in told.output
+    assert "srd-fast run" not in told.output
+    total = planner.plan(load_run_config(file)).total
+    limit = BASE + (total - BASE) * 3 // 4
+    told = CliRunner().invoke(app, ["plan", str(file), "seed=3", "--limit", str(limit)])
+    command = told.output.splitlines()[-1]
+    assert command.startswith(f"srd-fast run {file} seed=3 distill.")
+    assert "distill.per_device_train_batch_size=" in command
+    assert not (tmp_path / "run").exists()
+
+
+def test_nothing_fits(tiny_teacher_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nothing fits in 0\.01 GB: the least is 0\.01 GB, of which process takes"):
+        planner.fit(made_config(tiny_teacher_folder, tmp_path), BASE // 2 + BASE // 4)
+    with pytest.raises(UserError, match="does not exist"):
+        planner.plan(made_config(tmp_path / "nowhere", tmp_path))
+
+
+# Real weights
+
+_DISTILL = """
+import sys
+from pathlib import Path
+from srd_fast import pipeline, steps
+from srd_fast.run_config import load_run_config
+folder = Path(sys.argv[1])
+config = load_run_config(folder / "config.yaml", sys.argv[2:])
+steps.distill(steps.Run(config, folder, dict.fromkeys(pipeline.STEP_NAMES, "test"), {}))
+status = Path("/proc/self/status").read_text()
+print(int(status.partition("VmHWM:")[2].split()[0]) * 1024)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the allowance is measured with glibc")
+@pytest.mark.parametrize("size", [8, 16])
+@pytest.mark.parametrize("kind", ["hidden", "live"])
+def test_predicted_and_measured_peak(kind: str, size: int, tmp_path: Path) -> None:
+    from srd_fast import steps
+    from srd_fast.curation import CurriculumPlan
+
+    overrides = [f"output_dir={tmp_path}", f"cache.kind={kind}", f"distill.per_device_train_batch_size={size}"]
+    overrides += ["max_rows=24", "validation=8", "init_student.warmup_steps=0", "curate.stages=1"]
+    overrides += ["device=cpu", "distill.epochs_per_stage=2"]
+    config = load_run_config(Path(__file__).parent.parent / "examples" / "standard_pair.yaml", overrides)
+    run = steps.Run(config, tmp_path, {}, {})
+    steps.prepare(run)
+    steps.init_student(run)
+    CurriculumPlan(subsets=[list(run.data("train")["sample_id"])], method="none").save(tmp_path / "plan.json")
+    steps.cache_teacher(run)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.model_dump()))
+    made = planner.plan(config)
+    assert made.source.startswith("every batch")
+    command = [sys.executable, "-c", _DISTILL, str(tmp_path)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "2"}
+    )
+    measured = int(done.stdout.split()[-1])
+    print(f"{kind}, batch {size}: predicted {made.total / 2**20:.0f} MiB, measured {measured / 2**20:.0f} MiB")
+    assert made.total == pytest.approx(measured, rel=0.15)
