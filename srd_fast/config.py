@@ -33,6 +33,15 @@ TRAINING_PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+def check_cache_kind(kind: str, divergence: str) -> None:
+    """UserError for a kind of teacher cache that there is not, or that does not give this divergence."""
+    check_kind(kind)
+    if kind in ("sampled", "projected") and divergence != "forward_kl":
+        raise UserError(
+            f"teacher cache kind {kind!r} gives forward_kl alone, and divergence is {divergence!r}; use hidden or topk"
+        )
+
+
 def with_preset(preset: str, fields: dict[str, Any]) -> dict[str, Any]:
     """The fields of a preset with the given ones on top; a given start or end displaces the preset's list of stages."""
     base = dict(TRAINING_PRESETS[preset])
@@ -109,7 +118,8 @@ class SRDConfig(TrainingArguments):
             raise UserError(f"temperature_scaling must be true, false or 'official', got {self.temperature_scaling!r}")
         if self.padding_free not in (True, False, "auto"):
             raise UserError(f"padding_free must be true, false or 'auto', got {self.padding_free!r}")
-        check_kind(self.teacher_cache_kind)
+        if self.teacher_cache is not None:
+            check_cache_kind(self.teacher_cache_kind, self.divergence)
         if self.label_smoothing_factor:
             raise UserError(
                 f"label_smoothing_factor is {self.label_smoothing_factor}, which the distillation loss does not have; "

@@ -235,7 +235,7 @@ except (OSError, StopIteration):
 
 @cache
 def _process_bytes() -> int:
-    """Peak resident memory of a process that has imported what a run imports, measured once; `_BASE` where that fails."""
+    """Peak resident memory of a process after a run's imports, measured once; `_BASE` where that fails."""
     try:
         done = subprocess.run([sys.executable, "-c", _PROBE], capture_output=True, text=True, check=True, timeout=300)
         return int(done.stdout.split()[-1])

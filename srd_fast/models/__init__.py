@@ -2,7 +2,7 @@
 
 from .flattening import enable_flattening
 from .heads import check_head, find_head, hidden_states, last_hidden_state, unwrap
-from .loading import check_tokenizers, fingerprint, load_model, load_tokenizer, resolve_model, weights_digest
+from .loading import check_tokenizers, fingerprint, load_model, load_tokenizer, model_digest, resolve_model
 from .pruning import prune_depth
 
 __all__ = [
@@ -15,8 +15,8 @@ __all__ = [
     "last_hidden_state",
     "load_model",
     "load_tokenizer",
+    "model_digest",
     "prune_depth",
     "resolve_model",
     "unwrap",
-    "weights_digest",
 ]

@@ -176,8 +176,12 @@ def fingerprint(source: str) -> str:
     return (content_digest(path, _MODEL_FILES) if path.is_dir() else None) or f"hub:{source}"
 
 
-def weights_digest(model: nn.Module) -> str:
-    """Hash of a model's parameters and buffers as they are in memory, dtype included; tied ones are read once."""
+# What a configuration says of where a model came from and how it is run, not of what it computes.
+_NOT_OF_THE_MODEL = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
+
+
+def model_digest(model: nn.Module) -> str:
+    """Hash of a model's parameters and buffers as they are in memory, dtype included, and of its configuration."""
     state = model.state_dict()
 
     def digest(x: torch.Tensor) -> str:
@@ -188,4 +192,7 @@ def weights_digest(model: nn.Module) -> str:
     with ThreadPoolExecutor() as pool:
         digests = dict(zip(by_place, pool.map(digest, by_place.values())))
     listed = [f"{name}:{digests[x.data_ptr(), x.shape]}" for name, x in sorted(state.items())]
+    config: Any = getattr(model, "config", None)
+    told = {} if config is None else {k: v for k, v in config.to_dict().items() if k not in _NOT_OF_THE_MODEL}
+    listed.append(json.dumps(told, sort_keys=True, default=str))
     return hashlib.blake2b("\n".join(listed).encode(), digest_size=16).hexdigest()

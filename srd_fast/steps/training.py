@@ -11,7 +11,7 @@ import torch
 from datasets import concatenate_datasets
 from transformers import TrainerCallback
 
-from ..config import SRDConfig
+from ..config import SRDConfig, check_cache_kind
 from ..curation import CurriculumPlan
 from ..curriculum import per_stage
 from ..errors import UserError
@@ -73,11 +73,8 @@ def lora_config(config: Any) -> Any:
 def check_cache(config: Any, args: SRDConfig) -> None:
     """Refuse kinds of teacher cache that the rest of the config does not go with."""
     kind = config.cache.kind
-    if kind in ("sampled", "projected") and args.divergence != "forward_kl":
-        raise UserError(
-            f"config: cache.kind {kind!r} gives forward_kl alone, and distill.divergence is {args.divergence!r}; "
-            "use hidden or topk"
-        )
+    if kind != LIVE:
+        check_cache_kind(kind, args.divergence)
     if kind == "projected" and config.lora is None:
         raise UserError("config: cache.kind 'projected' needs a student whose head is frozen: set lora, or use hidden")
 

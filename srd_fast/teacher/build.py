@@ -20,7 +20,7 @@ from ..data import IGNORE_INDEX, DistillationCollator
 from ..errors import UserError
 from ..files import temporary_path
 from ..losses import Head
-from ..models import find_head, fingerprint, hidden_states, load_model, weights_digest
+from ..models import find_head, fingerprint, hidden_states, load_model, model_digest
 from . import shards
 from .cache import TeacherCache
 from .index import (
@@ -83,7 +83,7 @@ def describe(
         "format": FORMAT,
         "kind": kind,
         "options": store.options,
-        "teacher": weights_digest(teacher),
+        "teacher": model_digest(teacher),
         "source": source,
         "revision": _revision(teacher),
         "dtype": _dtype_name(teacher),
@@ -136,7 +136,7 @@ def build_teacher_cache(
     _drop_damaged(folder, index)
     missing = _missing(folder, index, requests)
     per_row = store.bytes_per_row(head, next(teacher.parameters()).dtype)
-    groups = _groups(missing, per_row, shard_bytes)
+    groups = _groups(missing, per_row, shard_bytes, meta)
     _check_disk(folder, [g for name, g in groups.items() if not (folder / name).exists()], per_row, head, kind)
     if kind == "hidden":
         shards.write_once(folder / HEAD, head.tensors, wait=True)
@@ -186,8 +186,10 @@ class _Maker:
         return made
 
 
-def _groups(requests: Sequence[_Request], bytes_per_row: int, shard_bytes: int) -> dict[str, list[_Request]]:
-    """File name -> its samples."""
+def _groups(
+    requests: Sequence[_Request], bytes_per_row: int, shard_bytes: int, meta: Mapping[str, Any]
+) -> dict[str, list[_Request]]:
+    """File name -> its samples. The name says what made it, so that no other teacher's file is taken for it."""
     groups: list[list[_Request]] = []
     room = 0
     for r in requests:
@@ -199,7 +201,8 @@ def _groups(requests: Sequence[_Request], bytes_per_row: int, shard_bytes: int) 
         room -= size
     named = {}
     for group in groups:
-        name = hashlib.blake2b(b"".join(r.key for r in group), digest_size=8).hexdigest()
+        made_by = json_text([meta[field] for field in ("teacher", "kind", "options")]).encode()
+        name = hashlib.blake2b(b"".join((made_by, *(r.key for r in group))), digest_size=8).hexdigest()
         named[f"rows-{name}.safetensors"] = group
     return named
 
@@ -335,7 +338,7 @@ def open_teacher_cache(
         if isinstance(teacher, nn.Module):
             wanted |= {
                 "dtype": _dtype_name(teacher),
-                "teacher": weights_digest(teacher),
+                "teacher": model_digest(teacher),
                 "revision": _revision(teacher),
             }
         elif named:

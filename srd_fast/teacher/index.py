@@ -38,7 +38,7 @@ _FIELDS = {
     "options": "options",
     "revision": "teacher's revision",
     "source": "teacher's files",
-    "teacher": "teacher's weights",
+    "teacher": "teacher (weights or configuration)",
 }
 
 

@@ -260,6 +260,13 @@ def make_store(
         student: for "projected", the model whose head does not change.
     """
     check_kind(kind)
+    if kind != "hidden" and student is not None:
+        weight = find_head(student, "student").weight
+        if weight is not None and weight.shape[0] > classes:
+            raise UserError(
+                f"teacher cache kind {kind!r}: the student has {weight.shape[0]} classes and the teacher {classes}; "
+                'a compact kind needs a teacher with all of the student\'s classes, use "hidden"'
+            )
     ordered = tuple(sorted({float(t) for t in temperatures}))
     if kind == "hidden":
         return HiddenStore()
