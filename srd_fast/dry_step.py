@@ -98,7 +98,7 @@ def _make_teacher(config: RunConfig, run: Run, student: Any, offload: bool) -> t
 
 def _flattens(models: Sequence[Any], wanted: Any) -> bool:
     """What `SRDTrainer` decides, short of running the models; switches their attention if so."""
-    if not wanted or any(flattening._unfit(unwrap(m)) is not None for m in models):
+    if not wanted or any(flattening.unfit(unwrap(m)) is not None for m in models):
         return False
     for model in models:
         inner: Any = unwrap(model)

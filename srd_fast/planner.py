@@ -99,6 +99,11 @@ class MemoryPlan:
         lines.append(f"{'disk: teacher cache':{width}}{known}")
         if self.host:
             lines.append(f"{'host: teacher':{width}}  {self.host / 1e9:9.3f} GB")
+        b = self.batch
+        lines.append(
+            f"peak in {self.moment}, with {len(b.lengths)} samples of up to {max(b.lengths)} tokens, {b.rows} of all with "
+            f"loss (from {self.source}), {'without padding' if self.flattened else 'padded'}"
+        )
         return "\n".join(lines)
 
     def rows(self) -> list[tuple[str, int]]:

@@ -42,7 +42,7 @@ def enable_flattening(model: nn.Module) -> str | None:
         None, or in one clause why flattened batches are not for this model, which then is as it was before.
     """
     inner: Any = unwrap(model)
-    reason = _unfit(inner)
+    reason = unfit(inner)
     if reason is not None:
         return reason
     before, modes = _implementations(inner), [(m, m.training) for m in model.modules()]
@@ -60,7 +60,7 @@ def enable_flattening(model: nn.Module) -> str | None:
     return reason
 
 
-def _unfit(inner: Any) -> str | None:
+def unfit(inner: Any) -> str | None:
     """What can be read off a model without running it; numbers alone do not show what its present weights silence."""
     body = inner.base_model
     mixer = next((m for m in body.modules() if isinstance(m, _MIXERS)), None)
