@@ -99,11 +99,10 @@ class MemoryPlan:
         lines.append(f"{'disk: teacher cache':{width}}{known}")
         if self.host:
             lines.append(f"{'host: teacher':{width}}  {self.host / 1e9:9.3f} GB")
-        b = self.batch
-        lines.append(
-            f"peak in {self.moment}, with {len(b.lengths)} samples of up to {max(b.lengths)} tokens, {b.rows} of all with "
-            f"loss (from {self.source}), {'without padding' if self.flattened else 'padded'}"
-        )
+        b, how = self.batch, "without padding" if self.flattened else "padded"
+        lines.append(f"peak in: {self.moment}")
+        lines.append(f"largest batch: {len(b.lengths)} samples, {sum(b.lengths)} tokens, {b.rows} with loss, {how}")
+        lines.append(f"lengths from: {self.source}")
         return "\n".join(lines)
 
     def rows(self) -> list[tuple[str, int]]:

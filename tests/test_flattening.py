@@ -17,7 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from srd_fast.data import DistillationCollator
 from srd_fast.losses import distillation_loss
-from srd_fast.models import enable_flattening, find_head, flattening, hidden_states, last_hidden_state, varlen
+from srd_fast.models import enable_flattening, find_head, flattening, hidden_states, varlen
 
 SAMPLES = [*tiny.tiny_samples(5), {"input_ids": [7], "labels": [7]}, *tiny.tiny_samples(1, seed=9)]
 PADDED = DistillationCollator(0)(SAMPLES)
@@ -216,9 +216,7 @@ def test_samples_do_not_see_each_other() -> None:
 def test_one_sample_one_token_and_equal_lengths(name: str, samples: list[dict[str, Any]]) -> None:
     model = enabled(name)
     found = hidden_states(model, DistillationCollator(0, flatten=True)(samples))[0]
-    alone = [
-        last_hidden_state(model, torch.tensor([s["input_ids"]]), torch.ones(1, len(s["input_ids"]))) for s in samples
-    ]
+    alone = [hidden_states(model, DistillationCollator(0)([s])) for s in samples]
     assert_same(found, torch.cat(alone, 1)[0], 1e-5)
 
 

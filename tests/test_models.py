@@ -17,7 +17,7 @@ from srd_fast.models import (
     check_head,
     check_tokenizers,
     find_head,
-    last_hidden_state,
+    hidden_states,
     load_model,
     load_tokenizer,
     prune_depth,
@@ -34,7 +34,7 @@ def inputs() -> dict[str, Tensor]:
 
 def rebuilt_logits(model: nn.Module) -> Tensor:
     head = find_head(model)
-    hidden = last_hidden_state(model, **inputs())
+    hidden = hidden_states(model, inputs())
     logits = head.project(hidden.flatten(0, 1)).view(*hidden.shape[:2], -1)
     return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
 
@@ -160,8 +160,8 @@ def test_the_head_is_found_under_adapters() -> None:
     assert find_head(model).weight is weight
     check_head(model, "student")
     with model.disable_adapter(), torch.no_grad():
-        without = last_hidden_state(model, **inputs())
-    assert (last_hidden_state(model, **inputs()) - without).abs().max() > 1e-3  # the adapters take part
+        without = hidden_states(model, inputs())
+    assert (hidden_states(model, inputs()) - without).abs().max() > 1e-3  # the adapters take part
 
 
 @pytest.mark.parametrize("fresh", [True, False])
@@ -177,9 +177,11 @@ def test_adapters_on_the_head_are_refused(fresh: bool) -> None:
 @torch.no_grad()
 def test_hidden_states_heed_the_mask() -> None:
     model = tiny.tiny_model("llama")
-    whole = last_hidden_state(model, **inputs())
+    whole = hidden_states(model, inputs())
     for row, mask in enumerate(BATCH["attention_mask"].bool()):
-        alone = last_hidden_state(model, BATCH["input_ids"][row, mask][None], torch.ones(1, int(mask.sum())))
+        alone = hidden_states(
+            model, {"input_ids": BATCH["input_ids"][row, mask][None], "attention_mask": torch.ones(1, int(mask.sum()))}
+        )
         assert_same(whole[row, mask], alone[0], 1e-5)
 
 

@@ -1,7 +1,7 @@
 """Causal language models as distillation sees them: a body that gives hidden states, a head that gives logits."""
 
 from .flattening import enable_flattening
-from .heads import check_head, find_head, hidden_states, last_hidden_state, unwrap
+from .heads import check_head, find_head, hidden_states, unwrap
 from .loading import check_tokenizers, fingerprint, load_model, load_tokenizer, model_digest, resolve_model
 from .pruning import prune_depth
 
@@ -12,7 +12,6 @@ __all__ = [
     "find_head",
     "fingerprint",
     "hidden_states",
-    "last_hidden_state",
     "load_model",
     "load_tokenizer",
     "model_digest",

@@ -41,11 +41,6 @@ def hidden_states(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     return out.last_hidden_state
 
 
-def last_hidden_state(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """`hidden_states` of a padded batch: [B, L, D]."""
-    return hidden_states(model, {"input_ids": input_ids, "attention_mask": attention_mask})
-
-
 def find_head(model: nn.Module, name: str = "model") -> Head:
     """The language-model head: weight, bias, softcap and scale, read from the modules and the config.
 
@@ -91,10 +86,10 @@ def check_head(model: nn.Module, name: str) -> None:
     model.eval()
     vocabulary = min(head.weight.shape[0], inner.get_input_embeddings().weight.shape[0])
     input_ids = (torch.arange(1, 13, device=device) * 7919 % vocabulary).view(2, 6)
-    mask = torch.ones_like(input_ids)
+    batch = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
     try:
-        own = inner(input_ids=input_ids, attention_mask=mask, use_cache=False).logits
-        rebuilt = head.project(last_hidden_state(model, input_ids, mask).flatten(0, 1)).view_as(own)
+        own = inner(**batch, use_cache=False).logits
+        rebuilt = head.project(hidden_states(model, batch).flatten(0, 1)).view_as(own)
     except (RuntimeError, AttributeError, TypeError) as e:
         raise UserError(f"{name} {type(inner).__name__}: cannot rebuild its logits from its hidden states: {e}") from e
     finally:

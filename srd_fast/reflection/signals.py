@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from ..data import IGNORE_INDEX, DistillationCollator, batches_by_length, pad_id
 from ..errors import UserError
 from ..losses import token_cross_entropy
-from ..models import find_head, last_hidden_state
+from ..models import find_head, hidden_states
 from ..suggest import unknown_name
 from .rouge import RougeL
 
@@ -70,7 +70,7 @@ def cross_entropy(reflected: Reflected) -> list[float]:
     for indices in batches_by_length([len(x) for x in input_ids], reflected.batch_size):
         batch = collate([{"input_ids": input_ids[i], "labels": labels[i]} for i in indices])
         batch = {k: v.to(head.weight.device) for k, v in batch.items()}
-        hidden = last_hidden_state(model, batch["input_ids"], batch["attention_mask"])[:, :-1]
+        hidden = hidden_states(model, batch)[:, :-1]
         target = batch["labels"][:, 1:]
         if not reflected.score_eos:
             last = (batch["attention_mask"].sum(1) - 2).clamp(min=0)[:, None]
