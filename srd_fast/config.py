@@ -33,12 +33,15 @@ TRAINING_PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def check_cache_kind(kind: str, divergence: str) -> None:
-    """UserError for a kind of teacher cache that there is not, or that does not give this divergence."""
+def check_cache_kind(kind: str, divergence: str, names: tuple[str, str] = ("teacher_cache_kind", "divergence")) -> None:
+    """UserError for a kind of teacher cache that there is not, or that does not give this divergence.
+
+    names: what the two are called where they were given.
+    """
     check_kind(kind)
     if kind in ("sampled", "projected") and divergence != "forward_kl":
         raise UserError(
-            f"teacher cache kind {kind!r} gives forward_kl alone, and divergence is {divergence!r}; use hidden or topk"
+            f"{names[0]} {kind!r} gives forward_kl alone, and {names[1]} is {divergence!r}; use hidden or topk"
         )
 
 

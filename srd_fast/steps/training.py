@@ -74,7 +74,7 @@ def check_cache(config: Any, args: SRDConfig) -> None:
     """Refuse kinds of teacher cache that the rest of the config does not go with."""
     kind = config.cache.kind
     if kind != LIVE:
-        check_cache_kind(kind, args.divergence)
+        check_cache_kind(kind, args.divergence, ("config: cache.kind", "distill.divergence"))
     if kind == "projected" and config.lora is None:
         raise UserError("config: cache.kind 'projected' needs a student whose head is frozen: set lora, or use hidden")
 
