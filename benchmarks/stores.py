@@ -4,8 +4,8 @@
 
 Teacher: SmolLM2-135M-Instruct. Every store is filled from its hidden states of the same rows and read back; its loss
 (forward KL) and the gradient on the student's hidden states are compared with those of the full vocabulary in float32.
-Errors are relative: of the mean loss, and of the gradient's l2 norm over all rows. `sampled` is unbiased, so its error is
-noise, which training averages over steps.
+Errors are relative: of the mean loss, and of the gradient's l2 norm over all rows. `sampled` is unbiased, so its error
+is noise, which training averages over steps.
 """
 
 import argparse

@@ -191,6 +191,7 @@ def make_trainer(args: argparse.Namespace, samples: Any, tokenizer: Any, folder:
         disable_tqdm=True,
         dataloader_pin_memory=False,
         padding_free=args.variant != "kernel",
+        memory_budget=args.memory_budget,
     )
     cache = args.cache or folder / "cache"
     teacher: Any = None if (cache / "index.json").exists() else load_teacher(args)
@@ -242,6 +243,7 @@ def peaks(args: argparse.Namespace) -> dict[str, float]:
         for side, variant in (("plain", "kernel"), ("filling", args.variant), ("ours", args.variant)):
             command = [sys.executable, __file__, "--memory-of", side, "--variant", variant, "--steps", str(args.steps)]
             command += ["--dtype", args.dtype, "--cache", cache, *(["--data", str(args.data)] if args.data else [])]
+            command += [] if args.memory_budget is None else ["--memory-budget", str(args.memory_budget)]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             found[side] = json.loads(done.stdout.splitlines()[-1])["peak"]
             print(f"{side}: {found[side] / 1e6:.0f} MB", flush=True)
@@ -293,6 +295,7 @@ def main() -> None:
     parser.add_argument("--variant", default="cache", choices=["kernel", "packing", "cache", "lora"])
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--teacher-ratio", type=float, help="a random teacher of that many times the student's compute")
+    parser.add_argument("--memory-budget", type=int, help="bytes of the loss's chunk; default: SRDConfig's")
     parser.add_argument("--memory", action="store_true", help="peaks instead of times")
     parser.add_argument("--memory-of", dest="side", choices=["plain", "filling", "ours"], help=argparse.SUPPRESS)
     parser.add_argument("--cache", type=Path, help=argparse.SUPPRESS)
