@@ -202,6 +202,7 @@ def test_what_is_no_size(text: str) -> None:
         planner.parse_bytes(text)
 
 
+@pytest.mark.slow
 def test_what_is_proposed_fits_and_trains_the_same(tiny_teacher_folder: Path, tmp_path: Path) -> None:
     config = made_config(tiny_teacher_folder, tmp_path, "distill.gradient_accumulation_steps=3")
     whole = planner.plan(config)
@@ -216,6 +217,7 @@ def test_what_is_proposed_fits_and_trains_the_same(tiny_teacher_folder: Path, tm
     assert d["per_device_train_batch_size"] < 16
 
 
+@pytest.mark.slow
 def test_the_command(tiny_teacher_folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(made_config(tiny_teacher_folder, tmp_path / "run").model_dump()))
