@@ -16,17 +16,16 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer
 
 from .config import SRDConfig
-from .curriculum import per_stage
 from .errors import UserError, first_line
 from .kernels import ALIGNMENT, EAGER_BUFFERS, block_bytes
 from .live_bytes import LiveBytes
 from .losses import Head, get_divergence
-from .losses.backends import row_backend
+from .losses.backends import compact_backend, row_backend
 from .losses.buffers import chunk_rows
 from .models import find_head, flattening, hidden_states, prune_depth, resolve_model, unwrap, varlen
 from .run_config import RunConfig
 from .steps import LIVE, PRUNE, Run
-from .steps.training import lora_config
+from .steps.training import cache_temperatures, lora_config
 from .teacher.stores import ProjectedStore, Store, make_store
 
 
@@ -156,11 +155,10 @@ def _loss_sizes(
     # The products run in autocast's dtype; a float32 loss gets a teacher in float32.
     gemm = run.dtype if autocast else head.dtype
     sides = [classes, *([teacher_classes] if config.cache.kind in (LIVE, "hidden") else [])]
-    compact = len(sides) == 1
-    divergence = None if compact else get_divergence(args.divergence).bind(args.skew, args.beta)
-    if compact and args.backend == "auto" and run.device.type != "cpu":
-        backend = "eager"
+    if len(sides) == 1:
+        backend = compact_backend(args.backend, run.device, gemm, classes)
     else:
+        divergence = get_divergence(args.divergence).bind(args.skew, args.beta)
         backend = row_backend(args.backend, run.device, gemm, max(sides), divergence, True)[1]
     temporary = EAGER_BUFFERS * max(sides) * 4 if backend == "eager" else 0
     strides = [-(-s // ALIGNMENT) * ALIGNMENT for s in sides]
@@ -289,9 +287,7 @@ class Simulated:
 
 
 def _store(config: RunConfig, args: SRDConfig, student: Any, classes: int) -> Store:
-    kind, stages = config.cache.kind, config.curate.stages
-    of_stages = per_stage("temperature", args.temperature, args.temperature_start, args.temperature_end, stages)
-    temperatures = tuple(sorted({1.0, *map(float, of_stages)}))
+    kind, temperatures = config.cache.kind, tuple(sorted(set(cache_temperatures(config, args))))
     if kind == "projected":
         return ProjectedStore(find_head(student), "", temperatures)
     return make_store(kind, classes, config.cache.k, temperatures)

@@ -86,3 +86,12 @@ def row_backend(
     if name == "compile" and why_not_compile is not None:
         raise UserError(f"backend 'compile' cannot run: {why_not_compile}; use backend='auto' or 'eager'")
     return functools.partial(distillation_rows, compiled=name == "compile"), name
+
+
+def compact_backend(name: str, device: torch.device, dtype: torch.dtype, num_classes: int) -> str:
+    """What runs the student's rows of a compact teacher: "compile" or "eager"."""
+    if name == "triton":
+        raise UserError("backend 'triton' cannot run: it has no kernel for compact teachers; use backend='auto'")
+    if name == "auto" and device.type != "cpu":
+        return "eager"
+    return row_backend(name, device, dtype, num_classes, None, True)[1]

@@ -13,9 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import UserError
 from ..kernels import EAGER_BUFFERS, RowCoefficients, RowDivergence, RowValues, SparseDivergence, compact_rows
-from .backends import row_backend
+from .backends import compact_backend, row_backend
 from .buffers import GradientSum, chunk_rows, scale_in_place, workspace
 from .head import Head
 
@@ -72,16 +71,6 @@ class _Side:
         return self.head.project(hidden_CD, workspace.take(self.name, len(hidden_CD), self.classes, self.dtype, device))
 
 
-def _compact_backend(name: str, student: _Side) -> str:
-    """What runs the student's rows of a compact teacher: "compile" or "eager"."""
-    device = student.hidden_ND.device
-    if name == "triton":
-        raise UserError("backend 'triton' cannot run: it has no kernel for compact teachers; use backend='auto'")
-    if name == "auto" and device.type != "cpu":
-        return "eager"
-    return row_backend(name, device, student.dtype, student.classes, None, True)[1]
-
-
 class _ChunkRows:
     """The row loss of a chunk, and what it needs: a teacher's logits, or what is known of them.
 
@@ -92,7 +81,7 @@ class _ChunkRows:
         self.rows, self.student, self.teacher = rows, student, None
         self._function: Callable[..., RowValues]
         if rows.compact is not None:
-            self.backend = _compact_backend(rows.backend, student)
+            self.backend = compact_backend(rows.backend, student.hidden_ND.device, student.dtype, student.classes)
             return
         if rows.teacher_ND is not None and rows.teacher_head is not None:
             self.teacher = _Side("teacher", rows.teacher_ND, rows.teacher_head, rows)

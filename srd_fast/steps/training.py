@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from datasets import concatenate_datasets
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 
 from ..config import SRDConfig, check_cache_kind
 from ..curation import CurriculumPlan
@@ -82,11 +82,14 @@ def check_cache(config: Any, args: SRDConfig) -> None:
 def cache_inputs(config: Any) -> Any:
     """What the cache depends on, besides the plan."""
     c = config.cache
-    return [c.kind, config.dtype, *([c.k, _temperatures(config)] if c.kind not in (LIVE, "hidden") else [])]
-
-
-def _temperatures(config: Any) -> list[float]:
+    if c.kind in (LIVE, "hidden"):
+        return [c.kind, config.dtype]
     args = training_config(config, Path(config.output_dir), torch.device("cpu"), torch.float32)
+    return [c.kind, config.dtype, c.k, cache_temperatures(config, args)]
+
+
+def cache_temperatures(config: Any, args: SRDConfig) -> list[float]:
+    """What a compact cache must hold rows for: evaluation's, then that of every stage."""
     stages = config.curate.stages
     return [1.0, *per_stage("temperature", args.temperature, args.temperature_start, args.temperature_end, stages)]
 
@@ -96,14 +99,21 @@ def cache_teacher(run: Run) -> None:
     open_cache(run)
 
 
-def open_cache(run: Run) -> TeacherCache | None:
-    """The run's cache, whole: what is missing or damaged is made, what is of another teacher is replaced."""
+def open_cache(run: Run, student: PreTrainedModel | None = None) -> TeacherCache | None:
+    """The run's cache, whole: what is missing or damaged is made, what is of another teacher is replaced.
+
+    student: the starting student if it is loaded already; compact kinds look at its head.
+    """
     c = run.config.cache
     if c.kind == LIVE:
         return None
     folder, train = run.folder / "teacher_cache", run.data("train")
     kept = set(CurriculumPlan.load(run.folder / "plan.json").kept)
     samples = [train.select([i for i, s in enumerate(train["sample_id"]) if s in kept]), run.data("validation")]
+
+    if c.kind != "hidden" and student is None:
+        student = load_model(run.start, torch.float32)
+    args = training_config(run.config, run.folder, run.device, run.dtype)
 
     def opened() -> TeacherCache:
         return open_teacher_cache(
@@ -112,8 +122,8 @@ def open_cache(run: Run) -> TeacherCache | None:
             concatenate_datasets(samples),
             kind=c.kind,
             k=c.k,
-            temperatures=_temperatures(run.config),
-            student=load_model(run.start, torch.float32) if c.kind != "hidden" else None,
+            temperatures=cache_temperatures(run.config, args),
+            student=student,
             template=run.config.template,
             dtype=run.dtype,
             device=run.device,
@@ -159,9 +169,10 @@ def distill(run: Run) -> None:
         metrics.unlink(missing_ok=True)
         checkpoints.mkdir(parents=True)
         stamp.write_text(wanted + "\n", encoding="utf-8")
+    student = load_model(run.start, torch.float32, run.device)
     trainer = SRDTrainer(
-        load_model(run.start, torch.float32, run.device),
-        open_cache(run) or run.teacher,
+        student,
+        open_cache(run, student) or run.teacher,
         training_config(run.config, run.folder, run.device, run.dtype),
         run.data("train"),
         curriculum=CurriculumPlan.load(run.folder / "plan.json"),

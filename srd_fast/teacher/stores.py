@@ -109,8 +109,8 @@ def _index(temperatures: Sequence[float], wanted: float) -> int:
 
 
 @dataclass(frozen=True)
-class TopKStore:
-    """The `k` likeliest classes: ids, float16 logits below the largest, and the rest's mass at each temperature."""
+class _FewClasses:
+    """`k` of the first `classes` classes of each row, at some temperatures."""
 
     k: int
     temperatures: tuple[float, ...]
@@ -120,6 +120,11 @@ class TopKStore:
     def options(self) -> dict[str, Any]:
         """k and the temperatures."""
         return {"k": self.k, "temperatures": list(self.temperatures)}
+
+
+@dataclass(frozen=True)
+class TopKStore(_FewClasses):
+    """The `k` likeliest classes: ids, float16 logits below the largest, and the rest's mass at each temperature."""
 
     def bytes_per_row(self, head: Head, hidden_dtype: torch.dtype) -> int:
         """Ids, two bytes a logit, four a temperature."""
@@ -150,17 +155,8 @@ def _joined(names: Sequence[str], parts: Sequence[Sequence[Tensor]]) -> dict[str
 
 
 @dataclass(frozen=True)
-class SampledStore:
+class SampledStore(_FewClasses):
     """`k` draws with replacement from the teacher's distribution at each temperature, and its entropy."""
-
-    k: int
-    temperatures: tuple[float, ...]
-    classes: int
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """k and the temperatures."""
-        return {"k": self.k, "temperatures": list(self.temperatures)}
 
     def bytes_per_row(self, head: Head, hidden_dtype: torch.dtype) -> int:
         """Ids and an entropy for each temperature."""
