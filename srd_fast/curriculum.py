@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from .curation import CurriculumPlan
 from .errors import UserError
@@ -76,15 +78,18 @@ class Curriculum:
         lengths: Sequence[int] | None = None,
         length_buckets: int = 0,
     ) -> None:
-        if not plan.subsets or not plan.subsets[0]:
+        columns = plan.subset_columns
+        if not columns or not len(columns[0]):
             raise UserError("the plan's first subset is empty, so its first stage has nothing to train on")
-        position = {s: i for i, s in enumerate(sample_ids)}
-        missing = [s for s in plan.kept if s not in position]
-        if missing:
+        kept = pa.concat_arrays(columns)
+        positions = pc.index_in(kept, value_set=pa.array(list(sample_ids), kept.type))
+        if positions.null_count:
+            missing = kept.filter(positions.is_null())
             raise UserError(
-                f"the plan keeps {len(missing)} samples that the data does not have, the first is {missing[0]!r}: "
-                "curate again with this data"
+                f"the plan keeps {len(missing)} samples that the data does not have, the first is "
+                f"{missing[0].as_py()!r}: curate again with this data"
             )
+        ends = np.cumsum([len(c) for c in columns])
         self.batch_size, self.seed = batch_size, seed
         self.length_buckets = length_buckets
         self._lengths = np.array(lengths) if lengths is not None else None
@@ -92,8 +97,8 @@ class Curriculum:
         self.restart_learning_rate = restart_learning_rate
         self.stages: list[Stage] = []
         step = 0
-        for k in range(len(plan.subsets)):
-            samples = np.array([position[s] for s in plan.stage_ids(k)], dtype=np.int64)
+        for k, end in enumerate(ends):
+            samples = positions[:end].to_numpy().astype(np.int64)
             steps = max(1, math.ceil(len(samples) * epochs_per_stage[k] / batch_size - 1e-9))
             self.stages.append(Stage(samples, step, steps, temperatures[k], sft_weights[k], learning_rates[k]))
             step += steps

@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from srd_fast import curation
 from srd_fast.curation import (
     CURATION_PRESETS,
     DEFAULT_SIGNALS,
+    METHODS,
     PLAN_FORMAT,
     CurriculumPlan,
     Signal,
@@ -23,6 +26,7 @@ from srd_fast.curation import (
     curate,
 )
 from srd_fast.errors import UserError
+from srd_fast.run_config import load_run_config
 
 Scores = dict[str, list[Any]]
 
@@ -98,6 +102,105 @@ def test_the_order_of_rows_changes_nothing(method: str) -> None:
 def test_a_dataset_gives_the_same_plan() -> None:
     scores = random_scores(50)
     assert curate(Dataset.from_dict(scores)) == curate(scores)
+
+
+# Columns against rows
+
+
+def slow_order(scores: Scores, k: float, signals: Mapping[str, Signal], method: str, seed: int) -> Any:
+    """Ranked ids, their fused scores and the unscored rows, row by row; sums in the same order, so equal to the bit."""
+    unscored, rows = [], []
+    for i, name in enumerate(scores["sample_id"]):
+        values = {n: math.nan if scores[n][i] is None else scores[n][i] for n in signals}
+        reason = scores["reason"][i] or next(
+            (f"{n} is {v}, not a finite number" for n, v in values.items() if not math.isfinite(v)), None
+        )
+        if reason:
+            unscored.append({"sample_id": name, "reason": reason})
+            continue
+        tie = scores["cross_entropy"][i] if "cross_entropy" in scores else 0
+        rows.append((name, values, (1, 0.0) if tie is None or math.isnan(tie) else (0, tie)))
+    ranked = []
+    for name, values, tie in rows:
+        fused = 0.0
+        for n, s in signals.items():
+            easier = sum(v[n] > values[n] if s.higher_is_easier else v[n] < values[n] for _, v, _ in rows)
+            fused += s.weight / (k + 1 + easier)
+        ranked.append((-fused, tie, name))
+    ranked.sort()
+    names = [name for _, _, name in ranked]
+    if method == "random":
+        by_id = sorted(names)
+        names = [by_id[i] for i in np.random.default_rng(seed).permutation(np.arange(len(by_id)))]
+    fused_of = {name: -f for f, _, name in ranked}
+    return names, {name: fused_of[name] for name in names}, unscored
+
+
+def awkward_scores(draw: random.Random) -> Scores:
+    """Ties in every column, ids that share long beginnings, values and reasons of every bad kind."""
+    count, levels = draw.randrange(6, 120), draw.choice([1, 3, 40, 10**6])
+    letters = draw.choice(["ab", 'aé中\U0001f600"\\\n', "0123456789abcdef"])
+    start = draw.choice(["", "sample", "a beginning that is longer than sixteen bytes"])
+    ids = {start + "".join(draw.choices(letters, k=draw.randrange(20))) for _ in range(count)}
+    bad = [None, math.nan, math.inf, -math.inf]
+
+    def column(of: float) -> list[Any]:
+        return [draw.choice(bad) if draw.random() < 0.03 else draw.randrange(levels) / of for _ in ids]
+
+    scores: Scores = {"sample_id": draw.sample(sorted(ids), len(ids)), "rouge_l": column(levels)}
+    scores |= {"cross_entropy": column(-8), "length": column(1)}
+    reasons = [draw.choice([None, "", 'a "reason"\n']) if draw.random() < 0.1 else None for _ in ids]
+    return {**scores, "reason": reasons}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("form", ["lists", "dataset", "parquet"])
+def test_columns_give_what_rows_give(method: str, form: str, tmp_path: Path) -> None:
+    draw = random.Random(METHODS.index(method))
+    for _ in range(20):
+        scores, k = awkward_scores(draw), draw.choice([1, 60, 60.5])
+        names = draw.sample(["rouge_l", "cross_entropy", "length"], draw.randrange(1, 4))
+        signals = {n: Signal(n == "rouge_l", draw.choice([0.0, 1.0, 2.5])) for n in names}
+        if "cross_entropy" not in signals and draw.random() < 0.7:
+            del scores["cross_entropy"]
+        given: Any = scores if form == "lists" else Dataset.from_dict(scores)
+        if form == "parquet":
+            given.to_parquet(str(tmp_path / "scores.parquet"))
+            given = draw.choice([str, Path])(tmp_path / "scores.parquet")
+        ranked, fused, unscored = slow_order(scores, k, signals, method, seed=7)
+        if not ranked:
+            continue
+        plan = curate(given, keep=1, stages=1, rrf_k=k, signals=signals, method=method, seed=7)
+        assert plan.subsets == [ranked]
+        assert list(plan.fused.items()) == list(fused.items())
+        assert plan.unscored == unscored
+
+
+def test_of_a_file_only_what_is_needed_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = random_scores(30)
+    scores |= {"generation": ["x"] * 30, "reason": [None] * 30, "length": [1] * 30}
+    Dataset.from_dict(scores).to_parquet(str(tmp_path / "scores.parquet"))
+    read: list[str] = []
+
+    class Spy(curation.pq.ParquetFile):
+        def read(self, columns: Sequence[str]) -> pa.Table:
+            read.extend(columns)
+            return super().read(columns)
+
+    monkeypatch.setattr(curation.pq, "ParquetFile", Spy)
+    signals = {"rouge_l": Signal(higher_is_easier=True)}
+    assert curate(tmp_path / "scores.parquet", signals=signals) == curate(scores, signals=signals)
+    assert sorted(read) == ["cross_entropy", "reason", "rouge_l", "sample_id"]
+
+
+def test_a_file_that_is_no_parquet_is_a_user_error(tmp_path: Path) -> None:
+    (tmp_path / "text.parquet").write_text("sample_id")
+    for bad in (tmp_path / "text.parquet", str(tmp_path / "absent.parquet"), tmp_path):
+        with pytest.raises(UserError, match=r"^scores '.*' cannot be read as parquet: [^\n]+$"):
+            curate(bad)
+    Dataset.from_dict({"sample_id": ["a"], "rougel": [1.0]}).to_parquet(str(tmp_path / "named.parquet"))
+    with pytest.raises(UserError, match=r"unknown column 'rouge_l'; did you mean 'rougel'"):
+        curate(tmp_path / "named.parquet")
 
 
 # What cannot be ranked
@@ -244,6 +347,8 @@ def test_a_weight_of_zero_leaves_a_signal_out() -> None:
         ({"rouge_l": None}, r"unknown column 'rouge_l'"),
         ({"sample_id": None}, r"unknown column 'sample_id'"),
         ({"sample_id": ["a"] * 9}, r"sample_id must be unique"),
+        ({"sample_id": ["an id of more than eight bytes", *"abcdefg", "an id of more than eight bytes"]}, "be unique"),
+        ({"sample_id": [*"abcdefgh", None]}, r"every row must have one"),
         ({"rouge_l": ["high"] * 9}, r"rouge_l"),
     ],
 )
@@ -299,7 +404,154 @@ def test_an_unknown_method_is_named_with_the_nearest() -> None:
         curate(random_scores(9), method="randm")
 
 
+# The knee
+
+
+def bimodal_scores(easy: int, hard: int) -> Scores:
+    """Easy samples of little spread and far harder ones, in both signals and in any order."""
+    draw = np.random.default_rng(0)
+    scores: Scores = {"sample_id": [f"{'easy' if i < easy else 'hard'}{i}" for i in range(easy + hard)]}
+    scores["rouge_l"] = [*draw.normal(0.8, 0.03, easy), *draw.normal(0.2, 0.05, hard)]
+    scores["cross_entropy"] = [*draw.normal(1.0, 0.1, easy), *draw.normal(5.0, 0.5, hard)]
+    return permuted(scores, 0)
+
+
+@pytest.mark.parametrize("share", [0.6, 0.8, 0.95])
+def test_the_knee_is_where_the_hard_tail_begins(share: float, caplog: pytest.LogCaptureFixture) -> None:
+    scores = bimodal_scores(easy := round(2000 * share), 2000 - easy)
+    plan = curate(scores, keep="knee")
+    assert plan.keep == pytest.approx(share, abs=0.03)
+    assert plan.keep_rule == "knee"
+    assert len(plan.kept) == round(plan.keep * 2000)
+    assert plan.kept == curate(scores, keep=1).kept[: len(plan.kept)]
+    wrong = sum(i.startswith("hard") for i in plan.kept) + sum(d["sample_id"].startswith("easy") for d in plan.dropped)
+    assert wrong <= 0.03 * 2000
+    assert not caplog.records
+
+
+def test_the_knee_is_that_of_values_and_takes_weights() -> None:
+    scores = bimodal_scores(800, 200)
+    scores["noise"] = list(np.random.default_rng(1).random(1000))  # does not bend
+    signals = {n: Signal(n == "rouge_l", float(n != "noise")) for n in ("rouge_l", "cross_entropy", "noise")}
+    assert curate(scores, keep="knee", signals=signals).keep == curate(scores, keep="knee").keep
+    x = np.linspace(0, 1, 500)
+    straight, bent = ({"sample_id": [f"{i:03d}" for i in range(500)], "loss": v} for v in (x, np.maximum(x, 5 * x - 3)))
+    of_loss = {"loss": Signal(higher_is_easier=False)}
+    assert curate(straight, keep=0.5, signals=of_loss) == curate(bent, keep=0.5, signals=of_loss), "ranks are the same"
+    assert curate(straight, keep="knee", signals=of_loss).keep == 1.0
+    assert curate(bent, keep="knee", signals=of_loss).keep == pytest.approx(0.75, abs=0.005)
+
+
+def test_normal_difficulties_bend_where_the_docstring_says() -> None:
+    values = np.random.default_rng(0).normal(size=200_000)
+    scores = {"sample_id": [str(i) for i in range(len(values))], "cross_entropy": values}
+    plan = curate(scores, keep="knee", signals={"cross_entropy": Signal(higher_is_easier=False)})
+    assert plan.keep == pytest.approx(0.87, abs=0.01)
+
+
+@pytest.mark.parametrize("shape", ["straight", "concave", "flat"])
+def test_without_a_bend_everything_is_kept(shape: str, caplog: pytest.LogCaptureFixture) -> None:
+    x = np.linspace(0, 1, 500)
+    scores = {"sample_id": [f"{i:03d}" for i in range(500)], "rouge_l": [0.5] * 500}
+    scores["cross_entropy"] = list({"straight": x, "concave": np.sqrt(x), "flat": 0 * x}[shape])
+    plan = curate(scores, keep="knee")
+    assert (plan.keep, plan.keep_rule, len(plan.kept)) == (1.0, "knee", 500)
+    assert [r.levelname for r in caplog.records] == ["WARNING"]
+    assert "keep=knee: the difficulties do not bend" in caplog.text
+
+
+def test_the_knee_leaves_a_sample_for_every_stage() -> None:
+    scores = {"sample_id": [*"abcdef"], "cross_entropy": [0.0, 0.0, 8.0, 9.0, 10.0, 80.0]}
+    signals = {"cross_entropy": Signal(higher_is_easier=False)}
+    assert len(curate(scores, keep="knee", stages=1, signals=signals).kept) == 5
+    for floor in (False, True):
+        plan = curate(scores, keep="knee", stages=6, signals=signals, floor_subsets=floor)
+        assert [len(s) for s in plan.subsets] == [1] * 6
+        assert plan.keep == 1.0
+
+
+def test_controls_of_a_knee() -> None:
+    scores = bimodal_scores(800, 200)
+    srd, drawn, none = (curate(scores, keep="knee", method=method) for method in METHODS)
+    assert [len(s) for s in drawn.subsets] == [len(s) for s in srd.subsets]
+    assert (drawn.keep, drawn.keep_rule) == (srd.keep, "knee")
+    assert drawn.kept != srd.kept
+    assert none == curate(scores, method="none")
+
+
+def test_the_config_takes_a_knee() -> None:
+    assert load_run_config(None, ["curate.keep=knee"]).curate.keep == "knee"
+    with pytest.raises(UserError, match=r"^config: curate.keep: must be in \(0, 1\], or 'knee', got 'kne'$"):
+        load_run_config(None, ["curate.keep=kne"])
+
+
+# The plan
+
+
+def test_a_plan_of_lists_is_a_plan_of_columns() -> None:
+    found = curate(random_scores(50), keep=0.5)
+    given: dict[str, Any] = {n: getattr(found, n) for n in ("subsets", "dropped", "unscored", "fused", "signals")}
+    given |= {n: getattr(found, n) for n in ("method", "keep", "keep_rule", "stages", "rrf_k")}
+    assert CurriculumPlan(**given) == found
+    assert CurriculumPlan(**{**given, "fused": dict(reversed(found.fused.items()))}) == found, "as dicts compare"
+    assert repr(found).startswith("<CurriculumPlan of [8, 9, 8] + 25 dropped + 0 unscored: method='srd', keep=0.5")
+    changes: dict[str, Any] = {
+        "subsets": found.subsets[:2], "dropped": found.dropped[1:], "unscored": found.dropped[:1], "stages": 2,
+        "fused": {**found.fused, "x": 0.5}, "keep": 0.6, "keep_rule": "knee", "rrf_k": 61, "signals": {},
+    }  # fmt: skip
+    for name, change in changes.items():
+        assert CurriculumPlan(**{**given, name: change}) != found, name
+    assert found != given
+
+
+def test_a_plan_makes_python_objects_only_when_asked(tmp_path: Path) -> None:
+    plan = curate(random_scores(50))
+    plan.save(tmp_path / "plan.json")
+    assert plan == curate(random_scores(50))
+    assert not {"subsets", "dropped", "unscored", "fused"} & set(vars(plan))
+    assert plan.fused is plan.fused
+    assert [c.to_pylist() for c in plan.subset_columns] == plan.subsets
+
+
+@pytest.mark.parametrize(
+    "rows", [{"dropped": [{"sample_id": "a"}]}, {"unscored": [{"reason": "a"}]}, {"fused": {"a": math.nan}}]
+)
+def test_a_plan_refuses_half_rows(rows: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=next(iter(rows))):
+        CurriculumPlan(subsets=[["b"]], **rows)
+
+
 # Files
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1000])
+def test_pieces_are_laid_out_as_json_lays_them_out(chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(curation, "_CHUNK", chunk)
+    scores = random_scores(40)
+    scores["rouge_l"][3:6] = [math.nan] * 3
+    scores["sample_id"][1:3] = ['"quoted\\"', "ünïcode 中\n\u2028\x00"]
+    for i, method in enumerate(METHODS):
+        plan = curate(scores, method=method)
+        plan.save(tmp_path / f"{i}.json")
+        text = (tmp_path / f"{i}.json").read_text(encoding="utf-8")
+        content = json.loads(text)
+        assert text == json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+        names = ["format", "method", "keep", "keep_rule", "stages", "rrf_k", "signals"]
+        assert list(content) == [*names, "subsets", "dropped", "unscored", "fused"]
+        for name in ("subsets", "dropped", "unscored", "fused"):
+            assert content[name] == getattr(plan, name)
+
+
+def test_scores_of_any_size_come_back_to_the_bit(tmp_path: Path) -> None:
+    values = [1 / 3, 1e-5, 2.2249249665128724e-07, 5e-324, 1.7976931348623157e308, 3.0, 0.0, 1e22]
+    plan = CurriculumPlan([["a"]], fused={str(i): v for i, v in enumerate(values)})
+    plan.save(tmp_path / "plan.json")
+    assert list(CurriculumPlan.load(tmp_path / "plan.json").fused.values()) == values
+
+
+def test_a_plan_from_before_the_knee_is_read(tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text(_broken_plans()["whole"])
+    assert CurriculumPlan.load(tmp_path / "plan.json").keep_rule == "ratio"
 
 
 @pytest.mark.parametrize("options", [{}, {"method": "random"}, {"method": "none"}, {"floor_subsets": True}])
@@ -323,6 +575,7 @@ def _broken_plans() -> dict[str, str]:
         "subsets": [["a", "b"]], "dropped": [], "unscored": [], "fused": {"a": 0.03},
     }  # fmt: skip
     changed = {
+        "whole": {},
         "other format": {"format": "srd_fast.plan/0"},
         "unknown key": {"colour": 1},
         "wrong signal": {"signals": {"rouge_l": {"weight": 1.0}}},
@@ -333,6 +586,8 @@ def _broken_plans() -> dict[str, str]:
         "no subsets": {"subsets": []},
         "empty first subset": {"subsets": [[], ["a"]]},
         "a sample twice": {"subsets": [["a"], ["a"]]},
+        "no reason": {"dropped": [{"sample_id": "c"}]},
+        "fused a text": {"fused": {"a": "high"}},
     }
     plans = {name: json.dumps({**whole, **change}) for name, change in changed.items()}
     plans |= {
@@ -341,7 +596,7 @@ def _broken_plans() -> dict[str, str]:
     return plans | {"cut off": json.dumps(whole)[:-20], "empty": "", "list": "[]", "null": "null", "bytes": "\x00\x01"}
 
 
-@pytest.mark.parametrize("kind", _broken_plans())
+@pytest.mark.parametrize("kind", sorted(_broken_plans().keys() - {"whole"}))
 def test_a_damaged_plan_is_a_user_error(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     path.write_text(_broken_plans()[kind])

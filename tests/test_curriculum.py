@@ -125,6 +125,15 @@ def test_a_plan_that_the_data_does_not_fit_is_refused() -> None:
         Curriculum(plan, ["s000", "s002", "s003", "s004", "x"], batch_size=2, learning_rates=[1, 1], **options)
     more = Curriculum(plan, ["x", *plan.kept, "y"], batch_size=3, learning_rates=[1, 1], **options)
     assert set(more.indices()) == {1, 2, 3, 4, 5, 6}
+    assert [s.samples.tolist() for s in more.stages] == [[1, 2, 3], [1, 2, 3, 4, 5, 6]]
+
+
+def test_positions_are_looked_up_without_a_python_object_a_sample() -> None:
+    plan, ids = plan_of(3, 3), ["s005", "x", "s004", "s000", "s001", "s003", "s002"]
+    constants: dict[str, Any] = {"epochs_per_stage": [1, 1], "temperatures": [1, 1], "sft_weights": [0, 0]}
+    found = Curriculum(plan, ids, batch_size=3, learning_rates=[1, 1], **constants)
+    assert [s.samples.tolist() for s in found.stages] == [[3, 4, 6], [3, 4, 6, 5, 2, 0]]
+    assert "subsets" not in vars(plan)
 
 
 # Batches of like length
