@@ -7,10 +7,12 @@ Row formats, told apart by their columns:
     messages: [{"role", "content"}, ...]       the tokenizer's chat template; the last assistant turn is the response
     input_ids, labels                          tokenised already; labels are -100 where there is no loss
 
-A column `references` (a list of texts) replaces the response as what answers are scored against.
+A column `references` (a list of texts) replaces the response as what answers are scored against. A column `tests` (a
+text or a list of texts) holds Python source that the code in an answer has to pass, see `reflection/execution.py`.
 
-A tokenised sample has the columns sample_id, prompt, references, input_ids and labels. The prompt and the response are
-tokenised apart and joined as ids, so training sees exactly the prompt ids that generation starts from.
+A tokenised sample has the columns sample_id, prompt, references, input_ids, labels and tests (empty where there are
+none). The prompt and the response are tokenised apart and joined as ids, so training sees exactly the prompt ids that
+generation starts from.
 """
 
 import gzip
@@ -42,8 +44,10 @@ TOKENISED_FEATURES = Features(
         "references": List(Value("string")),
         "input_ids": List(Value("int32")),
         "labels": List(Value("int32")),
+        "tests": List(Value("string")),
     }
 )
+_WITHOUT_TESTS = Features({name: kind for name, kind in TOKENISED_FEATURES.items() if name != "tests"})
 _FORMATS = (("instruction", "output"), ("prompt", "completion"), ("messages",), ("input_ids", "labels"))
 
 
@@ -332,6 +336,12 @@ def _given_references(row: Mapping[str, Any]) -> list[str] | None:
     return _references(given, "references") if given else None
 
 
+def _given_tests(row: Mapping[str, Any]) -> list[str]:
+    """What a column `tests` holds, none without one."""
+    given = row.get("tests")
+    return [] if given is None or given in ("", []) else _references(given, "tests")
+
+
 def first_label(labels: Sequence[int]) -> int:
     """Index of the first token with loss: the length of the prompt."""
     return next((i for i, x in enumerate(labels) if x != IGNORE_INDEX), len(labels))
@@ -347,6 +357,8 @@ def prepare_dataset(
     """
     if isinstance(data, Dataset) and data.features == TOKENISED_FEATURES and len(data):
         return PreparedData(data)
+    if isinstance(data, Dataset) and data.features == _WITHOUT_TESTS and len(data):
+        return PreparedData(data.add_column("tests", [[]] * len(data), feature=TOKENISED_FEATURES["tests"]))
     rows = data.to_list() if isinstance(data, Dataset) else list(data)
     if not rows:
         raise UserError(f"{name} is empty")
@@ -359,7 +371,7 @@ def prepare_dataset(
         try:
             if missing:
                 raise UserError(f"no value in {', '.join(missing)}")
-            samples.append({"sample_id": sample_id, **tokenisation.sample(row, columns)})
+            samples.append({"sample_id": sample_id, **tokenisation.sample(row, columns), "tests": _given_tests(row)})
         except UserError as e:
             rejected.append((f"row {number} ({sample_id})", str(e)))
     if not samples:

@@ -207,6 +207,24 @@ def test_prepared_data_passes_unchanged(tiny_tokenizer: PreTrainedTokenizerFast)
     assert prepare(data, tiny_tokenizer).dataset is data
 
 
+def test_tokenised_data_of_older_versions_gets_the_column_of_tests(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    data = prepare(ROWS, tiny_tokenizer).dataset
+    taken = prepare(data.remove_columns("tests"), tiny_tokenizer, max_prompt_length=1, max_response_length=1).dataset
+    assert taken.features == TOKENISED_FEATURES
+    assert list(taken) == list(data)
+
+
+@pytest.mark.parametrize(
+    ("tests", "kept"),
+    [("assert f() == 1", ["assert f() == 1"]), (["a", "b"], ["a", "b"]), ([], []), ("", []), (None, [])],
+)
+def test_tests_are_kept_and_change_no_id(tests: Any, kept: list[str], tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    for row in GOOD_ROWS:
+        sample = one({**row, "tests": tests}, tiny_tokenizer)
+        assert sample["tests"] == kept
+        assert sample == {**one(row, tiny_tokenizer), "tests": kept}
+
+
 @pytest.mark.parametrize(
     ("row", "complaint"),
     [
@@ -264,6 +282,12 @@ BAD_ROWS = [
     ({"input_ids": [1, 2], "labels": [-100, 2], "references": "sea"}, "references"),
     ({"input_ids": [1, 2], "labels": [-100, 2], "references": [3]}, "references"),
     ({"input_ids": [1, 2], "labels": [-100, 2], "prompt": ["text"]}, "prompt"),
+    ({"input_ids": [1, 2], "labels": [-100, 2], "tests": 3}, "tests must be text or a list of texts, got int"),
+    ({"instruction": "a", "output": "x", "tests": False}, "tests must be text or a list of texts, got bool"),
+    ({"instruction": "a", "output": "x", "tests": ["a", ["b"]]}, "tests must be text or a list of texts"),
+    ({"prompt": "a", "completion": "x", "tests": ["a", None]}, "tests must be text or a list of texts"),
+    ({"prompt": "a", "completion": "x", "tests": {"a": "b"}}, "tests must be text or a list of texts, got dict"),
+    ({"messages": [turn("user"), turn("assistant")], "tests": "lone \ud800"}, "half of a surrogate pair"),
 ]
 GOOD_ROWS = [
     {"instruction": "Say hi.", "output": "Hi."},
