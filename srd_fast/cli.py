@@ -68,7 +68,29 @@ def _step_command(name: str, text: str) -> None:
 
 
 _step_command("prepare", "Read and tokenise the data into the run folder.")
-_step_command("reflect", "The starting student answers every training prompt: reflections.parquet.")
+
+
+@app.command()
+def reflect(
+    config: _Config,
+    overrides: _Overrides = None,
+    shard: Annotated[
+        str | None, typer.Option(help="Such as 3/16: that share of the samples, on a machine of many.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Do it again even if nothing has changed.")] = False,
+) -> None:
+    """The starting student answers every training prompt: reflections.parquet. The steps before it must be done.
+
+    With --shard, its share's scores alone: reflections-00003-of-00016.parquet. Once the files of all shards lie in the
+    run folder, the command without --shard joins them.
+    """
+    from .pipeline import execute
+    from .run_config import load_run_config
+
+    with _stoppable():
+        execute(load_run_config(config, overrides or []), only="reflect", force=force, shard=shard)
+
+
 _step_command("curate", "Rank, drop and stage the samples: plan.json.")
 _step_command("cache", "Run the teacher once over the kept samples: teacher_cache/.")
 _step_command("distill", "Train along the plan: checkpoints/, metrics.jsonl, student/.")

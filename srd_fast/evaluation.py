@@ -7,13 +7,15 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .data import DistillationCollator, Tokenisation, batches_by_length, first_label, pad_id, prepare_dataset
 from .errors import UserError
 from .measure import measure_batch
 from .models import load_model
-from .reflection import RougeL, Sampling, make_engine
+from .reflection import Sampling, open_engine
+from .rouge import RougeL
 from .teacher import LiveTeacher, TeacherSource
 
 
@@ -53,14 +55,16 @@ def evaluate(
     samples = prepare_dataset(dataset, Tokenisation(tokenizer, template)).dataset
     references = list(samples["references"])
     input_ids, labels = list(samples["input_ids"]), list(samples["labels"])
-    runner = make_engine(engine, model, tokenizer, batch_size=batch_size, progress=progress)
     prompts = [x[: first_label(y)] for x, y in zip(input_ids, labels)]
+    length = max(map(len, prompts)) + sampling.max_new_tokens
     scorer = RougeL(rouge_tokenizer)
     means, generations = [], [""] * len(samples)
-    for seed in seeds or (sampling.seed,):
-        for i, generated in runner.generate(prompts, replace(sampling, seed=seed)):
-            generations[i] = str(tokenizer.decode(generated, skip_special_tokens=True)).strip()
-        means.append(statistics.fmean(scorer.score(g, r or [""]) for g, r in zip(generations, references)))
+    with open_engine(engine, model, tokenizer, length=length, sampling=sampling, batch_size=batch_size) as runner:
+        for seed in seeds or (sampling.seed,):
+            answers = runner.generate(prompts, replace(sampling, seed=seed))
+            for i, generated in tqdm(answers, "generate", len(prompts), unit="sample", disable=not progress):
+                generations[i] = str(tokenizer.decode(generated, skip_special_tokens=True)).strip()
+            means.append(statistics.fmean(scorer.score_all(generations, references)))
 
     collate = DistillationCollator(pad_id(tokenizer))
     totals = torch.zeros(3, dtype=torch.float64)

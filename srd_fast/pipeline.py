@@ -50,9 +50,10 @@ STEPS = (
     Step(
         "reflect",
         lambda c: ["reflections.parquet"],
-        lambda c: [c.reflect.model_dump(), c.dtype, c.seed if c.reflect.temperature > 0 else None],
+        steps.reflect_inputs,
         ("init-student",),
         steps.reflect_step,
+        (steps.PARTS,),
     ),
     Step(
         "curate",
@@ -137,9 +138,15 @@ def fingerprints(config: RunConfig) -> dict[str, str]:
 
 
 def execute(
-    config: RunConfig, only: str | None = None, force: bool = False, say: Callable[[str], None] = print
+    config: RunConfig,
+    only: str | None = None,
+    force: bool = False,
+    say: Callable[[str], None] = print,
+    shard: str | None = None,
 ) -> Path:
     """Run every step that is not done, or `only` one, whose predecessors must be done.
+
+    shard: "k/n" with only="reflect" does that share of the samples and leaves its scores beside the others'.
 
     Returns:
         The run folder.
@@ -167,6 +174,9 @@ def execute(
             if not valid:
                 verb = "run" if step.name == "init-student" else step.name  # that verb takes no config
                 raise UserError(f"step {only!r} needs {step.name!r} done first: srd-fast {verb} CONFIG")
+            continue
+        if shard is not None:
+            say(f"{place}, shard {shard}: {steps.reflect_shard(run, shard)}")
             continue
         if force and only == step.name:
             for cache in step.caches:

@@ -200,8 +200,10 @@ def _disk(config: RunConfig, lengths: _Lengths | None, made: Simulated) -> int |
     if config.cache.kind == LIVE:
         return 0
     if lengths is not None:
-        kept = range(len(lengths.train)) if lengths.kept is None else lengths.kept
-        share = config.curate.keep if lengths.kept is None and config.curate.method != "none" else 1.0
+        c, everything = config.curate, range(len(lengths.train))
+        kept = everything if lengths.kept is None or c.reflect_again else lengths.kept
+        known = lengths.kept is not None or c.reflect_again or c.method == "none"
+        share = 1.0 if known or isinstance(c.keep, str) else c.keep
         samples = share * len(kept) + len(lengths.validation)
         rows = share * sum(lengths.train[i][1] for i in kept) + sum(n for _, n in lengths.validation)
     else:

@@ -8,7 +8,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from .config import TRAINING_PRESETS, SRDConfig, with_preset
-from .curation import CURATION_PRESETS
+from .curation import CURATION_PRESETS, KNEE
 from .errors import UserError
 from .reflection.reflect import REFLECTION_PRESETS
 from .suggest import unknown_name
@@ -35,25 +35,45 @@ class InitStudent(_Section):
 class Reflect(_Section):
     """How the student's reflections are made and scored."""
 
-    engine: str = "transformers"
+    engine: str = "auto"
+    engine_options: dict[str, Any] = {}
     batch_size: int = Field(default=32, ge=1)
     max_new_tokens: int = Field(default=128, ge=1)
     temperature: float = Field(default=0.0, ge=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=0)
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    repetition_penalty: float = Field(default=1.0, gt=0)
     no_repeat_ngram_size: int = Field(default=0, ge=0)
     signals: list[str] = Field(default=["rouge_l", "cross_entropy"], min_length=1)
+    cross_entropy_by: Literal["student", "engine"] = "student"
+    test_seconds: float = Field(default=5.0, gt=0)
+    test_memory_mb: int = Field(default=512, ge=16)
     rouge_tokenizer: Literal["auto", "rouge", "unicode"] = "auto"
     score_eos: bool = True
 
 
 class Curate(_Section):
-    """How scores become a plan. `signals`: name -> weight; default: every signal of reflect, weight 1."""
+    """How scores become a plan. `signals`: name -> weight; default: every signal of reflect, weight 1.
+
+    `keep`: the share to keep, or "knee" to find it, see `curate`. `reflect_again`: at the border of each stage the
+    student, as it is then, reflects again, and the samples that it was not trained on yet are ranked anew.
+    """
 
     method: Literal["srd", "random", "none"] = "srd"
-    keep: float = Field(default=0.75, gt=0, le=1)
+    keep: float | Literal["knee"] = 0.75
     stages: int = Field(default=3, ge=1)
     rrf_k: float = Field(default=60, gt=0)
     signals: dict[str, float] | None = None
     floor_subsets: bool = False
+    reflect_again: bool = False
+
+    @field_validator("keep", mode="before")
+    @classmethod
+    def _share_or_knee(cls, given: Any) -> Any:
+        if given != KNEE and not (isinstance(given, (int, float)) and 0 < given <= 1):
+            raise ValueError(f"must be in (0, 1], or {KNEE!r}")
+        return given
 
 
 class Cache(_Section):

@@ -397,7 +397,7 @@ def last_whole_checkpoint(folder: Path) -> str | None:
 
 def make_curriculum(plan: CurriculumPlan, samples: Dataset, args: SRDConfig) -> Curriculum:
     """The schedule that `args` gives to a plan of these samples."""
-    stages = len(plan.subsets)
+    stages = len(plan.subset_columns)
     return Curriculum(
         plan,
         samples["sample_id"],

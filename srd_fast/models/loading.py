@@ -44,7 +44,7 @@ def resolve_model(source: str) -> str:
     looks_local = source.startswith((".", "/", "~")) or source.count("/") > 1
     path = Path(source).expanduser()
     if path.is_dir():
-        if not (path / "config.json").is_file():
+        if not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
             raise UserError(f"model folder {source!r} has no config.json: it must be one that save_pretrained wrote")
         return str(path)
     if looks_local:

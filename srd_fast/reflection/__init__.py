@@ -1,9 +1,10 @@
 """The student answers every training prompt, and its answers are scored: how hard is each sample for it?"""
 
-from .engines import GenerationEngine, Sampling, TransformersEngine, engine_names, make_engine, register_engine
+from ..rouge import RougeL
+from .engines import GenerationEngine, Sampling, TransformersEngine, engine_names, open_engine, register_engine
 from .reflect import reflect
-from .rouge import RougeL
-from .signals import Reflected, difficulty_names, get_difficulty, register_difficulty
+from .shards import merge_shards
+from .signals import Reflected, difficulty_names, get_difficulties, get_difficulty, register_difficulty
 
 __all__ = [
     "GenerationEngine",
@@ -13,8 +14,10 @@ __all__ = [
     "TransformersEngine",
     "difficulty_names",
     "engine_names",
+    "get_difficulties",
     "get_difficulty",
-    "make_engine",
+    "merge_shards",
+    "open_engine",
     "reflect",
     "register_difficulty",
     "register_engine",

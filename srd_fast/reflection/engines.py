@@ -1,12 +1,15 @@
 """Generation engines: prompts as token ids in, generations as token ids out."""
 
-import time
+import hashlib
+import inspect
+import logging
+from array import array
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import torch
-from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import batches_by_length, pad_id
@@ -14,14 +17,21 @@ from ..errors import UserError
 from ..models import load_model
 from ..suggest import unknown_name
 
+logger = logging.getLogger(__name__)
+
+AUTO = "auto"
+
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to generate. temperature 0 is greedy; lengths in tokens."""
+    """How to generate. temperature 0 is greedy; top_k 0 and min_p 0 leave nothing out; lengths in tokens."""
 
     max_new_tokens: int = 128
     temperature: float = 0.0
     top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
     no_repeat_ngram_size: int = 0
     seed: int = 0
 
@@ -32,50 +42,82 @@ class Sampling:
             raise UserError(f"the generation temperature must be 0 (greedy) or above, got {self.temperature!r}")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p must be in (0, 1], got {self.top_p!r}")
+        if not 0 <= self.min_p <= 1:
+            raise UserError(f"min_p must be in [0, 1], got {self.min_p!r}")
+        if not 0 < self.repetition_penalty < float("inf"):
+            raise UserError(f"repetition_penalty must be above 0 (1 is none), got {self.repetition_penalty!r}")
+        for name in ("top_k", "no_repeat_ngram_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 0:
+                raise UserError(f"{name} must be a whole number of at least 0, got {value!r}")
+
+    def seed_of(self, prompts: Sequence[Sequence[int]]) -> int:
+        """A seed, 0 to 2^63, for generating these prompts together: the same wherever and whenever they come."""
+        state = hashlib.blake2b(str(self.seed).encode(), digest_size=8)
+        for prompt in prompts:
+            state.update(array("q", [len(prompt), *prompt]).tobytes())
+        return int.from_bytes(state.digest(), "little") >> 1
 
 
 class GenerationEngine(Protocol):
-    """Yields (index of the prompt, generated ids without EOS), in any order, as they finish."""
+    """Yields (index of the prompt, generated ids without EOS), in any order, as they finish.
+
+    What an engine may have besides, all optional:
+
+    parallel: calls of `generate` that it takes at once, from threads (1).
+    shard_size: prompts that `reflect` gives it in one call (256).
+    reserve(length, sampling): told before the first call how many tokens a prompt and its generation take at most, and
+        how they are sampled.
+    token_log_probs(samples): like `generate`, the log-probability of every token but the first in each sample.
+    close(): after the last call.
+    """
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[tuple[int, list[int]]]:
         """Generate for every prompt."""
+
+
+def end_ids(tokenizer: PreTrainedTokenizerBase, generation_config: Any) -> set[int]:
+    """Ids that end a generation: the tokenizer's EOS and those of the model's generation config."""
+    own = getattr(generation_config, "eos_token_id", None)
+    return {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+
+
+def until_end(ids: Sequence[int], ends: set[int]) -> list[int]:
+    """The ids before the first that ends a generation."""
+    return list(ids[: next((n for n, token in enumerate(ids) if token in ends), len(ids))])
 
 
 class TransformersEngine:
     """`transformers` generation in batches of like length, longest first, padded at the left.
 
     Args:
-        student: a causal language model, or where to load one from.
+        student: a causal language model, or where to load one from (float32).
         tokenizer: for the pad and end-of-sequence ids only.
         batch_size: prompts at a time.
-        progress: show a bar with tokens/s and the time left.
     """
 
     def __init__(
-        self,
-        student: PreTrainedModel | str,
-        tokenizer: PreTrainedTokenizerBase,
-        batch_size: int = 32,
-        progress: bool = True,
+        self, student: PreTrainedModel | str, tokenizer: PreTrainedTokenizerBase, batch_size: int = 32
     ) -> None:
         if batch_size < 1:
             raise UserError(f"batch_size must be at least 1, got {batch_size}")
         self.model: Any = load_model(student) if isinstance(student, str) else student
-        self.batch_size, self.progress = batch_size, progress
+        self.batch_size, self.shard_size = batch_size, 4 * batch_size
         self.pad = pad_id(tokenizer)
-        own = getattr(self.model, "generation_config", None)
-        eos = getattr(own, "eos_token_id", None)
-        self.eos = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
+        self.ends = end_ids(tokenizer, getattr(self.model, "generation_config", None))
 
     def _config(self, sampling: Sampling) -> GenerationConfig:
         options: dict[str, Any] = {"do_sample": sampling.temperature > 0}
         if sampling.temperature > 0:
-            options |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+            options |= {n: getattr(sampling, n) for n in ("temperature", "top_p", "top_k")}
+            options |= {"min_p": sampling.min_p} if sampling.min_p else {}
+        if sampling.repetition_penalty != 1:
+            options["repetition_penalty"] = sampling.repetition_penalty
         if sampling.no_repeat_ngram_size:
             options["no_repeat_ngram_size"] = sampling.no_repeat_ngram_size
         return GenerationConfig(
             max_new_tokens=sampling.max_new_tokens,
-            eos_token_id=sorted(self.eos),
+            eos_token_id=sorted(self.ends),
             pad_token_id=self.pad,
             use_cache=True,
             **options,
@@ -83,25 +125,16 @@ class TransformersEngine:
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[tuple[int, list[int]]]:
-        """Yields batch by batch. Sampled text depends on the seed and on the batches."""
+        """Yields batch by batch. Sampled text depends on the seed and on which prompts share a batch."""
         config, was_training = self._config(sampling), self.model.training
         self.model.eval()
-        tokens, started = 0, time.monotonic()
-        bar = tqdm(total=len(prompts), desc="generate", unit="sample", disable=not self.progress)
         try:
-            for batch, indices in enumerate(batches_by_length([len(p) for p in prompts], self.batch_size)):
-                for i, generated in zip(indices, self._batch([prompts[i] for i in indices], config, sampling, batch)):
-                    tokens += len(generated)
-                    yield i, generated
-                bar.update(len(indices))
-                bar.set_postfix_str(f"{tokens / max(1e-9, time.monotonic() - started):.0f} tokens/s")
+            for indices in batches_by_length([len(p) for p in prompts], self.batch_size):
+                yield from zip(indices, self._batch([prompts[i] for i in indices], config, sampling))
         finally:
-            bar.close()
             self.model.train(was_training)
 
-    def _batch(
-        self, prompts: list[Sequence[int]], config: GenerationConfig, sampling: Sampling, batch: int
-    ) -> list[list[int]]:
+    def _batch(self, prompts: list[Sequence[int]], config: GenerationConfig, sampling: Sampling) -> list[list[int]]:
         width = max(1, *(len(p) for p in prompts))
         ids = torch.full((len(prompts), width), self.pad, dtype=torch.long)
         mask = torch.zeros_like(ids)
@@ -112,34 +145,126 @@ class TransformersEngine:
         device = self.model.device
         with torch.random.fork_rng(enabled=sampling.temperature > 0):
             if sampling.temperature > 0:
-                torch.manual_seed(sampling.seed + batch * 1_000_003)
+                torch.manual_seed(sampling.seed_of(prompts))
             out = self.model.generate(
                 input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config
             )
-        return [self._until_eos(row) for row in out[:, width:].tolist()]
-
-    def _until_eos(self, ids: list[int]) -> list[int]:
-        end = next((n for n, token in enumerate(ids) if token in self.eos), len(ids))
-        return ids[:end]
+        return [until_end(row, self.ends) for row in out[:, width:].tolist()]
 
 
-_ENGINES: dict[str, Callable[..., GenerationEngine]] = {"transformers": TransformersEngine}
+@dataclass(frozen=True)
+class _Entry:
+    factory: Callable[..., GenerationEngine]
+    from_source: bool
+
+
+def _vllm(*args: Any, **options: Any) -> GenerationEngine:
+    from .vllm_engine import VLLMEngine
+
+    return VLLMEngine(*args, **options)
+
+
+_ENGINES = {"transformers": _Entry(TransformersEngine, False), "vllm": _Entry(_vllm, True)}
 
 
 def engine_names() -> list[str]:
-    """Names that `engine=` takes."""
+    """Names that `engine=` takes, besides "auto"."""
     return sorted(_ENGINES)
 
 
-def register_engine(name: str, factory: Callable[..., GenerationEngine], *, replace: bool = False) -> None:
-    """Add an engine. `factory(student, tokenizer, batch_size=..., progress=...)` returns a GenerationEngine."""
-    if name in _ENGINES and not replace:
+def check_engine(name: str) -> None:
+    """UserError with the list of names for an unknown one."""
+    if name not in (AUTO, *_ENGINES):
+        raise UserError(unknown_name("engine", name, [AUTO, *_ENGINES]))
+
+
+def register_engine(
+    name: str, factory: Callable[..., GenerationEngine], *, from_source: bool = False, replace: bool = False
+) -> None:
+    """Add an engine. `factory(student, tokenizer, batch_size=..., **engine_options)` returns a GenerationEngine.
+
+    from_source: where `reflect` was given the student's name or folder, `student` is that, and `dtype` one of the
+    options; else always a loaded model.
+    """
+    if (name in _ENGINES or name == AUTO) and not replace:
         raise UserError(f"engine {name!r} exists already; pass replace=True or take another name")
-    _ENGINES[name] = factory
+    _ENGINES[name] = _Entry(factory, from_source)
 
 
-def make_engine(name: str, student: Any, tokenizer: PreTrainedTokenizerBase, **options: Any) -> GenerationEngine:
-    """The engine called `name` for a student. Raises UserError with the list of names for an unknown one."""
-    if name not in _ENGINES:
-        raise UserError(unknown_name("engine", name, _ENGINES))
-    return _ENGINES[name](student, tokenizer, **options)
+def make_engine(
+    name: str,
+    student: PreTrainedModel | str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    length: int,
+    sampling: Sampling,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    **options: Any,
+) -> GenerationEngine:
+    """The engine called `name` for a student.
+
+    Args:
+        name: from `engine_names()`; "auto" is vllm where that is installed and starts, else transformers.
+        student: a causal language model, or the folder or hub id of one.
+        length: tokens of the longest prompt and its generation together, or of the longest sample to score.
+        dtype, device: of a student that is loaded here.
+        options: batch_size and whatever else the engine takes.
+
+    Raises:
+        UserError with the list of names for an unknown one.
+    """
+    check_engine(name)
+    if name == AUTO:
+        from .vllm_engine import is_installed
+
+        if is_installed():
+            try:
+                engine = _make("vllm", student, tokenizer, length, sampling, dtype, device, options)
+                engine.start()  # type: ignore[attr-defined]
+                return engine
+            except UserError as e:
+                logger.warning("engine auto takes transformers, because vLLM cannot be used: %s", e)
+        name = "transformers"
+    return _make(name, student, tokenizer, length, sampling, dtype, device, options)
+
+
+def _make(
+    name: str,
+    student: PreTrainedModel | str,
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    sampling: Sampling,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    options: dict[str, Any],
+) -> GenerationEngine:
+    entry = _ENGINES[name]
+    if isinstance(student, str) and entry.from_source:
+        options = {"dtype": dtype, **options}
+    try:
+        inspect.signature(entry.factory).bind(student, tokenizer, **options)
+    except TypeError as e:
+        raise UserError(f"engine {name!r} does not take these options: {e}") from e
+    if isinstance(student, str) and not entry.from_source:
+        student = load_model(student, dtype, device)
+    engine = entry.factory(student, tokenizer, **options)
+    if hasattr(engine, "reserve"):
+        engine.reserve(length, sampling)
+    return engine
+
+
+@contextmanager
+def open_engine(*args: Any, **options: Any) -> Iterator[GenerationEngine]:
+    """`make_engine`, closed at the end."""
+    engine = make_engine(*args, **options)
+    try:
+        yield engine
+    finally:
+        if hasattr(engine, "close"):
+            engine.close()
+
+
+def engine_settings(engine: GenerationEngine, sampling: Sampling) -> dict[str, Any]:
+    """What a generation depends on besides student and prompt: kept with it, so that no two are mixed."""
+    return {"engine": type(engine).__name__, **getattr(engine, "settings", {}), **asdict(sampling)}

@@ -1,20 +1,24 @@
 """`reflect`: generations and difficulty scores of every sample."""
 
-import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import Tokenisation, first_label, prepare_dataset
 from ..errors import UserError
-from ..models import load_model
-from .engines import Sampling, make_engine
-from .signals import Reflected, get_difficulty
+from ..models import fingerprint, load_model, model_digest
+from ..suggest import unknown_name
+from .engines import AUTO, GenerationEngine, Sampling, check_engine, engine_settings, open_engine
+from .parts import compute_parts, cut, part_name, read_part, write_part
+from .shards import samples_of_shard
+from .signals import Reflected, get_difficulties
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +27,7 @@ REFLECTION_PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"max_new_tokens": 256},
     "official": {"max_new_tokens": 256, "temperature": 0.01, "no_repeat_ngram_size": 6, "score_eos": False},
 }
+CROSS_ENTROPY_BY = ("student", "engine")
 
 
 def reflect(
@@ -30,61 +35,91 @@ def reflect(
     dataset: Dataset | Sequence[Mapping[str, Any]],
     tokenizer: PreTrainedTokenizerBase,
     *,
-    engine: str = "transformers",
+    engine: str = AUTO,
+    engine_options: Mapping[str, Any] | None = None,
     sampling: Sampling | None = None,
     signals: Sequence[str] = ("rouge_l", "cross_entropy"),
+    cross_entropy_by: str = "student",
     batch_size: int = 32,
     template: str = "alpaca",
     rouge_tokenizer: str = "auto",
     score_eos: bool = True,
+    test_seconds: float = 5.0,
+    test_memory_mb: int = 512,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    shard: str | None = None,
+    parts_folder: str | Path | None = None,
     progress: bool = True,
-    partial_file: str | Path | None = None,
 ) -> Dataset:
     """Let the student answer every prompt and score how hard each sample is for it.
 
     Args:
-        student: a causal language model, or a folder or hub id to load one from (float32).
+        student: a causal language model, or a folder or hub id to load one from, in `dtype` on `device`.
         dataset: rows of any format of `srd_fast.data`, or tokenised samples.
-        engine: a name from `engine_names()`.
+        engine: a name from `engine_names()`, or "auto": vllm where it is installed and starts, else transformers.
+        engine_options: further keywords of the engine, such as those of `VLLMEngine`.
         sampling: default greedy, at most 128 new tokens.
         signals: names from `difficulty_names()`.
+        cross_entropy_by: "student": its hidden states through the fused loss, without logits; "engine": the engine's
+            log-probabilities (vLLM's `prompt_logprobs`).
         template: prompt template of rows that are not tokenised yet.
         rouge_tokenizer: "auto", "rouge" or "unicode"; see `RougeL`.
         score_eos: count the end-of-sequence token in the cross-entropy.
-        partial_file: generations are appended here as they finish, and those already there are not made again.
+        test_seconds, test_memory_mb: limits of each test of the signal "execution".
+        shard: "k/n" for a share of the samples, chosen by a hash of their ids; `merge_shards` joins the scores of all.
+        parts_folder: finished parts of the generations are kept here; a call that was cut short goes on from them, and
+            ends with what it would have.
 
     Returns:
         Dataset in the order of the samples: sample_id, generation, one column a signal (rouge_l in 0..1, cross_entropy
         in nats per token; NaN where it cannot be scored), and reason (why not, or None).
     """
-    functions = [get_difficulty(name) for name in signals]
+    functions = list(get_difficulties(signals).values())
+    check_engine(engine)
+    if cross_entropy_by not in CROSS_ENTROPY_BY:
+        raise UserError(unknown_name("cross_entropy_by", cross_entropy_by, CROSS_ENTROPY_BY))
     samples = prepare_dataset(dataset, Tokenisation(tokenizer, template)).dataset
-    model = load_model(student) if isinstance(student, str) else student
-    ids = list(samples["sample_id"])
-    done = _read_partial(partial_file, set(ids))
-    todo = [i for i, sample_id in enumerate(ids) if sample_id not in done]
-    if done:
-        logger.warning("%d of %d generations were there already", len(done), len(ids))
-    prompts = [x[: first_label(y)] for x, y in zip(samples["input_ids"], samples["labels"])]
-    runner = make_engine(engine, model, tokenizer, batch_size=batch_size, progress=progress)
-    out = open(partial_file, "a", encoding="utf-8") if partial_file is not None else None  # noqa: SIM115
-    try:
-        for position, generated in runner.generate([prompts[i] for i in todo], sampling or Sampling()):
-            text = str(tokenizer.decode(generated, skip_special_tokens=True)).strip()
-            done[ids[todo[position]]] = text
-            if out is not None:
-                out.write(json.dumps({"sample_id": ids[todo[position]], "generation": text}) + "\n")
-                out.flush()
-    finally:
-        if out is not None:
-            out.close()
-    missing = [i for i in ids if i not in done]
-    if missing:
-        raise UserError(f"engine {engine!r} gave no generation for {len(missing)} samples, the first is {missing[0]!r}")
+    if shard is not None:
+        samples = samples.select(samples_of_shard(samples["sample_id"], shard))
+        if not len(samples):
+            raise UserError(f"shard {shard} has no sample; take fewer shards")
 
-    generations = [done[i] for i in ids]
+    sampling, ids = sampling or Sampling(), list(samples["sample_id"])
+    length = max(prompt_lengths(samples)) + sampling.max_new_tokens
+    if cross_entropy_by == "engine":
+        length = max(length, 1 + max(len(x) for batch in samples.iter(1000) for x in batch["input_ids"]))
+    with open_engine(
+        engine, student, tokenizer, length=length, sampling=sampling, dtype=dtype, device=device,
+        batch_size=batch_size, **(engine_options or {}),
+    ) as runner:  # fmt: skip
+        if cross_entropy_by == "engine" and not hasattr(runner, "token_log_probs"):
+            name = type(runner).__name__
+            raise UserError(f"cross_entropy_by='engine' needs an engine with token_log_probs, not {name}")
+        made_by: dict[str, Any] = {}
+        if parts_folder is not None:
+            given = [fingerprint(student), str(dtype)] if isinstance(student, str) else model_digest(student)
+            made_by = {"student": given, **engine_settings(runner, sampling)}
+            if not hasattr(runner, "settings"):
+                made_by["options"] = {"batch_size": batch_size, **(engine_options or {})}
+        generated = _generate(runner, samples, sampling, parts_folder, made_by, progress)
+        log_probs = _log_probs(runner, samples, progress) if cross_entropy_by == "engine" else None
+        model = getattr(runner, "model", None) if isinstance(student, str) else student
+    if model is None:
+        model = load_model(student, dtype, device)  # type: ignore[arg-type]
+    generations = [str(tokenizer.decode(g, skip_special_tokens=True)).strip() for g in generated]
     reflected = Reflected(
-        samples, generations, model, tokenizer, batch_size, rouge_tokenizer, score_eos, progress=progress
+        dataset=samples,
+        generations=generations,
+        student=model,
+        tokenizer=tokenizer,
+        batch_size=batch_size,
+        rouge_tokenizer=rouge_tokenizer,
+        score_eos=score_eos,
+        progress=progress,
+        log_probs=log_probs,
+        test_seconds=test_seconds,
+        test_memory_mb=test_memory_mb,
     )
     columns: dict[str, list[Any]] = {"sample_id": ids, "generation": generations}
     reasons: list[str | None] = [
@@ -106,18 +141,70 @@ def reflect(
     return Dataset.from_dict({**columns, "reason": reasons})
 
 
-def _read_partial(path: str | Path | None, known: set[str]) -> dict[str, str]:
-    """Generations of an interrupted run; a line cut off by a crash is left out and removed."""
-    if path is None or not Path(path).is_file():
-        return {}
-    done, good = {}, []
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-            if row["sample_id"] in known:
-                done[row["sample_id"]] = row["generation"]
-                good.append(line)
-        except (ValueError, KeyError, TypeError):
-            continue
-    Path(path).write_text("".join(f"{line}\n" for line in good), encoding="utf-8")
-    return done
+def _generate(
+    engine: GenerationEngine,
+    samples: Dataset,
+    sampling: Sampling,
+    folder: str | Path | None,
+    made_by: Mapping[str, Any],
+    progress: bool,
+) -> list[list[int]]:
+    """Generated ids of every sample; parts that the folder has already, `made_by` the same, are not made again."""
+    ids, lengths = list(samples["sample_id"]), prompt_lengths(samples)
+    parts = cut(lengths, getattr(engine, "shard_size", 256), ids)
+
+    def prompts(indices: Sequence[int]) -> list[list[int]]:
+        return [row[: lengths[i]] for row, i in zip(samples[list(indices)]["input_ids"], indices)]
+
+    paths: list[Path] = []
+    found: dict[int, list[list[int]]] = {}
+    if folder is not None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        for number, part in enumerate(parts):
+            names = [ids[i] for i in part]
+            paths.append(Path(folder) / part_name(made_by, names, prompts(part)))
+            whole = read_part(paths[-1], names)
+            if whole is not None:
+                found[number] = whole
+    if found:
+        logger.warning("%d of %d generations were there already", sum(len(parts[n]) for n in found), len(ids))
+    todo = [n for n in range(len(parts)) if n not in found]
+    generated: list[list[int]] = [[] for _ in ids]
+    with tqdm(total=len(ids), desc="generate", unit="sample", disable=not progress or not todo) as bar:
+        tokens, started = 0, bar.format_dict["elapsed"] or 0.0
+        bar.update(sum(len(parts[n]) for n in found))
+        work = [parts[n] for n in todo]
+        for position, answers in compute_parts(
+            lambda given: engine.generate(given, sampling), work, prompts, getattr(engine, "parallel", 1)
+        ):
+            number = todo[position]
+            if paths:
+                write_part(paths[number], [ids[i] for i in parts[number]], answers)
+            found[number] = answers
+            tokens += sum(map(len, answers))
+            bar.update(len(answers))
+            bar.set_postfix_str(f"{tokens / max(1e-9, bar.format_dict['elapsed'] - started):.0f} tokens/s")
+    for number, answers in found.items():
+        for i, answer in zip(parts[number], answers):
+            generated[i] = list(answer)
+    return generated
+
+
+def _log_probs(engine: Any, samples: Dataset, progress: bool) -> list[list[float]]:
+    """The engine's log-probability of every token but the first of every sample."""
+    lengths = [len(row) for row in samples["input_ids"]]
+    parts = cut(lengths, getattr(engine, "shard_size", 256), list(samples["sample_id"]))
+    found: list[list[float]] = [[] for _ in lengths]
+    with tqdm(total=len(lengths), desc="cross-entropy", unit="sample", disable=not progress) as bar:
+        for number, values in compute_parts(
+            engine.token_log_probs, parts, lambda some: samples[list(some)]["input_ids"], getattr(engine, "parallel", 1)
+        ):
+            for i, of_sample in zip(parts[number], values):
+                found[i] = of_sample
+            bar.update(len(values))
+    return found
+
+
+def prompt_lengths(samples: Dataset) -> list[int]:
+    """Tokens of each sample's prompt."""
+    return [first_label(labels) for batch in samples.iter(1000) for labels in batch["labels"]]

@@ -1,8 +1,16 @@
 """Difficulty signals: one number a sample that says how hard it is for the student."""
 
+import importlib
+import importlib.util
 import logging
-from collections.abc import Callable, Sequence
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -11,20 +19,25 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..data import IGNORE_INDEX, DistillationCollator, batches_by_length, pad_id
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..losses import token_cross_entropy
 from ..models import find_head, hidden_states
+from ..rouge import RougeL
 from ..suggest import unknown_name
-from .rouge import RougeL
+from .execution import pass_rates
 
 logger = logging.getLogger(__name__)
+
+RESERVED = ("sample_id", "generation", "reason")  # columns of `reflect` besides the signals
 
 
 @dataclass(frozen=True)
 class Reflected:
     """What a signal may look at: tokenised samples, the student's answer to each, and the student itself.
 
-    dataset: columns sample_id, prompt, references, input_ids, labels. generations: one text a sample, in its order.
+    dataset: columns sample_id, prompt, references, input_ids, labels, tests. generations: one text a sample, in its
+    order. test_seconds, test_memory_mb: limits of each test of `execution`.
+    log_probs: where the engine gave them, the log-probability (nats) of every token but the first of each sample.
     """
 
     dataset: Dataset
@@ -35,21 +48,25 @@ class Reflected:
     rouge_tokenizer: str = "auto"
     score_eos: bool = True
     progress: bool = True
+    log_probs: Sequence[Sequence[float]] | None = None
+    test_seconds: float = 5.0
+    test_memory_mb: int = 512
 
 
 @dataclass(frozen=True)
 class Difficulty:
-    """A registered signal."""
+    """A signal: its column, what computes it, its direction, and a package that it needs of the extra `metrics`."""
 
     name: str
     function: Callable[[Reflected], Sequence[float]]
     higher_is_easier: bool
+    package: str | None = None
 
 
 def rouge_l(reflected: Reflected) -> list[float]:
     """ROUGE-L F-measure of each answer against its references, 0..1."""
     scorer = RougeL(reflected.rouge_tokenizer)
-    scores = [scorer.score(g, r or [""]) for g, r in zip(reflected.generations, reflected.dataset["references"])]
+    scores = scorer.score_all(reflected.generations, list(reflected.dataset["references"]))
     if scorer.emptied:
         way = "scored with the Unicode tokenizer" if reflected.rouge_tokenizer == "auto" else "scored 0"
         logger.warning("ROUGE's tokenizer leaves nothing of %d of %d references: %s", scorer.emptied, len(scores), way)
@@ -59,25 +76,31 @@ def rouge_l(reflected: Reflected) -> list[float]:
 @torch.no_grad()
 def cross_entropy(reflected: Reflected) -> list[float]:
     """Mean token cross-entropy of each reference under the student, nats per token."""
-    model, rows = reflected.student, reflected.dataset
+    rows, eos = reflected.dataset, reflected.tokenizer.eos_token_id
+
+    def scored(labels: list[int]) -> list[int]:
+        """Labels that count; the end of the sequence only with score_eos."""
+        ended = not reflected.score_eos and labels[-1] == eos
+        return [*labels[:-1], IGNORE_INDEX] if ended else labels
+
+    if reflected.log_probs is not None:
+        labels = (scored(y) for batch in rows.iter(1000) for y in batch["labels"])
+        return [_mean_loss(y, log_probs) for y, log_probs in zip(labels, reflected.log_probs)]
+    model = reflected.student
     collate, head = DistillationCollator(pad_id(reflected.tokenizer)), find_head(model)
     assert head.weight is not None
-    input_ids, labels = list(rows["input_ids"]), list(rows["labels"])
+    lengths = [len(x) for batch in rows.iter(1000) for x in batch["input_ids"]]
     result = [float("nan")] * len(rows)
     was_training = model.training
     model.eval()
     bar = tqdm(total=len(rows), desc="cross-entropy", unit="sample", disable=not reflected.progress)
-    for indices in batches_by_length([len(x) for x in input_ids], reflected.batch_size):
-        batch = collate([{"input_ids": input_ids[i], "labels": labels[i]} for i in indices])
+    for indices in batches_by_length(lengths, reflected.batch_size):
+        some = rows[indices]
+        batch = collate([{"input_ids": x, "labels": scored(y)} for x, y in zip(some["input_ids"], some["labels"])])
         batch = {k: v.to(head.weight.device) for k, v in batch.items()}
-        hidden = hidden_states(model, batch)[:, :-1]
         target = batch["labels"][:, 1:]
-        if not reflected.score_eos:
-            last = (batch["attention_mask"].sum(1) - 2).clamp(min=0)[:, None]
-            is_eos = target.gather(1, last) == reflected.tokenizer.eos_token_id
-            target = target.scatter(1, last, torch.where(is_eos, IGNORE_INDEX, target.gather(1, last)))
         kept = target != IGNORE_INDEX
-        losses = token_cross_entropy(hidden[kept], head, target[kept])
+        losses = token_cross_entropy(hidden_states(model, batch)[:, :-1][kept], head, target[kept])
         for i, of_sample in zip(indices, losses.split(kept.sum(1).tolist())):
             result[i] = float(of_sample.mean()) if len(of_sample) else float("nan")
         bar.update(len(indices))
@@ -86,9 +109,58 @@ def cross_entropy(reflected: Reflected) -> list[float]:
     return result
 
 
+def _mean_loss(labels: Sequence[int], log_probs: Sequence[float]) -> float:
+    """Mean of -log p over the tokens that count; the first token has no log-probability."""
+    losses = [-p for label, p in zip(labels[1:], log_probs) if label != IGNORE_INDEX]
+    return sum(losses) / len(losses) if losses else float("nan")
+
+
+def exact_match(reflected: Reflected) -> list[float]:
+    """1 where the answer is one of its references, else 0; case and the amount of whitespace do not count."""
+
+    def normalised(text: str) -> str:
+        return " ".join(text.casefold().split())
+
+    answers = zip(reflected.generations, reflected.dataset["references"])
+    return [float(normalised(g) in map(normalised, references)) for g, references in answers]
+
+
+def chrf(reflected: Reflected) -> list[float]:
+    """chrF2 of each answer (sacrebleu's, character 6-grams), 0..1, the best over its references."""
+    from sacrebleu.metrics import CHRF
+
+    return _sentence_scores(CHRF(), reflected)
+
+
+def bleu(reflected: Reflected) -> list[float]:
+    """BLEU-4 of each answer (sacrebleu's: 13a tokens, exponential smoothing, no n-grams longer than the answer), 0..1,
+    the best over its references."""
+    from sacrebleu.metrics import BLEU
+
+    return _sentence_scores(BLEU(effective_order=True), reflected)
+
+
+def _sentence_scores(metric: Any, reflected: Reflected) -> list[float]:
+    # sacrebleu's percentages may exceed 100 by a rounding.
+    return [
+        max((min(metric.sentence_score(g, [r]).score / 100, 1.0) for r in references), default=0.0)
+        for g, references in zip(reflected.generations, reflected.dataset["references"])
+    ]
+
+
+def execution(reflected: Reflected) -> list[float]:
+    """Share of a sample's tests (column `tests`) that the code in its answer passes, each run in a sandbox, 0..1."""
+    tests, seconds, memory_mb = reflected.dataset["tests"], reflected.test_seconds, reflected.test_memory_mb
+    return pass_rates(reflected.generations, tests, seconds=seconds, memory_mb=memory_mb)
+
+
 _REGISTRY = {
     "rouge_l": Difficulty("rouge_l", rouge_l, higher_is_easier=True),
     "cross_entropy": Difficulty("cross_entropy", cross_entropy, higher_is_easier=False),
+    "execution": Difficulty("execution", execution, higher_is_easier=True),
+    "exact_match": Difficulty("exact_match", exact_match, higher_is_easier=True),
+    "chrf": Difficulty("chrf", chrf, higher_is_easier=True, package="sacrebleu"),
+    "bleu": Difficulty("bleu", bleu, higher_is_easier=True, package="sacrebleu"),
 }
 
 
@@ -98,10 +170,83 @@ def difficulty_names() -> list[str]:
 
 
 def get_difficulty(name: str) -> Difficulty:
-    """Look a signal up. Raises UserError with the list of names for an unknown one."""
+    """Look a signal up, or import the function that a name `package.module:function` or `path/to/file.py:function`
+    stands for: its column is called like the function, and its attribute `higher_is_easier` says its direction.
+
+    Raises:
+        UserError with the list of names for an unknown one, for a package that is missing, or saying what is wrong with
+        a function of one's own: no such file, module or function, an error in its code, no direction.
+    """
+    if name not in _REGISTRY and ":" in name:
+        return _imported(name)
     if name not in _REGISTRY:
         raise UserError(unknown_name("difficulty signal", name, _REGISTRY))
+    package = _REGISTRY[name].package
+    if package is not None and importlib.util.find_spec(package) is None:
+        raise UserError(f"difficulty signal {name!r} needs the {package} package: pip install 'srd-fast[metrics]'")
     return _REGISTRY[name]
+
+
+def _imported(name: str) -> Difficulty:
+    place, _, attribute = name.rpartition(":")
+    if not place or not attribute:
+        raise UserError(f"difficulty signal {name!r} must be package.module:function or path/to/file.py:function")
+    module = _module(place, f"difficulty signal {name!r}")
+    if not hasattr(module, attribute):
+        own = [n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == module.__name__]
+        raise UserError(f"difficulty signal {name!r}: {unknown_name('function', attribute, own)}")
+    function = getattr(module, attribute)
+    if not callable(function):
+        raise UserError(f"difficulty signal {name!r} is not a function but of type {type(function).__name__}")
+    if attribute in _REGISTRY or attribute in RESERVED:
+        raise UserError(f"difficulty signal {name!r}: the name {attribute!r} is taken; rename the function")
+    direction = getattr(function, "higher_is_easier", None)
+    if not isinstance(direction, bool):
+        raise UserError(
+            f"difficulty signal {name!r} does not say its direction: write {attribute}.higher_is_easier = True below "
+            "the function, or False if a high value means a hard sample"
+        )
+    return Difficulty(attribute, function, direction)
+
+
+def _module(place: str, signal: str) -> ModuleType:
+    path = Path(place).expanduser().resolve() if place.endswith(".py") else None
+    if path is not None and not path.is_file():
+        raise UserError(f"{signal}: file {place!r} does not exist")
+    try:
+        return importlib.import_module(place) if path is None else _module_of_file(path, path.stat().st_mtime_ns)
+    except Exception as e:  # the code may raise anything
+        if isinstance(e, ModuleNotFoundError) and path is None and f"{place}.".startswith(f"{e.name}."):
+            way = "install it, put its folder on PYTHONPATH, or write path/to/file.py:function"
+            raise UserError(f"{signal}: there is no module {e.name!r}; {way}") from e
+        raise UserError(f"{signal}: importing {place} failed with {type(e).__name__}: {first_line(e)}") from e
+
+
+@lru_cache
+def _module_of_file(path: Path, modified_ns: int) -> ModuleType:
+    """The file run as a module of its own; once, until it changes."""
+    name = re.sub(r"\W", "_", str(path))  # hides no module of the same name
+    module = sys.modules[name] = ModuleType(name)  # where dataclasses and pickle look for it
+    module.__file__ = str(path)
+    exec(compile(path.read_bytes(), path, "exec"), vars(module))
+    return module
+
+
+def get_difficulties(names: Iterable[str]) -> dict[str, Difficulty]:
+    """The signals of some names, by the column that each makes. UserError where two make the same."""
+    found: dict[str, Difficulty] = {}
+    for name in names:
+        signal = get_difficulty(name)
+        if signal.name in found:
+            raise UserError(f"two difficulty signals are called {signal.name!r}: give each once, under its own name")
+        found[signal.name] = signal
+    return found
+
+
+def signal_files(names: Iterable[str]) -> list[Path]:
+    """The files of those signals that are named `path/to/file.py:function`."""
+    places = (name.rpartition(":")[0] for name in names)
+    return [Path(place).expanduser().resolve() for place in places if place.endswith(".py")]
 
 
 def register_difficulty(

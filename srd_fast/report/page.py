@@ -104,8 +104,19 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         ("sample passes", count(training.get("sample_passes", math.nan))),
         ("tokens trained on", count(training.get("tokens", math.nan))),
         ("curriculum", _plan_in_words(run.plan)),
+        *_reflected_again(run),
     ]
     return [(label, value) for label, value in facts if value != "–"]
+
+
+def _reflected_again(run: Run) -> list[tuple[str, str]]:
+    """(label, value) for each border of a stage at which the student reflected again."""
+    found = []
+    for row in run.summary.stages if run.summary else ():
+        means = [f"{n} {x:.3f}" for n, x in row.items() if n not in ("stage", "exchanged") and not math.isnan(x)]
+        words = [*means, f"{count(row.get('exchanged', math.nan))} samples exchanged"]
+        found.append((f"reflection before stage {count(row.get('stage', math.nan))}", ", ".join(words)))
+    return found
 
 
 def _plan_in_words(plan: Plan | None) -> str:
@@ -114,6 +125,8 @@ def _plan_in_words(plan: Plan | None) -> str:
     how = {"srd": "selective reflection", "random": "random drop", "none": "no selection"}[plan.method]
     subsets = sum(1 for subset in plan.subsets if subset)
     kept = f"{sum(len(subset) for subset in plan.subsets):,} kept"
+    if plan.keep_rule == "knee":
+        kept += f" ({plan.keep:.0%}, up to the knee)"
     parts = [f"{kept} in {subsets} subsets" if subsets > 1 else kept]
     parts += [
         f"{len(some):,} {what}" for some, what in ((plan.dropped, "dropped"), (plan.unscored, "unscored")) if some

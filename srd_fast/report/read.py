@@ -81,6 +81,7 @@ class Plan:
     dropped: list[tuple[str, str]]
     unscored: list[tuple[str, str]]
     fused: dict[str, float]
+    keep_rule: str = "ratio"
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,7 @@ class Summary:
     timings: dict[str, float]
     training: dict[str, float]
     environment: dict[str, str]
+    stages: tuple[dict[str, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -222,6 +224,7 @@ def _read_plan(path: Path) -> Plan | None:
         dropped=_reasons(fields.objects("dropped")),
         unscored=_reasons(fields.objects("unscored")),
         fused=fields.child("fused").numbers(),
+        keep_rule=fields.text("keep_rule"),
     )
 
 
@@ -294,6 +297,7 @@ def _read_summary(path: Path) -> Summary | None:
         timings=fields.child("timings").numbers(),
         training=fields.child("training").numbers(),
         environment={name: str(value) for name, value in environment.data.items()},
+        stages=tuple(row.numbers() for row in fields.objects("stages")),
     )
 
 

@@ -4,11 +4,12 @@ from .data import prepare, prepare_inputs
 from .inputs import check_inputs
 from .outcome import evaluate_step, report
 from .run import LIVE, PRUNE, Run
-from .selection import curate_step, init_student, reflect_step, student_inputs
+from .selection import PARTS, curate_step, init_student, reflect_inputs, reflect_shard, reflect_step, student_inputs
 from .training import cache_inputs, cache_teacher, distill
 
 __all__ = [
     "LIVE",
+    "PARTS",
     "PRUNE",
     "Run",
     "cache_inputs",
@@ -20,6 +21,8 @@ __all__ = [
     "init_student",
     "prepare",
     "prepare_inputs",
+    "reflect_inputs",
+    "reflect_shard",
     "reflect_step",
     "report",
     "student_inputs",

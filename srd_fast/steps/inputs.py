@@ -9,9 +9,8 @@ from ..curriculum import per_stage
 from ..data import Tokenisation
 from ..errors import UserError, first_line
 from ..models import check_tokenizers, load_tokenizer
-from ..reflection import get_difficulty
-from ..reflection.engines import engine_names
-from ..suggest import unknown_name
+from ..reflection import get_difficulties
+from ..reflection.engines import check_engine
 from .run import PRUNE, QUICKSTART
 from .training import check_cache, lora_config, training_config
 
@@ -24,11 +23,13 @@ def check_inputs(config: Any) -> None:
         per_stage(name, getattr(args, name), 0.0, 0.0, config.curate.stages)
     lora_config(config)
     check_cache(config, args)
-    if config.reflect.engine not in engine_names():
-        raise UserError(unknown_name("engine", config.reflect.engine, engine_names()))
-    for name in (*config.reflect.signals, *(config.curate.signals or ())):
-        get_difficulty(name)
-    extra = set(config.curate.signals or ()) - set(config.reflect.signals)
+    check_engine(config.reflect.engine)
+    if config.curate.reflect_again and config.curate.method != "srd":
+        raise UserError(
+            f"config: curate.reflect_again ranks by reflection, but curate.method is {config.curate.method!r}"
+        )
+    made = get_difficulties(config.reflect.signals)
+    extra = set(get_difficulties(config.curate.signals or ())) - set(made)
     if extra:
         raise UserError(f"curate.signals names {sorted(extra)}, which reflect.signals does not make")
     if isinstance(config.validation, str):

@@ -4,10 +4,13 @@ import importlib.metadata
 import json
 from typing import Any
 
+import numpy as np
+import pyarrow.parquet as pq
 import torch
 import transformers
 
 from ..config import SRDConfig
+from ..curation import CurriculumPlan
 from ..evaluation import evaluate
 from ..files import write_text
 from ..models import load_model
@@ -34,6 +37,7 @@ def evaluate_step(run: Run) -> None:
         "evaluation": _evaluations(run),
         "timings": {name: entry["seconds"] for name, entry in run.ledger.items() if "seconds" in entry},
         "training": _training_figures(run),
+        "stages": _stages(run),
         "environment": {
             "device": str(run.device),
             "torch": torch.__version__,
@@ -89,6 +93,22 @@ def _training_figures(run: Run) -> dict[str, Any]:
         "tokens_per_second": spent[len(spent) // 2],
         "peak_memory_mb": max(r["memory_mb"] for r in train.values()),
     }
+
+
+def _stages(run: Run) -> list[dict[str, Any]]:
+    """What each new reflection at the border of a stage (counted from 1) said, and how many samples it exchanged."""
+    found, before = [], CurriculumPlan.load(run.folder / "plan.json")
+    for stage in range(2, len(before.subset_columns) + 1):
+        path = run.folder / "checkpoints" / f"plan-stage-{stage}.json"
+        if not path.is_file():
+            continue
+        plan = CurriculumPlan.load(path)
+        scores = pq.read_table(path.with_name(f"reflections-stage-{stage}.parquet"))
+        signals = [n for n in run.config.reflect.signals if n in scores.column_names]
+        means = {n: float(np.nanmean(scores[n].to_numpy())) for n in signals}
+        found.append({"stage": stage, "exchanged": len(set(plan.kept) - set(before.kept)), **means})
+        before = plan
+    return found
 
 
 def report(run: Run) -> None:

@@ -1,12 +1,16 @@
 """From a starting student to a plan: init-student, reflect, curate."""
 
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 
 from ..curation import Signal, curate
-from ..models import fingerprint, load_model
-from ..reflection import Sampling, get_difficulty, reflect
+from ..files import content_digest, remove
+from ..models import fingerprint
+from ..reflection import Sampling, get_difficulties, reflect
+from ..reflection.shards import merge_shards, shard_file, shard_files, write_shard
+from ..reflection.signals import signal_files
 from ..student import prune_and_warm_up
 from .run import PRUNE, Run, write_parquet
 
@@ -37,45 +41,77 @@ def init_student(run: Run) -> None:
     )
 
 
+PARTS = "reflections.parts"
+
+
 def reflect_step(run: Run) -> None:
-    """The starting student answers the training prompts. Interrupted, it goes on where it was."""
+    """The starting student answers the training prompts. Interrupted, it goes on where it was.
+
+    Where scores of shards lie in the run folder, they are joined instead.
+    """
+    target, files = run.folder / "reflections.parquet", shard_files(run.folder)
+    ids = list(run.data("train")["sample_id"])
+    scores = merge_shards(files, ids, _made_from(run)) if files else reflect_with(run, run.start, run.folder / PARTS)
+    write_parquet(scores, target)
+    remove(run.folder / PARTS)
+
+
+def reflect_shard(run: Run, shard: str) -> Path:
+    """The same for one shard "k/n" of the samples; returns the file of its scores."""
+    target = shard_file(run.folder, shard)
+    parts = run.folder / f"{PARTS}-{target.stem.removeprefix('reflections-')}"
+    write_shard(reflect_with(run, run.start, parts, shard), target, _made_from(run))
+    remove(parts)
+    return target
+
+
+def _made_from(run: Run) -> str:
+    """What the scores of a shard depend on: settings and data, and the student as it is on this machine."""
+    return f"{run.fingerprints['reflect']}:{fingerprint(run.start)}"
+
+
+def reflect_with(run: Run, student: str, parts: Path, shard: str | None = None) -> Dataset:
+    """Reflections of the training rows by the student in a folder, as the section `reflect` says."""
     c = run.config.reflect
-    partial = run.folder / f"reflections.partial-{run.fingerprints['reflect'][:12]}.jsonl"
-    for old in run.folder.glob("reflections.partial-*.jsonl"):
-        if old != partial:
-            old.unlink()
-    scores = reflect(
-        load_model(run.start, run.dtype, run.device),
+    sampled = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "no_repeat_ngram_size")
+    return reflect(
+        student,
         run.data("train"),
         run.tokenizer,
         engine=c.engine,
-        sampling=Sampling(
-            max_new_tokens=c.max_new_tokens,
-            temperature=c.temperature,
-            no_repeat_ngram_size=c.no_repeat_ngram_size,
-            seed=run.config.seed,
-        ),
+        engine_options=c.engine_options,
+        sampling=Sampling(**{name: getattr(c, name) for name in sampled}, seed=run.config.seed),
         signals=c.signals,
+        cross_entropy_by=c.cross_entropy_by,
         batch_size=c.batch_size,
         rouge_tokenizer=c.rouge_tokenizer,
         score_eos=c.score_eos,
-        partial_file=partial,
+        test_seconds=c.test_seconds,
+        test_memory_mb=c.test_memory_mb,
+        dtype=run.dtype,
+        device=run.device,
+        shard=shard,
+        parts_folder=parts,
     )
-    write_parquet(scores, run.folder / "reflections.parquet")
-    partial.unlink(missing_ok=True)
+
+
+def reflect_inputs(config: Any) -> Any:
+    """What reflections depend on, besides the student: the settings, and the code of the user's own signals."""
+    own = [content_digest(file) for file in signal_files(config.reflect.signals)]
+    return [config.reflect.model_dump(), config.dtype, config.seed if config.reflect.temperature > 0 else None, own]
 
 
 def curate_step(run: Run) -> None:
     """Scores to plan.json."""
     c = run.config.curate
-    scores = Dataset.from_parquet(str(run.folder / "reflections.parquet"), keep_in_memory=True)
-    weights = c.signals or dict.fromkeys(run.config.reflect.signals, 1.0)
+    signals = get_difficulties(c.signals or run.config.reflect.signals)
+    weights = list((c.signals or dict.fromkeys(signals, 1.0)).values())
     plan = curate(
-        scores,
+        run.folder / "reflections.parquet",
         keep=c.keep,
         stages=c.stages,
         rrf_k=c.rrf_k,
-        signals={n: Signal(get_difficulty(n).higher_is_easier, w) for n, w in weights.items()},
+        signals={n: Signal(s.higher_is_easier, w) for (n, s), w in zip(signals.items(), weights)},
         method=c.method,
         seed=run.config.seed,
         floor_subsets=c.floor_subsets,

@@ -12,7 +12,7 @@ from datasets import concatenate_datasets
 from transformers import PreTrainedModel, TrainerCallback
 
 from ..config import SRDConfig, check_cache_kind
-from ..curation import CurriculumPlan
+from ..curation import CurriculumPlan, replan
 from ..curriculum import per_stage
 from ..errors import UserError
 from ..files import remove, replace_folder, temporary_path, write_text
@@ -20,8 +20,9 @@ from ..models import load_model
 from ..student import trainer_basics
 from ..suggest import unknown_name
 from ..teacher import StaleCacheError, TeacherCache, open_teacher_cache
-from ..trainer import SRDTrainer
-from .run import LIVE, Run
+from ..trainer import SRDTrainer, last_whole_checkpoint, make_curriculum
+from .run import LIVE, Run, write_parquet
+from .selection import PARTS, reflect_with
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +84,7 @@ def cache_inputs(config: Any) -> Any:
     """What the cache depends on, besides the plan."""
     c = config.cache
     if c.kind in (LIVE, "hidden"):
-        return [c.kind, config.dtype]
+        return [c.kind, config.dtype]  # what is kept, and reflect_again, come with the plan
     args = training_config(config, Path(config.output_dir), torch.device("cpu"), torch.float32)
     return [c.kind, config.dtype, c.k, cache_temperatures(config, args)]
 
@@ -108,8 +109,10 @@ def open_cache(run: Run, student: PreTrainedModel | None = None) -> TeacherCache
     if c.kind == LIVE:
         return None
     folder, train = run.folder / "teacher_cache", run.data("train")
-    kept = set(CurriculumPlan.load(run.folder / "plan.json").kept)
-    samples = [train.select([i for i, s in enumerate(train["sample_id"]) if s in kept]), run.data("validation")]
+    samples = [train, run.data("validation")]
+    if not run.config.curate.reflect_again:  # then a dropped sample may come back
+        kept = set(CurriculumPlan.load(run.folder / "plan.json").kept)
+        samples[0] = train.select([i for i, sample_id in enumerate(train["sample_id"]) if sample_id in kept])
 
     if c.kind != "hidden" and student is None:
         student = load_model(run.start, torch.float32)
@@ -161,29 +164,19 @@ def distill(run: Run) -> None:
     """Train along the plan, from the last checkpoint of the same inputs if there is one."""
     checkpoints, metrics = run.folder / "checkpoints", run.folder / "metrics.jsonl"
     stamp, wanted = checkpoints / "fingerprint.txt", run.fingerprints["distill"]
-    resume = stamp.is_file() and stamp.read_text(encoding="utf-8").strip() == wanted
-    if resume:
-        _drop_torn_line(metrics)
-    else:
+    if not stamp.is_file() or stamp.read_text(encoding="utf-8").strip() != wanted:
         shutil.rmtree(checkpoints, ignore_errors=True)
-        metrics.unlink(missing_ok=True)
         checkpoints.mkdir(parents=True)
         stamp.write_text(wanted + "\n", encoding="utf-8")
-    student = load_model(run.start, torch.float32, run.device)
-    trainer = SRDTrainer(
-        student,
-        open_cache(run, student) or run.teacher,
-        training_config(run.config, run.folder, run.device, run.dtype),
-        run.data("train"),
-        curriculum=CurriculumPlan.load(run.folder / "plan.json"),
-        eval_dataset=run.data("validation"),
-        processing_class=run.tokenizer,
-        callbacks=[_MetricsFile(metrics)],
-        peft_config=lora_config(run.config),
-    )
-    if not resume and trainer.args.eval_strategy != "no":
-        trainer.evaluate()
-    trainer.train(resume_from_checkpoint=resume)
+    if last_whole_checkpoint(checkpoints) is None:
+        metrics.unlink(missing_ok=True)
+    else:
+        _drop_torn_line(metrics)
+    plan = CurriculumPlan.load(run.folder / "plan.json")
+    if run.config.curate.reflect_again:
+        for stage in range(1, len(plan.subset_columns)):
+            plan = _plan_from(run, plan, stage)
+    trainer = _train(run, plan)
     finished = temporary_path(run.folder / "student")
     shutil.rmtree(finished, ignore_errors=True)
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
@@ -193,6 +186,53 @@ def distill(run: Run) -> None:
     model.save_pretrained(finished)
     run.tokenizer.save_pretrained(finished)
     replace_folder(finished, run.folder / "student")
+
+
+def _train(run: Run, plan: CurriculumPlan, until: int | None = None) -> SRDTrainer:
+    """Train along a plan, from the last checkpoint there is, to the end or to a checkpoint at step `until`."""
+    checkpoints = run.folder / "checkpoints"
+    args = training_config(run.config, run.folder, run.device, run.dtype)
+    if until is not None:
+        args.max_steps = until
+    student = load_model(run.start, torch.float32, run.device)
+    trainer = SRDTrainer(
+        student,
+        open_cache(run, student) or run.teacher,
+        args,
+        run.data("train"),
+        curriculum=plan,
+        eval_dataset=run.data("validation"),
+        processing_class=run.tokenizer,
+        callbacks=[_MetricsFile(run.folder / "metrics.jsonl")],
+        peft_config=lora_config(run.config),
+    )
+    begun = last_whole_checkpoint(checkpoints) is not None
+    if not begun and args.eval_strategy != "no":
+        trainer.evaluate()
+    trainer.train(resume_from_checkpoint=begun)
+    return trainer
+
+
+def _plan_from(run: Run, plan: CurriculumPlan, stage: int) -> CurriculumPlan:
+    """The plan from stage `stage` on (counted from 0): what is left is ranked anew by the student at that border."""
+    checkpoints = run.folder / "checkpoints"
+    path = checkpoints / f"plan-stage-{stage + 1}.json"
+    if path.is_file():
+        return CurriculumPlan.load(path)
+    train = run.data("train")
+    args = training_config(run.config, run.folder, run.device, run.dtype)
+    border = make_curriculum(plan, train, args).stages[stage].first_step
+    if 0 < args.max_steps <= border:
+        return plan
+    student = checkpoints / f"checkpoint-{border}"
+    if last_whole_checkpoint(checkpoints) != str(student):
+        _train(run, plan, until=border)
+    scores = reflect_with(run, str(student), checkpoints / PARTS)
+    made = replan(plan, stage, scores)
+    write_parquet(scores, checkpoints / f"reflections-stage-{stage + 1}.parquet")
+    made.save(path)
+    remove(checkpoints / PARTS)
+    return made
 
 
 def _drop_torn_line(path: Path) -> None:

@@ -1,0 +1,154 @@
+"""The process that runs vLLM: `python -m srd_fast.reflection.vllm_worker FD`, for `vllm_engine` alone.
+
+Requests are lines of JSON on standard input, answers lines of JSON on the file descriptor FD; whatever vLLM prints goes
+to the log. The first request says which model and options. When standard input ends, so does the process, whatever it
+is doing: a killed parent leaves no engine behind.
+"""
+
+import importlib.util
+import json
+import os
+import queue
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+
+def _start(request: dict[str, Any]) -> Any:
+    """(engine, LoRA request or None) for the first request."""
+    _check_torchvision()
+    from vllm import LLM
+    from vllm.platforms import current_platform
+
+    options = {"seed": 0, "enable_prefix_caching": True, "skip_tokenizer_init": True, **request["options"]}
+    model, adapter = request["model"], None
+    described = Path(model, "adapter_config.json")
+    if described.is_file():
+        from vllm.lora.request import LoRARequest
+
+        lora = json.loads(described.read_text(encoding="utf-8"))
+        adapter = LoRARequest("student", 1, model)
+        model = lora["base_model_name_or_path"]
+        options = {"enable_lora": True, "max_lora_rank": _lora_rank(lora["r"]), **options}
+    if request["ngrams"]:
+        options["logits_processors"] = ["srd_fast.reflection.vllm_ngrams:NoRepeatNgrams"]
+    if current_platform.is_cpu():
+        options.setdefault("enforce_eager", True)
+    config = _text_config(model)
+    longest = getattr(config, "max_position_embeddings", None) or request["length"]
+    if request["length"] > longest:
+        raise ValueError(
+            f"prompt and generation take {request['length']} tokens and the model has {longest} positions: lower "
+            "max_new_tokens or max_prompt_length"
+        )
+    if request["length"]:
+        options.setdefault("max_model_len", request["length"])
+    if current_platform.is_cpu() and "kv_cache_memory_bytes" not in options:
+        options["kv_cache_memory_bytes"] = _cache_bytes(config, options, request["memory"])
+    return LLM(model, **options), adapter
+
+
+def _check_torchvision() -> None:
+    if importlib.util.find_spec("torchvision") is not None:
+        try:
+            import torchvision  # noqa: F401
+        except Exception as e:
+            raise RuntimeError(
+                f"torchvision does not fit the installed torch ({e}); nothing here needs it: "
+                "pip uninstall -y torchvision torchaudio torchcodec"
+            ) from e
+
+
+def _text_config(model: str) -> Any:
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model)
+    return config.get_text_config()
+
+
+def _lora_rank(rank: int) -> int:
+    """The smallest rank that vLLM has room for and that is enough."""
+    return next(r for r in (1, 8, 16, 32, 64, 128, 256, 320, 512) if r >= rank)
+
+
+def _cache_bytes(config: Any, options: dict[str, Any], most: int) -> int:
+    """Bytes for the key-value cache on a CPU: what the longest samples of a full batch need, or `most`."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    of_token = 2 * config.num_hidden_layers * heads * width * (4 if options["dtype"] == "float32" else 2)
+    length = options.get("max_model_len") or config.max_position_embeddings
+    one = of_token * (length + 256)
+    return max(one, min(one * options.get("max_num_seqs", 256), most))
+
+
+def _generate(llm: Any, adapter: Any, request: dict[str, Any]) -> list[list[int]]:
+    from vllm import SamplingParams
+
+    s, ends = request["sampling"], request["ends"]
+    extra = {"no_repeat_ngram_size": s["no_repeat_ngram_size"]} if s["no_repeat_ngram_size"] else None
+    common = {
+        "max_tokens": s["max_new_tokens"],
+        "temperature": s["temperature"],
+        "repetition_penalty": s["repetition_penalty"],
+        "stop_token_ids": ends,
+        "detokenize": False,
+        "extra_args": extra,
+    }
+    if s["temperature"] > 0:
+        common |= {"top_p": s["top_p"], "top_k": s["top_k"], "min_p": s["min_p"]}
+    params = [SamplingParams(**common, seed=seed) for seed in request["seeds"] or [None] * len(request["prompts"])]
+    return [list(o.outputs[0].token_ids) for o in _run(llm, adapter, request["prompts"], params)]
+
+
+def _score(llm: Any, adapter: Any, request: dict[str, Any]) -> list[list[float]]:
+    from vllm import SamplingParams
+
+    params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
+    outputs = _run(llm, adapter, request["samples"], params)
+    return [
+        [of_token[token].logprob for token, of_token in zip(sample[1:], o.prompt_logprobs[1:])]
+        for sample, o in zip(request["samples"], outputs)
+    ]
+
+
+def _run(llm: Any, adapter: Any, prompts: list[list[int]], params: Any) -> Any:
+    """From an empty prefix cache, so that what is done again comes out the same."""
+    llm.reset_prefix_cache()
+    given = [{"prompt_token_ids": p} for p in prompts]
+    return llm.generate(given, params, use_tqdm=False, lora_request=adapter)
+
+
+def _read(requests: "queue.Queue[dict[str, Any]]") -> None:
+    for line in sys.stdin.buffer:
+        requests.put(json.loads(line))
+    os.killpg(0, signal.SIGKILL)
+
+
+def main() -> None:
+    """Answer requests until standard input ends."""
+    if os.environ.get("SRD_FAST_CORES"):
+        os.sched_setaffinity(0, [int(x) for x in os.environ["SRD_FAST_CORES"].split(",")])
+    out = os.fdopen(int(sys.argv[1]), "w", encoding="utf-8")
+    requests: queue.Queue[dict[str, Any]] = queue.Queue()
+    threading.Thread(target=_read, args=(requests,), daemon=True).start()
+    llm = adapter = None
+    while True:
+        request = requests.get()
+        try:
+            if llm is None:
+                llm, adapter = _start(request)
+                answer: dict[str, Any] = {"result": None}
+            elif "samples" in request:
+                answer = {"result": _score(llm, adapter, request)}
+            else:
+                answer = {"result": _generate(llm, adapter, request)}
+        except ValueError as e:
+            answer = {"error": str(e)}
+        out.write(json.dumps(answer) + "\n")
+        out.flush()
+
+
+if __name__ == "__main__":
+    main()
