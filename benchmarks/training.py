@@ -5,6 +5,7 @@
     python benchmarks/training.py --data TRAIN.jsonl --variant kernel --steps 30  # breakdown: kernel, packing, cache
     python benchmarks/training.py --data TRAIN.jsonl --teacher-ratio 20 --steps 10
     python benchmarks/training.py --data TRAIN.jsonl --memory                     # peaks, each in a process of its own
+    python benchmarks/training.py --data TRAIN.jsonl --twin                       # the loop beside itself: rounding
 
 The loop: batches padded to their longest sample, teacher and student on all positions, both logits in full, the
 divergence in float32 on the rows with loss (as in the published code of SRD and DistiLLM), AdamW. SRD-Fast runs through
@@ -15,6 +16,9 @@ the weights are apart at the end.
 Whole runs are extrapolated from these steps: SRD has 8 (N1 + (N1 + N2) + (N1 + N2 + N3)) sample passes over three
 subsets of the kept 75 %, plain distillation 20 N; the cache is built once, and timed whole (or, with --teacher-ratio,
 on 64 samples). Figures are appended to a long-form CSV file.
+
+How far apart rounding alone drives two runs says --twin: a second plain loop, the same but for eight columns of padding
+more, which change nothing but the order of sums.
 
 Variants, each with what is before it: `kernel`, the chunked loss on rows with loss; `packing`, batches without padding;
 `cache`, teacher rows from disk; `lora`, as `cache` with adapters and a frozen head on both sides.
@@ -57,8 +61,11 @@ EPOCHS, STAGES, KEEP, PLAIN_EPOCHS, BATCH = 8, 3, 0.75, 20, 16
 class PlainLoop:
     """One step of distillation as it is usually written."""
 
-    def __init__(self, student: nn.Module, teacher: nn.Module, trainer: SRDTrainer, dtype: torch.dtype) -> None:
+    def __init__(
+        self, student: nn.Module, teacher: nn.Module, trainer: SRDTrainer, dtype: torch.dtype, extra_padding: int = 0
+    ) -> None:
         self.student, self.teacher, self.trainer, self.dtype = student.train(), teacher.eval(), trainer, dtype
+        self.extra_padding = extra_padding
         kind, options = trainer.get_optimizer_cls_and_kwargs(trainer.args, student)
         self.optimizer = kind([p for p in student.parameters() if p.requires_grad], **options)
         self.collate = DistillationCollator(pad_id(trainer.processing_class))
@@ -68,6 +75,8 @@ class PlainLoop:
         curriculum, args = self.trainer.curriculum, self.trainer.args
         t, sft = curriculum.temperature(number), curriculum.sft_weight(number)
         batch = self.collate(samples)
+        for name, filler in (("input_ids", 0), ("attention_mask", 0), ("labels", -100)):
+            batch[name] = functional.pad(batch[name], (0, self.extra_padding), value=filler)
         labels = batch["labels"][:, 1:]
         kept = labels != -100
         inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
@@ -92,11 +101,12 @@ class PlainLoop:
 class InTurn(TrainerCallback):
     """After every step of the trainer, the same step of the plain loop; seconds and losses of both."""
 
-    def __init__(self, loop: PlainLoop, steps: int) -> None:
-        self.loop, self.steps, self.order = loop, steps, None
+    def __init__(self, loop: PlainLoop, steps: int, twin: PlainLoop | None = None) -> None:
+        self.loop, self.steps, self.twin, self.order = loop, steps, twin, None
         self.ours: list[float] = []
         self.plain: list[float] = []
         self.losses: list[tuple[float, float]] = []
+        self.twin_losses: list[tuple[float, float]] = []
         self.tokens: list[tuple[int, int]] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -118,6 +128,8 @@ class InTurn(TrainerCallback):
         lengths = [len(s["input_ids"]) for s in samples]
         self.tokens.append((sum(lengths), max(lengths) * BATCH))
         self.losses.append((trainer.last_loss, loss))
+        if self.twin is not None:
+            self.twin_losses.append((self.twin.step(state.global_step - 1, samples), loss))
         if state.global_step % 10 == 0 or state.global_step == self.steps:
             report = f"step {state.global_step}: loss {trainer.last_loss:.6f} plain {loss:.6f}"
             print(f"{report}, {self.ours[-1]:.2f} s and {self.plain[-1]:.2f} s", flush=True)
@@ -179,7 +191,7 @@ def make_trainer(args: argparse.Namespace, samples: Any, tokenizer: Any, folder:
     config = SRDConfig(
         output_dir=str(folder / "out"),
         divergence="forward_kl",
-        learning_rate=4e-4,
+        learning_rate=args.learning_rate,
         epochs_per_stage=EPOCHS,
         per_device_train_batch_size=BATCH,
         bf16=args.dtype == "bfloat16",
@@ -250,11 +262,24 @@ def peaks(args: argparse.Namespace) -> dict[str, float]:
     return found
 
 
+def worst_loss(pairs: list[tuple[float, float]]) -> float:
+    """The largest relative difference of two columns of losses."""
+    return max(abs(a - b) / abs(b) for a, b in pairs)
+
+
+def weights_apart(one: nn.Module, other: nn.Module) -> float:
+    """The largest distance of two matrices of the same name, relative to the second's norm."""
+    pairs = zip(one.parameters(), other.parameters())
+    return max(((a - b).norm() / b.norm().clamp(min=1e-9)).item() for a, b in pairs)
+
+
 def run_times(args: argparse.Namespace, samples: Any, tokenizer: Any, folder: Path) -> dict[str, float]:
     """Both sides in turn, and whole runs from their medians."""
     trainer, teacher, build_seconds = make_trainer(args, samples, tokenizer, folder)
-    loop = PlainLoop(copy.deepcopy(trainer.model), teacher, trainer, getattr(torch, args.dtype))
-    turns = InTurn(loop, args.steps)
+    dtype = getattr(torch, args.dtype)
+    loop = PlainLoop(copy.deepcopy(trainer.model), teacher, trainer, dtype)
+    twin = PlainLoop(copy.deepcopy(trainer.model), teacher, trainer, dtype, extra_padding=8) if args.twin else None
+    turns = InTurn(loop, args.steps, twin)
     trainer.add_callback(turns)
     trainer.train()
     skip = min(2, len(turns.ours) - 1)
@@ -265,18 +290,24 @@ def run_times(args: argparse.Namespace, samples: Any, tokenizer: Any, folder: Pa
         steps = -(-EPOCHS * subset * 6 // BATCH)
     plain_steps = PLAIN_EPOCHS * len(samples) / BATCH
     whole = {"ours": steps * ours + build_seconds, "srd": steps * plain, "plain": plain_steps * plain}
-    worst = max(abs(a - b) / abs(b) for a, b in turns.losses)
-    apart = 0.0
-    for a, b in zip(trainer.model.parameters(), loop.student.parameters()):
-        apart = max(apart, ((a - b).norm() / b.norm().clamp(min=1e-9)).item())
+    worst, apart = worst_loss(turns.losses), weights_apart(trainer.model, loop.student)
     real, padded = (sum(x) for x in zip(*turns.tokens))
     print(f"{args.variant}, {args.dtype}: a step {ours:.2f} s, plain {plain:.2f} s: {ours / plain:.3f}x")
     print(f"tokens {real}, with padding {padded}: {real / padded:.2f}")
     print(f"losses differ by at most {worst:.1e} of themselves, weights by {apart:.1e} of their norm (largest of all)")
+    twins = {}
+    if twin is not None:
+        twins = {
+            "twin_loss_difference": worst_loss(turns.twin_losses),
+            "twin_weight_difference": weights_apart(twin.student, loop.student),
+        }
+        found = (twins["twin_loss_difference"], twins["twin_weight_difference"])
+        print("two plain loops with other padding: losses {:.1e}, weights {:.1e}".format(*found))
     of_srd, of_plain = (whole["ours"] / whole[x] for x in ("srd", "plain"))
     print(f"SRD by the loop: {whole['srd']:.0f} s; ours: {whole['ours']:.0f} s with the cache's: {of_srd:.3f}x")
     print(f"plain distillation by the loop: {whole['plain']:.0f} s: {of_plain:.3f}x")
     return {
+        "learning_rate": args.learning_rate,
         "step_seconds": ours,
         "plain_step_seconds": plain,
         "cache_seconds": build_seconds,
@@ -284,6 +315,7 @@ def run_times(args: argparse.Namespace, samples: Any, tokenizer: Any, folder: Pa
         "of_plain": of_plain,
         "loss_difference": worst,
         "weight_difference": apart,
+        **twins,
     }
 
 
@@ -294,6 +326,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--variant", default="cache", choices=["kernel", "packing", "cache", "lora"])
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--learning-rate", type=float, default=4e-4)
+    parser.add_argument("--twin", action="store_true", help="a second plain loop, padded otherwise, beside the first")
     parser.add_argument("--teacher-ratio", type=float, help="a random teacher of that many times the student's compute")
     parser.add_argument("--memory-budget", type=int, help="bytes of the loss's chunk; default: SRDConfig's")
     parser.add_argument("--memory", action="store_true", help="peaks instead of times")
