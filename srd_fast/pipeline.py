@@ -144,7 +144,7 @@ def execute(
     say: Callable[[str], None] = print,
     shard: str | None = None,
 ) -> Path:
-    """Run every step that is not done, or `only` one, whose predecessors must be done.
+    """Run every step that is not done, or `only` one, whose predecessors but init-student must be done.
 
     shard: "k/n" with only="reflect" does that share of the samples and leaves its scores beside the others'.
 
@@ -170,12 +170,13 @@ def execute(
             continue
         place = f"[{number}/{len(STEPS)}] {step.name}"
         valid = ledger.is_valid(step, wanted[step.name], config, folder)
-        if only is not None and step.name != only:
+        if only is not None and step.name != only and (valid or step.name != "init-student"):
             if not valid:
-                verb = "run" if step.name == "init-student" else step.name  # that verb takes no config
-                raise UserError(f"step {only!r} needs {step.name!r} done first: srd-fast {verb} CONFIG")
-            continue
-        if shard is not None:
+                raise UserError(f"step {only!r} needs {step.name!r} done first: srd-fast {step.name} CONFIG")
+            continue  # init-student, whose verb takes no config, is done as a part of the step that needs it
+        if shard is not None and step.name == only:
+            if force:
+                remove(steps.shard_parts(folder, shard))
             say(f"{place}, shard {shard}: {steps.reflect_shard(run, shard)}")
             continue
         if force and only == step.name:

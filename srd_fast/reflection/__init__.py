@@ -3,7 +3,7 @@
 from ..rouge import RougeL
 from .engines import GenerationEngine, Sampling, TransformersEngine, engine_names, open_engine, register_engine
 from .reflect import reflect
-from .shards import merge_shards
+from .shards import merge_shards, write_shard
 from .signals import Reflected, difficulty_names, get_difficulties, get_difficulty, register_difficulty
 
 __all__ = [
@@ -21,4 +21,5 @@ __all__ = [
     "reflect",
     "register_difficulty",
     "register_engine",
+    "write_shard",
 ]

@@ -69,6 +69,7 @@ class GenerationEngine(Protocol):
     reserve(length, sampling): told before the first call how many tokens a prompt and its generation take at most, and
         how they are sampled.
     token_log_probs(samples): like `generate`, the log-probability of every token but the first in each sample.
+    settings: what its answers depend on besides `Sampling`, kept with them; without it all its options count.
     close(): after the last call.
     """
 

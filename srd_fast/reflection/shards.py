@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import Dataset
 
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..files import temporary_path
 
 # Key of a shard file's own metadata: what its scores were made from.
@@ -28,10 +28,13 @@ def parse_shard(given: str) -> tuple[int, int]:
 
 
 def samples_of_shard(sample_ids: Sequence[str], shard: str) -> list[int]:
-    """Indices of the samples of shard "k/n": by a hash of the id, so in whatever order the rows come."""
+    """Indices of the samples of shard "k/n": every n-th by a hash of the id, whatever order the rows have."""
     k, n = parse_shard(shard)
-    hashes = (hashlib.blake2b(i.encode(), digest_size=8).digest() for i in sample_ids)
-    return [i for i, h in enumerate(hashes) if int.from_bytes(h, "little") % n == k - 1]
+
+    def place(index: int) -> bytes:
+        return hashlib.blake2b(sample_ids[index].encode(), digest_size=8).digest()
+
+    return sorted(sorted(range(len(sample_ids)), key=place)[k - 1 :: n])
 
 
 def shard_file(folder: Path, shard: str) -> Path:
@@ -60,7 +63,7 @@ def merge_shards(files: Sequence[Path], sample_ids: Sequence[str], made_from: st
         try:
             table = pq.read_table(file, page_checksum_verification=True)
         except (OSError, pa.ArrowException) as e:
-            raise UserError(f"{str(file)!r} cannot be read ({e}): reflect that shard again") from e
+            raise UserError(f"{str(file)!r} cannot be read ({first_line(e)}): reflect that shard again") from e
         metadata: dict[bytes, Any] = table.schema.metadata or {}
         if metadata.get(MADE_FROM) != made_from.encode():
             raise UserError(

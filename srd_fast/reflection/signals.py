@@ -18,13 +18,14 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ..data import IGNORE_INDEX, DistillationCollator, batches_by_length, pad_id
+from ..data import IGNORE_INDEX, DistillationCollator, pad_id
 from ..errors import UserError, first_line
 from ..losses import token_cross_entropy
 from ..models import find_head, hidden_states
 from ..rouge import RougeL
 from ..suggest import unknown_name
 from .execution import pass_rates
+from .parts import cut
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +95,7 @@ def cross_entropy(reflected: Reflected) -> list[float]:
     was_training = model.training
     model.eval()
     bar = tqdm(total=len(rows), desc="cross-entropy", unit="sample", disable=not reflected.progress)
-    for indices in batches_by_length(lengths, reflected.batch_size):
+    for indices in cut(lengths, reflected.batch_size, rows["sample_id"]):
         some = rows[indices]
         batch = collate([{"input_ids": x, "labels": scored(y)} for x, y in zip(some["input_ids"], some["labels"])])
         batch = {k: v.to(head.weight.device) for k, v in batch.items()}

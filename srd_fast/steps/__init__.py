@@ -4,7 +4,16 @@ from .data import prepare, prepare_inputs
 from .inputs import check_inputs
 from .outcome import evaluate_step, report
 from .run import LIVE, PRUNE, Run
-from .selection import PARTS, curate_step, init_student, reflect_inputs, reflect_shard, reflect_step, student_inputs
+from .selection import (
+    PARTS,
+    curate_step,
+    init_student,
+    reflect_inputs,
+    reflect_shard,
+    reflect_step,
+    shard_parts,
+    student_inputs,
+)
 from .training import cache_inputs, cache_teacher, distill
 
 __all__ = [
@@ -25,5 +34,6 @@ __all__ = [
     "reflect_shard",
     "reflect_step",
     "report",
+    "shard_parts",
     "student_inputs",
 ]

@@ -58,11 +58,15 @@ def reflect_step(run: Run) -> None:
 
 def reflect_shard(run: Run, shard: str) -> Path:
     """The same for one shard "k/n" of the samples; returns the file of its scores."""
-    target = shard_file(run.folder, shard)
-    parts = run.folder / f"{PARTS}-{target.stem.removeprefix('reflections-')}"
+    target, parts = shard_file(run.folder, shard), shard_parts(run.folder, shard)
     write_shard(reflect_with(run, run.start, parts, shard), target, _made_from(run))
     remove(parts)
     return target
+
+
+def shard_parts(folder: Path, shard: str) -> Path:
+    """Where the finished parts of a shard under way are, in a run folder."""
+    return folder / shard_file(folder, shard).stem.replace("reflections", PARTS)
 
 
 def _made_from(run: Run) -> str:
