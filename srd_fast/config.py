@@ -7,10 +7,19 @@ from transformers import TrainingArguments
 
 from .errors import UserError
 from .losses import get_divergence
+from .selection import check_sample_policy, make_position_policy
 from .suggest import unknown_name
 from .teacher.stores import check_kind
 
-# `paper`: arXiv 2508.06135. `official`: what the authors' code does, where it differs.
+# SE-KD (arXiv 2602.01395): KL at temperature 1 on the fifth of each response that the student is least sure of.
+_SE_KD: dict[str, Any] = {
+    "divergence": "forward_kl",
+    "temperature": 1.0,
+    "sft_weight": 0.0,
+    "position_selection": "topk_student_entropy",
+    "position_ratio": 0.2,
+}
+# `paper`: arXiv 2508.06135. `official`: what the authors' code does, where it differs. SE-KD3X: with classes, samples.
 TRAINING_PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
         "temperature_start": 1.0,
@@ -29,6 +38,13 @@ TRAINING_PRESETS: dict[str, dict[str, Any]] = {
         "reset_optimizer": True,
         "temperature_scaling": "official",
         "per_device_train_batch_size": 16,
+    },
+    "SE-KD": _SE_KD,
+    "SE-KD3X": {
+        **_SE_KD,
+        "class_sampling": 64,
+        "sample_selection": "topk_student_entropy",
+        "sample_ratio": 0.2,
     },
 }
 
@@ -103,6 +119,13 @@ class SRDConfig(TrainingArguments):
     )
     length_buckets: int = _described(0, "Batches whose samples are sorted by length together; 0: as shuffled.")
 
+    position_selection: str = _described("all", "Which tokens of a response have loss; see position_policies().")
+    position_ratio: float = _described(0.2, "Share of each response's tokens that a position policy chooses.")
+    position_steps: int = _described(4000, "Steps over which position_selection 'curriculum' goes to the hardest.")
+    class_sampling: int = _described(0, "Classes to draw from the teacher for each token (forward KL); 0: all of them.")
+    sample_selection: str = _described("all", "Which samples are trained on; see sample_policies().")
+    sample_ratio: float = _described(0.2, "Share of each stage's samples that a sample policy chooses.")
+
     def __post_init__(self) -> None:
         self.num_train_epochs = 1.0
         get_divergence(self.divergence)
@@ -117,6 +140,23 @@ class SRDConfig(TrainingArguments):
         for name in ("max_prompt_length", "max_response_length", "teacher_cache_k", *sizes):
             self._check_numbers(name, least=1)
         self._check_numbers("length_buckets", least=0)
+        for name in ("position_ratio", "sample_ratio"):
+            self._check_numbers(name, above=0.0, most=1.0)
+        self._check_numbers("position_steps", least=1)
+        self._check_numbers("class_sampling", least=0)
+        make_position_policy(self.position_selection, self.position_ratio, self.position_steps)
+        check_sample_policy(self.sample_selection)
+        if self.class_sampling:
+            if self.divergence != "forward_kl":
+                raise UserError(
+                    f"class_sampling is {self.class_sampling}, which estimates forward_kl alone, and divergence is "
+                    f"{self.divergence!r}; set it to 0 or the divergence to forward_kl"
+                )
+            if self.teacher_cache is not None and self.teacher_cache_kind != "hidden":
+                raise UserError(
+                    f"class_sampling draws from the teacher's whole distribution, and teacher_cache_kind "
+                    f"{self.teacher_cache_kind!r} does not hold it; use hidden, or teacher_cache_kind='sampled' alone"
+                )
         if self.temperature_scaling not in (True, False, "official"):
             raise UserError(f"temperature_scaling must be true, false or 'official', got {self.temperature_scaling!r}")
         if self.padding_free not in (True, False, "auto"):
@@ -161,7 +201,7 @@ class SRDConfig(TrainingArguments):
 
     @classmethod
     def from_preset(cls, preset: str, **fields: Any) -> "SRDConfig":
-        """The preset "paper" or "official" with `fields` on top: `SRDConfig.from_preset("paper", output_dir=DIR)`."""
+        """A preset (paper, official, SE-KD, SE-KD3X) with `fields` on top: `from_preset("paper", output_dir=DIR)`."""
         if preset not in TRAINING_PRESETS:
             raise UserError(unknown_name("preset", preset, TRAINING_PRESETS))
         return cls(**with_preset(preset, fields))

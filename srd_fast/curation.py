@@ -124,6 +124,13 @@ class CurriculumPlan:
         """Samples of stage `stage` (from 0): Baby Step, subsets 0 to `stage` together."""
         return [s for subset in self.subsets[: stage + 1] for s in subset]
 
+    def with_subsets(
+        self, subsets: Sequence[Sequence[str] | pa.Array], dropped: Sequence[Mapping[str, str]]
+    ) -> "CurriculumPlan":
+        """The same plan with other subsets and dropped samples."""
+        settings = {name: getattr(self, name) for name in _SETTINGS}
+        return CurriculumPlan(subsets, dropped, self._unscored, self._fused, **settings)
+
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, CurriculumPlan):
             return NotImplemented

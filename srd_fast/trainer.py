@@ -10,10 +10,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset, concatenate_datasets
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Sampler
@@ -24,7 +25,7 @@ from .curation import CurriculumPlan
 from .curriculum import Curriculum, per_stage
 from .data import IGNORE_INDEX, DistillationCollator, Tokenisation, pad_id, prepare_dataset
 from .errors import UserError
-from .losses import DistillationLoss, check_vocabularies
+from .losses import DistillationLoss, Head, check_vocabularies
 from .measure import measure_batch, peak_memory_mb
 from .models import (
     check_head,
@@ -36,9 +37,22 @@ from .models import (
     load_tokenizer,
     unwrap,
 )
+from .selection import (
+    Candidates,
+    SelectedPositions,
+    Signals,
+    batch_generator,
+    make_position_policy,
+    rows_of_samples,
+    sample_classes,
+    select_samples,
+    take_rows,
+)
 from .teacher import (
+    HiddenRows,
     LiveTeacher,
     TeacherCache,
+    TeacherRows,
     TeacherSource,
     distillation_loss_of_rows,
     labels_with_loss,
@@ -102,6 +116,36 @@ class _WithTeacherRows:
 
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         return {**self.collate(samples), "teacher": self.teacher.collate(samples)}
+
+
+class _Seen(NamedTuple):
+    """What the loss sees of a batch's rows with loss."""
+
+    student_ND: Tensor
+    rows: TeacherRows
+    labels_N: Tensor
+    weights_N: Tensor | None
+
+
+class _PolicyState(TrainerCallback):
+    """Keeps what a position policy remembers in the checkpoints, a file for each rank, and goes on with it."""
+
+    def __init__(self, policy: Any) -> None:
+        self.policy = policy
+
+    @staticmethod
+    def _file(args: Any, state: Any) -> Path:
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        return folder / f"position_selection-{args.process_index}.safetensors"
+
+    def save(self, args: Any, state: Any) -> None:
+        """Before the checkpoint's last file, which makes it whole."""
+        self._file(args, state).parent.mkdir(parents=True, exist_ok=True)
+        save_file(self.policy.state_dict(), self._file(args, state))
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step and self._file(args, state).is_file():
+            self.policy.load_state_dict(load_file(self._file(args, state)))
 
 
 class SRDTrainer(Trainer):
@@ -183,6 +227,7 @@ class SRDTrainer(Trainer):
         head_S = find_head(model).weight
         assert head_S is not None
         plan = curriculum or CurriculumPlan(subsets=[list(train["sample_id"])], method="none")
+        plan = select_samples(plan, train, model, processing_class, args.sample_selection, args.sample_ratio)
         self.curriculum = make_curriculum(plan, train, args)
         self.teacher = self._teacher_source(teacher_model, evaluation)
         check_vocabularies(head_S.shape[0], self.teacher.num_classes)
@@ -207,6 +252,12 @@ class SRDTrainer(Trainer):
         }
         DistillationLoss(**self._loss_options)  # says now what is wrong with them
         self._sums: dict[str, Tensor] = {}
+        self.positions = make_position_policy(args.position_selection, args.position_ratio, args.position_steps)
+        self.selected = SelectedPositions(head_S.shape[0])
+        self._micro, self._micro_of = 0, -1
+        self._policy_state = _PolicyState(self.positions) if hasattr(self.positions, "state_dict") else None
+        if self._policy_state is not None:
+            self.add_callback(self._policy_state)
         self._started = time.monotonic()
 
     def _teacher_source(self, teacher: Any, evaluation: Dataset | None) -> TeacherSource:
@@ -291,11 +342,13 @@ class SRDTrainer(Trainer):
         def forward(batch: Mapping[str, Any]) -> Any:
             with self.accelerator.autocast():
                 hidden_BLD = hidden_states(student, batch)
+            seen = self._select(rows_with_loss(hidden_BLD, batch["labels"]), find_head(student), rows, labels_N, batch)
             return distillation_loss_of_rows(
-                rows_with_loss(hidden_BLD, batch["labels"]),
+                seen.student_ND,
                 find_head(student),
-                rows,
-                labels_N,
+                seen.rows,
+                seen.labels_N,
+                token_weights=seen.weights_N,
                 temperature=temperature,
                 sft_weight=self.curriculum.sft_weight(step),
                 num_items=num_items_in_batch,
@@ -308,6 +361,42 @@ class SRDTrainer(Trainer):
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # DDP averages the gradients of the ranks
         return (loss, {"loss": loss}) if return_outputs else loss
+
+    def _select(
+        self, student_ND: Tensor, head: Head, rows: TeacherRows, labels_N: Tensor, batch: Mapping[str, Any]
+    ) -> "_Seen":
+        """What the loss sees of a batch's rows: those that the position policy chooses, and classes drawn for them."""
+        step, device = self.state.global_step, student_ND.device
+        self._micro = self._micro + 1 if self._micro_of == step else 0
+        self._micro_of = step
+        generator = batch_generator(device, self.args.seed, step, self._micro, self.args.process_index)
+        temperature, weights_N = self.curriculum.temperature(step), None
+        if self.positions is not None:
+            signals = Signals(student_ND, head, labels_N, lambda: rows, temperature)
+            chosen = self.positions.select(Candidates(rows_of_samples(batch), signals, step, generator))
+            self.selected.add(signals, chosen.indices_K)
+            student_ND, labels_N, weights_N = student_ND[chosen.indices_K], labels_N[chosen.indices_K], chosen.weights_K
+            rows = take_rows(rows, chosen.indices_K)
+        if self.args.class_sampling:
+            if not isinstance(rows, HiddenRows):
+                raise UserError(f"class_sampling needs a teacher's hidden states, not {type(rows).__name__} rows")
+            rows = sample_classes(rows, temperature, self.args.class_sampling, generator)
+        return _Seen(student_ND, rows, labels_N, weights_N)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        if self._policy_state is not None:
+            self._policy_state.save(self.args, self.state)
+        super()._save_checkpoint(model, trial)
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        if self.positions is None or not batch_samples:
+            return super()._get_num_items_in_batch(batch_samples, device)
+        # Counted as so many labels: gathering over ranks is then the base class's.
+        counts = [int(self.positions.num_items(rows_of_samples(batch))) for batch in batch_samples]
+        counted = [
+            {"labels": batch["labels"], "shift_labels": torch.zeros(n)} for batch, n in zip(batch_samples, counts)
+        ]
+        return super()._get_num_items_in_batch(counted, device)
 
     def _count(self, out: Any, tokens: int) -> None:
         for name in ("divergence", "cross_entropy", "entropy"):
@@ -332,6 +421,8 @@ class SRDTrainer(Trainer):
                 "seconds": time.monotonic() - self._started,
             }
             self._sums = {}
+            if self.positions is not None:
+                logs |= self.selected.take()
         super().log(logs, start_time)
 
     def train(

