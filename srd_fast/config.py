@@ -7,7 +7,7 @@ from transformers import TrainingArguments
 
 from .errors import UserError
 from .losses import get_divergence
-from .selection import check_sample_policy, make_position_policy
+from .selection import check_rows_have_signal, check_sample_policy, make_position_policy
 from .suggest import unknown_name
 from .teacher.stores import check_kind
 
@@ -163,6 +163,7 @@ class SRDConfig(TrainingArguments):
             raise UserError(f"padding_free must be true, false or 'auto', got {self.padding_free!r}")
         if self.teacher_cache is not None:
             check_cache_kind(self.teacher_cache_kind, self.divergence)
+            check_rows_have_signal(self.position_selection, self.teacher_cache_kind)
         if self.label_smoothing_factor:
             raise UserError(
                 f"label_smoothing_factor is {self.label_smoothing_factor}, which the distillation loss does not have; "

@@ -33,10 +33,12 @@ METHODS = ("srd", "random", "none")
 KNEE = "knee"
 # A difficulty curve that lies less than this below its diagonal has no knee.
 MIN_BEND = 0.05
-# `official` cuts as the authors' code does: int(N * keep / stages) samples a subset.
+# `official` cuts as the authors' code does: int(N * keep / stages) samples a subset. SE-KD has no curriculum.
 CURATION_PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"keep": 0.75, "stages": 3, "rrf_k": 60},
     "official": {"keep": 0.75, "stages": 3, "rrf_k": 60, "floor_subsets": True},
+    "SE-KD": {"method": "none", "stages": 1},
+    "SE-KD3X": {"method": "none", "stages": 1},
 }
 
 

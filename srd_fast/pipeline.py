@@ -58,7 +58,7 @@ STEPS = (
     Step(
         "curate",
         lambda c: ["plan.json"],
-        lambda c: [c.curate.model_dump(), c.seed if c.curate.method == "random" else None],
+        steps.curate_inputs,
         ("reflect",),
         steps.curate_step,
     ),

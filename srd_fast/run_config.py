@@ -108,7 +108,7 @@ class RunConfig(_Section):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     device: str = "auto"
     seed: int = Field(default=0, ge=0, lt=2**32)
-    preset: Literal["paper", "official"] | None = None
+    preset: str | None = None
     init_student: InitStudent = InitStudent()
     reflect: Reflect = Reflect()
     curate: Curate = Curate()
@@ -200,7 +200,7 @@ def load_run_config(path: str | Path | None, overrides: list[str] | tuple[str, .
             content["distill"] = with_preset(preset, content.get("distill", {}))
         for section, presets in (("curate", CURATION_PRESETS), ("reflect", REFLECTION_PRESETS)):
             if isinstance(content.get(section, {}), dict):
-                content[section] = {**presets[preset], **content.get(section, {})}
+                content[section] = {**presets.get(preset, {}), **content.get(section, {})}
     try:
         return RunConfig(**content)
     except ValidationError as e:

@@ -54,7 +54,7 @@ def rows_of_samples(batch: Mapping[str, Tensor]) -> Tensor:
 
 def share_of(counts_B: Tensor, ratio: float) -> Tensor:
     """ceil(ratio * n) of each count, as exact as the ratio is meant: 0.1 of 30 is 3."""
-    return torch.ceil(counts_B.double() * ratio - 1e-9).long()
+    return torch.ceil(counts_B.double() * (ratio * (1 - 1e-12))).long()
 
 
 @dataclass
@@ -235,6 +235,15 @@ def register_position_policy(name: str, factory: Callable[..., PositionPolicy], 
     _POSITIONS[name] = factory
 
 
+def check_rows_have_signal(policy: str, kind: str) -> None:
+    """UserError for a policy whose signal the rows of this kind of teacher cache do not give."""
+    kinds = {"topk_teacher_entropy": ("hidden", "sampled", "projected"), "topk_reverse_kl": ("hidden", "topk")}
+    if kind not in kinds.get(policy, (kind,)):
+        raise UserError(
+            f"position_selection {policy!r} needs a teacher_cache_kind of {', '.join(kinds[policy])}, not {kind!r}"
+        )
+
+
 def make_position_policy(name: str, ratio: float, steps: int = 4000) -> PositionPolicy | None:
     """The policy of a name; None for "all". Raises UserError with the list of names for an unknown one."""
     if name == ALL:
@@ -248,7 +257,7 @@ class Signals:
     """Values of the candidates by name, each computed once and only when a policy asks for it, without gradient.
 
     student_ND: last hidden states of the candidates. rows: the teacher's, at `temperature`; the divergences are at that
-    temperature, entropies and the gap at 1.
+    temperature, as is the teacher's entropy where its rows hold just that; the student's and the gap are at 1.
     """
 
     def __init__(
@@ -295,7 +304,7 @@ class Signals:
     def _teacher_entropy(self) -> Tensor:
         rows = self.rows()
         if isinstance(rows, HiddenRows):
-            return token_values(rows.hidden_ND, rows.head, self.labels_N).entropy
+            return token_values(rows.hidden_ND, rows.head, torch.zeros_like(self.labels_N)).entropy
         entropy = getattr(rows, "entropy_N", None)
         if entropy is None:
             raise UserError("position_selection 'topk_teacher_entropy' needs a teacher cache that keeps it, not topk")
@@ -308,20 +317,20 @@ def take_rows(rows: TeacherRows, indices_K: Tensor) -> TeacherRows:
     return kind(*(x[indices_K] if isinstance(x, Tensor) else x for x in rows))
 
 
-def sample_classes(rows: HiddenRows, temperature: float, draws: int, generator: torch.Generator) -> Sampled:
-    """`draws` classes of each row, with replacement, from the teacher's softmax at `temperature`, and its entropy.
+@torch.no_grad()
+def sample_classes(
+    rows: HiddenRows, classes: int, temperature: float, draws: int, generator: torch.Generator
+) -> Sampled:
+    """`draws` of the first `classes` of each row, with replacement, from the teacher's softmax, and its entropy.
 
     The teacher's logits exist for a chunk of rows at a time.
     """
     ids, entropies = [], []
-    for z in logit_chunks(rows.hidden_ND, rows.head, rows.head.num_classes(rows.hidden_ND)):
+    for z in logit_chunks(rows.hidden_ND, rows.head, classes):
         log_p = torch.log_softmax(z / temperature, -1)
         p = log_p.exp()
         ids.append(draw_classes(p, draws, generator))
         entropies.append(-(p * log_p.clamp(min=-1e30)).sum(-1))
-    if not ids:
-        device = rows.hidden_ND.device
-        return Sampled(torch.empty(0, draws, dtype=torch.long, device=device), torch.empty(0, device=device))
     return Sampled(torch.cat(ids), torch.cat(entropies))
 
 
@@ -413,12 +422,17 @@ def select_samples(
     if policy == ALL:
         return plan
     kept = set(plan.kept)
+    if missing := sorted(kept.difference(samples["sample_id"])):
+        raise UserError(
+            f"the plan keeps {len(missing)} samples that the data does not have, the first is {missing[0]!r}: curate "
+            "again with this data"
+        )
     some = samples.select([i for i, sample_id in enumerate(samples["sample_id"]) if sample_id in kept])
     signal = policy.removeprefix("topk_")
     value = dict(zip(some["sample_id"], sample_means(student, some, tokenizer, signal)))
     subsets, dropped = [], list(plan.dropped)
     for subset in plan.subsets:
-        count = math.ceil(ratio * len(subset) - 1e-9)
+        count = int(share_of(torch.tensor(len(subset)), ratio))
         ranked = sorted(subset, key=lambda i: (-value[i] if value[i] == value[i] else math.inf, i))
         chosen = set(ranked[:count])
         subsets.append([i for i in subset if i in chosen])

@@ -4,6 +4,7 @@ The curriculum is one sequence of samples for the whole run, so a run is a singl
 resuming, gradient accumulation, mixed precision, several ranks, LoRA and logging work as they always do.
 """
 
+import copy
 import logging
 import math
 import time
@@ -127,25 +128,21 @@ class _Seen(NamedTuple):
     weights_N: Tensor | None
 
 
-class _PolicyState(TrainerCallback):
+class _PolicyState:
     """Keeps what a position policy remembers in the checkpoints, a file for each rank, and goes on with it."""
 
-    def __init__(self, policy: Any) -> None:
-        self.policy = policy
+    def __init__(self, policy: Any, rank: int) -> None:
+        self.policy, self.name = policy, f"position_selection-{rank}.safetensors"
 
-    @staticmethod
-    def _file(args: Any, state: Any) -> Path:
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        return folder / f"position_selection-{args.process_index}.safetensors"
-
-    def save(self, args: Any, state: Any) -> None:
+    def save(self, folder: Path) -> None:
         """Before the checkpoint's last file, which makes it whole."""
-        self._file(args, state).parent.mkdir(parents=True, exist_ok=True)
-        save_file(self.policy.state_dict(), self._file(args, state))
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(self.policy.state_dict(), folder / self.name)
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step and self._file(args, state).is_file():
-            self.policy.load_state_dict(load_file(self._file(args, state)))
+    def load(self, folder: Path) -> None:
+        """From a checkpoint of a run with such a policy; after any other it starts anew."""
+        if (folder / self.name).is_file():
+            self.policy.load_state_dict(load_file(folder / self.name))
 
 
 class SRDTrainer(Trainer):
@@ -231,6 +228,11 @@ class SRDTrainer(Trainer):
         self.curriculum = make_curriculum(plan, train, args)
         self.teacher = self._teacher_source(teacher_model, evaluation)
         check_vocabularies(head_S.shape[0], self.teacher.num_classes)
+        if args.class_sampling and head_S.shape[0] > self.teacher.num_classes:
+            raise UserError(
+                f"class_sampling: the student has {head_S.shape[0]} classes and the teacher {self.teacher.num_classes};"
+                " it needs a teacher with all of the student's classes, set it to 0"
+            )
         if isinstance(self.data_collator, DistillationCollator):
             self.data_collator.flatten = self._takes_flattened()
         if isinstance(self.teacher, TeacherCache):
@@ -255,9 +257,8 @@ class SRDTrainer(Trainer):
         self.positions = make_position_policy(args.position_selection, args.position_ratio, args.position_steps)
         self.selected = SelectedPositions(head_S.shape[0])
         self._micro, self._micro_of = 0, -1
-        self._policy_state = _PolicyState(self.positions) if hasattr(self.positions, "state_dict") else None
-        if self._policy_state is not None:
-            self.add_callback(self._policy_state)
+        remembers = hasattr(self.positions, "state_dict")
+        self._policy_state = _PolicyState(self.positions, args.process_index) if remembers else None
         self._started = time.monotonic()
 
     def _teacher_source(self, teacher: Any, evaluation: Dataset | None) -> TeacherSource:
@@ -380,12 +381,31 @@ class SRDTrainer(Trainer):
         if self.args.class_sampling:
             if not isinstance(rows, HiddenRows):
                 raise UserError(f"class_sampling needs a teacher's hidden states, not {type(rows).__name__} rows")
-            rows = sample_classes(rows, temperature, self.args.class_sampling, generator)
+            classes = head.num_classes(student_ND)
+            rows = sample_classes(rows, classes, temperature, self.args.class_sampling, generator)
         return _Seen(student_ND, rows, labels_N, weights_N)
+
+    @torch.no_grad()
+    def positions_of(self, sample: dict[str, Any]) -> tuple[list[float], list[bool]]:
+        """Entropy of the student at every position of one sample, nats, and whether the policy would choose it now."""
+        assert self.positions is not None
+        student: Any = self.accelerator.unwrap_model(self.model)
+        batch = self._prepare_inputs(self.data_collator([sample]))
+        was_training = student.training
+        student.eval()
+        with self.accelerator.autocast():
+            student_ND = rows_with_loss(hidden_states(student, batch), batch["labels"])
+        student.train(was_training)
+        head, labels_N = find_head(student), labels_with_loss(batch["labels"])
+        signals = Signals(student_ND, head, labels_N, lambda: self.teacher.rows(batch, 1.0), 1.0)
+        generator = batch_generator(student_ND.device, self.args.seed)
+        place = Candidates(rows_of_samples(batch), signals, self.state.global_step, generator)
+        indices = set(copy.deepcopy(self.positions).select(place).indices_K.tolist())
+        return signals("student_entropy").tolist(), [i in indices for i in range(len(labels_N))]
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         if self._policy_state is not None:
-            self._policy_state.save(self.args, self.state)
+            self._policy_state.save(Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}")
         super()._save_checkpoint(model, trial)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
@@ -436,7 +456,9 @@ class SRDTrainer(Trainer):
             resume_from_checkpoint = last_whole_checkpoint(Path(str(self.args.output_dir)))
             if resume_from_checkpoint is None:
                 logger.warning("no checkpoint in %s yet: starting from the beginning", self.args.output_dir)
-        self._sums = {}
+        if resume_from_checkpoint and self._policy_state is not None:
+            self._policy_state.load(Path(resume_from_checkpoint))
+        self._sums, self._micro_of = {}, -1
         self._hooks.take()
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 

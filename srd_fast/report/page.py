@@ -10,7 +10,7 @@ import jinja2
 from srd_fast.report.figures import curves_view, difficulty_view, schedule_view, throughput_view
 from srd_fast.report.numbers import count, duration, missing, number, points
 from srd_fast.report.read import Evaluation, Plan, Run
-from srd_fast.report.samples import examples_view, samples_view, unscored_view
+from srd_fast.report.samples import examples_view, samples_view, selection_view, unscored_view
 
 MODELS = (("teacher", "Teacher"), ("start", "Starting student"), ("student", "Distilled student"))
 STEPS = ("prepare", "init-student", "reflect", "curate", "cache", "distill", "evaluate")
@@ -37,6 +37,7 @@ def render(run: Run) -> str:
         throughput=throughput_view(run),
         samples=samples_view(run),
         unscored=unscored_view(run),
+        selection=selection_view(run),
         timings=_timings(run),
         environment=_environment(run),
         config=run.config,

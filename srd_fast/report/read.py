@@ -132,6 +132,27 @@ class Summary:
 
 
 @dataclass(frozen=True)
+class SelectedSample:
+    """A sample's response token by token: the student's entropy in nats, and whether the loss sees the token."""
+
+    sample_id: str
+    prompt: str
+    tokens: list[tuple[str, float, bool]]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which positions a policy chose: counts by entropy (``edges`` in nats), and some samples."""
+
+    policy: str
+    ratio: float
+    edges: list[float]
+    candidates: list[float]
+    chosen: list[float]
+    samples: list[SelectedSample]
+
+
+@dataclass(frozen=True)
 class Run:
     """A run folder; a field is None when its file is missing."""
 
@@ -143,6 +164,7 @@ class Run:
     metrics: Metrics | None
     summary: Summary | None
     config: str | None
+    selection: Selection | None = None
 
 
 def read_run(run_folder: str | Path) -> Run:
@@ -163,6 +185,7 @@ def read_run(run_folder: str | Path) -> Run:
         metrics=_read_metrics(folder / "metrics.jsonl"),
         summary=_read_summary(folder / "summary.json"),
         config=read_text(folder / "config.yaml"),
+        selection=_read_selection(folder / "selection.json"),
     )
 
 
@@ -299,6 +322,22 @@ def _read_summary(path: Path) -> Summary | None:
         environment={name: str(value) for name, value in environment.data.items()},
         stages=tuple(row.numbers() for row in fields.objects("stages")),
     )
+
+
+def _read_selection(path: Path) -> Selection | None:
+    fields = read_json(path)
+    if fields is None:
+        return None
+    histogram = fields.child("histogram")
+    samples = []
+    for row in fields.objects("samples"):
+        columns = [row.items(name) for name in ("tokens", "entropy", "chosen")]
+        if len(set(map(len, columns))) != 1:
+            raise row.fail("tokens", "as long as entropy and chosen")
+        tokens = [(str(token), float(entropy), bool(seen)) for token, entropy, seen in zip(*columns)]
+        samples.append(SelectedSample(row.text("sample_id"), row.text("prompt"), tokens))
+    edges, candidates, chosen = (histogram.items(name) for name in ("edges", "candidates", "chosen"))
+    return Selection(fields.text("policy"), fields.number("ratio"), edges, candidates, chosen, samples)
 
 
 def _evaluation(fields: Fields) -> Evaluation:

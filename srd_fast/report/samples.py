@@ -36,6 +36,30 @@ def samples_view(run: Run) -> dict[str, Any]:
     return view
 
 
+def selection_view(run: Run) -> dict[str, Any] | None:
+    """Which tokens the loss saw: by entropy, as (range, count, percent of the widest bar, share seen), and samples."""
+    found = run.selection
+    if found is None:
+        return None
+    bins = [
+        (f"{low:.1f} to {high:.1f}", candidates, chosen)
+        for low, high, candidates, chosen in zip(found.edges, found.edges[1:], found.candidates, found.chosen)
+    ]
+    used = [i for i, (_, candidates, _) in enumerate(bins) if candidates]
+    bins = bins[: used[-1] + 1] if used else []
+    most = max((candidates for _, candidates, _ in bins), default=1)
+    total, chosen = sum(found.candidates), sum(found.chosen)
+    note = f"Policy {found.policy}, ratio {found.ratio:g}."
+    if total:
+        note += (
+            f" Over the run the loss saw {chosen:,} of {total:,} positions ({chosen / total:.1%}): the rest cost the "
+            "student's forward pass, but no teacher's logits and no gradient of the head."
+        )
+    rows = [(name, f"{n:,.0f}", f"{100 * n / most:.1f}", f"{c / n:.0%}" if n else "–") for name, n, c in bins]
+    samples = [(s.sample_id, s.prompt[:MAX_CHARACTERS], s.tokens) for s in found.samples]
+    return {"note": note, "rows": rows, "samples": samples}
+
+
 def _difficulty(run: Run, plan: Plan, sample_id: str) -> tuple[float, float, float, str]:
     """A sort key, easiest first; a row without a score counts as hardest."""
     rouge, entropy = math.nan, math.nan

@@ -6,6 +6,7 @@ from .outcome import evaluate_step, report
 from .run import LIVE, PRUNE, Run
 from .selection import (
     PARTS,
+    curate_inputs,
     curate_step,
     init_student,
     reflect_inputs,
@@ -24,6 +25,7 @@ __all__ = [
     "cache_inputs",
     "cache_teacher",
     "check_inputs",
+    "curate_inputs",
     "curate_step",
     "distill",
     "evaluate_step",

@@ -11,7 +11,9 @@ from ..errors import UserError, first_line
 from ..models import check_tokenizers, load_tokenizer
 from ..reflection import get_difficulties
 from ..reflection.engines import check_engine
+from ..selection import check_sample_policy
 from .run import PRUNE, QUICKSTART
+from .selection import sample_policy
 from .training import check_cache, lora_config, training_config
 
 
@@ -22,6 +24,7 @@ def check_inputs(config: Any) -> None:
     for name in ("epochs_per_stage", "temperature", "sft_weight", "stage_learning_rates"):
         per_stage(name, getattr(args, name), 0.0, 0.0, config.curate.stages)
     lora_config(config)
+    check_sample_policy(sample_policy(config)[0])
     check_cache(config, args)
     check_engine(config.reflect.engine)
     if config.curate.reflect_again and config.curate.method != "srd":

@@ -5,12 +5,14 @@ from typing import Any
 
 from datasets import Dataset
 
+from ..config import SRDConfig
 from ..curation import Signal, curate
 from ..files import content_digest, remove
-from ..models import fingerprint
+from ..models import fingerprint, load_model
 from ..reflection import Sampling, get_difficulties, reflect
 from ..reflection.shards import merge_shards, shard_file, shard_files, write_shard
 from ..reflection.signals import signal_files
+from ..selection import ALL, select_samples
 from ..student import prune_and_warm_up
 from .run import PRUNE, Run, write_parquet
 
@@ -105,6 +107,20 @@ def reflect_inputs(config: Any) -> Any:
     return [config.reflect.model_dump(), config.dtype, config.seed if config.reflect.temperature > 0 else None, own]
 
 
+def sample_policy(config: Any) -> tuple[str, float]:
+    """Policy and ratio of the samples that the section `distill` asks for; the plan follows it already."""
+    given = config.distill
+    name = given.get("sample_selection", SRDConfig.sample_selection)
+    return str(name), given.get("sample_ratio", SRDConfig.sample_ratio)
+
+
+def curate_inputs(config: Any) -> Any:
+    """What the plan depends on, besides the scores."""
+    policy, ratio = sample_policy(config)
+    samples = None if policy == ALL else [policy, ratio, config.dtype]
+    return [config.curate.model_dump(), config.seed if config.curate.method == "random" else None, samples]
+
+
 def curate_step(run: Run) -> None:
     """Scores to plan.json."""
     c = run.config.curate
@@ -120,4 +136,8 @@ def curate_step(run: Run) -> None:
         seed=run.config.seed,
         floor_subsets=c.floor_subsets,
     )
+    policy, ratio = sample_policy(run.config)
+    if policy != ALL:
+        student = load_model(run.start, run.dtype, run.device)
+        plan = select_samples(plan, run.data("train"), student, run.tokenizer, policy, ratio)
     plan.save(run.folder / "plan.json")

@@ -14,17 +14,22 @@ from transformers import PreTrainedModel, TrainerCallback
 from ..config import SRDConfig, check_cache_kind
 from ..curation import CurriculumPlan, replan
 from ..curriculum import per_stage
+from ..data import IGNORE_INDEX
 from ..errors import UserError
 from ..files import remove, replace_folder, temporary_path, write_text
 from ..models import load_model
+from ..selection import ALL
 from ..student import trainer_basics
 from ..suggest import unknown_name
 from ..teacher import StaleCacheError, TeacherCache, open_teacher_cache
 from ..trainer import SRDTrainer, last_whole_checkpoint, make_curriculum
-from .run import LIVE, Run, write_parquet
+from .run import LIVE, Run, json_text, write_parquet
 from .selection import PARTS, reflect_with
 
 logger = logging.getLogger(__name__)
+
+SELECTION = "selection.json"
+SHOWN_SAMPLES = 6
 
 
 def training_config(config: Any, folder: Path, device: torch.device, dtype: torch.dtype) -> SRDConfig:
@@ -42,7 +47,7 @@ def training_config(config: Any, folder: Path, device: torch.device, dtype: torc
     }
     try:
         return SRDConfig(
-            **{**basics, **config.distill},
+            **{**basics, **config.distill, "sample_selection": ALL},  # the plan holds those samples alone
             output_dir=str(folder / "checkpoints"),
             seed=config.seed,
             template=config.template,
@@ -177,6 +182,9 @@ def distill(run: Run) -> None:
         for stage in range(1, len(plan.subset_columns)):
             plan = _plan_from(run, plan, stage)
     trainer = _train(run, plan)
+    remove(run.folder / SELECTION)
+    if trainer.positions is not None:
+        write_text(run.folder / SELECTION, json_text(selected_positions(trainer)))
     finished = temporary_path(run.folder / "student")
     shutil.rmtree(finished, ignore_errors=True)
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
@@ -186,6 +194,29 @@ def distill(run: Run) -> None:
     model.save_pretrained(finished)
     run.tokenizer.save_pretrained(finished)
     replace_folder(finished, run.folder / "student")
+
+
+def selected_positions(trainer: SRDTrainer) -> dict[str, Any]:
+    """What the position policy chose: by entropy over the whole run, and in some samples, by the finished student."""
+    train: Any = trainer.train_dataset
+    first = list(dict.fromkeys(trainer.curriculum.stages[0].samples.tolist()))[:SHOWN_SAMPLES]
+    decode = trainer.processing_class.decode  # type: ignore[union-attr]
+    shown = []
+    for index in first:
+        sample = train[index]
+        values, chosen = trainer.positions_of(sample)
+        ids = [x for x in sample["labels"][1:] if x != IGNORE_INDEX]
+        shown.append(
+            {
+                "sample_id": sample["sample_id"],
+                "prompt": sample["prompt"],
+                "tokens": [decode([x]) for x in ids],
+                "entropy": values,
+                "chosen": chosen,
+            }
+        )
+    policy = {"policy": trainer.args.position_selection, "ratio": trainer.args.position_ratio}
+    return {**policy, "histogram": trainer.selected.histogram(), "samples": shown}
 
 
 def _train(run: Run, plan: CurriculumPlan, until: int | None = None) -> SRDTrainer:
