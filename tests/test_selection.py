@@ -83,13 +83,14 @@ def within_three_errors(draws_RX: Tensor, exact_X: Tensor) -> None:
 
 @pytest.mark.parametrize("ratio", [*(i / 100 for i in range(1, 101)), 1 / 3, 2 / 3, 0.125, 1e-10])
 def test_the_share_is_the_ceiling_of_the_ratio_as_written(ratio: float) -> None:
-    counts = list(range(400)) + [3000, 4096, 10**6]
+    counts = [*range(400), 3000, 4096, 10**6]
     assert share_of(torch.tensor(counts), ratio).tolist() == [ceiling(ratio, n) for n in counts]
 
 
 def test_a_tenth_of_thirty_is_three() -> None:
-    assert 0.1 * 30 > 3.0
     assert share_of(torch.tensor([30, 31, 0, 1]), 0.1).tolist() == [3, 4, 0, 1]
+    assert 0.07 * 100 > 7
+    assert share_of(torch.tensor([100, 101]), 0.07).tolist() == [7, 8]
 
 
 def samples_of_all_sorts() -> list[dict[str, Any]]:
@@ -180,8 +181,7 @@ def test_the_threshold_is_a_quantile_of_the_entropies_that_are_remembered(ratio:
         found = choose(policy, values, counts)
         remembered = np.concatenate((remembered, values.numpy()))[-QUEUE:]
         threshold = np.quantile(remembered.astype(np.float64), 1 - ratio)
-        assert np.abs(values.numpy() - threshold).min() > 1e-7
-        assert found.indices_K.tolist() == np.flatnonzero(values.numpy() > threshold).tolist()
+        assert found.indices_K.tolist() == np.flatnonzero(values.numpy() >= threshold).tolist()
         assert len(policy.queue) == len(remembered) <= QUEUE == 30_000
         # Their mean times the number of candidates: divided by `num_items` it is the mean.
         assert found.weights_K is not None
@@ -190,7 +190,7 @@ def test_the_threshold_is_a_quantile_of_the_entropies_that_are_remembered(ratio:
         assert len(found.weights_K.unique()) == 1
         shares.append(len(found.indices_K) / sum(counts))
     assert shares[1] == pytest.approx(ratio, abs=0.01)
-    assert shares[2] > 1.5 * ratio
+    assert shares[2] > 1.2 * ratio
 
 
 def test_a_restored_threshold_goes_on_as_the_first_one() -> None:
@@ -251,10 +251,10 @@ def test_the_mean_weight_of_every_position_is_one() -> None:
 
 
 def test_zero_entropies_are_drawn_evenly() -> None:
-    found = choose(DrawnPositions(0.2), torch.zeros(20_000), [5] * 4000)
-    times = torch.zeros(20_000)
+    found = choose(DrawnPositions(0.2), torch.zeros(250_000), [5] * 50_000)
+    times = torch.zeros(250_000)
     times[found.indices_K] = found.weights_K / 5
-    assert times.view(-1, 5).sum(1).tolist() == [1.0] * 4000
+    assert times.view(-1, 5).sum(1).tolist() == [1.0] * 50_000
     within_three_errors(times.view(-1, 5) * 5, torch.ones(5))
 
 
@@ -418,7 +418,7 @@ def test_signals_of_no_rows_are_empty(name: str) -> None:
     assert signals_of("plain", rows=0)[0](name).shape == (0,)
 
 
-def test_both_signals_of_one_pass_come_from_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_signals_of_one_pass_come_from_it() -> None:
     signals, _ = signals_of("plain")
     assert signals.found("student_entropy") is None
     signals("student_cross_entropy")
@@ -454,7 +454,7 @@ def test_a_compact_cache_gives_the_entropy_that_it_keeps() -> None:
         assert found.tolist() == [1.0, 2.0, 3.0]
     with pytest.raises(UserError, match="'topk_teacher_entropy' needs a teacher cache that keeps it"):
         Signals(hidden(3), head(), torch.arange(3), lambda: top_k, 1.0)("teacher_entropy")
-    with pytest.raises(UserError, match="unknown signal of positions 'entropy'; did you mean 'student_entropy'"):
+    with pytest.raises(UserError, match="unknown signal of positions 'entropy'; did you mean 'student_"):
         Signals(hidden(3), head(), torch.arange(3), lambda: top_k, 1.0)("entropy")
 
 
@@ -545,8 +545,7 @@ PLAN = CurriculumPlan(
 @pytest.mark.parametrize("policy", ["topk_student_entropy", "topk_student_cross_entropy"])
 @pytest.mark.parametrize("ratio", [0.1, 0.3, 1.0])
 def test_the_samples_with_the_highest_means_stay(ratio: float, policy: str, tokenizer: PreTrainedTokenizerFast) -> None:
-    student, mean = tiny.tiny_model("gpt2", resid_pdrop=0.5).train(), {}
-    student.eval()
+    student, mean = tiny.tiny_model("gpt2", resid_pdrop=0.5), {}
     for sample in SAMPLES:
         labels = torch.tensor(sample["labels"])[1:]
         with torch.no_grad():
@@ -585,5 +584,4 @@ def test_all_samples_stay_and_unknown_ones_are_named(tokenizer: PreTrainedTokeni
     with pytest.raises(UserError, match="unknown sample_selection 'topk_entropy'; did you mean 'topk_student_entropy'"):
         select_samples(PLAN, data, student, tokenizer, "topk_entropy", 0.1)
     with pytest.raises(UserError, match="plan keeps 1 samples that the data does not have, the first is 'x9'"):
-        plan = CurriculumPlan([["s00", "x9"]])
-        select_samples(plan, data, student, tokenizer, "topk_student_entropy", 0.1)
+        select_samples(CurriculumPlan([["s00", "x9"]]), data, student, tokenizer, "topk_student_entropy", 0.1)

@@ -3,11 +3,13 @@
 from .flattening import enable_flattening
 from .heads import check_head, find_head, hidden_states, unwrap
 from .loading import check_tokenizers, fingerprint, load_model, load_tokenizer, model_digest, resolve_model
+from .prefix import common_prefix, share_prefix
 from .pruning import prune_depth
 
 __all__ = [
     "check_head",
     "check_tokenizers",
+    "common_prefix",
     "enable_flattening",
     "find_head",
     "fingerprint",
@@ -17,5 +19,6 @@ __all__ = [
     "model_digest",
     "prune_depth",
     "resolve_model",
+    "share_prefix",
     "unwrap",
 ]

@@ -18,10 +18,10 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ..data import IGNORE_INDEX, DistillationCollator, pad_id
+from ..data import IGNORE_INDEX, DistillationCollator, first_label, pad_id
 from ..errors import UserError, first_line
 from ..losses import token_cross_entropy
-from ..models import find_head, hidden_states
+from ..models import common_prefix, find_head, hidden_states, share_prefix
 from ..rouge import RougeL
 from ..suggest import unknown_name
 from .execution import pass_rates
@@ -90,24 +90,44 @@ def cross_entropy(reflected: Reflected) -> list[float]:
     model = reflected.student
     collate, head = DistillationCollator(pad_id(reflected.tokenizer)), find_head(model)
     assert head.weight is not None
+    device = head.weight.device
     lengths = [len(x) for batch in rows.iter(1000) for x in batch["input_ids"]]
     result = [float("nan")] * len(rows)
     was_training = model.training
     model.eval()
     bar = tqdm(total=len(rows), desc="cross-entropy", unit="sample", disable=not reflected.progress)
-    for indices in cut(lengths, reflected.batch_size, rows["sample_id"]):
+    batches = cut(lengths, reflected.batch_size, rows["sample_id"])
+
+    def collated(indices: list[int]) -> dict[str, torch.Tensor]:
         some = rows[indices]
         batch = collate([{"input_ids": x, "labels": scored(y)} for x, y in zip(some["input_ids"], some["labels"])])
-        batch = {k: v.to(head.weight.device) for k, v in batch.items()}
+        return {k: v.to(device) for k, v in batch.items()}
+
+    start = common_start(rows) if len(batches) > 2 else []
+    shared = share_prefix(model, start, collated(batches[0])) if start else None
+    for indices in batches:
+        batch = collated(indices)
+        if shared is not None:
+            batch = {k: v[:, shared.length :] for k, v in batch.items()}
+        states_BLD = hidden_states(model, batch) if shared is None else shared.hidden_states(batch)
         target = batch["labels"][:, 1:]
         kept = target != IGNORE_INDEX
-        losses = token_cross_entropy(hidden_states(model, batch)[:, :-1][kept], head, target[kept])
+        losses = token_cross_entropy(states_BLD[:, :-1][kept], head, target[kept])
         for i, of_sample in zip(indices, losses.split(kept.sum(1).tolist())):
             result[i] = float(of_sample.mean()) if len(of_sample) else float("nan")
         bar.update(len(indices))
     bar.close()
     model.train(was_training)
     return result
+
+
+def common_start(rows: Dataset) -> list[int]:
+    """Tokens that all samples begin with, short of the one whose state predicts a first label."""
+    found: list[int] | None = None
+    for batch in rows.iter(1000):
+        some = [ids[: max(0, first_label(y) - 1)] for ids, y in zip(batch["input_ids"], batch["labels"])]
+        found = common_prefix([*some, *([] if found is None else [found])])
+    return found or []
 
 
 def _mean_loss(labels: Sequence[int], log_probs: Sequence[float]) -> float:

@@ -1,0 +1,86 @@
+"""Tokens that many samples begin with, such as a prompt template's first lines, run through a model once."""
+
+import copy
+import logging
+from collections.abc import Mapping, Sequence
+from itertools import takewhile
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .heads import hidden_states, unwrap
+
+logger = logging.getLogger(__name__)
+
+# Fewer common tokens than this are not worth a cache.
+LEAST_TOKENS = 8
+# Largest difference of hidden states that rounding explains, relative to the largest of them.
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+
+
+def common_prefix(rows: Sequence[list[int]]) -> list[int]:
+    """The tokens that all rows begin with."""
+    low, high = min(rows, default=[]), max(rows, default=[])
+    return [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(low, high))]
+
+
+class SharedPrefix:
+    """A causal language model behind a fixed beginning, whose keys and values are kept.
+
+    Args:
+        model: left in the mode it is in; its weights must not change while this is used.
+        ids: the beginning.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: nn.Module, ids: Sequence[int]) -> None:
+        inner: Any = unwrap(model)
+        self.model, self.length = inner, len(ids)
+        device = inner.get_input_embeddings().weight.device
+        out = inner.base_model(torch.tensor([list(ids)], device=device), use_cache=True, return_dict=True)
+        self._cache = out.past_key_values
+
+    @torch.no_grad()
+    def hidden_states(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """[B, L, D] after the final norm, for a padded batch of what follows the beginning."""
+        mask = batch["attention_mask"]
+        cache = copy.deepcopy(self._cache)
+        cache.batch_repeat_interleave(len(mask))
+        out = self.model.base_model(
+            input_ids=batch["input_ids"],
+            attention_mask=torch.cat((mask.new_ones(len(mask), self.length), mask), 1),
+            past_key_values=cache,
+            use_cache=True,
+            return_dict=True,
+        )
+        return out.last_hidden_state
+
+
+@torch.no_grad()
+def share_prefix(model: nn.Module, ids: Sequence[int], batch: Mapping[str, Tensor]) -> SharedPrefix | None:
+    """A shared beginning, if it is long enough and the model gives the same with it.
+
+    Args:
+        batch: a padded batch of whole samples that all begin with `ids`, on which the two ways are compared.
+    """
+    if len(ids) < LEAST_TOKENS:
+        return None
+    n = len(ids)
+    try:
+        shared = SharedPrefix(model, ids)
+        rest = {name: batch[name][:, n:] for name in ("input_ids", "attention_mask")}
+        found, expected = shared.hidden_states(rest), hidden_states(model, batch)[:, n:]
+    except (AttributeError, TypeError, ValueError, RuntimeError, IndexError, KeyError, NotImplementedError) as e:
+        logger.info("%s runs whole samples, because its cache cannot be shared: %s", type(model).__name__, e)
+        return None
+    there = rest["attention_mask"].bool()
+    found, expected = found[there].float(), expected[there].float()
+    difference = ((found - expected).abs().max() / expected.abs().max().clamp(min=1e-6)).item()
+    dtype = shared.model.get_input_embeddings().weight.dtype
+    if not difference <= _TOLERANCE.get(dtype, 5e-2):
+        logger.info(
+            "%s runs whole samples: with a shared beginning it differs by %.1e", type(model).__name__, difference
+        )
+        return None
+    return shared
