@@ -17,8 +17,8 @@ Whole runs are extrapolated from these steps: SRD has 8 (N1 + (N1 + N2) + (N1 + 
 subsets of the kept 75 %, plain distillation 20 N; the cache is built once, and timed whole (or, with --teacher-ratio,
 on 64 samples). Figures are appended to a long-form CSV file.
 
-How far apart rounding alone drives two runs says --twin: a second plain loop, the same but for eight columns of padding
-more, which change nothing but the order of sums.
+How far apart rounding alone drives two runs says --twin: a second plain loop with the samples of each batch in reverse
+order, which changes nothing but the order of sums over them.
 
 Variants, each with what is before it: `kernel`, the chunked loss on rows with loss; `packing`, batches without padding;
 `cache`, teacher rows from disk; `lora`, as `cache` with adapters and a frozen head on both sides.
@@ -62,10 +62,10 @@ class PlainLoop:
     """One step of distillation as it is usually written."""
 
     def __init__(
-        self, student: nn.Module, teacher: nn.Module, trainer: SRDTrainer, dtype: torch.dtype, extra_padding: int = 0
+        self, student: nn.Module, teacher: nn.Module, trainer: SRDTrainer, dtype: torch.dtype, reverse: bool = False
     ) -> None:
         self.student, self.teacher, self.trainer, self.dtype = student.train(), teacher.eval(), trainer, dtype
-        self.extra_padding = extra_padding
+        self.reverse = reverse
         kind, options = trainer.get_optimizer_cls_and_kwargs(trainer.args, student)
         self.optimizer = kind([p for p in student.parameters() if p.requires_grad], **options)
         self.collate = DistillationCollator(pad_id(trainer.processing_class))
@@ -74,9 +74,7 @@ class PlainLoop:
         """Loss of the step `number` on these samples; the weights are changed."""
         curriculum, args = self.trainer.curriculum, self.trainer.args
         t, sft = curriculum.temperature(number), curriculum.sft_weight(number)
-        batch = self.collate(samples)
-        for name, filler in (("input_ids", 0), ("attention_mask", 0), ("labels", -100)):
-            batch[name] = functional.pad(batch[name], (0, self.extra_padding), value=filler)
+        batch = self.collate(samples[::-1] if self.reverse else samples)
         labels = batch["labels"][:, 1:]
         kept = labels != -100
         inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
@@ -278,7 +276,7 @@ def run_times(args: argparse.Namespace, samples: Any, tokenizer: Any, folder: Pa
     trainer, teacher, build_seconds = make_trainer(args, samples, tokenizer, folder)
     dtype = getattr(torch, args.dtype)
     loop = PlainLoop(copy.deepcopy(trainer.model), teacher, trainer, dtype)
-    twin = PlainLoop(copy.deepcopy(trainer.model), teacher, trainer, dtype, extra_padding=8) if args.twin else None
+    twin = PlainLoop(copy.deepcopy(trainer.model), teacher, trainer, dtype, reverse=True) if args.twin else None
     turns = InTurn(loop, args.steps, twin)
     trainer.add_callback(turns)
     trainer.train()
@@ -302,7 +300,7 @@ def run_times(args: argparse.Namespace, samples: Any, tokenizer: Any, folder: Pa
             "twin_weight_difference": weights_apart(twin.student, loop.student),
         }
         found = (twins["twin_loss_difference"], twins["twin_weight_difference"])
-        print("two plain loops with other padding: losses {:.1e}, weights {:.1e}".format(*found))
+        print("two plain loops with other orders of sums: losses {:.1e}, weights {:.1e}".format(*found))
     of_srd, of_plain = (whole["ours"] / whole[x] for x in ("srd", "plain"))
     print(f"SRD by the loop: {whole['srd']:.0f} s; ours: {whole['ours']:.0f} s with the cache's: {of_srd:.3f}x")
     print(f"plain distillation by the loop: {whole['plain']:.0f} s: {of_plain:.3f}x")
@@ -327,7 +325,7 @@ def main() -> None:
     parser.add_argument("--variant", default="cache", choices=["kernel", "packing", "cache", "lora"])
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--learning-rate", type=float, default=4e-4)
-    parser.add_argument("--twin", action="store_true", help="a second plain loop, padded otherwise, beside the first")
+    parser.add_argument("--twin", action="store_true", help="a second plain loop, batches in reverse, beside the first")
     parser.add_argument("--teacher-ratio", type=float, help="a random teacher of that many times the student's compute")
     parser.add_argument("--memory-budget", type=int, help="bytes of the loss's chunk; default: SRDConfig's")
     parser.add_argument("--memory", action="store_true", help="peaks instead of times")
