@@ -23,6 +23,12 @@ CASES: dict[str, dict[str, Any]] = {
     "untied head with a bias": {"architecture": "phi"},
     "accumulation": {"architecture": "gpt2", "accumulation": 2},
     "adapters": {"architecture": "llama", "lora": True},
+    "chosen positions": {
+        "architecture": "llama",
+        "accumulation": 2,
+        "position_selection": "topk_student_entropy",
+        "position_ratio": 0.3,
+    },
     "frozen embeddings": {"architecture": "llama_untied", "freeze": "embed_tokens"},
     "softcap, checkpointing": {"architecture": "gemma2", "divergence": "forward_kl", "gradient_checkpointing": True},
 }
