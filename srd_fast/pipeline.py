@@ -170,10 +170,13 @@ def execute(
             continue
         place = f"[{number}/{len(STEPS)}] {step.name}"
         valid = ledger.is_valid(step, wanted[step.name], config, folder)
-        if only is not None and step.name != only and (valid or step.name != "init-student"):
-            if not valid:
-                raise UserError(f"step {only!r} needs {step.name!r} done first: srd-fast {step.name} CONFIG")
-            continue  # init-student, whose verb takes no config, is done as a part of the step that needs it
+        if only is not None and step.name != only:
+            # init-student's verb takes no config: it is a part of the step after it.
+            part_of = next((s.name for s in STEPS if step.name == "init-student" and step.name in s.after), step.name)
+            if not valid and part_of != only:
+                raise UserError(f"step {only!r} needs {part_of!r} done first: srd-fast {part_of} CONFIG")
+            if valid or part_of != only:
+                continue
         if shard is not None and step.name == only:
             if force:
                 remove(steps.shard_parts(folder, shard))

@@ -42,7 +42,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from srd_fast import UserError, distillation_loss, distillation_loss_from_logits, register_divergence
 from srd_fast.kernels import RowCoefficients, RowDivergence, distillation_rows, rows
-from srd_fast.losses import free_workspace
+from srd_fast.losses import divergences, free_workspace
 from srd_fast.losses.buffers import workspace
 
 BACKENDS = ("triton",) if INTERPRETED else ("eager", "compile")
@@ -565,11 +565,13 @@ def test_triton_in_float64_is_refused_by_name() -> None:
 
 
 @pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "eager"])
-def test_a_registered_divergence_is_refused_by_name(backend: str) -> None:
+def test_a_registered_divergence_is_refused_by_name(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(divergences, "_REGISTRY", dict(divergences._REGISTRY))
+
     def squared(log_p: Tensor, log_q: Tensor, *, skew: float, beta: float) -> Tensor:
         return (log_p.exp() - log_q.exp()).square().sum(-1)
 
-    register_divergence("squared for the backends", squared, replace=True)
+    register_divergence("squared for the backends", squared)
     with pytest.raises(UserError, match=rf"'{backend}' cannot run.*registered divergence"):
         distillation_loss(*tensors(), backend=backend, divergence="squared for the backends")
     assert distillation_loss(*tensors(), divergence="squared for the backends").loss.isfinite()
@@ -674,7 +676,21 @@ def test_without_a_compiler_there_is_one_warning_and_eager_mode(tmp_path: Path) 
 @pytest.mark.parametrize("part", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
 def test_triton_passes_the_same_tests_under_its_interpreter(part: str) -> None:
     pytest.importorskip("triton")
-    run = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "triton", "-m", part, __file__]
+    run = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-n",
+        "0",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        "triton",
+        "-m",
+        part,
+        __file__,
+    ]
     done = subprocess.run(run, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-6000:]
     passed = re.search(r"(\d+) passed", done.stdout)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import srd_fast
+from srd_fast.losses import divergences
 from srd_fast.reflection import signals
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -189,7 +190,8 @@ IMPORTABLE = sorted(m for m in sources() if m != "srd_fast.reflection.vllm_ngram
 
 @pytest.mark.parametrize("module", IMPORTABLE)
 def test_examples_in_docstrings_run(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(signals, "_REGISTRY", dict(signals._REGISTRY))
+    for registry in (signals, divergences):
+        monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))  # type: ignore[attr-defined]
     result = doctest.testmod(importlib.import_module(module))
     assert result.failed == 0
 
