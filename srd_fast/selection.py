@@ -33,7 +33,7 @@ from .losses import Head, Sampled, token_values
 from .models import find_head, hidden_states
 from .suggest import unknown_name
 from .teacher import HiddenRows, TeacherRows, distillation_loss_of_rows, labels_with_loss, rows_with_loss
-from .teacher.stores import draw_classes, logit_chunks
+from .teacher.stores import draw_rows, logit_chunks
 
 ALL = "all"
 # Entropies that the global threshold remembers, and the least weight of a position that is drawn by its entropy.
@@ -325,13 +325,9 @@ def sample_classes(
 
     The teacher's logits exist for a chunk of rows at a time.
     """
-    ids, entropies = [], []
-    for z in logit_chunks(rows.hidden_ND, rows.head, classes):
-        log_p = torch.log_softmax(z / temperature, -1)
-        p = log_p.exp()
-        ids.append(draw_classes(p, draws, generator))
-        entropies.append(-(p * log_p.clamp(min=-1e30)).sum(-1))
-    return Sampled(torch.cat(ids), torch.cat(entropies))
+    chunks = logit_chunks(rows.hidden_ND, rows.head, classes)
+    parts = [draw_rows(z, temperature, draws, generator) for z in chunks]
+    return Sampled(*(torch.cat(x) for x in zip(*parts)))
 
 
 def batch_generator(device: torch.device, *place: int) -> torch.Generator:

@@ -71,6 +71,7 @@ def share_prefix(model: nn.Module, ids: Sequence[int], batch: Mapping[str, Tenso
         shared = SharedPrefix(model, ids)
         rest = {name: batch[name][:, n:] for name in ("input_ids", "attention_mask")}
         found, expected = shared.hidden_states(rest), hidden_states(model, batch)[:, n:]
+    # A cache that cannot be copied, repeated or passed on fails in as many ways as there are models: all mean the same.
     except (AttributeError, TypeError, ValueError, RuntimeError, IndexError, KeyError, NotImplementedError) as e:
         logger.info("%s runs whole samples, because its cache cannot be shared: %s", type(model).__name__, e)
         return None

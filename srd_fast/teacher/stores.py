@@ -170,11 +170,9 @@ class SampledStore(_FewClasses):
             for z in logit_chunks(hidden, head, self.classes):
                 ids, entropies = [], []
                 for t in self.temperatures:
-                    log_p = torch.log_softmax(z / t, -1)
-                    p = log_p.exp()
-                    drawn = draw_classes(p, self.k, generator)
-                    ids.append(pack_ids(drawn.sort(-1).values, bits_for(self.classes)))
-                    entropies.append(-(p * log_p.clamp(min=-1e30)).sum(-1))
+                    drawn = draw_rows(z, t, self.k, generator)
+                    ids.append(pack_ids(drawn.ids_NK.sort(-1).values, bits_for(self.classes)))
+                    entropies.append(drawn.entropy_N)
                 parts.append((torch.stack(ids, 1), torch.stack(entropies, 1)))
         return _joined(("ids", "entropy"), parts)
 
@@ -182,6 +180,13 @@ class SampledStore(_FewClasses):
         """The draws at that temperature."""
         i = _index(self.temperatures, temperature)
         return Sampled(unpack_ids(stored["ids"][:, i], bits_for(self.classes), self.k), stored["entropy"][:, i])
+
+
+def draw_rows(z_NV: Tensor, temperature: float, count: int, generator: torch.Generator) -> Sampled:
+    """`count` draws with replacement from each row's softmax at a temperature, and its entropy."""
+    log_p = torch.log_softmax(z_NV / temperature, -1)
+    p = log_p.exp()
+    return Sampled(draw_classes(p, count, generator), -(p * log_p.clamp(min=-1e30)).sum(-1))
 
 
 def draw_classes(p_NV: Tensor, count: int, generator: torch.Generator) -> Tensor:
