@@ -1,9 +1,8 @@
 """`SRDTrainer` with chosen positions, drawn classes and chosen samples, against a plain loop over full logits."""
 
 import copy
-import gc
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from types import SimpleNamespace
@@ -55,18 +54,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return tiny.tiny_tokenizer()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _quick_collection() -> Iterator[None]:
-    """As in test_trainer.py."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-@pytest.fixture(autouse=True)
-def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("quick_collection", "own_folder")
 
 
 def counts_of(samples: Sequence[Mapping[str, Any]]) -> list[int]:

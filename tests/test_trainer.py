@@ -1,11 +1,10 @@
 """`SRDTrainer` against a plain loop over full logits: losses, gradients, samples, schedules, checkpoints."""
 
 import copy
-import gc
 import itertools
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -75,18 +74,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return tiny.tiny_tokenizer()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _quick_collection() -> Iterator[None]:
-    """The Trainer collects garbage at each start; what the imports left need not be searched every time."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-@pytest.fixture(autouse=True)
-def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("quick_collection", "own_folder")
 
 
 def config(**fields: Any) -> SRDConfig:
