@@ -132,7 +132,8 @@ class RunConfig(_Section):
                 raise ValueError(f"{name} is set at the top level of the config, or by the run itself")
             if name not in _DISTILL_FIELDS:
                 raise ValueError(unknown_name("key", name, _DISTILL_FIELDS, listed=False))
-        return given
+        # YAML 1.1 reads `save_strategy: no` as false.
+        return {k: "no" if k.endswith("_strategy") and v is False else v for k, v in given.items()}
 
 
 def _read_yaml(path: str | Path) -> dict[str, Any]:

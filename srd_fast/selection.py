@@ -30,6 +30,7 @@ from .curation import CurriculumPlan
 from .data import IGNORE_INDEX, DistillationCollator, batches_by_length, pad_id
 from .errors import UserError
 from .losses import Head, Sampled, token_values
+from .losses.buffers import budget_of
 from .models import find_head, hidden_states
 from .suggest import unknown_name
 from .teacher import HiddenRows, TeacherRows, distillation_loss_of_rows, labels_with_loss, rows_with_loss
@@ -258,13 +259,23 @@ class Signals:
 
     student_ND: last hidden states of the candidates. rows: the teacher's, at `temperature`; the divergences are at that
     temperature, as is the teacher's entropy where its rows hold just that; the student's and the gap are at 1.
+    memory_budget: of the loss that follows, in bytes.
     """
 
     def __init__(
-        self, student_ND: Tensor, head: Head, labels_N: Tensor, rows: Callable[[], TeacherRows], temperature: float
+        self,
+        student_ND: Tensor,
+        head: Head,
+        labels_N: Tensor,
+        rows: Callable[[], TeacherRows],
+        temperature: float,
+        memory_budget: int | None = None,
     ) -> None:
         self.student_ND, self.head, self.labels_N = student_ND.detach(), head, labels_N
         self.rows, self.temperature = rows, temperature
+        self.memory_budget = memory_budget
+        # One side's logits where the loss holds two: as many rows at a time in half of it, and room left for the loss.
+        self._one_side = budget_of(student_ND.device, memory_budget) // 2
         self._found: dict[str, Tensor] = {}
 
     @torch.no_grad()
@@ -280,7 +291,7 @@ class Signals:
 
     def _compute(self, name: str) -> dict[str, Tensor]:
         if name in ("student_entropy", "student_cross_entropy"):
-            values = token_values(self.student_ND, self.head, self.labels_N)
+            values = token_values(self.student_ND, self.head, self.labels_N, self._one_side)
             return {"student_entropy": values.entropy, "student_cross_entropy": values.cross_entropy}
         if name == "student_confidence_gap":
             return {name: self._gap()}
@@ -289,7 +300,7 @@ class Signals:
         if name in ("forward_kl", "reverse_kl"):
             out = distillation_loss_of_rows(
                 self.student_ND, self.head, self.rows(), self.labels_N,
-                divergence=name, temperature=self.temperature, reduction="none",
+                divergence=name, temperature=self.temperature, reduction="none", memory_budget=self.memory_budget,
             )  # fmt: skip
             return {name: out.divergence}
         raise UserError(unknown_name("signal of positions", name, SIGNALS))
@@ -304,7 +315,8 @@ class Signals:
     def _teacher_entropy(self) -> Tensor:
         rows = self.rows()
         if isinstance(rows, HiddenRows):
-            return token_values(rows.hidden_ND, rows.head, torch.zeros_like(self.labels_N)).entropy
+            labels_N = torch.zeros_like(self.labels_N)
+            return token_values(rows.hidden_ND, rows.head, labels_N, self._one_side).entropy
         entropy = getattr(rows, "entropy_N", None)
         if entropy is None:
             raise UserError("position_selection 'topk_teacher_entropy' needs a teacher cache that keeps it, not topk")

@@ -373,7 +373,7 @@ class SRDTrainer(Trainer):
         generator = batch_generator(device, self.args.seed, step, self._micro, self.args.process_index)
         temperature, weights_N = self.curriculum.temperature(step), None
         if self.positions is not None:
-            signals = Signals(student_ND, head, labels_N, lambda: rows, temperature)
+            signals = Signals(student_ND, head, labels_N, lambda: rows, temperature, self.args.memory_budget)
             chosen = self.positions.select(Candidates(rows_of_samples(batch), signals, step, generator))
             self.selected.add(signals, chosen.indices_K)
             student_ND, labels_N, weights_N = student_ND[chosen.indices_K], labels_N[chosen.indices_K], chosen.weights_K

@@ -172,6 +172,13 @@ def test_names_that_begin_like_numbers_stay_names(name: str, config: Any) -> Non
     assert config("", f"output_dir={name}").output_dir == name
 
 
+def test_no_is_a_strategy_although_yaml_takes_it_for_false(config: Any) -> None:
+    assert config("distill: {save_strategy: no}", "distill.eval_strategy=no").distill == {
+        "save_strategy": "no",
+        "eval_strategy": "no",
+    }
+
+
 def test_the_last_override_wins_over_the_file(config: Any) -> None:
     text = "curate: {keep: 0.1, stages: 2}\ndistill: {skew: 0.3}\n"
     found = config(text, "curate.keep=0.2", "curate.keep=0.3", "distill.divergence=jsd")

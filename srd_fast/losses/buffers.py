@@ -52,15 +52,20 @@ def class_slices(num_classes: int) -> list[slice]:
     return [slice(v, min(v + _CLASSES_AT_ONCE, num_classes)) for v in range(0, num_classes, _CLASSES_AT_ONCE)]
 
 
+def budget_of(device: torch.device, budget: int | None) -> int:
+    """Bytes of a chunk's buffers; for None, 1 GiB on CUDA and 512 MiB elsewhere."""
+    return budget or _DEFAULT_BUDGET.get(device.type, _DEFAULT_BUDGET_ELSEWHERE)
+
+
 def chunk_rows(num_rows: int, logits_bytes: int, temporary_bytes: int, device: torch.device, budget: int | None) -> int:
     """Rows of a chunk, at least 1: as many as fit in the budget, then the same for every chunk.
 
     Args:
         logits_bytes: what a row keeps in buffers for the whole chunk.
         temporary_bytes: what a row needs besides while its block of rows is worked on.
-        budget: bytes; None for 1 GiB on CUDA and 512 MiB elsewhere.
+        budget: see `budget_of`.
     """
-    budget = budget or _DEFAULT_BUDGET.get(device.type, _DEFAULT_BUDGET_ELSEWHERE)
+    budget = budget_of(device, budget)
     block = block_bytes(device) if temporary_bytes else 0
     fitting = (budget - block) // logits_bytes if budget >= 2 * block else budget // (logits_bytes + temporary_bytes)
     if device.type == "cuda" and fitting > _GPU_TILE:
