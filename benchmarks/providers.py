@@ -158,7 +158,7 @@ def srd_fast(p: Problem) -> Step:
 def se_kd(p: Problem) -> Step:
     """This library on the 20 % of positions with the highest entropy of the student, as `SRDTrainer` chooses them."""
     from srd_fast.losses import Head
-    from srd_fast.selection import Candidates, Signals, TopPositions
+    from srd_fast.selection import Signals, TopPositions
 
     loss = _ours(p.loss)
     counts_B = torch.full((8,), len(p.labels) // 8, device=p.labels.device)
@@ -169,8 +169,10 @@ def se_kd(p: Problem) -> Step:
 
     def step() -> None:
         signals = Signals(p.h_S, Head(p.w_S), p.labels, no_rows, p.loss.temperature)
-        rows = policy.select(Candidates(counts_B, signals, 0, generator)).indices_K
-        loss(p.h_S[rows], p.w_S, p.h_T[rows], p.w_T, p.labels[rows]).loss.backward()
+        chosen, logits = signals.choose(policy, counts_B, 0, generator)
+        rows = chosen.indices_K
+        args = p.h_S[rows], p.w_S, p.h_T[rows], p.w_T, p.labels[rows]
+        loss(*args, student_logits=logits).loss.backward()
 
     return step
 

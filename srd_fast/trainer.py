@@ -4,18 +4,16 @@ The curriculum is one sequence of samples for the whole run, so a run is a singl
 resuming, gradient accumulation, mixed precision, several ranks, LoRA and logging work as they always do.
 """
 
-import copy
 import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from datasets import Dataset, concatenate_datasets
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Sampler
@@ -26,7 +24,7 @@ from .curation import CurriculumPlan
 from .curriculum import Curriculum, per_stage
 from .data import IGNORE_INDEX, DistillationCollator, Tokenisation, pad_id, prepare_dataset
 from .errors import UserError
-from .losses import DistillationLoss, Head, check_vocabularies
+from .losses import DistillationLoss, check_vocabularies
 from .measure import measure_batch, peak_memory_mb
 from .models import (
     check_head,
@@ -38,22 +36,10 @@ from .models import (
     load_tokenizer,
     unwrap,
 )
-from .selection import (
-    Candidates,
-    SelectedPositions,
-    Signals,
-    batch_generator,
-    make_position_policy,
-    rows_of_samples,
-    sample_classes,
-    select_samples,
-    take_rows,
-)
+from .selection import BatchSelection, Signals, rows_of_samples, select_samples
 from .teacher import (
-    HiddenRows,
     LiveTeacher,
     TeacherCache,
-    TeacherRows,
     TeacherSource,
     distillation_loss_of_rows,
     labels_with_loss,
@@ -117,32 +103,6 @@ class _WithTeacherRows:
 
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         return {**self.collate(samples), "teacher": self.teacher.collate(samples)}
-
-
-class _Seen(NamedTuple):
-    """What the loss sees of a batch's rows with loss."""
-
-    student_ND: Tensor
-    rows: TeacherRows
-    labels_N: Tensor
-    weights_N: Tensor | None
-
-
-class _PolicyState:
-    """Keeps what a position policy remembers in the checkpoints, a file for each rank, and goes on with it."""
-
-    def __init__(self, policy: Any, rank: int) -> None:
-        self.policy, self.name = policy, f"position_selection-{rank}.safetensors"
-
-    def save(self, folder: Path) -> None:
-        """Before the checkpoint's last file, which makes it whole."""
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(self.policy.state_dict(), folder / self.name)
-
-    def load(self, folder: Path) -> None:
-        """From a checkpoint of a run with such a policy; after any other it starts anew."""
-        if (folder / self.name).is_file():
-            self.policy.load_state_dict(load_file(folder / self.name))
 
 
 class SRDTrainer(Trainer):
@@ -254,11 +214,7 @@ class SRDTrainer(Trainer):
         }
         DistillationLoss(**self._loss_options)  # says now what is wrong with them
         self._sums: dict[str, Tensor] = {}
-        self.positions = make_position_policy(args.position_selection, args.position_ratio, args.position_steps)
-        self.selected = SelectedPositions(head_S.shape[0])
-        self._micro, self._micro_of = 0, -1
-        remembers = hasattr(self.positions, "state_dict")
-        self._policy_state = _PolicyState(self.positions, args.process_index) if remembers else None
+        self.selection = BatchSelection(args, head_S.shape[0])
         self._started = time.monotonic()
 
     def _teacher_source(self, teacher: Any, evaluation: Dataset | None) -> TeacherSource:
@@ -343,13 +299,15 @@ class SRDTrainer(Trainer):
         def forward(batch: Mapping[str, Any]) -> Any:
             with self.accelerator.autocast():
                 hidden_BLD = hidden_states(student, batch)
-            seen = self._select(rows_with_loss(hidden_BLD, batch["labels"]), find_head(student), rows, labels_N, batch)
+            student_ND, head = rows_with_loss(hidden_BLD, batch["labels"]), find_head(student)
+            seen = self.selection(student_ND, head, rows, labels_N, batch, step, temperature)
             return distillation_loss_of_rows(
-                seen.student_ND,
-                find_head(student),
+                seen.student_KD,
+                head,
                 seen.rows,
-                seen.labels_N,
-                token_weights=seen.weights_N,
+                seen.labels_K,
+                token_weights=seen.weights_K,
+                student_logits=seen.logits_KV,
                 temperature=temperature,
                 sft_weight=self.curriculum.sft_weight(step),
                 num_items=num_items_in_batch,
@@ -363,32 +321,9 @@ class SRDTrainer(Trainer):
             loss = loss * self.accelerator.num_processes  # DDP averages the gradients of the ranks
         return (loss, {"loss": loss}) if return_outputs else loss
 
-    def _select(
-        self, student_ND: Tensor, head: Head, rows: TeacherRows, labels_N: Tensor, batch: Mapping[str, Any]
-    ) -> "_Seen":
-        """What the loss sees of a batch's rows: those that the position policy chooses, and classes drawn for them."""
-        step, device = self.state.global_step, student_ND.device
-        self._micro = self._micro + 1 if self._micro_of == step else 0
-        self._micro_of = step
-        generator = batch_generator(device, self.args.seed, step, self._micro, self.args.process_index)
-        temperature, weights_N = self.curriculum.temperature(step), None
-        if self.positions is not None:
-            signals = Signals(student_ND, head, labels_N, lambda: rows, temperature, self.args.memory_budget)
-            chosen = self.positions.select(Candidates(rows_of_samples(batch), signals, step, generator))
-            self.selected.add(signals, chosen.indices_K)
-            student_ND, labels_N, weights_N = student_ND[chosen.indices_K], labels_N[chosen.indices_K], chosen.weights_K
-            rows = take_rows(rows, chosen.indices_K)
-        if self.args.class_sampling:
-            if not isinstance(rows, HiddenRows):
-                raise UserError(f"class_sampling needs a teacher's hidden states, not {type(rows).__name__} rows")
-            classes = head.num_classes(student_ND)
-            rows = sample_classes(rows, classes, temperature, self.args.class_sampling, generator)
-        return _Seen(student_ND, rows, labels_N, weights_N)
-
     @torch.no_grad()
     def positions_of(self, sample: dict[str, Any]) -> tuple[list[float], list[bool]]:
         """Entropy of the student at every position of one sample, nats, and whether the policy would choose it now."""
-        assert self.positions is not None
         student: Any = self.accelerator.unwrap_model(self.model)
         batch = self._prepare_inputs(self.data_collator([sample]))
         was_training = student.training
@@ -398,21 +333,19 @@ class SRDTrainer(Trainer):
         student.train(was_training)
         head, labels_N = find_head(student), labels_with_loss(batch["labels"])
         signals = Signals(student_ND, head, labels_N, lambda: self.teacher.rows(batch, 1.0), 1.0)
-        generator = batch_generator(student_ND.device, self.args.seed)
-        place = Candidates(rows_of_samples(batch), signals, self.state.global_step, generator)
-        indices = set(copy.deepcopy(self.positions).select(place).indices_K.tolist())
+        indices = set(self.selection.chosen(signals, batch, self.state.global_step).indices_K.tolist())
         return signals("student_entropy").tolist(), [i in indices for i in range(len(labels_N))]
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        if self._policy_state is not None:
-            self._policy_state.save(Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}")
+        self.selection.save(Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}")
         super()._save_checkpoint(model, trial)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
-        if self.positions is None or not batch_samples:
+        policy = self.selection.policy
+        if policy is None or not batch_samples:
             return super()._get_num_items_in_batch(batch_samples, device)
         # Counted as so many labels: gathering over ranks is then the base class's.
-        counts = [int(self.positions.num_items(rows_of_samples(batch))) for batch in batch_samples]
+        counts = [int(policy.num_items(rows_of_samples(batch))) for batch in batch_samples]
         counted = [
             {"labels": batch["labels"], "shift_labels": torch.zeros(n)} for batch, n in zip(batch_samples, counts)
         ]
@@ -441,8 +374,8 @@ class SRDTrainer(Trainer):
                 "seconds": time.monotonic() - self._started,
             }
             self._sums = {}
-            if self.positions is not None:
-                logs |= self.selected.take()
+            if self.selection.policy is not None:
+                logs |= self.selection.selected.take()
         super().log(logs, start_time)
 
     def train(
@@ -456,9 +389,10 @@ class SRDTrainer(Trainer):
             resume_from_checkpoint = last_whole_checkpoint(Path(str(self.args.output_dir)))
             if resume_from_checkpoint is None:
                 logger.warning("no checkpoint in %s yet: starting from the beginning", self.args.output_dir)
-        if resume_from_checkpoint and self._policy_state is not None:
-            self._policy_state.load(Path(resume_from_checkpoint))
-        self._sums, self._micro_of = {}, -1
+        if resume_from_checkpoint:
+            self.selection.load(Path(resume_from_checkpoint))
+        self.selection.begin()
+        self._sums = {}
         self._hooks.take()
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 

@@ -532,6 +532,36 @@ def test_backward_twice_adds_up(reduction: str) -> None:
     assert_same(again, once, 0.0)
 
 
+@pytest.mark.parametrize("budget", [None, 60_000])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("divergence", ["skew_reverse_kl", "forward_kl"])
+def test_logits_that_are_there_already(divergence: str, reduction: str, budget: int | None) -> None:
+    p = problem(shape=(40,), student_softcap=7.0, student_scale=0.5)
+    options: dict[str, Any] = {"divergence": divergence, "reduction": reduction, "memory_budget": budget}
+    z = plain_logits(p.student_hidden, p.student_weight, p.student_bias, None, 0.5).detach()
+    wanted = p.run(**options)
+    found = p.run(student_logits=z.clone(), **options)
+    for name, value in vars(wanted).items():
+        assert_same(getattr(found, name), value, 1e-12, name)
+    of_wanted, of_found = (gradients(p, out.loss.sum()) for out in (wanted, found))
+    for name, value in of_wanted.items():
+        assert_same(of_found[name], value, 1e-12, name)
+    assert not torch.equal(p.run(student_logits=z + torch.randn(23), **options).loss, wanted.loss)
+
+    loss = p.run(student_logits=z.clone(), **options).loss.sum()  # its second backward finds them overwritten
+    loss.backward(retain_graph=True)
+    loss.backward()
+    for name, leaf in p.leaves().items():
+        assert_same(leaf.grad, 2 * of_wanted[name], 1e-12, name)
+
+
+@pytest.mark.parametrize("change", [lambda z: z.float(), lambda z: z[:, :-1], lambda z: z[:-1]])
+def test_given_logits_must_be_the_heads(change: Any) -> None:
+    p = problem(shape=(6,))
+    with pytest.raises(UserError, match=r"student_logits must be \(6, 23\) in torch.float64"):
+        p.run(student_logits=change(torch.zeros(6, 23, dtype=torch.float64)))
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_no_tensor_is_larger_than_a_chunk_of_logits(reduction: str) -> None:
     rows, classes, chunk = 3000, 1008, 32

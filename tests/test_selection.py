@@ -1,5 +1,6 @@
 """Which positions, classes and samples are chosen, against plain Python, and draws against the exact mean."""
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from fractions import Fraction
@@ -16,8 +17,9 @@ from tiny import assert_same, plain_cross_entropy, plain_divergence
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from srd_fast import CurriculumPlan, UserError, selection
+from srd_fast import CurriculumPlan, UserError
 from srd_fast.data import DistillationCollator
+from srd_fast.kernels import EAGER_BUFFERS
 from srd_fast.losses import Head, Projected, Sampled, TopK, compact_distillation_loss, distillation_loss
 from srd_fast.selection import (
     QUEUE,
@@ -33,6 +35,7 @@ from srd_fast.selection import (
     batch_generator,
     make_position_policy,
     position_policies,
+    positions,
     register_position_policy,
     rows_of_samples,
     sample_classes,
@@ -396,6 +399,58 @@ def signals_of(kind: str, teacher: str = "plain", rows: int = 9, temperature: fl
     return Signals(hidden(rows).requires_grad_(), of_student, labels, teacher_rows, temperature), asked
 
 
+KEPT_ROWS = sum(ceiling(0.35, n) for n in COUNTS)
+
+
+@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize("rows_at_once", [30, 33, 71])
+@pytest.mark.parametrize(
+    "policy",
+    [TopPositions(0.35), TopPositions(0.35, "student_cross_entropy"), CurriculumPositions(0.35, 4)],
+    ids=["entropy", "cross-entropy", "curriculum"],
+)
+def test_logits_of_the_chosen_are_kept(policy: Any, rows_at_once: int, kind: str) -> None:
+    rows, counts_B = sum(COUNTS), torch.tensor(COUNTS)
+    signals, _ = signals_of(kind, rows=rows)
+    wanted = policy.select(Candidates(counts_B, signals, 2, generator()))
+    signals, _ = signals_of(kind, rows=rows)
+    row_bytes = signals.head.num_classes(signals.student_ND) * 4
+    signals._one_side = max(rows_at_once, KEPT_ROWS) * row_bytes + 2 * EAGER_BUFFERS * row_bytes
+    chosen, kept = signals.choose(policy, counts_B, 2, generator())
+    assert torch.equal(chosen.indices_K, wanted.indices_K)
+    assert chosen.weights_K is None
+    assert kept is not None
+    assert_same(kept, signals.head.project(signals.student_ND[chosen.indices_K]), 1e-6)
+    whole, _ = signals_of(kind, rows=rows)
+    for name in ("student_entropy", "student_cross_entropy"):
+        assert_same(signals.found(name), whole(name), 1e-6, name)
+
+
+@pytest.mark.parametrize(
+    ("policy", "rows_at_once"),
+    [
+        (TopPositions(0.35), KEPT_ROWS - 1),
+        (TopPositions(0.35), max(COUNTS) - 1),
+        (TopPositions(0.35, "forward_kl"), 100),
+        (DrawnPositions(0.35), 100),
+        (ThresholdPositions(0.35), 100),
+    ],
+)
+def test_logits_are_not_kept_where_they_do_not_fit_or_the_choice_is_not_by_sample(
+    policy: Any, rows_at_once: int
+) -> None:
+    counts_B = torch.tensor(COUNTS)
+    signals, _ = signals_of("plain", rows=sum(COUNTS))
+    signals._one_side = rows_at_once * CLASSES * 4
+    chosen, kept = signals.choose(policy, counts_B, 0, generator())
+    assert kept is None
+    again = signals_of("plain", rows=sum(COUNTS))[0]
+    wanted = copy.deepcopy(policy)
+    if isinstance(wanted, ThresholdPositions):
+        wanted.queue = torch.empty(0)
+    assert torch.equal(chosen.indices_K, wanted.select(Candidates(counts_B, again, 0, generator())).indices_K)
+
+
 @pytest.mark.parametrize(("kind", "teacher"), [*zip(HEADS, HEADS), ("plain", "padded"), ("padded", "plain")])
 @pytest.mark.parametrize("name", SIGNALS)
 def test_signals_are_those_of_full_logits(name: str, kind: str, teacher: str) -> None:
@@ -516,7 +571,7 @@ def test_every_name_makes_its_policy() -> None:
 
 
 def test_a_policy_of_ones_own_is_registered_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(selection, "_POSITIONS", dict(selection._POSITIONS))
+    monkeypatch.setattr(positions, "_POSITIONS", dict(positions._POSITIONS))
     register_position_policy("longest", lambda ratio, steps: CurriculumPositions(ratio, 2 * steps))
     assert make_position_policy("longest", 0.5, 3) == CurriculumPositions(0.5, 6)
     for name in ("longest", "all", "stochastic"):

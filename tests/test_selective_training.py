@@ -29,7 +29,7 @@ from tiny import DIVERGENCES, assert_same, plain_loss
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
-from srd_fast import CurriculumPlan, SRDConfig, UserError, selection
+from srd_fast import CurriculumPlan, SRDConfig, UserError
 from srd_fast.losses import Sampled
 from srd_fast.models import find_head, hidden_states
 from srd_fast.selection import (
@@ -38,6 +38,7 @@ from srd_fast.selection import (
     batch_generator,
     make_position_policy,
     position_policies,
+    positions,
     register_position_policy,
 )
 from srd_fast.teacher import HiddenRows, LiveTeacher
@@ -163,7 +164,7 @@ def test_a_run_of_several_stages_is_that_of_a_plain_loop(policy: str, tokenizer:
 @pytest.mark.parametrize("policy", MEANS)
 def test_all_of_the_positions_are_all(policy: str, tokenizer: PreTrainedTokenizerFast) -> None:
     usual = make(tokenizer)
-    assert usual.positions is None
+    assert usual.selection.policy is None
     usual.train()
     chosen = make(tokenizer, args=config(position_selection=policy, position_ratio=1.0))
     chosen.train()
@@ -182,7 +183,7 @@ def test_batches_without_padding_give_the_same(policy: str, tokenizer: PreTraine
         runs[-1].train()
         assert runs[-1].data_collator.flatten == padding_free
     assert runs[0].losses == pytest.approx(runs[1].losses, rel=1e-5)
-    assert runs[0].selected.histogram() == runs[1].selected.histogram()
+    assert runs[0].selection.selected.histogram() == runs[1].selection.selected.histogram()
     for found, wanted in zip(runs[0].gradients, runs[1].gradients):
         assert_gradients(found, wanted, 1e-4)
 
@@ -244,7 +245,7 @@ def test_a_cache_trains_the_chosen_as_the_live_teacher_does(
     live.train()
     cached.train()
     assert cached.losses == pytest.approx(live.losses, rel=1e-5 if kind == "hidden" else 3e-3)
-    assert cached.selected.histogram() == live.selected.histogram()
+    assert cached.selection.selected.histogram() == live.selection.selected.histogram()
 
 
 @pytest.mark.parametrize("policy", ["topk_student_entropy", "topk_teacher_entropy", "topk_forward_kl", "curriculum"])
@@ -450,13 +451,13 @@ def test_what_a_policy_remembers_lies_in_the_checkpoint(tokenizer: PreTrainedTok
     shutil.copytree(tmp_path / "first" / "checkpoint-5", checkpoint)
     second = resumable(tokenizer, tmp_path / "second", [], **fields)
     second.train(resume_from_checkpoint=str(checkpoint))
-    assert torch.equal(second.positions.queue, whole.positions.queue)  # type: ignore[union-attr]
-    assert len(first.positions.queue) < len(whole.positions.queue)  # type: ignore[union-attr]
+    assert torch.equal(second.selection.policy.queue, whole.selection.policy.queue)  # type: ignore[union-attr]
+    assert len(first.selection.policy.queue) < len(whole.selection.policy.queue)  # type: ignore[union-attr]
     assert all(torch.equal(a, b) for a, b in zip(weights(second), weights(whole), strict=True))
     (checkpoint / "position_selection-0.safetensors").unlink()
     third = resumable(tokenizer, tmp_path / "third", [], **fields)
     third.train(resume_from_checkpoint=str(checkpoint))
-    assert len(third.positions.queue) == len(whole.positions.queue) - len(first.positions.queue)  # type: ignore
+    assert len(third.selection.policy.queue) == len(whole.selection.policy.queue) - len(first.selection.policy.queue)  # type: ignore
     assert not all(torch.equal(a, b) for a, b in zip(weights(third), weights(whole), strict=True))
 
 
@@ -478,7 +479,7 @@ def test_logs_say_the_share_and_the_histogram_counts_all(
     for log in trainer.logs:
         assert lowest * ratio <= log["selected_share"] <= highest * ratio
         assert log["tokens_per_second"] > 0
-    found = trainer.selected.histogram()
+    found = trainer.selection.selected.histogram()
     if policy in ("topk_student_confidence_gap", "topk_teacher_entropy", "topk_forward_kl", "topk_reverse_kl"):
         assert sum(found["candidates"]) == 0  # the student's entropy was not asked for
         return
@@ -489,7 +490,7 @@ def test_logs_say_the_share_and_the_histogram_counts_all(
 
 
 def test_a_policy_of_ones_own_chooses(tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(selection, "_POSITIONS", dict(selection._POSITIONS))
+    monkeypatch.setattr(positions, "_POSITIONS", dict(positions._POSITIONS))
     register_position_policy("surest", lambda ratio, **_: TopPositions(ratio, "student_cross_entropy"))
     runs = [make(tokenizer, args=config(position_selection=n)) for n in ("surest", "topk_student_cross_entropy")]
     for trainer in runs:

@@ -8,6 +8,7 @@ from .distillation import (
     check_vocabularies,
     distillation_loss,
     distillation_loss_from_logits,
+    products_dtype,
     token_cross_entropy,
     token_values,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "divergence_names",
     "free_workspace",
     "get_divergence",
+    "products_dtype",
     "register_divergence",
     "token_cross_entropy",
     "token_values",

@@ -6,8 +6,8 @@ scales it. Where the factors on the rows are known in `backward` alone (one loss
 retained graph), the chunks run once more.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..kernels import EAGER_BUFFERS, RowCoefficients, RowDivergence, RowValues, SparseDivergence, compact_rows
 from .backends import compact_backend, row_backend
-from .buffers import GradientSum, chunk_rows, scale_in_place, workspace
+from .buffers import GradientSum, budget_of, chunk_rows, scale_in_place, workspace
 from .head import Head
 
 
@@ -26,7 +26,8 @@ class PackedRows:
     teacher_ND / teacher_head: both None for cross-entropy and entropy alone, or where `compact` has D of all rows.
     labels_N: below V. weights_N: factor on each row's loss or None for 1. gemm_dtype: of the heads' products, None for
     each head's own. logits_dtype: of the logits, None for that of the products. projection_ND: subtracted, over T, from
-    D's gradient on the hidden states: what `compact` leaves out of that on the logits.
+    D's gradient on the hidden states: what `compact` leaves out of that on the logits. student_NV: the student's logits
+    before the softcap, where they are there already; overwritten.
     """
 
     teacher_ND: Tensor | None
@@ -43,6 +44,7 @@ class PackedRows:
     memory_budget: int | None = None
     compact: SparseDivergence | None = None
     projection_ND: Tensor | None = None
+    student_NV: Tensor | None = None
 
 
 class _Gradients(NamedTuple):
@@ -54,8 +56,10 @@ class _Gradients(NamedTuple):
 class _Side:
     """A model's rows and head as the products take them, and where its logits go."""
 
-    def __init__(self, name: str, hidden_ND: Tensor, head: Head, rows: PackedRows) -> None:
-        self.name, self.hidden_ND = name, hidden_ND
+    def __init__(
+        self, name: str, hidden_ND: Tensor, head: Head, rows: PackedRows, logits_NV: Tensor | None = None
+    ) -> None:
+        self.name, self.hidden_ND, self.logits_NV = name, hidden_ND, logits_NV
         self.head = head if rows.gemm_dtype is None else head.to(rows.gemm_dtype)
         self.classes = head.num_classes(hidden_ND)
         weight = self.head.weight
@@ -63,12 +67,24 @@ class _Side:
         self.dtype = self.gemm_dtype if weight is None else rows.logits_dtype or self.gemm_dtype
 
     def logits(self, part: slice) -> Tensor:
-        """[C, V] in the workspace; without a weight the rows as they are."""
+        """[C, V] in the workspace; without a weight, or where they are there already, the rows as they are."""
+        if self.logits_NV is not None:
+            return self.logits_NV[part]
         hidden_CD = self.hidden_ND[part]
         if self.head.weight is None:
             return hidden_CD
         device = hidden_CD.device
         return self.head.project(hidden_CD, workspace.take(self.name, len(hidden_CD), self.classes, self.dtype, device))
+
+    @property
+    def owned(self) -> bool:
+        """Whether the logits are in the workspace."""
+        return self.head.weight is not None and self.logits_NV is None
+
+    @property
+    def row_bytes(self) -> int:
+        """Of a row's logits in the chunk."""
+        return 0 if self.logits_NV is not None else self.classes * self.dtype.itemsize
 
 
 class _ChunkRows:
@@ -86,7 +102,7 @@ class _ChunkRows:
         if rows.teacher_ND is not None and rows.teacher_head is not None:
             self.teacher = _Side("teacher", rows.teacher_ND, rows.teacher_head, rows)
         device, divergence, sides = student.hidden_ND.device, rows.divergence, self.sides
-        most_classes, owned = max(s.classes for s in sides), all(s.head.weight is not None for s in sides)
+        most_classes, owned = max(s.classes for s in sides), all(s.owned for s in sides)
         self._function, self.backend = row_backend(rows.backend, device, student.dtype, most_classes, divergence, owned)
 
     @property
@@ -109,47 +125,75 @@ class _ChunkRows:
         return self._function(student_CV, teacher_CV, labels_C, rows.divergence, rows.coefficients, **options)
 
 
+# Called with a chunk's samples, rows, student's logits and values, before the logits of the next one replace them.
+Visitor = Callable[[slice, slice, Tensor, RowValues], None]
+
+
+def _whole_samples(counts: Sequence[int], most: int) -> list[tuple[slice, slice]]:
+    """Chunks of whole samples as (samples, rows), of `most` rows or of one sample that has more."""
+    chunks: list[tuple[slice, slice]] = []
+    first, begin, end = 0, 0, 0
+    for i, count in enumerate(counts):
+        if i > first and end + count - begin > most:
+            chunks.append((slice(first, i), slice(begin, end)))
+            first, begin = i, end
+        end += count
+    return [*chunks, (slice(first, len(counts)), slice(begin, end))] if counts else chunks
+
+
 def run_chunks(
     hidden_ND: Tensor,
     head: Head,
     rows: PackedRows,
     weights_N: Tensor | None,
     needs: tuple[bool, bool, bool] = (False, False, False),
+    counts: Sequence[int] | None = None,
+    visit: Visitor | None = None,
 ) -> tuple[RowValues, _Gradients]:
-    """Per-row values of all rows, and the gradients asked for (hidden, weight, bias) of sum(weights * loss)."""
+    """Per-row values of all rows, and the gradients asked for (hidden, weight, bias) of sum(weights * loss).
+
+    counts: rows of each sample, where no sample may be divided between two chunks. visit: sees every chunk.
+    """
     n, device = hidden_ND.shape[0], hidden_ND.device
-    student = _Side("student", hidden_ND, head, rows)
+    student = _Side("student", hidden_ND, head, rows, rows.student_NV)
     row_loss = _ChunkRows(student, rows)
 
     # The gradient replaces the logits unless those are wider than the products, or not ours to write.
     separate = any(needs) and student.dtype != student.gemm_dtype
-    logits_bytes = sum(side.classes * side.dtype.itemsize for side in row_loss.sides)
+    logits_bytes = sum(side.row_bytes for side in row_loss.sides)
     logits_bytes += separate * student.classes * student.gemm_dtype.itemsize
     wide = torch.promote_types(student.dtype, torch.float32)
     most_classes = max(side.classes for side in row_loss.sides)
     temporary_bytes = EAGER_BUFFERS * most_classes * wide.itemsize if row_loss.backend == "eager" else 0
-    chunk = chunk_rows(n, logits_bytes, temporary_bytes, device, rows.memory_budget)
+    budget = budget_of(device, rows.memory_budget)
+    if rows.student_NV is not None:
+        budget = max(budget - rows.student_NV.numel() * rows.student_NV.element_size(), budget // 2)
+    chunk = chunk_rows(n, max(1, logits_bytes), temporary_bytes, device, budget)
+    whole_samples = None if counts is None else _whole_samples(counts, chunk)
+    parts = [slice(i, min(i + chunk, n)) for i in range(0, n, chunk)]
+    parts = parts if whole_samples is None else [part for _, part in whole_samples]
 
     d_hidden_ND = torch.empty_like(hidden_ND, memory_format=torch.contiguous_format) if needs[0] else None
     sums = [
-        GradientSum(x, name, student.gemm_dtype, several=n > chunk, anything=n > 0)
+        GradientSum(x, name, student.gemm_dtype, several=len(parts) > 1, anything=n > 0)
         if x is not None and needed
         else None
         for x, name, needed in ((head.weight, "d_weight", needs[1]), (head.bias, "d_bias", needs[2]))
     ]
     values = RowValues(*(torch.empty(n, dtype=wide, device=device) for _ in range(3)))
-    for start in range(0, n, chunk):
-        part = slice(start, min(start + chunk, n))
+    for number, part in enumerate(parts):
         student_CV = student.logits(part)
         g_CV = student_CV if any(needs) else None
         if separate:
-            g_CV = workspace.take("gradient", part.stop - start, student.classes, student.gemm_dtype, device)
+            g_CV = workspace.take("gradient", part.stop - part.start, student.classes, student.gemm_dtype, device)
         elif head.weight is None and d_hidden_ND is not None:
             g_CV = d_hidden_ND[part]
         weights_C = None if weights_N is None else weights_N[part]
         of_chunk = row_loss(part, student_CV, row_weights_C=weights_C, gradient_CV=g_CV)
         for whole, piece in zip(values, of_chunk):
             whole[part] = piece
+        if visit is not None and whole_samples is not None:
+            visit(whole_samples[number][0], part, student_CV, of_chunk)
         if g_CV is None or head.weight is None:
             continue
         if d_hidden_ND is not None:
@@ -162,7 +206,7 @@ def run_chunks(
                 _write_hidden(d_hidden_ND[part], g_CV, student.head, missing_CD)
         for total in sums:
             if total is not None:
-                total.add(g_CV, hidden_ND[part], head.scale, first=start == 0, last=part.stop == n)
+                total.add(g_CV, hidden_ND[part], head.scale, first=number == 0, last=part.stop == n)
     return values, _Gradients(d_hidden_ND, *(None if x is None else x.total for x in sums))
 
 
@@ -232,6 +276,7 @@ class ChunkedLoss(torch.autograd.Function):
             head = Head(weight, bias, rows.student_softcap, rows.student_scale)
             weights_N = grad_loss.expand(hidden_ND.shape[0])
             weights_N = weights_N if rows.weights_N is None else weights_N * rows.weights_N
+            rows = replace(rows, student_NV=None)  # what was there may be another loss's by now
             with torch.autocast(hidden_ND.device.type, enabled=False):
                 _, grads = run_chunks(hidden_ND, head, rows, weights_N, ctx.needs_input_grad[:3])
         else:

@@ -197,6 +197,7 @@ def compact_distillation_loss(
     backend: str = "auto",
     memory_budget: int | None = None,
     logits_dtype: torch.dtype | None = None,
+    student_logits: Tensor | None = None,
 ) -> DistillationOutput:
     """`distillation_loss` beside a teacher known at few classes: no head, hidden states or logits of its own.
 

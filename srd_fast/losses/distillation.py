@@ -6,6 +6,7 @@ with D over softmaxes at `temperature` and scale = temperature^2 (Hinton et al.,
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from ..errors import UserError
 from ..kernels import RowCoefficients, RowValues
 from ..suggest import unknown_name
 from .backends import check_backend
-from .chunked import ChunkedLoss, PackedRows, run_chunks
+from .chunked import ChunkedLoss, PackedRows, Visitor, run_chunks
 from .divergences import get_divergence
 from .head import Head
 
@@ -168,6 +169,7 @@ class StudentRows:
         num_items = self.kept.numel() if o["num_items"] is None else o["num_items"]
         self.num_items = torch.as_tensor(num_items, device=labels.device)
         self.weights_N = None if token_weights is None else self.of_rows(token_weights).to(self.compute)
+        self.logits_NV = self._given_logits(o["student_logits"], student)
         # The denominator belongs in the rows' weights: there it is applied in float32, before a gradient is rounded.
         # Not with float16 gradients, which a factor of 1/num_items would push out of its range.
         self._divide = o["reduction"] == "mean"
@@ -175,6 +177,19 @@ class StudentRows:
             share = 1 / self.num_items.clamp(min=1).to(self.compute)
             self.weights_N = share.expand(self.labels_N.shape) if self.weights_N is None else self.weights_N * share
             self._divide = False
+
+    def _given_logits(self, logits: Tensor | None, student: Tensor) -> Tensor | None:
+        if logits is None:
+            return None
+        dtype = self.options["logits_dtype"] or products_dtype(student, self.head)
+        wanted = (*self.labels.shape, self.head.num_classes(student))
+        require(
+            tuple(logits.shape) == wanted and logits.dtype == dtype,
+            f"student_logits must be {wanted} in {dtype}, as the head would give them, got {tuple(logits.shape)} in "
+            f"{logits.dtype}",
+        )
+        flat_NV = logits.detach().flatten(0, -2)
+        return flat_NV if len(self.kept) == len(flat_NV) else flat_NV[self.kept]
 
     def of_rows(self, x: Tensor) -> Tensor:
         """The rows with loss of [..., D] or, in the shape of the labels, of [...], without gradient."""
@@ -194,6 +209,7 @@ class StudentRows:
             logits_dtype=o["logits_dtype"],
             backend=o["backend"],
             memory_budget=o["memory_budget"],
+            student_NV=self.logits_NV,
             **{"teacher_ND": None, "teacher_head": None, "divergence": None, **teacher},
         )
         per_row = o["reduction"] == "none"
@@ -257,6 +273,7 @@ def distillation_loss(
     backend: str = "auto",
     memory_budget: int | None = None,
     logits_dtype: torch.dtype | None = None,
+    student_logits: Tensor | None = None,
 ) -> DistillationOutput:
     """Distillation loss from last hidden states; the gradient flows into the student's hidden states, weight and bias.
 
@@ -283,6 +300,8 @@ def distillation_loss(
         memory_budget: bytes for a chunk's working memory. Default 1 GiB on CUDA, 512 MiB elsewhere.
         logits_dtype: None for the dtype of the GEMMs, or torch.float32: with narrower heads the logits are then not
             rounded, which takes twice the memory and makes the gradient an order of magnitude more exact.
+        student_logits: [..., V_S] before the softcap, in the dtype of the GEMMs, where they were computed already; it
+            saves their product, and they are overwritten.
 
     V_S and V_T may differ by padding: D is then over the common classes, the rest over all of the student's.
 
@@ -330,20 +349,33 @@ def distillation_loss_from_logits(
     memory_budget: int | None = None,
 ) -> DistillationOutput:
     """`distillation_loss` for loops that have logits: [..., V_S] and [..., V_T]. Everything else as there."""
-    options = dict(locals(), student_scale=1.0, teacher_scale=1.0, logits_dtype=None)
+    options = dict(locals(), student_scale=1.0, teacher_scale=1.0, logits_dtype=None, student_logits=None)
     student_head = Head(None, None, student_softcap)
     return _loss(student_logits, student_head, teacher_logits, Head(None, None, teacher_softcap), labels, options)
 
 
-@torch.no_grad()
-def token_values(hidden_ND: Tensor, head: Head, labels_N: Tensor, memory_budget: int | None = None) -> RowValues:
-    """Cross-entropy and entropy of each row under a model's head, without a [N, V] tensor and without gradient.
+def products_dtype(hidden: Tensor, head: Head) -> torch.dtype:
+    """In which the products of these hidden states with a head run: the head's, or autocast's where that is on."""
+    return _autocast_dtype(hidden) or (hidden.dtype if head.weight is None else head.weight.dtype)
 
-    The products run in the head's dtype, or autocast's.
+
+@torch.no_grad()
+def token_values(
+    hidden_ND: Tensor,
+    head: Head,
+    labels_N: Tensor,
+    memory_budget: int | None = None,
+    counts: Sequence[int] | None = None,
+    visit: Visitor | None = None,
+) -> RowValues:
+    """Cross-entropy and entropy of each row under a model's head, without a [N, V] tensor and without gradient.
 
     Args:
         hidden_ND: [N, D] last hidden states of the rows to score.
         labels_N: [N] class indices.
+        counts: rows of each sample; then every chunk has whole samples.
+        visit: with counts, called with the samples and the rows of each chunk, its logits before the softcap, which are
+            gone afterwards, and its values.
 
     Returns:
         cross_entropy and entropy, [N] in nats at temperature 1; divergence is 0.
@@ -352,7 +384,7 @@ def token_values(hidden_ND: Tensor, head: Head, labels_N: Tensor, memory_budget:
     dtype = _autocast_dtype(hidden_ND)
     rows = PackedRows(None, None, labels_N, None, None, coefficients, gemm_dtype=dtype, memory_budget=memory_budget)
     with torch.autocast(hidden_ND.device.type, enabled=False):
-        return run_chunks(hidden_ND, head, rows, None)[0]
+        return run_chunks(hidden_ND, head, rows, None, counts=counts, visit=visit)[0]
 
 
 def token_cross_entropy(hidden_ND: Tensor, head: Head, labels_N: Tensor, memory_budget: int | None = None) -> Tensor:

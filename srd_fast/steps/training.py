@@ -183,7 +183,7 @@ def distill(run: Run) -> None:
             plan = _plan_from(run, plan, stage)
     trainer = _train(run, plan)
     remove(run.folder / SELECTION)
-    if trainer.positions is not None:
+    if trainer.selection.policy is not None:
         write_text(run.folder / SELECTION, json_text(selected_positions(trainer)))
     finished = temporary_path(run.folder / "student")
     shutil.rmtree(finished, ignore_errors=True)
@@ -216,7 +216,7 @@ def selected_positions(trainer: SRDTrainer) -> dict[str, Any]:
             }
         )
     policy = {"policy": trainer.args.position_selection, "ratio": trainer.args.position_ratio}
-    return {**policy, "histogram": trainer.selected.histogram(), "samples": shown}
+    return {**policy, "histogram": trainer.selection.selected.histogram(), "samples": shown}
 
 
 def _train(run: Run, plan: CurriculumPlan, until: int | None = None) -> SRDTrainer:

@@ -1,0 +1,57 @@
+"""Selective distillation: which positions, classes and samples the loss sees (SE-KD, arXiv 2602.01395).
+
+Positions and samples are chosen by a signal of the student or the teacher, before any work on the teacher's logits or
+on gradients. Classes are drawn from the teacher's distribution (sparse logit sampling, arXiv 2503.16870), so that the
+loss needs no V-wide teacher row; its mean is the forward KL over all classes.
+"""
+
+from .batches import BatchSelection, SelectedPositions, batch_generator
+from .positions import (
+    ALL,
+    QUEUE,
+    SIGNALS,
+    Candidates,
+    Chosen,
+    CurriculumPositions,
+    DrawnPositions,
+    PositionPolicy,
+    ThresholdPositions,
+    TopPositions,
+    check_rows_have_signal,
+    make_position_policy,
+    position_policies,
+    register_position_policy,
+    rows_of_samples,
+    share_of,
+)
+from .samples import check_sample_policy, sample_means, sample_policies, select_samples
+from .signals import Signals, sample_classes, take_rows
+
+__all__ = [
+    "ALL",
+    "QUEUE",
+    "SIGNALS",
+    "BatchSelection",
+    "Candidates",
+    "Chosen",
+    "CurriculumPositions",
+    "DrawnPositions",
+    "PositionPolicy",
+    "SelectedPositions",
+    "Signals",
+    "ThresholdPositions",
+    "TopPositions",
+    "batch_generator",
+    "check_rows_have_signal",
+    "check_sample_policy",
+    "make_position_policy",
+    "position_policies",
+    "register_position_policy",
+    "rows_of_samples",
+    "sample_classes",
+    "sample_means",
+    "sample_policies",
+    "select_samples",
+    "share_of",
+    "take_rows",
+]

@@ -1,0 +1,140 @@
+"""Selection as it goes along with training: what the loss sees of each batch, and what was chosen so far.
+
+Shape letters: N candidates, sample by sample; K chosen; V classes; D width.
+"""
+
+import copy
+import hashlib
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..errors import UserError
+from ..losses import Head
+from ..teacher import HiddenRows, TeacherRows
+from .positions import Candidates, Chosen, make_position_policy, rows_of_samples
+from .signals import Signals, sample_classes, take_rows
+
+
+def batch_generator(device: torch.device, *place: int) -> torch.Generator:
+    """A generator for the draws of one batch, the same whenever that batch comes: seed, step, micro-batch, rank."""
+    digest = hashlib.blake2b(repr(place).encode(), digest_size=7).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little"))
+
+
+class SelectedPositions:
+    """What was chosen so far: shares for the log, histograms of the student's entropy for the report.
+
+    edges: of the histogram's bins, nats; the last bin ends at ln V.
+    """
+
+    def __init__(self, classes: int, bins: int = 24) -> None:
+        self.edges = torch.linspace(0, math.log(classes), bins + 1)
+        self.candidates, self.chosen = torch.zeros(bins, dtype=torch.long), torch.zeros(bins, dtype=torch.long)
+        self._since = torch.zeros(2, dtype=torch.long)
+
+    def add(self, signals: Signals, indices_K: Tensor) -> None:
+        """Count a batch, by the student's entropy where that was computed."""
+        self._since += torch.tensor([len(signals.labels_N), len(indices_K)])
+        entropy_N = signals.found("student_entropy")
+        if entropy_N is not None:
+            bin_N = torch.bucketize(entropy_N.float().cpu(), self.edges[1:-1])
+            self.candidates += torch.bincount(bin_N, minlength=len(self.candidates))
+            self.chosen += torch.bincount(bin_N[indices_K.cpu()], minlength=len(self.chosen))
+
+    def take(self) -> dict[str, float]:
+        """Share of the positions that was chosen since the last call."""
+        candidates, chosen = self._since.tolist()
+        self._since.zero_()
+        return {"selected_share": chosen / max(1, candidates)}
+
+    def histogram(self) -> dict[str, list[float]]:
+        """edges, and counts of candidates and chosen positions in each bin."""
+        return {n: getattr(self, n).tolist() for n in ("edges", "candidates", "chosen")}
+
+
+class Seen(NamedTuple):
+    """What the loss sees of a batch's rows with loss. logits_KV: the student's, if they are there already."""
+
+    student_KD: Tensor
+    rows: TeacherRows
+    labels_K: Tensor
+    weights_K: Tensor | None = None
+    logits_KV: Tensor | None = None
+
+
+class BatchSelection:
+    """The positions and classes of each batch that the loss sees, as an `SRDConfig` says.
+
+    classes: V of the student. policy: None where every position is seen.
+    """
+
+    def __init__(self, args: Any, classes: int) -> None:
+        self.args = args
+        self.policy = make_position_policy(args.position_selection, args.position_ratio, args.position_steps)
+        self.selected = SelectedPositions(classes)
+        self._step, self._micro_batch = -1, 0
+
+    def begin(self) -> None:
+        """Training starts, or goes on."""
+        self._step = -1
+
+    def __call__(
+        self,
+        student_ND: Tensor,
+        head: Head,
+        rows: TeacherRows,
+        labels_N: Tensor,
+        batch: Mapping[str, Any],
+        step: int,
+        temperature: float,
+    ) -> Seen:
+        """What the loss sees of the next micro-batch of the optimizer's step `step`."""
+        self._micro_batch = self._micro_batch + 1 if step == self._step else 0
+        self._step = step
+        place = (self.args.seed, step, self._micro_batch, self.args.process_index)
+        generator = batch_generator(student_ND.device, *place)
+        seen = Seen(student_ND, rows, labels_N)
+        if self.policy is not None:
+            signals = Signals(student_ND, head, labels_N, lambda: rows, temperature, self.args.memory_budget)
+            chosen, logits_KV = signals.choose(self.policy, rows_of_samples(batch), step, generator)
+            self.selected.add(signals, chosen.indices_K)
+            at = chosen.indices_K
+            seen = Seen(student_ND[at], take_rows(rows, at), labels_N[at], chosen.weights_K, logits_KV)
+        if not self.args.class_sampling:
+            return seen
+        if not isinstance(seen.rows, HiddenRows):
+            raise UserError(f"class_sampling needs a teacher's hidden states, not {type(rows).__name__} rows")
+        drawn = sample_classes(
+            seen.rows, head.num_classes(student_ND), temperature, self.args.class_sampling, generator
+        )
+        return seen._replace(rows=drawn)
+
+    def chosen(self, signals: Signals, batch: Mapping[str, Any], step: int) -> Chosen:
+        """What the policy would choose of a batch; nothing is counted, drawn from training's generators or kept."""
+        policy = copy.deepcopy(self.policy)
+        assert policy is not None
+        generator = batch_generator(signals.labels_N.device, self.args.seed)
+        return policy.select(Candidates(rows_of_samples(batch), signals, step, generator))
+
+    @property
+    def _state_file(self) -> str:
+        return f"position_selection-{self.args.process_index}.safetensors"
+
+    def save(self, checkpoint: Path) -> None:
+        """What the policy remembers, before the checkpoint's last file, which makes it whole."""
+        state = getattr(self.policy, "state_dict", None)
+        if state is not None:
+            checkpoint.mkdir(parents=True, exist_ok=True)
+            save_file(state(), checkpoint / self._state_file)
+
+    def load(self, checkpoint: Path) -> None:
+        """From a checkpoint of a run with such a policy; after any other it starts anew."""
+        load = getattr(self.policy, "load_state_dict", None)
+        if load is not None and (checkpoint / self._state_file).is_file():
+            load(load_file(checkpoint / self._state_file))

@@ -1,0 +1,251 @@
+"""Which positions of a batch the loss sees.
+
+A position is a row with loss: a token of a response. Of each sample with n of them a policy takes k = ceil(ratio n):
+
+    all                     every position
+    topk_SIGNAL             the k highest of each sample, an earlier one first where two are equal; SIGNALS below
+    global_threshold        those with an entropy above a percentile of the last 30,000, whatever sample they are in
+    curriculum              k neighbours in the order of entropy, from the lowest at step 0 to the highest at the end
+    stochastic              k draws with probability in proportion to entropy, weighted so that the mean is that of all
+
+Shape letters: N candidates, sample by sample; B samples; K chosen.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from ..data import IGNORE_INDEX
+from ..errors import UserError
+from ..suggest import unknown_name
+
+ALL = "all"
+# Entropies that the global threshold remembers, and the least weight of a position that is drawn by its entropy.
+QUEUE = 30_000
+_LEAST_ENTROPY = 1e-4
+
+
+def rows_of_samples(batch: Mapping[str, Tensor]) -> Tensor:
+    """[B] int64: rows with loss of each sample of a padded or flattened batch, in the order of `rows_with_loss`."""
+    has_loss = batch["labels"][:, 1:] != IGNORE_INDEX
+    if "cu_seq_lens" not in batch:
+        return has_loss.sum(1)
+    ends = batch["cu_seq_lens"].to(has_loss.device).long()
+    # The label at position i is number i - 1 here; the first label of a sample never has loss.
+    before = torch.nn.functional.pad(has_loss[0].cumsum(0), (2, 0))[ends]
+    return before.diff()
+
+
+def share_of(counts_B: Tensor, ratio: float) -> Tensor:
+    """ceil(ratio * n) of each count, as exact as the ratio is meant: 0.1 of 30 is 3."""
+    return torch.ceil(counts_B.double() * (ratio * (1 - 1e-12))).long()
+
+
+@dataclass
+class Candidates:
+    """The positions to choose from.
+
+    counts_B: of each sample. signal: values [N] by name, computed when asked for, on the device of the rows.
+    step: the optimizer's, from 0. generator: for draws, on that device.
+    """
+
+    counts_B: Tensor
+    signal: Callable[[str], Tensor]
+    step: int
+    generator: torch.Generator
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """indices_K: of the chosen candidates, ascending. weights_K: factors on their losses, None for 1."""
+
+    indices_K: Tensor
+    weights_K: Tensor | None = None
+
+
+class PositionPolicy(Protocol):
+    """Chooses positions.
+
+    A policy that remembers something has `state_dict` and `load_state_dict` (tensors by name). One whose choice in a
+    sample depends on a signal in that sample alone, nothing drawn, and is as many as `num_items` says, has `by_sample`,
+    that signal's name.
+    """
+
+    def select(self, candidates: Candidates) -> Chosen:
+        """Which of the candidates the loss sees."""
+
+    def num_items(self, counts_B: Tensor) -> Tensor:
+        """What the sum of the chosen losses is divided by, known before the batch has run."""
+
+
+def _ranked(values_N: Tensor, counts_B: Tensor, descending: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(indices sample by sample in the order of their values, rank of each within its sample, its sample)."""
+    sample_N = torch.repeat_interleave(torch.arange(len(counts_B), device=values_N.device), counts_B)
+    order = torch.argsort(values_N, descending=descending, stable=True)
+    order = order[torch.argsort(sample_N[order], stable=True)]
+    starts_B = counts_B.cumsum(0) - counts_B
+    return order, torch.arange(len(order), device=order.device) - starts_B[sample_N], sample_N
+
+
+@dataclass(frozen=True)
+class TopPositions:
+    """The highest values of a signal in each sample."""
+
+    ratio: float
+    signal: str = "student_entropy"
+
+    @property
+    def by_sample(self) -> str:
+        """The signal."""
+        return self.signal
+
+    def select(self, candidates: Candidates) -> Chosen:
+        """ceil(ratio n) of each sample."""
+        counts_B = candidates.counts_B
+        order, rank_N, sample_N = _ranked(candidates.signal(self.signal), counts_B, descending=True)
+        return Chosen(order[rank_N < share_of(counts_B, self.ratio)[sample_N]].sort().values)
+
+    def num_items(self, counts_B: Tensor) -> Tensor:
+        """As many as are chosen: the loss is their mean."""
+        return share_of(counts_B, self.ratio).sum()
+
+
+@dataclass(frozen=True)
+class CurriculumPositions:
+    """A window of ceil(ratio n) positions in the order of entropy, from the lowest to the highest over `steps`."""
+
+    ratio: float
+    steps: int = 4000
+    by_sample: ClassVar[str] = "student_entropy"
+
+    def select(self, candidates: Candidates) -> Chosen:
+        """The window at the candidates' step."""
+        counts_B = candidates.counts_B
+        order, rank_N, sample_N = _ranked(candidates.signal("student_entropy"), counts_B, descending=False)
+        width_B = share_of(counts_B, self.ratio)
+        progress = min(1.0, candidates.step / self.steps)
+        low_B = torch.round((counts_B - width_B) * progress).long()
+        inside = (rank_N >= low_B[sample_N]) & (rank_N < (low_B + width_B)[sample_N])
+        return Chosen(order[inside].sort().values)
+
+    def num_items(self, counts_B: Tensor) -> Tensor:
+        """As many as are chosen."""
+        return share_of(counts_B, self.ratio).sum()
+
+
+@dataclass
+class ThresholdPositions:
+    """Entropies above the (1 - ratio) quantile of the last `QUEUE` ones, those of the batch included."""
+
+    ratio: float
+    queue: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def select(self, candidates: Candidates) -> Chosen:
+        """Weighted so that their mean stands for all candidates of the batch."""
+        values_N = candidates.signal("student_entropy").float()
+        self.queue = torch.cat((self.queue.to(values_N.device), values_N))[-QUEUE:]
+        if not len(values_N):
+            return Chosen(values_N.long())
+        threshold = torch.quantile(self.queue, 1 - self.ratio)
+        indices_K = (values_N >= threshold).nonzero().squeeze(1)
+        factor = len(values_N) / max(1, len(indices_K))
+        return Chosen(indices_K, torch.full_like(values_N[indices_K], factor))
+
+    def num_items(self, counts_B: Tensor) -> Tensor:
+        """All candidates."""
+        return counts_B.sum()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The remembered entropies."""
+        return {"queue": self.queue.cpu()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on with them."""
+        self.queue = state["queue"]
+
+
+@dataclass(frozen=True)
+class DrawnPositions:
+    """ceil(ratio n) draws with replacement in each sample, with probability in proportion to entropy.
+
+    A position drawn c times of k, each time with probability q, has weight c / (k q): the weighted sum has the mean of
+    the sum over all positions. Entropies below 1e-4 nats count as that, so that none is out of reach.
+    """
+
+    ratio: float
+
+    def select(self, candidates: Candidates) -> Chosen:
+        """The positions drawn at least once."""
+        counts_B = candidates.counts_B
+        values_N = candidates.signal("student_entropy").double().clamp(min=_LEAST_ENTROPY)
+        if not len(values_N):
+            return Chosen(values_N.long())
+        draws_B = share_of(counts_B, self.ratio)
+        sample_N = torch.repeat_interleave(torch.arange(len(counts_B), device=values_N.device), counts_B)
+        cumulative_N = values_N.cumsum(0)
+        ends_B = counts_B.cumsum(0)
+        starts_B = ends_B - counts_B
+        edges = torch.nn.functional.pad(cumulative_N, (1, 0))
+        low_B, total_B = edges[starts_B], edges[ends_B] - edges[starts_B]
+        of_draw = torch.repeat_interleave(torch.arange(len(counts_B), device=values_N.device), draws_B)
+        u = torch.rand(len(of_draw), dtype=torch.float64, device=values_N.device, generator=candidates.generator)
+        drawn = torch.searchsorted(cumulative_N, low_B[of_draw] + u * total_B[of_draw], right=True)
+        drawn = torch.minimum(torch.maximum(drawn, starts_B[of_draw]), ends_B[of_draw] - 1)
+        times_N = torch.bincount(drawn, minlength=len(values_N))
+        indices_K = times_N.nonzero().squeeze(1)
+        sample_K = sample_N[indices_K]
+        q_K = values_N[indices_K] / total_B[sample_K]
+        return Chosen(indices_K, (times_N[indices_K] / (draws_B[sample_K] * q_K)).float())
+
+    def num_items(self, counts_B: Tensor) -> Tensor:
+        """All positions: the loss estimates the mean over them."""
+        return counts_B.sum()
+
+
+SIGNALS = (
+    "student_entropy",
+    "student_cross_entropy",
+    "student_confidence_gap",
+    "teacher_entropy",
+    "forward_kl",
+    "reverse_kl",
+)
+_POSITIONS: dict[str, Callable[..., PositionPolicy]] = {
+    **{f"topk_{signal}": (lambda ratio, signal=signal, **_: TopPositions(ratio, signal)) for signal in SIGNALS},
+    "global_threshold": lambda ratio, **_: ThresholdPositions(ratio),
+    "curriculum": lambda ratio, steps=4000, **_: CurriculumPositions(ratio, steps),
+    "stochastic": lambda ratio, **_: DrawnPositions(ratio),
+}
+
+
+def position_policies() -> list[str]:
+    """Names that `position_selection` takes."""
+    return [ALL, *_POSITIONS]
+
+
+def register_position_policy(name: str, factory: Callable[..., PositionPolicy], *, replace: bool = False) -> None:
+    """Add a policy: `factory(ratio, steps=...)` makes one."""
+    if (name in _POSITIONS or name == ALL) and not replace:
+        raise UserError(f"position policy {name!r} exists already; pass replace=True or take another name")
+    _POSITIONS[name] = factory
+
+
+def check_rows_have_signal(policy: str, kind: str) -> None:
+    """UserError for a policy whose signal the rows of this kind of teacher cache do not give."""
+    kinds = {"topk_teacher_entropy": ("hidden", "sampled", "projected"), "topk_reverse_kl": ("hidden", "topk")}
+    if kind not in kinds.get(policy, (kind,)):
+        raise UserError(
+            f"position_selection {policy!r} needs a teacher_cache_kind of {', '.join(kinds[policy])}, not {kind!r}"
+        )
+
+
+def make_position_policy(name: str, ratio: float, steps: int = 4000) -> PositionPolicy | None:
+    """The policy of a name; None for "all". Raises UserError with the list of names for an unknown one."""
+    if name == ALL:
+        return None
+    if name not in _POSITIONS:
+        raise UserError(unknown_name("position_selection", name, position_policies()))
+    return _POSITIONS[name](ratio, steps=steps)

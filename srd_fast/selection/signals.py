@@ -1,0 +1,143 @@
+"""What positions are chosen by, and what the loss takes of those chosen.
+
+Shape letters: N candidates, sample by sample; B samples; K chosen; C rows of a chunk; V classes; D width.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from ..kernels import RowValues
+from ..losses import Head, Sampled, products_dtype, token_values
+from ..losses.buffers import budget_of, workspace
+from ..suggest import unknown_name
+from ..teacher import HiddenRows, TeacherRows, distillation_loss_of_rows
+from ..teacher.stores import draw_rows, logit_chunks
+from .positions import SIGNALS, Candidates, Chosen, PositionPolicy
+
+_OF_STUDENT = ("student_entropy", "student_cross_entropy")
+
+
+def _named(values: RowValues) -> dict[str, Tensor]:
+    return {"student_entropy": values.entropy, "student_cross_entropy": values.cross_entropy}
+
+
+class Signals:
+    """Values of the candidates by name, each computed once and only when a policy asks for it, without gradient.
+
+    student_ND: last hidden states of the candidates. rows: the teacher's, at `temperature`; the divergences are at that
+    temperature, as is the teacher's entropy where its rows hold just that; the student's and the gap are at 1.
+    memory_budget: of the loss that follows, in bytes.
+    """
+
+    def __init__(
+        self,
+        student_ND: Tensor,
+        head: Head,
+        labels_N: Tensor,
+        rows: Callable[[], TeacherRows],
+        temperature: float,
+        memory_budget: int | None = None,
+    ) -> None:
+        self.student_ND, self.head, self.labels_N = student_ND.detach(), head, labels_N
+        self.rows, self.temperature = rows, temperature
+        self.memory_budget = memory_budget
+        # One side's logits where the loss holds two: as many rows at a time in half of it, and room left for the loss.
+        self._one_side = budget_of(student_ND.device, memory_budget) // 2
+        self._found: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def __call__(self, name: str) -> Tensor:
+        """[N] in nats; of the gap, minus the difference of the two largest probabilities."""
+        if name not in self._found:
+            self._found |= self._compute(name)
+        return self._found[name]
+
+    def choose(
+        self, policy: PositionPolicy, counts_B: Tensor, step: int, generator: torch.Generator
+    ) -> tuple[Chosen, Tensor | None]:
+        """What a policy selects, and the student's logits there, [K, V], where they fit in half of the budget.
+
+        Only of a policy that chooses in each sample by a signal of the student: then the chosen logits are kept as the
+        entropies are computed, a chunk of samples at a time, and need not be computed again for the loss.
+        """
+        counts, classes = counts_B.tolist(), self.head.num_classes(self.student_ND)
+        row_bytes = products_dtype(self.student_ND, self.head).itemsize * classes
+        most, wanted = self._one_side // row_bytes, int(policy.num_items(counts_B))
+        of_student = getattr(policy, "by_sample", None) in _OF_STUDENT and not self._found
+        if not of_student or wanted > most or max(counts, default=0) > most or self.head.weight is None:
+            return policy.select(Candidates(counts_B, self, step, generator)), None
+        kept: list[Tensor] = []
+        indices: list[Tensor] = []
+
+        def visit(samples: slice, rows: slice, logits_CV: Tensor, values: RowValues) -> None:
+            of_chunk = _named(values)
+            chosen = policy.select(Candidates(counts_B[samples], of_chunk.__getitem__, step, generator)).indices_K
+            if not kept:
+                kept.append(workspace.take("selected", wanted, classes, logits_CV.dtype, logits_CV.device))
+            filled = sum(map(len, indices))
+            torch.index_select(logits_CV, 0, chosen, out=kept[0][filled : filled + len(chosen)])
+            indices.append(chosen + rows.start)
+
+        self._found |= _named(token_values(self.student_ND, self.head, self.labels_N, self._one_side, counts, visit))
+        if not indices:
+            return Chosen(self.labels_N[:0]), None
+        return Chosen(torch.cat(indices)), kept[0]
+
+    def found(self, name: str) -> Tensor | None:
+        """The values of a name if something asked for them before."""
+        return self._found.get(name)
+
+    def _compute(self, name: str) -> dict[str, Tensor]:
+        if name in _OF_STUDENT:
+            return _named(token_values(self.student_ND, self.head, self.labels_N, self._one_side))
+        if name == "student_confidence_gap":
+            return {name: self._gap()}
+        if name == "teacher_entropy":
+            return {name: self._teacher_entropy()}
+        if name in ("forward_kl", "reverse_kl"):
+            out = distillation_loss_of_rows(
+                self.student_ND, self.head, self.rows(), self.labels_N,
+                divergence=name, temperature=self.temperature, reduction="none", memory_budget=self.memory_budget,
+            )  # fmt: skip
+            return {name: out.divergence}
+        raise UserError(unknown_name("signal of positions", name, SIGNALS))
+
+    def _gap(self) -> Tensor:
+        gaps = [self.student_ND.new_empty(0, dtype=torch.float32)]
+        for z in logit_chunks(self.student_ND, self.head, self.head.num_classes(self.student_ND)):
+            top = torch.softmax(z, -1).topk(2).values
+            gaps.append(top[:, 1] - top[:, 0])
+        return torch.cat(gaps)
+
+    def _teacher_entropy(self) -> Tensor:
+        rows = self.rows()
+        if isinstance(rows, HiddenRows):
+            labels_N = torch.zeros_like(self.labels_N)
+            return token_values(rows.hidden_ND, rows.head, labels_N, self._one_side).entropy
+        entropy = getattr(rows, "entropy_N", None)
+        if entropy is None:
+            raise UserError("position_selection 'topk_teacher_entropy' needs a teacher cache that keeps it, not topk")
+        return entropy
+
+
+def take_rows(rows: TeacherRows, indices_K: Tensor) -> TeacherRows:
+    """Some of a teacher's rows."""
+    kind: Any = type(rows)
+    return kind(*(x[indices_K] if isinstance(x, Tensor) else x for x in rows))
+
+
+@torch.no_grad()
+def sample_classes(
+    rows: HiddenRows, classes: int, temperature: float, draws: int, generator: torch.Generator
+) -> Sampled:
+    """`draws` of the first `classes` of each row, with replacement, from the teacher's softmax, and its entropy.
+
+    The teacher's logits exist for a chunk of rows at a time.
+    """
+    chunks = logit_chunks(rows.hidden_ND, rows.head, classes)
+    parts = [draw_rows(z, temperature, draws, generator) for z in chunks]
+    return Sampled(*(torch.cat(x) for x in zip(*parts)))
