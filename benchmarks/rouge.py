@@ -1,6 +1,6 @@
 """ROUGE-L of `srd_fast.rouge` beside the rouge-score package's on the same pairs, and what a second process brings.
 
-    python benchmarks/rouge.py [--data FOLDER] [--pairs 11000]
+    python -m benchmarks.rouge [--data FOLDER] [--pairs 11000]
 
 Pairs: the references of the folder's json lines (default: the quickstart's rows), each with the answer of another row
 (a quarter) or one of its own references with words left out, in capitals or shuffled. The two take turns, 500 pairs
@@ -20,6 +20,8 @@ from rouge_score.rouge_scorer import RougeScorer
 
 from srd_fast.quickstart_data import make_quickstart_rows
 from srd_fast.rouge import RougeL
+
+from .rows import RESULTS, make_rows, set_threads, write
 
 Pairs = tuple[list[str], list[list[str]]]  # predictions, references
 
@@ -66,7 +68,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=os.environ.get("SRD_FAST_DATA"), help="a folder of .jsonl files")
     parser.add_argument("--pairs", type=int, default=11_000)
+    parser.add_argument("--processes-up-to", type=int, default=200_000, help="pairs of the last table; 0: no table")
+    parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
+    set_threads()
+    source = "real" if args.data else "quickstart"
     references = read_references(args.data)
     predictions, wanted = make_pairs(references, args.pairs)
     theirs, ours = RougeScorer(["rougeL"], use_stemmer=True), RougeL("rouge")
@@ -87,12 +93,28 @@ def main() -> None:
     words = sum(len(p.split()) for p in predictions) / args.pairs
     print(f"{args.pairs} pairs, {words:.0f} words a prediction, mean {sum(found) / args.pairs:.3f}, all values equal")
     print(f"rouge-score {time_of_theirs:.2f} s, srd-fast {time_of_ours:.2f} s: {time_of_theirs / time_of_ours:.0f}x")
+    figures = {
+        "rouge-score": {"seconds": time_of_theirs},
+        "srd-fast": {"seconds": time_of_ours, "different_values": different},
+    }
+    packages = {"rouge-score": "rouge-score", "srd-fast": "srd-fast"}
+    shape = f"{args.pairs} pairs, {source}"
+    write(make_rows("rouge", figures, shape=shape, dtype="", packages=packages), args.results)
+    counts = [n for n in (25_000, 50_000, 100_000, 200_000) if n <= args.processes_up_to]
+    if not counts:
+        return
     print("| pairs | one process, s (CPU) | two, s (CPU of the busier) |\n|---|---|---|")
-    for count in (25_000, 50_000, 100_000, 200_000):
+    for count in counts:
         pairs = make_pairs(references, count, seed=1)
         rounds = [(seconds(pairs, 1), seconds(pairs, 2)) for _ in range(3)]
         (one, cpu), (two, busier) = (map(min, zip(*column)) for column in zip(*rounds))
         print(f"| {count} | {one:.2f} ({cpu:.2f}) | {two:.2f} ({busier:.2f}) |", flush=True)
+        figures = {
+            "one process": {"seconds": one, "cpu_seconds": cpu},
+            "two processes": {"seconds": two, "cpu_seconds": busier},
+        }
+        shape, packages = f"{count} pairs, {source}, score_all", dict.fromkeys(figures, "srd-fast")
+        write(make_rows("rouge", figures, shape=shape, dtype="", packages=packages), args.results)
 
 
 if __name__ == "__main__":

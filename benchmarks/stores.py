@@ -1,6 +1,6 @@
 """Bytes a token and error of each kind of teacher cache, on real hidden states.
 
-    python benchmarks/stores.py [--data ROWS.jsonl] [--student DIR] [--rows 1024]
+    python -m benchmarks.stores [--data ROWS.jsonl] [--student DIR] [--rows 1024]
 
 Teacher: SmolLM2-135M-Instruct. Every store is filled from its hidden states of the same rows and read back; its loss
 (forward KL) and the gradient on the student's hidden states are compared with those of the full vocabulary in float32.
@@ -23,6 +23,8 @@ from srd_fast.teacher import LiveTeacher, TeacherRows, distillation_loss_of_rows
 from srd_fast.teacher.index import sample_key
 from srd_fast.teacher.stores import make_store
 
+from .rows import RESULTS, make_rows, write
+
 MODEL = "smollm2-135m-instruct"
 
 
@@ -42,6 +44,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=os.environ.get("SRD_FAST_DATA"), help="default: quickstart's rows")
     parser.add_argument("--student", help="a trained student; default: the teacher's 15 layers as they are")
     parser.add_argument("--rows", type=int, default=1024)
+    parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     tokenizer, teacher = load_tokenizer(MODEL), load_model(MODEL)
     student = load_model(args.student or MODEL)
@@ -70,7 +73,10 @@ def main() -> None:
     print("| store | bytes a token | T | loss | its error | gradient's error |\n|---|---|---|---|---|---|")
     kinds = [("hidden", 0), ("projected", 0)]
     kinds += [("topk", 16), ("topk", 64), ("topk", 256), ("sampled", 64), ("sampled", 256)]
+    shape = f"{len(labels_N)} rows of text, V = {classes}"
+    shape += f", student {Path(args.student).name}" if args.student else ""
     for t in (1.0, 2.0):
+        figures: dict[str, dict[str, float]] = {}
         exact, exact_gradient = None, None
         for kind, k in kinds:
             store = make_store(kind, classes, k or 64, (t,), student)
@@ -80,8 +86,11 @@ def main() -> None:
                 exact, exact_gradient = value, gradient
             error = ((gradient - exact_gradient).norm() / exact_gradient.norm()).item()
             size = store.bytes_per_row(live.head, torch.bfloat16)
-            name, of_loss = f"{kind} {k or ''}", abs(value - exact) / exact
+            name, of_loss = f"{kind} {k}" if k else kind, abs(value - exact) / exact
             print(f"| {name} | {size} | {t:g} | {value:.4f} | {of_loss:.1e} | {error:.1e} |", flush=True)
+            figures[name] = {"bytes_per_token": size, "loss": value, "loss_error": of_loss, "gradient_error": error}
+        packages = dict.fromkeys(figures, "srd-fast")
+        write(make_rows("stores", figures, case=f"T = {t:g}", shape=shape, packages=packages), args.results)
 
 
 if __name__ == "__main__":

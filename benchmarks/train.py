@@ -1,11 +1,11 @@
 """SRD training of SmolLM2-135M-Instruct -> 15 layers, step by step beside the loop that everyone writes first.
 
-    python benchmarks/training.py --data TRAIN.jsonl                              # 100 steps, float32
-    python benchmarks/training.py --data TRAIN.jsonl --dtype bfloat16
-    python benchmarks/training.py --data TRAIN.jsonl --variant kernel --steps 30  # breakdown: kernel, packing, cache
-    python benchmarks/training.py --data TRAIN.jsonl --teacher-ratio 20 --steps 10
-    python benchmarks/training.py --data TRAIN.jsonl --memory                     # peaks, each in a process of its own
-    python benchmarks/training.py --data TRAIN.jsonl --twin                       # the loop beside itself: rounding
+    python -m benchmarks.train --data TRAIN.jsonl                              # 100 steps, float32
+    python -m benchmarks.train --data TRAIN.jsonl --dtype bfloat16
+    python -m benchmarks.train --data TRAIN.jsonl --variant kernel --steps 30  # breakdown: kernel, packing, cache
+    python -m benchmarks.train --data TRAIN.jsonl --teacher-ratio 20 --steps 10
+    python -m benchmarks.train --data TRAIN.jsonl --memory                     # peaks, each in a process of its own
+    python -m benchmarks.train --data TRAIN.jsonl --twin                       # the loop beside itself: rounding
 
 The loop: batches padded to their longest sample, teacher and student on all positions, both logits in full, the
 divergence in float32 on the rows with loss (as in the published code of SRD and DistiLLM), AdamW. SRD-Fast runs through
@@ -15,7 +15,7 @@ the weights are apart at the end.
 
 Whole runs are extrapolated from these steps: SRD has 8 (N1 + (N1 + N2) + (N1 + N2 + N3)) sample passes over three
 subsets of the kept 75 %, plain distillation 20 N; the cache is built once, and timed whole (or, with --teacher-ratio,
-on 64 samples). Figures are appended to a long-form CSV file.
+on 64 samples).
 
 How far apart rounding alone drives two runs says --twin: a second plain loop with the samples of each batch in reverse
 order, which changes nothing but the order of sums over them.
@@ -26,12 +26,8 @@ Variants, each with what is before it: `kernel`, the chunked loss on rows with l
 
 import argparse
 import copy
-import csv
-import datetime
-import importlib.metadata
 import json
 import os
-import platform
 import resource
 import shutil
 import statistics
@@ -54,7 +50,10 @@ from srd_fast.models import load_model, load_tokenizer, prune_depth
 from srd_fast.quickstart_data import make_quickstart_splits
 from srd_fast.teacher import TeacherCache, build_teacher_cache
 
+from .rows import RESULTS, make_rows, set_threads, spread, write
+
 MODEL = "smollm2-135m-instruct"
+OURS, PLAIN = "srd-fast", "plain loop"
 EPOCHS, STAGES, KEEP, PLAIN_EPOCHS, BATCH = 8, 3, 0.75, 20, 16
 
 
@@ -246,17 +245,29 @@ def run_memory(args: argparse.Namespace, samples: Any, tokenizer: Any, folder: P
     print(json.dumps({"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
 
 
-def peaks(args: argparse.Namespace) -> dict[str, float]:
+def peaks(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Peak resident bytes of the loop, of filling the cache, and of training from it, each in a process of its own."""
     found = {}
+    names = {"plain": PLAIN, "filling": f"{OURS}, filling the cache", "ours": OURS}
     with tempfile.TemporaryDirectory() as cache:
         for side, variant in (("plain", "kernel"), ("filling", args.variant), ("ours", args.variant)):
-            command = [sys.executable, __file__, "--memory-of", side, "--variant", variant, "--steps", str(args.steps)]
+            command = [
+                sys.executable,
+                "-m",
+                "benchmarks.train",
+                "--memory-of",
+                side,
+                "--variant",
+                variant,
+                "--steps",
+                str(args.steps),
+            ]
             command += ["--dtype", args.dtype, "--cache", cache, *(["--data", str(args.data)] if args.data else [])]
             command += [] if args.memory_budget is None else ["--memory-budget", str(args.memory_budget)]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            found[side] = json.loads(done.stdout.splitlines()[-1])["peak"]
-            print(f"{side}: {found[side] / 1e6:.0f} MB", flush=True)
+            peak = json.loads(done.stdout.splitlines()[-1])["peak"]
+            found[names[side]] = {"peak_bytes": peak}
+            print(f"{names[side]}: {peak / 1e6:.0f} MB", flush=True)
     return found
 
 
@@ -271,7 +282,7 @@ def weights_apart(one: nn.Module, other: nn.Module) -> float:
     return max(((a - b).norm() / b.norm().clamp(min=1e-9)).item() for a, b in pairs)
 
 
-def run_times(args: argparse.Namespace, samples: Any, tokenizer: Any, folder: Path) -> dict[str, float]:
+def run_times(args: argparse.Namespace, samples: Any, tokenizer: Any, folder: Path) -> dict[str, dict[str, float]]:
     """Both sides in turn, and whole runs from their medians."""
     trainer, teacher, build_seconds = make_trainer(args, samples, tokenizer, folder)
     dtype = getattr(torch, args.dtype)
@@ -293,28 +304,26 @@ def run_times(args: argparse.Namespace, samples: Any, tokenizer: Any, folder: Pa
     print(f"{args.variant}, {args.dtype}: a step {ours:.2f} s, plain {plain:.2f} s: {ours / plain:.3f}x")
     print(f"tokens {real}, with padding {padded}: {real / padded:.2f}")
     print(f"losses differ by at most {worst:.1e} of themselves, weights by {apart:.1e} of their norm (largest of all)")
-    twins = {}
+    figures = {
+        OURS: {
+            **spread("step_seconds", turns.ours[skip:]),
+            "cache_seconds": build_seconds,
+            "whole_seconds": whole["ours"],
+        },
+        PLAIN: {**spread("step_seconds", turns.plain[skip:]), "whole_seconds": whole["srd"]},
+        f"{PLAIN}, plain distillation": {"whole_seconds": whole["plain"]},
+    }
     if twin is not None:
-        twins = {
-            "twin_loss_difference": worst_loss(turns.twin_losses),
-            "twin_weight_difference": weights_apart(twin.student, loop.student),
-        }
-        found = (twins["twin_loss_difference"], twins["twin_weight_difference"])
-        print("two plain loops with other orders of sums: losses {:.1e}, weights {:.1e}".format(*found))
+        loss_difference, weight_difference = worst_loss(turns.twin_losses), weights_apart(twin.student, loop.student)
+        found = {"loss_difference": loss_difference, "weight_difference": weight_difference}
+        figures[f"{PLAIN}, batches in reverse"] = found
+        print(
+            f"two plain loops with other orders of sums: losses {loss_difference:.1e}, weights {weight_difference:.1e}"
+        )
     of_srd, of_plain = (whole["ours"] / whole[x] for x in ("srd", "plain"))
     print(f"SRD by the loop: {whole['srd']:.0f} s; ours: {whole['ours']:.0f} s with the cache's: {of_srd:.3f}x")
     print(f"plain distillation by the loop: {whole['plain']:.0f} s: {of_plain:.3f}x")
-    return {
-        "learning_rate": args.learning_rate,
-        "step_seconds": ours,
-        "plain_step_seconds": plain,
-        "cache_seconds": build_seconds,
-        "of_srd": of_srd,
-        "of_plain": of_plain,
-        "loss_difference": worst,
-        "weight_difference": apart,
-        **twins,
-    }
+    return figures
 
 
 def main() -> None:
@@ -331,12 +340,12 @@ def main() -> None:
     parser.add_argument("--memory", action="store_true", help="peaks instead of times")
     parser.add_argument("--memory-of", dest="side", choices=["plain", "filling", "ours"], help=argparse.SUPPRESS)
     parser.add_argument("--cache", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "training.csv")
+    parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
+    set_threads()
     if args.memory:
         args.steps = min(args.steps, 12)
-        figures = {f"peak_bytes_{side}": value for side, value in peaks(args).items()}
+        figures = peaks(args)
     else:
         tokenizer = load_tokenizer(MODEL)
         folder = Path(tempfile.mkdtemp(prefix="srd-fast-"))
@@ -348,22 +357,12 @@ def main() -> None:
             figures = run_times(args, samples, tokenizer, folder)
         finally:
             shutil.rmtree(folder)
-    write(args, figures)
-
-
-def write(args: argparse.Namespace, figures: dict[str, float]) -> None:
-    """Append rows to the CSV file."""
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    new = not args.output.exists()
-    with args.output.open("a", newline="") as f:
-        out = csv.writer(f)
-        columns = ["variant", "version", "dtype", "teacher_ratio", "steps", "threads", "processor", "torch", "date"]
-        if new:
-            out.writerow([*columns, "metric", "value"])
-        common = [args.variant, importlib.metadata.version("srd-fast"), args.dtype, args.teacher_ratio or ""]
-        common += [args.steps, torch.get_num_threads(), platform.processor() or platform.machine(), torch.__version__]
-        common += [datetime.date.today().isoformat()]
-        out.writerows([*common, name, value] for name, value in figures.items())
+    case = args.variant + (", memory" if args.memory else "")
+    case += f", teacher of {args.teacher_ratio:g} times the compute" if args.teacher_ratio else ""
+    case += f", learning rate {args.learning_rate:g}" if not args.memory else ""
+    shape = f"{MODEL} -> 15 layers, {'real' if args.data else 'quickstart'} rows, {args.steps} steps of {BATCH}"
+    packages = {name: "srd-fast" for name in figures if name.startswith(OURS)}
+    write(make_rows("train", figures, case=case, shape=shape, dtype=args.dtype, packages=packages), args.results)
 
 
 if __name__ == "__main__":
