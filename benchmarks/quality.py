@@ -38,13 +38,14 @@ def common(args: argparse.Namespace, seed: int, folder: Path) -> list[str]:
     """What all methods share."""
     given = {
         "teacher": args.teacher, "student": "prune", "data": args.data, "validation": args.validation,
-        "output_dir": folder, "seed": seed, "dtype": args.dtype, "init_student.layers": args.layers,
+        "output_dir": folder, "seed": seed, "max_rows": args.max_rows, "dtype": args.dtype,
+        "init_student.layers": args.layers,
         "init_student.warmup_steps": args.warmup_steps, "reflect.engine": args.engine,
         "reflect.max_new_tokens": 64, "evaluate.max_new_tokens": 64, "distill.divergence": "forward_kl",
         "distill.learning_rate": 4e-4, "distill.save_strategy": "no", "distill.eval_strategy": "no",
         "distill.per_device_train_batch_size": BATCH, "distill.max_steps": args.steps,
     }  # fmt: skip
-    return [f"{key}={value}" for key, value in given.items()]
+    return [f"{key}={value}" for key, value in given.items() if value is not None]
 
 
 def srd_fast(verb: str, config: Path, overrides: list[str]) -> None:
@@ -104,6 +105,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="quickstart", help="training rows; default: the quickstart's")
     parser.add_argument("--validation", default="64", help="held-out rows: a file, or how many")
+    parser.add_argument("--max-rows", type=int, help="of the training rows")
     parser.add_argument("--teacher", default="smollm2-135m-instruct")
     parser.add_argument("--layers", type=int, default=15)
     parser.add_argument("--warmup-steps", type=int, default=25)

@@ -3,8 +3,8 @@
     python -m benchmarks.rivals
 
 Each example has a few rows and classes in float32; the exact gradient of the student's hidden states comes from plain
-PyTorch in float64. A figure is the norm of the difference over the norm, or over 1e-6 where that is smaller; `nan` stands for a gradient with a NaN, `inf`
-for an error. What the definition is, where libraries may differ in good faith:
+PyTorch in float64. A figure is the norm of the difference over the norm, or over 1e-6 where that is smaller; `nan`
+stands for a gradient with a NaN, `inf` for an error. What the definition is, where libraries may differ in good faith:
 
     temperature          softmaxes at T = 4, the loss times T^2
     padded teacher       the teacher's head has 5 classes more than the student's, as in Qwen2.5 7B and 0.5B: the

@@ -1,6 +1,6 @@
 """PREDICTED time of the distillation loss on GPUs, from machine code and data sheets. Nothing here was measured.
 
-    python benchmarks/roofline.py [--csv FILE]
+    python -m benchmarks.roofline [--csv FILE]
 
 For each device, shape and divergence: the row kernel compiled ahead of time (`srd_fast.kernels.aot`), and, where
 liger-kernel can be imported, its `fused_linear_jsd` with its Triton kernel compiled the same way. Prints Markdown

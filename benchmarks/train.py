@@ -145,10 +145,10 @@ class Trainer(SRDTrainer):
         return loss
 
 
-def read_samples(path: Path | None, tokenizer: Any) -> Any:
-    """Tokenised rows of a file, else of the quickstart's data."""
+def read_samples(path: Path | None, tokenizer: Any, count: int | None) -> Any:
+    """Tokenised rows of a file, else of the quickstart's data; the first `count`."""
     rows = read_rows(path) if path else make_quickstart_splits(512, 1, 0)[0]
-    return prepare_dataset(rows, Tokenisation(tokenizer, "alpaca", 512, 256)).dataset
+    return prepare_dataset(rows[:count], Tokenisation(tokenizer, "alpaca", 512, 256)).dataset
 
 
 def larger_teacher(ratio: float) -> LlamaForCausalLM:
@@ -262,6 +262,7 @@ def peaks(args: argparse.Namespace) -> dict[str, dict[str, float]]:
                 "--steps",
                 str(args.steps),
             ]
+            command += ["--rows", str(args.rows)] if args.rows else []
             command += ["--dtype", args.dtype, "--cache", cache, *(["--data", str(args.data)] if args.data else [])]
             command += [] if args.memory_budget is None else ["--memory-budget", str(args.memory_budget)]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
@@ -330,6 +331,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=os.environ.get("SRD_FAST_DATA"), help="default: quickstart's rows")
+    parser.add_argument("--rows", type=int, help="only the first so many")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--variant", default="cache", choices=["kernel", "packing", "cache", "lora"])
     parser.add_argument("--steps", type=int, default=100)
@@ -350,7 +352,7 @@ def main() -> None:
         tokenizer = load_tokenizer(MODEL)
         folder = Path(tempfile.mkdtemp(prefix="srd-fast-"))
         try:
-            samples = read_samples(args.data, tokenizer)
+            samples = read_samples(args.data, tokenizer, args.rows)
             if args.side:
                 run_memory(args, samples, tokenizer, folder)
                 return
@@ -360,7 +362,8 @@ def main() -> None:
     case = args.variant + (", memory" if args.memory else "")
     case += f", teacher of {args.teacher_ratio:g} times the compute" if args.teacher_ratio else ""
     case += f", learning rate {args.learning_rate:g}" if not args.memory else ""
-    shape = f"{MODEL} -> 15 layers, {'real' if args.data else 'quickstart'} rows, {args.steps} steps of {BATCH}"
+    data = f"{args.rows or 'all'} {'real' if args.data else 'quickstart'} rows".removeprefix("all ")
+    shape = f"{MODEL} -> 15 layers, {data}, {args.steps} steps of {BATCH}"
     packages = {name: "srd-fast" for name in figures if name.startswith(OURS)}
     write(make_rows("train", figures, case=case, shape=shape, dtype=args.dtype, packages=packages), args.results)
 

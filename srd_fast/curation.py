@@ -2,7 +2,7 @@
 
 Reciprocal rank fusion: Cormack et al., SIGIR 2009; its use for distillation data: SRD, arXiv 2508.06135. The knee that
 may decide how many are kept: Kneedle, Satopää et al., ICDCS workshops 2011. Samples are rows of columns throughout, so
-that ten million of them are ranked and written in a minute and 4 GiB (`benchmarks/curate.py`).
+that ten million of them are ranked and written in a minute and 4 GiB (`python -m benchmarks.curate`).
 """
 
 import json

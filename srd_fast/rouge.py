@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 MODES = ("auto", "rouge", "unicode")
 MAX_WORDS = 2**17  # distinct words of which a scorer remembers the stem
-# Two processes, each with a core to itself, pay from 60,000 pairs of 34 words on (benchmarks/rouge.py).
+# Two processes, each with a core to itself, pay from 60,000 pairs of 34 words on (python -m benchmarks.rouge).
 PAIRS_PER_PROCESS = 50_000
 
 _ALPHANUMERIC = bytes(c if chr(c).isalnum() else ord(" ") for c in range(128)).ljust(256)

@@ -1,0 +1,94 @@
+"""Every benchmark one after the other, then the tables and figures from their rows.
+
+    python -m benchmarks.run --quick                            # small sizes, under a quarter of an hour on two cores
+    python -m benchmarks.run --data TRAIN.jsonl --validation DEV.jsonl       # all there is; hours
+    python -m benchmarks.run --quick --only loss rivals
+
+Rows go to runs/benchmarks (`--results`), tables to tables.md beside them, figures to its folder `figures`. What fails
+is named at the end, with exit status 1, and stops nothing else. vLLM takes part where it is installed.
+"""
+
+import argparse
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from .tables import TABLES, all_rows, render
+
+# Arguments of each benchmark: of a full run, and of a quick one. DATA, VALIDATION and FOLDER stand for what is given.
+FULL = {
+    "rivals": [""],
+    "loss": ["--shapes smollm2 qwen2.5 llama3 gemma3"],
+    "limits": [""],
+    "scale": [""],
+    "rouge": ["--data FOLDER"],
+    "curate": [""],
+    "stores": ["--data DATA"],
+    "reflect": [
+        "--data DATA --batch-sizes --processes 2",
+        "--data DATA --rows 128 --groups 1 --batch-sizes 64 128 --processes 2",
+    ],
+    "train": [
+        "--data DATA --learning-rate 1e-4",
+        "--data DATA --memory",
+        "--data DATA --variant kernel --steps 13",
+        "--data DATA --variant packing --steps 13",
+        "--data DATA --teacher-ratio 20 --steps 8 --dtype bfloat16",
+    ],
+    "quality": ["--data DATA --validation VALIDATION"],
+}
+QUICK = {
+    "rivals": [""],
+    "loss": [
+        "--shapes smollm2 --dtypes bfloat16 --rows 256 --repeats 3 "
+        "--losses jsd 'forward_kl, T = 1' 'skew_reverse_kl + CE'"
+    ],
+    "limits": ["--limits 4 --shapes smollm2 --most 512 --providers srd-fast plain"],
+    "scale": ["--dtype bfloat16 --repeats 2 --no-memory --samples 50 100 200"],
+    "rouge": ["--pairs 2000 --processes-up-to 0"],
+    "curate": ["--rows 200000"],
+    "stores": ["--rows 128"],
+    "reflect": ["--rows 8 --new-tokens 16 --groups 1 --batch-sizes 8"],
+    "train": ["--rows 96 --steps 3", "--rows 96 --steps 2 --memory"],
+    "quality": [
+        "--max-rows 48 --validation 8 --steps 3 --warmup-steps 2 --seeds 0 --methods 'full KD' SE-KD SRD",
+    ],
+}
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="small sizes, the quickstart's rows")
+    parser.add_argument("--data", type=Path, help="training rows, json lines; needed without --quick")
+    parser.add_argument("--validation", type=Path, help="held-out rows; needed without --quick")
+    parser.add_argument("--only", nargs="+", choices=list(FULL), default=list(FULL))
+    parser.add_argument("--results", type=Path, default=Path("runs/benchmarks"))
+    args = parser.parse_args()
+    if not args.quick and not (args.data and args.validation):
+        parser.error("give --data and --validation, or --quick")
+    folder = args.results.resolve()
+    stand_for = {"DATA": args.data, "VALIDATION": args.validation, "FOLDER": args.data and args.data.parent}
+    failed, began = [], time.monotonic()
+    for name in args.only:
+        for given in (QUICK if args.quick else FULL)[name]:
+            options = [str(stand_for.get(x) or x) for x in shlex.split(given)]
+            options += ["--output-dir", str(folder / "runs")] if name == "quality" else []
+            command = [sys.executable, "-m", f"benchmarks.{name}", *options, "--results", str(folder)]
+            print(f"\n[{time.monotonic() - began:.0f} s] python -m benchmarks.{name} {given}", flush=True)
+            if subprocess.run(command, check=False).returncode:
+                failed.append(f"{name} {given}")
+    template = "\n".join(f"## {x}\n\n<!-- table: {x} -->\n<!-- end -->\n" for x in TABLES)
+    tables = folder / "tables.md"
+    tables.write_text(render(template, all_rows(folder)), encoding="utf-8")
+    figures = [sys.executable, "-m", "benchmarks.plot", "--results", str(folder), "--figures", str(folder / "figures")]
+    subprocess.run(figures, check=True)
+    print(f"\n{tables} and {folder / 'figures'}, {time.monotonic() - began:.0f} s")
+    if failed:
+        raise SystemExit("failed: " + "; ".join(failed))
+
+
+if __name__ == "__main__":
+    main()

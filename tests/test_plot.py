@@ -1,0 +1,155 @@
+"""Figures of the benchmarks: everything named, the same bytes twice, a reason for what is left out. Values made up."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks import plot, providers, rows
+
+SHAPES = ["smollm2 N=1024 V=49152 D=576/960", "gemma3 N=1024 V=262144 D=640/1152"]
+IGNORED = "srd-fast, 70 % ignored"
+LOSSES = ("skew_reverse_kl + CE", "jsd + CE", "forward_kl, T = 1")
+TRAINERS = ("srd-fast", "plain loop", "trl GKDTrainer")
+METHODS = (
+    "full KD",
+    "SE-KD",
+    "SE-KD3X",
+    "SE-KD3X, 64 draws stored",
+    "SRD",
+    "SRD + SE-KD",
+    "random 75 %, random stages",
+)
+
+
+def loss_providers(loss: providers.Loss) -> list[str]:
+    """Who would have figures of a loss."""
+    left_out = {"torchtune"} if loss.temperature == 2 else set()
+    left_out |= {"trl chunked", "trl gkd"} if loss.sft_weight else {providers.CE_ONLY}
+    left_out |= {"liger-kernel"} if loss.divergence == "skew_reverse_kl" else set()
+    return [*(p for p in providers.PROVIDERS if p not in left_out), IGNORED]
+
+
+def loss_rows() -> list[rows.Row]:
+    """Two shapes, two dtypes, and losses that every provider has one of."""
+    found = []
+    for shape in SHAPES:
+        for dtype in ("float32", "bfloat16"):
+            for case in LOSSES:
+                figures = {}
+                for i, name in enumerate(loss_providers(providers.LOSSES[case])):
+                    seconds = 0.3 if name == "se-kd" else 1 + 0.7 * i
+                    figures[name] = rows.spread("seconds", [seconds * (0.9 + 0.05 * k) for k in range(7)])
+                    figures[name] |= {} if name in ("gemms", IGNORED) else {"extra_peak_bytes": 3e7 * 2.3**i}
+                    if name not in (*providers.NOT_THE_LOSS, IGNORED):
+                        figures[name] |= {"gradient_error": 1e-7 * 3**i * (1000 if dtype == "bfloat16" else 1)}
+                found += rows.make_rows("loss", figures, case=case, shape=shape, dtype=dtype)
+    return found
+
+
+def limit_rows() -> list[rows.Row]:
+    """Three limits; the first provider ends at the end of the search, the last one has none."""
+    found = []
+    for shape in (x.split(" ", 2)[0] + " " + x.split(" ", 2)[2] for x in SHAPES):
+        for gib in (4, 6, 8):
+            names = ("srd-fast", "plain", "plain, compiled", "liger-kernel", "trl chunked", "torchtune")
+            figures = {
+                name: {"largest_rows": min(8192, gib * 2048 // 4**i), "searched_to": 8192}
+                for i, name in enumerate(names)
+            }
+            figures["trl gkd"] = {"largest_rows": 0, "searched_to": 8192}
+            found += rows.make_rows("limits", figures, case=f"{gib} GiB", shape=shape)
+    return found
+
+
+def scale_rows() -> list[rows.Row]:
+    """What grows, of two providers; one peak is not known, and none of samples."""
+    sizes = {"N": 1024, "V": 32768, "D": 256, "samples": 200}
+    fixed = {"N": "V=49152 D=576/960", "V": "N=512 D=576/960", "D": "N=512 V=49152", "samples": "random student"}
+    found = []
+    for case, size in sizes.items():
+        figures = {}
+        for slow, name in ((1, "srd-fast"), (4, "plain")):
+            figures[name] = {f"seconds@{size * k}": slow * (0.2 + 0.51 * k) for k in (1, 2, 4, 8)}
+            if case != "samples":
+                figures[name] |= {f"extra_peak_bytes@{size * k}": 5e7 * slow * k for k in (1, 2, 4)}
+                figures[name] |= {f"extra_peak_bytes@{size * 8}": float("nan")}
+            figures[name]["r_squared"] = 0.99987
+        found += rows.make_rows("scale", figures, case=case, shape=f"skew_reverse_kl + CE, {fixed[case]}")
+    return found
+
+
+def train_rows() -> list[rows.Row]:
+    """Three variants."""
+    found = []
+    for case in ("kernel", "kernel, packing", "kernel, packing, cache"):
+        figures = {name: {"step_seconds": 2.0 + i, "peak_bytes": 3e9 * (1 + i)} for i, name in enumerate(TRAINERS)}
+        found += rows.make_rows("train", figures, case=case, shape="smollm2-135m-instruct to 15 layers")
+    return found
+
+
+def other_rows() -> list[rows.Row]:
+    """Reflection on few and on many rows; quality."""
+    found = []
+    for number in (64, 847):
+        figures = {name: {"tokens_per_second": number / 8} for name in ("script", "transformers, 64", "vllm, 2")}
+        found += rows.make_rows("reflect", figures, shape=f"smollm2-135m-instruct, {number} rows")
+    quality = {}
+    for i, name in enumerate(METHODS):
+        means = {"kl": 0.8 + 0.03 * i, "cross_entropy": 2.4 + 0.02 * i, "rouge_l": 0.3 - 0.01 * i}
+        quality[name] = means | {f"{k}_sd": 0.02 * v for k, v in means.items()} | {"training_seconds": 900 - 70 * i}
+    return found + rows.make_rows("quality", quality, case="100 steps, 3 seeds", shape="train, 15 layers")
+
+
+@pytest.fixture(scope="module")
+def figures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the results and every figure of them."""
+    folder = tmp_path_factory.mktemp("benchmarks")
+    rows.write(loss_rows() + limit_rows() + scale_rows() + train_rows() + other_rows(), folder / "results")
+    plot.draw(folder / "results", folder)
+    return folder
+
+
+def drawn_providers(folder: Path, name: str) -> set[str]:
+    """Whose rows a figure draws."""
+    metrics = {"loss_time": "seconds", "loss_memory": "extra_peak_bytes", "loss_error": "gradient_error"}
+    found = rows.read(folder / "results" / f"{name.split('_')[0]}.csv")
+    return {r.provider for r in found if r.metric.startswith(metrics.get(name, ""))}
+
+
+UNITS = {
+    "loss_time": ["time / time of gemms"],
+    "loss_memory": ["peak (MiB)"],
+    "loss_error": ["relative error (no unit)"],
+    "limits": ["largest N (rows)", ">0<", ">≥ 8,192<"],
+    "scale": ["time (seconds)", "peak memory (MiB)", "N (rows)", "V (classes)", "D (width)", "samples", "0.9999"],
+    "train": ["time / time of plain loop", "peak memory / peak memory of plain loop"],
+    "reflect": ["tokens per second", "847 rows"],
+    "quality": ["(nats per token)", "ROUGE-L", "(0 to 1)", "(seconds)"],
+}
+
+
+@pytest.mark.parametrize("name", list(plot.DRAWINGS))
+def test_names_every_provider_and_unit(figures: Path, name: str) -> None:
+    svg, today = (figures / f"{name}.svg").read_text(encoding="utf-8"), rows.make_rows("x", {"x": {"x": 0.0}})[0]
+    expected = [*drawn_providers(figures, name), *UNITS[name], today.date, today.device]
+    assert [text for text in expected if text not in svg] == []
+
+
+def test_same_rows_same_bytes(figures: Path, tmp_path: Path) -> None:
+    plot.draw(figures / "results", tmp_path)
+    for name in plot.DRAWINGS:
+        assert (tmp_path / f"{name}.svg").read_bytes() == (figures / f"{name}.svg").read_bytes(), name
+
+
+def test_says_why_figures_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows.write(rows.make_rows("loss", {"srd-fast": {"extra_peak_bytes": 1e8}}, case="jsd"), tmp_path)
+    rows.write(rows.make_rows("train", {"srd-fast": {"step_seconds": 1.0}}, case="cache"), tmp_path)
+    plot.draw(tmp_path, tmp_path)
+    printed = capsys.readouterr().out
+    assert [p.name for p in tmp_path.glob("*.svg")] == ["loss_memory.svg"]
+    assert "loss_time.svg left out: no seconds in loss.csv" in printed
+    assert "train.svg left out: nothing to compare with" in printed
+    for name in ("limits", "scale", "reflect", "quality"):
+        assert f"{name}.svg left out: no rows in {name}.csv" in printed
