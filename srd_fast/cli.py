@@ -1,4 +1,4 @@
-"""`srd-fast`: the verbs. Exit status 0, 2 with one line for a user's mistake, 130 when stopped with Ctrl-C."""
+"""`srd-fast`: the verbs. Exit status 0, 2 with one line for a user's mistake, 130 or 143 when stopped by a signal."""
 
 import logging
 import os
@@ -30,12 +30,15 @@ _Overrides = Annotated[
 
 @contextmanager
 def _stoppable() -> Iterator[None]:
-    """Ctrl-C ends with status 130 and a word about going on."""
+    """Ctrl-C and SIGTERM end with status 130 and 143 and a word about going on."""
+    from .stopping import Stopped, stoppable
+
     try:
-        yield
-    except KeyboardInterrupt:
-        typer.echo("\nstopped; the same command goes on from here", err=True)
-        raise typer.Exit(130) from None
+        with stoppable():
+            yield
+    except Stopped as e:
+        typer.echo(f"\n{e}; the same command goes on from here", err=True)
+        raise typer.Exit(e.status) from None
 
 
 @app.command()

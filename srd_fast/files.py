@@ -1,10 +1,24 @@
 """Files that are whole or not there, and what they hold in one number."""
 
+import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Container
+import socket
+import sys
+import time
+from collections.abc import Container, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from .errors import UserError, first_line
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
+
+_LEAST_FREE = 1 << 20
 
 
 def content_digest(path: Path, suffixes: Container[str] | None = None) -> str | None:
@@ -48,3 +62,50 @@ def replace_folder(finished: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(target, ignore_errors=True)
     os.replace(finished, target)
+
+
+@contextmanager
+def in_use(folder: Path, what: str, lock: str = ".lock", shared: bool = False) -> Iterator[None]:
+    """Hold a folder against other processes; `shared` against those that do not share. UserError names who has it.
+
+    The lock ends with the process, however it ends, so there are no stale ones. Where the file system has no locks,
+    nothing is held.
+    """
+    path = folder / lock
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        if fcntl is not None:
+            try:
+                fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            except BlockingIOError:
+                owner = os.pread(descriptor, 1000, 0).decode(errors="replace").strip() or "another process"
+                raise UserError(
+                    f"{what} {str(folder)!r} is in use by {owner}: wait for it or stop it, or choose another {what}"
+                ) from None
+            except OSError as e:
+                if e.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL):
+                    raise
+        began = time.strftime("%Y-%m-%d %H:%M:%S")
+        owner = f"process {os.getpid()} on {socket.gethostname()}, which began at {began} with {' '.join(sys.argv)}"
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, owner[:900].encode(errors="replace"), 0)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def disk_trouble(error: BaseException, folder: Path) -> str | None:
+    """One line on an error that comes from a full or read-only disk, whichever library raised it; None for others."""
+    number = getattr(error, "errno", None)
+    text = str(error)
+    if number in (errno.EROFS, errno.EACCES, errno.EPERM) or "Read-only file system" in text:
+        return f"{text}: the folder must be writable"
+    try:
+        free = shutil.disk_usage(folder).free
+    except OSError:
+        free = _LEAST_FREE
+    # Libraries word it differently, or only report that less was written than they asked for.
+    full = number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "No space left" in text or "os error 28" in text
+    if full or (free < _LEAST_FREE and isinstance(error, (OSError, RuntimeError, ValueError))):
+        return f"no space left on the disk of {str(folder)!r} ({first_line(error)})"
+    return None

@@ -9,15 +9,17 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from . import steps
-from .errors import UserError
-from .files import content_digest, remove, write_text
+from .errors import UserError, first_line
+from .files import content_digest, disk_trouble, in_use, remove, write_text
 from .run_config import RunConfig
 
 logger = logging.getLogger(__name__)
@@ -159,6 +161,32 @@ def execute(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise UserError(f"output_dir {config.output_dir!r} cannot be made: {e}") from e
+    try:
+        with ExitStack() as held:
+            # Shards of one folder may run beside each other, but beside nothing else.
+            held.enter_context(in_use(folder, "output_dir", shared=shard is not None))
+            if shard is not None:
+                held.enter_context(in_use(folder, "output_dir", f".lock-{shard.replace('/', '-of-')}"))
+            _execute(config, folder, only, force, say, shard)
+    except UserError:
+        raise
+    except torch.OutOfMemoryError as e:
+        raise UserError(
+            f"out of memory: {first_line(e)}; what is finished is kept. srd-fast plan CONFIG --limit SIZE says which "
+            "batch, accumulation and memory_budget fit"
+        ) from e
+    except Exception as e:
+        trouble = disk_trouble(e, folder)
+        if trouble is None:
+            raise
+        raise UserError(f"{trouble}; what is finished is kept, and the same command goes on from there") from e
+    return folder
+
+
+def _execute(
+    config: RunConfig, folder: Path, only: str | None, force: bool, say: Callable[[str], None], shard: str | None
+) -> None:
+    """`execute` in a folder that is held."""
     steps.check_inputs(config)
     wanted = fingerprints(config)
     write_text(folder / "config.yaml", yaml.safe_dump(config.model_dump(), sort_keys=False))
@@ -194,7 +222,6 @@ def execute(
         seconds = time.monotonic() - started
         ledger.record(step, wanted[step.name], config, folder, seconds)
         say(f"{place}: done in {seconds:.0f} s")
-    return folder
 
 
 def _before(name: str) -> set[str]:

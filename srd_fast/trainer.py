@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset, concatenate_datasets
@@ -46,6 +46,7 @@ from .teacher import (
     open_teacher_cache,
     rows_with_loss,
 )
+from .watch import DivergenceTrend, not_finite
 
 logger = logging.getLogger(__name__)
 
@@ -214,6 +215,8 @@ class SRDTrainer(Trainer):
         }
         DistillationLoss(**self._loss_options)  # says now what is wrong with them
         self._sums: dict[str, Tensor] = {}
+        self._step_loss: Any = 0.0
+        self._trend = DivergenceTrend()
         self.selection = BatchSelection(args, head_S.shape[0])
         self._started = time.monotonic()
 
@@ -317,6 +320,7 @@ class SRDTrainer(Trainer):
         out = _call_through(model, student, forward, inputs)
         self._count(out, len(labels_N))
         loss = out.loss
+        self._step_loss = self._step_loss + loss.detach()
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # DDP averages the gradients of the ranks
         return (loss, {"loss": loss}) if return_outputs else loss
@@ -351,6 +355,25 @@ class SRDTrainer(Trainer):
         ]
         return super()._get_num_items_in_batch(counted, device)
 
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Called once before each optimizer step; the base class waits for the device here anyway."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        loss, self._step_loss = float(self._step_loss), 0.0
+        # In fp16 the scaler looks at the gradients itself, and skips a step now and then.
+        if not math.isfinite(loss):
+            raise self._not_finite(f"the loss is {loss}")
+        if not self.args.fp16 and norm is not None and not math.isfinite(norm):
+            raise self._not_finite(f"the norm of the gradient is {float(norm)}")
+        return norm
+
+    def _not_finite(self, what: str) -> UserError:
+        step, curriculum, train = self.state.global_step, self.curriculum, cast(Any, self.train_dataset)
+        size = curriculum.batch_size
+        ids = [train[i]["sample_id"] for i in islice(curriculum.indices(), step * size, (step + 1) * size)]
+        place = f"stage {curriculum.stage_of(step) + 1}, temperature {curriculum.temperature(step):g}"
+        place += f", learning rate {curriculum.learning_rate(step):.3g}"
+        return not_finite(what, step, place, ids, last_whole_checkpoint(Path(str(self.args.output_dir))))
+
     def _count(self, out: Any, tokens: int) -> None:
         for name in ("divergence", "cross_entropy", "entropy"):
             value = getattr(out, name).detach()
@@ -374,6 +397,7 @@ class SRDTrainer(Trainer):
                 "seconds": time.monotonic() - self._started,
             }
             self._sums = {}
+            self._trend.add(logs["stage"], logs["divergence"])  # type: ignore[arg-type]
             if self.selection.policy is not None:
                 logs |= self.selection.selected.take()
         super().log(logs, start_time)
@@ -392,9 +416,11 @@ class SRDTrainer(Trainer):
         if resume_from_checkpoint:
             self.selection.load(Path(resume_from_checkpoint))
         self.selection.begin()
-        self._sums = {}
+        self._sums, self._step_loss = {}, 0.0
         self._hooks.take()
-        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        result = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        self._trend.end()
+        return result
 
     def _evaluation_batches(self, dataset: Dataset) -> Iterator[dict[str, Any]]:
         """Every row once over all ranks, as many batches on each: a rank without rows left gets one without loss."""

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # From the lowest to the highest; a room imports from its own floor and from those below it.
 FLOORS = (
-    ("errors", "suggest", "files", "quickstart_data"),
+    ("errors", "suggest", "files", "quickstart_data", "stopping", "watch"),
     ("rouge",),
     ("kernels",),
     ("losses",),

@@ -6,6 +6,7 @@ scales it. Where the factors on the rows are known in `backward` alone (one loss
 retained graph), the chunks run once more.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -17,6 +18,8 @@ from ..kernels import EAGER_BUFFERS, RowCoefficients, RowDivergence, RowValues, 
 from .backends import compact_backend, row_backend
 from .buffers import GradientSum, budget_of, chunk_rows, scale_in_place, workspace
 from .head import Head
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,9 @@ class _ChunkRows:
             self.backend = compact_backend(rows.backend, student.hidden_ND.device, student.dtype, student.classes)
             return
         if rows.teacher_ND is not None and rows.teacher_head is not None:
-            self.teacher = _Side("teacher", rows.teacher_ND, rows.teacher_head, rows)
+            # Where the student's logits are there, the buffer in which they were computed is free.
+            name = "teacher" if rows.student_NV is None else "student"
+            self.teacher = _Side(name, rows.teacher_ND, rows.teacher_head, rows)
         device, divergence, sides = student.hidden_ND.device, rows.divergence, self.sides
         most_classes, owned = max(s.classes for s in sides), all(s.owned for s in sides)
         self._function, self.backend = row_backend(rows.backend, device, student.dtype, most_classes, divergence, owned)
@@ -210,6 +215,32 @@ def run_chunks(
     return values, _Gradients(d_hidden_ND, *(None if x is None else x.total for x in sums))
 
 
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    # The CPU's allocator has no exception of its own.
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _run_or_halve(
+    hidden_ND: Tensor, head: Head, rows: PackedRows, weights_N: Tensor | None, needs: tuple[bool, bool, bool]
+) -> tuple[RowValues, _Gradients]:
+    """`run_chunks`; where memory runs out, once more in half of the budget."""
+    try:
+        return run_chunks(hidden_ND, head, rows, weights_N, needs)
+    except RuntimeError as e:
+        if not _is_out_of_memory(e):
+            raise
+    # Outside of the handler, where nothing refers to the failed call's tensors.
+    budget = budget_of(hidden_ND.device, rows.memory_budget) // 2
+    logger.warning(
+        "out of memory in the loss: its chunk goes on with memory_budget=%d; set that to be rid of this", budget
+    )
+    workspace.buffers.clear()
+    if hidden_ND.is_cuda:
+        torch.cuda.empty_cache()
+    # Given logits may hold gradients by now.
+    return run_chunks(hidden_ND, head, replace(rows, memory_budget=budget, student_NV=None), weights_N, needs)
+
+
 def _write_hidden(target_CD: Tensor, g_CV: Tensor, head: Head, minus_CD: Tensor | None = None) -> None:
     """g @ weight * scale - minus."""
     assert head.weight is not None
@@ -249,7 +280,7 @@ class ChunkedLoss(torch.autograd.Function):
         # Autograd says what needs a gradient even where gradients are switched off.
         needs = ctx.needs_input_grad[:3] if gradient and not per_row else (False, False, False)
         with torch.autocast(hidden_ND.device.type, enabled=False):
-            values, grads = run_chunks(hidden_ND, head, rows, rows.weights_N, needs)
+            values, grads = _run_or_halve(hidden_ND, head, rows, rows.weights_N, needs)
         loss_N = rows.coefficients.cross_entropy * values.cross_entropy
         loss_N = loss_N + rows.coefficients.divergence * values.divergence
         if rows.weights_N is not None:
@@ -278,7 +309,7 @@ class ChunkedLoss(torch.autograd.Function):
             weights_N = weights_N if rows.weights_N is None else weights_N * rows.weights_N
             rows = replace(rows, student_NV=None)  # what was there may be another loss's by now
             with torch.autocast(hidden_ND.device.type, enabled=False):
-                _, grads = run_chunks(hidden_ND, head, rows, weights_N, ctx.needs_input_grad[:3])
+                _, grads = _run_or_halve(hidden_ND, head, rows, weights_N, ctx.needs_input_grad[:3])
         else:
             for g in grads:
                 if g is not None:

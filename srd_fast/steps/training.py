@@ -19,6 +19,7 @@ from ..errors import UserError
 from ..files import remove, replace_folder, temporary_path, write_text
 from ..models import load_model
 from ..selection import ALL
+from ..stopping import stopping_later
 from ..student import trainer_basics
 from ..suggest import unknown_name
 from ..teacher import StaleCacheError, TeacherCache, open_teacher_cache
@@ -240,7 +241,9 @@ def _train(run: Run, plan: CurriculumPlan, until: int | None = None) -> SRDTrain
     begun = last_whole_checkpoint(checkpoints) is not None
     if not begun and args.eval_strategy != "no":
         trainer.evaluate()
-    trainer.train(resume_from_checkpoint=begun)
+    with stopping_later() as save_and_stop:
+        trainer.add_callback(save_and_stop)
+        trainer.train(resume_from_checkpoint=begun)
     return trainer
 
 

@@ -1,0 +1,64 @@
+"""Being stopped, by Ctrl-C or by a cluster's SIGTERM: at once, or where what is under way can be saved first."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from transformers import TrainerCallback
+
+
+class Stopped(KeyboardInterrupt):
+    """Raised in the main thread by SIGINT or SIGTERM. status: the process's exit status by convention."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.status = 128 + number
+
+
+class _Requests:
+    def __init__(self) -> None:
+        self.deferred, self.pending = False, 0
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        # Asked a second time, whoever waits has lost patience.
+        if not self.deferred or self.pending:
+            raise Stopped(number)
+        self.pending = number
+
+
+_requests = _Requests()
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """SIGINT and SIGTERM raise `Stopped` in the block, which must run in the main thread."""
+    before = {n: signal.signal(n, _requests) for n in (signal.SIGINT, signal.SIGTERM)}
+    _requests.deferred, _requests.pending = False, 0
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def stopping_later() -> Iterator[TrainerCallback]:
+    """In the block the first signal waits: training with the callback saves a checkpoint after the step and ends.
+
+    `Stopped` is raised when the block ends after a signal.
+    """
+    _requests.deferred = True
+    try:
+        yield _SaveAndStop()
+    finally:
+        _requests.deferred = False
+    if _requests.pending:
+        raise Stopped(_requests.pending)
+
+
+class _SaveAndStop(TrainerCallback):
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if _requests.pending:
+            control.should_save = control.should_training_stop = True
