@@ -40,12 +40,12 @@ def common(args: argparse.Namespace, seed: int, folder: Path) -> list[str]:
         "teacher": args.teacher, "student": "prune", "data": args.data, "validation": args.validation,
         "output_dir": folder, "seed": seed, "max_rows": args.max_rows, "dtype": args.dtype,
         "init_student.layers": args.layers,
-        "init_student.warmup_steps": args.warmup_steps, "reflect.engine": args.engine,
+        "init_student.warmup_steps": args.warmup_steps,
         "reflect.max_new_tokens": 64, "evaluate.max_new_tokens": 64, "distill.divergence": "forward_kl",
         "distill.learning_rate": 4e-4, "distill.save_strategy": "no", "distill.eval_strategy": "no",
         "distill.per_device_train_batch_size": BATCH, "distill.max_steps": args.steps,
     }  # fmt: skip
-    return [f"{key}={value}" for key, value in given.items() if value is not None]
+    return [*(f"{key}={value}" for key, value in given.items() if value is not None), *args.set]
 
 
 def srd_fast(verb: str, config: Path, overrides: list[str]) -> None:
@@ -113,7 +113,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
-    parser.add_argument("--engine", default="transformers", help="of the reflections")
+    parser.add_argument("--set", nargs="+", default=[], metavar="key=value", help="more of the run's configuration")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/quality"))
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()

@@ -13,7 +13,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, Trainer
+from transformers import AutoModelForCausalLM, Trainer
 
 from .config import SRDConfig
 from .errors import UserError, first_line
@@ -22,7 +22,7 @@ from .live_bytes import LiveBytes
 from .losses import Head, get_divergence
 from .losses.backends import compact_backend, row_backend
 from .losses.buffers import chunk_rows
-from .models import find_head, flattening, hidden_states, prune_depth, resolve_model, unwrap, varlen
+from .models import find_head, flattening, hidden_states, load_config, prune_depth, unwrap, varlen
 from .run_config import RunConfig
 from .steps import LIVE, PRUNE, Run
 from .steps.training import cache_temperatures, lora_config
@@ -40,17 +40,8 @@ class Batch:
 # The models, without weights
 
 
-def _load_config(source: str) -> Any:
-    try:
-        return AutoConfig.from_pretrained(resolve_model(source))
-    except UserError:
-        raise
-    except Exception as e:  # damaged configs raise errors of many libraries
-        raise UserError(f"model {source!r} has no config that can be read: {first_line(e)}") from e
-
-
 def _make_model(source: str, dtype: torch.dtype, device: torch.device) -> Any:
-    config = _load_config(source)
+    config = load_config(source)
     try:
         with device:
             return AutoModelForCausalLM.from_config(config, dtype=dtype)

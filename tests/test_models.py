@@ -18,6 +18,7 @@ from srd_fast.models import (
     check_tokenizers,
     find_head,
     hidden_states,
+    load_config,
     load_model,
     load_tokenizer,
     prune_depth,
@@ -333,6 +334,45 @@ def test_a_saved_model_loads_in_eval_mode_and_dtype(tmp_path: Path) -> None:
     assert not model.training
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     check_tokenizers(load_tokenizer(str(tmp_path)), tiny.tiny_tokenizer())
+
+
+class _Marker:
+    """Unpickled, it writes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return (Path.write_text, (self.path, "run"))
+
+
+@pytest.mark.parametrize("evil", [False, True])
+def test_pickled_weights_are_not_read(evil: bool, tmp_path: Path) -> None:
+    model = tiny.tiny_model("llama")
+    model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    content: Any = {"x": _Marker(tmp_path / "marker")} if evil else model.state_dict()
+    torch.save(content, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"no weights in safetensors, and pickled ones \(.bin\) are not read"):
+        load_model(str(tmp_path))
+    assert not (tmp_path / "marker").exists()
+
+
+def test_code_that_comes_with_a_model_is_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny.tiny_model("llama").save_pretrained(tmp_path)
+    tiny.tiny_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'marker')!r}, 'w')\nclass Evil: pass\n")
+    path = tmp_path / "config.json"
+    content = json.loads(path.read_text())
+    of_its_own = {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}
+    path.write_text(json.dumps({**content, "auto_map": of_its_own}))
+    assert load_model(str(tmp_path)).config.model_type == "llama"  # transformers has that one itself
+    path.write_text(json.dumps({**content, "auto_map": of_its_own, "model_type": "evil"}))
+    for load in (load_model, load_config):
+        with pytest.raises(UserError, match="needs Python code of its own, which is never run"):
+            load(str(tmp_path))
+    assert not (tmp_path / "marker").exists()
+    assert "trust_remote_code" not in "".join(capsys.readouterr())
 
 
 def test_folders_that_hold_no_model_are_refused(tmp_path: Path) -> None:

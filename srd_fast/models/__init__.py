@@ -2,7 +2,15 @@
 
 from .flattening import enable_flattening
 from .heads import check_head, find_head, hidden_states, unwrap
-from .loading import check_tokenizers, fingerprint, load_model, load_tokenizer, model_digest, resolve_model
+from .loading import (
+    check_tokenizers,
+    fingerprint,
+    load_config,
+    load_model,
+    load_tokenizer,
+    model_digest,
+    resolve_model,
+)
 from .prefix import common_prefix, share_prefix
 from .pruning import prune_depth
 
@@ -14,6 +22,7 @@ __all__ = [
     "find_head",
     "fingerprint",
     "hidden_states",
+    "load_config",
     "load_model",
     "load_tokenizer",
     "model_digest",

@@ -15,7 +15,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from ..errors import UserError, first_line
 from ..files import content_digest
@@ -102,20 +109,49 @@ def _convert_gguf(gguf: Path, target: Path) -> None:
     tokenizer.save_pretrained(target)
 
 
+# Nothing that comes with a model is run: no pickled weights, no code of its own.
+_SAFELY: dict[str, Any] = {"trust_remote_code": False}
+
+
 def load_model(source: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> PreTrainedModel:
-    """A causal language model in `dtype` on `device`, in eval mode. Quantised checkpoints are refused.
+    """A causal language model in `dtype` on `device`, in eval mode, from safetensors. Quantised ones are refused.
 
     Raises:
         UserError if the folder or id cannot be loaded as a causal language model.
     """
     path = resolve_model(source)
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, **_SAFELY)
     except Exception as e:  # damaged weights, configs and archives raise errors of many libraries
-        raise UserError(f"model {source!r} cannot be loaded as a causal language model: {first_line(e)}") from e
+        raise UserError(f"model {source!r} cannot be loaded as a causal language model: {_why(e)}") from e
     if getattr(model, "hf_quantizer", None) is not None:
         raise UserError(f"model {source!r} is quantised; distillation needs the full weights of teacher and student")
     return model.to(device).eval()
+
+
+def load_config(source: str) -> PretrainedConfig:
+    """The configuration of a model folder or hub id; UserError if there is none that can be read."""
+    path = resolve_model(source)
+    try:
+        return AutoConfig.from_pretrained(path, **_SAFELY)
+    except Exception as e:  # as for models
+        raise UserError(f"model {source!r} has no config that can be read: {_why(e)}") from e
+
+
+def _why(error: Exception) -> str:
+    """In one line, with the way out where the reason is that nothing is run which came with a model."""
+    text = str(error)
+    if "trust_remote_code" in text:
+        return (
+            "it needs Python code of its own, which is never run; use an architecture that transformers has, or load "
+            "the model yourself and pass the object to SRDTrainer"
+        )
+    if isinstance(error, OSError) and "safetensors" in text:
+        return (
+            "it has no weights in safetensors, and pickled ones (.bin) are not read, because they can run code; if you "
+            "trust them, AutoModelForCausalLM.from_pretrained(OLD).save_pretrained(NEW) writes it anew"
+        )
+    return first_line(error)
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
@@ -129,9 +165,9 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
             "save the teacher's tokenizer there: tokenizer.save_pretrained(...)"
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, **_SAFELY)
     except Exception as e:  # as for models
-        raise UserError(f"no tokenizer can be loaded from {source!r}: {first_line(e)}") from e
+        raise UserError(f"no tokenizer can be loaded from {source!r}: {_why(e)}") from e
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {source!r} has no end-of-sequence token; responses must end in one")
     return tokenizer

@@ -64,7 +64,7 @@ def _check_torchvision() -> None:
 def _text_config(model: str) -> Any:
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(model)
+    config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     return config.get_text_config()
 
 
