@@ -13,8 +13,12 @@ text or a list of texts) holds Python source that the code in an answer has to p
 A tokenised sample has the columns sample_id, prompt, references, input_ids, labels and tests (empty where there are
 none). The prompt and the response are tokenised apart and joined as ids, so training sees exactly the prompt ids that
 generation starts from.
+
+Data is of one format, that which most of its rows have. Every row becomes a sample, or is rejected with its place and a
+reason: used + rejected = rows, of json lines the lines that are not blank.
 """
 
+import codecs
 import gzip
 import hashlib
 import json
@@ -27,6 +31,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import torch
 from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
@@ -48,6 +53,9 @@ TOKENISED_FEATURES = Features(
     }
 )
 _WITHOUT_TESTS = Features({name: kind for name, kind in TOKENISED_FEATURES.items() if name != "tests"})
+# Characters: no token is longer. What lies further behind than as many as the limit has tokens is cut off anyway, and a
+# tokenizer takes a minute for a text of ten megabytes.
+_LONGEST_TOKEN = 256
 _FORMATS = (("instruction", "output"), ("prompt", "completion"), ("messages",), ("input_ids", "labels"))
 
 
@@ -59,32 +67,65 @@ class PreparedData:
     rejected: list[tuple[str, str]] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class SourceRow:
+    """A row as it was found: where ("line 3" of json lines, else "row 3"), and its columns, or why it has none."""
+
+    where: str
+    columns: Mapping[str, Any] | None
+    reason: str = ""
+
+
 def read_rows(source: str | Path, split: str = "train") -> list[dict[str, Any]]:
     """Rows of a json-lines file (also .gz), a json array, a parquet file, or a `datasets` hub name.
 
     Raises:
         UserError naming the file, and the line where there is one.
     """
-    path = Path(source).expanduser()
-    if not path.exists():
-        if path.suffix in {".jsonl", ".json", ".parquet", ".gz"} or str(source).startswith((".", "/", "~")):
+    rows = read_source(source, split)
+    for row in rows:
+        if row.columns is None:
+            raise UserError(f"data file {str(source)!r}, {row.where}: {row.reason}")
+    return [dict(row.columns) for row in rows if row.columns is not None]
+
+
+def read_source(source: str | Path, split: str = "train") -> list[SourceRow]:
+    """`read_rows` with the place of each row; a line that is no row is there with the reason.
+
+    Raises:
+        UserError naming the file, where it has no rows at all or cannot be read to its end.
+    """
+    path = source_path(source)
+    if path is None:
+        if str(source).endswith((".jsonl", ".json", ".parquet", ".gz")) or str(source).startswith((".", "/", "~")):
             raise UserError(f"data file {str(source)!r} does not exist")
-        return _hub_rows(str(source), split)
+        return _numbered(_hub_rows(str(source), split))
     if path.is_dir():
         raise UserError(f"data {str(source)!r} is a folder; give a .jsonl, .json or .parquet file or a hub name")
-    if path.suffix == ".parquet":
-        try:
-            rows = Dataset.from_parquet(str(path)).to_list()
-        except Exception as e:  # pyarrow and datasets raise many kinds; all mean that the file is not usable
-            raise UserError(f"data file {str(source)!r} is not readable parquet: {e}") from e
-    else:
-        rows = _json_rows(path)
+    if not path.is_file():
+        raise UserError(f"data {str(source)!r} is a device or a pipe; give a .jsonl, .json or .parquet file")
+    rows = _numbered(_parquet_rows(path)) if path.suffix == ".parquet" else _json_rows(path)
     if not rows:
         raise UserError(f"data file {str(source)!r} is empty")
     return rows
 
 
-def _hub_rows(name: str, split: str) -> list[dict[str, Any]]:
+def source_path(source: str | Path) -> Path | None:
+    """The file or folder that a source names, None where there is none. Raises UserError for an impossible name."""
+    try:
+        path = Path(source).expanduser()
+        return path if path.exists() else None
+    except (OSError, RuntimeError, ValueError) as e:  # too long, a user without a home, a NUL in it
+        raise UserError(f"data {shown(str(source))!r} is no name of a file: {shown(first_line(e), 200)}") from e
+
+
+def shown(text: str, limit: int = 80) -> str:
+    """A text for a message: one line, at most `limit` characters, what cannot be printed as an escape."""
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[: limit + 1])
+    return line if len(line) <= limit else line[: limit - 3] + "..."
+
+
+def _hub_rows(name: str, split: str) -> list[Any]:
     from datasets import load_dataset
 
     try:
@@ -93,45 +134,92 @@ def _hub_rows(name: str, split: str) -> list[dict[str, Any]]:
         raise UserError(f"data {name!r} is no file here, and as a hub name it fails: {first_line(e)}") from e
 
 
-def _json_rows(path: Path) -> list[dict[str, Any]]:
+def _parquet_rows(path: Path) -> list[Any]:
+    try:
+        with pq.ParquetFile(path) as file:
+            return file.read().to_pylist()
+    except Exception as e:  # pyarrow raises many kinds; all mean that the file is not usable
+        raise UserError(f"data file {str(path)!r} is not readable parquet: {first_line(e)}") from e
+
+
+def _numbered(rows: Iterable[Any]) -> list[SourceRow]:
+    return [_source_row(f"row {number}", row) for number, row in enumerate(rows, 1)]
+
+
+def _source_row(where: str, value: Any) -> SourceRow:
+    if isinstance(value, Mapping):
+        return SourceRow(where, value)
+    return SourceRow(where, None, f"expected an object, got {type(value).__name__}")
+
+
+def _json_rows(path: Path) -> list[SourceRow]:
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as f:
-            text = f.read().decode("utf-8-sig")
+            content = f.read()
     except (OSError, EOFError, zlib.error) as e:
         raise UserError(f"data file {str(path)!r} cannot be read: {e}") from e
-    except UnicodeDecodeError as e:
-        raise UserError(f"data file {str(path)!r} is not UTF-8: byte {e.start} is {e.object[e.start]:#x}") from e
-    if text.lstrip().startswith("["):
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise UserError(f"data file {str(path)!r} is UTF-16 or UTF-32; write it as UTF-8")
+    content = content.removeprefix(codecs.BOM_UTF8)
+    # Where no line ends in a line feed, a carriage return ends it; with one, it is a blank.
+    lines = content.split(b"\n" if b"\n" in content else b"\r")
+    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if content.lstrip().startswith(b"["):
         try:
-            rows = json.loads(text)
-        except ValueError as e:
-            raise UserError(f"data file {str(path)!r} is not valid JSON: {e}") from e
-        numbered = list(enumerate(rows, 1))
-    else:
-        numbered = []
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                try:
-                    numbered.append((number, json.loads(line)))
-                except ValueError as e:
-                    raise UserError(f"data file {str(path)!r}, line {number}: not valid JSON ({e})") from e
-    for number, row in numbered:
-        if not isinstance(row, dict):
-            raise UserError(f"data file {str(path)!r}, line {number}: expected an object, got {type(row).__name__}")
-    return [row for _, row in numbered]
+            whole = _parsed(content)
+        except UserError as e:
+            # Json lines with a list for a first line are no array: their first line alone is whole.
+            if _json_line(*numbered[0]).reason != "expected an object, got list":
+                raise UserError(f"data file {str(path)!r} is {e}") from e
+        else:
+            return _numbered(whole)
+    return [_json_line(number, line) for number, line in numbered]
 
 
-def _row_format(columns: Iterable[str]) -> tuple[str, ...]:
-    names = set(columns)
-    for wanted in _FORMATS:
-        if names.issuperset(wanted):
-            return wanted
+def _json_line(number: int, line: bytes) -> SourceRow:
+    try:
+        return _source_row(f"line {number}", _parsed(line))
+    except UserError as e:
+        return SourceRow(f"line {number}", None, str(e))
+
+
+def _parsed(content: bytes) -> Any:
+    try:
+        return json.loads(content.decode())
+    except UnicodeDecodeError as e:
+        raise UserError(f"not UTF-8: byte {e.start} is {content[e.start]:#x}") from e
+    except ValueError as e:
+        raise UserError(f"not valid JSON ({e})") from e
+    except RecursionError as e:
+        raise UserError("not usable JSON: nested too deeply") from e
+
+
+def _row_format(rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """The format that most rows have: with a value in all of its columns, or else with all of its columns."""
+    filled: Counter[tuple[str, ...]] = Counter()
+    there: Counter[tuple[str, ...]] = Counter()
+    for row in rows:
+        for wanted in _FORMATS:
+            if all(c in row for c in wanted):
+                there[wanted] += 1
+                filled[wanted] += all(row[c] is not None for c in wanted)
+    if there:
+        return max(_FORMATS, key=lambda wanted: (filled[wanted], there[wanted]))
+    names = {str(c) for row in rows for c in row}
     near = max(_FORMATS, key=lambda wanted: len(names.intersection(wanted)))
     missing = [c for c in near if c not in names]
+    if not missing:
+        return near
     raise UserError(
-        f"data has the columns {sorted(names)}; missing {missing} for {'/'.join(near)} rows. Known formats: "
+        f"data has the columns {_listed(names)}; missing {missing} for {'/'.join(near)} rows. Known formats: "
         + ", ".join("/".join(f) for f in _FORMATS)
     )
+
+
+def _listed(names: Iterable[str]) -> str:
+    """The first of some column names, as a list in a message."""
+    first = sorted(map(str, names))
+    return str([shown(name) for name in first[:20]]) + (f" and {len(first) - 20} more" if len(first) > 20 else "")
 
 
 def content_id(row: Mapping[str, Any], columns: Sequence[str]) -> str:
@@ -141,24 +229,49 @@ def content_id(row: Mapping[str, Any], columns: Sequence[str]) -> str:
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def _sample_ids(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> list[str]:
-    """The user's `sample_id`, or a content hash; repeated content is numbered, repeated user ids are refused."""
-    given = [row.get("sample_id") for row in rows]
-    if any(g is not None for g in given):
-        if any(g is None for g in given):
-            raise UserError(f"row {given.index(None) + 1} has no sample_id while others have one; give all rows one")
-        ids = [str(g) for g in given]
-        repeated = [i for i, n in Counter(ids).items() if n > 1]
-        if repeated:
-            raise UserError(f"sample_id {repeated[0]!r} is used by {ids.count(repeated[0])} rows; it must be unique")
-        return ids
+def _content_ids(rows: Iterable[Mapping[str, Any] | None], columns: Sequence[str]) -> list[str | None]:
+    """Content hashes, repeated content numbered; None for what is no row and for rows that have no hash."""
     seen: Counter[str] = Counter()
-    ids = []
+    ids: list[str | None] = []
     for row in rows:
-        base = content_id(row, columns)
-        ids.append(f"{base}-{seen[base]}" if seen[base] else base)
-        seen[base] += 1
+        try:
+            base = None if row is None else content_id(row, columns)
+        except (RecursionError, TypeError, ValueError):  # nested too deeply, keys of several types, arrays
+            base = None
+        ids.append(f"{base}-{seen[base]}" if base is not None and seen[base] else base)
+        if base is not None:
+            seen[base] += 1
     return ids
+
+
+def _given_id(row: Mapping[str, Any]) -> str | None:
+    """The user's `sample_id`, None without one. Raises UserError for what cannot be one."""
+    given = row.get("sample_id")
+    if given is None:
+        return None
+    if isinstance(given, (list, Mapping)):
+        raise UserError(f"sample_id must be text or a number, got {type(given).__name__}")
+    try:
+        return _encodable(str(given), "sample_id")
+    except UserError:
+        raise
+    except ValueError as e:  # a number of more than 4,300 digits
+        raise UserError(f"sample_id cannot be written: {first_line(e)}") from e
+
+
+def _check_given_ids(places: Mapping[str, list[str]], without: str) -> None:
+    """Refuse a sample_id of several rows, and data where only some rows have one.
+
+    Args:
+        places: of each id, where it stands.
+        without: the first usable row that has none, if there is one.
+    """
+    for given, where in places.items():
+        if len(where) > 1:
+            listed = ", ".join(where[:5]) + (", ..." if len(where) > 5 else "")
+            raise UserError(f"sample_id {shown(given)!r} is used by {len(where)} rows; it must be unique: {listed}")
+    if places and without:
+        raise UserError(f"{without} has no sample_id while others have one; give all rows one")
 
 
 class Tokenisation:
@@ -206,6 +319,7 @@ class Tokenisation:
 
     def response_ids(self, text: str) -> list[int]:
         """Ids of a response, cut to the limit, ending in EOS."""
+        text = text[: self.max_response_length * _LONGEST_TOKEN]
         if self._marker and self._ids("\n" + text)[: len(self._marker)] == self._marker:
             ids = self._ids("\n" + text)[len(self._marker) :]
         else:
@@ -217,17 +331,27 @@ class Tokenisation:
         template = template or self.template
         fields = dict(fields)
         for cut in template.cut_order:
-            text = template.render(fields)
+            fields[cut] = (fields.get(cut) or "")[: self.max_prompt_length * _LONGEST_TOKEN]
+        for cut in template.cut_order:
+            text = self._render(fields, template)
             ids = self._prompt_ids(text, template)
             while len(ids) > self.max_prompt_length and fields.get(cut):
                 fields[cut] = self._cut_end(fields[cut], len(ids) - self.max_prompt_length)
-                text = template.render(fields)
+                text = self._render(fields, template)
                 ids = self._prompt_ids(text, template)
             if len(ids) <= self.max_prompt_length:
                 return text, ids
         raise UserError(
             f"the prompt template alone is {len(ids)} tokens, above max_prompt_length {self.max_prompt_length}"
         )
+
+    def _render(self, fields: Mapping[str, Any], template: PromptTemplate) -> str:
+        try:
+            return _encodable(template.render(fields), "the prompt")
+        except UserError:
+            raise
+        except Exception as e:  # a chat template is a program of its own, and refuses turns with any error
+            raise UserError(f"the chat template fails: {shown(first_line(e), 200)}") from e
 
     def _prompt_ids(self, text: str, template: PromptTemplate) -> list[int]:
         ids = self._ids(text, special=template.adds_special_tokens)
@@ -246,6 +370,8 @@ class Tokenisation:
             return self._tokenised(row)
         fields, references, template = self._fields(row, columns)
         prompt, prompt_ids = self.prompt_ids(fields, template)
+        if not prompt_ids:
+            raise UserError("the prompt is empty: there is nothing to answer")
         response = self.response_ids(references[0])
         references = _given_references(row) or references
         return {
@@ -269,7 +395,7 @@ class Tokenisation:
             if last == 0:
                 raise UserError("messages need an assistant turn after a user turn")
             for m in messages:
-                _encodable(m["content"], "messages")
+                _encodable(m["role"] + m["content"], "messages")
             chat = get_template("chat", self.tokenizer)
             history = [dict(m) for m in messages[:last]]
             fields = {"history": history[:-1], "instruction": history[-1]["content"], "role": history[-1]["role"]}
@@ -339,7 +465,7 @@ def _given_references(row: Mapping[str, Any]) -> list[str] | None:
 def _given_tests(row: Mapping[str, Any]) -> list[str]:
     """What a column `tests` holds, none without one."""
     given = row.get("tests")
-    return [] if given is None or given in ("", []) else _references(given, "tests")
+    return [] if given is None or (isinstance(given, (str, list)) and not given) else _references(given, "tests")
 
 
 def first_label(labels: Sequence[int]) -> int:
@@ -348,37 +474,85 @@ def first_label(labels: Sequence[int]) -> int:
 
 
 def prepare_dataset(
-    data: Dataset | Iterable[Mapping[str, Any]], tokenisation: Tokenisation, name: str = "data"
+    data: Dataset | Iterable[Mapping[str, Any] | SourceRow],
+    tokenisation: Tokenisation,
+    name: str = "data",
+    max_bad_rows: int | float | None = None,
 ) -> PreparedData:
-    """Tokenise rows. Unusable rows are listed in `rejected`, never silently dropped.
+    """Tokenise rows. Unusable rows are listed in `rejected`, in the order of the rows, never silently dropped.
+
+    Args:
+        data: rows, or what `read_source` gives, whose places are then those of the file.
+        max_bad_rows: how many rows may be rejected: a number, or a share in (0, 1) of all rows. None: all but one.
 
     Raises:
-        UserError for missing columns, repeated ids, or when no row is usable.
+        UserError for missing columns, repeated ids, when no row is usable, or when more are not than `max_bad_rows`.
     """
     if isinstance(data, Dataset) and data.features == TOKENISED_FEATURES and len(data):
         return PreparedData(data)
     if isinstance(data, Dataset) and data.features == _WITHOUT_TESTS and len(data):
         return PreparedData(data.add_column("tests", [[]] * len(data), feature=TOKENISED_FEATURES["tests"]))
-    rows = data.to_list() if isinstance(data, Dataset) else list(data)
+    rows = [
+        row if isinstance(row, SourceRow) else _source_row(f"row {number}", row)
+        for number, row in enumerate(data.to_list() if isinstance(data, Dataset) else data, 1)
+    ]
     if not rows:
         raise UserError(f"{name} is empty")
-    columns = _row_format(set().union(*(row.keys() for row in rows)))
+    found = [row.columns for row in rows if row.columns is not None]
+    columns = _row_format(found) if found else ()
     known = (*columns, "input") if "instruction" in columns else columns
     samples: list[dict[str, Any]] = []
     rejected: list[tuple[str, str]] = []
-    for number, (sample_id, row) in enumerate(zip(_sample_ids(rows, known), rows), 1):
-        missing = [c for c in columns if row.get(c) is None]
+    places: dict[str, list[str]] = {}
+    without = ""
+    for row, content in zip(rows, _content_ids([row.columns for row in rows], known)):
+        where, sample_id = row.where, content
         try:
-            if missing:
-                raise UserError(f"no value in {', '.join(missing)}")
-            samples.append({"sample_id": sample_id, **tokenisation.sample(row, columns), "tests": _given_tests(row)})
+            if row.columns is None:
+                raise UserError(row.reason)
+            given = _given_id(row.columns)
+            if given is not None:
+                places.setdefault(given, []).append(row.where)
+                sample_id = given
+            _check_values(row.columns, columns)
+            if sample_id is None:
+                raise UserError("the row is nested too deeply, or holds what JSON cannot")
+            sample = tokenisation.sample(row.columns, columns)
+            samples.append({"sample_id": sample_id, **sample, "tests": _given_tests(row.columns)})
+            without = without or (row.where if given is None else "")
         except UserError as e:
-            rejected.append((f"row {number} ({sample_id})", str(e)))
+            where += f" ({shown(sample_id)})" if sample_id is not None else ""
+            rejected.append((where, str(e)))
+    _check_given_ids(places, without)
     if not samples:
-        raise UserError(f"{name}: none of {len(rows)} rows is usable; first: {rejected[0][0]}: {rejected[0][1]}")
+        raise UserError(f"{name}: none of {len(rows)} rows is usable; first: {_told(rejected[:1])}")
+    if rejected and max_bad_rows is not None:
+        _check_rejected(rejected, len(rows), name, max_bad_rows)
     if rejected:
-        logger.warning("%s: %d of %d rows rejected; first: %s: %s", name, len(rejected), len(rows), *rejected[0])
+        logger.warning("%s: %d of %d rows rejected; first: %s", name, len(rejected), len(rows), _told(rejected[:1]))
     return PreparedData(Dataset.from_list(samples, features=TOKENISED_FEATURES), rejected)
+
+
+def _check_values(row: Mapping[str, Any], columns: Sequence[str]) -> None:
+    """Refuse a row without a value in each of the format's columns."""
+    missing = [c for c in columns if row.get(c) is None]
+    if not missing:
+        return
+    other = "" if len(missing) < len(columns) else f"; the columns of this row are {_listed(row)}"
+    raise UserError(f"no value in {', '.join(missing)}{other}")
+
+
+def _check_rejected(rejected: Sequence[tuple[str, str]], count: int, name: str, most: int | float) -> None:
+    """Refuse more rejected rows than `most`, a number or a share of the `count` rows."""
+    if len(rejected) > (most if isinstance(most, int) else most * count):
+        raise UserError(
+            f"{name}: {len(rejected)} of {count} rows rejected, more than max_bad_rows={most}; mend them, or raise "
+            f"max_bad_rows (null: no limit); first: {_told(rejected[:3])}"
+        )
+
+
+def _told(rejected: Iterable[tuple[str, str]]) -> str:
+    return "; ".join(f"{where}: {reason}" for where, reason in rejected)
 
 
 def pad_right(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:

@@ -64,6 +64,22 @@ def replace_folder(finished: Path, target: Path) -> None:
     os.replace(finished, target)
 
 
+def _holder(path: Path) -> str:
+    """What a lock file that is held says of its holder; of one that is shared, what a held one of `<lock>-*` says."""
+    text = path.read_text(encoding="utf-8", errors="replace").strip()
+    parts = () if text else sorted(path.parent.glob(path.name + "-*"))
+    return text or next((_holder(part) for part in parts if _is_held(part)), "another process")
+
+
+def _is_held(path: Path) -> bool:
+    with path.open("rb") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False
+
+
 @contextmanager
 def in_use(folder: Path, what: str, lock: str = ".lock", shared: bool = False) -> Iterator[None]:
     """Hold a folder against other processes; `shared` against those that do not share. UserError names who has it.
@@ -78,9 +94,9 @@ def in_use(folder: Path, what: str, lock: str = ".lock", shared: bool = False) -
             try:
                 fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
             except BlockingIOError:
-                owner = os.pread(descriptor, 1000, 0).decode(errors="replace").strip() or "another process"
                 raise UserError(
-                    f"{what} {str(folder)!r} is in use by {owner}: wait for it or stop it, or choose another {what}"
+                    f"{what} {str(folder)!r} is in use by {_holder(path)}: wait for it or stop it, or choose another "
+                    f"{what}"
                 ) from None
             except OSError as e:
                 if e.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL):
@@ -88,7 +104,8 @@ def in_use(folder: Path, what: str, lock: str = ".lock", shared: bool = False) -
         began = time.strftime("%Y-%m-%d %H:%M:%S")
         owner = f"process {os.getpid()} on {socket.gethostname()}, which began at {began} with {' '.join(sys.argv)}"
         os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, owner[:900].encode(errors="replace"), 0)
+        if not shared:  # of those who share it, the last to write may be the first to end
+            os.pwrite(descriptor, owner[:900].encode(errors="replace"), 0)
         yield
     finally:
         os.close(descriptor)

@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from . import steps
 from .errors import UserError, first_line
 from .files import content_digest, disk_trouble, in_use, remove, write_text
+from .losses import is_out_of_memory
+from .reflection.shards import parse_shard
 from .run_config import RunConfig
 
 logger = logging.getLogger(__name__)
@@ -166,16 +167,16 @@ def execute(
             # Shards of one folder may run beside each other, but beside nothing else.
             held.enter_context(in_use(folder, "output_dir", shared=shard is not None))
             if shard is not None:
-                held.enter_context(in_use(folder, "output_dir", f".lock-{shard.replace('/', '-of-')}"))
+                held.enter_context(in_use(folder, "output_dir", ".lock-{}-of-{}".format(*parse_shard(shard))))
             _execute(config, folder, only, force, say, shard)
     except UserError:
         raise
-    except torch.OutOfMemoryError as e:
-        raise UserError(
-            f"out of memory: {first_line(e)}; what is finished is kept. srd-fast plan CONFIG --limit SIZE says which "
-            "batch, accumulation and memory_budget fit"
-        ) from e
     except Exception as e:
+        if is_out_of_memory(e):
+            raise UserError(
+                f"out of memory: {first_line(e)}; what is finished is kept. srd-fast plan CONFIG --limit SIZE says "
+                "which batch, accumulation and memory_budget fit"
+            ) from e
         trouble = disk_trouble(e, folder)
         if trouble is None:
             raise

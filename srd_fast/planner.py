@@ -20,7 +20,7 @@ import yaml
 
 from .config import SRDConfig
 from .curation import CurriculumPlan
-from .data import IGNORE_INDEX, read_rows
+from .data import IGNORE_INDEX, read_source
 from .dry_step import Batch, Simulated, simulate
 from .errors import UserError
 from .run_config import RunConfig
@@ -219,7 +219,7 @@ def _count_rows(config: RunConfig) -> int | None:
         return config.max_rows or QUICKSTART_ROWS
     if not Path(config.data).expanduser().is_file():
         return None
-    return len(read_rows(config.data, config.data_split)[: config.max_rows])
+    return len(read_source(config.data, config.data_split)[: config.max_rows])
 
 
 # The whole

@@ -1,5 +1,7 @@
 """The configuration of `srd-fast run`: a YAML file with `key=value` overrides, checked before anything runs."""
 
+import math
+from collections import Counter
 from dataclasses import fields as dataclass_fields
 from pathlib import Path
 from typing import Any, Literal
@@ -9,10 +11,18 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from .config import TRAINING_PRESETS, SRDConfig, with_preset
 from .curation import CURATION_PRESETS, KNEE
-from .errors import UserError
+from .data import shown
+from .errors import UserError, first_line
 from .reflection.reflect import REFLECTION_PRESETS
 from .suggest import unknown_name
 
+# A config is some hundred lines. PyYAML takes a second for this many bytes; and aliases, each of which stands for a
+# part of the file, could make values without end of a few lines.
+_MOST_BYTES = 100_000
+_MOST_VALUES = 20_000
+_DEEPEST = 20
+# Where null is a value, not an empty section.
+_NULLABLE = {"max_bad_rows"}
 # Fields of SRDConfig that the run sets itself, or that mean nothing in it.
 _SET_BY_RUN = {"output_dir", "seed", "num_train_epochs", "template", "max_prompt_length", "max_response_length"}
 _SET_BY_RUN |= {"teacher_cache", "teacher_cache_kind", "teacher_cache_k"}
@@ -62,7 +72,7 @@ class Curate(_Section):
 
     method: Literal["srd", "random", "none"] = "srd"
     keep: float | Literal["knee"] = 0.75
-    stages: int = Field(default=3, ge=1)
+    stages: int = Field(default=3, ge=1, le=100_000)
     rrf_k: float = Field(default=60, gt=0)
     signals: dict[str, float] | None = None
     floor_subsets: bool = False
@@ -93,7 +103,10 @@ class Evaluate(_Section):
 
 
 class RunConfig(_Section):
-    """Everything `srd-fast run` needs; every field has a default."""
+    """Everything `srd-fast run` needs; every field has a default.
+
+    `max_bad_rows`: how many rows of a file may be unusable, a count, or as a float a share in (0, 1); null: no limit.
+    """
 
     teacher: str = "smollm2-135m-instruct"
     student: str = "prune"
@@ -102,6 +115,7 @@ class RunConfig(_Section):
     data_split: str = "train"
     validation: int | str = 100
     max_rows: int | None = Field(default=None, ge=1)
+    max_bad_rows: int | float | None = 0.1
     template: str = "alpaca"
     max_prompt_length: int = Field(default=512, ge=1)
     max_response_length: int = Field(default=256, ge=2)
@@ -124,6 +138,15 @@ class RunConfig(_Section):
             raise ValueError("must be a file, or how many rows to hold out, at least 1")
         return given
 
+    @field_validator("max_bad_rows", mode="before")
+    @classmethod
+    def _count_or_share(cls, given: Any) -> Any:
+        count = isinstance(given, int) and not isinstance(given, bool) and given >= 0
+        share = isinstance(given, float) and 0 < given < 1
+        if given is not None and not count and not share:
+            raise ValueError("must be a count (0, 1, 2, ...), a share of the rows in (0, 1), or null for no limit")
+        return given
+
     @field_validator("distill")
     @classmethod
     def _known_fields(cls, given: dict[str, Any]) -> dict[str, Any]:
@@ -131,55 +154,127 @@ class RunConfig(_Section):
             if name in _SET_BY_RUN:
                 raise ValueError(f"{name} is set at the top level of the config, or by the run itself")
             if name not in _DISTILL_FIELDS:
-                raise ValueError(unknown_name("key", name, _DISTILL_FIELDS, listed=False))
+                raise ValueError(unknown_name("key", shown(name), _DISTILL_FIELDS, listed=False))
         # YAML 1.1 reads `save_strategy: no` as false.
         return {k: "no" if k.endswith("_strategy") and v is False else v for k, v in given.items()}
 
 
 def _read_yaml(path: str | Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"config {str(path)!r} cannot be read: {e}") from e
-    except yaml.YAMLError as e:
-        raise UserError(f"config {str(path)!r} is not valid YAML: {' '.join(str(e).split())}") from e
-    if content is None:
+        with Path(path).open("rb") as f:
+            content = f.read(_MOST_BYTES + 1)
+        text = content.decode()
+    except (OSError, ValueError) as e:  # ValueError: not UTF-8, or a NUL in the path
+        raise UserError(f"config {str(path)!r} cannot be read: {first_line(e)}") from e
+    if len(content) > _MOST_BYTES:
+        raise UserError(f"config {str(path)!r} is larger than {_MOST_BYTES} bytes: is it a config?")
+    values = _parsed(text, f"config {str(path)!r} is not valid YAML")
+    if values is None:
         return {}
-    if not isinstance(content, dict):
-        raise UserError(f"config {str(path)!r} must hold `key: value` lines, got {type(content).__name__}")
-    return content
+    if not isinstance(values, dict):
+        raise UserError(f"config {str(path)!r} must hold `key: value` lines, got {type(values).__name__}")
+    return values
+
+
+def _parsed(text: str, complaint: str) -> Any:
+    """The values of a YAML text. Raises UserError beginning with the complaint."""
+    try:
+        node = yaml.compose(text, yaml.SafeLoader)
+        if node is None:
+            return None
+        _check_aliases(node, complaint)
+        return yaml.constructor.SafeConstructor().construct_document(node)
+    except UserError:
+        raise
+    except RecursionError as e:
+        raise UserError(f"{complaint}: nested too deeply") from e
+    except Exception as e:  # besides YAMLError what int(), date() and others say, as of 2024-13-45
+        raise UserError(f"{complaint}: {shown(' '.join(str(e).split()) or type(e).__name__, 500)}") from e
+
+
+def _check_aliases(root: yaml.Node, complaint: str) -> None:
+    """Refuse values without end, and a key that a section has twice, of which YAML would keep the last."""
+    counts: dict[int, int] = {}  # values below a node, each alias counted as all that it stands for; -1: not known yet
+
+    def count(node: yaml.Node) -> int:
+        if isinstance(node, yaml.ScalarNode):
+            return 1
+        line = node.start_mark.line + 1
+        if id(node) not in counts:
+            counts[id(node)] = -1
+            pairs = node.value if isinstance(node, yaml.MappingNode) else []
+            keys = Counter(key.value for key, _ in pairs if isinstance(key, yaml.ScalarNode))
+            twice = [key for key, times in keys.items() if times > 1]
+            if twice:
+                raise UserError(f"{complaint}: the section at line {line} has the key {shown(twice[0])!r} twice")
+            below = [x for pair in pairs for x in pair] or node.value
+            counts[id(node)] = 1 + sum(count(x) for x in below)
+        if counts[id(node)] < 0:
+            raise UserError(f"{complaint}: line {line} has an alias of itself within it")
+        return counts[id(node)]
+
+    if count(root) > _MOST_VALUES:
+        raise UserError(f"{complaint}: with its aliases it has more than {_MOST_VALUES} values")
 
 
 def _override(content: dict[str, Any], assignment: str) -> None:
     """Apply one `a.b=value`; the value is YAML. 1e-4 without a dot, which YAML takes for text, is a number here."""
     key, equals, text = assignment.partition("=")
     if not equals or not key:
-        raise UserError(f"override {assignment!r} is not of the form key=value")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as e:
-        raise UserError(f"override {assignment!r}: the value is not valid YAML") from e
+        raise UserError(f"override {shown(assignment)!r} is not of the form key=value")
+    if key.count(".") > _DEEPEST:
+        raise UserError(f"override {shown(assignment)!r}: no key has so many dots")
+    _check_text(key, "override")
+    value = _checked(_parsed(text, f"override {shown(assignment)!r}: the value is not valid YAML"), shown(key))
     *parents, last = key.split(".")
     level = content
     for parent in parents:
         level = level.setdefault(parent, {})
         if not isinstance(level, dict):
-            raise UserError(f"override {assignment!r}: {parent!r} is not a section")
+            raise UserError(f"override {shown(assignment)!r}: {shown(parent)!r} is not a section")
     level[last] = value
 
 
-def _numbers(value: Any) -> Any:
-    """YAML 1.1 reads 1e-4 as text; everyone means the number."""
+def _checked(value: Any, where: str = "") -> Any:
+    """A copy of values, in which 1e-4, text by YAML 1.1, is a number. Raises UserError for what nothing can hold.
+
+    Args:
+        where: the key of the value, for the message.
+    """
     if isinstance(value, dict):
-        return {k: _numbers(v) for k, v in value.items()}
+        for key in value:
+            if not isinstance(key, str):
+                raise UserError(f"config keys must be text, got {_repr(key)} in {where or 'the file'}")
+            _check_text(key, where or "a key")
+        return {k: _checked(v, f"{where}.{shown(k)}".strip(".")) for k, v in value.items()}
     if isinstance(value, list):
-        return [_numbers(v) for v in value]
-    if isinstance(value, str) and value[:1] in "+-.0123456789" and "e" in value.lower():
-        try:
-            return float(value)
-        except ValueError:
-            return value
+        return [_checked(v, where) for v in value]
+    if isinstance(value, float) and math.isnan(value):
+        raise UserError(f"config: {where}: must be a number, got nan")
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise UserError(f"config: {where}: must be a number of at most 18 digits, got {_repr(value)}")
+    if isinstance(value, str):
+        _check_text(value, where)
+        if value[:1] in "+-.0123456789" and "e" in value.lower():
+            try:
+                return float(value)
+            except ValueError:
+                return value
     return value
+
+
+def _check_text(text: str, where: str) -> None:
+    """Refuse what no path and no file can hold."""
+    if "\0" in text or any("\ud800" <= c <= "\udfff" for c in text):
+        raise UserError(f"config: {where}: holds a NUL or half of a surrogate pair, got {_repr(text)}")
+
+
+def _repr(value: Any) -> str:
+    """A value for a message."""
+    try:
+        return shown(repr(value), 200)
+    except ValueError:  # Python writes no number of more than 4,300 digits
+        return f"a {type(value).__name__} of thousands of digits"
 
 
 def load_run_config(path: str | Path | None, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
@@ -189,14 +284,14 @@ def load_run_config(path: str | Path | None, overrides: list[str] | tuple[str, .
         UserError: one line that names the key, the value and what it should be; for an unknown key, the nearest one.
     """
     given = _read_yaml(path) if path is not None else {}
-    content = {key: value for key, value in given.items() if value is not None}  # `curate:` with nothing below it
+    # `curate:` with nothing below it is no value.
+    content = {key: value for key, value in _checked(given).items() if value is not None or key in _NULLABLE}
     for assignment in overrides:
         _override(content, assignment)
-    content = _numbers(content)
     preset = content.get("preset")
-    if preset is not None:
+    if isinstance(preset, str):
         if preset not in TRAINING_PRESETS:
-            raise UserError(unknown_name("preset", preset, TRAINING_PRESETS))
+            raise UserError(unknown_name("preset", shown(preset), TRAINING_PRESETS))
         if isinstance(content.get("distill", {}), dict):
             content["distill"] = with_preset(preset, content.get("distill", {}))
         for section, presets in (("curate", CURATION_PRESETS), ("reflect", REFLECTION_PRESETS)):
@@ -206,19 +301,18 @@ def load_run_config(path: str | Path | None, overrides: list[str] | tuple[str, .
         return RunConfig(**content)
     except ValidationError as e:
         raise UserError(_one_line(e)) from e
-    except TypeError as e:
-        raise UserError(f"config keys must be text: {e}") from e
 
 
 def _one_line(error: ValidationError) -> str:
     first = error.errors()[0]
-    where = ".".join(str(x) for x in first["loc"] if not (isinstance(x, str) and x in {"int", "str", "list[int]"}))
+    kinds = {"int", "float", "str", "list[int]"}  # of a union, which pydantic lists as if they were keys
+    where = ".".join(str(x) for x in first["loc"] if not (isinstance(x, str) and x in kinds))
     if first["type"] == "extra_forbidden":
         section: Any = RunConfig
         for part in first["loc"][:-1]:
             section = section.model_fields[part].annotation
-        name, known = str(first["loc"][-1]), section.model_fields
+        name, known = shown(str(first["loc"][-1])), section.model_fields
         prefix = ".".join(str(x) for x in first["loc"][:-1])
         return "config: " + unknown_name(f"key in {prefix}" if prefix else "key", name, known)
     message = first["msg"].removeprefix("Value error, ")
-    return f"config: {where}: {message[:1].lower()}{message[1:]}, got {first['input']!r}"
+    return f"config: {shown(where)}: {message[:1].lower()}{message[1:]}, got {_repr(first['input'])}"

@@ -26,6 +26,7 @@ from srd_fast.data import (
     pad_id,
     prepare_dataset,
     read_rows,
+    read_source,
 )
 from srd_fast.errors import UserError
 from srd_fast.quickstart_data import make_quickstart_rows
@@ -104,7 +105,11 @@ DAMAGED = {
     "empty": ("x.jsonl", b"", r"x\.jsonl' is empty"),
     "only blanks": ("x.jsonl", b"\n \n", r"x\.jsonl' is empty"),
     "empty array": ("x.json", b"[]", r"x\.json' is empty"),
-    "Latin-1": ("x.jsonl", b'{"a": "\xe9"}\n', r"x\.jsonl' is not UTF-8: byte 7 is 0xe9"),
+    "Latin-1": ("x.jsonl", b'{"a": "\xe9"}\n', r"x\.jsonl', line 1: not UTF-8: byte 7 is 0xe9"),
+    "UTF-16": ("x.jsonl", '{"a": "é"}\n'.encode("utf-16"), r"x\.jsonl' is UTF-16 or UTF-32; write it as UTF-8"),
+    "nested too deeply": ("x.jsonl", b'{"a": 1}\n' + b'{"a":' * 9999, r"line 2: not usable JSON: nested too deeply"),
+    "array nested too deeply": ("x.json", b"[" * 9999, r"x\.json' is not usable JSON: nested too deeply"),
+    "list in the first line": ("x.jsonl", b'[1]\n{"a": 1}\n', r"line 1: expected an object, got list"),
     "no parquet": ("x.parquet", b"PAR1 and then nothing", r"x\.parquet' is not readable parquet"),
     "no gzip": ("x.jsonl.gz", b"no gzip at all", r"x\.jsonl\.gz' cannot be read"),
     "gzip cut off": ("x.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 99)[:-9], r"x\.jsonl\.gz' cannot be read"),
@@ -261,6 +266,7 @@ BAD_ROWS = [
     ({"instruction": "lone \ud800", "output": "x"}, ""),
     ({"instruction": "a", "output": "lone \udfff"}, ""),
     ({"prompt": {"text": "a"}, "completion": "x"}, "prompt must be text, got dict"),
+    ({"prompt": "", "completion": "x"}, "the prompt is empty"),
     ({"prompt": "a", "completion": True}, "completion must be text or a list of texts, got bool"),
     ({"messages": "Hi"}, "messages must be a list of"),
     ({"messages": [turn("user"), {"role": "assistant"}]}, "messages must be a list of"),
@@ -313,6 +319,83 @@ def test_bad_rows_are_listed_with_number_and_reason(
 def test_no_usable_row_is_an_error_with_the_first_reason(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(UserError, match=r"none of 2 rows is usable; first: row 1 .*output must be text"):
         prepare([{"instruction": "a", "output": 1}] * 2, tiny_tokenizer)
+
+
+def mixed(count: int) -> list[Row]:
+    return [
+        *({"prompt": "Say hi.", "completion": str(i)} for i in range(count)),
+        ROWS[0],
+        {"prompt": "a"},
+        {"text": "b"},
+    ]
+
+
+def test_the_format_is_that_of_most_rows(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    for rows in (mixed(3), mixed(3)[::-1], Dataset.from_list(mixed(3))):
+        prepared = prepare(rows, tiny_tokenizer)
+        assert sorted(r[0] for r in prepared.dataset["references"]) == ["0", "1", "2"]
+        assert len(prepared.rejected) == 3
+    (_, first), (_, second), (_, third) = prepare(mixed(3), tiny_tokenizer).rejected
+    other = "the columns of this row are ['input', 'instruction', 'output']"
+    assert first == f"no value in prompt, completion; {other}"
+    assert second == "no value in completion"
+    assert third == "no value in prompt, completion; the columns of this row are ['text']"
+
+
+def test_lines_of_the_file_are_the_places(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    lines = [b"", b"{", json.dumps(ROWS[0]).encode(), b" ", b"[1]", b'{"instruction": "\xff"}', b'{"output": "x"}']
+    rows = read_source(_written(tmp_path / "x.jsonl", b"\n".join(lines)))
+    prepared = prepare(rows, tiny_tokenizer)
+    assert len(prepared.dataset) == 1
+    assert [(where.split(" (")[0], why.split(" (")[0]) for where, why in prepared.rejected] == [
+        ("line 2", "not valid JSON"),
+        ("line 5", "expected an object, got list"),
+        ("line 6", "not UTF-8: byte 17 is 0xff"),
+        ("line 7", "no value in instruction"),
+    ]
+    assert [row.where for row in read_source(_parquet(tmp_path / "x.parquet"))] == ["row 1", "row 2", "row 3"]
+
+
+def test_lines_may_end_in_carriage_returns(tmp_path: Path) -> None:
+    text = json_lines(ROWS).replace("\n", "\r")
+    assert read_rows(_written(tmp_path / "x.jsonl", text.encode())) == ROWS
+
+
+@pytest.mark.parametrize(
+    ("most", "stops"), [(0, True), (1, True), (2, False), (0.1, True), (0.2, False), (None, False)]
+)
+def test_more_bad_rows_than_allowed_are_an_error(
+    most: int | float | None, stops: bool, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    rows = [{"instruction": 5, "output": "x"}, *(ROWS * 3)[:8], {"instruction": "a"}]
+    tokenisation = Tokenisation(tiny_tokenizer)
+    if not stops:
+        assert len(prepare_dataset(rows, tokenisation, "data", most).rejected) == 2
+        return
+    with pytest.raises(UserError) as error:
+        prepare_dataset(rows, tokenisation, "data", most)
+    message = str(error.value)
+    assert f"data: 2 of 10 rows rejected, more than max_bad_rows={most}; mend them, or raise" in message
+    assert "row 1 (" in message
+    assert "): instruction must be text, got int; row 10 (" in message
+
+
+@pytest.mark.parametrize("given", [[1], {"a": 1}, "\ud800"])
+def test_ids_that_cannot_be_written_reject_their_row(given: Any, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    prepared = prepare([{**ROWS[0], "sample_id": "a"}, {**ROWS[1], "sample_id": given}], tiny_tokenizer)
+    assert prepared.dataset["sample_id"][:] == ["a"]
+    assert "sample_id" in prepared.rejected[0][1]
+
+
+def test_a_chat_template_that_refuses_a_row_rejects_it(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    core = Tokenizer.from_str(tiny_tokenizer.backend_tokenizer.to_str())
+    strict = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|endoftext|>")
+    refuse = "{% if messages[0].role != 'user' %}{{ raise_exception('Roles must alternate') }}{% endif %}"
+    strict.chat_template = refuse + str(tiny_tokenizer.chat_template)
+    good = [turn("user"), turn("assistant")]
+    prepared = prepare([{"messages": good}, {"messages": [turn("system"), *good]}], strict)
+    assert len(prepared.dataset) == 1
+    assert prepared.rejected[0][1] == "the chat template fails: Roles must alternate"
 
 
 # Ids

@@ -103,6 +103,13 @@ def test_what_the_run_sets_is_not_for_distill(key: str, config: Any) -> None:
         ("init_student.warmup_steps=-1", "init_student.warmup_steps"),
         ("init_student.warmup_learning_rate=0", "init_student.warmup_learning_rate"),
         ("max_rows=0", "max_rows"),
+        ("max_bad_rows=-1", "max_bad_rows"),
+        ("max_bad_rows=0.0", "max_bad_rows"),
+        ("max_bad_rows=1.0", "max_bad_rows"),
+        ("max_bad_rows=true", "max_bad_rows"),
+        ("max_bad_rows=few", "max_bad_rows"),
+        ("curate.stages=99999999999", "curate.stages"),
+        ("distill.learning_rate=.nan", "distill.learning_rate"),
         ("max_prompt_length=0", "max_prompt_length"),
         ("validation=-5", "validation"),
         ("validation=[1]", "validation"),
@@ -248,6 +255,40 @@ def test_an_empty_section_is_its_defaults(config: Any) -> None:
     text = "curate:\n  # keep: 0.5\ndistill:\n"
     assert config(text) == RunConfig()
     assert config(text, "curate.keep=0.5", "preset=paper").curate.keep == 0.5
+
+
+@pytest.mark.parametrize(("text", "value"), [("0", 0), ("7", 7), ("0.25", 0.25), ("1e-3", 0.001), ("null", None)])
+def test_bad_rows_are_a_count_a_share_or_without_limit(text: str, value: Any, config: Any) -> None:
+    for found in (config(f"max_bad_rows: {text}"), config("", f"max_bad_rows={text}")):
+        assert found.max_bad_rows == value
+        assert type(found.max_bad_rows) is type(value)
+        assert config(yaml.safe_dump(found.model_dump())) == found
+    assert config("").max_bad_rows == 0.1
+
+
+def test_an_alias_is_a_copy(config: Any) -> None:
+    text = "reflect: &same {batch_size: 4, max_new_tokens: 9}\nevaluate: *same\n"
+    found = config(text, "reflect.batch_size=5")
+    assert (found.reflect.batch_size, found.evaluate.batch_size) == (5, 4)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("seed: 1\nseed: 2", "the section at line 1 has the key 'seed' twice"),
+        ("seed: 1\ncurate:\n  keep: 0.5\n  keep: 0.6", "the section at line 3 has the key 'keep' twice"),
+        ("output_dir: 2024-13-45", "is not valid YAML: month must be in 1..12"),
+        ("distill: &a {x: *a}", "line 1 has an alias of itself within it"),
+        ("seed: 0x" + "f" * 5000, "seed: must be a number of at most 18 digits, got a int of thousands of digits"),
+        ('teacher: "a\\0"', "teacher: holds a NUL or half of a surrogate pair"),
+        ("preset: [paper]", "config: preset: input should be a valid string"),
+        ("a" * 100_001, "is larger than 100000 bytes"),
+        ("a: " + "[" * 2000, "nested too deeply"),
+    ],
+    ids=lambda text: text[:30],
+)
+def test_odd_yaml_is_named(text: str, complaint: str, config: Any) -> None:
+    assert complaint in refused(config, text)
 
 
 @pytest.mark.parametrize(("text", "kind"), [("- a\n- b\n", "list"), ("just words", "str"), ("5", "int")])

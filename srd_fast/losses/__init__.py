@@ -1,6 +1,6 @@
 """Divergences in plain PyTorch, and the distillation loss from hidden states: packing, chunking, autograd."""
 
-from .buffers import free_workspace
+from .buffers import free_workspace, is_out_of_memory
 from .compact import CompactTeacher, Projected, Sampled, TopK, compact_distillation_loss
 from .distillation import (
     DistillationLoss,
@@ -30,6 +30,7 @@ __all__ = [
     "divergence_names",
     "free_workspace",
     "get_divergence",
+    "is_out_of_memory",
     "products_dtype",
     "register_divergence",
     "token_cross_entropy",

@@ -42,9 +42,29 @@ class Workspace(threading.local):
 workspace = Workspace()
 
 
+# What the budget was cut to on a kind of device whose memory ran out.
+_most: dict[str, int] = {}
+
+
 def free_workspace() -> None:
-    """Free the buffers that this thread's losses on the CPU keep between calls, `memory_budget` bytes at most."""
+    """Free the buffers that this thread's losses on the CPU keep between calls, `memory_budget` bytes at most.
+
+    Budgets that were halved for want of memory are whole again.
+    """
     workspace.buffers.clear()
+    _most.clear()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out; PyTorch's allocator on the CPU has no exception of its own."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+def halve_budget(device: torch.device, budget: int | None) -> int:
+    """From now on at most half of this budget on such devices."""
+    _most[device.type] = budget_of(device, budget) // 2
+    workspace.buffers.clear()
+    return _most[device.type]
 
 
 def class_slices(num_classes: int) -> list[slice]:
@@ -53,8 +73,9 @@ def class_slices(num_classes: int) -> list[slice]:
 
 
 def budget_of(device: torch.device, budget: int | None) -> int:
-    """Bytes of a chunk's buffers; for None, 1 GiB on CUDA and 512 MiB elsewhere."""
-    return budget or _DEFAULT_BUDGET.get(device.type, _DEFAULT_BUDGET_ELSEWHERE)
+    """Bytes of a chunk's buffers; for None, 1 GiB on CUDA and 512 MiB elsewhere. Less where memory ran out before."""
+    wanted = budget or _DEFAULT_BUDGET.get(device.type, _DEFAULT_BUDGET_ELSEWHERE)
+    return min(wanted, _most.get(device.type, wanted))
 
 
 def chunk_rows(num_rows: int, logits_bytes: int, temporary_bytes: int, device: torch.device, budget: int | None) -> int:

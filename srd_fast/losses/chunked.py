@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..kernels import EAGER_BUFFERS, RowCoefficients, RowDivergence, RowValues, SparseDivergence, compact_rows
 from .backends import compact_backend, row_backend
-from .buffers import GradientSum, budget_of, chunk_rows, scale_in_place, workspace
+from .buffers import GradientSum, budget_of, chunk_rows, halve_budget, is_out_of_memory, scale_in_place, workspace
 from .head import Head
 
 logger = logging.getLogger(__name__)
@@ -215,30 +215,24 @@ def run_chunks(
     return values, _Gradients(d_hidden_ND, *(None if x is None else x.total for x in sums))
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    # The CPU's allocator has no exception of its own.
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
 def _run_or_halve(
     hidden_ND: Tensor, head: Head, rows: PackedRows, weights_N: Tensor | None, needs: tuple[bool, bool, bool]
 ) -> tuple[RowValues, _Gradients]:
-    """`run_chunks`; where memory runs out, once more in half of the budget."""
+    """`run_chunks`; where memory runs out, once more in half of the budget, as all that follows."""
     try:
         return run_chunks(hidden_ND, head, rows, weights_N, needs)
     except RuntimeError as e:
-        if not _is_out_of_memory(e):
+        if not is_out_of_memory(e):
             raise
     # Outside of the handler, where nothing refers to the failed call's tensors.
-    budget = budget_of(hidden_ND.device, rows.memory_budget) // 2
+    budget = halve_budget(hidden_ND.device, rows.memory_budget)
     logger.warning(
         "out of memory in the loss: its chunk goes on with memory_budget=%d; set that to be rid of this", budget
     )
-    workspace.buffers.clear()
     if hidden_ND.is_cuda:
         torch.cuda.empty_cache()
     # Given logits may hold gradients by now.
-    return run_chunks(hidden_ND, head, replace(rows, memory_budget=budget, student_NV=None), weights_N, needs)
+    return run_chunks(hidden_ND, head, replace(rows, student_NV=None), weights_N, needs)
 
 
 def _write_hidden(target_CD: Tensor, g_CV: Tensor, head: Head, minus_CD: Tensor | None = None) -> None:

@@ -5,7 +5,6 @@
 with D over softmaxes at `temperature` and scale = temperature^2 (Hinton et al., arXiv 1503.02531) or 1.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +23,8 @@ from .head import Head
 _REDUCTIONS = ("mean", "sum", "none")
 # Vocabularies are padded to a multiple that suits the hardware: 943 unused classes (Phi-2) is the most in the wild.
 _MOST_PADDING = 1024
+# Of temperatures, softcaps and scales: beyond, their squares and products leave float32.
+_RANGE = (1e-6, 1e6)
 
 
 @dataclass
@@ -48,6 +49,19 @@ def require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
+def check_tensor(name: str, value: Any, optional: bool = False) -> None:
+    """Refuse what is no dense tensor of real numbers."""
+    if optional and value is None:
+        return
+    dense = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_complex()
+    kind = f"{value.layout} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+    require(dense, f"{name} must be a dense tensor of real numbers{', or None' if optional else ''}, got {kind}")
+
+
+def _in_range(value: Any, low: float, high: float) -> bool:
+    return isinstance(value, (int, float)) and low <= value <= high
+
+
 def check_options(options: dict[str, Any]) -> None:
     """Refuse bad values of the options of `distillation_loss`, divergence and token_weights left out."""
     for name in ("temperature", "student_softcap", "teacher_softcap", "student_scale", "teacher_scale"):
@@ -55,24 +69,37 @@ def check_options(options: dict[str, Any]) -> None:
         if value is None and name.endswith("softcap"):
             continue
         require(
-            isinstance(value, (int, float)) and math.isfinite(value) and value > 0,
-            f"{name} must be a finite number above 0, got {value!r}",
+            _in_range(value, *_RANGE),
+            f"{name} must be a finite number above 0, from {_RANGE[0]:g} to {_RANGE[1]:g}, got {value!r}",
         )
     for name in ("skew", "beta", "sft_weight"):
         value = options[name]
         require(
-            isinstance(value, (int, float)) and 0 <= value <= 1,
+            _in_range(value, 0, 1),
             f"{name} must be a number from 0 to 1, got {value!r}",
         )
+    scaling = options["temperature_scaling"]
+    require(isinstance(scaling, bool), f"temperature_scaling must be True or False, got {scaling!r}")
     check_backend(options["backend"])
     if options["reduction"] not in _REDUCTIONS:
         raise UserError(unknown_name("reduction", options["reduction"], _REDUCTIONS))
     num_items = options["num_items"]
     if num_items is not None and not isinstance(num_items, Tensor):
         require(
-            isinstance(num_items, (int, float)) and math.isfinite(num_items) and num_items > 0,
+            _in_range(num_items, 0, 2**53) and num_items > 0,
             f"num_items must be a number above 0, a scalar tensor, or None to count the labels, got {num_items!r}",
         )
+    if isinstance(num_items, Tensor):
+        real = num_items.layout == torch.strided and not num_items.is_complex() and num_items.dtype != torch.bool
+        require(
+            num_items.numel() == 1 and num_items.dim() == 0 and real,
+            f"num_items must be a scalar tensor of a number, got {tuple(num_items.shape)} {num_items.dtype}",
+        )
+    ignored = options["ignore_index"]
+    require(
+        isinstance(ignored, int) and -(2**31) <= ignored < 2**31,
+        f"ignore_index must be a whole number of 32 bits, got {ignored!r}",
+    )
     budget = options["memory_budget"]
     require(
         budget is None or (isinstance(budget, int) and budget > 0),
@@ -87,6 +114,12 @@ def check_options(options: dict[str, Any]) -> None:
 def check_side(side: str, hidden: Tensor, head: Head, labels: Tensor) -> None:
     """Refuse hidden states, or logits, that fit neither the labels nor their head."""
     what = f"{side}_hidden" if head.weight is not None else f"{side}_logits"
+    check_tensor(what, hidden)
+    check_tensor(f"{side}_weight", head.weight, optional=True)
+    check_tensor(f"{side}_bias", head.bias, optional=True)
+    for name, given in ((f"{side}_weight", head.weight), (f"{side}_bias", head.bias)):
+        on = labels.device if given is None else given.device
+        require(on == labels.device, f"{name} is on {on} and labels on {labels.device}")
     require(hidden.is_floating_point(), f"{what} must be floating point, got {hidden.dtype}")
     require(
         hidden.shape[:-1] == labels.shape,
@@ -149,6 +182,9 @@ class StudentRows:
 
     def __init__(self, student: Tensor, head: Head, labels: Tensor, o: dict[str, Any]) -> None:
         check_options(o)
+        check_tensor("labels", labels)
+        check_tensor("token_weights", o["token_weights"], optional=True)
+        check_tensor("student_logits", o["student_logits"], optional=True)
         require(
             labels.dtype in (torch.int64, torch.int32),
             f"labels must be integers (int64 or int32), got {labels.dtype}",
@@ -156,6 +192,10 @@ class StudentRows:
         check_side("student", student, head, labels)
         token_weights = o["token_weights"]
         if token_weights is not None:
+            require(
+                token_weights.device == labels.device,
+                f"token_weights is on {token_weights.device} and labels on {labels.device}",
+            )
             shapes = f"token_weights has shape {tuple(token_weights.shape)}, labels {tuple(labels.shape)}"
             require(token_weights.shape == labels.shape, f"{shapes}: they must be equal")
 
@@ -184,9 +224,9 @@ class StudentRows:
         dtype = self.options["logits_dtype"] or products_dtype(student, self.head)
         wanted = (*self.labels.shape, self.head.num_classes(student))
         require(
-            tuple(logits.shape) == wanted and logits.dtype == dtype,
+            tuple(logits.shape) == wanted and logits.dtype == dtype and logits.device == self.labels.device,
             f"student_logits must be {wanted} in {dtype}, as the head would give them, got {tuple(logits.shape)} in "
-            f"{logits.dtype}",
+            f"{logits.dtype} on {logits.device}",
         )
         flat_NV = logits.detach().flatten(0, -2)
         return flat_NV if len(self.kept) == len(flat_NV) else flat_NV[self.kept]

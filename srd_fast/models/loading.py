@@ -49,8 +49,12 @@ def resolve_model(source: str) -> str:
     if source.lower() == BUNDLED and not Path(source).is_dir():
         return str(_bundled_model())
     looks_local = source.startswith((".", "/", "~")) or source.count("/") > 1
-    path = Path(source).expanduser()
-    if path.is_dir():
+    try:
+        path = Path(source).expanduser()
+        is_folder = path.is_dir()
+    except (OSError, ValueError, RuntimeError) as e:  # too long, a NUL, ~nobody
+        raise UserError(f"model {source[:200]!r} is no name of a folder or hub id: {first_line(e)}") from e
+    if is_folder:
         if not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
             raise UserError(f"model folder {source!r} has no config.json: it must be one that save_pretrained wrote")
         return str(path)

@@ -1,11 +1,11 @@
 """The first step: rows of any source to tokenised samples, some of them held out."""
 
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 from datasets import Dataset
 
-from ..data import Tokenisation, content_id, prepare_dataset, read_rows
+from ..data import Tokenisation, content_id, prepare_dataset, read_source, source_path
 from ..errors import UserError
 from ..files import content_digest, write_text
 from ..models import fingerprint
@@ -16,21 +16,27 @@ QUICKSTART_ROWS = 256
 
 
 def prepare_inputs(config: Any) -> Any:
-    """What the prepared data depends on: the rows' source, the tokenizer's model, template and limits."""
+    """What the prepared data depends on: the rows' source, the tokenizer's model, template and limits.
+
+    Not max_bad_rows: it decides only whether the step fails, never what it writes.
+    """
     sources = [s for s in (config.data, config.validation) if isinstance(s, str)]
-    stamps = [[s, _file_stamp(Path(s).expanduser())] for s in sources]
+    stamps = [[s, _file_stamp(s)] for s in sources]
     limits = [config.template, config.max_prompt_length, config.max_response_length, config.max_rows, config.seed]
     return [stamps, config.validation, config.data_split, limits, fingerprint(config.teacher)]
 
 
-def _file_stamp(path: Path) -> str | None:
-    return content_digest(path) if path.is_file() else None
+def _file_stamp(source: str) -> str | None:
+    path = source_path(source)
+    return content_digest(path) if path is not None and path.is_file() else None
 
 
 def prepare(run: Run) -> None:
     """Read and tokenise the data; hold out validation rows if no file of them is given."""
     c = run.config
     tokenisation = Tokenisation(run.tokenizer, c.template, c.max_prompt_length, c.max_response_length)
+    train_rows: Sequence[Any]
+    validation_rows: Sequence[Any]
     if c.data == QUICKSTART:
         held_out = c.validation if isinstance(c.validation, int) else 0
         try:
@@ -38,12 +44,12 @@ def prepare(run: Run) -> None:
         except ValueError as e:
             raise UserError(f"config: max_rows and validation together: {e}") from e
     else:
-        train_rows, validation_rows = read_rows(c.data, c.data_split)[: c.max_rows], []
+        train_rows, validation_rows = read_source(c.data, c.data_split)[: c.max_rows], []
     if isinstance(c.validation, str):
-        validation_rows = read_rows(c.validation, "validation")
-    train = prepare_dataset(train_rows, tokenisation, "data")
+        validation_rows = read_source(c.validation, "validation")
+    train = prepare_dataset(train_rows, tokenisation, "data", c.max_bad_rows)
     if validation_rows:
-        validation = prepare_dataset(validation_rows, tokenisation, "validation")
+        validation = prepare_dataset(validation_rows, tokenisation, "validation", c.max_bad_rows)
         rejected = train.rejected + validation.rejected
         train_set, validation_set = train.dataset, validation.dataset
     else:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from ..curriculum import per_stage
-from ..data import Tokenisation
+from ..data import Tokenisation, source_path
 from ..errors import UserError, first_line
 from ..models import check_tokenizers, load_tokenizer
 from ..reflection import get_difficulties
@@ -55,5 +55,6 @@ def _check_device(name: str) -> None:
 
 
 def _must_exist(key: str, source: str) -> None:
-    if source.endswith((".jsonl", ".json", ".parquet", ".gz")) and not Path(source).expanduser().is_file():
+    path = source_path(source)
+    if source.endswith((".jsonl", ".json", ".parquet", ".gz")) and (path is None or not path.is_file()):
         raise UserError(f"{key}: file {source!r} does not exist")

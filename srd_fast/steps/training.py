@@ -55,8 +55,8 @@ def training_config(config: Any, folder: Path, device: torch.device, dtype: torc
             max_prompt_length=config.max_prompt_length,
             max_response_length=config.max_response_length,
         )
-    except (ValueError, TypeError) as e:
-        raise UserError(f"config: distill: {' '.join(str(e).split())}") from e
+    except Exception as e:  # transformers' own checks raise many kinds
+        raise UserError(f"config: distill: {' '.join(str(e).split())[:500]}") from e
 
 
 def lora_config(config: Any) -> Any:
