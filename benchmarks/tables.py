@@ -183,17 +183,19 @@ def quality(rows: list[Row]) -> str:
         sd = f.get(f"{metric}_sd")
         return f"{f[metric] * factor:.{digits}f}" + ("" if sd is None else f" ± {sd * factor:.{digits}f}")
 
+    def cost(f: dict[str, float], metric: str, factor: float = 1.0, digits: int = 0) -> str:
+        return f"{f[metric] * factor:.{digits}f}" if metric in f else ""
+
     body = []
-    for figures in groups(rows, "quality").values():
-        start = {"kl": "start_kl", "rouge_l": "start_rouge_l"}
+    for (case, *_), figures in groups(rows, "quality").items():
         first = next(iter(figures.values()))
-        begin = ["starting student", f"{first[start['kl']]:.3f}", "", f"{100 * first[start['rouge_l']]:.1f}"]
+        begin = [case, "starting student", f"{first['start_kl']:.3f}", "", f"{100 * first['start_rouge_l']:.1f}"]
         body.append([*begin, *[""] * 4])
         for name, f in figures.items():
             scores = [spread(f, "kl", 3), spread(f, "cross_entropy", 3), spread(f, "rouge_l", 1, 100)]
-            costs = [f"{f['training_seconds']:.0f}", f"{f['cache_seconds']:.0f}", f"{f['peak_memory_mb']:.0f}"]
-            body.append([name, *scores, *costs, f"{f['cache_bytes'] / 1e6:.1f}"])
-    head = ["", "KL, nats", "cross-entropy, nats", "ROUGE-L", "steps, s", "cache, s", "peak MB", "cache MB"]
+            costs = [cost(f, metric) for metric in ("training_seconds", "cache_seconds", "peak_memory_mb")]
+            body.append(["", name, *scores, *costs, cost(f, "cache_bytes", 1e-6, 1)])
+    head = ["", "", "KL, nats", "cross-entropy, nats", "ROUGE-L", "steps, s", "cache, s", "peak MB", "cache MB"]
     return table(head, body)
 
 

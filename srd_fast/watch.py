@@ -1,7 +1,8 @@
-"""Training that goes wrong, seen as soon as it does."""
+"""Reflection and training that go wrong, seen as soon as they do."""
 
 import logging
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 
 from .errors import UserError
@@ -11,6 +12,21 @@ logger = logging.getLogger(__name__)
 # Logged values of a stage from which its trend is judged.
 _LEAST_VALUES = 8
 _SHOWN_IDS = 16
+# Share of answers that are the same, from which they rank nothing; of fewer than so many it says little.
+_ALIKE, _LEAST_ANSWERS = 0.9, 8
+
+
+def warn_of_answers_alike(answers: Sequence[str]) -> None:
+    """A warning where nearly all of a student's answers are empty, or one and the same."""
+    if len(answers) < _LEAST_ANSWERS:
+        return
+    text, count = Counter(answers).most_common(1)[0]
+    if count >= _ALIKE * len(answers):
+        what = "empty" if not text else f"the same: {text[:60]!r}"
+        logger.warning(
+            "%d of %d of the student's answers are %s. They rank nothing; check that the student was warmed up, that "
+            "its template is the one it was trained with, and max_new_tokens", count, len(answers), what,
+        )  # fmt: skip
 
 
 class NotFiniteError(UserError):

@@ -579,7 +579,7 @@ MISTAKES: dict[str, tuple[str, str]] = {
     # name: (override, part of the message); {d} is a folder, {name.ext} one of FILES in it
     "missing column": ("data={d}/no_output.jsonl", "missing ['output'] for instruction/output rows"),
     "empty file": ("data={d}/empty.jsonl", "empty.jsonl' is empty"),
-    "broken json line": ("data={d}/broken.jsonl", "1 of 5 rows rejected, more than max_bad_rows=0.1; mend them, or raise"),
+    "broken json line": ("data={d}/broken.jsonl", "1 of 5 rows rejected, more than max_bad_rows=0.1; mend them"),
     "no usable row": ("data={d}/wrong_type.jsonl", "none of 2 rows is usable; first: line 1"),
     "data file missing": ("data={d}/nowhere.jsonl", "nowhere.jsonl' does not exist"),
     "data file missing, odd name": ("data={d}/nowhere", "nowhere' does not exist"),

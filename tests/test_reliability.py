@@ -35,7 +35,7 @@ from srd_fast.files import disk_trouble, in_use
 from srd_fast.losses import chunked, free_workspace
 from srd_fast.losses.buffers import budget_of
 from srd_fast.stopping import Stopped, stoppable, stopping_later
-from srd_fast.watch import DivergenceTrend, NotFiniteError
+from srd_fast.watch import DivergenceTrend, NotFiniteError, warn_of_answers_alike
 
 pytestmark = pytest.mark.usefixtures("quick_collection", "own_folder")
 
@@ -823,3 +823,20 @@ def test_in_a_real_shortage_of_memory_the_loss_comes_out() -> None:
     differences = [float(x) for x in re.findall(r"difference (\S+)", done.stdout)]
     assert len(differences) == 3
     assert max(differences) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("answers", "said"),
+    [
+        ([""] * 9 + ["a"], "9 of 10 of the student's answers are empty. They rank nothing; check"),
+        (["yes"] * 10, "10 of 10 of the student's answers are the same: 'yes'. They rank nothing"),
+        ([""] * 8 + ["a", "b"], None),
+        ([""] * 7, None),
+        ([str(n) for n in range(20)], None),
+    ],
+)
+def test_answers_that_are_all_alike_are_a_warning(
+    answers: list[str], said: str | None, warned: pytest.LogCaptureFixture
+) -> None:
+    warn_of_answers_alike(answers)
+    assert [said in r.getMessage() for r in warned.records] == ([True] if said else [])

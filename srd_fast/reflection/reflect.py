@@ -15,6 +15,7 @@ from ..data import Tokenisation, first_label, prepare_dataset
 from ..errors import UserError
 from ..models import fingerprint, load_model, model_digest
 from ..suggest import unknown_name
+from ..watch import warn_of_answers_alike
 from .engines import AUTO, GenerationEngine, Sampling, check_engine, engine_settings, open_engine
 from .parts import compute_parts, cut, part_name, read_part, write_part
 from .shards import samples_of_shard
@@ -108,6 +109,7 @@ def reflect(
     if model is None:
         model = load_model(student, dtype, device)  # type: ignore[arg-type]
     generations = [str(tokenizer.decode(g, skip_special_tokens=True)).strip() for g in generated]
+    warn_of_answers_alike(generations)
     reflected = Reflected(
         dataset=samples,
         generations=generations,
