@@ -59,7 +59,7 @@ def _where(key: tuple[str, ...]) -> list[str]:
 
 def loss_time(rows: list[Row]) -> str:
     """Seconds, and how many times the bare products."""
-    found = groups(rows, "loss")
+    found = {k: v for k, v in groups(rows, "loss").items() if any("seconds" in of for of in v.values())}
     names = [n for n in _present(found, "seconds") if n not in ("gemms", "se-kd")]
     body = []
     for key, figures in sorted(found.items(), key=lambda x: _order(x[0])):

@@ -111,6 +111,8 @@ def test_without_it_the_plan_stays(settings: dict[str, Any], finished: Path, tmp
 def test_a_random_plan_cannot_be_ranked_anew(settings: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"reflect_again ranks by reflection, but curate\.method is 'random'"):
         run(settings, tmp_path, curate={"reflect_again": True, "method": "random"})
+    with pytest.raises(UserError, match=r"distill\.save_strategy is 'no'; set it to 'steps'"):
+        run(settings, tmp_path, distill={**settings["distill"], "save_strategy": "no"})
 
 
 def test_too_few_scored_samples_leave_later_subsets_short() -> None:

@@ -530,8 +530,26 @@ def test_the_histogram_counts_every_position_once() -> None:
     assert found["edges"] == pytest.approx(edges.tolist(), abs=1e-6)
     assert [found["candidates"], found["chosen"]] == wanted.tolist()
     assert (sum(found["candidates"]), sum(found["chosen"])) == (49, 15)
-    assert selected.take() == {"selected_share": 15 / 49}
-    assert selected.take() == {"selected_share": 0.0}
+    # Equal widths: of four products for each position, one for the entropy of all and four for those chosen.
+    saved = 1 - (49 + 4 * 15) / (4 * 49)
+    assert selected.take() == {"selected_share": 15 / 49, "saved_head_work": pytest.approx(saved)}
+    assert selected.take() == {"selected_share": 0.0, "saved_head_work": 0.0}
+    assert selected.saved_head_work == pytest.approx(saved)
+
+
+@pytest.mark.parametrize(
+    ("signal", "products"),
+    [
+        ("student_entropy", 1), ("student_cross_entropy", 1), ("student_confidence_gap", 1),
+        ("teacher_entropy", 1), ("forward_kl", 2), ("reverse_kl", 2),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("kept", [False, True])
+def test_saved_work_counts_what_choosing_cost(signal: str, products: int, kept: bool) -> None:
+    selected, signals = SelectedPositions(CLASSES), signals_of("plain", rows=20)[0]
+    signals(signal)
+    selected.add(signals, torch.arange(5), kept=kept)
+    assert selected.saved_head_work == pytest.approx(1 - (20 * products + 5 * (3 if kept else 4)) / 80)
 
 
 def test_values_beyond_the_edges_are_counted_too() -> None:

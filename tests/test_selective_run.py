@@ -48,12 +48,14 @@ def test_the_plan_and_the_cache_hold_the_selected_samples(finished: Path) -> Non
     steps = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     assert len(steps) == 2 + 3 + 5  # two passes over 3, 6 and 9 samples, batch 4
     assert all(0.2 < row["selected_share"] < 0.4 for row in steps)
+    assert all(0 < row["saved_head_work"] < 0.7 for row in steps)
 
 
 def test_the_file_says_what_was_chosen(finished: Path) -> None:
     found = json.loads((finished / "selection.json").read_text())
     histogram = found["histogram"]
     assert (found["policy"], found["ratio"]) == ("topk_student_entropy", 0.25)
+    assert 0 < found["saved_head_work"] < 0.7
     assert 0.2 < sum(histogram["chosen"]) / sum(histogram["candidates"]) < 0.4
     assert all(chosen <= candidates for chosen, candidates in zip(histogram["chosen"], histogram["candidates"]))
     assert found["samples"]

@@ -142,10 +142,14 @@ class SelectedSample:
 
 @dataclass(frozen=True)
 class Selection:
-    """Which positions a policy chose: counts by entropy (``edges`` in nats), and some samples."""
+    """Which positions a policy chose: counts by entropy (``edges`` in nats), and some samples.
+
+    ``saved_head_work``: share of the heads' products.
+    """
 
     policy: str
     ratio: float
+    saved_head_work: float
     edges: list[float]
     candidates: list[float]
     chosen: list[float]
@@ -337,7 +341,8 @@ def _read_selection(path: Path) -> Selection | None:
         tokens = [(str(token), float(entropy), bool(seen)) for token, entropy, seen in zip(*columns)]
         samples.append(SelectedSample(row.text("sample_id"), row.text("prompt"), tokens))
     edges, candidates, chosen = (histogram.items(name) for name in ("edges", "candidates", "chosen"))
-    return Selection(fields.text("policy"), fields.number("ratio"), edges, candidates, chosen, samples)
+    ratio, saved = fields.number("ratio"), fields.number("saved_head_work")
+    return Selection(fields.text("policy"), ratio, saved, edges, candidates, chosen, samples)
 
 
 def _evaluation(fields: Fields) -> Evaluation:

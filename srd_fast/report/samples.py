@@ -55,6 +55,8 @@ def selection_view(run: Run) -> dict[str, Any] | None:
             f" Over the run the loss saw {chosen:,} of {total:,} positions ({chosen / total:.1%}): the rest cost the "
             "student's forward pass, but no teacher's logits and no gradient of the head."
         )
+    if math.isfinite(found.saved_head_work):
+        note += f" {found.saved_head_work:.1%} of the heads' products were saved, those for choosing counted."
     rows = [(name, f"{n:,.0f}", f"{100 * n / most:.1f}", f"{c / n:.0%}" if n else "–") for name, n, c in bins]
     samples = [(s.sample_id, s.prompt[:MAX_CHARACTERS], s.tokens) for s in found.samples]
     return {"note": note, "rows": rows, "samples": samples}

@@ -27,20 +27,31 @@ def batch_generator(device: torch.device, *place: int) -> torch.Generator:
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "little"))
 
 
+def _saved(done: float, whole: float) -> float:
+    return 1 - done / whole if whole else 0.0
+
+
 class SelectedPositions:
     """What was chosen so far: shares for the log, histograms of the student's entropy for the report.
 
-    edges: of the histogram's bins, nats; the last bin ends at ln V.
+    edges: of the histogram's bins, nats; the last bin ends at ln V. work: multiplications of the heads' products for
+    each class, what was done and what all positions would have been: two products with the student's head forward and
+    backward, one for its gradient, one with the teacher's.
     """
 
     def __init__(self, classes: int, bins: int = 24) -> None:
         self.edges = torch.linspace(0, math.log(classes), bins + 1)
         self.candidates, self.chosen = torch.zeros(bins, dtype=torch.long), torch.zeros(bins, dtype=torch.long)
-        self._since = torch.zeros(2, dtype=torch.long)
+        self.work = torch.zeros(2, dtype=torch.double)
+        self._since = torch.zeros(4, dtype=torch.double)
 
-    def add(self, signals: Signals, indices_K: Tensor) -> None:
-        """Count a batch, by the student's entropy where that was computed."""
-        self._since += torch.tensor([len(signals.labels_N), len(indices_K)])
+    def add(self, signals: Signals, indices_K: Tensor, kept: bool = False) -> None:
+        """Count a batch, by the student's entropy where that was computed. kept: the chosen logits were, too."""
+        student, teacher = signals.widths
+        candidates, chosen, each = len(signals.labels_N), len(indices_K), 3 * student + teacher
+        work = torch.tensor([signals.work + chosen * (each - kept * student), candidates * each], dtype=torch.double)
+        self.work += work
+        self._since += torch.tensor([candidates, chosen, *work])
         entropy_N = signals.found("student_entropy")
         if entropy_N is not None:
             bin_N = torch.bucketize(entropy_N.float().cpu(), self.edges[1:-1])
@@ -48,10 +59,15 @@ class SelectedPositions:
             self.chosen += torch.bincount(bin_N[indices_K.cpu()], minlength=len(self.chosen))
 
     def take(self) -> dict[str, float]:
-        """Share of the positions that was chosen since the last call."""
-        candidates, chosen = self._since.tolist()
+        """Since the last call: share of the positions that was chosen, and of the heads' products that was saved."""
+        candidates, chosen, done, whole = self._since.tolist()
         self._since.zero_()
-        return {"selected_share": chosen / max(1, candidates)}
+        return {"selected_share": chosen / max(1, candidates), "saved_head_work": _saved(done, whole)}
+
+    @property
+    def saved_head_work(self) -> float:
+        """Share of the heads' products that was saved over all."""
+        return _saved(*self.work.tolist())
 
     def histogram(self) -> dict[str, list[float]]:
         """edges, and counts of candidates and chosen positions in each bin."""
@@ -103,7 +119,7 @@ class BatchSelection:
         if self.policy is not None:
             signals = Signals(student_ND, head, labels_N, lambda: rows, temperature, self.args.memory_budget)
             chosen, logits_KV = signals.choose(self.policy, rows_of_samples(batch), step, generator)
-            self.selected.add(signals, chosen.indices_K)
+            self.selected.add(signals, chosen.indices_K, kept=logits_KV is not None)
             at = chosen.indices_K
             seen = Seen(student_ND[at], take_rows(rows, at), labels_N[at], chosen.weights_K, logits_KV)
         if not self.args.class_sampling:

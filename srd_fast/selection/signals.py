@@ -30,7 +30,7 @@ class Signals:
 
     student_ND: last hidden states of the candidates. rows: the teacher's, at `temperature`; the divergences are at that
     temperature, as is the teacher's entropy where its rows hold just that; the student's and the gap are at 1.
-    memory_budget: of the loss that follows, in bytes.
+    memory_budget: of the loss that follows, in bytes. work: multiplications and additions for each class so far.
     """
 
     def __init__(
@@ -47,6 +47,7 @@ class Signals:
         self.memory_budget = memory_budget
         # One side's logits where the loss holds two: as many rows at a time in half of it, and room left for the loss.
         self._one_side = budget_of(student_ND.device, memory_budget) // 2
+        self.work = 0
         self._found: dict[str, Tensor] = {}
 
     @torch.no_grad()
@@ -83,6 +84,7 @@ class Signals:
             indices.append(chosen + rows.start)
 
         self._found |= _named(token_values(self.student_ND, self.head, self.labels_N, self._one_side, counts, visit))
+        self.work += self.student_ND.numel()
         if not indices:
             return Chosen(self.labels_N[:0]), None
         return Chosen(torch.cat(indices)), kept[0]
@@ -91,7 +93,16 @@ class Signals:
         """The values of a name if something asked for them before."""
         return self._found.get(name)
 
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Of the student's hidden states and of the teacher's, 0 where its rows have none."""
+        rows = self.rows()
+        return self.student_ND.shape[1], rows.hidden_ND.shape[1] if isinstance(rows, HiddenRows) else 0
+
     def _compute(self, name: str) -> dict[str, Tensor]:
+        of_student, of_teacher = name != "teacher_entropy", name in ("teacher_entropy", "forward_kl", "reverse_kl")
+        student, teacher = self.widths if of_teacher else (self.student_ND.shape[1], 0)
+        self.work += len(self.labels_N) * (of_student * student + of_teacher * teacher)
         if name in _OF_STUDENT:
             return _named(token_values(self.student_ND, self.head, self.labels_N, self._one_side))
         if name == "student_confidence_gap":

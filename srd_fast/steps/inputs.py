@@ -31,6 +31,11 @@ def check_inputs(config: Any) -> None:
         raise UserError(
             f"config: curate.reflect_again ranks by reflection, but curate.method is {config.curate.method!r}"
         )
+    if config.curate.reflect_again and args.save_strategy == "no":
+        raise UserError(
+            "config: curate.reflect_again goes on from a checkpoint at the border of each stage, and "
+            "distill.save_strategy is 'no'; set it to 'steps'"
+        )
     made = get_difficulties(config.reflect.signals)
     extra = set(get_difficulties(config.curate.signals or ())) - set(made)
     if extra:

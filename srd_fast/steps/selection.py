@@ -1,5 +1,6 @@
 """From a starting student to a plan: init-student, reflect, curate."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ def _made_from(run: Run) -> str:
 def reflect_with(run: Run, student: str, parts: Path, shard: str | None = None) -> Dataset:
     """Reflections of the training rows by the student in a folder, as the section `reflect` says."""
     c = run.config.reflect
-    sampled = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "no_repeat_ngram_size")
+    sampled = [f.name for f in dataclasses.fields(Sampling) if f.name != "seed"]
     return reflect(
         student,
         run.data("train"),

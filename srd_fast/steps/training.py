@@ -217,7 +217,9 @@ def selected_positions(trainer: SRDTrainer) -> dict[str, Any]:
             }
         )
     policy = {"policy": trainer.args.position_selection, "ratio": trainer.args.position_ratio}
-    return {**policy, "histogram": trainer.selection.selected.histogram(), "samples": shown}
+    selected = trainer.selection.selected
+    saved = {"saved_head_work": selected.saved_head_work}
+    return {**policy, **saved, "histogram": selected.histogram(), "samples": shown}
 
 
 def _train(run: Run, plan: CurriculumPlan, until: int | None = None) -> SRDTrainer:
