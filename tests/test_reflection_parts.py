@@ -765,7 +765,13 @@ def copy(prepared: Path, tmp_path: Path) -> Path:
 
 
 def test_the_command_leaves_no_parts(quiet: Path) -> None:
-    assert sorted(p.name for p in quiet.iterdir()) == ["config.yaml", "data", "reflections.parquet", "steps.json"]
+    assert sorted(p.name for p in quiet.iterdir()) == [
+        ".lock",
+        "config.yaml",
+        "data",
+        "reflections.parquet",
+        "steps.json",
+    ]
 
 
 def test_the_command_does_shards_and_joins_them(copy: Path, quiet: Path, config_file: Path) -> None:

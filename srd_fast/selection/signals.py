@@ -3,6 +3,7 @@
 Shape letters: N candidates, sample by sample; B samples; K chosen; C rows of a chunk; V classes; D width.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -43,7 +44,7 @@ class Signals:
         memory_budget: int | None = None,
     ) -> None:
         self.student_ND, self.head, self.labels_N = student_ND.detach(), head, labels_N
-        self.rows, self.temperature = rows, temperature
+        self.rows, self.temperature = functools.cache(rows), temperature
         self.memory_budget = memory_budget
         # One side's logits where the loss holds two: as many rows at a time in half of it, and room left for the loss.
         self._one_side = budget_of(student_ND.device, memory_budget) // 2
