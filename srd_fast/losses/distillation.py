@@ -410,6 +410,8 @@ def token_values(
 ) -> RowValues:
     """Cross-entropy and entropy of each row under a model's head, without a [N, V] tensor and without gradient.
 
+    The products run in the head's dtype, or autocast's.
+
     Args:
         hidden_ND: [N, D] last hidden states of the rows to score.
         labels_N: [N] class indices.
