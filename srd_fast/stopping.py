@@ -20,11 +20,13 @@ class Stopped(KeyboardInterrupt):
 class _Requests:
     def __init__(self) -> None:
         self.deferred, self.pending = False, 0
+        self.raised: Stopped | None = None
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         # Asked a second time, whoever waits has lost patience.
         if not self.deferred or self.pending:
-            raise Stopped(number)
+            self.raised = Stopped(number)
+            raise self.raised
         self.pending = number
 
 
@@ -33,11 +35,18 @@ _requests = _Requests()
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """SIGINT and SIGTERM raise `Stopped` in the block, which must run in the main thread."""
+    """SIGINT and SIGTERM raise `Stopped` in the block, which must run in the main thread.
+
+    An extension module in which the signal arrives may make an error of its own of it: `Stopped` is raised all the same.
+    """
     before = {n: signal.signal(n, _requests) for n in (signal.SIGINT, signal.SIGTERM)}
-    _requests.deferred, _requests.pending = False, 0
+    _requests.deferred, _requests.pending, _requests.raised = False, 0, None
     try:
         yield
+    except Exception as error:
+        if _requests.raised:
+            raise _requests.raised from error
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

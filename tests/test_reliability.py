@@ -337,6 +337,18 @@ def test_an_error_after_a_signal_is_the_error() -> None:
         fails()
 
 
+def test_a_library_that_makes_an_error_of_its_own_of_the_signal() -> None:
+    def fails() -> None:
+        with stoppable():
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+            except KeyboardInterrupt:
+                raise ValueError("could not determine the shape") from None
+
+    with pytest.raises(Stopped, match="SIGTERM"):
+        fails()
+
+
 # Disks
 
 
