@@ -37,7 +37,7 @@ _requests = _Requests()
 def stoppable() -> Iterator[None]:
     """SIGINT and SIGTERM raise `Stopped` in the block, which must run in the main thread.
 
-    An extension module in which the signal arrives may make an error of its own of it: `Stopped` is raised all the same.
+    A library in which the signal arrives may make an error of its own of it: `Stopped` is raised all the same.
     """
     before = {n: signal.signal(n, _requests) for n in (signal.SIGINT, signal.SIGTERM)}
     _requests.deferred, _requests.pending, _requests.raised = False, 0, None
