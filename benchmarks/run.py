@@ -33,6 +33,8 @@ FULL = {
     "train": [
         "--data DATA --learning-rate 1e-4",
         "--data DATA --memory",
+        "--data DATA --trl --steps 12",
+        "--data DATA --trl --memory",
         "--data DATA --variant kernel --steps 13",
         "--data DATA --variant packing --steps 13",
         "--data DATA --teacher-ratio 20 --steps 8 --dtype bfloat16",
@@ -51,7 +53,7 @@ QUICK = {
     "curate": ["--rows 200000"],
     "stores": ["--rows 128"],
     "reflect": ["--rows 8 --new-tokens 16 --groups 1 --batch-sizes 8"],
-    "train": ["--rows 96 --steps 3", "--rows 96 --steps 2 --memory"],
+    "train": ["--rows 96 --steps 3", "--rows 96 --steps 2 --memory", "--rows 96 --steps 3 --trl"],
     "quality": [
         "--max-rows 48 --validation 8 --steps 3 --warmup-steps 2 --seeds 0 --methods 'full KD' SE-KD SRD",
     ],

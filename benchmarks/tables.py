@@ -18,6 +18,7 @@ from .rows import RESULTS, Row, read
 README = Path(__file__).parent.parent / "README.md"
 BLOCK = re.compile(r"<!-- table: ([\w-]+) -->\n(.*?)<!-- end -->", re.DOTALL)
 OURS = "srd-fast"
+KL_ALONE = "KL alone"
 NATS = ("cross_entropy", "kl")
 # provider -> metric -> value
 Figures = dict[str, dict[str, float]]
@@ -135,7 +136,7 @@ def train(rows: list[Row]) -> str:
     body = []
     for (case, shape, dtype), figures in groups(rows, "train").items():
         ours, plain = figures.get(OURS, {}), figures.get("plain loop", {})
-        if "step_seconds" not in ours:
+        if "step_seconds" not in ours or KL_ALONE in case:
             continue
         steps = re.search(r"(\d+) steps", shape)[1]  # type: ignore[index]
         step = f"{ours['step_seconds']:.2f} of {plain['step_seconds']:.2f}"
@@ -151,13 +152,30 @@ def train(rows: list[Row]) -> str:
     return table(head, body)
 
 
+def train_rivals(rows: list[Row]) -> str:
+    """A step of plain distillation beside the plain loop and other trainers."""
+    body, every = [], groups(rows, "train")
+    for (case, shape, dtype), figures in every.items():
+        plain = figures.get("plain loop", {})
+        if KL_ALONE not in case or "step_seconds" not in plain:
+            continue
+        memory = every.get((f"{case.split(', learning')[0]}, memory", shape, dtype), {})
+        for name, f in figures.items():
+            if "step_seconds" in f:
+                step = f"{f['step_seconds']:.2f} ({f['step_seconds'] / plain['step_seconds']:.2f}x)"
+                peak = f"{memory[name]['peak_bytes'] / 1e6:,.0f}" if name in memory else ""
+                apart = f"{f['loss_difference']:.1e}" if "loss_difference" in f else ""
+                body.append([name, dtype, step, peak, apart])
+    return table(["", "dtype", "a step, s", "peak resident MB", "losses apart"], body)
+
+
 def train_memory(rows: list[Row]) -> str:
     """Peak resident memory of whole processes."""
     body = []
     for (case, _, dtype), figures in groups(rows, "train").items():
         peaks = {name: f["peak_bytes"] for name, f in figures.items() if "peak_bytes" in f}
         plain = peaks.get("plain loop")
-        if plain:
+        if plain and KL_ALONE not in case:
             body += [[case, dtype, n, f"{v / 1e6:,.0f} ({v / plain:.2f}x)"] for n, v in peaks.items()]
     return table(["", "dtype", "process", "peak resident MB"], body)
 
@@ -279,6 +297,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "reflect": reflect,
     "scores": scores,
     "train": train,
+    "train-rivals": train_rivals,
     "train-memory": train_memory,
     "stores": stores,
     "selection": selection,

@@ -6,6 +6,7 @@
     python -m benchmarks.train --data TRAIN.jsonl --teacher-ratio 20 --steps 10
     python -m benchmarks.train --data TRAIN.jsonl --memory                     # peaks, each in a process of its own
     python -m benchmarks.train --data TRAIN.jsonl --twin                       # the loop beside itself: rounding
+    python -m benchmarks.train --data TRAIN.jsonl --trl --steps 13             # and TRL's trainers; also with --memory
 
 The loop: batches padded to their longest sample, teacher and student on all positions, both logits in full, the
 divergence in float32 on the rows with loss (as in the published code of SRD and DistiLLM), AdamW. SRD-Fast runs through
@@ -18,7 +19,8 @@ subsets of the kept 75 %, plain distillation 20 N; the cache is built once, and 
 on 64 samples).
 
 How far apart rounding alone drives two runs says --twin: a second plain loop with the samples of each batch in reverse
-order, which changes nothing but the order of sums over them.
+order, which changes nothing but the order of sums over them. With --trl the loss is what TRL's trainers have too, the
+forward KL at temperature 1 without cross-entropy, and they take their turns after the loop; `loops.py` says how.
 
 Variants, each with what is before it: `kernel`, the chunked loss on rows with loss; `packing`, batches without padding;
 `cache`, teacher rows from disk; `lora`, as `cache` with adapters and a frozen head on both sides.
@@ -26,6 +28,7 @@ Variants, each with what is before it: `kernel`, the chunked loss on rows with l
 
 import argparse
 import copy
+import importlib.util
 import json
 import os
 import resource
@@ -40,96 +43,56 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from srd_fast import SRDConfig, SRDTrainer
 from srd_fast.curation import CurriculumPlan
-from srd_fast.data import DistillationCollator, Tokenisation, pad_id, prepare_dataset, read_rows
+from srd_fast.data import Tokenisation, prepare_dataset, read_rows
 from srd_fast.models import load_model, load_tokenizer, prune_depth
 from srd_fast.quickstart_data import make_quickstart_splits
 from srd_fast.teacher import TeacherCache, build_teacher_cache
 
+from .loops import LOOPS, PLAIN, REVERSED, PlainLoop
 from .rows import RESULTS, make_rows, set_threads, spread, write
 
 MODEL = "smollm2-135m-instruct"
-OURS, PLAIN = "srd-fast", "plain loop"
+OURS = "srd-fast"
+FILLING = f"{OURS}, filling the cache"
 EPOCHS, STAGES, KEEP, PLAIN_EPOCHS, BATCH = 8, 3, 0.75, 20, 16
 
 
-class PlainLoop:
-    """One step of distillation as it is usually written."""
-
-    def __init__(
-        self, student: nn.Module, teacher: nn.Module, trainer: SRDTrainer, dtype: torch.dtype, reverse: bool = False
-    ) -> None:
-        self.student, self.teacher, self.trainer, self.dtype = student.train(), teacher.eval(), trainer, dtype
-        self.reverse = reverse
-        kind, options = trainer.get_optimizer_cls_and_kwargs(trainer.args, student)
-        self.optimizer = kind([p for p in student.parameters() if p.requires_grad], **options)
-        self.collate = DistillationCollator(pad_id(trainer.processing_class))
-
-    def step(self, number: int, samples: list[dict[str, Any]]) -> float:
-        """Loss of the step `number` on these samples; the weights are changed."""
-        curriculum, args = self.trainer.curriculum, self.trainer.args
-        t, sft = curriculum.temperature(number), curriculum.sft_weight(number)
-        batch = self.collate(samples[::-1] if self.reverse else samples)
-        labels = batch["labels"][:, 1:]
-        kept = labels != -100
-        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            with torch.no_grad():
-                z_T = self.teacher(**inputs, use_cache=False).logits[:, :-1].float()
-            z_S = self.student(**inputs, use_cache=False).logits[:, :-1].float()
-        log_p, log_q = torch.log_softmax(z_T / t, -1), torch.log_softmax(z_S / t, -1)
-        per_token = (log_p.exp() * (log_p - log_q)).sum(-1)
-        divergence = (per_token * kept).sum() / kept.sum()
-        cross_entropy = functional.cross_entropy(z_S.flatten(0, 1), labels.flatten(), ignore_index=-100)
-        loss = sft * cross_entropy + (1 - sft) * t * t * divergence
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.student.parameters(), args.max_grad_norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = curriculum.learning_rate(number)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return loss.item()
-
-
 class InTurn(TrainerCallback):
-    """After every step of the trainer, the same step of the plain loop; seconds and losses of both."""
+    """After every step of the trainer, the same step of each loop; seconds and losses of all."""
 
-    def __init__(self, loop: PlainLoop, steps: int, twin: PlainLoop | None = None) -> None:
-        self.loop, self.steps, self.twin, self.order = loop, steps, twin, None
-        self.ours: list[float] = []
-        self.plain: list[float] = []
-        self.losses: list[tuple[float, float]] = []
-        self.twin_losses: list[tuple[float, float]] = []
+    def __init__(self, loops: dict[str, PlainLoop], steps: int) -> None:
+        self.loops, self.steps, self.order = loops, steps, None
+        self.seconds: dict[str, list[float]] = {name: [] for name in (OURS, *loops)}
+        self.losses: dict[str, list[float]] = {name: [] for name in (OURS, *loops)}
         self.tokens: list[tuple[int, int]] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The clock of the first step."""
-        self.order = self.loop.trainer.curriculum.indices()
+        self.order = self.loops[PLAIN].trainer.curriculum.indices()
         self._began = time.perf_counter()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """The trainer logs within its step: its seconds count up to here."""
         if "loss" not in (logs or {}):
             return
-        self.ours.append(time.perf_counter() - self._began)
-        trainer = self.loop.trainer
+        trainer = self.loops[PLAIN].trainer
+        self.seconds[OURS].append(time.perf_counter() - self._began)
+        self.losses[OURS].append(trainer.last_loss)
         assert self.order is not None
         samples = [trainer.train_dataset[next(self.order)] for _ in range(BATCH)]
-        began = time.perf_counter()
-        loss = self.loop.step(state.global_step - 1, samples)
-        self.plain.append(time.perf_counter() - began)
+        for name, loop in self.loops.items():
+            began = time.perf_counter()
+            self.losses[name].append(loop.step(state.global_step - 1, samples))
+            self.seconds[name].append(time.perf_counter() - began)
         lengths = [len(s["input_ids"]) for s in samples]
         self.tokens.append((sum(lengths), max(lengths) * BATCH))
-        self.losses.append((trainer.last_loss, loss))
-        if self.twin is not None:
-            self.twin_losses.append((self.twin.step(state.global_step - 1, samples), loss))
         if state.global_step % 10 == 0 or state.global_step == self.steps:
-            report = f"step {state.global_step}: loss {trainer.last_loss:.6f} plain {loss:.6f}"
-            print(f"{report}, {self.ours[-1]:.2f} s and {self.plain[-1]:.2f} s", flush=True)
+            last = (f"{name} {self.losses[name][-1]:.6f} in {x[-1]:.2f} s" for name, x in self.seconds.items())
+            print(f"step {state.global_step}: loss of {', '.join(last)}", flush=True)
         self._began = time.perf_counter()
 
 
@@ -201,6 +164,7 @@ def make_trainer(args: argparse.Namespace, samples: Any, tokenizer: Any, folder:
         dataloader_pin_memory=False,
         padding_free=args.variant != "kernel",
         memory_budget=args.memory_budget,
+        **({"temperature": 1.0, "sft_weight": 0.0} if args.trl else {}),
     )
     cache = args.cache or folder / "cache"
     teacher: Any = None if (cache / "index.json").exists() else load_teacher(args)
@@ -235,10 +199,10 @@ def make_trainer(args: argparse.Namespace, samples: Any, tokenizer: Any, folder:
 def run_memory(args: argparse.Namespace, samples: Any, tokenizer: Any, folder: Path) -> None:
     """One side alone, a few steps: the peak of this process."""
     trainer, teacher, _ = make_trainer(args, samples, tokenizer, folder)
-    if args.side == "ours":
+    if args.side == OURS:
         trainer.train()
-    elif args.side == "plain":
-        loop = PlainLoop(trainer.model, teacher, trainer, getattr(torch, args.dtype))
+    elif args.side in LOOPS:
+        loop = LOOPS[args.side](trainer.model, teacher, trainer, getattr(torch, args.dtype))
         order = trainer.curriculum.indices()
         for number in range(args.steps):
             loop.step(number, [samples[next(order)] for _ in range(BATCH)])
@@ -246,35 +210,37 @@ def run_memory(args: argparse.Namespace, samples: Any, tokenizer: Any, folder: P
 
 
 def peaks(args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Peak resident bytes of the loop, of filling the cache, and of training from it, each in a process of its own."""
+    """Peak resident bytes of the loops, of filling the cache, and of training from it, each in a process of its own."""
     found = {}
-    names = {"plain": PLAIN, "filling": f"{OURS}, filling the cache", "ours": OURS}
+    sides = {**dict.fromkeys(others(args), "kernel"), FILLING: args.variant, OURS: args.variant}
     with tempfile.TemporaryDirectory() as cache:
-        for side, variant in (("plain", "kernel"), ("filling", args.variant), ("ours", args.variant)):
-            command = [
-                sys.executable,
-                "-m",
-                "benchmarks.train",
-                "--memory-of",
-                side,
-                "--variant",
-                variant,
-                "--steps",
-                str(args.steps),
-            ]
+        for side, variant in sides.items():
+            command = [sys.executable, "-m", "benchmarks.train", "--memory-of", side, "--variant", variant]
+            command += ["--steps", str(args.steps), "--dtype", args.dtype, "--cache", cache]
             command += ["--rows", str(args.rows)] if args.rows else []
-            command += ["--dtype", args.dtype, "--cache", cache, *(["--data", str(args.data)] if args.data else [])]
+            command += ["--data", str(args.data)] if args.data else []
+            command += ["--trl"] if args.trl else []
             command += [] if args.memory_budget is None else ["--memory-budget", str(args.memory_budget)]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             peak = json.loads(done.stdout.splitlines()[-1])["peak"]
-            found[names[side]] = {"peak_bytes": peak}
-            print(f"{names[side]}: {peak / 1e6:.0f} MB", flush=True)
+            found[side] = {"peak_bytes": peak}
+            print(f"{side}: {peak / 1e6:.0f} MB", flush=True)
     return found
 
 
-def worst_loss(pairs: list[tuple[float, float]]) -> float:
+def others(args: argparse.Namespace) -> list[str]:
+    """Who trains beside us."""
+    found = [PLAIN, *([REVERSED] if args.twin else [])]
+    if args.trl and importlib.util.find_spec("trl") is None:
+        print("TRL left out: it is not installed")
+    elif args.trl:
+        found += [name for name in LOOPS if name.startswith("trl")]
+    return found
+
+
+def worst_loss(one: list[float], other: list[float]) -> float:
     """The largest relative difference of two columns of losses."""
-    return max(abs(a - b) / abs(b) for a, b in pairs)
+    return max(abs(a - b) / abs(b) for a, b in zip(one, other))
 
 
 def weights_apart(one: nn.Module, other: nn.Module) -> float:
@@ -284,47 +250,45 @@ def weights_apart(one: nn.Module, other: nn.Module) -> float:
 
 
 def run_times(args: argparse.Namespace, samples: Any, tokenizer: Any, folder: Path) -> dict[str, dict[str, float]]:
-    """Both sides in turn, and whole runs from their medians."""
+    """All in turn, and whole runs from their medians."""
     trainer, teacher, build_seconds = make_trainer(args, samples, tokenizer, folder)
     dtype = getattr(torch, args.dtype)
-    loop = PlainLoop(copy.deepcopy(trainer.model), teacher, trainer, dtype)
-    twin = PlainLoop(copy.deepcopy(trainer.model), teacher, trainer, dtype, reverse=True) if args.twin else None
-    turns = InTurn(loop, args.steps, twin)
+    loops = {name: LOOPS[name](copy.deepcopy(trainer.model), teacher, trainer, dtype) for name in others(args)}
+    turns = InTurn(loops, args.steps)
     trainer.add_callback(turns)
     trainer.train()
-    skip = min(2, len(turns.ours) - 1)
-    ours, plain = statistics.median(turns.ours[skip:]), statistics.median(turns.plain[skip:])
+    skip = min(2, args.steps - 1)
     steps = sum(stage.steps for stage in trainer.curriculum.stages)
     if args.teacher_ratio:
         subset = int(len(samples) * KEEP) // STAGES
         steps = -(-EPOCHS * subset * 6 // BATCH)
     plain_steps = PLAIN_EPOCHS * len(samples) / BATCH
-    whole = {"ours": steps * ours + build_seconds, "srd": steps * plain, "plain": plain_steps * plain}
-    worst, apart = worst_loss(turns.losses), weights_apart(trainer.model, loop.student)
     real, padded = (sum(x) for x in zip(*turns.tokens))
-    print(f"{args.variant}, {args.dtype}: a step {ours:.2f} s, plain {plain:.2f} s: {ours / plain:.3f}x")
     print(f"tokens {real}, with padding {padded}: {real / padded:.2f}")
-    print(f"losses differ by at most {worst:.1e} of themselves, weights by {apart:.1e} of their norm (largest of all)")
-    figures = {
-        OURS: {
-            **spread("step_seconds", turns.ours[skip:]),
-            "cache_seconds": build_seconds,
-            "whole_seconds": whole["ours"],
-        },
-        PLAIN: {**spread("step_seconds", turns.plain[skip:]), "whole_seconds": whole["srd"]},
-        f"{PLAIN}, plain distillation": {"whole_seconds": whole["plain"]},
-    }
-    if twin is not None:
-        loss_difference, weight_difference = worst_loss(turns.twin_losses), weights_apart(twin.student, loop.student)
-        found = {"loss_difference": loss_difference, "weight_difference": weight_difference}
-        figures[f"{PLAIN}, batches in reverse"] = found
-        print(
-            f"two plain loops with other orders of sums: losses {loss_difference:.1e}, weights {weight_difference:.1e}"
+    figures = {}
+    models = {OURS: trainer.model, **{name: loop.student for name, loop in loops.items()}}
+    for name, seconds in turns.seconds.items():
+        median = statistics.median(seconds[skip:])
+        cache = {"cache_seconds": build_seconds} if name == OURS else {}
+        figures[name] = {
+            **spread("step_seconds", seconds[skip:]),
+            **cache,
+            "whole_seconds": steps * median + sum(cache.values()),
+        }
+        if name != PLAIN:
+            figures[name]["loss_difference"] = worst_loss(turns.losses[name], turns.losses[PLAIN])
+            figures[name]["weight_difference"] = weights_apart(models[name], loops[PLAIN].student)
+    plain, ours = figures[PLAIN], figures[OURS]
+    distillation = plain_steps * plain["step_seconds"]
+    for name, f in figures.items():
+        line = f"{name}: a step {f['step_seconds']:.2f} s, {f['step_seconds'] / plain['step_seconds']:.3f}x"
+        apart = (
+            f"; losses {f['loss_difference']:.1e}, weights {f['weight_difference']:.1e} apart" if name != PLAIN else ""
         )
-    of_srd, of_plain = (whole["ours"] / whole[x] for x in ("srd", "plain"))
-    print(f"SRD by the loop: {whole['srd']:.0f} s; ours: {whole['ours']:.0f} s with the cache's: {of_srd:.3f}x")
-    print(f"plain distillation by the loop: {whole['plain']:.0f} s: {of_plain:.3f}x")
-    return figures
+        print(line + apart)
+    of_srd, of_plain = ours["whole_seconds"] / plain["whole_seconds"], ours["whole_seconds"] / distillation
+    print(f"whole SRD, cache included: {of_srd:.3f}x of the loop's, {of_plain:.3f}x of plain distillation")
+    return {**figures, f"{PLAIN}, plain distillation": {"whole_seconds": distillation}}
 
 
 def main() -> None:
@@ -337,10 +301,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--learning-rate", type=float, default=4e-4)
     parser.add_argument("--twin", action="store_true", help="a second plain loop, batches in reverse, beside the first")
+    parser.add_argument("--trl", action="store_true", help="beside TRL's trainers too: forward KL at temperature 1")
     parser.add_argument("--teacher-ratio", type=float, help="a random teacher of that many times the student's compute")
     parser.add_argument("--memory-budget", type=int, help="bytes of the loss's chunk; default: SRDConfig's")
     parser.add_argument("--memory", action="store_true", help="peaks instead of times")
-    parser.add_argument("--memory-of", dest="side", choices=["plain", "filling", "ours"], help=argparse.SUPPRESS)
+    parser.add_argument("--memory-of", dest="side", choices=[*LOOPS, FILLING, OURS], help=argparse.SUPPRESS)
     parser.add_argument("--cache", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
@@ -359,12 +324,12 @@ def main() -> None:
             figures = run_times(args, samples, tokenizer, folder)
         finally:
             shutil.rmtree(folder)
-    case = args.variant + (", memory" if args.memory else "")
+    case = args.variant + (", KL alone" if args.trl else "") + (", memory" if args.memory else "")
     case += f", teacher of {args.teacher_ratio:g} times the compute" if args.teacher_ratio else ""
     case += f", learning rate {args.learning_rate:g}" if not args.memory else ""
     data = f"{args.rows or 'all'} {'real' if args.data else 'quickstart'} rows".removeprefix("all ")
     shape = f"{MODEL} -> 15 layers, {data}, {args.steps} steps of {BATCH}"
-    packages = {name: "srd-fast" for name in figures if name.startswith(OURS)}
+    packages = {name: name.split()[0].strip(",") for name in figures if name.startswith((OURS, "trl"))}
     write(make_rows("train", figures, case=case, shape=shape, dtype=args.dtype, packages=packages), args.results)
 
 

@@ -1,0 +1,157 @@
+"""Training steps to stand beside SRD-Fast's: the loop that everyone writes first, and TRL's two trainers.
+
+Each takes the samples of a step and does it whole: batch, forward, loss, backward, clipping, optimizer. Optimizer,
+learning rate and clipping are those of the `SRDTrainer` that it stands beside.
+
+TRL's trainers run their own `training_step` on the completions given, padded; generation, which the DistillationTrainer
+does before each step, is left out, and gradient checkpointing, their default, is off, as on the other sides. Neither
+has a curriculum, and the GKDTrainer's loss is at temperature 1: they stand beside plain distillation at temperature 1.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from srd_fast import SRDTrainer
+from srd_fast.data import DistillationCollator, pad_id
+
+Samples = list[dict[str, Any]]
+
+
+class PlainLoop:
+    """One step of distillation as it is usually written."""
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, trainer: SRDTrainer, dtype: torch.dtype) -> None:
+        self.student, self.teacher, self.trainer, self.dtype = student.train(), teacher.eval(), trainer, dtype
+        kind, options = trainer.get_optimizer_cls_and_kwargs(trainer.args, student)
+        self.optimizer = kind([p for p in student.parameters() if p.requires_grad], **options)
+        self.collate = DistillationCollator(pad_id(trainer.processing_class))
+
+    def step(self, number: int, samples: Samples) -> float:
+        """Loss of the step `number` on these samples; the weights are changed."""
+        loss = self.backward(number, samples)
+        nn.utils.clip_grad_norm_(self.student.parameters(), self.trainer.args.max_grad_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.trainer.curriculum.learning_rate(number)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.item()
+
+    def backward(self, number: int, samples: Samples) -> Tensor:
+        """Loss of a batch; the gradients are there."""
+        curriculum = self.trainer.curriculum
+        t, sft = curriculum.temperature(number), curriculum.sft_weight(number)
+        batch = self.collate(samples)
+        labels = batch["labels"][:, 1:]
+        kept = labels != -100
+        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            with torch.no_grad():
+                z_T = self.teacher(**inputs, use_cache=False).logits[:, :-1].float()
+            z_S = self.student(**inputs, use_cache=False).logits[:, :-1].float()
+        log_p, log_q = torch.log_softmax(z_T / t, -1), torch.log_softmax(z_S / t, -1)
+        per_token = (log_p.exp() * (log_p - log_q)).sum(-1)
+        divergence = (per_token * kept).sum() / kept.sum()
+        cross_entropy = functional.cross_entropy(z_S.flatten(0, 1), labels.flatten(), ignore_index=-100)
+        loss = sft * cross_entropy + (1 - sft) * t * t * divergence
+        loss.backward()
+        return loss
+
+
+class Reversed(PlainLoop):
+    """The same with each batch in reverse, which changes nothing but the order of sums."""
+
+    def backward(self, number: int, samples: Samples) -> Tensor:
+        """As always."""
+        return super().backward(number, samples[::-1])
+
+
+class _TRL(PlainLoop):
+    """A trainer of TRL's that runs `training_step` on batches it is given."""
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, trainer: SRDTrainer, dtype: torch.dtype) -> None:
+        super().__init__(student, teacher, trainer, dtype)
+        args = trainer.args
+        options = {
+            "output_dir": f"{args.output_dir}/trl", "per_device_train_batch_size": args.per_device_train_batch_size,
+            "bf16": dtype == torch.bfloat16, "use_cpu": True, "report_to": [], "gradient_checkpointing": False,
+            "beta": 0.0, "temperature": 1.0,
+        }  # fmt: skip
+        self.trl = self.make(student, teacher, options)
+        self.trl.current_gradient_accumulation_steps = 1
+        self.model = self.trl.accelerator.prepare_model(student)
+
+    def make(self, student: nn.Module, teacher: nn.Module, options: dict[str, Any]) -> Any:
+        """The trainer."""
+        raise NotImplementedError
+
+    def batch(self, samples: Samples) -> dict[str, Tensor]:
+        """What its `training_step` takes."""
+        raise NotImplementedError
+
+    def backward(self, number: int, samples: Samples) -> Tensor:
+        """TRL's."""
+        count = torch.tensor(sum(x != -100 for s in samples for x in s["labels"][1:]))
+        return self.trl.training_step(self.model, self.batch(samples), count)
+
+
+class GKD(_TRL):
+    """GKDTrainer, off-policy: full logits of both, forward KL."""
+
+    def make(self, student: nn.Module, teacher: nn.Module, options: dict[str, Any]) -> Any:
+        """The trainer."""
+        from trl.experimental.gkd import GKDConfig, GKDTrainer
+
+        return GKDTrainer(
+            student, teacher, GKDConfig(lmbda=0.0, **options), data_collator=self.collate,
+            train_dataset=self.trainer.train_dataset, processing_class=self.trainer.processing_class,
+        )  # fmt: skip
+
+    def batch(self, samples: Samples) -> dict[str, Tensor]:
+        """Padded to the longest."""
+        return self.collate(samples)
+
+
+class Distillation(_TRL):
+    """DistillationTrainer: chunked loss over the completions' hidden states, forward KL."""
+
+    def make(self, student: nn.Module, teacher: nn.Module, options: dict[str, Any]) -> Any:
+        """The trainer, with given completions where it would generate."""
+        from datasets import Dataset
+        from trl import DistillationConfig, DistillationTrainer
+
+        class OnGivenCompletions(DistillationTrainer):
+            def _prepare_inputs(self, generation_batch: Any) -> Any:
+                return generation_batch
+
+        return OnGivenCompletions(
+            student, teacher, DistillationConfig(**options), train_dataset=Dataset.from_dict({"prompt": ["-"]}),
+            processing_class=self.trainer.processing_class,
+        )  # fmt: skip
+
+    def batch(self, samples: Samples) -> dict[str, Tensor]:
+        """Prompts padded at their beginnings, completions at their ends, as it does with those that it generates."""
+        split = [next(i for i, x in enumerate(s["labels"]) if x != -100) for s in samples]
+        prompts = [s["input_ids"][:n] for s, n in zip(samples, split)]
+        completions = [s["input_ids"][n:] for s, n in zip(samples, split)]
+        longest = max(map(len, prompts)), max(map(len, completions))
+        pad = self.collate.pad_token_id
+        return {
+            "prompt_ids": torch.tensor([[pad] * (longest[0] - len(x)) + x for x in prompts]),
+            "prompt_mask": torch.tensor([[0] * (longest[0] - len(x)) + [1] * len(x) for x in prompts]),
+            "completion_ids": torch.tensor([x + [pad] * (longest[1] - len(x)) for x in completions]),
+            "completion_mask": torch.tensor([[1] * len(x) + [0] * (longest[1] - len(x)) for x in completions]),
+            "num_items_in_batch": torch.tensor(float(sum(map(len, completions)))),
+        }
+
+
+PLAIN, REVERSED = "plain loop", "plain loop, batches in reverse"
+LOOPS: dict[str, Callable[..., PlainLoop]] = {
+    PLAIN: PlainLoop,
+    REVERSED: Reversed,
+    "trl GKDTrainer": GKD,
+    "trl DistillationTrainer": Distillation,
+}
