@@ -73,34 +73,37 @@ def _holder(path: Path) -> str:
 
 def _is_held(path: Path) -> bool:
     with path.open("rb") as f:
-        try:
-            fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError:
-            return True
-    return False
+        return not lock(f.fileno(), shared=True)
+
+
+def lock(descriptor: int, shared: bool = False, wait: bool = False) -> bool:
+    """Lock an open file until it is closed or its process ends; False where another has it. True without locks."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError as e:
+        if e.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL):
+            raise
+    return True
 
 
 @contextmanager
-def in_use(folder: Path, what: str, lock: str = ".lock", shared: bool = False) -> Iterator[None]:
+def in_use(folder: Path, what: str, name: str = ".lock", shared: bool = False) -> Iterator[None]:
     """Hold a folder against other processes; `shared` against those that do not share. UserError names who has it.
 
     The lock ends with the process, however it ends, so there are no stale ones. Where the file system has no locks,
     nothing is held.
     """
-    path = folder / lock
+    path = folder / name
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        if fcntl is not None:
-            try:
-                fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(
-                    f"{what} {str(folder)!r} is in use by {_holder(path)}: wait for it or stop it, or choose another "
-                    f"{what}"
-                ) from None
-            except OSError as e:
-                if e.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL):
-                    raise
+        if not lock(descriptor, shared):
+            raise UserError(
+                f"{what} {str(folder)!r} is in use by {_holder(path)}: wait for it or stop it, or choose another {what}"
+            )
         began = time.strftime("%Y-%m-%d %H:%M:%S")
         owner = f"process {os.getpid()} on {socket.gethostname()}, which began at {began} with {' '.join(sys.argv)}"
         os.ftruncate(descriptor, 0)
@@ -115,6 +118,9 @@ def disk_trouble(error: BaseException, folder: Path) -> str | None:
     """One line on an error that comes from a full or read-only disk, whichever library raised it; None for others."""
     number = getattr(error, "errno", None)
     text = str(error)
+    named = getattr(error, "filename", None)
+    if number in (errno.EACCES, errno.EPERM) and named and not Path(os.fsdecode(named)).is_relative_to(folder):
+        return f"{text}: it must be readable"
     if number in (errno.EROFS, errno.EACCES, errno.EPERM) or "Read-only file system" in text:
         return f"{text}: the folder must be writable"
     try:

@@ -518,6 +518,12 @@ def test_what_cannot_be_written_is_said(error: OSError, tmp_path: Path) -> None:
     assert disk_trouble(error, tmp_path) == f"{error}: the folder must be writable"
 
 
+def test_what_may_not_be_read_is_not_called_the_folder(tmp_path: Path) -> None:
+    for place, wanted in (("/weights/x", "it must be readable"), (f"{tmp_path}/x", "the folder must be writable")):
+        error = PermissionError(errno.EACCES, "Permission denied", place)
+        assert disk_trouble(error, tmp_path) == f"{error}: {wanted}"
+
+
 # Training that goes wrong
 
 

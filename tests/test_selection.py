@@ -20,7 +20,15 @@ from transformers import PreTrainedTokenizerFast
 from srd_fast import CurriculumPlan, UserError
 from srd_fast.data import DistillationCollator
 from srd_fast.kernels import EAGER_BUFFERS
-from srd_fast.losses import Head, Projected, Sampled, TopK, compact_distillation_loss, distillation_loss
+from srd_fast.losses import (
+    Head,
+    Projected,
+    Sampled,
+    TopK,
+    compact_distillation_loss,
+    distillation_loss,
+    free_workspace,
+)
 from srd_fast.selection import (
     QUEUE,
     SIGNALS,
@@ -424,6 +432,31 @@ def test_logits_of_the_chosen_are_kept(policy: Any, rows_at_once: int, kind: str
     whole, _ = signals_of(kind, rows=rows)
     for name in ("student_entropy", "student_cross_entropy"):
         assert_same(signals.found(name), whole(name), 1e-6, name)
+
+
+@pytest.mark.parametrize("fails_at", [1, 2, 3])
+def test_memory_that_runs_out_while_choosing_changes_nothing(fails_at: int) -> None:
+    rows, counts_B, calls = sum(COUNTS), torch.tensor(COUNTS), []
+
+    class Failing(TopPositions):
+        def select(self, candidates: Candidates) -> Chosen:
+            calls.append(len(candidates.counts_B))
+            if len(calls) == fails_at:
+                raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")
+            return super().select(candidates)
+
+    signals, _ = signals_of("plain", rows=rows)
+    wanted = TopPositions(0.35).select(Candidates(counts_B, signals, 2, generator()))
+    signals, _ = signals_of("plain", rows=rows)
+    signals._one_side = (max(30, KEPT_ROWS) + 2 * EAGER_BUFFERS) * CLASSES * 4
+    try:
+        chosen, kept = signals.choose(Failing(0.35), counts_B, 2, generator())
+    finally:
+        free_workspace()
+    assert len(calls) > fails_at
+    assert sum(calls[fails_at:]) == len(COUNTS), "every sample was chosen from once more"
+    assert torch.equal(chosen.indices_K, wanted.indices_K)
+    assert_same(kept, signals.head.project(signals.student_ND[chosen.indices_K]), 1e-6)
 
 
 @pytest.mark.parametrize(

@@ -215,12 +215,18 @@ def run_chunks(
     return values, _Gradients(d_hidden_ND, *(None if x is None else x.total for x in sums))
 
 
-def _run_or_halve(
-    hidden_ND: Tensor, head: Head, rows: PackedRows, weights_N: Tensor | None, needs: tuple[bool, bool, bool]
+def run_or_halve(
+    hidden_ND: Tensor,
+    head: Head,
+    rows: PackedRows,
+    weights_N: Tensor | None,
+    needs: tuple[bool, bool, bool] = (False, False, False),
+    counts: Sequence[int] | None = None,
+    visit: Visitor | None = None,
 ) -> tuple[RowValues, _Gradients]:
-    """`run_chunks`; where memory runs out, once more in half of the budget, as all that follows."""
+    """`run_chunks`; where memory runs out, once more from the beginning in half of the budget, as all that follows."""
     try:
-        return run_chunks(hidden_ND, head, rows, weights_N, needs)
+        return run_chunks(hidden_ND, head, rows, weights_N, needs, counts, visit)
     except RuntimeError as e:
         if not is_out_of_memory(e):
             raise
@@ -232,7 +238,7 @@ def _run_or_halve(
     if hidden_ND.is_cuda:
         torch.cuda.empty_cache()
     # Given logits may hold gradients by now.
-    return run_chunks(hidden_ND, head, replace(rows, student_NV=None), weights_N, needs)
+    return run_chunks(hidden_ND, head, replace(rows, student_NV=None), weights_N, needs, counts, visit)
 
 
 def _write_hidden(target_CD: Tensor, g_CV: Tensor, head: Head, minus_CD: Tensor | None = None) -> None:
@@ -274,7 +280,7 @@ class ChunkedLoss(torch.autograd.Function):
         # Autograd says what needs a gradient even where gradients are switched off.
         needs = ctx.needs_input_grad[:3] if gradient and not per_row else (False, False, False)
         with torch.autocast(hidden_ND.device.type, enabled=False):
-            values, grads = _run_or_halve(hidden_ND, head, rows, rows.weights_N, needs)
+            values, grads = run_or_halve(hidden_ND, head, rows, rows.weights_N, needs)
         loss_N = rows.coefficients.cross_entropy * values.cross_entropy
         loss_N = loss_N + rows.coefficients.divergence * values.divergence
         if rows.weights_N is not None:
@@ -303,7 +309,7 @@ class ChunkedLoss(torch.autograd.Function):
             weights_N = weights_N if rows.weights_N is None else weights_N * rows.weights_N
             rows = replace(rows, student_NV=None)  # what was there may be another loss's by now
             with torch.autocast(hidden_ND.device.type, enabled=False):
-                _, grads = _run_or_halve(hidden_ND, head, rows, weights_N, ctx.needs_input_grad[:3])
+                _, grads = run_or_halve(hidden_ND, head, rows, weights_N, ctx.needs_input_grad[:3])
         else:
             for g in grads:
                 if g is not None:

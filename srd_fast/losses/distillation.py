@@ -16,7 +16,7 @@ from ..errors import UserError
 from ..kernels import RowCoefficients, RowValues
 from ..suggest import unknown_name
 from .backends import check_backend
-from .chunked import ChunkedLoss, PackedRows, Visitor, run_chunks
+from .chunked import ChunkedLoss, PackedRows, Visitor, run_or_halve
 from .divergences import get_divergence
 from .head import Head
 
@@ -417,7 +417,7 @@ def token_values(
         labels_N: [N] class indices.
         counts: rows of each sample; then every chunk has whole samples.
         visit: with counts, called with the samples and the rows of each chunk, its logits before the softcap, which are
-            gone afterwards, and its values.
+            gone afterwards, and its values; should memory run out, again from the first chunk on, then smaller ones.
 
     Returns:
         cross_entropy and entropy, [N] in nats at temperature 1; divergence is 0.
@@ -426,7 +426,7 @@ def token_values(
     dtype = _autocast_dtype(hidden_ND)
     rows = PackedRows(None, None, labels_N, None, None, coefficients, gemm_dtype=dtype, memory_budget=memory_budget)
     with torch.autocast(hidden_ND.device.type, enabled=False):
-        return run_chunks(hidden_ND, head, rows, None, counts=counts, visit=visit)[0]
+        return run_or_halve(hidden_ND, head, rows, None, counts=counts, visit=visit)[0]
 
 
 def token_cross_entropy(hidden_ND: Tensor, head: Head, labels_N: Tensor, memory_budget: int | None = None) -> Tensor:

@@ -94,6 +94,11 @@ def check_head(model: nn.Module, name: str) -> None:
         raise UserError(f"{name} {type(inner).__name__}: cannot rebuild its logits from its hidden states: {e}") from e
     finally:
         model.train(was_training)
+    if not own.isfinite().all():
+        raise UserError(
+            f"{name} {type(inner).__name__}: its logits of a few tokens are not finite: its weights are damaged, or "
+            f"{own.dtype} is too narrow for them; load it in bfloat16 or float32, or take another checkpoint"
+        )
     if head.softcap is not None:
         rebuilt = head.softcap * torch.tanh(rebuilt / head.softcap)
     own, rebuilt = own.float(), rebuilt.float()

@@ -72,23 +72,22 @@ class Signals:
         of_student = getattr(policy, "by_sample", None) in _OF_STUDENT and not self._found
         if not of_student or wanted > most or max(counts, default=0) > most or self.head.weight is None:
             return policy.select(Candidates(counts_B, self, step, generator)), None
+        indices_K = torch.empty(wanted, dtype=torch.long, device=self.student_ND.device)
         kept: list[Tensor] = []
-        indices: list[Tensor] = []
 
         def visit(samples: slice, rows: slice, logits_CV: Tensor, values: RowValues) -> None:
             of_chunk = _named(values)
             chosen = policy.select(Candidates(counts_B[samples], of_chunk.__getitem__, step, generator)).indices_K
             if not kept:
                 kept.append(workspace.take("selected", wanted, classes, logits_CV.dtype, logits_CV.device))
-            filled = sum(map(len, indices))
-            torch.index_select(logits_CV, 0, chosen, out=kept[0][filled : filled + len(chosen)])
-            indices.append(chosen + rows.start)
+            before = int(policy.num_items(counts_B[: samples.start]))
+            part = slice(before, before + len(chosen))
+            torch.index_select(logits_CV, 0, chosen, out=kept[0][part])
+            torch.add(chosen, rows.start, out=indices_K[part])
 
         self._found |= _named(token_values(self.student_ND, self.head, self.labels_N, self._one_side, counts, visit))
         self.work += self.student_ND.numel()
-        if not indices:
-            return Chosen(self.labels_N[:0]), None
-        return Chosen(torch.cat(indices)), kept[0]
+        return Chosen(indices_K), kept[0] if kept else None
 
     def found(self, name: str) -> Tensor | None:
         """The values of a name if something asked for them before."""

@@ -13,12 +13,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from ..errors import UserError
-from ..files import temporary_path
-
-try:
-    import fcntl
-except ImportError:  # Windows: one process at a time
-    fcntl = None  # type: ignore[assignment]
+from ..files import lock, temporary_path
 
 _DIGEST = "blake2b"
 
@@ -39,12 +34,9 @@ def locked(partial: Path, wait: bool = True) -> Iterator[int | None]:
     while True:
         descriptor = os.open(partial, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            if fcntl is not None:
-                try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-                except BlockingIOError:
-                    yield None
-                    return
+            if not lock(descriptor, wait=wait):
+                yield None
+                return
             if not _is_at(partial, descriptor):
                 continue  # renamed by its last holder
             yield descriptor
