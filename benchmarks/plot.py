@@ -385,16 +385,16 @@ def quality(folder: Path) -> Figure:
         "kl": "KL to the teacher\n(nats per token)\nlower is better",
         "cross_entropy": "cross-entropy\n(nats per token)\nlower is better",
         "rouge_l": "ROUGE-L\n(0 to 1)\nhigher is better",
-        "training_seconds": "training\n(seconds)\nlower is better",
+        "step_seconds": "a training step\n(seconds)\nlower is better",
     }
     found = rows_of(folder, "quality", *labels)
 
     def panels(part: list[Row]) -> list[Panel]:
         *worth, seconds = labels
         dots = [Panel("", labels[m], spans(part, m), "{:.3f}", dots=True) for m in worth]
-        return [*dots, Panel("", labels[seconds], spans(part, seconds), "{:,.0f}")]
+        return [*dots, Panel("", labels[seconds], spans(part, seconds), "{:,.2f}")]
 
-    title = "Students on held-out rows and the time of their training: means and standard deviations over seeds"
+    title = "Students on held-out rows, means and standard deviations over seeds, and the time of a training step"
     return bar_figure(title, found, metric_panels(found, panels))
 
 

@@ -4,11 +4,13 @@
 
 SmolLM2-135M-Instruct to 15 of its layers, warmed up, forward KL, each seed with its own warm-up, reflections and order.
 Every training is `srd-fast distill` in a process of its own, and within a seed they follow one another. A seed's run
-folders start as copies of one, so that all begin from the same student; stopped, the same command goes on.
+folders start as copies of one, so that all begin from the same student; stopped, the same command goes on, and seeds
+run side by side before (`--seeds 1 & ... --seeds 2`) are only read.
 
 Printed and written for each method, means over seeds and their standard deviations: on held-out rows KL to the teacher,
-cross-entropy (nats per token) and ROUGE-L; seconds of the training steps and of filling the cache; peak resident memory
-of the training process; bytes of the teacher's cache.
+cross-entropy (nats per token) and ROUGE-L. Of the first seed, which must have run alone: seconds of a training step
+(median), of all of them and of filling the cache; peak resident memory of the training process; bytes of the teacher's
+cache.
 """
 
 import argparse
@@ -17,11 +19,14 @@ import shutil
 import statistics
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 from .rows import RESULTS, make_rows, set_threads, write
 
 BATCH = 16
+# What is averaged over seeds; the rest is cost.
+WORTH = ("kl", "cross_entropy", "rouge_l", "start_kl", "start_rouge_l")
 # Overrides of the run's configuration; "passes" is how many sample passes one epoch of each stage comes to, of N rows.
 METHODS: dict[str, list[str]] = {
     "full KD": ["preset=SE-KD", "distill.position_selection=all"],
@@ -91,6 +96,7 @@ def measure(args: argparse.Namespace, method: str, seed: int, base: Path, config
         "cross_entropy": found["cross_entropy"],
         "rouge_l": found["rouge_l"],
         "training_seconds": steps[-1]["seconds"] - steps[0]["seconds"],
+        "step_seconds": statistics.median(b["seconds"] - a["seconds"] for a, b in pairwise(steps)),
         "cache_seconds": summary["timings"]["cache"],
         "peak_memory_mb": summary["training"]["peak_memory_mb"],
         "cache_bytes": cache - head,
@@ -132,9 +138,9 @@ def main() -> None:
             print(f"seed {seed}, {method}: " + ", ".join(f"{k} {v:.4g}" for k, v in last.items()), flush=True)
     figures: dict[str, dict[str, float]] = {}
     for method, runs in found.items():
-        mean = {k: statistics.fmean(r[k] for r in runs) for k in runs[0]}
-        sd = {f"{k}_sd": statistics.stdev(r[k] for r in runs) for k in runs[0]} if len(runs) > 1 else {}
-        figures[method] = mean | sd
+        mean = {k: statistics.fmean(r[k] for r in runs) for k in WORTH}
+        sd = {f"{k}_sd": statistics.stdev(r[k] for r in runs) for k in WORTH} if len(runs) > 1 else {}
+        figures[method] = runs[0] | mean | sd
     case = f"{args.steps} steps, {len(args.seeds)} seeds"
     shape = f"{Path(args.data).stem}, {args.layers} layers"
     packages = dict.fromkeys(figures, "srd-fast")

@@ -211,9 +211,9 @@ def quality(rows: list[Row]) -> str:
         body.append([*begin, *[""] * 4])
         for name, f in figures.items():
             scores = [spread(f, "kl", 3), spread(f, "cross_entropy", 3), spread(f, "rouge_l", 1, 100)]
-            costs = [cost(f, metric) for metric in ("training_seconds", "cache_seconds", "peak_memory_mb")]
+            costs = [cost(f, "step_seconds", digits=2), cost(f, "cache_seconds"), cost(f, "peak_memory_mb")]
             body.append(["", name, *scores, *costs, cost(f, "cache_bytes", 1e-6, 1)])
-    head = ["", "", "KL, nats", "cross-entropy, nats", "ROUGE-L", "steps, s", "cache, s", "peak MB", "cache MB"]
+    head = ["", "", "KL, nats", "cross-entropy, nats", "ROUGE-L", "a step, s", "cache, s", "peak MB", "cache MB"]
     return table(head, body)
 
 
