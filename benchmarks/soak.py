@@ -30,10 +30,10 @@ EVERY, WARM_UP = 2.0, 0.2
 
 
 def command(verb: str, folder: Path, args: argparse.Namespace) -> list[str]:
-    """`srd-fast VERB` with epochs without end."""
+    """`srd-fast VERB` with epochs without end, in small batches for many steps."""
     given = {
         "output_dir": folder, "data": args.data, "max_rows": args.max_rows, "curate.method": "random",
-        "distill.epochs_per_stage": 100_000, "dtype": args.dtype,
+        "distill.epochs_per_stage": 100_000, "distill.per_device_train_batch_size": 2, "dtype": args.dtype,
     }  # fmt: skip
     return [sys.executable, "-m", "srd_fast.cli", verb, str(CONFIG), *(f"{k}={v}" for k, v in given.items())]
 
