@@ -1,0 +1,25 @@
+"""Data: rows from files, tokenised samples with stable ids, batches."""
+
+from .batches import DistillationCollator, batches_by_length, pad_id, pad_right
+from .samples import TOKENISED_FEATURES, PreparedData, content_id, prepare_dataset
+from .sources import SourceRow, read_rows, read_source, shown, source_path
+from .tokenisation import IGNORE_INDEX, Tokenisation, first_label
+
+__all__ = [
+    "IGNORE_INDEX",
+    "TOKENISED_FEATURES",
+    "DistillationCollator",
+    "PreparedData",
+    "SourceRow",
+    "Tokenisation",
+    "batches_by_length",
+    "content_id",
+    "first_label",
+    "pad_id",
+    "pad_right",
+    "prepare_dataset",
+    "read_rows",
+    "read_source",
+    "shown",
+    "source_path",
+]
