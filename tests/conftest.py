@@ -10,7 +10,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import gc
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
+
+with suppress(ImportError):  # torch.compile fails in a process that had distutils before setuptools
+    import setuptools  # noqa: F401
 
 import pytest
 import tiny
