@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
-with suppress(ImportError):  # torch.compile fails in a process that had distutils before setuptools
+with suppress(ImportError):  # torch.compile fails where pip was looked for and distutils came before setuptools
     import setuptools  # noqa: F401
 
 import pytest
