@@ -8,6 +8,7 @@ does before each step, is left out, and gradient checkpointing, their default, i
 has a curriculum, and the GKDTrainer's loss is at temperature 1: they stand beside plain distillation at temperature 1.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from srd_fast import SRDTrainer
-from srd_fast.data import DistillationCollator, pad_id
+from srd_fast.data import DistillationCollator, first_label, pad_id, pad_right
 
 Samples = list[dict[str, Any]]
 
@@ -69,7 +70,7 @@ class Reversed(PlainLoop):
         return super().backward(number, samples[::-1])
 
 
-class _TRL(PlainLoop):
+class _TRL(PlainLoop, ABC):
     """A trainer of TRL's that runs `training_step` on batches it is given."""
 
     def __init__(self, student: nn.Module, teacher: nn.Module, trainer: SRDTrainer, dtype: torch.dtype) -> None:
@@ -84,13 +85,13 @@ class _TRL(PlainLoop):
         self.trl.current_gradient_accumulation_steps = 1
         self.model = self.trl.accelerator.prepare_model(student)
 
+    @abstractmethod
     def make(self, student: nn.Module, teacher: nn.Module, options: dict[str, Any]) -> Any:
         """The trainer."""
-        raise NotImplementedError
 
+    @abstractmethod
     def batch(self, samples: Samples) -> dict[str, Tensor]:
         """What its `training_step` takes."""
-        raise NotImplementedError
 
     def backward(self, number: int, samples: Samples) -> Tensor:
         """TRL's."""
@@ -134,16 +135,16 @@ class Distillation(_TRL):
 
     def batch(self, samples: Samples) -> dict[str, Tensor]:
         """Prompts padded at their beginnings, completions at their ends, as it does with those that it generates."""
-        split = [next(i for i, x in enumerate(s["labels"]) if x != -100) for s in samples]
-        prompts = [s["input_ids"][:n] for s, n in zip(samples, split)]
+        split = [first_label(s["labels"]) for s in samples]
+        # Padded at the end backwards is padded at the beginning.
+        prompts = [s["input_ids"][:n][::-1] for s, n in zip(samples, split)]
         completions = [s["input_ids"][n:] for s, n in zip(samples, split)]
-        longest = max(map(len, prompts)), max(map(len, completions))
         pad = self.collate.pad_token_id
         return {
-            "prompt_ids": torch.tensor([[pad] * (longest[0] - len(x)) + x for x in prompts]),
-            "prompt_mask": torch.tensor([[0] * (longest[0] - len(x)) + [1] * len(x) for x in prompts]),
-            "completion_ids": torch.tensor([x + [pad] * (longest[1] - len(x)) for x in completions]),
-            "completion_mask": torch.tensor([[1] * len(x) + [0] * (longest[1] - len(x)) for x in completions]),
+            "prompt_ids": pad_right(prompts, pad).flip(1),
+            "prompt_mask": pad_right([[1] * len(x) for x in prompts], 0).flip(1),
+            "completion_ids": pad_right(completions, pad),
+            "completion_mask": pad_right([[1] * len(x) for x in completions], 0),
             "num_items_in_batch": torch.tensor(float(sum(map(len, completions)))),
         }
 

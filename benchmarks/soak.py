@@ -96,12 +96,10 @@ def main() -> None:
     }  # fmt: skip
     print(", ".join(f"{k} {v:,.1f}" for k, v in figures.items()))
     shape = f"{Path(args.data).stem}, {args.max_rows} rows"
-    packages = {"srd-fast": "srd-fast"}
-    case = f"{args.minutes:g} minutes"
-    write(
-        make_rows("soak", {"srd-fast": figures}, case=case, shape=shape, dtype=args.dtype, packages=packages),
-        args.results,
-    )
+    threshold = os.environ.get("MALLOC_MMAP_THRESHOLD_")
+    case = f"{args.minutes:g} minutes" + (f", MALLOC_MMAP_THRESHOLD_={threshold}" if threshold else "")
+    options = {"case": case, "shape": shape, "dtype": args.dtype}
+    write(make_rows("soak", {"srd-fast": figures}, packages={"srd-fast": "srd-fast"}, **options), args.results)
 
 
 if __name__ == "__main__":
