@@ -42,7 +42,7 @@ def samples(tokenizer: Any) -> Any:
     cut = [ids[LENGTH * i : LENGTH * (i + 1)] for i in range(ROWS)]
     assert len(cut[-1]) == LENGTH, "the text is too short"
     made = [
-        {"sample_id": str(i), "prompt": "", "references": [""], "input_ids": x, "labels": [-100, *x[1:]]}
+        {"sample_id": str(i), "prompt": "", "references": [""], "tests": [], "input_ids": x, "labels": [-100, *x[1:]]}
         for i, x in enumerate(cut)
     ]
     return Dataset.from_list(made, features=TOKENISED_FEATURES)

@@ -30,6 +30,7 @@ class PlainLoop:
         kind, options = trainer.get_optimizer_cls_and_kwargs(trainer.args, student)
         self.optimizer = kind([p for p in student.parameters() if p.requires_grad], **options)
         self.collate = DistillationCollator(pad_id(trainer.processing_class))
+        self.device = trainer.args.device
 
     def step(self, number: int, samples: Samples) -> float:
         """Loss of the step `number` on these samples; the weights are changed."""
@@ -45,11 +46,11 @@ class PlainLoop:
         """Loss of a batch; the gradients are there."""
         curriculum = self.trainer.curriculum
         t, sft = curriculum.temperature(number), curriculum.sft_weight(number)
-        batch = self.collate(samples)
+        batch = {name: x.to(self.device) for name, x in self.collate(samples).items()}
         labels = batch["labels"][:, 1:]
         kept = labels != -100
         inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             with torch.no_grad():
                 z_T = self.teacher(**inputs, use_cache=False).logits[:, :-1].float()
             z_S = self.student(**inputs, use_cache=False).logits[:, :-1].float()
@@ -78,7 +79,7 @@ class _TRL(PlainLoop, ABC):
         args = trainer.args
         options = {
             "output_dir": f"{args.output_dir}/trl", "per_device_train_batch_size": args.per_device_train_batch_size,
-            "bf16": dtype == torch.bfloat16, "use_cpu": True, "report_to": [], "gradient_checkpointing": False,
+            "bf16": dtype == torch.bfloat16, "use_cpu": args.use_cpu, "report_to": [], "gradient_checkpointing": False,
             "beta": 0.0, "temperature": 1.0,
         }  # fmt: skip
         self.trl = self.make(student, teacher, options)
@@ -126,7 +127,7 @@ class Distillation(_TRL):
 
         class OnGivenCompletions(DistillationTrainer):
             def _prepare_inputs(self, generation_batch: Any) -> Any:
-                return generation_batch
+                return {name: x.to(self.accelerator.device) for name, x in generation_batch.items()}
 
         return OnGivenCompletions(
             student, teacher, DistillationConfig(**options), train_dataset=Dataset.from_dict({"prompt": ["-"]}),

@@ -13,6 +13,7 @@ import textwrap
 import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -34,6 +35,7 @@ INK, MUTED = "#1f2328", "#57606a"
 COLOURS = {
     "gemms": "#30363d",
     "srd-fast": "#d55e00",
+    "srd-fast, 128 MiB": "#a34700",
     "srd-fast, 70 % ignored": "#eb9c63",
     "se-kd": "#e6a700",
     "plain": "#8b939c",
@@ -41,6 +43,7 @@ COLOURS = {
     "plain loop": "#8b939c",
     "script": "#8b939c",
     "liger-kernel": "#7aa6c8",
+    "liger-kernel fused": "#4d7fa8",
     "trl chunked": "#4f9a8a",
     "trl gkd": "#9fcfc0",
     "torchtune": "#b08cc0",
@@ -307,9 +310,9 @@ def metric_panels(found: list[Row], panels: Callable[[list[Row]], list[Panel]]) 
 # Figures
 
 
-def loss_time(folder: Path) -> Figure:
+def loss_time(folder: Path, benchmark: str = "loss") -> Figure:
     """Seconds of the loss relative to the four products."""
-    found = rows_of(folder, "loss", "seconds")
+    found = rows_of(folder, benchmark, "seconds")
 
     def panel(title: str, part: list[Row]) -> Panel:
         return Panel(title, "time / time of gemms", spans(part, "seconds", base="gemms"), mark=1.0)
@@ -318,9 +321,9 @@ def loss_time(folder: Path) -> Figure:
     return bar_figure(f"{title}; 20 % to 80 %", found, shape_panels(found, panel))
 
 
-def loss_memory(folder: Path) -> Figure:
+def loss_memory(folder: Path, benchmark: str = "loss") -> Figure:
     """Peak memory of the loss."""
-    found = rows_of(folder, "loss", "extra_peak_bytes")
+    found = rows_of(folder, benchmark, "extra_peak_bytes")
 
     def panel(title: str, part: list[Row]) -> Panel:
         return Panel(title, "peak (MiB)", spans(part, "extra_peak_bytes", unit=MIB), "{:,.0f}", log=True)
@@ -329,9 +332,9 @@ def loss_memory(folder: Path) -> Figure:
     return bar_figure(title, found, shape_panels(found, panel))
 
 
-def loss_error(folder: Path) -> Figure:
+def loss_error(folder: Path, benchmark: str = "loss") -> Figure:
     """Error of the gradient."""
-    found = rows_of(folder, "loss", "gradient_error")
+    found = rows_of(folder, benchmark, "gradient_error")
 
     def panel(title: str, part: list[Row]) -> Panel:
         return Panel(title, "relative error (no unit)", spans(part, "gradient_error"), "{:.1e}", log=True)
@@ -340,23 +343,23 @@ def loss_error(folder: Path) -> Figure:
     return bar_figure(title, found, shape_panels(found, panel))
 
 
-def largest_rows(folder: Path) -> Figure:
+def largest_rows(folder: Path, benchmark: str = "limits") -> Figure:
     """How many rows fit under a limit of memory."""
-    found = rows_of(folder, "limits", "largest_rows", "searched_to")
+    found = rows_of(folder, benchmark, "largest_rows", "searched_to")
 
     def panel(title: str, part: list[Row]) -> Panel:
         most, ends = spans(part, "largest_rows"), spans(part, "searched_to")
         at_least = frozenset(key for key in most if most[key] == ends.get(key))
         return Panel(title, "largest N (rows)", most, "{:,.0f}", log=True, at_least=at_least)
 
-    title = "Largest N whose loss, forward and backward, fits in so much address space (≥: the search ended there)"
+    title = "Largest N whose loss, forward and backward, fits in so much memory (≥: the search ended there)"
     return bar_figure(title, found, shape_panels(found, panel))
 
 
-def train(folder: Path) -> Figure:
+def train(folder: Path, benchmark: str = "train") -> Figure:
     """Time and memory of training steps relative to the plain loop."""
     labels = {"step_seconds": "time / time of plain loop", "peak_bytes": "peak memory / peak memory of plain loop"}
-    found = rows_of(folder, "train", *labels)
+    found = rows_of(folder, benchmark, *labels)
 
     def panels(part: list[Row]) -> list[Panel]:
         return [Panel("", label, spans(part, m, base="plain loop"), mark=1.0) for m, label in labels.items()]
@@ -455,6 +458,11 @@ DRAWINGS: dict[str, Callable[[Path], Figure]] = {
     "loss_memory": loss_memory,
     "loss_error": loss_error,
     "limits": largest_rows,
+    "loss_gpu_time": partial(loss_time, benchmark="loss_gpu"),
+    "loss_gpu_memory": partial(loss_memory, benchmark="loss_gpu"),
+    "loss_gpu_error": partial(loss_error, benchmark="loss_gpu"),
+    "limits_gpu": partial(largest_rows, benchmark="limits_gpu"),
+    "train_gpu": partial(train, benchmark="train_gpu"),
     "scale": scale,
     "train": train,
     "reflect": reflect,

@@ -59,7 +59,7 @@ def grow_loss(what: str, dtype: str, repeats: int, memory: bool) -> dict[str, fl
     for shape, seconds in zip(shapes, medians):
         found[f"seconds@{SIZE[what](shape)}"] = seconds
         if memory:
-            peak = peak_in_fresh_process("srd-fast", shape, dtype, "cpu", LOSS)
+            peak = peak_in_fresh_process("srd-fast", shape, dtype, LOSS)
             found[f"extra_peak_bytes@{SIZE[what](shape)}"] = float("nan") if peak is None else peak
     return found | {"r_squared": r_squared([SIZE[what](s) for s in shapes], medians)}
 

@@ -10,6 +10,7 @@ row leaves its cell empty.
 import argparse
 import re
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 from .providers import NOT_THE_LOSS, PROVIDERS
@@ -20,6 +21,7 @@ BLOCK = re.compile(r"<!-- table: ([\w-]+) -->\n(.*?)<!-- end -->", re.DOTALL)
 OURS = "srd-fast"
 KL_ALONE = "KL alone"
 NATS = ("cross_entropy", "kl")
+UNITS = {"s": 1, "ms": 1000}  # in a second
 # provider -> metric -> value
 Figures = dict[str, dict[str, float]]
 
@@ -58,9 +60,10 @@ def _where(key: tuple[str, ...]) -> list[str]:
     return [_short(shape), dtype, case]
 
 
-def loss_time(rows: list[Row]) -> str:
-    """Seconds, and how many times the bare products."""
-    found = {k: v for k, v in groups(rows, "loss").items() if any("seconds" in of for of in v.values())}
+def loss_time(rows: list[Row], benchmark: str = "loss", unit: str = "s") -> str:
+    """Times, and how many times the bare products."""
+    found = {k: v for k, v in groups(rows, benchmark).items() if any("seconds" in of for of in v.values())}
+    per_second = UNITS[unit]
     names = [n for n in _present(found, "seconds") if n not in ("gemms", "se-kd")]
     body = []
     for key, figures in sorted(found.items(), key=lambda x: _order(x[0])):
@@ -69,9 +72,9 @@ def loss_time(rows: list[Row]) -> str:
         for name in names:
             s = figures.get(name, {}).get("seconds")
             of = "" if s is None or floor is None else f" ({s / floor:.2f}x)"
-            cells.append("" if s is None else f"{s:.2f}{of}")
-        body.append([*_where(key), "" if floor is None else f"{floor:.2f}", *cells])
-    return table(["N x V", "dtype", "loss", "GEMMs alone, s", *names], body)
+            cells.append("" if s is None else f"{s * per_second:.2f}{of}")
+        body.append([*_where(key), "" if floor is None else f"{floor * per_second:.2f}", *cells])
+    return table(["N x V", "dtype", "loss", f"GEMMs alone, {unit}", *names], body)
 
 
 def _order(key: tuple[str, ...]) -> tuple[int, str, str]:
@@ -80,9 +83,9 @@ def _order(key: tuple[str, ...]) -> tuple[int, str, str]:
 
 
 def _metric(
-    rows: list[Row], metric: str, show: Callable[[float], str], skip: tuple[str, ...]
+    rows: list[Row], benchmark: str, metric: str, show: Callable[[float], str], skip: tuple[str, ...]
 ) -> tuple[list[str], list[list[str]]]:
-    found = {k: v for k, v in groups(rows, "loss").items() if any(metric in of for of in v.values())}
+    found = {k: v for k, v in groups(rows, benchmark).items() if any(metric in of for of in v.values())}
     names = [n for n in _present(found, metric) if n not in skip]
     body = []
     for key, figures in sorted(found.items(), key=lambda x: _order(x[0])):
@@ -90,14 +93,14 @@ def _metric(
     return ["N x V", "dtype", "loss", *names], body
 
 
-def loss_memory(rows: list[Row]) -> str:
+def loss_memory(rows: list[Row], benchmark: str = "loss") -> str:
     """Extra peak in MB."""
-    return table(*_metric(rows, "extra_peak_bytes", lambda v: f"{v / 2**20:,.0f}", ("gemms", "se-kd")))
+    return table(*_metric(rows, benchmark, "extra_peak_bytes", lambda v: f"{v / 2**20:,.0f}", ("gemms", "se-kd")))
 
 
-def loss_error(rows: list[Row]) -> str:
+def loss_error(rows: list[Row], benchmark: str = "loss") -> str:
     """Gradient against float64."""
-    return table(*_metric(rows, "gradient_error", lambda v: f"{v:.1e}", NOT_THE_LOSS))
+    return table(*_metric(rows, benchmark, "gradient_error", lambda v: f"{v:.1e}", NOT_THE_LOSS))
 
 
 def selection(rows: list[Row]) -> str:
@@ -180,6 +183,19 @@ def train_memory(rows: list[Row]) -> str:
     return table(["", "dtype", "process", "peak resident MB"], body)
 
 
+def train_gpu(rows: list[Row]) -> str:
+    """A step and the peak of each side, in turn with ours with a live teacher and from the cache."""
+    body = []
+    for (_, shape, _), figures in groups(rows, "train_gpu").items():
+        plain = figures["plain loop"]
+        for name, f in figures.items():
+            if name.startswith(OURS) or "live teacher" in str(list(figures)):
+                step = f"{1000 * f['step_seconds']:.0f} ({f['step_seconds'] / plain['step_seconds']:.2f}x)"
+                peak = f"{f['peak_bytes'] / 2**30:.1f}" if "peak_bytes" in f else ""
+                body.append([shape.split(",")[0], name, step, peak, f"{f['loss_difference']:.1e}"])
+    return table(["pair", "", "a step, ms", "peak GiB", "losses apart"], body)
+
+
 def stores(rows: list[Row]) -> str:
     """Bytes a token and errors of compact stores."""
     found = groups(rows, "stores")
@@ -217,9 +233,9 @@ def quality(rows: list[Row]) -> str:
     return table(head, body)
 
 
-def limits(rows: list[Row]) -> str:
+def limits(rows: list[Row], benchmark: str = "limits") -> str:
     """Largest batches."""
-    found = groups(rows, "limits")
+    found = groups(rows, benchmark)
     names = _present(found, "largest_rows")
     body = []
     for (case, shape, dtype), figures in sorted(found.items(), key=lambda x: (_order(x[0])[0], x[0][0])):
@@ -292,6 +308,10 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "loss-memory": loss_memory,
     "loss-error": loss_error,
     "limits": limits,
+    "loss-time-gpu": partial(loss_time, benchmark="loss_gpu", unit="ms"),
+    "loss-memory-gpu": partial(loss_memory, benchmark="loss_gpu"),
+    "limits-gpu": partial(limits, benchmark="limits_gpu"),
+    "train-gpu": train_gpu,
     "rivals": rivals,
     "scale": scale,
     "reflect": reflect,

@@ -64,8 +64,8 @@ EPOCHS, STAGES, KEEP, PLAIN_EPOCHS, BATCH = 8, 3, 0.75, 20, 16
 class InTurn(TrainerCallback):
     """After every step of the trainer, the same step of each loop; seconds and losses of all."""
 
-    def __init__(self, loops: dict[str, PlainLoop], steps: int) -> None:
-        self.loops, self.steps, self.order = loops, steps, None
+    def __init__(self, loops: dict[str, PlainLoop], steps: int, batch: int = BATCH) -> None:
+        self.loops, self.steps, self.batch, self.order = loops, steps, batch, None
         self.seconds: dict[str, list[float]] = {name: [] for name in (OURS, *loops)}
         self.losses: dict[str, list[float]] = {name: [] for name in (OURS, *loops)}
         self.tokens: list[tuple[int, int]] = []
@@ -83,13 +83,13 @@ class InTurn(TrainerCallback):
         self.seconds[OURS].append(time.perf_counter() - self._began)
         self.losses[OURS].append(trainer.last_loss)
         assert self.order is not None
-        samples = [trainer.train_dataset[next(self.order)] for _ in range(BATCH)]
+        samples = [trainer.train_dataset[next(self.order)] for _ in range(self.batch)]
         for name, loop in self.loops.items():
             began = time.perf_counter()
             self.losses[name].append(loop.step(state.global_step - 1, samples))
             self.seconds[name].append(time.perf_counter() - began)
         lengths = [len(s["input_ids"]) for s in samples]
-        self.tokens.append((sum(lengths), max(lengths) * BATCH))
+        self.tokens.append((sum(lengths), max(lengths) * self.batch))
         if state.global_step % 10 == 0 or state.global_step == self.steps:
             last = (f"{name} {self.losses[name][-1]:.6f} in {x[-1]:.2f} s" for name, x in self.seconds.items())
             print(f"step {state.global_step}: loss of {', '.join(last)}", flush=True)

@@ -107,7 +107,7 @@ def configurations(quick: bool = False) -> list[Configuration]:
         {"divergence": None, "temperature": 1, "gradient": None},
         {"even_classes": False, "classes": 151669},
         {"even_classes": False, "classes": 151669, "aligned_rows": False},
-        *({"classes": classes} for classes in (256, 512, 1024)),
+        *({"classes": classes} for classes in (256, 512, 1024, 2048)),
     ]
     return every + [dataclasses.replace(default, **change) for change in changes]
 

@@ -299,9 +299,9 @@ def row_kernel(
 def launch_options(V: int, warp_size: int = 32 if torch.version.hip is None else 64) -> dict[str, int]:
     """Block of classes, warps of a program, and compile options for rows of V classes.
 
-    Eight classes a thread, which are 128 bits of a 16-bit type; at most 256 threads, and no more than V needs.
+    Eight classes a thread, which are 128 bits of a 16-bit type; at most 4096 classes, and no more than V needs.
     """
-    block = min(2048, max(8 * warp_size, triton.next_power_of_2(V)))
+    block = min(4096, max(8 * warp_size, triton.next_power_of_2(V)))
     # Triton 3.10 turns fused multiply-adds off unless asked: a tenth more instructions.
     return {"BLOCK": block, "num_warps": block // (8 * warp_size), "enable_fp_fusion": True}
 

@@ -246,7 +246,7 @@ class SRDTrainer(Trainer):
             teacher = load_model(teacher, dtype, "cpu" if args.teacher_offload else args.device)
         if isinstance(teacher, nn.Module):
             return LiveTeacher(teacher, args.device, offload=args.teacher_offload)
-        return teacher
+        return teacher.to(args.device) if isinstance(teacher, TeacherCache) else teacher
 
     def _takes_flattened(self) -> bool:
         """Whether batches may go without padding through every model that runs; switches their attention if so."""

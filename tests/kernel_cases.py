@@ -169,8 +169,10 @@ def rows_and_rivals(
 def at_kinks(rows: Rows, temperature: float) -> float:
     """What the total variation's gradient may be off by: its terms of the classes where p is q but for rounding."""
     common = min(rows.student_CV.shape[1], rows.teacher_CV.shape[1])
-    sides = (rows.student_CV, rows.teacher_CV)
-    q, p = (torch.softmax(x[:, :common].double().clamp(min=-1e30) / temperature, -1) for x in sides)
+    sides = [x[:, :common].double().clamp(min=-1e30) for x in (rows.student_CV, rows.teacher_CV)]
+    if rows.softcap is not None:
+        sides = [rows.softcap * torch.tanh(x / rows.softcap) for x in sides]
+    q, p = (torch.softmax(x / temperature, -1) for x in sides)
     factor = coefficients(temperature).divergence / temperature * rows.weights_C.max().item()
     return factor * (q * ((p - q).abs() < 1e-5 * q)).sum(-1).max().item()
 

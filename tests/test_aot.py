@@ -69,7 +69,7 @@ def test_compiled_kernels_keep_the_rules(
         assert finding.spills == 0
         assert (finding.load_bits, finding.store_bits) == (128, 128)
         assert finding.bytes_per_logit == (14 if "skew" in finding.configuration else 10)
-        # Four programs of 256 threads fit the registers of an SM.
+        # Two programs of 512 threads fit the registers of an SM.
         assert 16 <= finding.registers <= 64
 
 

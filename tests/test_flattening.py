@@ -56,7 +56,7 @@ TAKEN = (
     "GPTNeoX",
 )
 REFUSED = {
-    "Gemma2": "more than scaled_dot_product_attention",
+    "Gemma2": "its attention",  # says the class of some versions of transformers, the forward pass of others
     "GptOss": "more than scaled_dot_product_attention",
     "Mamba": "mix tokens outside of attention",
     "Lfm2": "mix tokens outside of attention",
@@ -609,7 +609,7 @@ def test_on_a_gpu(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
         assert (found_gradients[gradient_name] - gradient).norm() <= tolerance * max(gradient.norm(), 1e-2), (
             gradient_name
         )
-    assert bool(calls) == (dtype == torch.bfloat16)
+    assert bool(calls) == (dtype == torch.bfloat16 and varlen._KERNEL is not None)
 
 
 def test_the_check_is_held_by_its_samples() -> None:

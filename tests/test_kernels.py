@@ -258,6 +258,24 @@ def test_blocks_of_rows_are_independent(backend: str, monkeypatch: pytest.Monkey
 
 if INTERPRETED:
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])  # the interpreter cuts bfloat16 off
+    @pytest.mark.parametrize("shape", [(1,), (97, 50), (4096,), (3, 4097)])
+    def test_a_factor_is_one_product_in_float32_triton(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        from srd_fast.kernels.triton_scale import scalable, scale_in_place_triton
+
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+        for factor in (torch.tensor(0.37), torch.tensor(1.0)):
+            scaled = x.clone()
+            scale_in_place_triton(scaled, factor)
+            assert torch.equal(scaled, (x.float() * factor).to(dtype))
+        if x.dim() == 2:
+            columns = x.clone().t()
+            assert scalable(columns)
+            scale_in_place_triton(columns, torch.tensor(0.5))
+            assert torch.equal(columns.t(), (x.float() * 0.5).to(dtype))
+            assert not scalable(x[:, ::2])
+        assert not scalable(x.double())
+
     @pytest.mark.parametrize("classes", [(97, 97), (151, 128), (128, 151), (96, 96), (2049, 2049)])
     @pytest.mark.parametrize("divergence", ["reverse_kl", "jsd"])
     def test_scratch_behind_the_rows_does_not_matter_triton(divergence: str, classes: tuple[int, int]) -> None:

@@ -59,7 +59,7 @@ def test_no_further_from_float64_than_plain_torch(
 ) -> None:
     for kind in KINDS:
         if (divergence, kind) != ("tvd", "identical"):  # a kink
-            assert_accurate(backend, divergence, temperature, kind, 32, classes=classes, dtype=dtype, device=DEVICE)
+            assert_accurate(backend, divergence, temperature, kind, 64, 32, classes=classes, dtype=dtype, device=DEVICE)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -116,7 +116,10 @@ def test_loss_and_gradients_are_those_of_float64(divergence: str, dtype: torch.d
     assert_same(out.loss, expected.loss, tolerance)
     found, wanted = gradients(quick, out.loss), gradients(exact, expected.loss)
     for name in wanted:
-        assert_same(found[name], wanted[name], tolerance, name)
+        if divergence == "tvd":  # its gradient jumps where rounding makes the smaller of two probabilities the larger
+            assert (found[name].double() - wanted[name]).norm() <= tolerance * wanted[name].norm(), name
+        else:
+            assert_same(found[name], wanted[name], tolerance, name)
 
 
 def packed(dtype: torch.dtype, rows: int, classes: int, budget: int | None = None) -> tuple[Tensor, Head, PackedRows]:
@@ -157,6 +160,21 @@ def test_backward_never_waits_for_the_gpu() -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert p.student_hidden.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.37])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_factor_on_the_loss_is_one_on_the_gradients(dtype: torch.dtype, factor: float) -> None:
+    """In `backward`; several chunks, so that the weight's gradient was summed in float32."""
+    p = on_device(problem(shape=(300,), widths=(32, 32), classes=(997, 997)), dtype)
+    plain = gradients(p, p.run(memory_budget=1 << 19).loss)
+    scaled = gradients(p, p.run(memory_budget=1 << 19).loss * factor)
+    for name, g in plain.items():
+        wanted = (g.float() * torch.tensor(factor, device=DEVICE)).to(dtype)
+        if dtype == torch.float16:  # `g` has been multiplied once already, by 1 / num_items, and rounded
+            assert_same(scaled[name], wanted, 2**-10, name)
+        else:
+            assert torch.equal(scaled[name], wanted), name
 
 
 @pytest.mark.parametrize("budget", [64 << 20, 256 << 20, None])

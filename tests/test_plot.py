@@ -1,6 +1,7 @@
 """Figures of the benchmarks: everything named, the same bytes twice, a reason for what is left out. Values made up."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ METHODS = (
 def loss_providers(loss: providers.Loss) -> list[str]:
     """Who would have figures of a loss."""
     left_out = {"torchtune"} if loss.temperature == 2 else set()
-    left_out |= {"trl chunked", "trl gkd"} if loss.sft_weight else {providers.CE_ONLY}
+    left_out |= {"trl chunked", "trl gkd", "liger-kernel fused"} if loss.sft_weight else {providers.CE_ONLY}
     left_out |= {"liger-kernel"} if loss.divergence == "skew_reverse_kl" else set()
     return [*(p for p in providers.PROVIDERS if p not in left_out), IGNORED]
 
@@ -106,16 +107,19 @@ def other_rows() -> list[rows.Row]:
 def figures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the results and every figure of them."""
     folder = tmp_path_factory.mktemp("benchmarks")
-    rows.write(loss_rows() + limit_rows() + scale_rows() + train_rows() + other_rows(), folder / "results")
+    measured = loss_rows() + limit_rows() + train_rows()
+    on_gpu = [replace(r, benchmark=f"{r.benchmark}_gpu") for r in measured]
+    rows.write(measured + on_gpu + scale_rows() + other_rows(), folder / "results")
     plot.draw(folder / "results", folder)
     return folder
 
 
 def drawn_providers(folder: Path, name: str) -> set[str]:
     """Whose rows a figure draws."""
-    metrics = {"loss_time": "seconds", "loss_memory": "extra_peak_bytes", "loss_error": "gradient_error"}
-    found = rows.read(folder / "results" / f"{name.split('_')[0]}.csv")
-    return {r.provider for r in found if r.metric.startswith(metrics.get(name, ""))}
+    metrics = {"time": "seconds", "memory": "extra_peak_bytes", "error": "gradient_error"}
+    benchmark, _, metric = name.rpartition("_") if name.endswith(tuple(metrics)) else (name, "", "")
+    found = rows.read(folder / "results" / f"{benchmark}.csv")
+    return {r.provider for r in found if r.metric.startswith(metrics.get(metric, ""))}
 
 
 UNITS = {
@@ -133,7 +137,7 @@ UNITS = {
 @pytest.mark.parametrize("name", list(plot.DRAWINGS))
 def test_names_every_provider_and_unit(figures: Path, name: str) -> None:
     svg, today = (figures / f"{name}.svg").read_text(encoding="utf-8"), rows.make_rows("x", {"x": {"x": 0.0}})[0]
-    expected = [*drawn_providers(figures, name), *UNITS[name], today.date, today.device]
+    expected = [*drawn_providers(figures, name), *UNITS[name.replace("_gpu", "")], today.date, today.device]
     assert [text for text in expected if text not in svg] == []
 
 

@@ -742,6 +742,27 @@ def test_training_from_a_cache_is_training_beside_the_teacher(
     assert_same_run(trained(tokenizer, TeacherCache(tmp_path / "cache"), padding_free=padding_free), cached)
 
 
+def test_a_cache_given_as_the_teacher_goes_where_the_trainer_is(
+    whole: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved = []
+    monkeypatch.setattr(TeacherCache, "to", lambda self, device: moved.append(device) or self)
+    trainer = untrained(tokenizer, TeacherCache(whole))
+    assert moved == [trainer.args.device]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("given", ["folder", "object"])
+def test_training_from_a_cache_on_a_gpu(given: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    on_cpu = trained(tokenizer, teacher_model(), folder)
+    source = (TeacherCache(folder), None) if given == "object" else (None, folder)
+    found = trained(tokenizer, *source, use_cpu=False)
+    assert found.trainer.args.device.type == "cuda"
+    assert found.losses == pytest.approx(on_cpu.losses, rel=1e-3)
+    assert found.metrics == pytest.approx(on_cpu.metrics, rel=1e-3)
+
+
 def test_padding_does_not_matter(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     teacher = teacher_model()
     flattened, padded, automatic = (

@@ -98,11 +98,13 @@ def chunk_rows(num_rows: int, logits_bytes: int, temporary_bytes: int, device: t
     return max(1, rows)
 
 
-def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a @ b, in `dtype` and unrounded where the device can, else in the dtype of both."""
-    if a.is_cuda and a.dtype != dtype:
-        return torch.mm(a, b, out_dtype=dtype)
-    return torch.mm(a, b)
+def _add_product(total: Tensor, a: Tensor, b: Tensor, scale: float, first: bool) -> None:
+    """total += scale * a @ b, or = if first, in one product that rounds to `total`'s dtype alone."""
+    beta = 0 if first else 1
+    if a.dtype == total.dtype:
+        torch.addmm(total, a, b, beta=beta, alpha=scale, out=total)
+    else:
+        torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, alpha=scale, out=total)
 
 
 class GradientSum:
@@ -115,19 +117,22 @@ class GradientSum:
         self.partial = self.total
         if several and wide != x.dtype:
             self.partial = workspace.take(name, 1, x.numel(), wide, x.device).view(x.shape)
-        # A product in the dtype of the sum goes straight onto it.
-        self.direct = x.dim() == 2 and self.partial.dtype == gemm_dtype and self.partial is self.total
+        # A product goes straight onto a sum of its own dtype; on a GPU one of 16-bit factors onto a sum in float32 too.
+        narrow_on_gpu = x.is_cuda and gemm_dtype.itemsize == 2 and self.partial.dtype == torch.float32
+        self.direct = x.dim() == 2 and (self.partial.dtype == gemm_dtype or narrow_on_gpu)
 
     def add(self, g_CV: Tensor, hidden_CD: Tensor, scale: float, first: bool, last: bool) -> None:
         """Add scale * g.T @ hidden, or for a bias scale * the sum over the rows of g."""
         hidden_CD = hidden_CD.to(g_CV.dtype)
         if self.direct:
-            torch.addmm(self.total, g_CV.t(), hidden_CD, beta=0 if first else 1, alpha=scale, out=self.total)
+            _add_product(self.partial, g_CV.t(), hidden_CD, scale, first)
+            if last and self.partial is not self.total:
+                self.total.copy_(self.partial)
             return
         target = self.total if last else self.partial
         for part in class_slices(g_CV.shape[1]):
             if self.total.dim() == 2:
-                product = _product(g_CV[:, part].t(), hidden_CD, self.partial.dtype)
+                product = torch.mm(g_CV[:, part].t(), hidden_CD)
             else:
                 product = g_CV[:, part].sum(0, dtype=self.partial.dtype)
             if scale != 1.0:
@@ -142,8 +147,22 @@ def scale_in_place(x: Tensor, factor: Tensor) -> None:
     """Multiply in place by a scalar tensor, which a product in bfloat16 would first round to 8 bits."""
     if factor.device.type == "cpu" and factor == 1:
         return
+    if x.is_cuda and _scale_on_gpu(x, factor):
+        return
     if x.element_size() >= factor.element_size():
         x.mul_(factor)
         return
     for part in class_slices(x.shape[0]):
         x[part] = x[part].to(factor.dtype) * factor
+
+
+def _scale_on_gpu(x: Tensor, factor: Tensor) -> bool:
+    """Do it in Triton, if that can: without reading or writing anything where the factor is 1."""
+    try:
+        from ..kernels.triton_scale import scalable, scale_in_place_triton
+    except ImportError:
+        return False
+    if not scalable(x) or factor.numel() != 1 or factor.device != x.device:
+        return False
+    scale_in_place_triton(x, factor)
+    return True

@@ -19,17 +19,18 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 
 def _torch_kernel() -> Callable[..., Any] | None:
-    """torch's variable-length flash attention, if this torch has it with windows and grouped heads."""
+    """torch's variable-length flash attention, if this torch has it with windows."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
-    needed = {"scale", "window_size", "enable_gqa"}
-    return varlen_attn if needed <= set(inspect.signature(varlen_attn).parameters) else None
+    return varlen_attn if {"scale", "window_size"} <= set(inspect.signature(varlen_attn).parameters) else None
 
 
 IMPLEMENTATION = "srd_varlen"
 _KERNEL = _torch_kernel()
+# torch 2.11 takes grouped heads unasked.
+_ASKS_FOR_GROUPS = _KERNEL is not None and "enable_gqa" in inspect.signature(_KERNEL).parameters
 _HALF = (torch.float16, torch.bfloat16)
 # True inside the forward pass of a flattened batch. It only spares masks and refuses layers without the keywords; what
 # attends to what follows from the keywords alone, which gradient checkpointing hands on to the recomputation.
@@ -191,7 +192,9 @@ def _attend_in_kernel(
     dtype, left = _kernel_dtype(query), -1 if window is None else window - 1
     q, k, v = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))
     starts = cu_seq_lens.to(query.device)
-    options = {"scale": scaling, "window_size": (left, 0), "enable_gqa": q.shape[1] != k.shape[1]}
+    options: dict[str, Any] = {"scale": scaling, "window_size": (left, 0)}
+    if _ASKS_FOR_GROUPS:
+        options["enable_gqa"] = q.shape[1] != k.shape[1]
     return _KERNEL(q, k, v, starts, starts, longest, longest, **options)[None]
 
 

@@ -216,8 +216,10 @@ class ProjectedStore:
 
     def encode(self, hidden_ND: Tensor, head: Head, keys: Sequence[bytes], counts: Sequence[int]) -> dict[str, Tensor]:
         """projection [N, M, D_S], entropy [N, M], bias [N, M]."""
-        weight, bias, scale = self.student_head.weight, self.student_head.bias, self.student_head.scale
-        assert weight is not None
+        scale, device = self.student_head.scale, hidden_ND.device
+        assert self.student_head.weight is not None
+        weight = self.student_head.weight.to(device)
+        bias = None if self.student_head.bias is None else self.student_head.bias.to(device)
         parts = []
         for z in logit_chunks(hidden_ND, head, weight.shape[0]):
             projections, entropies, biases = [], [], []
