@@ -196,6 +196,16 @@ def train_gpu(rows: list[Row]) -> str:
     return table(["pair", "", "a step, ms", "peak GiB", "losses apart"], body)
 
 
+def large_vocabulary(rows: list[Row]) -> str:
+    """Peaks of whole processes."""
+    body = [
+        [name, f"{f['resident_bytes'] / 2**30:.1f}", f"{f['address_bytes'] / 2**30:.1f}"]
+        for figures in groups(rows, "large_vocabulary").values()
+        for name, f in figures.items()
+    ]
+    return table(["", "peak resident GiB", "peak address space GiB"], sorted(body, reverse=True))
+
+
 def stores(rows: list[Row]) -> str:
     """Bytes a token and errors of compact stores."""
     found = groups(rows, "stores")
@@ -319,6 +329,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "train": train,
     "train-rivals": train_rivals,
     "train-memory": train_memory,
+    "large-vocabulary": large_vocabulary,
     "stores": stores,
     "selection": selection,
     "quality": quality,
