@@ -43,14 +43,14 @@ FULL = {
 }
 QUICK = {
     "rivals": [""],
-    "loss": ["--shapes smollm2 --dtypes bfloat16 --rows 128 --repeats 3 --losses jsd 'skew_reverse_kl + CE'"],
+    "loss": ["--shapes smollm2 --dtypes bfloat16 --rows 128 --repeats 2 --losses jsd 'skew_reverse_kl + CE'"],
     "limits": ["--limits 4 --shapes smollm2 --most 512 --providers srd-fast plain"],
     "scale": ["--dtype bfloat16 --repeats 2 --no-memory --samples 50 100 200"],
     "rouge": ["--pairs 2000 --processes-up-to 0"],
     "curate": ["--rows 200000"],
     "stores": ["--rows 128"],
     "reflect": ["--rows 8 --new-tokens 16 --groups 1 --batch-sizes 8"],
-    "train": ["--rows 96 --steps 3", "--rows 96 --steps 2 --memory", "--rows 96 --steps 2 --trl"],
+    "train": ["--rows 64 --steps 2", "--rows 64 --steps 2 --memory", "--rows 64 --steps 2 --trl"],
     "quality": [
         "--max-rows 48 --validation 8 --steps 3 --warmup-steps 2 --seeds 0 --methods 'full KD' SRD "
         "--set reflect.max_new_tokens=32 evaluate.max_new_tokens=32",
