@@ -2,7 +2,7 @@
 
     python -m benchmarks.limits                                  # 4, 6 and 8 GiB, V = 49,152 and 262,144, bfloat16
     python -m benchmarks.limits --limits 4 --shapes smollm2
-    python -m benchmarks.limits --device cuda --most 262144 --jobs 8
+    python -m benchmarks.limits --device cuda --most 131072 --jobs 8
 
 The limit is on the address space of a process (RLIMIT_AS, as `ulimit -v`), on a GPU on what PyTorch's allocator may
 take there, of a process that imports PyTorch and the provider, makes hidden states and both heads, and runs forward and
