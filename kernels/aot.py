@@ -134,7 +134,7 @@ def constants(configuration: Configuration, target: GPUTarget) -> dict[str, Any]
 
 def compile_for(configuration: Configuration, target: GPUTarget) -> Any:
     """The `triton.compiler.CompiledKernel` of a configuration."""
-    options = triton_rows.launch_options(configuration.classes, target.warp_size)
+    options = triton_rows.launch_options(configuration.classes, target.warp_size, target.arch == 90)
     fixed = {**constants(configuration, target), "BLOCK": options.pop("BLOCK")}
     logits, classes = f"*{configuration.logits}", configuration.even_classes
     rows = configuration.aligned_rows
@@ -188,7 +188,7 @@ class Finding:
 
 def per_thread(configuration: Configuration, target: GPUTarget) -> float:
     """Logits of a block for each of its threads."""
-    options = triton_rows.launch_options(configuration.classes, target.warp_size)
+    options = triton_rows.launch_options(configuration.classes, target.warp_size, target.arch == 90)
     return options["BLOCK"] / (options["num_warps"] * target.warp_size)
 
 

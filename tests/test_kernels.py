@@ -87,7 +87,11 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
         from srd_fast.kernels import triton_rows
 
         usual = triton_rows.launch_options
-        monkeypatch.setattr(triton_rows, "launch_options", lambda v: {**usual(v), "BLOCK": 64 if v < 1000 else 1024})
+        monkeypatch.setattr(
+            triton_rows,
+            "launch_options",
+            lambda v, **options: {**usual(v, **options), "BLOCK": 64 if v < 1000 else 1024},
+        )
 
 
 # Accuracy.
