@@ -169,15 +169,8 @@ def free_gpu() -> None:
 
 def peak(args: argparse.Namespace, pair: str, side: str) -> float | None:
     """`run_memory` in a fresh process; None where memory ran out."""
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.train_gpu",
-        "--peak",
-        json.dumps([pair, side]),
-        "--batch",
-        str(args.batch),
-    ]
+    command = [sys.executable, "-m", "benchmarks.train_gpu", "--batch", str(args.batch)]
+    command += ["--peak", json.dumps([pair, side])]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         print(f"{pair}, {side}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
@@ -197,10 +190,10 @@ def main() -> None:
     args = parser.parse_args()
     args.trl, args.twin = True, False
     set_threads()
-    with tempfile.TemporaryDirectory() as folder:
-        if args.peak:
+    if args.peak:
+        with tempfile.TemporaryDirectory() as folder:
             print(run_memory(args, *json.loads(args.peak), Path(folder)))
-            return
+        return
     for pair in args.pairs:
         # Before this process takes any of the memory.
         sides = [name_of(False), name_of(True), *others(args)] if args.device == "cuda" else []

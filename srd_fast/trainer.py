@@ -229,7 +229,7 @@ class SRDTrainer(Trainer):
             train: Any = self.train_dataset
             wanted: list[Any] = [train.select(kept)]
             wanted += [] if evaluation is None else [evaluation]
-            return open_teacher_cache(
+            teacher = open_teacher_cache(
                 args.teacher_cache,
                 teacher,
                 concatenate_datasets(wanted),
@@ -241,7 +241,7 @@ class SRDTrainer(Trainer):
                 dtype=dtype,
                 device=args.device,
                 progress=not args.disable_tqdm and args.process_index == 0,
-            ).to(args.device)
+            )
         if isinstance(teacher, str):
             teacher = load_model(teacher, dtype, "cpu" if args.teacher_offload else args.device)
         if isinstance(teacher, nn.Module):

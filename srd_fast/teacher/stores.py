@@ -216,10 +216,9 @@ class ProjectedStore:
 
     def encode(self, hidden_ND: Tensor, head: Head, keys: Sequence[bytes], counts: Sequence[int]) -> dict[str, Tensor]:
         """projection [N, M, D_S], entropy [N, M], bias [N, M]."""
-        scale, device = self.student_head.scale, hidden_ND.device
-        assert self.student_head.weight is not None
-        weight = self.student_head.weight.to(device)
-        bias = None if self.student_head.bias is None else self.student_head.bias.to(device)
+        student = self.student_head.on(hidden_ND.device)
+        weight, bias, scale = student.weight, student.bias, student.scale
+        assert weight is not None
         parts = []
         for z in logit_chunks(hidden_ND, head, weight.shape[0]):
             projections, entropies, biases = [], [], []
