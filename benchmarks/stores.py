@@ -62,8 +62,8 @@ def main() -> None:
         for s in chosen:
             batch = DistillationCollator(0)([s])
             hidden.append(live.rows(batch, 1.0).hidden_ND)
-            student_hidden.append(rows_with_loss(hidden_states(student, batch), batch["labels"]))
-            labels.append(labels_with_loss(batch["labels"]))
+            student_hidden.append(rows_with_loss(hidden_states(student, batch), batch))
+            labels.append(labels_with_loss(batch))
     keys, counts = [sample_key(s["input_ids"], s["labels"]) for s in chosen], [len(x) for x in labels]
     h_T, h_S, labels_N = torch.cat(hidden).clone(), torch.cat(student_hidden), torch.cat(labels)
     parts = find_head(student)

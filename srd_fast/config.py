@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from .errors import UserError
@@ -86,6 +87,8 @@ class SRDConfig(TrainingArguments):
         UserError (a ValueError) naming the field for values out of range.
     """
 
+    # Here a loss that is not finite ends the run, and looking for one waits for the device twice a batch.
+    logging_nan_inf_filter: bool = _described(False, "Replace losses that are not finite in the logs.")
     learning_rate: float = _described(1e-4, "Peak learning rate of each stage's cosine.")
     logging_steps: float = _described(10, "Steps between training logs.")
     divergence: str = _described("skew_reverse_kl", "Name of the divergence; see divergence_names().")
@@ -110,6 +113,12 @@ class SRDConfig(TrainingArguments):
     max_response_length: int = _described(512, "Tokens, the end-of-sequence token included.")
     backend: str = _described("auto", "Loss backend.")
     memory_budget: int | None = _described(None, "Bytes for a chunk of the loss.")
+    logits_dtype: str | None = _described(
+        None, "Of the loss's logits: None for that of the training (bf16, fp16), or 'float32', unrounded."
+    )
+    max_tokens_per_batch: int = _described(
+        0, "Tokens of a micro-batch, padding included, into which each step's samples are divided; 0: as they come."
+    )
     teacher_cache: str | None = _described(None, "Folder of the teacher's rows; filled first where it lacks any.")
     teacher_cache_kind: str = _described("hidden", "What the cache holds: hidden, topk, sampled or projected.")
     teacher_cache_k: int = _described(64, "Classes, or draws, a row of a compact cache.")
@@ -139,7 +148,10 @@ class SRDConfig(TrainingArguments):
         sizes = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
         for name in ("max_prompt_length", "max_response_length", "teacher_cache_k", *sizes):
             self._check_numbers(name, least=1)
-        self._check_numbers("length_buckets", least=0)
+        for name in ("length_buckets", "max_tokens_per_batch"):
+            self._check_numbers(name, least=0)
+        if self.logits_dtype not in (None, "float32"):
+            raise UserError(f"logits_dtype must be 'float32', or null for the training's, got {self.logits_dtype!r}")
         for name in ("position_ratio", "sample_ratio"):
             self._check_numbers(name, above=0.0, most=1.0)
         self._check_numbers("position_steps", least=1)
@@ -172,6 +184,8 @@ class SRDConfig(TrainingArguments):
         if self.auto_find_batch_size:
             raise UserError("auto_find_batch_size would change the curriculum's steps in mid-run; set it to false")
         super().__post_init__()
+        if self.dataloader_pin_memory and self.device.type == "cuda":
+            self.accelerator_config.non_blocking = True  # type: ignore[union-attr]
 
     def _check_numbers(
         self, name: str, above: float | None = None, least: float | None = None, most: float | None = None
@@ -192,6 +206,11 @@ class SRDConfig(TrainingArguments):
                 raise UserError(
                     f"{name} must be {low}{f' and at most {most:g}' if most is not None else ''}, got {x!r}"
                 )
+
+    @property
+    def logits(self) -> torch.dtype | None:
+        """`logits_dtype` as the loss takes it."""
+        return None if self.logits_dtype is None else torch.float32
 
     @property
     def scales_with_temperature(self) -> bool:

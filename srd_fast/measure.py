@@ -26,8 +26,8 @@ def measure_batch(student: nn.Module, teacher: TeacherSource | None, inputs: dic
 
     Without a teacher `kl` is 0.
     """
-    hidden_ND, head = rows_with_loss(hidden_states(student, inputs), inputs["labels"]), find_head(student)
-    labels_N = labels_with_loss(inputs["labels"])
+    hidden_ND, head = rows_with_loss(hidden_states(student, inputs), inputs), find_head(student)
+    labels_N = labels_with_loss(inputs)
     if teacher is None:
         losses = token_cross_entropy(hidden_ND, head, labels_N)
         return Divergences(losses.new_zeros(()), losses.sum(), torch.tensor(len(labels_N), device=losses.device))

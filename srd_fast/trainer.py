@@ -8,7 +8,8 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -20,11 +21,13 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 
+from .batching import IndexStream, StepCollator, TokenBatches, micro_batches
 from .config import SRDConfig
 from .curation import CurriculumPlan
 from .curriculum import Curriculum, per_stage
 from .data import IGNORE_INDEX, DistillationCollator, Tokenisation, pad_id, prepare_dataset
 from .errors import UserError
+from .finite import BadStep, StepCheck, skips_on_the_device
 from .losses import DistillationLoss, check_vocabularies
 from .measure import measure_batch, peak_memory_mb
 from .models import (
@@ -37,7 +40,7 @@ from .models import (
     load_tokenizer,
     unwrap,
 )
-from .selection import BatchSelection, Signals, rows_of_samples, select_samples
+from .selection import BatchSelection, Signals, items_of, select_samples
 from .teacher import (
     LiveTeacher,
     TeacherCache,
@@ -50,24 +53,6 @@ from .teacher import (
 from .watch import DivergenceTrend, not_finite
 
 logger = logging.getLogger(__name__)
-
-
-class _IndexStream(Sampler[int]):
-    """The curriculum's samples; tells `will_need` of each a few batches before its turn."""
-
-    def __init__(self, curriculum: Curriculum, will_need: Callable[[int], None]) -> None:
-        self.curriculum, self.will_need = curriculum, will_need
-
-    def __iter__(self) -> Iterator[int]:
-        ahead = islice(self.curriculum.indices(), 4 * self.curriculum.batch_size, None)
-        for index in self.curriculum.indices():
-            yield index
-            coming = next(ahead, None)
-            if coming is not None:
-                self.will_need(coming)
-
-    def __len__(self) -> int:
-        return self.curriculum.sample_passes
 
 
 class _StepHooks(TrainerCallback):
@@ -95,16 +80,6 @@ class _StepHooks(TrainerCallback):
         taken = max(self.seconds, 1e-9), max(self.steps, 1)
         self.seconds, self.steps = 0.0, 0
         return taken
-
-
-class _WithTeacherRows:
-    """Collates as another collator does, and adds what the teacher's cache holds of the samples."""
-
-    def __init__(self, collate: Callable[..., Any], teacher: TeacherCache) -> None:
-        self.collate, self.teacher = collate, teacher
-
-    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        return {**self.collate(samples), "teacher": self.teacher.collate(samples)}
 
 
 class SRDTrainer(Trainer):
@@ -180,13 +155,15 @@ class SRDTrainer(Trainer):
         )
         # num_items_in_batch counts the labels that are predicted, over accumulation steps and ranks.
         self.model_accepts_loss_kwargs, self._loss_shifts_labels = True, True
+        self._parameters: int | None = None
         self._tokenisation = tokenisation
 
         check_head(model, "student")
         head_S = find_head(model).weight
         assert head_S is not None
         plan = curriculum or CurriculumPlan(subsets=[list(train["sample_id"])], method="none")
-        plan = select_samples(plan, train, model, processing_class, args.sample_selection, args.sample_ratio)
+        with self.accelerator.autocast():
+            plan = select_samples(plan, train, model, processing_class, args.sample_selection, args.sample_ratio)
         self.curriculum = make_curriculum(plan, train, args)
         self.teacher = self._teacher_source(teacher_model, evaluation)
         check_vocabularies(head_S.shape[0], self.teacher.num_classes)
@@ -195,10 +172,15 @@ class SRDTrainer(Trainer):
                 f"class_sampling: the student has {head_S.shape[0]} classes and the teacher {self.teacher.num_classes};"
                 " it needs a teacher with all of the student's classes, set it to 0"
             )
+        flattened = isinstance(self.data_collator, DistillationCollator) and self._takes_flattened()
         if isinstance(self.data_collator, DistillationCollator):
-            self.data_collator.flatten = self._takes_flattened()
-        if isinstance(self.teacher, TeacherCache):
-            self.data_collator = _WithTeacherRows(self.data_collator, self.teacher)
+            self.data_collator.flatten = flattened
+        cache = self.teacher if isinstance(self.teacher, TeacherCache) else None
+        self._collate = StepCollator(self.data_collator, cache)
+        self.data_collator = self._collate
+        if args.max_tokens_per_batch:
+            self._check_lengths()
+            self.data_collator = TokenBatches(self._collate, args.max_tokens_per_batch, flattened)
         if args.max_steps > self.curriculum.total_steps:
             raise UserError(
                 f"max_steps is {args.max_steps} but the curriculum has {self.curriculum.total_steps} steps; raise "
@@ -213,10 +195,13 @@ class SRDTrainer(Trainer):
             "temperature_scaling": args.scales_with_temperature,
             "backend": args.backend,
             "memory_budget": args.memory_budget,
+            "logits_dtype": args.logits,
         }
         DistillationLoss(**self._loss_options)  # says now what is wrong with them
-        self._sums: dict[str, Tensor] = {}
+        self._sums: Tensor | None = None
+        self._tokens = 0
         self._step_loss: Any = 0.0
+        self._check = StepCheck(args.device)
         self._trend = DivergenceTrend()
         self.selection = BatchSelection(args, head_S.shape[0])
         self._started = time.monotonic()
@@ -270,8 +255,21 @@ class SRDTrainer(Trainer):
         teacher: TeacherSource = self.teacher
         samples: Any = self.train_dataset
         if not isinstance(teacher, TeacherCache):
-            return _IndexStream(self.curriculum, lambda index: None)
-        return _IndexStream(self.curriculum, lambda index: teacher.will_need(samples[index]))
+            return IndexStream(self.curriculum, lambda index: None)
+        return IndexStream(self.curriculum, lambda index: teacher.will_need(samples[index]))
+
+    def _check_lengths(self) -> None:
+        """Refuse what no micro-batch of `max_tokens_per_batch` tokens can hold."""
+        most, train = self.args.max_tokens_per_batch, cast(Any, self.train_dataset)
+        if self.is_deepspeed_enabled:
+            raise UserError(f"max_tokens_per_batch is {most}, but DeepSpeed steps after each backward; set it to 0")
+        lengths = [len(ids) for ids in train["input_ids"]]
+        longest = max((i for stage in self.curriculum.stages for i in stage.samples.tolist()), key=lengths.__getitem__)
+        if lengths[longest] > most:
+            raise UserError(
+                f"max_tokens_per_batch is {most} but sample {train[longest]['sample_id']!r} has {lengths[longest]} "
+                "tokens; raise it to that at least, or lower max_prompt_length or max_response_length"
+            )
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = ["input_ids", "labels"]  # type: ignore[assignment]
@@ -287,6 +285,21 @@ class SRDTrainer(Trainer):
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """As in `transformers.Trainer`, for each micro-batch into which a batch was divided; their loss."""
+        parts = micro_batches(inputs)
+        if len(parts) == 1:
+            return super().training_step(model, parts[0], num_items_in_batch)
+        losses = []
+        with _casts_kept():
+            for i, part in enumerate(parts):
+                # Only the last one's gradients go to the other ranks, with those of the others in them.
+                with self.accelerator.no_sync(model) if i < len(parts) - 1 else nullcontext():
+                    losses.append(super().training_step(model, part, num_items_in_batch))
+        return torch.stack(losses).sum()
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -296,27 +309,27 @@ class SRDTrainer(Trainer):
     ) -> Any:
         """Loss of a micro-batch; its denominator is the number of tokens of the whole step."""
         step = self.state.global_step
-        temperature, labels_N = self.curriculum.temperature(step), labels_with_loss(inputs["labels"])
+        temperature, labels_N = self.curriculum.temperature(step), labels_with_loss(inputs)
         rows = self.teacher.rows(inputs, temperature)
         student = self.accelerator.unwrap_model(model)
 
         def forward(batch: Mapping[str, Any]) -> Any:
+            # The whole of it: the loss takes the dtype of its products from here, like the body.
             with self.accelerator.autocast():
-                hidden_BLD = hidden_states(student, batch)
-            student_ND, head = rows_with_loss(hidden_BLD, batch["labels"]), find_head(student)
-            seen = self.selection(student_ND, head, rows, labels_N, batch, step, temperature)
-            return distillation_loss_of_rows(
-                seen.student_KD,
-                head,
-                seen.rows,
-                seen.labels_K,
-                token_weights=seen.weights_K,
-                student_logits=seen.logits_KV,
-                temperature=temperature,
-                sft_weight=self.curriculum.sft_weight(step),
-                num_items=num_items_in_batch,
-                **self._loss_options,
-            )
+                student_ND, head = rows_with_loss(hidden_states(student, batch), batch), find_head(student)
+                seen = self.selection(student_ND, head, rows, labels_N, batch, step, temperature)
+                return distillation_loss_of_rows(
+                    seen.student_KD,
+                    head,
+                    seen.rows,
+                    seen.labels_K,
+                    token_weights=seen.weights_K,
+                    student_logits=seen.logits_KV,
+                    temperature=temperature,
+                    sft_weight=self.curriculum.sft_weight(step),
+                    num_items=num_items_in_batch,
+                    **self._loss_options,
+                )
 
         out = _call_through(model, student, forward, inputs)
         self._count(out, len(labels_N))
@@ -326,69 +339,84 @@ class SRDTrainer(Trainer):
             loss = loss * self.accelerator.num_processes  # DDP averages the gradients of the ranks
         return (loss, {"loss": loss}) if return_outputs else loss
 
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """As in `transformers.Trainer`, which counts the model's parameters anew for each batch."""
+        if self._parameters is None:
+            self._parameters = cast(Any, self.model).num_parameters(exclude_embeddings=True)
+        return 6 * sum(part["input_ids"].numel() for part in micro_batches(inputs)) * self._parameters
+
     @torch.no_grad()
     def positions_of(self, sample: dict[str, Any]) -> tuple[list[float], list[bool]]:
         """Entropy of the student at every position of one sample, nats, and whether the policy would choose it now."""
         student: Any = self.accelerator.unwrap_model(self.model)
-        batch = self._prepare_inputs(self.data_collator([sample]))
+        batch = self._prepare_inputs(self._collate([sample]))
         was_training = student.training
         student.eval()
         with self.accelerator.autocast():
-            student_ND = rows_with_loss(hidden_states(student, batch), batch["labels"])
-        student.train(was_training)
-        head, labels_N = find_head(student), labels_with_loss(batch["labels"])
-        signals = Signals(student_ND, head, labels_N, lambda: self.teacher.rows(batch, 1.0), 1.0)
-        indices = set(self.selection.chosen(signals, batch, self.state.global_step).indices_K.tolist())
-        return signals("student_entropy").tolist(), [i in indices for i in range(len(labels_N))]
+            student_ND = rows_with_loss(hidden_states(student, batch), batch)
+            student.train(was_training)
+            head, labels_N = find_head(student), labels_with_loss(batch)
+            signals = Signals(student_ND, head, labels_N, lambda: self.teacher.rows(batch, 1.0), 1.0)
+            indices = set(self.selection.chosen(signals, batch, self.state.global_step).indices_K.tolist())
+            return signals("student_entropy").tolist(), [i in indices for i in range(len(labels_N))]
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self._raise_if_bad(self._check.look(wait=True))
         self.selection.save(Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}")
         super()._save_checkpoint(model, trial)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
-        policy = self.selection.policy
-        if policy is None or not batch_samples:
+        if not batch_samples:
             return super()._get_num_items_in_batch(batch_samples, device)
-        # Counted as so many labels: gathering over ranks is then the base class's.
-        counts = [int(policy.num_items(rows_of_samples(batch))) for batch in batch_samples]
-        counted = [
-            {"labels": batch["labels"], "shift_labels": torch.zeros(n)} for batch, n in zip(batch_samples, counts)
-        ]
-        return super()._get_num_items_in_batch(counted, device)
+        policy = self.selection.policy
+        counts = [part["loss_counts"] for batch in batch_samples for part in micro_batches(batch)]
+        items = sum(sum(of_part) if policy is None else items_of(policy, of_part) for of_part in counts)
+        # Counted as so many labels, on the device already: gathering over ranks is then the base class's.
+        counted = {"labels": None, "shift_labels": torch.zeros(items, device=device)}
+        return super()._get_num_items_in_batch([counted], device)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """Called once before each optimizer step; the base class waits for the device here anyway."""
+        """Called once before each optimizer step, which must not be made of a loss or gradient that is not finite.
+
+        A fused optimizer is told so on the device, and nothing waits; the host learns of it soon. Any other waits.
+        """
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        loss, self._step_loss = float(self._step_loss), 0.0
+        loss, self._step_loss = self._step_loss, 0.0
+        optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)
         # In fp16 the scaler looks at the gradients itself, and skips a step now and then.
-        if not math.isfinite(loss):
-            raise self._not_finite(f"the loss is {loss}")
-        if not self.args.fp16 and norm is not None and not math.isfinite(norm):
-            raise self._not_finite(f"the norm of the gradient is {float(norm)}")
+        whole = 0.0 if self.args.fp16 or norm is None else getattr(norm, "full_tensor", lambda: norm)()
+        flag = self._check.add(self.state.global_step, loss, whole)
+        skips = not self.args.fp16 and whole is norm and isinstance(norm, Tensor) and skips_on_the_device(optimizer)
+        if skips:
+            optimizer.found_inf = flag
+        self._raise_if_bad(self._check.look(wait=not skips))
         return norm
 
-    def _not_finite(self, what: str) -> UserError:
-        step, curriculum, train = self.state.global_step, self.curriculum, cast(Any, self.train_dataset)
-        size = curriculum.batch_size
-        ids = [train[i]["sample_id"] for i in islice(curriculum.indices(), step * size, (step + 1) * size)]
-        place = f"stage {curriculum.stage_of(step) + 1}, temperature {curriculum.temperature(step):g}"
-        place += f", learning rate {curriculum.learning_rate(step):.3g}"
-        return not_finite(what, step, place, ids, last_whole_checkpoint(Path(str(self.args.output_dir))))
+    def _raise_if_bad(self, bad: BadStep | None) -> None:
+        if bad is None:
+            return
+        curriculum, train, size = self.curriculum, cast(Any, self.train_dataset), self.curriculum.batch_size
+        ids = [train[i]["sample_id"] for i in islice(curriculum.indices(), bad.step * size, (bad.step + 1) * size)]
+        place = f"stage {curriculum.stage_of(bad.step) + 1}, temperature {curriculum.temperature(bad.step):g}"
+        place += f", learning rate {curriculum.learning_rate(bad.step):.3g}"
+        what, value = ("norm of the gradient", bad.gradient_norm) if math.isfinite(bad.loss) else ("loss", bad.loss)
+        checkpoint = last_whole_checkpoint(Path(str(self.args.output_dir)))
+        raise not_finite(f"the {what} is {value}", bad.step, place, ids, checkpoint)
 
     def _count(self, out: Any, tokens: int) -> None:
-        for name in ("divergence", "cross_entropy", "entropy"):
-            value = getattr(out, name).detach()
-            self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value
-        self._sums["tokens"] = self._sums.get("tokens", torch.zeros_like(out.loss.detach())) + tokens
+        values = torch.stack((out.divergence, out.cross_entropy, out.entropy)).detach()
+        self._sums = values if self._sums is None else self._sums + values
+        self._tokens += tokens
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds what the curriculum and the loss say to the training logs."""
-        if "loss" in logs and self._sums:
+        self._raise_if_bad(self._check.look(wait=True))
+        if "loss" in logs and self._sums is not None:
             step = max(0, self.state.global_step - 1)
             seconds, steps = self._hooks.take()
-            sums = {n: self.accelerator.reduce(v.float(), "sum").item() for n, v in self._sums.items()}
-            tokens = sums.pop("tokens")
-            logs |= {n: total / steps for n, total in sums.items()}
+            sums = torch.cat((self._sums.float(), self._sums.new_tensor([self._tokens]).float()))
+            *totals, tokens = self.accelerator.reduce(sums, "sum").tolist()
+            logs |= {n: total / steps for n, total in zip(("divergence", "cross_entropy", "entropy"), totals)}
             logs |= {
                 "stage": self.curriculum.stage_of(step) + 1,
                 "temperature": self.curriculum.temperature(step),
@@ -397,7 +425,7 @@ class SRDTrainer(Trainer):
                 "memory_mb": peak_memory_mb(self.args.device),
                 "seconds": time.monotonic() - self._started,
             }
-            self._sums = {}
+            self._sums, self._tokens = None, 0
             self._trend.add(logs["stage"], logs["divergence"])  # type: ignore[arg-type]
             if self.selection.policy is not None:
                 logs |= self.selection.selected.take()
@@ -417,9 +445,15 @@ class SRDTrainer(Trainer):
         if resume_from_checkpoint:
             self.selection.load(Path(resume_from_checkpoint))
         self.selection.begin()
-        self._sums, self._step_loss = {}, 0.0
+        self._sums, self._tokens, self._step_loss = None, 0, 0.0
+        self._check = StepCheck(self.args.device)
         self._hooks.take()
-        result = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        try:
+            result = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        finally:
+            optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)
+            vars(optimizer).pop("found_inf", None)
+        self._raise_if_bad(self._check.look(wait=True))
         self._trend.end()
         return result
 
@@ -431,7 +465,7 @@ class SRDTrainer(Trainer):
             samples = [dataset[i] for i in mine[start : start + size]]
             if not samples:
                 samples = [{**dataset[0], "labels": [IGNORE_INDEX] * len(dataset[0]["labels"])}]
-            yield self.data_collator(samples)
+            yield self._collate(samples)
 
     @torch.no_grad()
     def evaluate(
@@ -441,6 +475,7 @@ class SRDTrainer(Trainer):
 
         `eval_loss` is `eval_kl`, so that `metric_for_best_model="loss"` picks the student closest to its teacher.
         """
+        self._raise_if_bad(self._check.look(wait=True))
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
         if rows is None:
             raise UserError("eval_dataset is missing: pass it to SRDTrainer or to evaluate()")
@@ -461,6 +496,17 @@ class SRDTrainer(Trainer):
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+
+@contextmanager
+def _casts_kept() -> Iterator[None]:
+    """Autocast keeps its copies of the weights from one micro-batch to the next, as it does within a forward pass."""
+    torch.autocast_increment_nesting()
+    try:
+        yield
+    finally:
+        if torch.autocast_decrement_nesting() == 0:
+            torch.clear_autocast_cache()
 
 
 def last_whole_checkpoint(folder: Path) -> str | None:

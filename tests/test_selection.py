@@ -126,14 +126,14 @@ def test_rows_of_samples_are_counted_as_in_a_loop(part: slice, flatten: bool) ->
         sample_BL = torch.repeat_interleave(torch.arange(len(samples)), batch["cu_seq_lens"].diff())[None]
     states = sample_BL.expand(batch["labels"].shape)[..., None]
     expected = torch.repeat_interleave(torch.arange(len(samples)), found)
-    assert torch.equal(rows_with_loss(states, batch["labels"])[:, 0], expected)
+    assert torch.equal(rows_with_loss(states, batch)[:, 0], expected)
 
 
 def test_a_flattened_label_at_a_border_counts_once() -> None:
     """As a collator of the user's own may give it, which `rows_with_loss` then sees too."""
     batch = {"labels": torch.tensor([[5, 6, 7, 8, tiny.IGNORE]]), "cu_seq_lens": torch.tensor([0, 2, 5])}
     assert rows_of_samples(batch).tolist() == [1, 2]
-    assert len(rows_with_loss(torch.zeros(1, 5, 1), batch["labels"])) == 3
+    assert len(rows_with_loss(torch.zeros(1, 5, 1), batch)) == 3
 
 
 # Positions.

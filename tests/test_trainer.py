@@ -322,7 +322,7 @@ def test_a_teacher_is_any_source_of_rows(tokenizer: PreTrainedTokenizerFast) -> 
         @torch.no_grad()
         def rows(self, batch: dict[str, Tensor], temperature: float) -> HiddenRows:
             states = hidden_states(model, {n: batch[n] for n in ("input_ids", "attention_mask")})
-            return HiddenRows(states_with_loss(states, batch["labels"]), find_head(model))
+            return HiddenRows(states_with_loss(states, batch), find_head(model))
 
     own, live = make(tokenizer, teacher=Own()), make(tokenizer, teacher=model)
     own.train()

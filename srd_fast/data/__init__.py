@@ -1,6 +1,6 @@
 """Data: rows from files, tokenised samples with stable ids, batches."""
 
-from .batches import DistillationCollator, batches_by_length, pad_id, pad_right
+from .batches import DistillationCollator, batches_by_length, divide_by_tokens, pad_id, pad_right, with_loss_rows
 from .samples import TOKENISED_FEATURES, PreparedData, content_id, prepare_dataset
 from .sources import SourceRow, read_rows, read_source, shown, source_path
 from .tokenisation import IGNORE_INDEX, Tokenisation, first_label
@@ -14,6 +14,7 @@ __all__ = [
     "Tokenisation",
     "batches_by_length",
     "content_id",
+    "divide_by_tokens",
     "first_label",
     "pad_id",
     "pad_right",
@@ -22,4 +23,5 @@ __all__ = [
     "read_source",
     "shown",
     "source_path",
+    "with_loss_rows",
 ]

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -52,6 +53,30 @@ class DistillationCollator:
         }
 
 
+def with_loss_rows(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """A batch with what a step needs to know of it on the host, so that it never has to ask the device.
+
+    Args:
+        batch: labels [B, L], on the CPU; of a flattened batch [1, L], with cu_seq_lens.
+
+    Returns:
+        The batch and loss_rows [N] int64: places, in the states of all tokens one after the other, that predict a label
+        other than -100; loss_labels [N] int64: those labels; loss_counts: how many each sample has, a list;
+        of a flattened batch sample_lengths, a list.
+    """
+    labels_BL = batch["labels"].numpy()
+    has_loss_BL = labels_BL[:, 1:] != IGNORE_INDEX
+    rows_N = np.flatnonzero(np.pad(has_loss_BL, ((0, 0), (0, 1))))
+    labels_N = labels_BL.reshape(-1)[rows_N + 1]
+    added = {"loss_rows": torch.from_numpy(rows_N), "loss_labels": torch.from_numpy(labels_N)}
+    if "cu_seq_lens" not in batch:
+        return {**batch, **added, "loss_counts": has_loss_BL.sum(1).tolist()}
+    starts = batch["cu_seq_lens"].numpy()
+    # A row counts to the sample of the label that it predicts.
+    counts = np.diff(np.searchsorted(rows_N, starts - 1))
+    return {**batch, **added, "loss_counts": counts.tolist(), "sample_lengths": np.diff(starts).tolist()}
+
+
 def _row(values: list[int]) -> torch.Tensor:
     """[1, L] int64."""
     return torch.tensor([values], dtype=torch.long)
@@ -60,6 +85,38 @@ def _row(values: list[int]) -> torch.Tensor:
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """An id to pad with: the tokenizer's, else its EOS."""
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+
+def divide_by_tokens(lengths: Sequence[int], max_tokens: int, flattened: bool) -> list[list[int]]:
+    """Samples into as few batches of at most `max_tokens` tokens as a simple rule finds, in sizes near each other.
+
+    Args:
+        lengths: tokens of each sample, none above max_tokens.
+        flattened: whether a batch takes the sum of its lengths; else it is padded and takes the longest times their
+            number.
+
+    Returns:
+        Indices, ascending within each batch.
+    """
+    longest_first = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    if not flattened:
+        batches: list[list[int]] = []
+        for i in longest_first:
+            if not batches or lengths[batches[-1][0]] * (len(batches[-1]) + 1) > max_tokens:
+                batches.append([])
+            batches[-1].append(i)
+        return [sorted(batch) for batch in batches]
+    count = max(1, -(-sum(lengths) // max_tokens))
+    while True:
+        # The longest that is left goes where there is most room.
+        batches, filled = [[] for _ in range(count)], [0] * count
+        for i in longest_first:
+            least = min(range(count), key=filled.__getitem__)
+            batches[least].append(i)
+            filled[least] += lengths[i]
+        if max(filled) <= max_tokens or count >= len(lengths):
+            return [sorted(batch) for batch in batches if batch]
+        count += 1
 
 
 def batches_by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:

@@ -145,7 +145,7 @@ class GradientSum:
 
 def scale_in_place(x: Tensor, factor: Tensor) -> None:
     """Multiply in place by a scalar tensor, which a product in bfloat16 would first round to 8 bits."""
-    if factor.device.type == "cpu" and factor == 1:
+    if factor.device.type == "cpu" and factor.tolist() == 1:
         return
     if x.is_cuda and _scale_on_gpu(x, factor):
         return

@@ -139,9 +139,11 @@ def _check_top_k(teacher: TopK) -> None:
     )
     # As with labels, no look at a GPU's memory.
     if teacher.ids_NK.device.type == "cpu":
-        repeated = teacher.ids_NK.sort(1).values.diff(dim=1).eq(0).any(1).nonzero()
-        first = f"row {repeated[0].item()}" if len(repeated) else ""
-        require(not first, f"teacher.ids_NK of TopK must be distinct within a row, {first} repeats one")
+        repeated_N = teacher.ids_NK.sort(1).values.diff(dim=1).eq(0).any(1).numpy()
+        require(
+            not repeated_N.any(),
+            f"teacher.ids_NK of TopK must be distinct within a row, row {repeated_N.argmax()} repeats one",
+        )
 
 
 def _check_projected(teacher: Projected, head: Head) -> None:
@@ -193,7 +195,7 @@ def compact_distillation_loss(
     token_weights: Tensor | None = None,
     num_items: int | float | Tensor | None = None,
     reduction: str = "mean",
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     backend: str = "auto",
     memory_budget: int | None = None,
     logits_dtype: torch.dtype | None = None,

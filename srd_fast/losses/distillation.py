@@ -97,8 +97,8 @@ def check_options(options: dict[str, Any]) -> None:
         )
     ignored = options["ignore_index"]
     require(
-        isinstance(ignored, int) and -(2**31) <= ignored < 2**31,
-        f"ignore_index must be a whole number of 32 bits, got {ignored!r}",
+        ignored is None or (isinstance(ignored, int) and -(2**31) <= ignored < 2**31),
+        f"ignore_index must be a whole number of 32 bits, or None where every label counts, got {ignored!r}",
     )
     budget = options["memory_budget"]
     require(
@@ -158,11 +158,17 @@ def check_classes(what: str, classes: Tensor, num_classes: int, otherwise: str =
     """Refuse class indices out of range. otherwise: what else they may be, for the message."""
     # Looking at them would synchronise a GPU with its host; there the gather's own device-side assertion speaks.
     if classes.device.type == "cpu" and classes.numel():
-        low, high = int(classes.min()), int(classes.max())
+        values = classes.detach().numpy()
+        low, high = int(values.min()), int(values.max())
         require(
             low >= 0 and high < num_classes,
             f"{what} must be from 0 to {num_classes - 1}{otherwise}, got {low if low < 0 else high}",
         )
+
+
+def _scalar(value: float | Tensor, device: torch.device) -> Tensor:
+    """On the device; a number goes there as the argument of a kernel, for which nothing waits."""
+    return value.to(device) if isinstance(value, Tensor) else torch.full((), value, device=device)
 
 
 def _autocast_dtype(student: Tensor) -> torch.dtype | None:
@@ -176,8 +182,8 @@ def _autocast_dtype(student: Tensor) -> torch.dtype | None:
 class StudentRows:
     """The student's rows with loss and what a loss needs besides a teacher, all checked.
 
-    kept: indices of the N rows among all labels. weights_N: factor on each row, the mean's denominator within it where
-    that is safe.
+    kept: indices of the N rows among all labels, None for all of them. weights_N: factor on each row, the mean's
+    denominator within it where that is safe.
     """
 
     def __init__(self, student: Tensor, head: Head, labels: Tensor, o: dict[str, Any]) -> None:
@@ -201,13 +207,14 @@ class StudentRows:
 
         self.head, self.labels, self.options = head, labels, o
         self.compute = torch.promote_types(student.dtype, torch.float32)
-        self.kept = labels.reshape(-1).ne(o["ignore_index"]).nonzero().squeeze(1)
-        self.labels_N = labels.reshape(-1)[self.kept].long()
+        self.kept: Tensor | None = None
+        if o["ignore_index"] is not None:
+            self.kept = labels.reshape(-1).ne(o["ignore_index"]).nonzero().squeeze(1)
+        self.labels_N = self._rows(labels.reshape(-1)).long()
         check_classes("labels", self.labels_N, head.num_classes(student), " or ignore_index")
-        self.hidden_ND = student.reshape(-1, student.shape[-1])[self.kept]
+        self.hidden_ND = self._rows(student.reshape(-1, student.shape[-1]))
         self.gemm_dtype = _autocast_dtype(student)
-        num_items = self.kept.numel() if o["num_items"] is None else o["num_items"]
-        self.num_items = torch.as_tensor(num_items, device=labels.device)
+        self.num_items = _scalar(self.labels_N.numel() if o["num_items"] is None else o["num_items"], labels.device)
         self.weights_N = None if token_weights is None else self.of_rows(token_weights).to(self.compute)
         self.logits_NV = self._given_logits(o["student_logits"], student)
         # The denominator belongs in the rows' weights: there it is applied in float32, before a gradient is rounded.
@@ -229,11 +236,20 @@ class StudentRows:
             f"{logits.dtype} on {logits.device}",
         )
         flat_NV = logits.detach().flatten(0, -2)
-        return flat_NV if len(self.kept) == len(flat_NV) else flat_NV[self.kept]
+        return flat_NV if len(self.labels_N) == len(flat_NV) else self._rows(flat_NV)
+
+    def _rows(self, x: Tensor) -> Tensor:
+        return x if self.kept is None else x[self.kept]
 
     def of_rows(self, x: Tensor) -> Tensor:
         """The rows with loss of [..., D] or, in the shape of the labels, of [...], without gradient."""
-        return x.detach().reshape(-1, *x.shape[self.labels.dim() :])[self.kept]
+        return self._rows(x.detach().reshape(-1, *x.shape[self.labels.dim() :]))
+
+    def _in_place(self, x_N: Tensor) -> Tensor:
+        """In the shape of the labels, 0 at ignored ones."""
+        if self.kept is None:
+            return x_N.view(self.labels.shape)
+        return x_N.new_zeros(self.labels.numel()).index_put((self.kept,), x_N).view(self.labels.shape)
 
     def loss(self, **teacher: Any) -> DistillationOutput:
         """The loss beside a teacher, given as fields of `PackedRows`."""
@@ -258,12 +274,7 @@ class StudentRows:
         )
         if self.weights_N is not None:
             values = [x * self.weights_N for x in values]
-        if per_row:
-            rows_N = [loss, *values]
-            shape, count = self.labels.shape, self.labels.numel()
-            out = [x.new_zeros(count).index_put((self.kept,), x).view(shape) for x in rows_N]
-        else:
-            out = [loss, *(x.sum() for x in values)]
+        out = [self._in_place(x) for x in (loss, *values)] if per_row else [loss, *(x.sum() for x in values)]
         if self._divide:
             out = [x / self.num_items.clamp(min=1) for x in out]
         return DistillationOutput(out[0], out[1], out[2], out[3], self.num_items)
@@ -309,7 +320,7 @@ def distillation_loss(
     token_weights: Tensor | None = None,
     num_items: int | float | Tensor | None = None,
     reduction: str = "mean",
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     backend: str = "auto",
     memory_budget: int | None = None,
     logits_dtype: torch.dtype | None = None,
@@ -335,6 +346,7 @@ def distillation_loss(
         token_weights: [...] factor on each token's loss; it does not enter `num_items`.
         num_items: denominator of the mean, e.g. the tokens of all accumulation steps and ranks. Default: those here.
         reduction: "mean", "sum" or "none" (one value per label, 0 where ignored).
+        ignore_index: label without loss; None: every label has one, and a GPU need not be asked how many.
         backend: "triton" (a GPU), "compile" (`torch.compile`, for a CPU), "eager", or "auto": Triton on a GPU, compile
             on a CPU from 16,384 classes on, else eager.
         memory_budget: bytes for a chunk's working memory. Default 1 GiB on CUDA, 512 MiB elsewhere.
@@ -384,7 +396,7 @@ def distillation_loss_from_logits(
     token_weights: Tensor | None = None,
     num_items: int | float | Tensor | None = None,
     reduction: str = "mean",
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     backend: str = "auto",
     memory_budget: int | None = None,
 ) -> DistillationOutput:
@@ -407,6 +419,7 @@ def token_values(
     memory_budget: int | None = None,
     counts: Sequence[int] | None = None,
     visit: Visitor | None = None,
+    logits_dtype: torch.dtype | None = None,
 ) -> RowValues:
     """Cross-entropy and entropy of each row under a model's head, without a [N, V] tensor and without gradient.
 
@@ -418,13 +431,17 @@ def token_values(
         counts: rows of each sample; then every chunk has whole samples.
         visit: with counts, called with the samples and the rows of each chunk, its logits before the softcap, which are
             gone afterwards, and its values; should memory run out, again from the first chunk on, then smaller ones.
+        logits_dtype: as in `distillation_loss`.
 
     Returns:
         cross_entropy and entropy, [N] in nats at temperature 1; divergence is 0.
     """
     coefficients = RowCoefficients(1.0, 0.0, 1.0)
     dtype = _autocast_dtype(hidden_ND)
-    rows = PackedRows(None, None, labels_N, None, None, coefficients, gemm_dtype=dtype, memory_budget=memory_budget)
+    rows = PackedRows(
+        None, None, labels_N, None, None, coefficients,
+        gemm_dtype=dtype, logits_dtype=logits_dtype, memory_budget=memory_budget,
+    )  # fmt: skip
     with torch.autocast(hidden_ND.device.type, enabled=False):
         return run_or_halve(hidden_ND, head, rows, None, counts=counts, visit=visit)[0]
 

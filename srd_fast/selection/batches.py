@@ -17,7 +17,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..losses import Head
 from ..teacher import HiddenRows, TeacherRows
-from .positions import Candidates, Chosen, make_position_policy, rows_of_samples
+from .positions import Candidates, Chosen, counts_of_samples, make_position_policy, rows_of_samples
 from .signals import Signals, sample_classes, take_rows
 
 
@@ -54,9 +54,13 @@ class SelectedPositions:
         self._since += torch.tensor([candidates, chosen, *work])
         entropy_N = signals.found("student_entropy")
         if entropy_N is not None:
-            bin_N = torch.bucketize(entropy_N.float().cpu(), self.edges[1:-1])
-            self.candidates += torch.bincount(bin_N, minlength=len(self.candidates))
-            self.chosen += torch.bincount(bin_N[indices_K.cpu()], minlength=len(self.chosen))
+            # Counted on the device of the rows, so that nothing waits for it.
+            self.edges, self.candidates, self.chosen = (
+                x.to(entropy_N.device) for x in (self.edges, self.candidates, self.chosen)
+            )
+            bin_N = torch.bucketize(entropy_N.float(), self.edges[1:-1])
+            self.candidates.index_add_(0, bin_N, torch.ones_like(bin_N))
+            self.chosen.index_add_(0, bin_N[indices_K], torch.ones_like(indices_K))
 
     def take(self) -> dict[str, float]:
         """Since the last call: share of the positions that was chosen, and of the heads' products that was saved."""
@@ -117,8 +121,12 @@ class BatchSelection:
         generator = batch_generator(student_ND.device, *place)
         seen = Seen(student_ND, rows, labels_N)
         if self.policy is not None:
-            signals = Signals(student_ND, head, labels_N, lambda: rows, temperature, self.args.memory_budget)
-            chosen, logits_KV = signals.choose(self.policy, rows_of_samples(batch), step, generator)
+            signals = Signals(
+                student_ND, head, labels_N, lambda: rows, temperature, self.args.memory_budget, self.args.logits
+            )
+            chosen, logits_KV = signals.choose(
+                self.policy, rows_of_samples(batch), step, generator, counts_of_samples(batch)
+            )
             self.selected.add(signals, chosen.indices_K, kept=logits_KV is not None)
             at = chosen.indices_K
             seen = Seen(student_ND[at], take_rows(rows, at), labels_N[at], chosen.weights_K, logits_KV)
@@ -136,7 +144,8 @@ class BatchSelection:
         policy = copy.deepcopy(self.policy)
         assert policy is not None
         generator = batch_generator(signals.labels_N.device, self.args.seed)
-        return policy.select(Candidates(rows_of_samples(batch), signals, step, generator))
+        counts_B, counts = rows_of_samples(batch), counts_of_samples(batch)
+        return policy.select(Candidates(counts_B, signals, step, generator, counts))
 
     @property
     def _state_file(self) -> str:

@@ -11,9 +11,9 @@ A position is a row with loss: a token of a response. Of each sample with n of t
 Shape letters: N candidates, sample by sample; B samples; K chosen.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ QUEUE = 30_000
 _LEAST_ENTROPY = 1e-4
 
 
-def rows_of_samples(batch: Mapping[str, Tensor]) -> Tensor:
+def rows_of_samples(batch: Mapping[str, Any]) -> Tensor:
     """[B] int64: rows with loss of each sample of a padded or flattened batch, in the order of `rows_with_loss`."""
     has_loss = batch["labels"][:, 1:] != IGNORE_INDEX
     if "cu_seq_lens" not in batch:
@@ -37,6 +37,11 @@ def rows_of_samples(batch: Mapping[str, Tensor]) -> Tensor:
     # The label at position i is number i - 1 here; the first label of a sample never has loss.
     before = torch.nn.functional.pad(has_loss[0].cumsum(0), (2, 0))[ends]
     return before.diff()
+
+
+def counts_of_samples(batch: Mapping[str, Any]) -> list[int]:
+    """`rows_of_samples` on the host; without what `with_loss_rows` added, a GPU has to be waited for."""
+    return batch["loss_counts"] if "loss_counts" in batch else rows_of_samples(batch).tolist()
 
 
 def share_of(counts_B: Tensor, ratio: float) -> Tensor:
@@ -48,14 +53,19 @@ def share_of(counts_B: Tensor, ratio: float) -> Tensor:
 class Candidates:
     """The positions to choose from.
 
-    counts_B: of each sample. signal: values [N] by name, computed when asked for, on the device of the rows.
-    step: the optimizer's, from 0. generator: for draws, on that device.
+    counts_B: of each sample, on the device of the rows. signal: values [N] by name, computed when asked for, on that
+    device. step: the optimizer's, from 0. generator: for draws, on that device. counts: counts_B on the host, so that
+    sizes that follow from them need no waiting for the device; read from there if not given.
     """
 
     counts_B: Tensor
     signal: Callable[[str], Tensor]
     step: int
     generator: torch.Generator
+    counts: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.counts = self.counts or self.counts_B.tolist()
 
 
 @dataclass(frozen=True)
@@ -81,13 +91,30 @@ class PositionPolicy(Protocol):
         """What the sum of the chosen losses is divided by, known before the batch has run."""
 
 
-def _ranked(values_N: Tensor, counts_B: Tensor, descending: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """(indices sample by sample in the order of their values, rank of each within its sample, its sample)."""
-    sample_N = torch.repeat_interleave(torch.arange(len(counts_B), device=values_N.device), counts_B)
-    order = torch.argsort(values_N, descending=descending, stable=True)
-    order = order[torch.argsort(sample_N[order], stable=True)]
-    starts_B = counts_B.cumsum(0) - counts_B
-    return order, torch.arange(len(order), device=order.device) - starts_B[sample_N], sample_N
+def items_of(policy: PositionPolicy, counts: Sequence[int]) -> int:
+    """`num_items` of counts on the host."""
+    items: Any = torch.as_tensor(policy.num_items(torch.tensor(counts, dtype=torch.long))).tolist()
+    return int(items)
+
+
+def _sample_of_rows(counts_B: Tensor, total: int) -> Tensor:
+    """[N] the sample of each row, N = `total` known beforehand: a GPU would have to be asked for it."""
+    return torch.repeat_interleave(torch.arange(len(counts_B), device=counts_B.device), counts_B, output_size=total)
+
+
+def _neighbours(candidates: Candidates, signal: str, descending: bool, low_B: Tensor | None, ratio: float) -> Tensor:
+    """[K] ascending: ceil(ratio n) neighbours of each sample in the order of a signal, from rank low_B (None: 0) on."""
+    counts_B, values_N = candidates.counts_B, candidates.signal(signal)
+    sample_N = _sample_of_rows(counts_B, len(values_N))
+    order_N = torch.argsort(values_N, descending=descending, stable=True)
+    order_N = order_N[torch.argsort(sample_N[order_N], stable=True)]
+    width_B = share_of(counts_B, ratio)
+    first_B = counts_B.cumsum(0) - counts_B
+    first_B = first_B if low_B is None else first_B + low_B
+    total = sum(share_of(torch.tensor(candidates.counts), ratio).tolist())
+    sample_K = _sample_of_rows(width_B, total)
+    place_K = torch.arange(total, device=values_N.device) - (width_B.cumsum(0) - width_B)[sample_K]
+    return order_N[first_B[sample_K] + place_K].sort().values
 
 
 @dataclass(frozen=True)
@@ -104,9 +131,7 @@ class TopPositions:
 
     def select(self, candidates: Candidates) -> Chosen:
         """ceil(ratio n) of each sample."""
-        counts_B = candidates.counts_B
-        order, rank_N, sample_N = _ranked(candidates.signal(self.signal), counts_B, descending=True)
-        return Chosen(order[rank_N < share_of(counts_B, self.ratio)[sample_N]].sort().values)
+        return Chosen(_neighbours(candidates, self.signal, True, None, self.ratio))
 
     def num_items(self, counts_B: Tensor) -> Tensor:
         """As many as are chosen: the loss is their mean."""
@@ -124,12 +149,9 @@ class CurriculumPositions:
     def select(self, candidates: Candidates) -> Chosen:
         """The window at the candidates' step."""
         counts_B = candidates.counts_B
-        order, rank_N, sample_N = _ranked(candidates.signal("student_entropy"), counts_B, descending=False)
-        width_B = share_of(counts_B, self.ratio)
         progress = min(1.0, candidates.step / self.steps)
-        low_B = torch.round((counts_B - width_B) * progress).long()
-        inside = (rank_N >= low_B[sample_N]) & (rank_N < (low_B + width_B)[sample_N])
-        return Chosen(order[inside].sort().values)
+        low_B = torch.round((counts_B - share_of(counts_B, self.ratio)) * progress).long()
+        return Chosen(_neighbours(candidates, "student_entropy", False, low_B, self.ratio))
 
     def num_items(self, counts_B: Tensor) -> Tensor:
         """As many as are chosen."""
@@ -184,13 +206,14 @@ class DrawnPositions:
         if not len(values_N):
             return Chosen(values_N.long())
         draws_B = share_of(counts_B, self.ratio)
-        sample_N = torch.repeat_interleave(torch.arange(len(counts_B), device=values_N.device), counts_B)
+        sample_N = _sample_of_rows(counts_B, len(values_N))
         cumulative_N = values_N.cumsum(0)
         ends_B = counts_B.cumsum(0)
         starts_B = ends_B - counts_B
         edges = torch.nn.functional.pad(cumulative_N, (1, 0))
         low_B, total_B = edges[starts_B], edges[ends_B] - edges[starts_B]
-        of_draw = torch.repeat_interleave(torch.arange(len(counts_B), device=values_N.device), draws_B)
+        draws = sum(share_of(torch.tensor(candidates.counts), self.ratio).tolist())
+        of_draw = _sample_of_rows(draws_B, draws)
         u = torch.rand(len(of_draw), dtype=torch.float64, device=values_N.device, generator=candidates.generator)
         drawn = torch.searchsorted(cumulative_N, low_B[of_draw] + u * total_B[of_draw], right=True)
         drawn = torch.minimum(torch.maximum(drawn, starts_B[of_draw]), ends_B[of_draw] - 1)

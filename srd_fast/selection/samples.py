@@ -44,8 +44,8 @@ def sample_means(
         some = samples[indices]
         batch = collate([{"input_ids": x, "labels": y} for x, y in zip(some["input_ids"], some["labels"])])
         batch = {k: v.to(head.weight.device) for k, v in batch.items()}
-        labels_N = labels_with_loss(batch["labels"])
-        values = token_values(rows_with_loss(hidden_states(student, batch), batch["labels"]), head, labels_N)
+        labels_N = labels_with_loss(batch)
+        values = token_values(rows_with_loss(hidden_states(student, batch), batch), head, labels_N)
         chosen = values.entropy if signal == "student_entropy" else values.cross_entropy
         for i, of_sample in zip(indices, chosen.split(rows_of_samples(batch).tolist())):
             found[i] = float(of_sample.mean())

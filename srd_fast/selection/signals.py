@@ -14,10 +14,11 @@ from ..errors import UserError
 from ..kernels import RowValues
 from ..losses import Head, Sampled, products_dtype, token_values
 from ..losses.buffers import budget_of, workspace
+from ..losses.chunked import Visitor
 from ..suggest import unknown_name
 from ..teacher import HiddenRows, TeacherRows, distillation_loss_of_rows
 from ..teacher.stores import draw_rows, logit_chunks
-from .positions import SIGNALS, Candidates, Chosen, PositionPolicy
+from .positions import SIGNALS, Candidates, Chosen, PositionPolicy, items_of
 
 _OF_STUDENT = ("student_entropy", "student_cross_entropy")
 
@@ -31,7 +32,7 @@ class Signals:
 
     student_ND: last hidden states of the candidates. rows: the teacher's, at `temperature`; the divergences are at that
     temperature, as is the teacher's entropy where its rows hold just that; the student's and the gap are at 1.
-    memory_budget: of the loss that follows, in bytes. work: multiplications and additions for each class so far.
+    memory_budget, logits_dtype: of the loss that follows. work: multiplications and additions for each class so far.
     """
 
     def __init__(
@@ -42,10 +43,11 @@ class Signals:
         rows: Callable[[], TeacherRows],
         temperature: float,
         memory_budget: int | None = None,
+        logits_dtype: torch.dtype | None = None,
     ) -> None:
         self.student_ND, self.head, self.labels_N = student_ND.detach(), head, labels_N
         self.rows, self.temperature = functools.cache(rows), temperature
-        self.memory_budget = memory_budget
+        self.memory_budget, self.logits_dtype = memory_budget, logits_dtype
         # One side's logits where the loss holds two: as many rows at a time in half of it, and room left for the loss.
         self._one_side = budget_of(student_ND.device, memory_budget) // 2
         self.work = 0
@@ -59,33 +61,39 @@ class Signals:
         return self._found[name]
 
     def choose(
-        self, policy: PositionPolicy, counts_B: Tensor, step: int, generator: torch.Generator
+        self,
+        policy: PositionPolicy,
+        counts_B: Tensor,
+        step: int,
+        generator: torch.Generator,
+        counts: list[int] | None = None,
     ) -> tuple[Chosen, Tensor | None]:
         """What a policy selects, and the student's logits there, [K, V], where they fit in half of the budget.
 
         Only of a policy that chooses in each sample by a signal of the student: then the chosen logits are kept as the
         entropies are computed, a chunk of samples at a time, and need not be computed again for the loss.
         """
-        counts, classes = counts_B.tolist(), self.head.num_classes(self.student_ND)
-        row_bytes = products_dtype(self.student_ND, self.head).itemsize * classes
-        most, wanted = self._one_side // row_bytes, int(policy.num_items(counts_B))
+        counts, classes = counts or counts_B.tolist(), self.head.num_classes(self.student_ND)
+        row_bytes = (self.logits_dtype or products_dtype(self.student_ND, self.head)).itemsize * classes
+        most, wanted = self._one_side // row_bytes, items_of(policy, counts)
         of_student = getattr(policy, "by_sample", None) in _OF_STUDENT and not self._found
         if not of_student or wanted > most or max(counts, default=0) > most or self.head.weight is None:
-            return policy.select(Candidates(counts_B, self, step, generator)), None
+            return policy.select(Candidates(counts_B, self, step, generator, counts)), None
         indices_K = torch.empty(wanted, dtype=torch.long, device=self.student_ND.device)
         kept: list[Tensor] = []
 
         def visit(samples: slice, rows: slice, logits_CV: Tensor, values: RowValues) -> None:
             of_chunk = _named(values)
-            chosen = policy.select(Candidates(counts_B[samples], of_chunk.__getitem__, step, generator)).indices_K
+            some = Candidates(counts_B[samples], of_chunk.__getitem__, step, generator, counts[samples])
+            chosen = policy.select(some).indices_K
             if not kept:
                 kept.append(workspace.take("selected", wanted, classes, logits_CV.dtype, logits_CV.device))
-            before = int(policy.num_items(counts_B[: samples.start]))
+            before = items_of(policy, counts[: samples.start])
             part = slice(before, before + len(chosen))
             torch.index_select(logits_CV, 0, chosen, out=kept[0][part])
             torch.add(chosen, rows.start, out=indices_K[part])
 
-        self._found |= _named(token_values(self.student_ND, self.head, self.labels_N, self._one_side, counts, visit))
+        self._found |= _named(self._token_values(counts, visit))
         self.work += self.student_ND.numel()
         return Chosen(indices_K), kept[0] if kept else None
 
@@ -104,7 +112,7 @@ class Signals:
         student, teacher = self.widths if of_teacher else (self.student_ND.shape[1], 0)
         self.work += len(self.labels_N) * (of_student * student + of_teacher * teacher)
         if name in _OF_STUDENT:
-            return _named(token_values(self.student_ND, self.head, self.labels_N, self._one_side))
+            return _named(self._token_values())
         if name == "student_confidence_gap":
             return {name: self._gap()}
         if name == "teacher_entropy":
@@ -116,6 +124,9 @@ class Signals:
             )  # fmt: skip
             return {name: out.divergence}
         raise UserError(unknown_name("signal of positions", name, SIGNALS))
+
+    def _token_values(self, counts: list[int] | None = None, visit: Visitor | None = None) -> RowValues:
+        return token_values(self.student_ND, self.head, self.labels_N, self._one_side, counts, visit, self.logits_dtype)
 
     def _gap(self) -> Tensor:
         gaps = [self.student_ND.new_empty(0, dtype=torch.float32)]

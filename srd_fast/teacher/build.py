@@ -174,7 +174,7 @@ class _Maker:
             batch = DistillationCollator(0)([{"input_ids": r.input_ids, "labels": r.labels} for r in part])
             batch = {name: x.to(device) for name, x in batch.items()}
             with torch.autocast(device.type, enabled=False):
-                hidden_ND = rows_with_loss(hidden_states(self.teacher, batch), batch["labels"])
+                hidden_ND = rows_with_loss(hidden_states(self.teacher, batch), batch)
                 encoded = self.store.encode(hidden_ND, self.head, [r.key for r in part], [r.num_rows for r in part])
             parts.append({name: x.cpu() for name, x in encoded.items()})
             start += size

@@ -74,4 +74,4 @@ class LiveTeacher:
     def rows(self, batch: Mapping[str, Any], temperature: float) -> TeacherRows:
         """Hidden states of the rows with loss; the temperature does not matter to them."""
         with self._on_device(), torch.autocast(self.device.type, enabled=False):
-            return HiddenRows(rows_with_loss(hidden_states(self.model, batch), batch["labels"]), self.head)
+            return HiddenRows(rows_with_loss(hidden_states(self.model, batch), batch), self.head)

@@ -33,14 +33,23 @@ class TeacherSource(Protocol):
         """
 
 
-def rows_with_loss(states_BLD: Tensor, labels_BL: Tensor) -> Tensor:
-    """[N, D]: the states that predict a label, sample by sample: state i predicts label i + 1."""
-    return states_BLD[:, :-1][labels_BL[:, 1:] != IGNORE_INDEX]
+def rows_with_loss(states_BLD: Tensor, batch: Mapping[str, Any]) -> Tensor:
+    """[N, D]: the states that predict a label, sample by sample: state i predicts label i + 1.
+
+    Args:
+        states_BLD: [B, L, D].
+        batch: with labels [B, L]. What `with_loss_rows` added spares a GPU the search, for which the host would wait.
+    """
+    if "loss_rows" in batch:
+        return states_BLD.flatten(0, 1).index_select(0, batch["loss_rows"])
+    return states_BLD[:, :-1][batch["labels"][:, 1:] != IGNORE_INDEX]
 
 
-def labels_with_loss(labels_BL: Tensor) -> Tensor:
+def labels_with_loss(batch: Mapping[str, Any]) -> Tensor:
     """[N]: the labels of `rows_with_loss`."""
-    labels = labels_BL[:, 1:]
+    if "loss_labels" in batch:
+        return batch["loss_labels"]
+    labels = batch["labels"][:, 1:]
     return labels[labels != IGNORE_INDEX]
 
 
@@ -48,7 +57,7 @@ def distillation_loss_of_rows(
     student_ND: Tensor, student_head: Head, rows: TeacherRows, labels_N: Tensor, **options: Any
 ) -> DistillationOutput:
     """The loss of a batch's rows with loss, by the kind of the teacher's rows. options: of `distillation_loss`."""
-    arguments = {"labels": labels_N, **student_head.arguments("student"), **options}
+    arguments = {"labels": labels_N, "ignore_index": None, **student_head.arguments("student"), **options}
     if isinstance(rows, HiddenRows):
         teacher = rows.head.arguments("teacher")
         return distillation_loss(student_hidden=student_ND, teacher_hidden=rows.hidden_ND, **teacher, **arguments)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..losses import Head, Projected, Sampled, TopK
+from ..losses import Head, Projected, Sampled, TopK, products_dtype
 from ..models import find_head
 from ..suggest import unknown_name
 from .shards import payload_digest
@@ -92,9 +92,9 @@ def unpack_ids(packed_NB: Tensor, bits: int, count: int) -> Tensor:
 
 
 def logit_chunks(hidden_ND: Tensor, head: Head, classes: int) -> Iterator[Tensor]:
-    """Float32 logits of the first classes, [C, classes], after the softcap."""
-    assert head.weight is not None
-    rows = max(1, _CHUNK_BYTES // (head.weight.shape[0] * 4))
+    """Float32 logits of the first classes, [C, classes], after the softcap; products in the dtype of the loss's."""
+    head = head.to(products_dtype(hidden_ND, head))
+    rows = max(1, _CHUNK_BYTES // (head.num_classes(hidden_ND) * 4))
     for part in hidden_ND.split(rows):
         z = head.project(part)[:, :classes].float()
         yield z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)

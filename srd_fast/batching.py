@@ -1,0 +1,67 @@
+"""From the curriculum's samples to what a training step gets: batches, divided by tokens, with the teacher's rows."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+from torch.utils.data import Sampler
+
+from .curriculum import Curriculum
+from .data import divide_by_tokens, with_loss_rows
+from .teacher import TeacherCache
+
+MICRO_BATCHES = "micro_batches"
+# Steps whose samples the system is told to read from the cache beforehand.
+_AHEAD = 4
+
+
+class IndexStream(Sampler[int]):
+    """The curriculum's samples; tells `will_need` of each a few batches before its turn."""
+
+    def __init__(self, curriculum: Curriculum, will_need: Callable[[int], None]) -> None:
+        self.curriculum, self.will_need = curriculum, will_need
+
+    def __iter__(self) -> Iterator[int]:
+        ahead = islice(self.curriculum.indices(), _AHEAD * self.curriculum.batch_size, None)
+        for index in self.curriculum.indices():
+            yield index
+            coming = next(ahead, None)
+            if coming is not None:
+                self.will_need(coming)
+
+    def __len__(self) -> int:
+        return self.curriculum.sample_passes
+
+
+class StepCollator:
+    """Collates as another collator does, and adds what a step would else have to ask the device or the disk for.
+
+    collate: the collator. teacher: a cache whose rows of the samples go with them, or None.
+    """
+
+    def __init__(self, collate: Callable[..., Any], teacher: TeacherCache | None) -> None:
+        self.collate, self.teacher = collate, teacher
+
+    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        batch = with_loss_rows(self.collate(samples))
+        return batch if self.teacher is None else {**batch, "teacher": self.teacher.collate(samples)}
+
+
+class TokenBatches:
+    """Collates the samples of a step as several micro-batches of at most so many tokens.
+
+    The result has one key, `MICRO_BATCHES`.
+    """
+
+    def __init__(self, collate: StepCollator, max_tokens: int, flattened: bool) -> None:
+        self.collate, self.max_tokens, self.flattened = collate, max_tokens, flattened
+
+    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        lengths = [len(s["input_ids"]) for s in samples]
+        parts = divide_by_tokens(lengths, self.max_tokens, self.flattened)
+        return {MICRO_BATCHES: [self.collate([samples[i] for i in part]) for part in parts]}
+
+
+def micro_batches(batch: Mapping[str, Any]) -> list[Any]:
+    """The micro-batches of what a collator gave: itself, where it is not divided."""
+    return batch.get(MICRO_BATCHES, [batch])

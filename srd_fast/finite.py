@@ -1,0 +1,82 @@
+"""Loss and gradient of every step, looked at without waiting for the device.
+
+The host queues a step's work long before a GPU has done it, so it cannot know whether the step is finite without
+stopping. Here the device keeps the first step that is not, a flag keeps a fused optimizer from moving in that step and
+in all after it, and the host learns of it as soon as a copy has arrived that nobody waited for.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class BadStep(NamedTuple):
+    """Optimizer step, from 0, and its loss and gradient norm, of which one is NaN or infinite."""
+
+    step: int
+    loss: float
+    gradient_norm: float
+
+
+class StepCheck:
+    """Keeps the first step whose loss or gradient norm is not finite; without one, the last step.
+
+    Args:
+        device: of the losses.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._last = torch.zeros(3, device=device)
+        self._arrives: tuple[Tensor, Any] | None = None
+
+    def add(self, step: int, loss: Tensor, gradient_norm: Tensor | float) -> Tensor:
+        """Take a step in, before the optimizer's.
+
+        Returns:
+            Scalar float32 on the device: 1 from the first step on that is not finite, else 0: `found_inf` of
+            `torch.amp.GradScaler` and of the fused optimizers, which then leave weights and state as they are.
+        """
+        this = torch.stack([self._scalar(x) for x in (step, loss, gradient_norm)])
+        self._last = torch.where(self._last.isfinite().all(), this, self._last)
+        return self._last.isfinite().all().logical_not().float()
+
+    def _scalar(self, x: Tensor | float) -> Tensor:
+        if isinstance(x, Tensor):
+            return x.detach().float()
+        return torch.full((), x, dtype=torch.float32, device=self.device)
+
+    def look(self, wait: bool = False) -> BadStep | None:
+        """The first bad step, as far as the host knows by now; wait: as far as the device has come."""
+        if self.device.type != "cuda":
+            return _bad(self._last)
+        if wait:
+            self._arrives = None
+            return _bad(self._last.cpu())
+        if self._arrives is not None:
+            values, event = self._arrives
+            if not event.query():
+                return None
+            self._arrives = None
+            if (bad := _bad(values)) is not None:
+                return bad
+        # A bad step stays where it is, so a step that is passed over here is not missed.
+        event = torch.cuda.Event()
+        values = torch.empty(3, pin_memory=True).copy_(self._last, non_blocking=True)
+        event.record()
+        self._arrives = values, event
+        return None
+
+
+def _bad(last: Tensor) -> BadStep | None:
+    step, loss, norm = last.tolist()
+    return None if math.isfinite(loss) and math.isfinite(norm) else BadStep(int(step), loss, norm)
+
+
+def skips_on_the_device(optimizer: Any) -> bool:
+    """Whether an optimizer leaves everything as it is where its `found_inf` is 1 (torch's fused ones)."""
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False)) and all(
+        group.get("fused") for group in optimizer.param_groups
+    )
