@@ -1,9 +1,11 @@
 """From the curriculum's samples to what a training step gets: batches, divided by tokens, with the teacher's rows."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
+import torch
 from torch.utils.data import Sampler
 
 from .curriculum import Curriculum
@@ -65,3 +67,17 @@ class TokenBatches:
 def micro_batches(batch: Mapping[str, Any]) -> list[Any]:
     """The micro-batches of what a collator gave: itself, where it is not divided."""
     return batch.get(MICRO_BATCHES, [batch])
+
+
+@contextmanager
+def casts_kept() -> Iterator[None]:
+    """Autocast keeps its copies of the weights from one micro-batch to the next, as it does within a forward pass.
+
+    The weights must not change within, and nothing may run them with gradients switched off.
+    """
+    torch.autocast_increment_nesting()
+    try:
+        yield
+    finally:
+        if torch.autocast_decrement_nesting() == 0:
+            torch.clear_autocast_cache()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Trainer
 
+from .batching import casts_kept
 from .config import SRDConfig
 from .errors import UserError, first_line
 from .kernels import ALIGNMENT, EAGER_BUFFERS, block_bytes
@@ -147,20 +148,24 @@ def _loss_sizes(
     gemm = run.dtype if autocast else head.dtype
     sides = [classes, *([teacher_classes] if config.cache.kind in (LIVE, "hidden") else [])]
     if len(sides) == 1:
-        backend = compact_backend(args.backend, run.device, gemm, classes)
+        backend = compact_backend(args.backend, run.device, args.logits or gemm, classes)
     else:
         divergence = get_divergence(args.divergence).bind(args.skew, args.beta)
-        backend = row_backend(args.backend, run.device, gemm, max(sides), divergence, True)[1]
+        backend = row_backend(args.backend, run.device, args.logits or gemm, max(sides), divergence, True)[1]
     temporary = EAGER_BUFFERS * max(sides) * 4 if backend == "eager" else 0
-    strides = [-(-s // ALIGNMENT) * ALIGNMENT for s in sides]
-    chunk = chunk_rows(rows, sum(sides) * gemm.itemsize, temporary, run.device, args.memory_budget)
+    logits = args.logits or gemm
+    # The gradient replaces the student's logits unless those are wider.
+    buffers = [(s, logits) for s in sides]
+    buffers += [(classes, gemm)] if training and logits != gemm else []
+    chunk = chunk_rows(rows, sum(s * d.itemsize for s, d in buffers), temporary, run.device, args.memory_budget)
     casts = classes * width * gemm.itemsize if gemm != head.dtype else 0
     working = casts + (min(chunk * temporary, block_bytes(run.device)) if temporary else 0)
     if training and head.requires_grad and gemm != head.dtype:
         working += min(classes, 8192) * width * (gemm.itemsize + 4)
     if run.device.type == "cpu":
         working += max(classes, *sides) * width * gemm.itemsize  # the head as the product packs it
-    return _LossSizes(chunk * sum(strides) * gemm.itemsize, working)
+    kept = sum(-(-s // ALIGNMENT) * ALIGNMENT * d.itemsize for s, d in buffers)
+    return _LossSizes(chunk * kept, working)
 
 
 class _Loss(torch.autograd.Function):
@@ -242,7 +247,7 @@ class _Step:
         with self.at("forward", "activations"):
             with self.autocast():
                 hidden_BLD = _forward(self.student, batch, self.run.device, self.flattened)
-            hidden_ND = self.rows(hidden_BLD, batch)
+                hidden_ND = self.rows(hidden_BLD, batch)
             head = find_head(self.student)
             with self.at("loss", "loss"):
                 value = _Loss.apply(hidden_ND, head.weight, head.bias, loss.working)
@@ -328,8 +333,10 @@ def simulate(config: RunConfig, args: SRDConfig, largest: Callable[[bool, bool],
             student.eval()
             step.evaluate(evaluation, of_evaluation)
             student.train()
-        for _ in range(min(2, args.gradient_accumulation_steps)):
-            step.train(batch, loss)
+        divided = args.max_tokens_per_batch > 0
+        with casts_kept() if divided else nullcontext():
+            for _ in range(2 if divided or args.gradient_accumulation_steps > 1 else 1):
+                step.train(batch, loss)
         step.optimise(optimizer)
         row_bytes = head_bytes = 0
         if config.cache.kind != LIVE:

@@ -20,7 +20,7 @@ import yaml
 
 from .config import SRDConfig
 from .curation import CurriculumPlan
-from .data import IGNORE_INDEX, read_source
+from .data import IGNORE_INDEX, divide_by_tokens, read_source
 from .dry_step import Batch, Simulated, simulate
 from .errors import UserError
 from .run_config import RunConfig
@@ -168,29 +168,52 @@ def _read_lengths(config: RunConfig, args: SRDConfig) -> _Lengths | None:
     return _Lengths(sizes["train"], sizes["validation"], order, kept, source)
 
 
-def _largest(batches: Sequence[Sequence[tuple[int, int]]], flattened: bool) -> Batch:
+_Sizes = Sequence[tuple[int, int]]  # of samples: tokens, and tokens with loss
+
+
+def _tokens(batch: _Sizes, flattened: bool) -> int:
+    """Of a batch, padding included."""
+    lengths = [n for n, _ in batch]
+    return sum(lengths) if flattened else max(lengths) * len(lengths)
+
+
+def _largest(batches: Sequence[_Sizes], flattened: bool) -> Batch:
     """The batch of the most tokens, padding included; its rows are the most of any batch."""
-    lengths = [[n for n, _ in batch] for batch in batches]
-    chosen = max(lengths, key=sum if flattened else lambda b: max(b) * len(b))
-    return Batch(tuple(chosen), max(sum(rows for _, rows in batch) for batch in batches))
+    chosen = max(batches, key=lambda batch: _tokens(batch, flattened))
+    return Batch(tuple(n for n, _ in chosen), max(sum(rows for _, rows in batch) for batch in batches))
 
 
-def _train_batch(lengths: _Lengths | None, config: RunConfig, size: int, flattened: bool) -> Batch:
+def _divided(batch: _Sizes, most: int, flattened: bool) -> list[_Sizes]:
+    """The micro-batches that `max_tokens_per_batch` makes of a batch; a longer sample is one of its own."""
+    if not most:
+        return [batch]
+    lengths = [n for n, _ in batch]
+    return [[batch[i] for i in part] for part in divide_by_tokens(lengths, max(most, *lengths), flattened)]
+
+
+def _train_batches(lengths: _Lengths | None, config: RunConfig, size: int) -> list[_Sizes]:
+    """Those of the run, or the largest there can be."""
     if lengths is None:
-        longest = config.max_prompt_length + config.max_response_length
-        return Batch((longest,) * size, size * config.max_response_length)
+        return [[(config.max_prompt_length + config.max_response_length, config.max_response_length)] * size]
     if lengths.train_order is None:
-        by_length, by_rows = (sorted(lengths.train, key=lambda x: -x[i])[:size] for i in (0, 1))
-        return Batch(tuple(n for n, _ in by_length), sum(rows for _, rows in by_rows))
+        longest = sorted(lengths.train, key=lambda x: -x[0])[:size]
+        most_rows = sorted((rows for _, rows in lengths.train), reverse=True)
+        return [[(n, rows) for (n, _), rows in zip(longest, most_rows)]]
     order = [lengths.train[i] for i in lengths.train_order]
-    return _largest([order[i : i + size] for i in range(0, len(order), size)], flattened)
+    return [order[i : i + size] for i in range(0, len(order), size)]
+
+
+def _train_batch(lengths: _Lengths | None, config: RunConfig, args: SRDConfig, flattened: bool) -> Batch:
+    batches = _train_batches(lengths, config, args.per_device_train_batch_size)
+    most = args.max_tokens_per_batch
+    return _largest([part for batch in batches for part in _divided(batch, most, flattened)], flattened)
 
 
 def _evaluation_batch(lengths: _Lengths | None, config: RunConfig, size: int, flattened: bool) -> Batch:
     if lengths is None:
         if isinstance(config.validation, int):
             size = min(size, config.validation)
-        return _train_batch(None, config, size, flattened)
+        return _largest(_train_batches(None, config, size), flattened)
     rows = lengths.validation
     return _largest([rows[i : i + size] for i in range(0, len(rows), size)], flattened)
 
@@ -265,7 +288,7 @@ def plan(config: RunConfig) -> MemoryPlan:
 
     def largest(training: bool, flattened: bool) -> Batch:
         if training:
-            return _train_batch(lengths, config, args.per_device_train_batch_size, flattened)
+            return _train_batch(lengths, config, args, flattened)
         return _evaluation_batch(lengths, config, args.per_device_eval_batch_size, flattened)
 
     made = simulate(config, args, largest)
@@ -291,6 +314,8 @@ def plan(config: RunConfig) -> MemoryPlan:
 
 
 _EVALUATION = "distill.per_device_eval_batch_size"
+_MICRO_BATCH = "distill.max_tokens_per_batch"
+_ROUND = 32  # tokens, to a multiple of which a proposal is rounded up
 _SMALLEST_BUDGET = 32 << 20
 _BUDGETS = (512 << 20, 256 << 20, 128 << 20, 64 << 20, _SMALLEST_BUDGET)
 _UNITS = {"": 1, "b": 1}
@@ -368,11 +393,33 @@ class _Search:
         return candidates[low]
 
 
+def _longest(config: RunConfig, args: SRDConfig) -> int:
+    """Tokens of the longest sample, below which no micro-batch can be."""
+    batches = _train_batches(_read_lengths(config, args), config, args.per_device_train_batch_size)
+    return max(n for batch in batches for n, _ in batch)
+
+
+def _smaller(whole: MemoryPlan, args: SRDConfig, longest: int) -> list[dict[str, Any]]:
+    """Changes to ever smaller micro-batches, none first."""
+    sizes: list[dict[str, Any]] = [{}]
+    tokens = _tokens([(n, 0) for n in whole.batch.lengths], whole.flattened)
+    for parts in range(2, tokens + 1):
+        most = max(longest, -(-tokens // parts // _ROUND) * _ROUND)
+        if most < sizes[-1].get(_MICRO_BATCH, tokens):
+            sizes.append({_MICRO_BATCH: most})
+            evaluated = max(1, 2 * args.per_device_train_batch_size // parts)
+            if args.per_device_eval_batch_size > evaluated:
+                sizes[-1][_EVALUATION] = evaluated
+        if most == longest:
+            break
+    return sizes
+
+
 def fit(config: RunConfig, limit: int) -> MemoryPlan:
     """The plan of the config, changed where it does not fit in `limit` bytes; `overrides` says how.
 
-    Changed first is what costs least speed: the loss's `memory_budget`; then the micro-batch, with as many more
-    accumulation steps, so that training stays the same; then a cache instead of a live teacher, or its body on the
+    Changed first is what costs least speed: the loss's `memory_budget`; then `max_tokens_per_batch`, which divides a
+    step's samples and leaves the step as it is; then a cache instead of a live teacher, or its body on the
     host; then recomputed activations; last a top-k cache, whose divergence is a little below the full one.
 
     Raises:
@@ -383,18 +430,11 @@ def fit(config: RunConfig, limit: int) -> MemoryPlan:
         return search.plan({})
     run = Run(config, Path(config.output_dir), {}, {})
     args = training_config(config, run.folder, run.device, run.dtype)
-    batch, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
     default = (1 << 30) if run.device.type == "cuda" else 512 << 20
     budgets: list[dict[str, Any]] = [{}]
     most = args.memory_budget or default
     budgets += [{"distill.memory_budget": n} for n in _BUDGETS if n < most]
-    sizes: list[dict[str, Any]] = [{}]
-    for size in range(batch - 1, 0, -1):
-        if batch * accumulation % size == 0:
-            steps = {"distill.gradient_accumulation_steps": batch * accumulation // size}
-            sizes.append({"distill.per_device_train_batch_size": size, **steps})
-            if args.per_device_eval_batch_size > 2 * size:
-                sizes[-1][_EVALUATION] = 2 * size
+    sizes = _smaller(search.plan({}), args, _longest(config, args))
     # A budget below a quarter of the usual one makes products slow, so it comes after smaller batches.
     good = [b for b in budgets if b.get("distill.memory_budget", default) >= default // 4]
     for variant in _variants(config, args, run.device):

@@ -9,7 +9,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 
-from .batching import IndexStream, StepCollator, TokenBatches, micro_batches
+from .batching import IndexStream, StepCollator, TokenBatches, casts_kept, micro_batches
 from .config import SRDConfig
 from .curation import CurriculumPlan
 from .curriculum import Curriculum, per_stage
@@ -293,7 +293,7 @@ class SRDTrainer(Trainer):
         if len(parts) == 1:
             return super().training_step(model, parts[0], num_items_in_batch)
         losses = []
-        with _casts_kept():
+        with casts_kept():
             for i, part in enumerate(parts):
                 # Only the last one's gradients go to the other ranks, with those of the others in them.
                 with self.accelerator.no_sync(model) if i < len(parts) - 1 else nullcontext():
@@ -496,17 +496,6 @@ class SRDTrainer(Trainer):
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-
-@contextmanager
-def _casts_kept() -> Iterator[None]:
-    """Autocast keeps its copies of the weights from one micro-batch to the next, as it does within a forward pass."""
-    torch.autocast_increment_nesting()
-    try:
-        yield
-    finally:
-        if torch.autocast_decrement_nesting() == 0:
-            torch.clear_autocast_cache()
 
 
 def last_whole_checkpoint(folder: Path) -> str | None:

@@ -170,6 +170,24 @@ def test_checkpointing_and_smaller_batches_keep_fewer_activations(tiny_teacher_f
     assert activations("distill.gradient_checkpointing=true") < 0.5 * whole
 
 
+def test_micro_batches_by_tokens_have_a_ceiling(tiny_teacher_folder: Path, tmp_path: Path) -> None:
+    """Samples of 60 tokens at most, 20 of them with loss, 16 a step."""
+    whole = planner.plan(made_config(tiny_teacher_folder, tmp_path))
+    made = planner.plan(made_config(tiny_teacher_folder, tmp_path, "distill.max_tokens_per_batch=250"))
+    assert made.batch == Batch((60,) * 4, 4 * 20)
+    assert made.parts["activations"] == pytest.approx(whole.parts["activations"] / 4, rel=0.05)
+
+
+def test_float32_logits_take_twice_the_room(tiny_teacher_folder: Path, tmp_path: Path) -> None:
+    """Of two heads of 400 classes, and the gradient in bfloat16 beside them."""
+    bf16 = ("dtype=bfloat16", "distill.backend=compile", "cache.kind=hidden")
+    narrow, wide = (
+        planner.plan(made_config(tiny_teacher_folder, tmp_path, *bf16, *more)).parts["loss"]
+        for more in ((), ("distill.logits_dtype=float32",))
+    )
+    assert wide - narrow == 16 * 20 * 400 * (2 * 2 + 2)
+
+
 def test_lengths_come_from_the_run_folder(
     tiny_teacher_folder: Path, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
@@ -212,9 +230,9 @@ def test_what_is_proposed_fits_and_trains_the_same(tiny_teacher_folder: Path, tm
     accumulated = ("distill.gradient_accumulation_steps=3", *made.overrides)
     again = made_config(tiny_teacher_folder, tmp_path, *accumulated)
     assert planner.plan(again).total == made.total <= limit
-    d = again.distill
-    assert d["per_device_train_batch_size"] * d["gradient_accumulation_steps"] == 48
-    assert d["per_device_train_batch_size"] < 16
+    assert again.distill["gradient_accumulation_steps"] == 3
+    assert "per_device_train_batch_size" not in again.distill
+    assert 60 <= again.distill["max_tokens_per_batch"] < 16 * 60
 
 
 @pytest.mark.slow
@@ -230,7 +248,7 @@ def test_the_command(tiny_teacher_folder: Path, tmp_path: Path) -> None:
     told = CliRunner().invoke(app, ["plan", str(file), "seed=3", "--limit", str(limit)])
     command = told.output.splitlines()[-1]
     assert command.startswith(f"srd-fast run {file} seed=3 distill.")
-    assert "distill.per_device_train_batch_size=" in command
+    assert "distill.max_tokens_per_batch=" in command
     assert not (tmp_path / "run").exists()
 
 

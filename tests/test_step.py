@@ -409,7 +409,8 @@ def test_a_divided_step_is_the_whole_one(fields: dict[str, Any], tokenizer: PreT
     tolerance = 0.05 if fields.get("bf16") else 1e-5
     for name, change in weights[0].items():
         if change.norm() > 1e-4:
-            assert (weights[1][name] - change).norm() <= tolerance * change.norm(), name
+            rounding = 2**-23 * trainer.model.get_parameter(name).norm()  # of the weights, in which the change is seen
+            assert (weights[1][name] - change).norm() <= tolerance * change.norm() + rounding, name
     for a, b in zip(*logs):
         for name in ("loss", "divergence", "cross_entropy", "entropy", "grad_norm"):
             assert b[name] == pytest.approx(a[name], rel=max(1e-5, tolerance / 5)), name

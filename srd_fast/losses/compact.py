@@ -140,10 +140,8 @@ def _check_top_k(teacher: TopK) -> None:
     # As with labels, no look at a GPU's memory.
     if teacher.ids_NK.device.type == "cpu":
         repeated_N = teacher.ids_NK.sort(1).values.diff(dim=1).eq(0).any(1).numpy()
-        require(
-            not repeated_N.any(),
-            f"teacher.ids_NK of TopK must be distinct within a row, row {repeated_N.argmax()} repeats one",
-        )
+        first = "".join(str(row) for row in repeated_N.nonzero()[0][:1])
+        require(not first, f"teacher.ids_NK of TopK must be distinct within a row, row {first} repeats one")
 
 
 def _check_projected(teacher: Projected, head: Head) -> None:
