@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from spies import products_of
 from tiny import assert_same
 
 # What a case changes; `rows` of a step are 8 in all of them.
@@ -30,8 +31,12 @@ CASES: dict[str, dict[str, Any]] = {
         "position_ratio": 0.3,
     },
     "frozen embeddings": {"architecture": "llama_untied", "freeze": "embed_tokens"},
+    "micro-batches": {"architecture": "llama", "max_tokens_per_batch": 48},
     "softcap, checkpointing": {"architecture": "gemma2", "divergence": "forward_kl", "gradient_checkpointing": True},
 }
+# Apart from the others: bfloat16 rounds another sum on each rank.
+BFLOAT16: dict[str, Any] = {"architecture": "llama", "bf16": True}
+STUDENT, TEACHER = tiny.VOCAB, tiny.VOCAB + 12  # classes of their heads
 Results = dict[str, dict[str, Any]]
 # Uneven on purpose: the two ranks have different numbers of tokens in each step, and different lengths.
 SAMPLES = tiny.tiny_samples(20, seed=2, longest=24)
@@ -75,7 +80,7 @@ def train(
     ids = [s["sample_id"] for s in SAMPLES]
     trainer = SRDTrainer(
         model=student,
-        teacher_model=tiny.tiny_model(architecture, seed=1, width=24),
+        teacher_model=tiny.tiny_model(architecture, seed=1, width=24, vocab=TEACHER),
         args=args,
         train_dataset=SAMPLES,
         curriculum=CurriculumPlan(subsets=[ids[:16], ids[16:]]),
@@ -85,7 +90,7 @@ def train(
     )
     before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
     first = trainer.evaluate()
-    trainer.train()
+    products = products_of(trainer.train, STUDENT, TEACHER)
     kept = ("loss", "divergence", "cross_entropy", "entropy", "stage", "temperature", "learning_rate", "grad_norm")
     return {
         "world": trainer.args.world_size,
@@ -95,6 +100,7 @@ def train(
         "weights": {n: p.detach().clone() for n, p in trainer.model.named_parameters()},
         "logs": [{n: float(e[n]) for n in kept} for e in trainer.state.log_history if "loss" in e],
         "metrics": [first, trainer.evaluate()],
+        "products": products.seen,
     }
 
 
@@ -108,7 +114,8 @@ def worker(folder: Path) -> None:
     """All cases on this rank; results in FOLDER/rankN.pt."""
     torch.set_num_threads(1)
     gc.freeze()  # the Trainer collects garbage at each start
-    results = {name: train(folder / "out", 2, **case) for name, case in CASES.items()}
+    cases = {**CASES, "bfloat16": BFLOAT16}
+    results = {name: train(folder / "out", 2, **case) for name, case in cases.items()}
     torch.save(results, folder / f"rank{os.environ['RANK']}.pt")
     torch.distributed.destroy_process_group()
 
@@ -135,7 +142,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Results], Resul
     folder = tmp_path_factory.mktemp("ranks")
     processes = start_ranks(folder)
     try:
-        cases = {name: {k: v for k, v in case.items() if k != "accumulation"} for name, case in CASES.items()}
+        left_out = ("accumulation", "max_tokens_per_batch")
+        cases = {name: {k: v for k, v in case.items() if k not in left_out} for name, case in CASES.items()}
         alone = {name: train(folder / "alone", 1, **case) for name, case in cases.items()}
         statuses = [process.wait(timeout=300) for process in processes]
     finally:
@@ -186,6 +194,14 @@ def test_two_processes_log_what_one_does(case: str, runs: tuple[list[Results], R
         for found, expected in zip(rank[case]["logs"], alone[case]["logs"], strict=True):
             for name, value in expected.items():
                 assert found[name] == pytest.approx(value, rel=1e-3), name
+
+
+def test_the_heads_products_run_in_the_dtype_of_training(runs: tuple[list[Results], Results]) -> None:
+    """Three a step of the student, one of the teacher, on each of three steps and each rank."""
+    for rank in runs[0]:
+        narrow = (torch.bfloat16,) * 3
+        assert rank["bfloat16"]["products"] == {STUDENT: {narrow: 9}, TEACHER: {narrow: 3}}
+        assert set(rank["llama"]["products"][STUDENT]) == {(torch.float32,) * 3}
 
 
 @pytest.mark.parametrize("case", ["llama", "adapters"])

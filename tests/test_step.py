@@ -1,8 +1,6 @@
 """A step of `SRDTrainer` as users run it: in which dtype its products run, what it waits for, how it is divided."""
 
 import copy
-import traceback
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +9,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from spies import Products, Waits, products_of
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedTokenizerFast, TrainerCallback
@@ -53,31 +52,8 @@ def make(tokenizer: PreTrainedTokenizerFast, fields: Mapping[str, Any] = {}, **o
 # Dtypes.
 
 
-class Products(TorchDispatchMode):
-    """(dtype of the factors, of the result) of every matrix product with one of the heads, by the head's classes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: dict[int, Counter[tuple[torch.dtype, ...]]] = {V_S: Counter(), V_T: Counter()}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm):
-            factors = [x for x in args if isinstance(x, Tensor)][-2:]
-            for classes, seen in self.seen.items():
-                if any(classes in x.shape for x in factors):
-                    seen[(*(x.dtype for x in factors), out.dtype)] += 1
-        return out
-
-    def dtypes(self, classes: int) -> set[torch.dtype]:
-        """All that took part."""
-        return {dtype for key in self.seen[classes] for dtype in key}
-
-
 def watched(act: Callable[[], Any]) -> Products:
-    with Products() as products:
-        act()
-    return products
+    return products_of(act, V_S, V_T)
 
 
 def adapters() -> Any:
@@ -153,29 +129,8 @@ def test_float32_training_stays_float32(tokenizer: PreTrainedTokenizerFast) -> N
 
 # Waiting.
 
-# What a GPU would be waited for.
-WAITS = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "equal")
 # Of transformers: the mask of a padded batch asks whether anything is padded.
 OF_PADDED = ("masking_utils.py",)
-
-
-class Waits(TorchDispatchMode):
-    """Operations that wait for a device, by the innermost line of Python that is neither torch's nor this file's."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.on, self.found, self.operations = False, Counter[tuple[str, str]](), 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self.on:
-            self.operations += 1
-            name = func.overloadpacket.__name__
-            if name in WAITS:
-                outside = [
-                    f for f in traceback.extract_stack() if "/torch/" not in f.filename and __file__ != f.filename
-                ]
-                self.found[name, f"{Path(outside[-1].filename).name}:{outside[-1].name}"] += 1
-        return func(*args, **(kwargs or {}))
 
 
 class Between(TrainerCallback):

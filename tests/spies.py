@@ -1,0 +1,64 @@
+"""What runs under a piece of code: the dtypes of the heads' products, and what a GPU would be waited for."""
+
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# What a GPU would be waited for.
+WAITS = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "equal")
+
+
+class Products(TorchDispatchMode):
+    """(dtype of the factors, of the result) of every matrix product with one of the heads, by the head's classes.
+
+    heads: their classes; no other dimension of the models may be one of these.
+    """
+
+    def __init__(self, *heads: int) -> None:
+        super().__init__()
+        self.seen: dict[int, Counter[tuple[torch.dtype, ...]]] = {classes: Counter() for classes in heads}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm):
+            factors = [x for x in args if isinstance(x, Tensor)][-2:]
+            for classes, seen in self.seen.items():
+                if any(classes in x.shape for x in factors):
+                    seen[(*(x.dtype for x in factors), out.dtype)] += 1
+        return out
+
+    def dtypes(self, classes: int) -> set[torch.dtype]:
+        """All that took part."""
+        return {dtype for key in self.seen[classes] for dtype in key}
+
+
+def products_of(act: Callable[[], Any], *heads: int) -> Products:
+    """Of what a function does."""
+    with Products(*heads) as products:
+        act()
+    return products
+
+
+class Waits(TorchDispatchMode):
+    """Operations that wait for a device, by the innermost line of Python that is neither torch's nor this file's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.on, self.found, self.operations = False, Counter[tuple[str, str]](), 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.on:
+            self.operations += 1
+            name = func.overloadpacket.__name__
+            if name in WAITS:
+                outside = [
+                    f for f in traceback.extract_stack() if "/torch/" not in f.filename and __file__ != f.filename
+                ]
+                self.found[name, f"{Path(outside[-1].filename).name}:{outside[-1].name}"] += 1
+        return func(*args, **(kwargs or {}))
