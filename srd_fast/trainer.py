@@ -156,6 +156,7 @@ class SRDTrainer(Trainer):
         # num_items_in_batch counts the labels that are predicted, over accumulation steps and ranks.
         self.model_accepts_loss_kwargs, self._loss_shifts_labels = True, True
         self._parameters: int | None = None
+        self._known: tuple[Any, Any] = None, None  # the model as it is called, and what is in it
         self._tokenisation = tokenisation
 
         check_head(model, "student")
@@ -311,7 +312,7 @@ class SRDTrainer(Trainer):
         step = self.state.global_step
         temperature, labels_N = self.curriculum.temperature(step), labels_with_loss(inputs)
         rows = self.teacher.rows(inputs, temperature)
-        student = self.accelerator.unwrap_model(model)
+        student = self._unwrapped(model)
 
         def forward(batch: Mapping[str, Any]) -> Any:
             # The whole of it: the loss takes the dtype of its products from here, like the body.
@@ -338,6 +339,12 @@ class SRDTrainer(Trainer):
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # DDP averages the gradients of the ranks
         return (loss, {"loss": loss}) if return_outputs else loss
+
+    def _unwrapped(self, model: nn.Module) -> nn.Module:
+        """Found once: accelerate looks at every module of a model for what may be wrapped in it."""
+        if self._known[0] is not model:
+            self._known = model, self.accelerator.unwrap_model(model)
+        return self._known[1]
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """As in `transformers.Trainer`, which counts the model's parameters anew for each batch."""
