@@ -176,6 +176,28 @@ def test_nothing_is_waited_for_between_two_logs(fields: dict[str, Any], tokenize
     assert not waits_of(tokenizer, fields).found
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.parametrize(
+    "fields", [{}, {"bf16": True}, {"teacher_cache": "cache"}, {"max_tokens_per_batch": 50}], ids=str
+)
+def test_a_gpu_is_not_waited_for(fields: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -> None:
+    """PyTorch itself says where it waits; from the end of step 2 to that of step 12 it is never."""
+
+    class Says(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step in (2, 12):
+                torch.cuda.set_sync_debug_mode("error" if state.global_step == 2 else "default")
+
+    usual = {"max_steps": 13, "logging_steps": 13, "epochs_per_stage": 4, "per_device_train_batch_size": 3}
+    trainer = make(tokenizer, {**usual, **fields, "use_cpu": False}, callbacks=[Says()])
+    try:
+        trainer.train()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert trainer.state.global_step == 13
+
+
 def test_adapters_wait_for_nothing(tokenizer: PreTrainedTokenizerFast) -> None:
     assert not waits_of(tokenizer, {}, peft_config=adapters()).found
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -61,7 +60,7 @@ class TeacherCache:
             for key, count in contents(self.folder / name):
                 self._places[key] = number, start, count
                 start += count
-        self._open: dict[int, Any] = {}
+        self._open: dict[int, dict[str, Tensor]] = {}
         self._ahead: dict[int, tuple[int, dict[str, tuple[int, int]]]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -97,13 +96,9 @@ class TeacherCache:
         without_loss = all(x == IGNORE_INDEX for x in sample["labels"])
         number, start, count = (0, 0, 0) if without_loss else self._place(sample)
         if number not in self._open:
-            self._open[number] = safe_open(self.folder / self._files[number], "pt")
-        file = self._open[number]
-        return {
-            name: file.get_slice(name)[start : start + count]
-            for name in file.keys()  # noqa: SIM118
-            if name not in OF_SAMPLES
-        }
+            rows = shards.mapped(self.folder / self._files[number])
+            self._open[number] = {name: x for name, x in rows.items() if name not in OF_SAMPLES}
+        return {name: x[start : start + count] for name, x in self._open[number].items()}
 
     def will_need(self, sample: Mapping[str, Any]) -> None:
         """Have the system read a sample's rows ahead, without waiting for it."""

@@ -16,6 +16,18 @@ from ..errors import UserError
 from ..files import lock, temporary_path
 
 _DIGEST = "blake2b"
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 
 def payload_digest(tensors: Mapping[str, Tensor]) -> str:
@@ -108,14 +120,31 @@ class DamagedFileError(UserError):
         self.path = path
 
 
-def open_for_reading_ahead(path: Path) -> tuple[int, dict[str, tuple[int, int]]]:
-    """A descriptor, and for each tensor where in the file it begins and the bytes of one of its rows."""
+def _layout(path: Path) -> dict[str, tuple[int, int, str, list[int]]]:
+    """Of each tensor in a file: where its bytes begin and end, its dtype as safetensors calls it, its shape."""
     with path.open("rb") as f:
         length = int.from_bytes(f.read(8), "little")
         header = json.loads(f.read(length))
     header.pop("__metadata__", None)
-    places = {}
-    for name, entry in header.items():
-        begin, end = entry["data_offsets"]
-        places[name] = 8 + length + begin, (end - begin) // max(1, entry["shape"][0])
+    base = 8 + length
+    return {
+        name: (base + entry["data_offsets"][0], base + entry["data_offsets"][1], entry["dtype"], entry["shape"])
+        for name, entry in header.items()
+    }
+
+
+def open_for_reading_ahead(path: Path) -> tuple[int, dict[str, tuple[int, int]]]:
+    """A descriptor, and for each tensor where in the file it begins and the bytes of one of its rows."""
+    places = {
+        name: (begin, (end - begin) // max(1, shape[0])) for name, (begin, end, _, shape) in _layout(path).items()
+    }
     return os.open(path, os.O_RDONLY), places
+
+
+def mapped(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file, of which the system reads what is looked at. Not to be written to."""
+    whole = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
+    return {
+        name: whole[begin:end].view(_DTYPES[dtype]).view(shape)
+        for name, (begin, end, dtype, shape) in _layout(path).items()
+    }
