@@ -89,7 +89,7 @@ class Compiled(PlainLoop):
         super().__init__(student, teacher, trainer, dtype)
         for model in (student, teacher):
             # One graph serves all layers; of a whole model each would be compiled again.
-            for layer in model.get_decoder().layers:  # type: ignore[operator, union-attr]
+            for layer in model.get_decoder().layers:  # type: ignore[operator]
                 layer.compile()
         self.loss_of = torch.compile(PlainLoop.loss_of)  # type: ignore[method-assign]
 

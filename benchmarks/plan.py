@@ -11,6 +11,7 @@ from .rows import Row
 
 LENGTHS = (256, 1024)
 STEP, LARGEST = "a step", "largest batch"
+OPTIMIZER = "adamw_torch_fused"  # of all sides
 
 CACHE, LIVE = "srd-fast, cache", "srd-fast, live teacher"
 CACHE_COMPILED, LIVE_COMPILED = f"{CACHE}, compiled", f"{LIVE}, compiled"

@@ -1,6 +1,6 @@
 """One cell of `benchmarks.train_gpu` in this process, which does nothing else; the answer goes to a file as JSON.
 
-Out of memory is an answer, every other error is the exit status and a traceback.
+Out of memory is an answer, and so is that a side cannot; every other error is the exit status and a traceback.
 """
 
 import argparse
@@ -12,11 +12,9 @@ from typing import Any
 
 import torch
 
-from srd_fast.teacher import build_teacher_cache
-
-from .pairs import PAIRS, random_model, samples
+from .plan import OPTIMIZER
 from .rows import device_name, set_threads, spread, version_of
-from .sides import SIDES, Setup, import_files
+from .sides import SIDES, import_files
 from .step_trace import as_text
 from .watch import StepWatch
 
@@ -47,6 +45,10 @@ def out_of_memory(error: BaseException) -> bool:
 
 def fill(pair: str, count: int, device: str, folder: Path) -> None:
     """Teacher rows of the pair's first samples, on disk; its seconds and tokens beside them."""
+    from srd_fast.teacher import build_teacher_cache
+
+    from .pairs import PAIRS, random_model, samples
+
     teacher = random_model(PAIRS[pair].teacher, torch.bfloat16, device).eval()
     rows = samples(PAIRS[pair].student.vocab_size, count)
     known = json.loads((folder / FILLED).read_text("utf-8")) if (folder / FILLED).exists() else {"count": 0}
@@ -61,6 +63,9 @@ def measure(
     pair: str, batch: int, name: str, steps: tuple[int, int, int], device: str, cache: Path | None
 ) -> tuple[dict[str, float], str]:
     """Figures of a cell, and what a reader may want to know beyond. steps: of warm-up, timed, profiled."""
+    from .pairs import PAIRS
+    from .training import Setup
+
     side = SIDES[name]
     with tempfile.TemporaryDirectory() as folder:
         watch = StepWatch(device, *steps, Path(folder))
@@ -84,7 +89,7 @@ def measure(
     if cache is not None:
         filled = json.loads((cache / FILLED).read_text("utf-8"))
         figures["fill_seconds"] = filled["seconds"] / filled["tokens"] * sum(size)
-    notes = [f"{trainer.args.optim}; tokens of the timed steps: {sum(size[timed])}, with loss {sum(with_loss[timed])}"]
+    notes = [f"{OPTIMIZER}; tokens of the timed steps: {sum(size[timed])}, with loss {sum(with_loss[timed])}"]
     if trace is not None:
         # The profiled steps have other samples than the timed ones: a token's share is carried over.
         profiled = size[timed.stop :]
@@ -117,6 +122,8 @@ def main() -> None:
             cache = Path(task["folder"]) if SIDES[task["side"]].cached else None
             figures, notes = measure(task["pair"], task["batch"], task["side"], task["steps"], task["device"], cache)
             answer = {"figures": figures, "notes": notes}
+    except NotImplementedError as reason:
+        answer = {"reason": str(reason)}
     except Exception as error:
         if task["do"] != "measure" or not out_of_memory(error):
             raise

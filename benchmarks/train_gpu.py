@@ -99,20 +99,22 @@ class Session:
         return self.ask({"do": "measure", **who, "steps": steps})
 
     def step(self, cell: Cell) -> dict[str, float]:
-        """Measure a cell and write its rows."""
+        """Measure a cell and write its rows. Raises LookupError where the side cannot."""
         began = time.monotonic()
         a = self.args
         try:
             answer = self.measure(cell, (a.warmup, a.steps, a.profiled if a.device == "cuda" else 0))
         except Failed as error:
             answer = {"figures": {"failed": 1}, "notes": str(error)}
+        if "reason" in answer:
+            raise LookupError(answer["reason"])
         self.seconds[cell] = time.monotonic() - began
         figures = {**answer["figures"], "cell_seconds": self.seconds[cell]}
         self.write(cell, figures, answer["notes"])
         return figures
 
     def largest(self, cell: Cell) -> dict[str, float]:
-        """Search the largest batch of a pair and side. Raises OutOfTimeError; what was tried is in the rows."""
+        """Search the largest batch of a pair and side. Raises as `step`, and OutOfTimeError: what was tried is kept."""
         known = self.known()
         figures = {} if self.args.again == "all" else dict(known.get(cell, {}))
         figures.pop("failed", None)
@@ -132,6 +134,8 @@ class Session:
             except Failed as error:
                 self.write(cell, {**figures, "failed": 1}, str(error))
                 return {"failed": 1}
+            if "reason" in answer:
+                raise LookupError(answer["reason"])
             self.seconds.setdefault(probe, time.monotonic() - began)
             fits[batch] = bool(answer["figures"]["fits"])
             figures[f"fits@{batch}"] = answer["figures"]["fits"]
@@ -170,6 +174,10 @@ class Session:
                 figures = self.step(cell) if cell.batch else self.largest(cell)
             except OutOfTimeError:
                 late.append(cell)
+                continue
+            except LookupError as reason:
+                print(f"{cell.side} left out: {reason}", flush=True)
+                self.about["sides"][cell.side]["reason"] = str(reason)
                 continue
             print(f"{cell}: {told(figures)}", flush=True)
         if late:
