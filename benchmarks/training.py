@@ -1,5 +1,6 @@
 """Steps of a training for `benchmarks.train_gpu`: through `SRDTrainer`, or one of the loops that stand beside it."""
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,8 +96,10 @@ def make_teacher(s: Setup) -> nn.Module:
     return random_model(s.pair.teacher, torch.bfloat16, s.device).eval()
 
 
-def srd_steps(s: Setup, watch: StepWatch, lora: bool = False, **options: Any) -> tuple[SRDTrainer, list[Tensor]]:
+def srd_steps(s: Setup, watch: StepWatch, lora: bool = False, **options: Any) -> Trained:
     """`SRDTrainer.train`, with what the config of the side says beyond the others'."""
+    if unknown := set(options) - {f.name for f in dataclasses.fields(SRDConfig)}:
+        raise NotImplementedError(f"SRDConfig has no field {', '.join(sorted(unknown))}")
     adapters = None
     if lora:
         from peft import LoraConfig

@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # benchmarks are no part of the installed package
 from benchmarks import child, gpu_session, pairs, plan, rows, sides, step_trace, train_cell, train_gpu  # noqa: E402
 from benchmarks.plan import CACHE, GKD, LARGE, PLAIN, SMALL, TINY, Cell  # noqa: E402
+from benchmarks.training import srd_steps  # noqa: E402
 
 sys.path.remove(str(ROOT))
 
@@ -79,7 +80,7 @@ def test_cells_through_real_processes(tmp_path: Path) -> None:
 
 # Everything below answers tasks itself.
 
-Answer = Callable[[Mapping[str, Any]], dict[str, float]]
+Answer = Callable[[Mapping[str, Any]], dict[str, Any]]
 
 
 class Machine:
@@ -100,7 +101,8 @@ class Machine:
         if self.now > deadline:
             raise child.OutOfTimeError
         self.tasks.append(dict(task))
-        return {"figures": self.answer(task) if task["do"] == "measure" else {}, "notes": ""}
+        figures = self.answer(task) if task["do"] == "measure" else {}
+        return figures if "reason" in figures else {"figures": figures, "notes": ""}
 
     def measured(self) -> list[Cell]:
         """Cells in turn, those of a search too."""
@@ -174,6 +176,24 @@ def test_a_cell_that_fails_stops_no_other(tmp_path: Path, monkeypatch: pytest.Mo
     assert all(found[Cell(SMALL, 8, side)]["fits"] for side in (CACHE, PLAIN))
     assert "ValueError: no such thing" in next(tmp_path.rglob("*gkdtrainer.txt")).read_text("utf-8")
     assert [t["side"] for t in machines[1].tasks] == [GKD]
+
+
+def test_a_side_that_cannot_is_asked_once_and_has_no_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def answer(task: Mapping[str, Any]) -> dict[str, Any]:
+        return {"reason": "too old"} if task["side"] == plan.LIVE else fine(task)
+
+    machine = Machine(answer, monkeypatch)
+    call(monkeypatch, tmp_path, "--pairs", SMALL, "--batches", "4", "8", "--sides", plan.LIVE, GKD, "--no-largest")
+    assert [c.side for c in machine.measured()].count(plan.LIVE) == 1
+    assert {c.side for c in figures_of(tmp_path)} == {GKD}
+    assert f"{plan.LIVE} left out: too old" in capsys.readouterr().out
+
+
+def test_a_field_that_the_config_lacks_is_the_reason() -> None:
+    with pytest.raises(NotImplementedError, match="SRDConfig has no field no_such_field"):
+        srd_steps(None, None, torch_compile=True, no_such_field=1)
 
 
 def test_the_cache_is_filled_before_and_only_as_far_as_it_must(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
