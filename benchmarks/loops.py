@@ -6,11 +6,12 @@ learning rate and clipping are those of the `SRDTrainer` that it stands beside.
 TRL's trainers run their own `training_step` on the completions given, padded; generation, which the DistillationTrainer
 does before each step, is left out, and gradient checkpointing, their default, is off, as on the other sides. Neither
 has a curriculum, and the GKDTrainer's loss is at temperature 1: they stand beside plain distillation at temperature 1.
+`use_liger_kernel=True` gives the GKDTrainer's student liger-kernel's layers; its loss is the same.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -34,13 +35,17 @@ class PlainLoop:
 
     def step(self, number: int, samples: Samples) -> float:
         """Loss of the step `number` on these samples; the weights are changed."""
-        loss = self.backward(number, samples)
+        return self.queue(number, samples).item()
+
+    def queue(self, number: int, samples: Samples) -> Tensor:
+        """As `step`, without waiting for the device."""
+        loss = self.backward(number, samples).detach()
         nn.utils.clip_grad_norm_(self.student.parameters(), self.trainer.args.max_grad_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = self.trainer.curriculum.learning_rate(number)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return loss.item()
+        return loss
 
     def backward(self, number: int, samples: Samples) -> Tensor:
         """Loss of a batch; the gradients are there."""
@@ -52,15 +57,21 @@ class PlainLoop:
         inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             with torch.no_grad():
-                z_T = self.teacher(**inputs, use_cache=False).logits[:, :-1].float()
-            z_S = self.student(**inputs, use_cache=False).logits[:, :-1].float()
+                logits_T = self.teacher(**inputs, use_cache=False).logits
+            logits_S = self.student(**inputs, use_cache=False).logits
+        loss = self.loss_of(logits_S, logits_T, labels, kept, t, sft)
+        loss.backward()
+        return loss
+
+    @staticmethod
+    def loss_of(logits_S: Tensor, logits_T: Tensor, labels: Tensor, kept: Tensor, t: float, sft: float) -> Tensor:
+        """From the logits [B, L, V] of both, in float32."""
+        z_S, z_T = logits_S[:, :-1].float(), logits_T[:, :-1].float()
         log_p, log_q = torch.log_softmax(z_T / t, -1), torch.log_softmax(z_S / t, -1)
         per_token = (log_p.exp() * (log_p - log_q)).sum(-1)
         divergence = (per_token * kept).sum() / kept.sum()
         cross_entropy = functional.cross_entropy(z_S.flatten(0, 1), labels.flatten(), ignore_index=-100)
-        loss = sft * cross_entropy + (1 - sft) * t * t * divergence
-        loss.backward()
-        return loss
+        return sft * cross_entropy + (1 - sft) * t * t * divergence
 
 
 class Reversed(PlainLoop):
@@ -71,8 +82,22 @@ class Reversed(PlainLoop):
         return super().backward(number, samples[::-1])
 
 
+class Compiled(PlainLoop):
+    """The same with the layers of both models and the loss through `torch.compile`."""
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, trainer: SRDTrainer, dtype: torch.dtype) -> None:
+        super().__init__(student, teacher, trainer, dtype)
+        for model in (student, teacher):
+            # One graph serves all layers; of a whole model each would be compiled again.
+            for layer in model.get_decoder().layers:  # type: ignore[operator]
+                layer.compile()
+        self.loss_of = torch.compile(PlainLoop.loss_of)  # type: ignore[method-assign]
+
+
 class _TRL(PlainLoop, ABC):
     """A trainer of TRL's that runs `training_step` on batches it is given."""
+
+    options: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, student: nn.Module, teacher: nn.Module, trainer: SRDTrainer, dtype: torch.dtype) -> None:
         super().__init__(student, teacher, trainer, dtype)
@@ -80,7 +105,7 @@ class _TRL(PlainLoop, ABC):
         options = {
             "output_dir": f"{args.output_dir}/trl", "per_device_train_batch_size": args.per_device_train_batch_size,
             "bf16": dtype == torch.bfloat16, "use_cpu": args.use_cpu, "report_to": [], "gradient_checkpointing": False,
-            "beta": 0.0, "temperature": 1.0,
+            "beta": 0.0, "temperature": 1.0, **self.options,
         }  # fmt: skip
         self.trl = self.make(student, teacher, options)
         self.trl.current_gradient_accumulation_steps = 1
@@ -115,6 +140,18 @@ class GKD(_TRL):
     def batch(self, samples: Samples) -> dict[str, Tensor]:
         """Padded to the longest."""
         return self.collate(samples)
+
+
+class GKDWithLiger(GKD):
+    """GKDTrainer on liger-kernel's layers."""
+
+    options: ClassVar[dict[str, Any]] = {"use_liger_kernel": True}
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, trainer: SRDTrainer, dtype: torch.dtype) -> None:
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+        super().__init__(student, teacher, trainer, dtype)
+        _apply_liger_kernel_to_instance(model=student)  # what `Trainer.train` does with use_liger_kernel=True
 
 
 class Distillation(_TRL):
@@ -156,4 +193,9 @@ LOOPS: dict[str, Callable[..., PlainLoop]] = {
     REVERSED: Reversed,
     "trl GKDTrainer": GKD,
     "trl DistillationTrainer": Distillation,
+}
+# Those that only a GPU runs in reasonable time.
+GPU_LOOPS: dict[str, Callable[..., PlainLoop]] = {
+    f"{PLAIN}, compiled": Compiled,
+    "trl GKDTrainer, liger-kernel": GKDWithLiger,
 }

@@ -23,6 +23,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 
+from .plan import STEP
 from .providers import CE_ONLY
 from .rows import RESULTS, Row, read
 
@@ -368,6 +369,21 @@ def train(folder: Path, benchmark: str = "train") -> Figure:
     return bar_figure(title, found, metric_panels(found, panels))
 
 
+def train_gpu(folder: Path) -> Figure:
+    """Training steps on a GPU, each side in a process of its own; in turn where there are no such rows."""
+    labels = {"step_seconds": ("a step (ms)", 1e-3), "gpu_busy_share": ("GPU busy (%)", 1e-2)}
+    labels["peak_bytes"] = ("peak (GiB)", 2.0**30)
+    found = [replace(r, case="") for r in rows_of(folder, "train_gpu", *labels) if r.case == STEP]
+    if not found:
+        return train(folder, "train_gpu")
+
+    def panels(part: list[Row]) -> list[Panel]:
+        return [Panel("", label, spans(part, m, unit=unit), "{:,.0f}") for m, (label, unit) in labels.items()]
+
+    title = "A training step on a GPU: its time with 20 % to 80 %, how much of it some kernel runs, and peak memory"
+    return bar_figure(title, found, metric_panels(found, panels))
+
+
 def reflect(folder: Path) -> Figure:
     """Speed of the generation on the most rows."""
     found = rows_of(folder, "reflect", "tokens_per_second")
@@ -462,7 +478,7 @@ DRAWINGS: dict[str, Callable[[Path], Figure]] = {
     "loss_gpu_memory": partial(loss_memory, benchmark="loss_gpu"),
     "loss_gpu_error": partial(loss_error, benchmark="loss_gpu"),
     "limits_gpu": partial(largest_rows, benchmark="limits_gpu"),
-    "train_gpu": partial(train, benchmark="train_gpu"),
+    "train_gpu": train_gpu,
     "scale": scale,
     "train": train,
     "reflect": reflect,

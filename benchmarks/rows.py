@@ -10,7 +10,7 @@ import importlib.metadata
 import os
 import platform
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -96,16 +96,27 @@ def read(path: Path) -> list[Row]:
 
 def write(rows: Sequence[Row], folder: Path | None = None) -> None:
     """Put rows in their benchmarks' files, in the place of older ones of the same groups."""
-    folder = folder or RESULTS
+    _replace(rows, folder or RESULTS, lambda r: r.group)
+
+
+def write_providers(rows: Sequence[Row], folder: Path | None = None) -> None:
+    """As `write` for benchmarks that run each provider by itself: only older rows of the same providers go."""
+    _replace(rows, folder or RESULTS, lambda r: (*r.group, r.provider))
+
+
+def _replace(rows: Sequence[Row], folder: Path, key: Callable[[Row], tuple[str, ...]]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for benchmark in dict.fromkeys(r.benchmark for r in rows):
         mine, path = [r for r in rows if r.benchmark == benchmark], folder / f"{benchmark}.csv"
-        groups = {r.group for r in mine}
-        with_others = [r for r in read(path) if r.group not in groups] + mine
-        with path.open("w", newline="", encoding="utf-8") as f:
+        keys = {key(r) for r in mine}
+        with_others = [r for r in read(path) if key(r) not in keys] + mine
+        # Whoever is killed here leaves the old file whole.
+        unfinished = path.with_suffix(".csv.new")
+        with unfinished.open("w", newline="", encoding="utf-8") as f:
             out = csv.writer(f, lineterminator="\n")
             out.writerow(COLUMNS)
             out.writerows([getattr(r, c) for c in COLUMNS] for r in sorted(with_others, key=lambda r: r.group))
+        unfinished.replace(path)
 
 
 def spread(metric: str, values: Iterable[float]) -> dict[str, float]:

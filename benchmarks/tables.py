@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
+from .plan import DISTILLATION, GKD, LIVE, PAIRS, PLAIN, SIDES, cell_of
 from .providers import NOT_THE_LOSS, PROVIDERS
 from .rows import RESULTS, Row, read
 
@@ -184,11 +185,57 @@ def train_memory(rows: list[Row]) -> str:
 
 
 def train_gpu(rows: list[Row]) -> str:
-    """A step and the peak of each side: ours from each run, the others from that with a live teacher."""
+    """Each side at each batch of each pair; rows of runs in one process where there are no others."""
+    found: dict[tuple[str, str, int], Figures] = {}
+    for r in rows:
+        if r.benchmark == "train_gpu" and (cell := cell_of(r)):
+            found.setdefault((r.device, cell.pair, cell.batch), {}).setdefault(cell.side, {})[r.metric] = r.value
+    head = ["pair", "batch", "", "a step, ms", "of GKDTrainer's", "GPU busy", "kernels", "synchronisations"]
+    head += ["peak GiB", "tokens/s", "losses apart", "largest batch"]
+    several = len({device for device, *_ in found}) > 1
+    body = []
+    for (device, pair, batch), figures in sorted(found.items(), key=lambda x: (x[0][0], PAIRS.index(x[0][1]), x[0][2])):
+        largest = found.get((device, pair, 0), {})
+        for name in sorted(figures, key=lambda n: (SIDES.index(n) if n in SIDES else len(SIDES), n)) if batch else ():
+            cells = _step_cells(name, figures, largest)
+            body.append([*([device] if several else []), pair, str(batch), name, *cells])
+    if not body and any(r.benchmark == "train_gpu" for r in rows):
+        return _train_gpu_in_turn(rows)
+    return table(["GPU"] * several + head, body)
+
+
+def _step_cells(name: str, figures: Figures, largest: Figures) -> list[str]:
+    """Of one side beside the others of its pair and batch. largest: of the searches, by side."""
+    f, most = figures[name], largest.get(name, {})
+    at_end = most.get("largest_batch") == most.get("searched_to")
+    fitting = f"{most['largest_batch']:.0f}{' or more' if at_end else ''}" if "largest_batch" in most else ""
+    if "step_seconds" not in f:
+        return ["out of memory" if f.get("fits") == 0 else "failed", *[""] * 7, fitting]
+    gkd = figures.get(GKD, {}).get("step_seconds")
+    reference = next((figures[n] for n in (PLAIN, GKD, DISTILLATION, LIVE) if "loss@1" in figures.get(n, {})), f)
+    losses = [m for m in f if m.startswith("loss@") and m in reference]
+    losses = losses[:1] if "LoRA" in name else losses  # which then trains other weights
+    apart = max((abs(f[m] - reference[m]) / abs(reference[m]) for m in losses), default=None)
+    times = f"{1e3 * f['step_seconds_p20']:.0f} to {1e3 * f['step_seconds_p80']:.0f}"
+    return [
+        f"{1e3 * f['step_seconds']:.0f} ({times})",
+        f"{f['step_seconds'] / gkd:.2f}x" if gkd else "",
+        f"{100 * f['gpu_busy_share']:.0f} %" if "gpu_busy_share" in f else "",
+        f"{f['kernels']:,.0f}" if "kernels" in f else "",
+        f"{f['synchronisations']:.1f}" if "synchronisations" in f else "",
+        f"{f['peak_bytes'] / 2**30:.1f}" if "peak_bytes" in f else "",
+        f"{f['tokens_per_second']:,.0f}",
+        "" if apart is None or f is reference else f"{apart:.1e}",
+        fitting,
+    ]
+
+
+def _train_gpu_in_turn(rows: list[Row]) -> str:
+    """Sides that took turns in one process: ours from each run, the others from that with a live teacher."""
     body = []
     for (case, shape, _), figures in groups(rows, "train_gpu").items():
-        plain = figures["plain loop"]
-        for name, f in figures.items():
+        plain = figures.get("plain loop")
+        for name, f in figures.items() if plain else ():
             if name.startswith(OURS) or case.endswith("live teacher"):
                 step = f"{1000 * f['step_seconds']:.0f} ({f['step_seconds'] / plain['step_seconds']:.2f}x)"
                 peak = f"{f['peak_bytes'] / 2**30:.1f}" if "peak_bytes" in f else ""

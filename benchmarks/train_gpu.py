@@ -1,219 +1,253 @@
-"""A training step at the sizes of real pairs: `SRDTrainer` beside the plain loop and TRL's trainers, on a GPU.
+"""Training steps at the sizes of real pairs, on a GPU: `SRDTrainer` beside the plain loop and TRL's trainers.
 
-    python -m benchmarks.train_gpu                               # Qwen2.5 1.5B -> 0.5B and Gemma 3 1B -> 270M, with TRL
-    python -m benchmarks.train_gpu --pairs gemma3 --batch 2
+    python -m benchmarks.train_gpu                                   # all that is missing, the most telling first
+    python -m benchmarks.train_gpu --seconds 600                     # what can be done by then; a second call goes on
+    python -m benchmarks.train_gpu --pairs qwen2.5-7b-1.5b --batches 8 --sides 'srd-fast, cache' --again
+    python -m benchmarks.train_gpu --largest                         # only the largest batches that fit
 
 Weights and tokens are random: neither changes what a step costs. Students in float32 under autocast to bfloat16,
-teachers in bfloat16; 4 samples of 256 to 1,024 tokens a step, the first quarter of each a prompt; forward KL at
-temperature 1, AdamW. SRD-Fast runs twice, with the teacher beside the student and with its hidden states from the
-cache, each in turn with the others, a step each. Peaks are what PyTorch's allocator has given out in a process that
-does nothing else: weights, optimizer, activations, loss.
+teachers in bfloat16; samples of 256 to 1,024 tokens, the first quarter a prompt; forward KL at temperature 1, fused
+AdamW on all sides, LoRA of rank 16 in all products of the layers. Every side runs in a process of its own that does
+nothing else. The teacher's cache is filled by a process before; `fill_seconds` says how long that takes, and no step
+has it.
+
+A step is timed by marks in the GPU's queue, so that the clock makes nobody wait; seven steps after four of warm-up.
+`peak_bytes` is what PyTorch's allocator gave out at most. Three further steps are profiled: `gpu_busy_seconds` is how
+long some kernel was running, scaled by the tokens to those of the timed steps, and its share is of the time without
+profiler; `kernels` and `synchronisations` (calls in which the host waits for the device) are of a step. The ten most
+expensive kernels are in a text file in the folder `train_gpu` beside the rows, and so is why a cell failed.
+
+Rows are written after each cell. `fits` is 0 where memory ran out, `failed` is 1 where anything else went wrong.
+Batches are doubled while they fit, then bisected to an eighth; `fits@N` says how batch N went.
 """
 
 import argparse
-import copy
-import gc
-import json
-import subprocess
+import datetime
+import math
+import re
+import signal
 import sys
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
+from . import plan
+from .child import Failed, OutOfTimeError, run_task
+from .plan import Cell
+from .rows import RESULTS, Row, read, write_providers
 
-from srd_fast import SRDConfig
-from srd_fast.curation import CurriculumPlan
-from srd_fast.data import TOKENISED_FEATURES
-from srd_fast.teacher import TeacherCache, build_teacher_cache
-
-from .loops import LOOPS, PLAIN
-from .rows import RESULTS, make_rows, set_threads, spread, write
-from .train import OURS, InTurn, Trainer, others, worst_loss
-
-LENGTHS = (256, 1024)
-SKIPPED = 2
+BENCHMARK = "train_gpu"
+# Of a cell before any was measured: to import, to make two models, and the steps.
+FIRST_SECONDS = 75.0
+PROBE_STEPS = (2, 0, 0)
 
 
-def _config(
-    kind: Callable[..., Any], V: int, D: int, F: int, layers: int, heads: int, keys: int, **options: Any
-) -> Any:
-    return kind(
-        vocab_size=V, hidden_size=D, intermediate_size=F, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=keys, tie_word_embeddings=True, max_position_embeddings=4096, **options,
-    )  # fmt: skip
+class Session:
+    """Measures cells one after the other until the time is up."""
 
+    def __init__(self, args: argparse.Namespace, work: Path) -> None:
+        self.args, self.work = args, work
+        self.deadline = time.monotonic() + args.seconds
+        self.imports = [str(path.resolve()) for path in args.imports]
+        self.about = self.ask({"do": "about"})
+        self.filled: dict[str, int] = {}
+        self.seconds: dict[Cell, float] = {}
+        for cell, figures in self.known().items():
+            if "cell_seconds" in figures:
+                self.seconds[cell] = figures["cell_seconds"]
 
-# Teacher and student, sizes as in their config.json.
-PAIRS = {
-    "qwen2.5": (
-        _config(Qwen2Config, 151936, 1536, 8960, 28, 12, 2),
-        _config(Qwen2Config, 151936, 896, 4864, 24, 14, 2),
-    ),
-    "gemma3": (
-        _config(Gemma3TextConfig, 262144, 1152, 6912, 26, 4, 1, head_dim=256, sliding_window=512),
-        _config(Gemma3TextConfig, 262144, 640, 2048, 18, 4, 1, head_dim=256, sliding_window=512),
-    ),
-    "tiny": (_config(LlamaConfig, 512, 64, 128, 2, 4, 2), _config(LlamaConfig, 512, 32, 64, 2, 4, 2)),
-}
+    def ask(self, task: Mapping[str, Any]) -> dict[str, Any]:
+        """The answer of a process of its own."""
+        whole = {"device": self.args.device, "imports": self.imports, **task}
+        return run_task(whole, self.work, self.args.cell_seconds, self.deadline)
 
+    def known(self) -> dict[Cell, dict[str, float]]:
+        """Figures of the cells that this device has with this version of torch, from the file of results."""
+        found: dict[Cell, dict[str, float]] = {}
+        for r in read(self.args.results / f"{BENCHMARK}.csv"):
+            if (r.device, r.torch) != (self.about["device"], self.about["torch"]):
+                continue
+            if cell := plan.cell_of(r):
+                found.setdefault(cell, {})[r.metric] = r.value
+        return found
 
-def samples(vocabulary: int, count: int) -> Any:
-    """Random tokens, of lengths that are spread evenly."""
-    from datasets import Dataset
-
-    g = torch.Generator().manual_seed(0)
-    rows = []
-    for i, length in enumerate(torch.randint(LENGTHS[0], LENGTHS[1] + 1, (count,), generator=g).tolist()):
-        ids, prompt = torch.randint(2, vocabulary, (length,), generator=g).tolist(), length // 4
-        labels = [-100] * prompt + ids[prompt:]
-        rows.append(
-            {"sample_id": str(i), "prompt": "", "references": [""], "input_ids": ids, "labels": labels, "tests": []}
+    def expected_seconds(self, cell: Cell) -> float:
+        """By the cells that are most like it."""
+        compiled = "compiled" in cell.side
+        alike = (
+            [s for c, s in self.seconds.items() if (c.pair, c.side) == (cell.pair, cell.side)],
+            [s for c, s in self.seconds.items() if c.pair == cell.pair and ("compiled" in c.side) == compiled],
+            [s for c, s in self.seconds.items() if ("compiled" in c.side) == compiled],
+            [*self.seconds.values()],
         )
-    return Dataset.from_list(rows, features=TOKENISED_FEATURES)
+        return max(next((seconds for seconds in alike if seconds), [FIRST_SECONDS]))
+
+    def has_time(self, cell: Cell) -> bool:
+        """Whether the cell will probably end in time."""
+        return time.monotonic() + self.expected_seconds(cell) < self.deadline
+
+    def measure(self, cell: Cell, steps: tuple[int, int, int]) -> dict[str, Any]:
+        """Figures and notes of a cell, its teacher cache filled before."""
+        folder = self.work / cell.pair
+        if self.about["sides"][cell.side]["cached"] and self.filled.get(cell.pair, 0) < cell.batch * sum(steps):
+            folder.mkdir(exist_ok=True)
+            self.filled[cell.pair] = cell.batch * sum(steps)
+            self.ask({"do": "fill", "pair": cell.pair, "count": self.filled[cell.pair], "folder": str(folder)})
+        who = {"pair": cell.pair, "batch": cell.batch, "side": cell.side, "folder": str(folder)}
+        return self.ask({"do": "measure", **who, "steps": steps})
+
+    def step(self, cell: Cell) -> dict[str, float]:
+        """Measure a cell and write its rows. Raises LookupError where the side cannot."""
+        began = time.monotonic()
+        a = self.args
+        try:
+            answer = self.measure(cell, (a.warmup, a.steps, a.profiled if a.device == "cuda" else 0))
+        except Failed as error:
+            answer = {"figures": {"failed": 1}, "notes": str(error)}
+        if "reason" in answer:
+            raise LookupError(answer["reason"])
+        self.seconds[cell] = time.monotonic() - began
+        figures = {**answer["figures"], "cell_seconds": self.seconds[cell]}
+        self.write(cell, figures, answer["notes"])
+        return figures
+
+    def largest(self, cell: Cell) -> dict[str, float]:
+        """Search the largest batch of a pair and side. Raises as `step`, and OutOfTimeError: what was tried is kept."""
+        known = self.known()
+        figures = {} if self.args.again == "all" else dict(known.get(cell, {}))
+        figures.pop("failed", None)
+        fits = {int(name.split("@")[1]): bool(x) for name, x in figures.items() if name.startswith("fits@")}
+        fits |= {
+            c.batch: bool(f["fits"])
+            for c, f in known.items()
+            if c.batch and (c.pair, c.side) == (cell.pair, cell.side) and "fits" in f
+        }
+        while (batch := plan.next_batch(fits, self.args.most)) is not None:
+            probe = Cell(cell.pair, batch, cell.side)
+            if not self.has_time(probe):
+                raise OutOfTimeError
+            began = time.monotonic()
+            try:
+                answer = self.measure(probe, PROBE_STEPS)
+            except Failed as error:
+                self.write(cell, {**figures, "failed": 1}, str(error))
+                return {"failed": 1}
+            if "reason" in answer:
+                raise LookupError(answer["reason"])
+            self.seconds.setdefault(probe, time.monotonic() - began)
+            fits[batch] = bool(answer["figures"]["fits"])
+            figures[f"fits@{batch}"] = answer["figures"]["fits"]
+            self.write(cell, figures, "")
+        figures["largest_batch"] = max((n for n, fine in fits.items() if fine), default=0)
+        figures["searched_to"] = self.args.most
+        self.write(cell, figures, "")
+        return figures
+
+    def write(self, cell: Cell, figures: Mapping[str, float], notes: str) -> None:
+        """Rows of a cell, and its text file."""
+        about = self.about
+        version, today = about["sides"][cell.side]["version"], datetime.date.today().isoformat()
+        who = (BENCHMARK, cell.case, cell.shape, "bfloat16", about["device"], about["threads"], cell.side, version)
+        rows = [Row(*who, metric, float(x), about["torch"], today) for metric, x in figures.items()]
+        write_providers(rows, self.args.results)
+        if notes:
+            path = self.args.results / BENCHMARK / slug(about["device"]) / f"{slug(str(cell))}.txt"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(f"{cell}\n{about['device']}, torch {about['torch']}, {today}\n\n{notes}\n", "utf-8")
+
+    def run(self, cells: Iterable[Cell]) -> None:
+        """All that are missing and will end in time."""
+        late: list[Cell] = []
+        known = self.known()
+        for name, side in self.about["sides"].items():
+            if side["reason"] and name in self.args.sides:
+                print(f"{name} left out: {side['reason']}", flush=True)
+        for cell in cells:
+            if self.about["sides"][cell.side]["reason"] or is_done(cell, known.get(cell, {}), self.args.again):
+                continue
+            if not self.has_time(cell):
+                late.append(cell)
+                continue
+            try:
+                figures = self.step(cell) if cell.batch else self.largest(cell)
+            except OutOfTimeError:
+                late.append(cell)
+                continue
+            except LookupError as reason:
+                print(f"{cell.side} left out: {reason}", flush=True)
+                self.about["sides"][cell.side]["reason"] = str(reason)
+                continue
+            print(f"{cell}: {told(figures)}", flush=True)
+        if late:
+            print(f"no time for {len(late)} cells, the first: {late[0]}; call again for the rest", flush=True)
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    """Of no words: the trainers ask for its padding."""
-    from tokenizers import Tokenizer, models
-
-    words = Tokenizer(models.WordLevel({"<pad>": 0, "<unk>": 1}, unk_token="<unk>"))
-    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<pad>", unk_token="<unk>")
-
-
-def random_model(config: Any, dtype: torch.dtype, device: str) -> nn.Module:
-    """Weights drawn on the device."""
-    torch.manual_seed(0)
-    with torch.device(device):
-        return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
+def is_done(cell: Cell, figures: Mapping[str, float], again: str | None) -> bool:
+    """Whether there is nothing to do. again: None, "failed" or "all"."""
+    if again == "all" or (again == "failed" and "failed" in figures):
+        return False
+    return any(name in figures for name in (("fits", "failed") if cell.batch else ("largest_batch", "failed")))
 
 
-def make_trainer(args: argparse.Namespace, pair: str, cached: bool, folder: Path) -> tuple[Trainer, nn.Module]:
-    """A trainer of the pair, and the teacher that others use."""
-    teacher_config, student_config = PAIRS[pair]
-    rows = samples(student_config.vocab_size, args.batch * args.steps)
-    teacher = random_model(teacher_config, torch.bfloat16, args.device).eval()
-    source: Any = teacher
-    if cached:
-        build_teacher_cache(teacher, rows, folder / "cache", progress=False)
-        source = TeacherCache(folder / "cache")
-    config = SRDConfig(
-        output_dir=str(folder / "out"),
-        divergence="forward_kl",
-        temperature=1.0,
-        sft_weight=0.0,
-        epochs_per_stage=1,
-        per_device_train_batch_size=args.batch,
-        learning_rate=1e-5,
-        bf16=True,
-        use_cpu=args.device == "cpu",
-        report_to=[],
-        logging_steps=1,
-        save_strategy="no",
-        disable_tqdm=True,
-    )
-    plan = CurriculumPlan([list(rows["sample_id"])], method="random")
-    student = random_model(student_config, torch.float32, args.device)
-    return Trainer(student, source, config, rows, curriculum=plan, processing_class=tokenizer()), teacher
+def told(f: Mapping[str, float]) -> str:
+    """A line for a reader."""
+    if "failed" in f:
+        return "failed; its text file says why"
+    if "largest_batch" in f:
+        return f"{f['largest_batch']:.0f}{' or more' if f['largest_batch'] >= f['searched_to'] else ''}"
+    if not f["fits"]:
+        return "out of memory"
+    parts = [f"a step {1e3 * f['step_seconds']:.1f} ms"]
+    parts[0] += f" ({1e3 * f['step_seconds_p20']:.1f} to {1e3 * f['step_seconds_p80']:.1f})"
+    if "gpu_busy_share" in f:
+        parts.append(f"GPU busy {100 * f['gpu_busy_share']:.0f} %")
+        parts.append(f"{f['kernels']:.0f} kernels, {f['synchronisations']:.1f} synchronisations")
+    if "peak_bytes" in f:
+        parts.append(f"peak {f['peak_bytes'] / 2**30:.2f} GiB")
+    parts.append(f"{f['tokens_per_second']:,.0f} tokens/s")
+    return ", ".join(parts)
 
 
-def name_of(cached: bool) -> str:
-    """Ours, by where the teacher's rows come from."""
-    return f"{OURS}, {'cache' if cached else 'live teacher'}"
-
-
-def run_times(args: argparse.Namespace, pair: str, cached: bool, folder: Path) -> dict[str, dict[str, float]]:
-    """All in turn."""
-    trainer, teacher = make_trainer(args, pair, cached, folder)
-    make = {name: LOOPS[name] for name in others(args)}
-    loops = {name: f(copy.deepcopy(trainer.model), teacher, trainer, torch.bfloat16) for name, f in make.items()}
-    turns = InTurn(loops, args.steps, args.batch)
-    trainer.add_callback(turns)
-    trainer.train()
-    figures = {}
-    for name, seconds in turns.seconds.items():
-        f = spread("step_seconds", seconds[min(SKIPPED, args.steps - 1) :])
-        f["loss_difference"] = worst_loss(turns.losses[name], turns.losses[PLAIN])
-        figures[name_of(cached) if name == OURS else name] = f
-    return figures
-
-
-def run_memory(args: argparse.Namespace, pair: str, side: str, folder: Path) -> int:
-    """Peak of three steps of one side in this process."""
-    args.steps = 3
-    cached = side == name_of(True)
-    trainer, teacher = make_trainer(args, pair, cached, folder)
-    if cached:
-        teacher.to("cpu")
-    loop = None if side.startswith(OURS) else LOOPS[side](trainer.model, teacher, trainer, torch.bfloat16)
-    torch.cuda.reset_peak_memory_stats()
-    if loop is None:
-        del teacher
-        trainer.train()
-    else:
-        order = trainer.curriculum.indices()
-        for number in range(args.steps):
-            loop.step(number, [trainer.train_dataset[next(order)] for _ in range(args.batch)])
-    return torch.cuda.max_memory_allocated()
-
-
-def free_gpu() -> None:
-    """What a finished run left to the allocator."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def peak(args: argparse.Namespace, pair: str, side: str) -> float | None:
-    """`run_memory` in a fresh process; None where memory ran out."""
-    command = [sys.executable, "-m", "benchmarks.train_gpu", "--batch", str(args.batch)]
-    command += ["--peak", json.dumps([pair, side])]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        print(f"{pair}, {side}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
-        return None
-    return float(done.stdout.split()[-1])
+def slug(text: str) -> str:
+    """A name for a file."""
+    return re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-").lower()
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", nargs="+", choices=list(PAIRS), default=["qwen2.5", "gemma3"])
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--pairs", nargs="+", choices=plan.PAIRS, default=[p for p in plan.PAIRS if p != plan.TINY])
+    parser.add_argument("--batches", nargs="+", type=int, default=list(plan.BATCHES))
+    parser.add_argument("--sides", nargs="+", help="default: all")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--largest", action="store_true", help="only the largest batches that fit")
+    kind.add_argument("--no-largest", action="store_true", help="only steps")
+    parser.add_argument("--most", type=int, default=512, help="batch at which the search ends")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="end by then")
+    parser.add_argument("--cell-seconds", type=float, default=300.0, help="a process that takes longer has failed")
+    parser.add_argument("--again", nargs="?", choices=["failed", "all"], const="all", help="measure these once more")
+    parser.add_argument("--warmup", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=7, help="that are timed")
+    parser.add_argument("--profiled", type=int, default=3)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
+    parser.add_argument("--import", nargs="+", type=Path, default=[], dest="imports", help="files with sides of yours")
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--peak", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    args.trl, args.twin = True, False
-    set_threads()
-    if args.peak:
-        with tempfile.TemporaryDirectory() as folder:
-            print(run_memory(args, *json.loads(args.peak), Path(folder)))
-        return
-    for pair in args.pairs:
-        # Before this process takes any of the memory.
-        sides = [name_of(False), name_of(True), *others(args)] if args.device == "cuda" else []
-        peaks = {side: peak(args, pair, side) for side in sides}
-        for cached in (False, True):
-            with tempfile.TemporaryDirectory() as folder:
-                figures = run_times(args, pair, cached, Path(folder))
-            free_gpu()
-            for name, f in figures.items():
-                if (most := peaks.get(name)) is not None:
-                    f["peak_bytes"] = most
-                relative = f["step_seconds"] / figures[PLAIN]["step_seconds"]
-                line = f"{pair}, {name}: a step {f['step_seconds']:.3f} s, {relative:.2f}x"
-                print(f"{line}, peak {f.get('peak_bytes', float('nan')) / 2**30:.2f} GiB", flush=True)
-            shape = (
-                f"{pair}, V = {PAIRS[pair][1].vocab_size}, {args.batch} samples of {LENGTHS[0]} to {LENGTHS[1]} tokens"
-            )
-            packages = {n: n.split(",")[0].split()[0] for n in figures if n.startswith((OURS, "trl"))}
-            options = {"case": name_of(cached), "shape": shape, "dtype": "bfloat16", "device": args.device}
-            write(make_rows("train_gpu", figures, packages=packages, **options), args.results)
+    # The process of a cell is in a group of its own: leaving by an exception ends it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    with tempfile.TemporaryDirectory() as work:
+        try:
+            session = Session(args, Path(work))
+        except (Failed, OutOfTimeError) as error:
+            raise SystemExit(f"nothing can be measured: {error}") from None
+        args.sides = args.sides or list(session.about["sides"])
+        if unknown := set(args.sides) - set(session.about["sides"]):
+            parser.error(f"no such side: {', '.join(unknown)}; there are: {'; '.join(session.about['sides'])}")
+        batches = [] if args.largest else args.batches
+        batches = batches if args.no_largest else [*batches, 0]
+        session.run(plan.order(args.pairs, batches, args.sides))
 
 
 if __name__ == "__main__":

@@ -123,19 +123,6 @@ def test_curate_measures_a_process_without_torch(tmp_path: Path) -> None:
     assert [line.split("|")[1].strip() for line in told.splitlines()] == ["rows", "---", "200", "2,000"]
 
 
-def test_training_at_the_sizes_of_pairs(tmp_path: Path) -> None:
-    """What runs on a GPU, on a CPU and tiny; there are no peaks there."""
-    options = ["--pairs", "tiny", "--device", "cpu", "--steps", "2", "--batch", "2", "--results", str(tmp_path)]
-    run("-m", "benchmarks.train_gpu", *options)
-    found = rows.read(tmp_path / "train_gpu.csv")
-    assert {r.case for r in found} == {"srd-fast, live teacher", "srd-fast, cache"}
-    for case in ("srd-fast, live teacher", "srd-fast, cache"):
-        figures = {(r.provider, r.metric): r.value for r in found if r.case == case}
-        assert {case, "plain loop"} <= {provider for provider, _ in figures}
-        assert all(0 < v < 60 for (_, metric), v in figures.items() if metric == "step_seconds")
-        assert all(v < 1e-2 for (_, metric), v in figures.items() if metric == "loss_difference")  # bfloat16
-
-
 def test_rouge_is_compared(tmp_path: Path) -> None:
     options = ["--pairs", "300", "--processes-up-to", "0", "--results", str(tmp_path)]
     told = run("-m", "benchmarks.rouge", *options)
