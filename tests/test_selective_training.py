@@ -270,8 +270,8 @@ def test_a_cache_of_one_divergence_trains_the_chosen_too(
     args = config(divergence="forward_kl", temperature=1.0, sft_weight=0.1)
     whole = make(tokenizer, copy.deepcopy(student), args=args, peft_config=adapters)
     whole.train()
+    assert whole.losses != pytest.approx(live.losses, rel=1e-3), "the choice makes no difference"
     tolerance = 1e-4 if kind == "projected" else 0.15
-    assert whole.losses != pytest.approx(live.losses, rel=tolerance), "the choice makes no difference"
     assert cached.losses == pytest.approx(live.losses, rel=tolerance)
     if kind == "projected":
         assert_gradients(cached.gradients[0], live.gradients[0], 1e-4)
