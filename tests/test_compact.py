@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from test_losses import Watch
-from tiny import DIVERGENCES, IGNORE, assert_same, plain_cross_entropy, plain_divergence
+from tiny import DIVERGENCES, IGNORE, assert_same, plain_cross_entropy, plain_divergence, rounding
 from torch import Tensor
 from torch.nn import functional
 
@@ -223,7 +223,7 @@ def test_buckets_never_exceed_the_full_divergence() -> None:
         assert (values[0] < values[-1]).any()
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-6)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, rounding(16 + 301))])
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 def test_projection_is_the_full_forward_kl(temperature: float, dtype: torch.dtype, tolerance: float) -> None:
     c = case(shape=(40,), classes=301, width=16, frozen=True, student_scale=0.5).to(dtype)
@@ -415,12 +415,12 @@ def test_a_tiny_rest_keeps_its_digits(divergence: str, rest: float) -> None:
     assert (mass > rest / 30).all()
     narrow = c.to(torch.float32)
     out = narrow.run(TopK(teacher.ids_NK, *(x.float() for x in teacher[1:])), divergence=divergence, sft_weight=0.0)
-    assert_same(out.divergence, truth["divergence"].mean(), 1e-6)
+    assert_same(out.divergence, truth["divergence"].mean(), rounding(50))
     found = gradients(narrow, out.loss)["hidden"].double()
     # Of each class by itself, however small its gradient.
     others = torch.ones_like(wanted, dtype=torch.bool).scatter(1, teacher.ids_NK, False)
     assert ((found - wanted).abs()[others] <= 3e-5 * wanted.abs()[others]).all()
-    assert_same(found, wanted, 3e-6)
+    assert_same(found, wanted, rounding(50))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -469,7 +469,7 @@ def test_classes_that_the_bias_rules_out(kind: str, divergence: str, softcap: fl
         assert_same(found["hidden"], gradients(c, expected)["hidden"], 1e-10)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 3e-6), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, rounding(16 + 101)), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize("logits_dtype", [None, torch.float32])
 @pytest.mark.parametrize(("kind", "divergence"), KINDS)
 def test_narrow_dtypes(
@@ -530,8 +530,8 @@ def test_compiled_equals_eager(kind: str, divergence: str, temperature: float, h
         results.append((out, gradients(c, out.loss)))
     (compiled, found), (eager, wanted) = results
     for name in ("loss", "divergence", "cross_entropy", "entropy"):
-        assert_same(getattr(compiled, name), getattr(eager, name), 1e-6, name)
-    assert_gradients(found, wanted, 2e-6)
+        assert_same(getattr(compiled, name), getattr(eager, name), rounding(6 + 97), name)
+    assert_gradients(found, wanted, rounding(6 + 97))
 
 
 def test_triton_is_refused() -> None:

@@ -35,7 +35,7 @@ from kernel_cases import (
     textbook,
 )
 from test_losses import Problem, gradients, problem
-from tiny import DIVERGENCES, assert_same
+from tiny import DIVERGENCES, assert_same, rounding
 from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -134,9 +134,9 @@ def test_kl_of_identical_rows_is_zero(backend: str, dtype: torch.dtype) -> None:
         for temperature in (2.0,) if backend == "compile" else TEMPERATURES:
             for divergence in ("forward_kl", "reverse_kl"):
                 # Vectorised loops may sum the same exponentials in another order on either side.
-                rounding = 0.0 if backend == "eager" else 2e-6
+                allowed = 0.0 if backend == "eager" else rounding(max(classes))
                 found = by_backend(backend, sample, divergence, temperature).divergence
-                assert (found.abs() <= rounding).all()
+                assert (found.abs() <= allowed).all()
 
 
 @pytest.mark.parametrize(("backend", "dtype"), EQUAL_ROWS)
@@ -144,8 +144,9 @@ def test_total_variation_of_equal_rows_has_no_gradient(backend: str, dtype: torc
     sample = make_rows("identical", 9, (97, 97), dtype)
     sample.weights_C = torch.ones_like(sample.weights_C)
     found, alone = (by_backend(backend, sample, name, 2.0) for name in ("tvd", "forward_kl"))
-    assert (found.divergence.abs() < 1e-6).all()
-    assert_same(found.gradient, alone.gradient, 1e-6 if dtype == torch.float32 else 2e-3)
+    assert (found.divergence.abs() < rounding(97)).all()
+    # What rounding leaves of a float32 sum may move a narrower gradient to the next number.
+    assert_same(found.gradient, alone.gradient, rounding(97) if dtype == torch.float32 else torch.finfo(dtype).eps)
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -387,10 +388,11 @@ def test_loss_of_many_blocks_in_a_large_vocabulary(backend: str) -> None:
     quick = exact.to(torch.float32)
     assert rows.block_bytes(torch.device("cpu")) < 200 * 20000 * 8
     out, expected = (p.run(backend=b, divergence="jsd") for p, b in ((quick, backend), (exact, "eager")))
-    assert_same(out.loss, expected.loss, 3e-6)
+    tolerance = rounding(rows._PIECE)  # no sum over classes is longer
+    assert_same(out.loss, expected.loss, tolerance)
     found, wanted = gradients(quick, out.loss), gradients(exact, expected.loss)
     for name in wanted:
-        assert_same(found[name], wanted[name], 1e-5, name)
+        assert_same(found[name], wanted[name], tolerance, name)
 
 
 def test_non_contiguous_tensors_give_the_same_in_triton_and_compile() -> None:

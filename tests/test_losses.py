@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import DIVERGENCES, IGNORE, assert_same, plain_cross_entropy, plain_divergence
+from tiny import DIVERGENCES, IGNORE, assert_same, plain_cross_entropy, plain_divergence, rounding
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional
@@ -639,11 +639,15 @@ def error(x: Tensor, truth: Tensor) -> float:
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize(("dtype", "slack"), [(torch.bfloat16, 2e-3), (torch.float16, 3e-4), (torch.float32, 2e-7)])
+@pytest.mark.parametrize(("dtype", "slack"), [(torch.bfloat16, 2e-3), (torch.float16, 3e-4), (torch.float32, None)])
 def test_no_further_from_the_truth_than_plain_torch(
-    dtype: torch.dtype, slack: float, divergence: str, seed: int
+    dtype: torch.dtype, slack: float | None, divergence: str, seed: int
 ) -> None:
     p = problem(shape=(4, 24), widths=(32, 48), classes=(200, 200), seed=seed)
+    if slack is None:  # a product and a softmax, and of the errors of rows the mean
+        slack = rounding(48 + 200) / int((p.labels != IGNORE).sum()) ** 0.5
+    # Where p is q but for rounding, the total variation's gradient has either sign: either error may be the larger.
+    luck = 2.0 if divergence == "tvd" else 1.0
     with torch.no_grad():  # both sides start from the same rounded numbers; logits of a few units
         for name in ("student_weight", "teacher_weight"):
             getattr(p, name).mul_(0.3)
@@ -657,7 +661,7 @@ def test_no_further_from_the_truth_than_plain_torch(
     assert error(out.loss, truth) <= error(plain_value, truth) + slack
     for name, g in gradients(q, out.loss).items():
         assert g.dtype == dtype
-        assert error(g, wanted[name]) <= error(plain_gradients[name], wanted[name]) + slack, name
+        assert error(g, wanted[name]) <= luck * error(plain_gradients[name], wanted[name]) + slack, name
         assert error(g, wanted[name]) < 0.1
 
 

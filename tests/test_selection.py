@@ -12,7 +12,7 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset
-from test_stores import CLASSES, HEADS, entropy, head, hidden, log_p
+from test_stores import CLASSES, HEADS, WIDTH, entropy, head, hidden, log_p
 from tiny import assert_same, plain_cross_entropy, plain_divergence
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
@@ -428,10 +428,10 @@ def test_logits_of_the_chosen_are_kept(policy: Any, rows_at_once: int, kind: str
     assert torch.equal(chosen.indices_K, wanted.indices_K)
     assert chosen.weights_K is None
     assert kept is not None
-    assert_same(kept, signals.head.project(signals.student_ND[chosen.indices_K]), 1e-6)
+    assert_same(kept, signals.head.project(signals.student_ND[chosen.indices_K]), tiny.rounding(WIDTH))
     whole, _ = signals_of(kind, rows=rows)
     for name in ("student_entropy", "student_cross_entropy"):
-        assert_same(signals.found(name), whole(name), 1e-6, name)
+        assert_same(signals.found(name), whole(name), tiny.rounding(WIDTH + CLASSES), name)
 
 
 @pytest.mark.parametrize("fails_at", [1, 2, 3])
@@ -456,7 +456,7 @@ def test_memory_that_runs_out_while_choosing_changes_nothing(fails_at: int) -> N
     assert len(calls) > fails_at
     assert sum(calls[fails_at:]) == len(COUNTS), "every sample was chosen from once more"
     assert torch.equal(chosen.indices_K, wanted.indices_K)
-    assert_same(kept, signals.head.project(signals.student_ND[chosen.indices_K]), 1e-6)
+    assert_same(kept, signals.head.project(signals.student_ND[chosen.indices_K]), tiny.rounding(WIDTH))
 
 
 @pytest.mark.parametrize(

@@ -266,7 +266,11 @@ def test_a_cache_of_one_divergence_trains_the_chosen_too(
         runs.append(make(tokenizer, copy.deepcopy(student), args=args, peft_config=adapters))
         runs[-1].train()
     live, cached = runs
-    assert live.losses[0] != make(tokenizer, copy.deepcopy(student)).losses
+    torch.manual_seed(0)
+    args = config(divergence="forward_kl", temperature=1.0, sft_weight=0.1)
+    whole = make(tokenizer, copy.deepcopy(student), args=args, peft_config=adapters)
+    whole.train()
+    assert whole.losses != pytest.approx(live.losses, rel=1e-3), "the choice makes no difference"
     tolerance = 1e-4 if kind == "projected" else 0.15
     assert cached.losses == pytest.approx(live.losses, rel=tolerance)
     if kind == "projected":

@@ -4,6 +4,7 @@ The models are a few layers of random weights, large enough that logits spread o
 initialisation they would all be near 0, where a forgotten bias, softcap or scale hardly shows.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -206,6 +207,33 @@ def plain_loss(
     )
     scale = temperature**2 if temperature_scaling else 1.0
     return sft_weight * plain_cross_entropy(student_logits, labels) + (1 - sft_weight) * scale * d
+
+
+def rounding(count: int, dtype: torch.dtype = torch.float32) -> float:
+    """How far apart two orders of summation may put one result, relative to its terms.
+
+    Rounding errors fall either way, so `count` of them one after another leave each result within 6 sqrt(count) units
+    of rounding, but for a chance of 3e-8 (Higham and Mary, SIAM J. Sci. Comput. 41, 2019, with lambda = 6). Another
+    processor, or another shape of the batch, is another order.
+
+    Args:
+        count: n for a sum of n terms in `dtype`; 1 for a product that sums in float32 and is rounded to `dtype` once.
+    """
+    return 2 * 6 * math.sqrt(count) * torch.finfo(dtype).eps / 2
+
+
+def forward_rounding(model: PreTrainedModel, length: int) -> float:
+    """`rounding` of the last hidden states: a sum for every parameter of the body, and two in each layer's attention.
+
+    Norms keep the states' size, so that errors add up from layer to layer and do not grow.
+
+    Args:
+        length: tokens of the longest sample.
+    """
+    layers = model.config.num_hidden_layers
+    sums = [p.shape[-1] for p in model.base_model.parameters()] + 2 * layers * [length]
+    dtype = next(model.parameters()).dtype
+    return rounding(sum(sums) if dtype == torch.float32 else len(sums), dtype)
 
 
 def assert_same(actual: Tensor | None, expected: Tensor | None, tolerance: float, what: str = "tensor") -> None:
