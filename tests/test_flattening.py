@@ -616,7 +616,7 @@ def test_on_a_gpu(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 
 def test_the_check_is_held_by_its_samples() -> None:
     """Several lengths, one of a single token, and not the longest first: each border can show a leak."""
-    padded, flat = flattening._batches(VOCAB, torch.device("cpu"))
+    padded, flat = flattening.probe_batches(VOCAB, torch.device("cpu"))
     lengths = flat["cu_seq_lens"].diff().tolist()
     assert len(set(lengths)) == 3
     assert 1 in lengths

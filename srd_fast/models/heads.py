@@ -25,9 +25,8 @@ def hidden_states(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     Args:
         model: a causal language model; `enable_flattening` says whether it takes flattened batches.
         batch: input_ids and attention_mask, each [B, L], or a flattened batch: input_ids and position_ids, each [1, L],
-            and cu_seq_lens [B + 1] int32, where each sample begins, then L. Its sample_lengths, a list of B numbers, are
-            taken where they are there; without them this waits for cu_seq_lens, unless that is on the CPU. Other keys
-            do not matter.
+            and cu_seq_lens [B + 1] int32, where each sample begins, then L. Without its sample_lengths, a list of B
+            numbers, this waits for cu_seq_lens, unless that is on the CPU. Other keys do not matter.
 
     Returns:
         [B, L, D]; of a flattened batch, [1, L, D].

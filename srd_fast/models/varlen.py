@@ -9,7 +9,7 @@ looks at the lengths when it runs: a graph serves batches of all lengths.
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from itertools import accumulate, groupby, pairwise
 from types import SimpleNamespace
@@ -213,8 +213,13 @@ def _has_kernel(query: Tensor, value: Tensor, dropout: float) -> bool:
         and width == value.shape[-1]
         and width % 8 == 0
         and width <= 256
-        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+        and _is_ampere_or_newer(query.device)
     )
+
+
+@torch.compiler.assume_constant_result
+def _is_ampere_or_newer(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _attend_in_kernel(
@@ -264,7 +269,15 @@ def _(
     return query.new_empty(1, length, heads, value.shape[-1]), state
 
 
-@torch.library.custom_op("srd_fast::attend_in_samples_backward", mutates_args=())
+# Not a custom_op: that would shut autograd out of what runs inside.
+torch.library.define(
+    "srd_fast::attend_in_samples_backward",
+    "(Tensor gradient, Tensor query, Tensor key, Tensor value, Tensor starts, Tensor state, SymInt window,"
+    " float? scaling, float dropout) -> (Tensor, Tensor, Tensor)",
+)
+
+
+@torch.library.impl("srd_fast::attend_in_samples_backward", "default")
 def _attend_in_samples_backward(
     gradient: Tensor,
     query: Tensor,
@@ -281,17 +294,17 @@ def _attend_in_samples_backward(
     try:
         if dropout:
             _set_random_state(query.device, state)
-        with torch.enable_grad():
-            inputs = [x.detach().requires_grad_() for x in (query, key, value)]
-            out = _attend_by_length(*inputs, _lengths(starts), window or None, scaling, dropout)
+        with _recording(), torch.enable_grad():
+            q, k, v = (x.detach().requires_grad_() for x in (query, key, value))
+            out = _attend_by_length(q, k, v, _lengths(starts), window or None, scaling, dropout)
     finally:
         if now is not None:
             _set_random_state(query.device, now)
-    dq, dk, dv = torch.autograd.grad(out, inputs, gradient)
+    dq, dk, dv = torch.autograd.grad(out, (q, k, v), gradient)
     return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
 
-@_attend_in_samples_backward.register_fake
+@torch.library.register_fake("srd_fast::attend_in_samples_backward")
 def _(
     gradient: Tensor,
     query: Tensor,
@@ -305,6 +318,13 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value))
     return dq, dk, dv
+
+
+def _recording() -> AbstractContextManager[Any]:
+    """Autograd also below a dispatch mode, which shuts it out."""
+    shut_out = torch._C._dispatch_tls_local_exclude_set().remove(torch._C.DispatchKey.AutogradFunctionality)
+    guard: Any = torch._C._ForceDispatchKeyGuard
+    return guard(torch._C._dispatch_tls_local_include_set(), shut_out)
 
 
 def _random_state(device: torch.device) -> Tensor:
@@ -325,7 +345,8 @@ def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 
 def _backward(ctx: Any, gradient: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    return *_attend_in_samples_backward(gradient, *ctx.saved_tensors, *ctx.options), None, None, None, None
+    gradients = torch.ops.srd_fast.attend_in_samples_backward(gradient, *ctx.saved_tensors, *ctx.options)
+    return *gradients, None, None, None, None
 
 
 _attend_in_samples.register_autograd(_backward, setup_context=_keep_for_backward)
