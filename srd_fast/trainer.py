@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.utils import DynamoBackend
 from datasets import Dataset, concatenate_datasets
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -33,6 +34,7 @@ from .measure import measure_batch, peak_memory_mb
 from .models import (
     check_head,
     check_tokenizers,
+    compile_layers,
     enable_flattening,
     find_head,
     hidden_states,
@@ -153,6 +155,8 @@ class SRDTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        # accelerate would compile the call of the model, and the body is called past it.
+        self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
         # num_items_in_batch counts the labels that are predicted, over accumulation steps and ranks.
         self.model_accepts_loss_kwargs, self._loss_shifts_labels = True, True
         self._parameters: int | None = None
@@ -176,6 +180,8 @@ class SRDTrainer(Trainer):
         flattened = isinstance(self.data_collator, DistillationCollator) and self._takes_flattened()
         if isinstance(self.data_collator, DistillationCollator):
             self.data_collator.flatten = flattened
+        if args.torch_compile:
+            self._compile(flattened)
         cache = self.teacher if isinstance(self.teacher, TeacherCache) else None
         self._collate = StepCollator(self.data_collator, cache)
         self.data_collator = self._collate
@@ -251,6 +257,18 @@ class SRDTrainer(Trainer):
                 logger.warning("batches are padded, because the %s cannot go without: %s", name, reason)
                 return False
         return True
+
+    def _compile(self, flattened: bool) -> None:
+        """Compile the layers of every model that runs; which are not, and why, is said once."""
+        backend = self.args.torch_compile_backend or "inductor"
+        options: dict[str, Any] = {"flattened": flattened, "backend": backend, "mode": self.args.torch_compile_mode}
+        student = cast(nn.Module, self.model)
+        reasons = {"student": compile_layers(student, self.accelerator.autocast, **options)}
+        if isinstance(self.teacher, LiveTeacher):
+            reasons["teacher"] = self.teacher.compile(**options)
+        for name, reason in reasons.items():
+            if reason is not None:
+                logger.warning("layers of the %s are not compiled: %s", name, reason)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         teacher: TeacherSource = self.teacher

@@ -12,6 +12,8 @@ import torch
 import transformers
 from tiny import IGNORE, VOCAB, assert_same
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -504,7 +506,7 @@ def test_attention_is_softmax_within_samples(
     monkeypatch.setattr(varlen, "_KERNEL", like_torch)
     q, k, v = tensors(lengths)
     starts = torch.tensor([0, *lengths]).cumsum(0).int()
-    mask = None if window is None else torch.full((1, 1, 1, 1), window)
+    mask = None if window is None else torch.empty(1, 1, 1, window, dtype=torch.int64)
     found, _ = varlen.varlen_attention(layer(), q, k, v, mask, scaling=0.7, cu_seq_lens_q=starts)
     expected = plain(q, k, v, lengths, 0.7, window)
     assert_same(found, expected, 1e-12)
@@ -541,7 +543,7 @@ def test_masks_beyond_windows_are_refused() -> None:
         assert varlen.varlen_mask(local_size=None, config=config) is None
         window = varlen.varlen_mask(local_size=4, config=config)
         assert window is not None
-        assert window.item() == 4
+        assert window.shape == (1, 1, 1, 4)
         for options in ({"local_size": 3}, {"use_vmap": True}, {"allow_is_bidirectional_skip": True}):
             with pytest.raises(ValueError, match="its mask is"):
                 varlen.varlen_mask(config=config, **options)
@@ -556,7 +558,7 @@ def test_flash_attention_gets_its_own_keywords() -> None:
     assert set(flash) == {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
     assert flash["max_length_q"] == flash["max_length_k"] == OWN.sum(1).max()
     own = varlen.varlen_keywords(starts, torch.device("cpu"), "srd_varlen")
-    assert own.keys() - flash.keys() == {"sample_lengths"}
+    assert own.keys() - flash.keys() == {"sample_lengths", "starts_on_host"}
     assert own["sample_lengths"] == OWN.sum(1).tolist()
 
 
@@ -614,8 +616,66 @@ def test_on_a_gpu(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 
 def test_the_check_is_held_by_its_samples() -> None:
     """Several lengths, one of a single token, and not the longest first: each border can show a leak."""
-    padded, flat = flattening._batches(VOCAB, torch.device("cpu"))
+    padded, flat = flattening.probe_batches(VOCAB, torch.device("cpu"))
     lengths = flat["cu_seq_lens"].diff().tolist()
     assert len(set(lengths)) == 3
     assert 1 in lengths
     assert torch.equal(padded["input_ids"][padded["attention_mask"].bool()], flat["input_ids"][0])
+
+
+# Nothing waits for a device
+
+
+class Watch(TorchDispatchMode):
+    """Names of the operations that bring data from a device to the host, or are of a size that only data tells."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "item", "masked_select", "unique")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waiting: list[str] = []
+        self.all = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.all += 1
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        devices = {x.device.type for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)}
+        if name in self.WAITING or name.startswith("unique") or ("copy" in name and len(devices) > 1):
+            self.waiting.append(name)
+        return out
+
+
+NEVER_WAITING = ("llama", "qwen2", "gpt2", "Gemma3Text", "Mistral")
+
+
+@pytest.mark.parametrize("name", NEVER_WAITING)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_flattened_step_never_waits(name: str, checkpointing: bool) -> None:
+    model = enabled(name).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    lengths = FLAT["cu_seq_lens"].diff().tolist()
+    for sample_lengths in ({"sample_lengths": lengths}, {}):
+        with Watch() as watch:
+            hidden_states(model, {**FLAT, **sample_lengths}).square().mean().backward()
+        assert watch.all > 100
+        assert watch.waiting == []
+
+
+@pytest.mark.parametrize("name", NEVER_WAITING)
+def test_a_flattened_step_needs_no_value_of_the_device(name: str) -> None:
+    """On a device without values, where each look at one is an error: the lengths come from the host."""
+    model = enabled(name).to("meta").train()
+    batch = {n: x.to("meta") for n, x in FLAT.items()}
+    hidden_states(model, {**batch, "sample_lengths": FLAT["cu_seq_lens"].diff().tolist()}).square().mean().backward()
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        hidden_states(model, batch)
+
+
+def test_the_watch_sees_what_waits() -> None:
+    with Watch() as watch:
+        torch.ones(2).nonzero()
+        torch.ones(1).item()
+        torch.ones(1).to("meta")
+    assert watch.waiting == ["nonzero", "_local_scalar_dense", "_to_copy"]

@@ -1,5 +1,6 @@
 """Causal language models as distillation sees them: a body that gives hidden states, a head that gives logits."""
 
+from .compilation import compile_layers, uncompile_layers
 from .flattening import enable_flattening
 from .heads import check_head, find_head, hidden_states, unwrap
 from .loading import (
@@ -18,6 +19,7 @@ __all__ = [
     "check_head",
     "check_tokenizers",
     "common_prefix",
+    "compile_layers",
     "enable_flattening",
     "find_head",
     "fingerprint",
@@ -29,5 +31,6 @@ __all__ = [
     "prune_depth",
     "resolve_model",
     "share_prefix",
+    "uncompile_layers",
     "unwrap",
 ]

@@ -17,7 +17,7 @@ from .varlen import IMPLEMENTATION
 # and softmaxes are in float32 in float64 models too, and on a GPU float32 may be TF32, with the fraction of float16.
 # SmolLM2-135M beside itself in float32: bfloat16 0.03 and 0.1, float16 0.002 and 0.02; with samples that see each other
 # 0.4 and 1.4.
-_TOLERANCE = {
+TOLERANCE = {
     torch.float64: (1e-5, 1e-5),
     torch.float32: (1e-4, 1e-4),
     torch.float16: (0.02, 0.15),
@@ -121,7 +121,7 @@ def _configs(inner: Any) -> Iterator[Any]:
 def _switch_and_compare(model: nn.Module, inner: Any) -> str | None:
     embedding = inner.get_input_embeddings()
     device, dtype = embedding.weight.device, embedding.weight.dtype
-    padded, flattened = _batches(embedding.weight.shape[0], device)
+    padded, flattened = probe_batches(embedding.weight.shape[0], device)
     runs: list[tuple[torch.dtype, Callable[[], Any]]] = [(dtype, nullcontext)]
     if device.type == "cuda" and dtype == torch.float32:
         runs.append((torch.bfloat16, lambda: torch.autocast("cuda", torch.bfloat16)))
@@ -134,19 +134,19 @@ def _switch_and_compare(model: nn.Module, inner: Any) -> str | None:
     own = padded["attention_mask"].bool()
     for (precision, context), wanted in zip(runs, expected):
         may_be_tf32 = device.type == "cuda" and precision == torch.float32
-        tolerances = _TOLERANCE[torch.float16 if may_be_tf32 else precision]
+        tolerances = TOLERANCE[torch.float16 if may_be_tf32 else precision]
         with context():
             again = _hidden_and_gradient(model, embedding, padded)
             found = _hidden_and_gradient(model, embedding, flattened)
         for what, tolerance, a, b, c in zip(("hidden states", "gradients"), tolerances, wanted, again, found):
-            for batch, difference in (("flattened", _error(c[0], a[own])), ("padded", _error(b[own], a[own]))):
+            for batch, difference in (("flattened", row_error(c[0], a[own])), ("padded", row_error(b[own], a[own]))):
                 if not difference <= tolerance:
                     return f"its {what} in {batch} batches come out different by {difference:.1e} ({precision})"
     return None
 
 
-def _batches(vocabulary: int, device: torch.device) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The same three samples, padded and flattened."""
+def probe_batches(vocabulary: int, device: torch.device) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Three samples of uneven lengths, padded and flattened."""
     rows = (torch.arange(1, sum(_LENGTHS) + 1) * 7919 % vocabulary).split(_LENGTHS)
     ones = [torch.ones_like(row) for row in rows]
     padded = {
@@ -158,13 +158,16 @@ def _batches(vocabulary: int, device: torch.device) -> tuple[dict[str, Tensor], 
         "position_ids": torch.cat([torch.arange(n) for n in _LENGTHS])[None],
         "cu_seq_lens": torch.tensor((0, *_LENGTHS)).cumsum(0).int(),
     }
-    return {n: x.to(device) for n, x in padded.items()}, {n: x.to(device) for n, x in flattened.items()}
+    # Copies, as views a compiler would tell from the whole tensors of a collator.
+    return {n: x.to(device, copy=True) for n, x in padded.items()}, {
+        n: x.to(device, copy=True) for n, x in flattened.items()
+    }
 
 
 def _hidden_and_gradient(model: nn.Module, embedding: nn.Module, batch: Mapping[str, Tensor]) -> list[Tensor]:
     """Hidden states; if a parameter is trained, also the gradients of the input embeddings: each [B, L, D]."""
     trained = any(p.requires_grad for p in model.parameters())
-    with _captured(embedding) as embeddings, torch.set_grad_enabled(trained):
+    with captured(embedding) as embeddings, torch.set_grad_enabled(trained):
         hidden_BLD = hidden_states(model, batch)
         if not trained:
             return [hidden_BLD]
@@ -177,12 +180,13 @@ def _hidden_and_gradient(model: nn.Module, embedding: nn.Module, batch: Mapping[
 
 
 @contextmanager
-def _captured(embedding: nn.Module) -> Iterator[list[Tensor]]:
-    """The outputs of a module, as leaves of the graph."""
+def captured(embedding: nn.Module, as_it_is: bool = False) -> Iterator[list[Tensor]]:
+    """The outputs of a module, as leaves of the graph, which have gradients; as it is, only if they had them before."""
     outputs: list[Tensor] = []
 
     def capture(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        outputs.append(output.detach().requires_grad_(torch.is_grad_enabled()))
+        wanted = output.requires_grad if as_it_is else torch.is_grad_enabled()
+        outputs.append(output.detach().requires_grad_(wanted))
         return outputs[-1]
 
     handle = embedding.register_forward_hook(capture)
@@ -192,7 +196,7 @@ def _captured(embedding: nn.Module) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
-def _error(found_ND: Tensor, expected_ND: Tensor) -> float:
+def row_error(found_ND: Tensor, expected_ND: Tensor) -> float:
     """Mean error of a row relative to its norm; the norm counts as at least a hundredth of the largest."""
     found, expected = found_ND.double(), expected_ND.double()
     norms = expected.norm(dim=-1)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..losses import Head
-from .varlen import flattened_forward, varlen_keywords
+from .varlen import IMPLEMENTATION, flattened_forward, varlen_keywords
 
 # Largest difference between rebuilt and own logits that rounding explains, relative to the largest logit.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
@@ -19,14 +19,14 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
 
 
-def hidden_states(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+def hidden_states(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     """Hidden states after the final norm, as the head sees them.
 
     Args:
         model: a causal language model; `enable_flattening` says whether it takes flattened batches.
         batch: input_ids and attention_mask, each [B, L], or a flattened batch: input_ids and position_ids, each [1, L],
-            and cu_seq_lens [B + 1] int32, where each sample begins, then L. On a GPU this waits for the lengths, unless
-            cu_seq_lens is on the CPU. Other keys do not matter.
+            and cu_seq_lens [B + 1] int32, where each sample begins, then L. Without its sample_lengths, a list of B
+            numbers, this waits for cu_seq_lens, unless that is on the CPU. Other keys do not matter.
 
     Returns:
         [B, L, D]; of a flattened batch, [1, L, D].
@@ -35,7 +35,11 @@ def hidden_states(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     ids, options = batch["input_ids"], {"use_cache": False, "return_dict": True}
     if "cu_seq_lens" not in batch:
         return inner.base_model(input_ids=ids, attention_mask=batch["attention_mask"], **options).last_hidden_state
-    keywords = varlen_keywords(batch["cu_seq_lens"], ids.device, inner.config._attn_implementation)
+    implementation = inner.config._attn_implementation
+    keywords = varlen_keywords(batch["cu_seq_lens"], ids.device, implementation, batch.get("sample_lengths"))
+    if implementation == IMPLEMENTATION:
+        # transformers looks in position_ids for samples, and waits for the answer, unless it gets a mask.
+        keywords["attention_mask"] = torch.ones(1, 1, dtype=torch.bool, device=ids.device).expand_as(ids)
     with flattened_forward():
         out = inner.base_model(input_ids=ids, position_ids=batch["position_ids"], **options, **keywords)
     return out.last_hidden_state

@@ -2,13 +2,17 @@
 
 A forward pass that is given `cu_seq_lens_q` attends causally inside each sample, and no mask of the whole batch is ever
 made. Without it (padded batches, generation) the implementation is transformers' `sdpa`, mask and attention.
+
+In a compiled layer a flattened batch is one opaque operation, torch's kernel or `srd_fast::attend_in_samples`, which
+looks at the lengths when it runs: a graph serves batches of all lengths.
 """
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from itertools import groupby
+from itertools import accumulate, groupby, pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -47,24 +51,31 @@ def flattened_forward() -> Iterator[None]:
         _in_flattened_forward.reset(token)
 
 
-def varlen_keywords(cu_seq_lens: Tensor, device: torch.device, implementation: str) -> dict[str, Any]:
+def varlen_keywords(
+    cu_seq_lens: Tensor, device: torch.device, implementation: str, sample_lengths: list[int] | None = None
+) -> dict[str, Any]:
     """What the attention layers need to know of a flattened batch, as keywords of the model's forward.
 
     Args:
-        cu_seq_lens: [B + 1] int32, where each sample begins, then the total. Unless on the CPU, this waits for it.
+        cu_seq_lens: [B + 1] int32, where each sample begins, then the total.
         device: of the model.
         implementation: the model's attention implementation; flash attention takes no other keywords than its own.
+        sample_lengths: the B lengths. Without them this waits for cu_seq_lens, unless that is on the CPU.
     """
-    lengths = cu_seq_lens.diff().tolist()
+    lengths = cu_seq_lens.diff().tolist() if sample_lengths is None else sample_lengths
     longest, starts = max(lengths), cu_seq_lens.to(device, torch.int32, non_blocking=True)
     keywords = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": longest, "max_length_k": longest}
-    return keywords | {"sample_lengths": lengths} if implementation == IMPLEMENTATION else keywords
+    if implementation != IMPLEMENTATION:
+        return keywords
+    on_host = starts if starts.device.type == "cpu" else torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    return keywords | {"sample_lengths": lengths, "starts_on_host": on_host}
 
 
 def varlen_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     """The mask that transformers' `sdpa` gets; of a flattened batch, None, or the window of a sliding-window layer.
 
-    A window is an int64 tensor [1, 1, 1, 1] in place of the mask.
+    A window is the last size of an int64 tensor [1, 1, 1, window] in place of the mask: a shape is known without
+    waiting for a device, and is a number that may vary to a compiler.
 
     Raises:
         ValueError in the forward pass of a flattened batch for a mask that is not causal or a sliding window.
@@ -78,7 +89,7 @@ def varlen_mask(*args: Any, **kwargs: Any) -> Tensor | None:
         return None
     if getattr(config, "attention_chunk_size", None) is not None or getattr(config, "sliding_window", None) != window:
         raise ValueError("its mask is local and no sliding window")
-    return torch.full((1, 1, 1, 1), window)
+    return torch.empty(1, 1, 1, 1, dtype=torch.int64, device=kwargs.get("device")).expand(1, 1, 1, window)
 
 
 def varlen_attention(
@@ -92,6 +103,7 @@ def varlen_attention(
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
     sample_lengths: list[int] | None = None,
+    starts_on_host: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within each sample.
@@ -103,7 +115,8 @@ def varlen_attention(
         dropout: probability, 0 outside of training.
         scaling: factor on the products. Default: 1 / sqrt(D).
         cu_seq_lens_q: [B + 1] int32, where each sample begins, then L. Without it this is `sdpa`.
-        max_length_q, sample_lengths: the longest length and all of them, so that nothing waits for the device.
+        max_length_q, sample_lengths, starts_on_host: the longest length, all of them, and cu_seq_lens_q on the CPU, so
+            that nothing waits for the device.
 
     Returns:
         [1, L, heads, D_v], None.
@@ -111,23 +124,49 @@ def varlen_attention(
     Raises:
         ValueError for what a flattened batch cannot have: softcap, sinks, position bias, a layer that is not causal.
     """
-    sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    flattened = _in_flattened_forward.get()
+    compiling = torch.compiler.is_compiling()
+    flattened = not compiling and _in_flattened_forward.get()
     if flattened and cu_seq_lens_q is None:
         raise ValueError("its attention does not get the keywords of its forward")
-    whole_mask = attention_mask is not None and (attention_mask.numel() > 1 or attention_mask.dtype != torch.int64)
+    whole_mask = attention_mask is not None and attention_mask.dtype != torch.int64
     if flattened and whole_mask:
         raise ValueError("it makes masks of its own")
     if cu_seq_lens_q is None or whole_mask:
+        sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
         return sdpa(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
     _check_causal_self_attention(module, query, key, kwargs)
-    window = None if attention_mask is None else int(attention_mask.item())
-    lengths = cu_seq_lens_q.diff().tolist() if sample_lengths is None else sample_lengths
-    longest = max(lengths) if max_length_q is None else int(max_length_q)
-    if window is not None and window >= longest:
-        window = None
+    window = None if attention_mask is None else attention_mask.shape[-1]
     if _has_kernel(query, value, dropout):
+        longest = max(_lengths(cu_seq_lens_q)) if max_length_q is None else max_length_q
+        # Not asked in a compiled layer, which would be compiled for either answer.
+        if not compiling and window is not None and window >= longest:
+            window = None
         return _attend_in_kernel(query, key, value, cu_seq_lens_q, longest, scaling, window), None
+    if compiling:
+        dtype = _kernel_dtype(query)
+        q, k, v = (x.to(dtype) for x in (query, key, value))
+        starts = cu_seq_lens_q if starts_on_host is None else starts_on_host
+        return _attend_in_samples(q, k, v, starts, 0 if window is None else window, scaling, dropout)[0], None
+    lengths = _lengths(cu_seq_lens_q) if sample_lengths is None else sample_lengths
+    return _attend_by_length(query, key, value, lengths, window, scaling, dropout), None
+
+
+def _lengths(starts: Tensor) -> list[int]:
+    return [end - start for start, end in pairwise(starts.tolist())]
+
+
+def _attend_by_length(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: list[int],
+    window: int | None,
+    scaling: float | None,
+    dropout: float,
+) -> Tensor:
+    """`varlen_attention` by `sdpa`: one call for each run of samples of the same length."""
+    sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    groups: Any = SimpleNamespace(num_key_value_groups=query.shape[1] // key.shape[1])
     # split's backward is one concatenation, that of slices a zero-filled copy of the batch for each sample.
     runs = [(n, len(list(run))) for n, run in groupby(lengths)]
     parts = [x.split([n * count for n, count in runs], dim=2) for x in (query, key, value)]
@@ -135,9 +174,9 @@ def varlen_attention(
     for (n, count), *part in zip(runs, *parts):
         q, k, v = (x[0].unflatten(1, (count, n)).transpose(0, 1) for x in part)
         band = None if window is None or n <= window else _band(n, window, q.device)
-        out = sdpa(module, q, k, v, band, dropout=dropout, scaling=scaling, is_causal=True)[0]
+        out = sdpa(groups, q, k, v, band, dropout=dropout, scaling=scaling, is_causal=True)[0]
         outputs.append(out.flatten(0, 1))
-    return torch.cat(outputs)[None], None
+    return torch.cat(outputs)[None]
 
 
 def _check_causal_self_attention(module: nn.Module, query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> None:
@@ -174,8 +213,13 @@ def _has_kernel(query: Tensor, value: Tensor, dropout: float) -> bool:
         and width == value.shape[-1]
         and width % 8 == 0
         and width <= 256
-        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+        and _is_ampere_or_newer(query.device)
     )
+
+
+@torch.compiler.assume_constant_result
+def _is_ampere_or_newer(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _attend_in_kernel(
@@ -197,6 +241,115 @@ def _attend_in_kernel(
         options["enable_gqa"] = q.shape[1] != k.shape[1]
     return _KERNEL(q, k, v, starts, starts, longest, longest, **options)[None]
 
+
+@torch.library.custom_op("srd_fast::attend_in_samples", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
+def _attend_in_samples(
+    query: Tensor, key: Tensor, value: Tensor, starts: Tensor, window: int, scaling: float | None, dropout: float
+) -> tuple[Tensor, Tensor]:
+    """`_attend_by_length` as one operation, opaque to compilers.
+
+    Args:
+        starts: [B + 1] int32, where each sample begins, then L; on the CPU nothing waits for it.
+        window: tokens that a token sees, 0 for all.
+
+    Returns:
+        [1, L, heads, D_v], and the state of the random numbers before dropout, empty without it.
+    """
+    state = _random_state(query.device) if dropout else torch.empty(0, dtype=torch.uint8)
+    return _attend_by_length(query, key, value, _lengths(starts), window or None, scaling, dropout), state
+
+
+@_attend_in_samples.register_fake
+def _(
+    query: Tensor, key: Tensor, value: Tensor, starts: Tensor, window: int, scaling: float | None, dropout: float
+) -> tuple[Tensor, Tensor]:
+    _, heads, length, _ = query.shape
+    states = len(_random_state(query.device)) if dropout else 0
+    state = torch.empty(states, dtype=torch.uint8, device="cpu")
+    return query.new_empty(1, length, heads, value.shape[-1]), state
+
+
+# Not a custom_op: that would shut autograd out of what runs inside.
+torch.library.define(
+    "srd_fast::attend_in_samples_backward",
+    "(Tensor gradient, Tensor query, Tensor key, Tensor value, Tensor starts, Tensor state, SymInt window,"
+    " float? scaling, float dropout) -> (Tensor, Tensor, Tensor)",
+)
+
+
+@torch.library.impl("srd_fast::attend_in_samples_backward", "default")
+def _attend_in_samples_backward(
+    gradient: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    starts: Tensor,
+    state: Tensor,
+    window: int,
+    scaling: float | None,
+    dropout: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value. The forward pass runs again: its products are few beside a layer's."""
+    now = _random_state(query.device) if dropout else None
+    try:
+        if dropout:
+            _set_random_state(query.device, state)
+        with _recording(), torch.enable_grad():
+            q, k, v = (x.detach().requires_grad_() for x in (query, key, value))
+            out = _attend_by_length(q, k, v, _lengths(starts), window or None, scaling, dropout)
+    finally:
+        if now is not None:
+            _set_random_state(query.device, now)
+    dq, dk, dv = torch.autograd.grad(out, (q, k, v), gradient)
+    return dq.contiguous(), dk.contiguous(), dv.contiguous()
+
+
+@torch.library.register_fake("srd_fast::attend_in_samples_backward")
+def _(
+    gradient: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    starts: Tensor,
+    state: Tensor,
+    window: int,
+    scaling: float | None,
+    dropout: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value))
+    return dq, dk, dv
+
+
+def _recording() -> AbstractContextManager[Any]:
+    """Autograd also below a dispatch mode, which shuts it out."""
+    shut_out = torch._C._dispatch_tls_local_exclude_set().remove(torch._C.DispatchKey.AutogradFunctionality)
+    guard: Any = torch._C._ForceDispatchKeyGuard
+    return guard(torch._C._dispatch_tls_local_include_set(), shut_out)
+
+
+def _random_state(device: torch.device) -> Tensor:
+    return torch.get_rng_state() if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
+
+
+def _set_random_state(device: torch.device, state: Tensor) -> None:
+    if device.type == "cpu":
+        torch.set_rng_state(state)
+    else:
+        torch.get_device_module(device).set_rng_state(state, device)
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, starts, *ctx.options = inputs
+    ctx.save_for_backward(query, key, value, starts, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx: Any, gradient: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    gradients = torch.ops.srd_fast.attend_in_samples_backward(gradient, *ctx.saved_tensors, *ctx.options)
+    return *gradients, None, None, None, None
+
+
+_attend_in_samples.register_autograd(_backward, setup_context=_keep_for_backward)
 
 AttentionInterface.register(IMPLEMENTATION, varlen_attention)
 AttentionMaskInterface.register(IMPLEMENTATION, varlen_mask)

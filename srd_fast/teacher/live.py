@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..models import check_head, find_head, hidden_states, unwrap
+from ..models import check_head, compile_layers, find_head, hidden_states, unwrap
 from .source import HiddenRows, TeacherRows, rows_with_loss
 
 
@@ -69,6 +69,11 @@ class LiveTeacher:
         finally:
             for x, data in home:
                 x.data = data
+
+    def compile(self, **options: Any) -> str | None:
+        """`compile_layers` of the model, as it runs in `rows`: what that takes, and what it returns."""
+        with self._on_device():
+            return compile_layers(self.model, lambda: torch.autocast(self.device.type, enabled=False), **options)
 
     @torch.inference_mode()
     def rows(self, batch: Mapping[str, Any], temperature: float) -> TeacherRows:
