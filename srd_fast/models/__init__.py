@@ -11,10 +11,11 @@ from .loading import (
     model_digest,
     resolve_model,
 )
-from .prefix import common_prefix, share_prefix
+from .prefix import SharedPrefix, common_prefix, share_prefix, shared_starts
 from .pruning import prune_depth
 
 __all__ = [
+    "SharedPrefix",
     "check_head",
     "check_tokenizers",
     "common_prefix",
@@ -29,5 +30,6 @@ __all__ = [
     "prune_depth",
     "resolve_model",
     "share_prefix",
+    "shared_starts",
     "unwrap",
 ]
