@@ -26,7 +26,8 @@ from .losses.buffers import chunk_rows
 from .models import find_head, flattening, hidden_states, load_config, prune_depth, unwrap, varlen
 from .run_config import RunConfig
 from .steps import LIVE, PRUNE, Run
-from .steps.training import cache_temperatures, lora_config
+from .steps.cache import cache_temperatures
+from .steps.settings import lora_config
 from .teacher.stores import ProjectedStore, Store, make_store
 
 

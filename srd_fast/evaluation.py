@@ -7,16 +7,26 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .data import DistillationCollator, Tokenisation, batches_by_length, first_label, pad_id, prepare_dataset
+from .data import (
+    IGNORE_INDEX,
+    DistillationCollator,
+    Tokenisation,
+    batches_by_length,
+    first_label,
+    pad_id,
+    prepare_dataset,
+)
 from .errors import UserError
-from .measure import measure_batch
+from .losses import token_cross_entropy
+from .measure import Divergences, measure_batch
 from .models import load_model
 from .reflection import Sampling, open_engine
 from .rouge import RougeL
-from .teacher import LiveTeacher, TeacherSource
+from .teacher import HiddenRows, LiveTeacher, TeacherCache, TeacherSource
 
 
 def evaluate(
@@ -25,6 +35,7 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase,
     *,
     teacher: PreTrainedModel | TeacherSource | None = None,
+    states: TeacherCache | None = None,
     engine: str = "transformers",
     sampling: Sampling | None = None,
     seeds: Sequence[int] = (),
@@ -37,7 +48,9 @@ def evaluate(
     """Evaluate a model on rows of any format of `srd_fast.data`, or on tokenised samples.
 
     Args:
-        teacher: gives `kl`, the mean of KL(teacher, model) over the tokens of the responses at T = 1.
+        teacher: gives `kl`, the mean of KL(teacher, model) over the tokens of the responses at T = 1. A `TeacherCache`
+            must hold the samples.
+        states: without `teacher`: a cache of kind "hidden" that `model` filled, which spares the samples' forward pass.
         sampling: default greedy, at most 128 new tokens.
         seeds: sample once for each, at `sampling.temperature` (which must be above 0); ROUGE-L is their mean.
 
@@ -46,6 +59,8 @@ def evaluate(
         cross_entropy (nats per token), kl (nats per token or None), num_samples, num_tokens, and `examples`.
     """
     sampling = sampling or Sampling()
+    if states is not None and teacher is not None:
+        raise UserError("states are those of a model that is evaluated without a teacher; leave one of the two out")
     if seeds and sampling.temperature <= 0:
         raise UserError("evaluation seeds need a sampling temperature above 0 (the paper's is 1.0)")
     model = load_model(model) if isinstance(model, str) else model
@@ -70,8 +85,14 @@ def evaluate(
     totals = torch.zeros(3, dtype=torch.float64)
     model.eval()
     for indices in batches_by_length([len(x) for x in input_ids], batch_size):
-        batch = collate([{"input_ids": input_ids[i], "labels": labels[i]} for i in indices])
-        measured = measure_batch(model, source, {k: v.to(model.device) for k, v in batch.items()})
+        some = [{"input_ids": input_ids[i], "labels": labels[i]} for i in indices]
+        if states is not None:
+            measured = _measure_states(states, some, model.device)
+        else:
+            batch: dict[str, Any] = {k: v.to(model.device) for k, v in collate(some).items()}
+            if isinstance(source, TeacherCache):
+                batch["teacher"] = _stored(source, some, model.device)
+            measured = measure_batch(model, source, batch)
         totals += torch.stack([x.cpu().double() for x in measured])
     for module, mode in zip(watched, modes):
         module.train(mode)
@@ -89,3 +110,18 @@ def evaluate(
         "num_tokens": int(tokens),
         "examples": examples[:num_examples],
     }
+
+
+def _stored(cache: TeacherCache, samples: Sequence[Mapping[str, Any]], device: torch.device) -> dict[str, Tensor]:
+    return {name: x.to(device) for name, x in cache.collate(samples).items()}
+
+
+@torch.no_grad()
+def _measure_states(cache: TeacherCache, samples: Sequence[Mapping[str, Any]], device: torch.device) -> Divergences:
+    """`measure_batch` without a teacher, of the model that filled the cache."""
+    rows = cache.rows({"teacher": _stored(cache, samples, device)}, 1.0)
+    if not isinstance(rows, HiddenRows):
+        raise UserError(f"states must be a cache of kind 'hidden', got {cache.meta['kind']!r}")
+    labels_N = torch.tensor([y for s in samples for y in s["labels"][1:] if y != IGNORE_INDEX], device=device)
+    losses_N = token_cross_entropy(rows.hidden_ND, rows.head, labels_N)
+    return Divergences(losses_N.new_zeros(()), losses_N.sum(), torch.tensor(len(labels_N)))

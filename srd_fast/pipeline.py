@@ -19,7 +19,7 @@ import yaml
 from . import steps
 from .errors import UserError, first_line
 from .files import content_digest, disk_trouble, in_use, remove, write_text
-from .losses import is_out_of_memory
+from .losses import expect_logits, is_out_of_memory
 from .reflection.shards import parse_shard
 from .run_config import RunConfig
 
@@ -209,7 +209,9 @@ def _execute(
         if shard is not None and step.name == only:
             if force:
                 remove(steps.shard_parts(folder, shard))
-            say(f"{place}, shard {shard}: {steps.reflect_shard(run, shard)}")
+            with expect_logits(steps.expected_logits(run)):
+                done = steps.reflect_shard(run, shard)
+            say(f"{place}, shard {shard}: {done}")
             continue
         if force and only == step.name:
             for cache in step.caches:
@@ -219,7 +221,8 @@ def _execute(
             continue
         say(f"{place} ...")
         started = time.monotonic()
-        step.run(run)
+        with expect_logits(steps.expected_logits(run)):
+            step.run(run)
         seconds = time.monotonic() - started
         ledger.record(step, wanted[step.name], config, folder, seconds)
         say(f"{place}: done in {seconds:.0f} s")

@@ -25,9 +25,10 @@ from .dry_step import Batch, Simulated, simulate
 from .errors import UserError
 from .run_config import RunConfig
 from .steps import LIVE, Run
+from .steps.cache import check_cache
 from .steps.data import QUICKSTART_ROWS
 from .steps.run import QUICKSTART
-from .steps.training import check_cache, training_config
+from .steps.settings import training_config
 from .teacher.index import KEY_BYTES
 from .trainer import make_curriculum
 

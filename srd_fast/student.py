@@ -11,6 +11,7 @@ from datasets import Dataset
 from .config import SRDConfig
 from .files import replace_folder, temporary_path
 from .models import load_model, load_tokenizer, prune_depth
+from .teacher import TeacherSource
 from .trainer import SRDTrainer
 
 logger = logging.getLogger(__name__)
@@ -39,10 +40,14 @@ def prune_and_warm_up(
     device: torch.device | str = "cpu",
     seed: int = 0,
     template: str = "alpaca",
+    source: TeacherSource | None = None,
 ) -> None:
     """Depth-prune `teacher` into a student folder, optionally after a short forward-KL distillation on `rows`.
 
     A pruned student that was never warmed up answers noise, and reflections of noise rank nothing.
+
+    Args:
+        source: the teacher's rows of `rows`; default: the teacher itself, in `dtype` beside the student.
     """
     tokenizer = load_tokenizer(teacher)
     student = load_model(teacher, torch.float32, device)
@@ -64,8 +69,8 @@ def prune_and_warm_up(
             template=template,
             **trainer_basics(torch.device(device), dtype),
         )
-        source = load_model(teacher, dtype, device)
-        SRDTrainer(student, source, args, rows, processing_class=tokenizer).train()
+        live_or_cache = load_model(teacher, dtype, device) if source is None else source
+        SRDTrainer(student, live_or_cache, args, rows, processing_class=tokenizer).train()
     student.config.use_cache = True
     student.save_pretrained(work / "model")
     tokenizer.save_pretrained(work / "model")

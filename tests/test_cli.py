@@ -28,9 +28,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from srd_fast.cli import main
 from srd_fast.files import content_digest
+from srd_fast.losses import chunked
 from srd_fast.pipeline import STEP_NAMES, fingerprints
 from srd_fast.quickstart_data import make_quickstart_rows
 from srd_fast.run_config import load_run_config
+from srd_fast.steps import Run, expected_logits
+from srd_fast.teacher import LiveTeacher, build
 
 CONTRACT = (
     "config.yaml", "reflections.parquet", "plan.json", "teacher_cache", "checkpoints", "student", "metrics.jsonl",
@@ -394,6 +397,52 @@ def test_the_cache_holds_the_kept_and_the_validation_samples(finished: Path) -> 
     assert sorted(cached(finished)) == ["head.safetensors", "index.json", "meta.json", rows_file(finished).name]
     meta = json.loads((finished / "teacher_cache" / "meta.json").read_text())
     assert (meta["kind"], meta["dtype"], meta["template"]) == ("hidden", "float32", "alpaca")
+
+
+def test_the_teacher_sees_each_sample_once(config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In warm-up, distillation and evaluation together, with the results of a teacher beside the student."""
+    every = ("init_student.warmup_steps=6", "distill.epochs_per_stage=1", "distill.eval_steps=6")
+    live = tmp_path / "live"
+    assert srd_fast("run", config_file, f"output_dir={live}", *every, "cache.kind=live").status == 0
+    seen: list[bytes] = []
+    make = build._Maker.make
+
+    def counted(self: Any, group: Any) -> Any:
+        seen.extend(request.key for request in group)
+        return make(self, group)
+
+    def beside(self: Any, batch: Any, temperature: float) -> Any:
+        raise AssertionError("the teacher runs beside the student")
+
+    monkeypatch.setattr(build._Maker, "make", counted)
+    monkeypatch.setattr(LiveTeacher, "rows", beside)
+    once = tmp_path / "once"
+    result = srd_fast("run", config_file, f"output_dir={once}", *every)
+    assert (result.status, len(seen), len(set(seen))) == (0, 24 + 6, 24 + 6), result
+    started, expected = (load_file(f / "start" / "model.safetensors") for f in (once, live))
+    for name, weight in expected.items():
+        tiny.assert_same(started[name], weight, 1e-2, name)
+    ours, theirs = (json.loads((f / "summary.json").read_text())["evaluation"] for f in (once, live))
+    for model, values in theirs.items():
+        assert ours[model]["kl"] == (None if model == "teacher" else pytest.approx(values["kl"], rel=1e-3))
+        assert ours[model]["cross_entropy"] == pytest.approx(values["cross_entropy"], rel=1e-3), model
+
+
+def test_how_many_logits_a_run_will_see(
+    config_file: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A guess, but of the right size: whether compilation pays hangs on it."""
+    seen, run_chunks = [0], chunked.run_chunks
+
+    def counted(hidden_ND: Any, head: Any, *args: Any, **options: Any) -> Any:
+        seen[0] += hidden_ND.shape[0] * head.num_classes(hidden_ND)
+        return run_chunks(hidden_ND, head, *args, **options)
+
+    monkeypatch.setattr(chunked, "run_chunks", counted)
+    assert srd_fast("run", config_file, f"output_dir={tmp_path / 'run'}").status == 0
+    config = load_run_config(str(config_file), [f"output_dir={finished}"])
+    assert 0.5 < expected_logits(Run(config, finished, {}, {})) / seen[0] < 2
+    assert expected_logits(Run(config, tmp_path / "nothing yet", {}, {})) == 0
 
 
 def test_cache_is_a_verb(copy: Path, finished: Path, config_file: Path) -> None:

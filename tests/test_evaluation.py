@@ -3,6 +3,7 @@
 import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from srd_fast.data import Tokenisation, first_label, prepare_dataset
 from srd_fast.errors import UserError
 from srd_fast.quickstart_data import make_quickstart_rows
 from srd_fast.reflection import engines as engines_module
-from srd_fast.teacher import LiveTeacher
+from srd_fast.teacher import LiveTeacher, build_teacher_cache
 
 ROWS: list[dict[str, Any]] = [dict(row) for row in make_quickstart_rows(9, seed=4)]
 ROWS[2]["output"] = [ROWS[2]["output"], "a second reference"]
@@ -87,6 +88,29 @@ def test_a_model_is_at_no_distance_from_itself(
     teacher: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     assert run(teacher, tiny_tokenizer, teacher=LiveTeacher(teacher))["kl"] == pytest.approx(0, abs=1e-6)
+
+
+def test_a_cache_says_what_the_teacher_says(
+    tiny_model: PreTrainedModel, teacher: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    samples = prepare_dataset(ROWS, Tokenisation(tiny_tokenizer)).dataset
+    cache = build_teacher_cache(teacher, samples, tmp_path / "cache", progress=False)
+    beside = run(tiny_model, tiny_tokenizer, teacher=teacher, batch_size=4)
+    alone = run(teacher, tiny_tokenizer, batch_size=4)
+
+    def without_a_body(*args: Any, **options: Any) -> Any:
+        raise AssertionError("the teacher's body runs")
+
+    found = run(tiny_model, tiny_tokenizer, teacher=cache, batch_size=4)
+    for name in ("kl", "cross_entropy"):
+        assert found[name] == pytest.approx(beside[name], rel=1e-5), name
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("srd_fast.measure.hidden_states", without_a_body)
+        found = run(teacher, tiny_tokenizer, states=cache, batch_size=4)
+    assert found["cross_entropy"] == pytest.approx(alone["cross_entropy"], rel=1e-5)
+    assert (found["kl"], found["num_tokens"]) == (None, alone["num_tokens"])
+    with pytest.raises(UserError, match="leave one of the two out"):
+        run(tiny_model, tiny_tokenizer, teacher=teacher, states=cache)
 
 
 def test_without_a_teacher_there_is_no_divergence(

@@ -15,7 +15,8 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from srd_fast import DistillationLoss, DistillationOutput, UserError, distillation_loss, distillation_loss_from_logits
-from srd_fast.losses import Head, free_workspace, token_cross_entropy
+from srd_fast.losses import Head, expect_logits, free_workspace, token_cross_entropy
+from srd_fast.losses.backends import row_backend
 
 TEMPERATURES = (0.5, 1.0, 2.0, 4.0)
 VARIANTS = [
@@ -907,6 +908,19 @@ def test_bad_option_is_named(name: str, value: object) -> None:
     assert name in str(caught.value)
     assert repr(value) in str(caught.value)
     assert isinstance(caught.value, ValueError)
+
+
+def test_few_logits_are_not_compiled_for() -> None:
+    def chosen(name: str = "auto", classes: int = 49152) -> str:
+        return row_backend(name, torch.device("cpu"), torch.float32, classes, None, True)[1]
+
+    assert chosen() == "compile"
+    with expect_logits(1e9):
+        assert (chosen(), chosen("compile")) == ("eager", "compile")
+        with expect_logits(1e13):
+            assert (chosen(), chosen(classes=300)) == ("compile", "eager")
+        assert chosen() == "eager"
+    assert chosen() == "compile"
 
 
 @pytest.mark.parametrize(

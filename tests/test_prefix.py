@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from srd_fast.data import Tokenisation, prepare_dataset
-from srd_fast.models import common_prefix, share_prefix
+from srd_fast.models import common_prefix, share_prefix, shared_starts
 from srd_fast.models.heads import hidden_states
 from srd_fast.quickstart_data import make_quickstart_rows
 from srd_fast.reflection import Reflected, signals
@@ -29,6 +29,21 @@ def test_the_common_prefix_of_rows() -> None:
     assert common_prefix([[1], [2, 1]]) == []
     assert common_prefix([[5, 6]]) == [5, 6]
     assert common_prefix([]) == common_prefix([[], [1]]) == []
+
+
+def test_rows_are_grouped_by_what_spares_most() -> None:
+    def rows(start: list[int], count: int) -> list[list[int]]:
+        return [[*start, 1000 + i, 7] for i in range(count)]
+
+    one, other = [*BEGINNING, 21, 22, 23], [*BEGINNING, 31, 32]
+    mixed = [row for pair in zip(rows(one, 20), rows(other, 20)) for row in pair] + rows([50], 3)
+    assert shared_starts(mixed) == [(one, list(range(0, 40, 2))), (other, list(range(1, 40, 2))), ([], [40, 41, 42])]
+    # Apart, the few would have no beginning at all.
+    assert shared_starts(rows(one, 20) + rows(other, 8)) == [(BEGINNING, list(range(28))), ([], [])]
+    assert shared_starts(rows(one, 15)) == [([], list(range(15)))]
+    assert shared_starts(rows(one[:7], 20)) == [([], list(range(20)))]
+    nested = [list(range(n)) for n in range(2000)]
+    assert sorted(i for _, members in shared_starts(nested) for i in members) == list(range(2000))
 
 
 # gemma2's window is shorter than the beginning.

@@ -152,6 +152,36 @@ def test_cached_rows_are_those_of_the_live_teacher(architecture: str, dtype: tor
         assert cache.num_classes == live.num_classes == tiny.VOCAB
 
 
+@pytest.mark.parametrize("kind", ["hidden", "topk"])
+def test_what_prompts_begin_with_is_run_once(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw, samples = random.Random(0), list[dict[str, Any]]()
+    for start, count in ((range(20, 40), 20), (range(60, 85), 18), (range(3), 4)):
+        for _ in range(count):
+            prompt = [*start, *(draw.randrange(100, 300) for _ in range(draw.randint(1, 9)))]
+            response = [draw.randrange(1, 300) for _ in range(draw.randint(1, 7))]
+            samples.append({"input_ids": prompt + response, "labels": [-100] * len(prompt) + response})
+    draw.shuffle(samples)
+    teacher, tokens = teacher_model(), [0]
+    teacher.get_input_embeddings().register_forward_hook(lambda module, args, out: tokens.append(args[0].numel()))
+    store = make_store(kind, tiny.VOCAB, 8)
+
+    def filled(name: str) -> tuple[Any, int]:
+        tokens.clear()
+        options = {"shard_bytes": 1 << 20, "batch_tokens": 256, "kind": kind, "store": store}
+        return fill(tmp_path / name, teacher, samples, **options), sum(tokens)
+
+    (shared, few), _ = filled("shared"), monkeypatch.setattr(build, "share_prefix", lambda *_: None)
+    whole, many = filled("whole")
+    assert few < many - 550  # of 20 * 19 + 25 * 17, less the samples that prove it
+    for sample in samples:
+        ours, theirs = (c.collate([sample]) for c in (shared, whole))
+        for name, expected in theirs.items():
+            if expected.is_floating_point():
+                assert_same(ours[name], expected, 1e-5, name)
+            else:
+                assert torch.equal(ours[name], expected)
+
+
 def test_a_sample_of_two_data_sets_is_stored_once(whole: Path, tmp_path: Path) -> None:
     again = [{**s, "sample_id": f"other {s['sample_id']}"} for s in SAMPLES[::-1]]
     cache = fill(tmp_path / "cache", samples=[*SAMPLES, *again])

@@ -1,5 +1,6 @@
 """Divergences in plain PyTorch, and the distillation loss from hidden states: packing, chunking, autograd."""
 
+from .backends import expect_logits
 from .buffers import free_workspace, is_out_of_memory
 from .compact import CompactTeacher, Projected, Sampled, TopK, compact_distillation_loss
 from .distillation import (
@@ -28,6 +29,7 @@ __all__ = [
     "distillation_loss",
     "distillation_loss_from_logits",
     "divergence_names",
+    "expect_logits",
     "free_workspace",
     "get_divergence",
     "is_out_of_memory",

@@ -1,6 +1,10 @@
 """Which row function computes a loss: Triton on a GPU, `torch.compile` on a CPU, eager PyTorch everywhere."""
 
 import functools
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Protocol
 
 import torch
@@ -13,6 +17,23 @@ from ..suggest import unknown_name
 BACKENDS = ("auto", "triton", "compile", "eager")
 # Below this many classes a compiled function does not earn back the seconds that its compilation takes.
 _COMPILE_FROM_CLASSES = 16384
+# Nor below this many logits in all, for each thread: eager mode takes 25 ns of a thread more for a student's logit, its
+# teacher's and its gradient, compilation 10 to 45 s of a process, whatever its threads.
+_COMPILE_FROM_LOGITS = 1 << 30
+_logits_to_come: ContextVar[float] = ContextVar("logits_to_come", default=math.inf)
+
+
+@contextmanager
+def expect_logits(number: float) -> Iterator[None]:
+    """For work whose losses see about so many logits of the student, rows times classes, in all.
+
+    Backend "auto" then knows whether compilation pays. Outside of such a block it counts on many.
+    """
+    token = _logits_to_come.set(number)
+    try:
+        yield
+    finally:
+        _logits_to_come.reset(token)
 
 
 class RowBackend(Protocol):
@@ -75,7 +96,9 @@ def row_backend(
     why_not_triton = _why_not_triton(device, dtype, divergence)
     why_not_compile = _why_no_formula(divergence)
     if name == "auto":
-        compile_pays = device.type == "cpu" and num_classes >= _COMPILE_FROM_CLASSES and why_not_compile is None
+        enough = num_classes >= _COMPILE_FROM_CLASSES
+        enough = enough and _logits_to_come.get() >= _COMPILE_FROM_LOGITS * torch.get_num_threads()
+        compile_pays = device.type == "cpu" and enough and why_not_compile is None
         name = "triton" if device.type == "cuda" and why_not_triton is None else "compile" if compile_pays else "eager"
     if name == "triton":
         if why_not_triton is not None:

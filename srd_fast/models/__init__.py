@@ -12,10 +12,11 @@ from .loading import (
     model_digest,
     resolve_model,
 )
-from .prefix import common_prefix, share_prefix
+from .prefix import SharedPrefix, common_prefix, share_prefix, shared_starts
 from .pruning import prune_depth
 
 __all__ = [
+    "SharedPrefix",
     "check_head",
     "check_tokenizers",
     "common_prefix",
@@ -31,6 +32,7 @@ __all__ = [
     "prune_depth",
     "resolve_model",
     "share_prefix",
+    "shared_starts",
     "uncompile_layers",
     "unwrap",
 ]

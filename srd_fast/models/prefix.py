@@ -13,8 +13,11 @@ from .heads import hidden_states, unwrap
 
 logger = logging.getLogger(__name__)
 
-# Fewer common tokens than this are not worth a cache.
+# Fewer common tokens or rows than this are not worth a cache.
 LEAST_TOKENS = 8
+LEAST_ROWS = 16
+# Branches below one another: prompts that are each the beginning of the next would make thousands.
+_DEEPEST = 32
 # Largest difference of hidden states that rounding explains, relative to the largest of them.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
@@ -23,6 +26,32 @@ def common_prefix(rows: Sequence[list[int]]) -> list[int]:
     """The tokens that all rows begin with."""
     low, high = min(rows, default=[]), max(rows, default=[])
     return [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(low, high))]
+
+
+def shared_starts(rows: Sequence[Sequence[int]]) -> list[tuple[list[int], list[int]]]:
+    """(tokens, indices of the rows that begin with them): groups that leave the most tokens out, each token run once.
+
+    The last group is what shares with too few others; its tokens are none. Within a group rows keep their order.
+    """
+
+    def divide(members: list[int], depth: int = 0) -> tuple[int, list[tuple[list[int], list[int]]]]:
+        """Tokens that are spared, and the groups."""
+        if len(members) < LEAST_ROWS or depth > _DEEPEST:
+            return 0, []
+        start = common_prefix([list(rows[i]) for i in members])
+        spared = (len(members) - 1) * len(start) if len(start) >= LEAST_TOKENS else 0
+        longer: dict[int, list[int]] = {}
+        for i in members:
+            if len(rows[i]) > len(start):
+                longer.setdefault(rows[i][len(start)], []).append(i)
+        parts = [divide(part, depth + 1) for part in longer.values()]
+        if sum(n for n, _ in parts) > spared:
+            return sum(n for n, _ in parts), [group for _, groups in parts for group in groups]
+        return spared, [(start, members)] if spared else []
+
+    groups = divide(list(range(len(rows))))[1]
+    grouped = {i for _, members in groups for i in members}
+    return [*groups, ([], [i for i in range(len(rows)) if i not in grouped])]
 
 
 class SharedPrefix:

@@ -104,7 +104,7 @@ def cross_entropy(reflected: Reflected) -> list[float]:
         return {k: v.to(device) for k, v in batch.items()}
 
     start = common_start(rows) if len(batches) > 2 else []
-    shared = share_prefix(model, start, collated(batches[0])) if start else None
+    shared = share_prefix(model, start, collated(batches[0][-2:])) if start else None
     for indices in batches:
         batch = collated(indices)
         if shared is not None:

@@ -1,5 +1,6 @@
 """What each step of a run does: files of the run folder in, files of the run folder out."""
 
+from .cache import cache_inputs, cache_teacher
 from .data import prepare, prepare_inputs
 from .inputs import check_inputs
 from .outcome import evaluate_step, report
@@ -15,7 +16,8 @@ from .selection import (
     shard_parts,
     student_inputs,
 )
-from .training import cache_inputs, cache_teacher, distill
+from .settings import expected_logits
+from .training import distill
 
 __all__ = [
     "LIVE",
@@ -29,6 +31,7 @@ __all__ = [
     "curate_step",
     "distill",
     "evaluate_step",
+    "expected_logits",
     "init_student",
     "prepare",
     "prepare_inputs",

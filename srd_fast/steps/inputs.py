@@ -12,9 +12,10 @@ from ..models import check_tokenizers, load_tokenizer
 from ..reflection import get_difficulties
 from ..reflection.engines import check_engine
 from ..selection import check_sample_policy
+from .cache import check_cache
 from .run import PRUNE, QUICKSTART
 from .selection import sample_policy
-from .training import check_cache, lora_config, training_config
+from .settings import lora_config, training_config
 
 
 def check_inputs(config: Any) -> None:

@@ -16,8 +16,9 @@ from ..files import write_text
 from ..models import load_model
 from ..reflection import Sampling
 from ..report import write_report
+from .cache import validation_cache
 from .run import PRUNE, Run, json_text
-from .training import training_config
+from .settings import training_config
 
 
 def evaluate_step(run: Run) -> None:
@@ -55,6 +56,7 @@ def _evaluations(run: Run) -> dict[str, Any]:
         kept: dict[str, Any] = dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
     except (ValueError, TypeError):
         kept = {}
+    cache = validation_cache(run)
     models = {
         "teacher": ("prepare", run.config.teacher),
         "start": ("init-student", run.start),
@@ -66,11 +68,15 @@ def _evaluations(run: Run) -> dict[str, Any]:
         if kept.get(name, {}).get("key") == key:
             continue
         is_teacher = name == "teacher"
+        if cache is None:
+            of_teacher: dict[str, Any] = {} if is_teacher else {"teacher": run.teacher}
+        else:
+            of_teacher = {"states" if is_teacher else "teacher": cache}
         result = evaluate(
             run.teacher if is_teacher else load_model(source, run.dtype, run.device),
             run.data("validation"),
             run.tokenizer,
-            teacher=None if is_teacher else run.teacher,
+            **of_teacher,
             sampling=Sampling(max_new_tokens=c.max_new_tokens, temperature=c.temperature if c.seeds else 0.0),
             seeds=c.seeds,
             batch_size=c.batch_size,

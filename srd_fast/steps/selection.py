@@ -15,6 +15,7 @@ from ..reflection.shards import merge_shards, shard_file, shard_files, write_sha
 from ..reflection.signals import signal_files
 from ..selection import ALL, select_samples
 from ..student import prune_and_warm_up
+from .cache import warm_up_cache
 from .run import PRUNE, Run, write_parquet
 
 
@@ -41,6 +42,7 @@ def init_student(run: Run) -> None:
         dtype=run.dtype,
         device=run.device,
         seed=run.config.seed,
+        source=warm_up_cache(run),
     )
 
 

@@ -1,150 +1,26 @@
-"""From a plan to a trained student: cache, distill."""
+"""From a plan to a trained student: distill."""
 
-import dataclasses
 import json
-import logging
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import concatenate_datasets
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import TrainerCallback
 
-from ..config import SRDConfig, check_cache_kind
 from ..curation import CurriculumPlan, replan
-from ..curriculum import per_stage
 from ..data import IGNORE_INDEX
-from ..errors import UserError
 from ..files import remove, replace_folder, temporary_path, write_text
 from ..models import load_model
-from ..selection import ALL
 from ..stopping import stopping_later
-from ..student import trainer_basics
-from ..suggest import unknown_name
-from ..teacher import StaleCacheError, TeacherCache, open_teacher_cache
 from ..trainer import SRDTrainer, last_whole_checkpoint, make_curriculum
-from .run import LIVE, Run, json_text, write_parquet
+from .cache import open_cache
+from .run import Run, json_text, write_parquet
 from .selection import PARTS, reflect_with
-
-logger = logging.getLogger(__name__)
+from .settings import lora_config, training_config
 
 SELECTION = "selection.json"
 SHOWN_SAMPLES = 6
-
-
-def training_config(config: Any, folder: Path, device: torch.device, dtype: torch.dtype) -> SRDConfig:
-    """SRDConfig of a run: the run's own settings, under what `distill` gives."""
-    basics = {
-        **trainer_basics(device, dtype),
-        "logging_steps": 1,
-        "save_strategy": "steps",
-        "save_steps": 50,
-        "save_total_limit": 2,
-        "eval_strategy": "steps",
-        "eval_steps": 25,
-        "per_device_train_batch_size": 16,
-        "per_device_eval_batch_size": 32,
-    }
-    try:
-        return SRDConfig(
-            **{**basics, **config.distill, "sample_selection": ALL},  # the plan holds those samples alone
-            output_dir=str(folder / "checkpoints"),
-            seed=config.seed,
-            template=config.template,
-            max_prompt_length=config.max_prompt_length,
-            max_response_length=config.max_response_length,
-        )
-    except Exception as e:  # transformers' own checks raise many kinds
-        raise UserError(f"config: distill: {' '.join(str(e).split())[:500]}") from e
-
-
-def lora_config(config: Any) -> Any:
-    """A `peft.LoraConfig` from the section `lora`, or None for full training."""
-    if config.lora is None:
-        return None
-    try:
-        from peft import LoraConfig
-    except ImportError as e:
-        raise UserError(f"config: lora needs the peft package: pip install 'srd-fast[peft]' ({e})") from e
-    known = {f.name for f in dataclasses.fields(LoraConfig)}
-    for name in config.lora:
-        if name not in known:
-            raise UserError("config: " + unknown_name("key in lora", name, known, listed=False))
-    try:
-        return LoraConfig(**{"task_type": "CAUSAL_LM", **config.lora})
-    except (TypeError, ValueError) as e:
-        raise UserError(f"config: lora: {e}") from e
-
-
-def check_cache(config: Any, args: SRDConfig) -> None:
-    """Refuse kinds of teacher cache that the rest of the config does not go with."""
-    kind = config.cache.kind
-    if kind != LIVE:
-        check_cache_kind(kind, args.divergence, ("config: cache.kind", "distill.divergence"))
-    if kind == "projected" and config.lora is None:
-        raise UserError("config: cache.kind 'projected' needs a student whose head is frozen: set lora, or use hidden")
-
-
-def cache_inputs(config: Any) -> Any:
-    """What the cache depends on, besides the plan."""
-    c = config.cache
-    if c.kind in (LIVE, "hidden"):
-        return [c.kind, config.dtype]  # what is kept, and reflect_again, come with the plan
-    args = training_config(config, Path(config.output_dir), torch.device("cpu"), torch.float32)
-    return [c.kind, config.dtype, c.k, cache_temperatures(config, args)]
-
-
-def cache_temperatures(config: Any, args: SRDConfig) -> list[float]:
-    """What a compact cache must hold rows for: evaluation's, then that of every stage."""
-    stages = config.curate.stages
-    return [1.0, *per_stage("temperature", args.temperature, args.temperature_start, args.temperature_end, stages)]
-
-
-def cache_teacher(run: Run) -> None:
-    """Run the teacher once over the kept and the validation samples; nothing to do with a live teacher."""
-    open_cache(run)
-
-
-def open_cache(run: Run, student: PreTrainedModel | None = None) -> TeacherCache | None:
-    """The run's cache, whole: what is missing or damaged is made, what is of another teacher is replaced.
-
-    student: the starting student if it is loaded already; compact kinds look at its head.
-    """
-    c = run.config.cache
-    if c.kind == LIVE:
-        return None
-    folder, train = run.folder / "teacher_cache", run.data("train")
-    samples = [train, run.data("validation")]
-    if not run.config.curate.reflect_again:  # then a dropped sample may come back
-        kept = set(CurriculumPlan.load(run.folder / "plan.json").kept)
-        samples[0] = train.select([i for i, sample_id in enumerate(train["sample_id"]) if sample_id in kept])
-
-    if c.kind != "hidden" and student is None:
-        student = load_model(run.start, torch.float32)
-    args = training_config(run.config, run.folder, run.device, run.dtype)
-
-    def opened() -> TeacherCache:
-        return open_teacher_cache(
-            folder,
-            run.config.teacher,
-            concatenate_datasets(samples),
-            kind=c.kind,
-            k=c.k,
-            temperatures=cache_temperatures(run.config, args),
-            student=student,
-            template=run.config.template,
-            dtype=run.dtype,
-            device=run.device,
-            repair=True,
-        )
-
-    try:
-        return opened().to(run.device)
-    except StaleCacheError as e:
-        logger.warning("%s: making it again", str(e).partition(";")[0])
-        remove(folder)
-        return opened().to(run.device)
 
 
 class _MetricsFile(TrainerCallback):

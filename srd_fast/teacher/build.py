@@ -16,11 +16,20 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..data import IGNORE_INDEX, DistillationCollator
+from ..data import IGNORE_INDEX, DistillationCollator, first_label
 from ..errors import UserError
 from ..files import temporary_path
 from ..losses import Head
-from ..models import find_head, fingerprint, hidden_states, load_model, model_digest
+from ..models import (
+    SharedPrefix,
+    find_head,
+    fingerprint,
+    hidden_states,
+    load_model,
+    model_digest,
+    share_prefix,
+    shared_starts,
+)
 from . import shards
 from .cache import TeacherCache
 from .index import (
@@ -156,34 +165,56 @@ def build_teacher_cache(
     return TeacherCache(folder, store, verify=False)
 
 
-@dataclass(frozen=True)
 class _Maker:
-    """Rows of a file's samples."""
+    """Rows of a file's samples. What many of the file's prompts begin with is run once."""
 
-    teacher: nn.Module
-    head: Head
-    store: Store
-    batch_tokens: int
+    def __init__(self, teacher: nn.Module, head: Head, store: Store, batch_tokens: int) -> None:
+        self.teacher, self.head, self.store, self.batch_tokens = teacher, head, store, batch_tokens
+        self.device = next(teacher.parameters()).device
 
     @torch.inference_mode()
     def make(self, group: Sequence[_Request]) -> dict[str, Tensor]:
-        device, parts, start = next(self.teacher.parameters()).device, [], 0
-        while start < len(group):
-            size = max(1, self.batch_tokens // len(group[start].input_ids))
-            part = group[start : start + size]
-            batch = DistillationCollator(0)([{"input_ids": r.input_ids, "labels": r.labels} for r in part])
-            batch = {name: x.to(device) for name, x in batch.items()}
-            with torch.autocast(device.type, enabled=False):
-                hidden_ND = rows_with_loss(hidden_states(self.teacher, batch), batch)
-                encoded = self.store.encode(hidden_ND, self.head, [r.key for r in part], [r.num_rows for r in part])
-            parts.append({name: x.cpu() for name, x in encoded.items()})
-            start += size
+        """All tensors of the file."""
+        parts, ordered = [], []
+        # The state of a prompt's last token predicts the first label, so it is a row of its own.
+        prompts = [r.input_ids[: max(0, first_label(r.labels) - 1)] for r in group]
+        for start, members in shared_starts(prompts):
+            some = [group[i] for i in members]
+            shared = self._shared(start, some)
+            while some:
+                length = len(some[0].input_ids) - (0 if shared is None else shared.length)
+                size = max(1, self.batch_tokens // length)
+                parts.append(self._rows(some[:size], shared))
+                ordered += some[:size]
+                some = some[size:]
         made = {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
-        made["keys"] = torch.frombuffer(bytearray(b"".join(r.key for r in group)), dtype=torch.uint8).view(
+        made["keys"] = torch.frombuffer(bytearray(b"".join(r.key for r in ordered)), dtype=torch.uint8).view(
             -1, KEY_BYTES
         )
-        made["num_rows"] = torch.tensor([r.num_rows for r in group])
+        made["num_rows"] = torch.tensor([r.num_rows for r in ordered])
         return made
+
+    def _batch(self, some: Sequence[_Request]) -> dict[str, Tensor]:
+        batch = DistillationCollator(0)([{"input_ids": r.input_ids, "labels": r.labels} for r in some])
+        return {name: x.to(self.device) for name, x in batch.items()}
+
+    def _shared(self, start: list[int], some: Sequence[_Request]) -> SharedPrefix | None:
+        if not start:
+            return None
+        with torch.autocast(self.device.type, enabled=False):
+            return share_prefix(self.teacher, start, self._batch(some[-2:]))
+
+    def _rows(self, some: Sequence[_Request], shared: SharedPrefix | None) -> dict[str, Tensor]:
+        batch = self._batch(some)
+        with torch.autocast(self.device.type, enabled=False):
+            if shared is None:
+                states_BLD = hidden_states(self.teacher, batch)
+            else:
+                batch = {name: x[:, shared.length :] for name, x in batch.items()}
+                states_BLD = shared.hidden_states(batch)
+            hidden_ND = rows_with_loss(states_BLD, batch)
+            encoded = self.store.encode(hidden_ND, self.head, [r.key for r in some], [r.num_rows for r in some])
+        return {name: x.cpu() for name, x in encoded.items()}
 
 
 def _groups(

@@ -1,0 +1,112 @@
+"""The teacher's cache of a run: what must be in it, and who fills it."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, concatenate_datasets
+from transformers import PreTrainedModel
+
+from ..config import SRDConfig, check_cache_kind
+from ..curation import CurriculumPlan
+from ..curriculum import per_stage
+from ..errors import UserError
+from ..files import remove
+from ..models import load_model
+from ..teacher import StaleCacheError, TeacherCache, open_teacher_cache
+from .run import LIVE, Run
+from .settings import training_config
+
+logger = logging.getLogger(__name__)
+
+
+def check_cache(config: Any, args: SRDConfig) -> None:
+    """Refuse kinds of teacher cache that the rest of the config does not go with."""
+    kind = config.cache.kind
+    if kind != LIVE:
+        check_cache_kind(kind, args.divergence, ("config: cache.kind", "distill.divergence"))
+    if kind == "projected" and config.lora is None:
+        raise UserError("config: cache.kind 'projected' needs a student whose head is frozen: set lora, or use hidden")
+
+
+def cache_inputs(config: Any) -> Any:
+    """What the cache depends on, besides the plan."""
+    c = config.cache
+    if c.kind in (LIVE, "hidden"):
+        return [c.kind, config.dtype]  # what is kept, and reflect_again, come with the plan
+    args = training_config(config, Path(config.output_dir), torch.device("cpu"), torch.float32)
+    return [c.kind, config.dtype, c.k, cache_temperatures(config, args)]
+
+
+def cache_temperatures(config: Any, args: SRDConfig) -> list[float]:
+    """What a compact cache must hold rows for: evaluation's, then that of every stage."""
+    stages = config.curate.stages
+    return [1.0, *per_stage("temperature", args.temperature, args.temperature_start, args.temperature_end, stages)]
+
+
+def cache_teacher(run: Run) -> None:
+    """Run the teacher once over the kept and the validation samples; nothing to do with a live teacher."""
+    open_cache(run)
+
+
+def open_cache(run: Run, student: PreTrainedModel | None = None) -> TeacherCache | None:
+    """The run's cache, whole: what is missing or damaged is made, what is of another teacher is replaced.
+
+    student: the starting student if it is loaded already; compact kinds look at its head.
+    """
+    c = run.config.cache
+    if c.kind == LIVE:
+        return None
+    train = run.data("train")
+    if not run.config.curate.reflect_again:  # then a dropped sample may come back
+        kept = set(CurriculumPlan.load(run.folder / "plan.json").kept)
+        train = train.select([i for i, sample_id in enumerate(train["sample_id"]) if sample_id in kept])
+    if c.kind != "hidden" and student is None:
+        student = load_model(run.start, torch.float32)
+    return _filled(run, [train, run.data("validation")], student)
+
+
+def warm_up_cache(run: Run) -> TeacherCache | None:
+    """The cache as the warm-up of a pruned student reads it, so that the teacher sees each sample once in a whole run.
+
+    None where the warm-up must have the teacher beside it (compact kinds look at the student that it makes), or sees
+    too few samples to run the teacher over all of them before it is known which are kept.
+    """
+    c, train = run.config.init_student, run.data("train")
+    if run.config.cache.kind != "hidden" or c.warmup_steps * c.warmup_batch_size < len(train):
+        return None
+    return _filled(run, [train, run.data("validation")])
+
+
+def validation_cache(run: Run) -> TeacherCache | None:
+    """The cache, if it holds of the validation samples all that a live teacher says."""
+    return open_cache(run) if run.config.cache.kind == "hidden" else None
+
+
+def _filled(run: Run, samples: Sequence[Dataset], student: PreTrainedModel | None = None) -> TeacherCache:
+    c, folder = run.config.cache, run.folder / "teacher_cache"
+    args = training_config(run.config, run.folder, run.device, run.dtype)
+
+    def opened() -> TeacherCache:
+        return open_teacher_cache(
+            folder,
+            run.config.teacher,
+            concatenate_datasets(list(samples)),
+            kind=c.kind,
+            k=c.k,
+            temperatures=cache_temperatures(run.config, args),
+            student=student,
+            template=run.config.template,
+            dtype=run.dtype,
+            device=run.device,
+            repair=True,
+        )
+
+    try:
+        return opened().to(run.device)
+    except StaleCacheError as e:
+        logger.warning("%s: making it again", str(e).partition(";")[0])
+        remove(folder)
+        return opened().to(run.device)
