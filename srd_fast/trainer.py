@@ -4,6 +4,7 @@ The curriculum is one sequence of samples for the whole run, so a run is a singl
 resuming, gradient accumulation, mixed precision, several ranks, LoRA and logging work as they always do.
 """
 
+import functools
 import json
 import logging
 import math
@@ -275,7 +276,12 @@ class SRDTrainer(Trainer):
         samples: Any = self.train_dataset
         if not isinstance(teacher, TeacherCache):
             return IndexStream(self.curriculum, lambda index: None)
-        return IndexStream(self.curriculum, lambda index: teacher.will_need(samples[index]))
+
+        @functools.cache
+        def place(index: int) -> Any:
+            return teacher.place(samples[index])
+
+        return IndexStream(self.curriculum, lambda index: teacher.will_need(place(index)))
 
     def _check_lengths(self) -> None:
         """Refuse what no micro-batch of `max_tokens_per_batch` tokens can hold."""

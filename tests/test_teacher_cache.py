@@ -253,7 +253,7 @@ def test_a_sample_that_is_not_there_is_named(whole: Path) -> None:
 def test_a_cache_travels_to_workers(whole: Path) -> None:
     cache = TeacherCache(whole)
     expected = hidden(cache, SAMPLES)
-    cache.will_need(SAMPLES[0])
+    cache.will_need(cache.place(SAMPLES[0]))
     assert torch.equal(hidden(pickle.loads(pickle.dumps(cache)), SAMPLES), expected)
 
 
@@ -261,7 +261,7 @@ def test_what_is_read_ahead_is_the_sample(whole: Path, monkeypatch: pytest.Monke
     cache, asked = TeacherCache(whole), []
     monkeypatch.setattr(os, "posix_fadvise", lambda fd, start, size, advice: asked.append(os.pread(fd, size, start)))
     for sample in SAMPLES:
-        cache.will_need(sample)
+        cache.will_need(cache.place(sample))
         assert asked.pop() == hidden(cache, [sample]).numpy().tobytes()
         assert not asked
 
@@ -270,7 +270,7 @@ def test_a_cache_that_is_dropped_closes_its_files(whole: Path) -> None:
     before = len(os.listdir("/proc/self/fd"))
     cache = TeacherCache(whole)
     for sample in SAMPLES:
-        cache.will_need(sample)
+        cache.will_need(cache.place(sample))
     assert len(os.listdir("/proc/self/fd")) > before
     del cache
     gc.collect()

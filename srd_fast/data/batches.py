@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -40,11 +39,14 @@ class DistillationCollator:
         """Collate."""
         ids = [s["input_ids"] for s in samples]
         if self.flatten:
+            starts = np.cumsum([0, *map(len, ids)], dtype=np.int32)
+            labels = np.concatenate([np.asarray(s["labels"], np.int64) for s in samples])
+            labels[starts[:-1]] = IGNORE_INDEX
             return {
-                "input_ids": _row([x for row in ids for x in row]),
-                "position_ids": _row([i for row in ids for i in range(len(row))]),
-                "labels": _row([x for s in samples for x in (IGNORE_INDEX, *s["labels"][1:])]),
-                "cu_seq_lens": torch.tensor([0, *accumulate(map(len, ids))], dtype=torch.int32),
+                "input_ids": torch.from_numpy(np.concatenate([np.asarray(x, np.int64) for x in ids]))[None],
+                "position_ids": torch.from_numpy(np.concatenate([np.arange(len(x)) for x in ids]))[None],
+                "labels": torch.from_numpy(labels)[None],
+                "cu_seq_lens": torch.from_numpy(starts),
             }
         return {
             "input_ids": pad_right(ids, self.pad_token_id),
@@ -75,11 +77,6 @@ def with_loss_rows(batch: Mapping[str, Any]) -> dict[str, Any]:
     # A row counts to the sample of the label that it predicts.
     counts = np.diff(np.searchsorted(rows_N, starts - 1))
     return {**batch, **added, "loss_counts": counts.tolist(), "sample_lengths": np.diff(starts).tolist()}
-
-
-def _row(values: list[int]) -> torch.Tensor:
-    """[1, L] int64."""
-    return torch.tensor([values], dtype=torch.long)
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -4,9 +4,11 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
@@ -120,31 +122,58 @@ class DamagedFileError(UserError):
         self.path = path
 
 
-def _layout(path: Path) -> dict[str, tuple[int, int, str, list[int]]]:
-    """Of each tensor in a file: where its bytes begin and end, its dtype as safetensors calls it, its shape."""
-    with path.open("rb") as f:
-        length = int.from_bytes(f.read(8), "little")
-        header = json.loads(f.read(length))
-    header.pop("__metadata__", None)
-    base = 8 + length
-    return {
-        name: (base + entry["data_offsets"][0], base + entry["data_offsets"][1], entry["dtype"], entry["shape"])
-        for name, entry in header.items()
-    }
+class Column(NamedTuple):
+    """A tensor of a file: where in the file it begins, the bytes of one of its rows, and what a row is."""
+
+    begin: int
+    row_bytes: int
+    dtype: torch.dtype
+    row_shape: tuple[int, ...]
 
 
-def open_for_reading_ahead(path: Path) -> tuple[int, dict[str, tuple[int, int]]]:
-    """A descriptor, and for each tensor where in the file it begins and the bytes of one of its rows."""
-    places = {
-        name: (begin, (end - begin) // max(1, shape[0])) for name, (begin, end, _, shape) in _layout(path).items()
-    }
-    return os.open(path, os.O_RDONLY), places
+class OpenFile:
+    """A file whose rows are read one run at a time, by any number of threads and of processes that forked."""
 
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with path.open("rb") as f:
+            length = int.from_bytes(f.read(8), "little")
+            header = json.loads(f.read(length))
+        header.pop("__metadata__", None)
+        self.columns = {}
+        for name, entry in header.items():
+            begin, end = entry["data_offsets"]
+            shape = entry["shape"]
+            row_bytes = (end - begin) // max(1, shape[0])
+            self.columns[name] = Column(8 + length + begin, row_bytes, _DTYPES[entry["dtype"]], tuple(shape[1:]))
+        self._descriptor = os.open(path, os.O_RDONLY)
 
-def mapped(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file, of which the system reads what is looked at. Not to be written to."""
-    whole = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
-    return {
-        name: whole[begin:end].view(_DTYPES[dtype]).view(shape)
-        for name, (begin, end, dtype, shape) in _layout(path).items()
-    }
+    def read(self, name: str, start: int, out: Tensor) -> None:
+        """Rows of a tensor from `start` on into `out` [rows, ...], which is contiguous, on the CPU, of their dtype.
+
+        Raises:
+            DamagedFileError if the file ends before.
+        """
+        if not out.numel():
+            return
+        column, view = self.columns[name], out.view(torch.uint8).numpy().reshape(-1)
+        offset = column.begin + start * column.row_bytes
+        if hasattr(os, "preadv"):
+            count = os.preadv(self._descriptor, [view.data], offset)
+        else:
+            found = os.pread(self._descriptor, view.nbytes, offset)
+            view[: len(found)] = np.frombuffer(found, np.uint8)
+            count = len(found)
+        if count != view.nbytes:
+            raise DamagedFileError(self.path, "it is shorter than when it was opened")
+
+    def will_need(self, name: str, start: int, count: int) -> None:
+        """Have the system read rows ahead, without waiting for it."""
+        if hasattr(os, "posix_fadvise"):
+            column = self.columns[name]
+            offset, size = column.begin + start * column.row_bytes, count * column.row_bytes
+            os.posix_fadvise(self._descriptor, offset, size, os.POSIX_FADV_WILLNEED)
+
+    def __del__(self) -> None:
+        with suppress(AttributeError):  # not opened
+            os.close(self._descriptor)
