@@ -89,6 +89,9 @@ class SRDConfig(TrainingArguments):
 
     # Here a loss that is not finite ends the run, and looking for one waits for the device twice a batch.
     logging_nan_inf_filter: bool = _described(False, "Replace losses that are not finite in the logs.")
+    torch_compile: Any = _described(
+        None, "Compile the layers of the student and of a live teacher: true, false, or null: on a GPU, for long runs."
+    )
     learning_rate: float = _described(1e-4, "Peak learning rate of each stage's cosine.")
     logging_steps: float = _described(10, "Steps between training logs.")
     divergence: str = _described("skew_reverse_kl", "Name of the divergence; see divergence_names().")
@@ -171,6 +174,8 @@ class SRDConfig(TrainingArguments):
                 )
         if self.temperature_scaling not in (True, False, "official"):
             raise UserError(f"temperature_scaling must be true, false or 'official', got {self.temperature_scaling!r}")
+        if self.torch_compile not in (True, False, None):
+            raise UserError(f"torch_compile must be true, false or null, got {self.torch_compile!r}")
         if self.padding_free not in (True, False, "auto"):
             raise UserError(f"padding_free must be true, false or 'auto', got {self.padding_free!r}")
         if self.teacher_cache is not None:

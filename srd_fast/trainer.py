@@ -58,6 +58,10 @@ from .watch import DivergenceTrend, not_finite
 logger = logging.getLogger(__name__)
 
 
+# An H100 saved 40 to 100 ms a step (Qwen2.5 1.5B to 0.5B, batches of 8 and 16) and took half a minute to compile.
+_COMPILE_FROM_STEPS = 1000
+
+
 class _StepHooks(TrainerCallback):
     """Drops the optimizer's state before the first step of each later stage, and sums up the seconds of steps.
 
@@ -181,7 +185,7 @@ class SRDTrainer(Trainer):
         flattened = isinstance(self.data_collator, DistillationCollator) and self._takes_flattened()
         if isinstance(self.data_collator, DistillationCollator):
             self.data_collator.flatten = flattened
-        if args.torch_compile:
+        if self._compiles():
             self._compile(flattened)
         cache = self.teacher if isinstance(self.teacher, TeacherCache) else None
         self._collate = StepCollator(self.data_collator, cache)
@@ -258,6 +262,14 @@ class SRDTrainer(Trainer):
                 logger.warning("batches are padded, because the %s cannot go without: %s", name, reason)
                 return False
         return True
+
+    def _compiles(self) -> bool:
+        """What `torch_compile` says; if nothing, whether the run is on a GPU and long enough to pay for compiling."""
+        args = self.args
+        if args.torch_compile is not None:
+            return bool(args.torch_compile)
+        steps = args.max_steps if args.max_steps > 0 else self.curriculum.total_steps
+        return args.device.type == "cuda" and steps >= _COMPILE_FROM_STEPS
 
     def _compile(self, flattened: bool) -> None:
         """Compile the layers of every model that runs; which are not, and why, is said once."""

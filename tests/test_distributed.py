@@ -32,6 +32,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "frozen embeddings": {"architecture": "llama_untied", "freeze": "embed_tokens"},
     "micro-batches": {"architecture": "llama", "max_tokens_per_batch": 48},
+    "compiled layers": {"architecture": "llama", "torch_compile": True, "torch_compile_backend": "eager"},
     "softcap, checkpointing": {"architecture": "gemma2", "divergence": "forward_kl", "gradient_checkpointing": True},
 }
 # Apart from the others: bfloat16 rounds another sum on each rank.

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -246,6 +247,31 @@ def test_a_collator_of_ones_own_gets_its_rows_too(tokenizer: PreTrainedTokenizer
         trainer.train()
         losses.append([e["divergence"] for e in trainer.state.log_history if "divergence" in e])
     assert losses[1] == pytest.approx(losses[0], rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("device", "given", "steps", "max_steps", "compiles"),
+    [
+        ("cuda", None, 1000, -1, True),
+        ("cuda", None, 999, -1, False),
+        ("cuda", None, 5000, 999, False),
+        ("cuda", None, 5000, 1000, True),
+        ("cuda", False, 5000, -1, False),
+        ("cuda", True, 10, -1, True),
+        ("cpu", None, 5000, -1, False),
+        ("cpu", True, 10, -1, True),
+    ],
+)
+def test_long_runs_on_a_gpu_are_compiled(device: str, given: Any, steps: int, max_steps: int, compiles: bool) -> None:
+    args = SimpleNamespace(torch_compile=given, max_steps=max_steps, device=torch.device(device))
+    trainer: Any = SimpleNamespace(args=args, curriculum=SimpleNamespace(total_steps=steps))
+    assert SRDTrainer._compiles(trainer) is compiles
+    assert config().torch_compile is None
+
+
+def test_what_torch_compile_takes() -> None:
+    with pytest.raises(UserError, match="torch_compile must be true, false or null, got 'sometimes'"):
+        config(torch_compile="sometimes")
 
 
 # Steps that are not finite.
