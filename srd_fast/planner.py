@@ -5,6 +5,7 @@ imports) or allowed for (`_KEPT`).
 """
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -23,8 +24,9 @@ from .curation import CurriculumPlan
 from .data import IGNORE_INDEX, divide_by_tokens, read_source
 from .dry_step import Batch, Simulated, simulate
 from .errors import UserError
+from .losses import expect_logits
 from .run_config import RunConfig
-from .steps import LIVE, Run
+from .steps import LIVE, Run, expected_logits
 from .steps.cache import check_cache
 from .steps.data import QUICKSTART_ROWS
 from .steps.run import QUICKSTART
@@ -292,7 +294,8 @@ def plan(config: RunConfig) -> MemoryPlan:
             return _train_batch(lengths, config, args, flattened)
         return _evaluation_batch(lengths, config, args.per_device_eval_batch_size, flattened)
 
-    made = simulate(config, args, largest)
+    with expect_logits(expected_logits(run) or math.inf):
+        made = simulate(config, args, largest)
     parts = {**made.parts, "process": _CUDA_BASE if run.device.type == "cuda" else _process_bytes()}
     parts["cache rows"] = 2 * made.batch.rows * made.row_bytes
     kept = (
