@@ -82,7 +82,9 @@ class Session:
             [s for c, s in self.seconds.items() if ("compiled" in c.side) == compiled],
             [*self.seconds.values()],
         )
-        return max(next((seconds for seconds in alike if seconds), [FIRST_SECONDS]))
+        # A machine's first process of a kind reads and compiles what later ones find there: the least is what to expect.
+        # A cell that does take longer is ended in time.
+        return min(next((seconds for seconds in alike if seconds), [FIRST_SECONDS]))
 
     def has_time(self, cell: Cell) -> bool:
         """Whether the cell will probably end in time."""

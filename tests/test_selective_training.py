@@ -181,7 +181,7 @@ def test_batches_without_padding_give_the_same(policy: str, tokenizer: PreTraine
         args = config(position_selection=policy, position_ratio=0.3, padding_free=padding_free, position_steps=4)
         runs.append(make(tokenizer, args=args))
         runs[-1].train()
-        assert runs[-1].data_collator.flatten == padding_free
+        assert runs[-1].data_collator.collate.flatten == padding_free
     assert runs[0].losses == pytest.approx(runs[1].losses, rel=1e-5)
     assert runs[0].selection.selected.histogram() == runs[1].selection.selected.histogram()
     for found, wanted in zip(runs[0].gradients, runs[1].gradients):

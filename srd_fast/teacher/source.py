@@ -33,13 +33,16 @@ class TeacherSource(Protocol):
         """
 
 
-def rows_with_loss(states_BLD: Tensor, batch: Mapping[str, Any]) -> Tensor:
+def rows_with_loss(states_BLD: Tensor, batch: Mapping[str, Any] | Tensor) -> Tensor:
     """[N, D]: the states that predict a label, sample by sample: state i predicts label i + 1.
 
     Args:
         states_BLD: [B, L, D].
-        batch: with labels [B, L]. What `with_loss_rows` added spares a GPU the search, for which the host would wait.
+        batch: with labels [B, L], or these alone. What `with_loss_rows` added spares a GPU the search, for which the
+            host would wait.
     """
+    if isinstance(batch, Tensor):
+        batch = {"labels": batch}
     if "loss_rows" in batch:
         return states_BLD.flatten(0, 1).index_select(0, batch["loss_rows"])
     return states_BLD[:, :-1][batch["labels"][:, 1:] != IGNORE_INDEX]
