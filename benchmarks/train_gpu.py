@@ -82,8 +82,8 @@ class Session:
             [s for c, s in self.seconds.items() if ("compiled" in c.side) == compiled],
             [*self.seconds.values()],
         )
-        # A machine's first process of a kind reads and compiles what later ones find there: the least is what to expect.
-        # A cell that does take longer is ended in time.
+        # A machine's first process of a kind reads and compiles what later ones find there, so the least is what to
+        # expect. A cell that does take longer is ended in time.
         return min(next((seconds for seconds in alike if seconds), [FIRST_SECONDS]))
 
     def has_time(self, cell: Cell) -> bool:

@@ -175,6 +175,13 @@ class SRDTrainer(Trainer):
         with self.accelerator.autocast():
             plan = select_samples(plan, train, model, processing_class, args.sample_selection, args.sample_ratio)
         self.curriculum = make_curriculum(plan, train, args)
+        if args.max_steps > self.curriculum.total_steps:
+            raise UserError(
+                f"max_steps is {args.max_steps} but the curriculum has {self.curriculum.total_steps} steps; raise "
+                "epochs_per_stage, or leave max_steps out"
+            )
+        if args.max_tokens_per_batch:
+            self._check_lengths()
         self.teacher = self._teacher_source(teacher_model, evaluation)
         check_vocabularies(head_S.shape[0], self.teacher.num_classes)
         if args.class_sampling and head_S.shape[0] > self.teacher.num_classes:
@@ -191,13 +198,7 @@ class SRDTrainer(Trainer):
         self._collate = StepCollator(self.data_collator, cache)
         self.data_collator = self._collate
         if args.max_tokens_per_batch:
-            self._check_lengths()
             self.data_collator = TokenBatches(self._collate, args.max_tokens_per_batch, flattened)
-        if args.max_steps > self.curriculum.total_steps:
-            raise UserError(
-                f"max_steps is {args.max_steps} but the curriculum has {self.curriculum.total_steps} steps; raise "
-                "epochs_per_stage, or leave max_steps out"
-            )
         self._hooks = _StepHooks(self.curriculum, args.reset_optimizer)
         self.add_callback(self._hooks)
         self._loss_options = {
