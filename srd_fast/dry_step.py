@@ -147,14 +147,14 @@ def _loss_sizes(
     autocast = args.bf16 or args.fp16
     # The products run in autocast's dtype; a float32 loss gets a teacher in float32.
     gemm = run.dtype if autocast else head.dtype
+    logits = args.logits or gemm
     sides = [classes, *([teacher_classes] if config.cache.kind in (LIVE, "hidden") else [])]
     if len(sides) == 1:
-        backend = compact_backend(args.backend, run.device, args.logits or gemm, classes)
+        backend = compact_backend(args.backend, run.device, logits, classes)
     else:
         divergence = get_divergence(args.divergence).bind(args.skew, args.beta)
-        backend = row_backend(args.backend, run.device, args.logits or gemm, max(sides), divergence, True)[1]
+        backend = row_backend(args.backend, run.device, logits, max(sides), divergence, True)[1]
     temporary = EAGER_BUFFERS * max(sides) * 4 if backend == "eager" else 0
-    logits = args.logits or gemm
     # The gradient replaces the student's logits unless those are wider.
     buffers = [(s, logits) for s in sides]
     buffers += [(classes, gemm)] if training and logits != gemm else []

@@ -67,6 +67,10 @@ class Candidates:
     def __post_init__(self) -> None:
         self.counts = self.counts or self.counts_B.tolist()
 
+    def total_share(self, ratio: float) -> int:
+        """The sum of `share_of` the counts, known on the host."""
+        return sum(share_of(torch.tensor(self.counts), ratio).tolist())
+
 
 @dataclass(frozen=True)
 class Chosen:
@@ -111,7 +115,7 @@ def _neighbours(candidates: Candidates, signal: str, descending: bool, low_B: Te
     width_B = share_of(counts_B, ratio)
     first_B = counts_B.cumsum(0) - counts_B
     first_B = first_B if low_B is None else first_B + low_B
-    total = sum(share_of(torch.tensor(candidates.counts), ratio).tolist())
+    total = candidates.total_share(ratio)
     sample_K = _sample_of_rows(width_B, total)
     place_K = torch.arange(total, device=values_N.device) - (width_B.cumsum(0) - width_B)[sample_K]
     return order_N[first_B[sample_K] + place_K].sort().values
@@ -212,8 +216,7 @@ class DrawnPositions:
         starts_B = ends_B - counts_B
         edges = torch.nn.functional.pad(cumulative_N, (1, 0))
         low_B, total_B = edges[starts_B], edges[ends_B] - edges[starts_B]
-        draws = sum(share_of(torch.tensor(candidates.counts), self.ratio).tolist())
-        of_draw = _sample_of_rows(draws_B, draws)
+        of_draw = _sample_of_rows(draws_B, candidates.total_share(self.ratio))
         u = torch.rand(len(of_draw), dtype=torch.float64, device=values_N.device, generator=candidates.generator)
         drawn = torch.searchsorted(cumulative_N, low_B[of_draw] + u * total_B[of_draw], right=True)
         drawn = torch.minimum(torch.maximum(drawn, starts_B[of_draw]), ends_B[of_draw] - 1)
