@@ -1,5 +1,6 @@
 """SmolLM2-135M-Instruct, fetched once: cut to 8 layers it learns from its teacher in 8 steps."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,16 @@ pytestmark = pytest.mark.slow
 NAME = "smollm2-135m-instruct"
 
 
-def test_a_pruned_student_learns(tmp_path: Path) -> None:
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
     torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_a_pruned_student_learns(tmp_path: Path) -> None:
     teacher, student = load_model(NAME), load_model(NAME)
     check_head(teacher, "teacher")
     assert prune_depth(student, 8) == [0, 1, 2, *range(25, 30)]

@@ -22,7 +22,7 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
-from test_cli import srd_fast
+from test_cli import process, srd_fast
 from test_reflection import ROWS, Scripted, end_of_prompt, prompts_of
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -755,10 +755,12 @@ def prepared(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.fixture(scope="module")
 def quiet(prepared: Path, config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run folder after `srd-fast reflect` without a disturbance. Shared."""
+    """The run folder after `srd-fast reflect` without a disturbance, in a process of its own. Shared."""
     folder = Path(shutil.copytree(prepared, tmp_path_factory.mktemp("quiet") / "run"))
-    result = srd_fast("reflect", config_file, f"output_dir={folder}")
-    assert result.steps("done in") == ["reflect"], result
+    with process("reflect", config_file, f"output_dir={folder}") as undisturbed:
+        out, err = undisturbed.communicate(timeout=300)
+    assert undisturbed.returncode == 0, err
+    assert "reflect: done in" in out
     return folder
 
 
@@ -865,7 +867,8 @@ def test_a_kill_at_any_touch_of_a_file_changes_nothing(run: Reflection, tmp_path
 def test_a_command_killed_at_random_moments_ends_as_an_undisturbed_one(
     prepared: Path, quiet: Path, config_file: Path, tmp_path: Path
 ) -> None:
-    expected, generator, kills, resumed = (quiet / "reflections.parquet").read_bytes(), random.Random(0), 0, []
+    expected = pq.read_table(quiet / "reflections.parquet").to_pylist()
+    generator, kills, resumed = random.Random(0), 0, []
     folder = tmp_path / "run"
 
     def finished_parts() -> int:
@@ -891,7 +894,9 @@ def test_a_command_killed_at_random_moments_ends_as_an_undisturbed_one(
             kills += 1
             resumed.append(finished_parts())
             continue
-        assert (folder / "reflections.parquet").read_bytes() == expected
+        written = folder / "reflections.parquet"
+        assert pq.read_table(written).to_pylist() == expected
+        assert written.read_bytes() == (quiet / written.name).read_bytes()
         assert not (folder / "reflections.parts").exists()
         shutil.rmtree(folder)
         if kills == 10:
