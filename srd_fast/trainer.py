@@ -37,6 +37,7 @@ from .models import (
     check_tokenizers,
     compile_layers,
     enable_flattening,
+    enable_shared_prefix,
     find_head,
     hidden_states,
     load_model,
@@ -192,6 +193,7 @@ class SRDTrainer(Trainer):
         flattened = isinstance(self.data_collator, DistillationCollator) and self._takes_flattened()
         if isinstance(self.data_collator, DistillationCollator):
             self.data_collator.flatten = flattened
+            self.data_collator.share_prefix = flattened and self._shares_prefix()
         if self._compiles():
             self._compile(flattened)
         cache = self.teacher if isinstance(self.teacher, TeacherCache) else None
@@ -263,6 +265,16 @@ class SRDTrainer(Trainer):
                 logger.warning("batches are padded, because the %s cannot go without: %s", name, reason)
                 return False
         return True
+
+    def _shares_prefix(self) -> bool:
+        """Whether what all samples of a flattened batch begin with may stand in it once."""
+        if self.args.neftune_noise_alpha is not None:  # noise of its own for each sample
+            return False
+        live = [self.teacher.model] if isinstance(self.teacher, LiveTeacher) else []
+        if not live and not isinstance(self.teacher, TeacherCache):
+            return False  # a source of the user's own
+        models: list[Any] = [self.model, *live]
+        return all(enable_shared_prefix(model) is None for model in models)
 
     def _compiles(self) -> bool:
         """What `torch_compile` says; if nothing, whether the run is on a GPU and long enough to pay for compiling."""

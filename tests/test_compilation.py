@@ -189,7 +189,7 @@ def test_with_a_kernel_a_layer_is_one_graph_around_it(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("flattened", [True, False])
-@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("reentrant", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_gradient_checkpointing_stays_outside(flattened: bool, reentrant: bool) -> None:
     model = make(flattened=flattened)
     reference = copy.deepcopy(model)
@@ -204,7 +204,7 @@ def test_gradient_checkpointing_stays_outside(flattened: bool, reentrant: bool) 
     assert counter.frame_count <= before + 2 * (1 if flattened else 2)
 
 
-@pytest.mark.parametrize("flattened", [True, False])
+@pytest.mark.parametrize("flattened", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_lora(flattened: bool) -> None:
     peft = pytest.importorskip("peft")
     options = peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
@@ -223,7 +223,7 @@ def test_lora(flattened: bool) -> None:
         assert_same(hidden_states(merged, inputs), hidden_states(expected, inputs), 1e-5)
 
 
-@pytest.mark.parametrize("flattened", [True, False])
+@pytest.mark.parametrize("flattened", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_dropout_is_drawn_anew_in_each_pass(flattened: bool) -> None:
     model = make("gpt2", flattened, attn_pdrop=0.3, resid_pdrop=0.1)
     assert compile_layers(model, flattened=flattened, backend="eager") is None
@@ -244,7 +244,8 @@ def test_the_operation_has_the_gradients_of_its_parts(window: int, dropout: floa
     torch.manual_seed(1)
     expected = varlen._attend_by_length(*inputs, [4, 4, 3], window or None, 0.5, dropout)
     torch.manual_seed(1)
-    found, _ = varlen._attend_in_samples(*inputs, starts, window, 0.5, dropout)
+    apart = torch.empty(0, dtype=torch.int32)
+    found, _ = varlen._attend_in_samples(*inputs, starts, window, 0.5, dropout, apart)
     assert torch.equal(found, expected)
     weights = torch.cos(torch.arange(found.numel())).view_as(found)
     torch.manual_seed(2)
@@ -253,7 +254,7 @@ def test_the_operation_has_the_gradients_of_its_parts(window: int, dropout: floa
     assert torch.equal(torch.get_rng_state(), before)
     for a, b in zip(gradients, torch.autograd.grad((expected * weights).sum(), inputs)):
         assert_same(a, b, 1e-12)
-    torch.library.opcheck(varlen._attend_in_samples, (*inputs, starts, window, 0.5, 0.0))
+    torch.library.opcheck(varlen._attend_in_samples, (*inputs, starts, window, 0.5, 0.0, apart))
 
 
 def test_generation_runs_uncompiled() -> None:
@@ -462,15 +463,17 @@ LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": Fal
 @pytest.mark.parametrize(
     "fields",
     [
-        {},
-        {"padding_free": False},
-        {"gradient_checkpointing": True},
-        {"gradient_checkpointing": True, "padding_free": False},
-        {"adapters": LORA},
-        {"adapters": LORA, "gradient_checkpointing": True},
-        {"bf16": True},
+        pytest.param(fields, id="-".join(fields) or "plain", marks=() if by_default else pytest.mark.slow)
+        for by_default, fields in (
+            (True, {}),
+            (False, {"padding_free": False}),
+            (False, {"gradient_checkpointing": True}),
+            (False, {"gradient_checkpointing": True, "padding_free": False}),
+            (False, {"adapters": LORA}),
+            (True, {"adapters": LORA, "gradient_checkpointing": True}),
+            (True, {"bf16": True}),
+        )
     ],
-    ids=lambda fields: "-".join(fields) or "plain",
 )
 def test_training_follows_the_uncompiled_curve(
     fields: dict[str, Any], tokenizer: PreTrainedTokenizerFast, tmp_path: Path, caplog: pytest.LogCaptureFixture

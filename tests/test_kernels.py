@@ -131,7 +131,7 @@ EQUAL_ROWS = list(product(BACKENDS, DTYPES))
 def test_kl_of_identical_rows_is_zero(backend: str, dtype: torch.dtype) -> None:
     for classes in ((97, 97), (100, 90)) if backend != "compile" else ((97, 97),):
         sample = make_rows("identical", 9, classes, dtype)
-        for temperature in (2.0,) if backend == "compile" else TEMPERATURES:
+        for temperature in TEMPERATURES if backend == "eager" else (2.0,):
             for divergence in ("forward_kl", "reverse_kl"):
                 # Vectorised loops may sum the same exponentials in another order on either side.
                 allowed = 0.0 if backend == "eager" else rounding(max(classes))
@@ -556,7 +556,7 @@ def test_logits_in_float32_make_the_hidden_gradient_more_exact(backend: str) -> 
 @pytest.mark.parametrize("case", ["mean", "none"])
 @pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "compile"])
 def test_head_gradient_over_many_chunks_is_as_exact_as_over_one(backend: str, case: str) -> None:
-    rows_ = 40 if backend == "triton" else 600
+    rows_ = 16 if backend == "triton" else 600
     p = problem(shape=(rows_,), widths=(4, 4), classes=(23, 23), ignored=0.0).to(torch.bfloat16).to(torch.float64)
     wanted = gradients(p, p.run(divergence="forward_kl").loss)
     found = []

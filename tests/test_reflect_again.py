@@ -73,7 +73,10 @@ def test_summary_and_page_say_it(finished: Path) -> None:
     assert "samples exchanged" in page
 
 
-@pytest.mark.parametrize("where", ["reflection", "plan", "training"])
+@pytest.mark.parametrize(
+    "where",
+    [pytest.param("reflection", marks=pytest.mark.slow), pytest.param("plan", marks=pytest.mark.slow), "training"],
+)
 def test_stopped_it_goes_on_to_the_same_weights(
     where: str, settings: dict[str, Any], finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from .tokenisation import IGNORE_INDEX
+from ..models import shared_starts
+from .tokenisation import IGNORE_INDEX, first_label
 
 
 def pad_right(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
@@ -30,29 +31,60 @@ class DistillationCollator:
 
     Labels stand at their own tokens, to be shifted by one later. The first label of a sample has no token before it, so
     in a flattened batch it is always -100: shifted, nothing is predicted across the border of two samples.
+
+    With `share_prefix` the tokens that samples of a flattened batch begin with in common, such as a prompt template's,
+    stand once, all such beginnings in front of all samples, which keep their order. cu_seq_lens counts a beginning as a
+    sample of its own; continues, a list [B], says with which of them each sample begins, or -1. A beginning ends before
+    the token that predicts a first label, so no loss is its.
     """
 
     pad_token_id: int
     flatten: bool = False
+    share_prefix: bool = False
 
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """Collate."""
         ids = [s["input_ids"] for s in samples]
         if self.flatten:
-            starts = np.cumsum([0, *map(len, ids)], dtype=np.int32)
-            labels = np.concatenate([np.asarray(s["labels"], np.int64) for s in samples])
-            labels[starts[:-1]] = IGNORE_INDEX
-            return {
-                "input_ids": torch.from_numpy(np.concatenate([np.asarray(x, np.int64) for x in ids]))[None],
-                "position_ids": torch.from_numpy(np.concatenate([np.arange(len(x)) for x in ids]))[None],
-                "labels": torch.from_numpy(labels)[None],
-                "cu_seq_lens": torch.from_numpy(starts),
-            }
+            return self._flattened([np.asarray(x, np.int64) for x in ids], [s["labels"] for s in samples])
         return {
             "input_ids": pad_right(ids, self.pad_token_id),
             "attention_mask": pad_right([[1] * len(x) for x in ids], 0),
             "labels": pad_right([s["labels"] for s in samples], IGNORE_INDEX),
         }
+
+    def _flattened(self, ids: list[np.ndarray], labels: list[Sequence[int]]) -> dict[str, Any]:
+        starts, continues = _shared(ids, labels) if self.share_prefix else ([], [])
+        begins = [len(starts[k]) if k >= 0 else 0 for k in continues] or [0] * len(ids)
+        parts = [*starts, *(x[n:] for x, n in zip(ids, begins))]
+        positions = [np.arange(len(x)) for x in starts] + [np.arange(n, len(x)) for x, n in zip(ids, begins)]
+        borders = np.cumsum([0, *map(len, parts)], dtype=np.int32)
+        labels_L = np.concatenate(
+            [
+                *(np.full(len(x), IGNORE_INDEX) for x in starts),
+                *(np.asarray(y, np.int64)[n:] for y, n in zip(labels, begins)),
+            ]
+        )
+        labels_L[borders[:-1]] = IGNORE_INDEX
+        batch = {
+            "input_ids": torch.from_numpy(np.concatenate(parts))[None],
+            "position_ids": torch.from_numpy(np.concatenate(positions))[None],
+            "labels": torch.from_numpy(labels_L)[None],
+            "cu_seq_lens": torch.from_numpy(borders),
+        }
+        return {**batch, "continues": continues} if starts else batch
+
+
+def _shared(ids: list[np.ndarray], labels: list[Sequence[int]]) -> tuple[list[np.ndarray], list[int]]:
+    """Token ids of each beginning that samples have in common, and for each sample which it begins with, or -1."""
+    # Whatever is in front of a first label predicts it, and a sample keeps one token at least.
+    prompts = [x[: max(0, min(len(x), first_label(y)) - 1)].tolist() for x, y in zip(ids, labels)]
+    *groups, _ = shared_starts(prompts, least_rows=2)
+    continues = [-1] * len(ids)
+    for k, (_, members) in enumerate(groups):
+        for i in members:
+            continues[i] = k
+    return [np.asarray(start, np.int64) for start, _ in groups], continues
 
 
 def with_loss_rows(batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -64,7 +96,7 @@ def with_loss_rows(batch: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
         The batch and loss_rows [N] int64: places, in the states of all tokens one after the other, that predict a label
         other than -100; loss_labels [N] int64: those labels; loss_counts: how many each sample has, a list;
-        of a flattened batch sample_lengths, a list.
+        of a flattened batch sample_lengths, a list, shared beginnings first.
     """
     labels_BL = batch["labels"].numpy()
     has_loss_BL = labels_BL[:, 1:] != IGNORE_INDEX
@@ -74,8 +106,9 @@ def with_loss_rows(batch: Mapping[str, Any]) -> dict[str, Any]:
     if "cu_seq_lens" not in batch:
         return {**batch, **added, "loss_counts": has_loss_BL.sum(1).tolist()}
     starts = batch["cu_seq_lens"].numpy()
-    # A row counts to the sample of the label that it predicts.
+    # A row counts to the sample of the label that it predicts; shared beginnings have none.
     counts = np.diff(np.searchsorted(rows_N, starts - 1))
+    counts = counts[-len(batch["continues"]) :] if "continues" in batch else counts
     return {**batch, **added, "loss_counts": counts.tolist(), "sample_lengths": np.diff(starts).tolist()}
 
 

@@ -1,7 +1,7 @@
 """Causal language models as distillation sees them: a body that gives hidden states, a head that gives logits."""
 
 from .compilation import compile_layers, uncompile_layers
-from .flattening import enable_flattening
+from .flattening import enable_flattening, enable_shared_prefix
 from .heads import check_head, find_head, hidden_states, unwrap
 from .loading import (
     check_tokenizers,
@@ -22,6 +22,7 @@ __all__ = [
     "common_prefix",
     "compile_layers",
     "enable_flattening",
+    "enable_shared_prefix",
     "find_head",
     "fingerprint",
     "hidden_states",

@@ -4,6 +4,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -58,6 +59,55 @@ def enable_flattening(model: nn.Module) -> str | None:
         for config, implementation in before:
             config._attn_implementation_internal = implementation
     return reason
+
+
+def enable_shared_prefix(model: nn.Module) -> str | None:
+    """See whether flattened batches may have once what several of their samples begin with, in front of all samples.
+
+    Samples behind two beginnings, flattened and padded, must have the same hidden states and gradients, as in
+    `enable_flattening`.
+
+    Args:
+        model: one that takes flattened batches; left as it was.
+
+    Returns:
+        None, or in one clause why not.
+    """
+    inner: Any = unwrap(model)
+    if inner.config._attn_implementation != IMPLEMENTATION:
+        return f"its attention implementation is {inner.config._attn_implementation}"
+    embedding = inner.get_input_embeddings()
+    device, dtype = embedding.weight.device, embedding.weight.dtype
+    if device.type == "cuda":
+        return "on a GPU each sample has keys of its own"
+    if any(p.requires_grad for p in model.parameters()) and _drops(inner):
+        return "one dropout of the beginning would be that of all samples"
+    padded, flattened = _prefix_batches(embedding.weight.shape[0], device)
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        wanted, found = (_hidden_and_gradient(model, embedding, batch) for batch in (padded, flattened))
+    except Exception as e:  # as in enable_flattening
+        return first_line(e)
+    finally:
+        for module, training in modes:
+            module.training = training
+    for what, tolerance, a_BLD, b_BLD in zip(("hidden states", "gradients"), TOLERANCE[dtype], wanted, found):
+        # A beginning's gradients are those of all samples with it.
+        expected_LD, found_LD = _by_place(a_BLD, padded), _by_place(b_BLD, flattened)
+        if what == "hidden states":
+            expected_LD = expected_LD / _by_place(torch.ones_like(a_BLD), padded)
+        difference = row_error(found_LD, expected_LD)
+        if not difference <= tolerance:
+            return f"its {what} behind a shared beginning come out different by {difference:.1e} ({dtype})"
+    return None
+
+
+def _drops(inner: Any) -> bool:
+    """Whether training drops any value at random, as far as modules and the configuration say."""
+    config = inner.config.get_text_config() if hasattr(inner.config, "get_text_config") else inner.config
+    rates = [v for n, v in config.to_dict().items() if "drop" in n and isinstance(v, float)]
+    return any(rates) or any(m.p > 0 for m in inner.modules() if isinstance(m, nn.modules.dropout._DropoutNd))
 
 
 def unfit(inner: Any) -> str | None:
@@ -164,15 +214,59 @@ def probe_batches(vocabulary: int, device: torch.device) -> tuple[dict[str, Tens
     }
 
 
-def _hidden_and_gradient(model: nn.Module, embedding: nn.Module, batch: Mapping[str, Tensor]) -> list[Tensor]:
-    """Hidden states; if a parameter is trained, also the gradients of the input embeddings: each [B, L, D]."""
+# Of a probe's beginnings, and of each sample: which it goes on from, tokens of its own. Two neighbours are alike.
+_FRONTS = (9, 11)
+_BEHIND = ((0, 5), (1, 1), (1, 1), (-1, 6), (0, 12))
+
+
+def _prefix_batches(vocabulary: int, device: torch.device) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Samples behind beginnings, padded and flattened; places [B, L]: each token's number in the flattened batch."""
+    borders = [0, *accumulate((*_FRONTS, *(n for _, n in _BEHIND)))]
+    ids, parts = torch.arange(1, borders[-1] + 1) * 7919 % vocabulary, [*map(torch.arange, borders, borders[1:])]
+    behind = list(enumerate((front for front, _ in _BEHIND), len(_FRONTS)))
+    rows = [parts[i] if front < 0 else torch.cat((parts[front], parts[i])) for i, front in behind]
+    places = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    has_loss = torch.arange(borders[-1]) >= sum(_FRONTS)
+    own = [(0 if front < 0 else _FRONTS[front], n) for front, n in _BEHIND]
+    positions = [*map(torch.arange, _FRONTS), *(torch.arange(begin, begin + n) for begin, n in own)]
+    padded = {
+        "input_ids": ids[places],
+        "attention_mask": mask,
+        "places": places,
+        "weights": mask * has_loss[places],
+    }
+    flattened = {
+        "input_ids": ids[None],
+        "position_ids": torch.cat(positions)[None],
+        "cu_seq_lens": torch.tensor(borders, dtype=torch.int32),
+        "places": torch.arange(borders[-1])[None],
+        "weights": has_loss.long()[None],
+    }
+    moved: Any = [{name: x.to(device) for name, x in batch.items()} for batch in (padded, flattened)]
+    return moved[0], moved[1] | {"continues": [front for front, _ in _BEHIND]}
+
+
+def _by_place(x_BLD: Tensor, batch: Mapping[str, Any]) -> Tensor:
+    """[tokens, D]: for each place the sum over the samples that have it."""
+    own = batch.get("attention_mask", torch.ones_like(batch["places"])).bool()
+    places = batch["places"][own]
+    return x_BLD.new_zeros(int(places.max()) + 1, x_BLD.shape[-1]).index_add_(0, places, x_BLD[own])
+
+
+def _hidden_and_gradient(model: nn.Module, embedding: nn.Module, batch: Mapping[str, Any]) -> list[Tensor]:
+    """Hidden states; if a parameter is trained, also the gradients of the input embeddings: each [B, L, D].
+
+    The gradients are of a sum over the tokens, those whose key `weights` is 0 left out.
+    """
     trained = any(p.requires_grad for p in model.parameters())
     with captured(embedding) as embeddings, torch.set_grad_enabled(trained):
         hidden_BLD = hidden_states(model, batch)
         if not trained:
             return [hidden_BLD]
         # A direction of its own for each token, the same for it in both batches; 0 for padding.
-        ids, mask = batch["input_ids"], batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+        ids = batch["input_ids"]
+        mask = batch.get("weights", batch.get("attention_mask", torch.ones_like(ids)))
         column = torch.arange(hidden_BLD.shape[-1], device=ids.device)
         direction_BLD = torch.cos(ids[..., None] + 1.7 * column) * mask[..., None]
         (gradient_BLD,) = torch.autograd.grad((hidden_BLD * direction_BLD).sum(), embeddings[-1:])

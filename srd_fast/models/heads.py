@@ -26,7 +26,9 @@ def hidden_states(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         model: a causal language model; `enable_flattening` says whether it takes flattened batches.
         batch: input_ids and attention_mask, each [B, L], or a flattened batch: input_ids and position_ids, each [1, L],
             and cu_seq_lens [B + 1] int32, where each sample begins, then L. Without its sample_lengths, a list of B
-            numbers, this waits for cu_seq_lens, unless that is on the CPU. Other keys do not matter.
+            numbers, this waits for cu_seq_lens, unless that is on the CPU. With
+            continues, a list, the last of its samples, as many as that is long, go on from earlier ones: number
+            continues[i], or none for -1 (see `enable_shared_prefix`). Other keys do not matter.
 
     Returns:
         [B, L, D]; of a flattened batch, [1, L, D].
@@ -36,7 +38,8 @@ def hidden_states(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     if "cu_seq_lens" not in batch:
         return inner.base_model(input_ids=ids, attention_mask=batch["attention_mask"], **options).last_hidden_state
     implementation = inner.config._attn_implementation
-    keywords = varlen_keywords(batch["cu_seq_lens"], ids.device, implementation, batch.get("sample_lengths"))
+    lengths, continues = batch.get("sample_lengths"), batch.get("continues")
+    keywords = varlen_keywords(batch["cu_seq_lens"], ids.device, implementation, lengths, continues)
     if implementation == IMPLEMENTATION:
         # transformers looks in position_ids for samples, and waits for the answer, unless it gets a mask.
         keywords["attention_mask"] = torch.ones(1, 1, dtype=torch.bool, device=ids.device).expand_as(ids)

@@ -28,15 +28,16 @@ def common_prefix(rows: Sequence[list[int]]) -> list[int]:
     return [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(low, high))]
 
 
-def shared_starts(rows: Sequence[Sequence[int]]) -> list[tuple[list[int], list[int]]]:
+def shared_starts(rows: Sequence[Sequence[int]], least_rows: int = LEAST_ROWS) -> list[tuple[list[int], list[int]]]:
     """(tokens, indices of the rows that begin with them): groups that leave the most tokens out, each token run once.
 
-    The last group is what shares with too few others; its tokens are none. Within a group rows keep their order.
+    A group has `least_rows` rows and LEAST_TOKENS tokens at least. The last is what shares with too few others; its
+    tokens are none. Within a group rows keep their order.
     """
 
     def divide(members: list[int], depth: int = 0) -> tuple[int, list[tuple[list[int], list[int]]]]:
         """Tokens that are spared, and the groups."""
-        if len(members) < LEAST_ROWS or depth > _DEEPEST:
+        if len(members) < least_rows or depth > _DEEPEST:
             return 0, []
         start = common_prefix([list(rows[i]) for i in members])
         spared = (len(members) - 1) * len(start) if len(start) >= LEAST_TOKENS else 0

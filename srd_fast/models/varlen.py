@@ -52,7 +52,11 @@ def flattened_forward() -> Iterator[None]:
 
 
 def varlen_keywords(
-    cu_seq_lens: Tensor, device: torch.device, implementation: str, sample_lengths: list[int] | None = None
+    cu_seq_lens: Tensor,
+    device: torch.device,
+    implementation: str,
+    sample_lengths: list[int] | None = None,
+    continues: list[int] | None = None,
 ) -> dict[str, Any]:
     """What the attention layers need to know of a flattened batch, as keywords of the model's forward.
 
@@ -61,12 +65,20 @@ def varlen_keywords(
         device: of the model.
         implementation: the model's attention implementation; flash attention takes no other keywords than its own.
         sample_lengths: the B lengths. Without them this waits for cu_seq_lens, unless that is on the CPU.
+        continues: of each of the last samples, the number of that which it goes on from, or -1.
+
+    Raises:
+        ValueError for `continues` with an implementation that cannot.
     """
     lengths = cu_seq_lens.diff().tolist() if sample_lengths is None else sample_lengths
     longest, starts = max(lengths), cu_seq_lens.to(device, torch.int32, non_blocking=True)
     keywords = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": longest, "max_length_k": longest}
     if implementation != IMPLEMENTATION:
+        if continues:
+            raise ValueError(f"{implementation} gives no sample the keys of another")
         return keywords
+    if continues:
+        keywords |= {"continues": continues, "continues_on_host": torch.tensor(continues, dtype=torch.int32)}
     on_host = starts if starts.device.type == "cpu" else torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
     return keywords | {"sample_lengths": lengths, "starts_on_host": on_host}
 
@@ -104,6 +116,8 @@ def varlen_attention(
     max_length_q: int | None = None,
     sample_lengths: list[int] | None = None,
     starts_on_host: Tensor | None = None,
+    continues: list[int] | None = None,
+    continues_on_host: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within each sample.
@@ -117,12 +131,15 @@ def varlen_attention(
         cu_seq_lens_q: [B + 1] int32, where each sample begins, then L. Without it this is `sdpa`.
         max_length_q, sample_lengths, starts_on_host: the longest length, all of them, and cu_seq_lens_q on the CPU, so
             that nothing waits for the device.
+        continues, continues_on_host: of each of the last samples, the number of that which it goes on from and attends
+            to, or -1; a list, and an int32 tensor on the CPU.
 
     Returns:
         [1, L, heads, D_v], None.
 
     Raises:
-        ValueError for what a flattened batch cannot have: softcap, sinks, position bias, a layer that is not causal.
+        ValueError for what a flattened batch cannot have: softcap, sinks, position bias, a layer that is not causal; on
+        a GPU whose kernel attends, samples that go on from another.
     """
     compiling = torch.compiler.is_compiling()
     flattened = not compiling and _in_flattened_forward.get()
@@ -137,6 +154,8 @@ def varlen_attention(
     _check_causal_self_attention(module, query, key, kwargs)
     window = None if attention_mask is None else attention_mask.shape[-1]
     if _has_kernel(query, value, dropout):
+        if continues_on_host is not None:
+            raise ValueError("torch's variable-length attention gives no sample the keys of another")
         longest = max(_lengths(cu_seq_lens_q)) if max_length_q is None else max_length_q
         # Not asked in a compiled layer, which would be compiled for either answer.
         if not compiling and window is not None and window >= longest:
@@ -146,9 +165,11 @@ def varlen_attention(
         dtype = _kernel_dtype(query)
         q, k, v = (x.to(dtype) for x in (query, key, value))
         starts = cu_seq_lens_q if starts_on_host is None else starts_on_host
-        return _attend_in_samples(q, k, v, starts, 0 if window is None else window, scaling, dropout)[0], None
+        fronts = starts.new_empty(0) if continues_on_host is None else continues_on_host
+        options = 0 if window is None else window, scaling, dropout, fronts
+        return _attend_in_samples(q, k, v, starts, *options)[0], None
     lengths = _lengths(cu_seq_lens_q) if sample_lengths is None else sample_lengths
-    return _attend_by_length(query, key, value, lengths, window, scaling, dropout), None
+    return _attend_by_length(query, key, value, lengths, window, scaling, dropout, continues), None
 
 
 def _lengths(starts: Tensor) -> list[int]:
@@ -163,17 +184,25 @@ def _attend_by_length(
     window: int | None,
     scaling: float | None,
     dropout: float,
+    continues: list[int] | None = None,
 ) -> Tensor:
-    """`varlen_attention` by `sdpa`: one call for each run of samples of the same length."""
+    """`varlen_attention` by `sdpa`: one call for each run of samples of the same length that go on from the same."""
     sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
     groups: Any = SimpleNamespace(num_key_value_groups=query.shape[1] // key.shape[1])
     # split's backward is one concatenation, that of slices a zero-filled copy of the batch for each sample.
-    runs = [(n, len(list(run))) for n, run in groupby(lengths)]
-    parts = [x.split([n * count for n, count in runs], dim=2) for x in (query, key, value)]
+    # What others go on from are runs of their own, the first ones.
+    fronts = len(lengths) - len(continues) if continues else 0
+    goes_on = [*range(-2, -2 - fronts, -1), *continues] if continues else [-1] * len(lengths)
+    runs = [(n, front, len(list(run))) for (n, front), run in groupby(zip(lengths, goes_on))]
+    parts = [x.split([n * count for n, _, count in runs], dim=2) for x in (query, key, value)]
     outputs = []
-    for (n, count), *part in zip(runs, *parts):
+    for (n, front, count), *part in zip(runs, *parts):
         q, k, v = (x[0].unflatten(1, (count, n)).transpose(0, 1) for x in part)
-        band = None if window is None or n <= window else _band(n, window, q.device)
+        before = lengths[front] if front >= 0 else 0
+        if before:
+            k, v = (torch.cat((x[front].expand(count, -1, -1, -1), own), 2) for x, own in zip(parts[1:], (k, v)))
+        whole = window is None or before + n <= window
+        band = None if whole and not before else _band(n, before, None if whole else window, q.device)
         out = sdpa(groups, q, k, v, band, dropout=dropout, scaling=scaling, is_causal=True)[0]
         outputs.append(out.flatten(0, 1))
     return torch.cat(outputs)[None]
@@ -190,9 +219,10 @@ def _check_causal_self_attention(module: nn.Module, query: Tensor, key: Tensor, 
         raise ValueError(f"queries {tuple(query.shape)} and keys {tuple(key.shape)} are not those of a flattened batch")
 
 
-def _band(n: int, window: int, device: torch.device) -> Tensor:
-    """[1, 1, n, n], True where a token sees another: itself and the window - 1 tokens before."""
-    return torch.ones(n, n, dtype=torch.bool, device=device).tril_().triu_(1 - window)[None, None]
+def _band(n: int, before: int, window: int | None, device: torch.device) -> Tensor:
+    """[1, 1, n, before + n], True where a token sees another: itself and those before, `window` in all."""
+    seen = torch.ones(n, before + n, dtype=torch.bool, device=device).tril_(before)
+    return (seen if window is None else seen.triu_(before + 1 - window))[None, None]
 
 
 def _kernel_dtype(query: Tensor) -> torch.dtype:
@@ -244,24 +274,41 @@ def _attend_in_kernel(
 
 @torch.library.custom_op("srd_fast::attend_in_samples", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
 def _attend_in_samples(
-    query: Tensor, key: Tensor, value: Tensor, starts: Tensor, window: int, scaling: float | None, dropout: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    starts: Tensor,
+    window: int,
+    scaling: float | None,
+    dropout: float,
+    continues: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """`_attend_by_length` as one operation, opaque to compilers.
 
     Args:
         starts: [B + 1] int32, where each sample begins, then L; on the CPU nothing waits for it.
         window: tokens that a token sees, 0 for all.
+        continues: as in `varlen_attention`; empty where no sample goes on from another.
 
     Returns:
         [1, L, heads, D_v], and the state of the random numbers before dropout, empty without it.
     """
     state = _random_state(query.device) if dropout else torch.empty(0, dtype=torch.uint8)
-    return _attend_by_length(query, key, value, _lengths(starts), window or None, scaling, dropout), state
+    return _attend_by_length(
+        query, key, value, _lengths(starts), window or None, scaling, dropout, continues.tolist()
+    ), state
 
 
 @_attend_in_samples.register_fake
 def _(
-    query: Tensor, key: Tensor, value: Tensor, starts: Tensor, window: int, scaling: float | None, dropout: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    starts: Tensor,
+    window: int,
+    scaling: float | None,
+    dropout: float,
+    continues: Tensor,
 ) -> tuple[Tensor, Tensor]:
     _, heads, length, _ = query.shape
     states = len(_random_state(query.device)) if dropout else 0
@@ -273,7 +320,7 @@ def _(
 torch.library.define(
     "srd_fast::attend_in_samples_backward",
     "(Tensor gradient, Tensor query, Tensor key, Tensor value, Tensor starts, Tensor state, SymInt window,"
-    " float? scaling, float dropout) -> (Tensor, Tensor, Tensor)",
+    " float? scaling, float dropout, Tensor continues) -> (Tensor, Tensor, Tensor)",
 )
 
 
@@ -288,6 +335,7 @@ def _attend_in_samples_backward(
     window: int,
     scaling: float | None,
     dropout: float,
+    continues: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value. The forward pass runs again: its products are few beside a layer's."""
     now = _random_state(query.device) if dropout else None
@@ -296,7 +344,7 @@ def _attend_in_samples_backward(
             _set_random_state(query.device, state)
         with _recording(), torch.enable_grad():
             q, k, v = (x.detach().requires_grad_() for x in (query, key, value))
-            out = _attend_by_length(q, k, v, _lengths(starts), window or None, scaling, dropout)
+            out = _attend_by_length(q, k, v, _lengths(starts), window or None, scaling, dropout, continues.tolist())
     finally:
         if now is not None:
             _set_random_state(query.device, now)
@@ -315,6 +363,7 @@ def _(
     window: int,
     scaling: float | None,
     dropout: float,
+    continues: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value))
     return dq, dk, dv
@@ -339,14 +388,15 @@ def _set_random_state(device: torch.device, state: Tensor) -> None:
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, starts, *ctx.options = inputs
-    ctx.save_for_backward(query, key, value, starts, output[1])
+    query, key, value, starts, *ctx.options, continues = inputs
+    ctx.save_for_backward(query, key, value, starts, output[1], continues)
     ctx.mark_non_differentiable(output[1])
 
 
 def _backward(ctx: Any, gradient: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    gradients = torch.ops.srd_fast.attend_in_samples_backward(gradient, *ctx.saved_tensors, *ctx.options)
-    return *gradients, None, None, None, None
+    *saved, continues = ctx.saved_tensors
+    gradients = torch.ops.srd_fast.attend_in_samples_backward(gradient, *saved, *ctx.options, continues)
+    return *gradients, None, None, None, None, None
 
 
 _attend_in_samples.register_autograd(_backward, setup_context=_keep_for_backward)

@@ -36,7 +36,7 @@ def rows_of_samples(batch: Mapping[str, Any]) -> Tensor:
     ends = batch["cu_seq_lens"].to(has_loss.device).long()
     # The label at position i is number i - 1 here; the first label of a sample never has loss.
     before = torch.nn.functional.pad(has_loss[0].cumsum(0), (2, 0))[ends]
-    return before.diff()
+    return before.diff()[-len(batch["continues"]) :] if "continues" in batch else before.diff()
 
 
 def counts_of_samples(batch: Mapping[str, Any]) -> list[int]:

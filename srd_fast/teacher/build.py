@@ -112,7 +112,7 @@ def build_teacher_cache(
     store: Store | None = None,
     template: str | None = None,
     source: str | None = None,
-    batch_tokens: int = 4096,
+    batch_tokens: int | None = None,
     shard_bytes: int = 64 << 20,
     device: torch.device | str | None = None,
     progress: bool = True,
@@ -127,7 +127,8 @@ def build_teacher_cache(
         samples: with input_ids and labels (-100 where there is no loss), such as a prepared data set.
         kind: "hidden", or a compact kind together with its `store` from `make_store`.
         template, source: see `describe`.
-        batch_tokens: of a forward pass, padding included.
+        batch_tokens: of a forward pass, padding included. Default: 4,096 on a GPU; 1,024 elsewhere, where more are no
+            faster and only differ more in length.
         shard_bytes: of rows in one file, the unit of work that a kill can cost.
 
     Raises:
@@ -139,6 +140,7 @@ def build_teacher_cache(
     store = store or make_store(kind, 2)
     live = LiveTeacher(teacher, device, freeze=False)
     teacher, head = live.model, live.head
+    batch_tokens = batch_tokens or (4096 if live.device.type == "cuda" else 1024)
     meta = describe(teacher, store, kind, template, source)
     requests = _requests(samples)
     index = _begin(folder, meta)
