@@ -38,15 +38,20 @@ class IndexStream(Sampler[int]):
 class StepCollator:
     """Collates as another collator does, and adds what a step would else have to ask the device or the disk for.
 
-    collate: the collator. teacher: a cache whose rows of the samples go with them, or None.
+    collate: the collator. teacher: a cache whose rows of the samples go with them, or None. ahead: whether these may
+    come later, read by another thread until the batch is moved to its device.
     """
 
-    def __init__(self, collate: Callable[..., Any], teacher: TeacherCache | None) -> None:
-        self.collate, self.teacher = collate, teacher
+    def __init__(self, collate: Callable[..., Any], teacher: TeacherCache | None, ahead: bool = False) -> None:
+        self.collate, self.teacher, self.ahead = collate, teacher, ahead
 
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        batch = with_loss_rows(self.collate(samples))
-        return batch if self.teacher is None else {**batch, "teacher": self.teacher.collate(samples)}
+        teacher = self.teacher
+        if teacher is None:
+            return with_loss_rows(self.collate(samples))
+        # First, so that reading begins.
+        rows = teacher.collate_ahead(samples) if self.ahead else teacher.collate(samples)
+        return {**with_loss_rows(self.collate(samples)), "teacher": rows}
 
 
 class TokenBatches:

@@ -198,9 +198,10 @@ class SRDTrainer(Trainer):
             self._compile(flattened)
         cache = self.teacher if isinstance(self.teacher, TeacherCache) else None
         self._collate = StepCollator(self.data_collator, cache)
-        self.data_collator = self._collate
+        ahead = StepCollator(self.data_collator, cache, ahead=True)
+        self.data_collator = ahead
         if args.max_tokens_per_batch:
-            self.data_collator = TokenBatches(self._collate, args.max_tokens_per_batch, flattened)
+            self.data_collator = TokenBatches(ahead, args.max_tokens_per_batch, flattened)
         self._hooks = _StepHooks(self.curriculum, args.reset_optimizer)
         self.add_callback(self._hooks)
         self._loss_options = {

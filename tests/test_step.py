@@ -1,6 +1,7 @@
 """A step of `SRDTrainer` as users run it: in which dtype its products run, what it waits for, how it is divided."""
 
 import copy
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ from srd_fast.batching import MICRO_BATCHES, TokenBatches
 from srd_fast.data import DistillationCollator, divide_by_tokens, with_loss_rows
 from srd_fast.finite import StepCheck, skips_on_the_device
 from srd_fast.teacher import TeacherCache, build_teacher_cache, labels_with_loss, rows_with_loss
+from srd_fast.teacher.shards import OpenFile
 from srd_fast.watch import NotFiniteError
 
 pytestmark = pytest.mark.usefixtures("quick_collection", "own_folder")
@@ -175,6 +177,22 @@ def waits_of(tokenizer: PreTrainedTokenizerFast, fields: Mapping[str, Any], **op
 )
 def test_nothing_is_waited_for_between_two_logs(fields: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -> None:
     assert not waits_of(tokenizer, fields).found
+
+
+@pytest.mark.parametrize("fields", [{}, {"max_tokens_per_batch": 50}, {"gradient_accumulation_steps": 2}], ids=str)
+def test_the_thread_of_the_steps_reads_no_rows(
+    fields: dict[str, Any], tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, readers = OpenFile.read, set[str]()
+
+    def watched_read(self: OpenFile, *args: Any) -> None:
+        readers.add(threading.current_thread().name)
+        read(self, *args)
+
+    trainer = make(tokenizer, {"teacher_cache": "cache", **fields})
+    monkeypatch.setattr(OpenFile, "read", watched_read)
+    trainer.train()
+    assert readers == {"srd-fast-rows_0"}
 
 
 @pytest.mark.gpu

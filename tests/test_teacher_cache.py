@@ -44,6 +44,7 @@ from srd_fast.teacher import (
     open_teacher_cache,
     shards,
 )
+from srd_fast.teacher.cache import ComingRows
 from srd_fast.teacher.stores import HiddenStore
 
 Samples = Sequence[Mapping[str, Any]]
@@ -266,11 +267,25 @@ def test_what_is_read_ahead_is_the_sample(whole: Path, monkeypatch: pytest.Monke
         assert not asked
 
 
+def test_rows_that_another_thread_reads_are_the_same(copied: Path) -> None:
+    cache = TeacherCache(copied)
+    expected, coming = cache.collate(SAMPLES), cache.collate_ahead(SAMPLES)
+    assert isinstance(coming, ComingRows)
+    assert cache.collate_ahead([{"input_ids": [9], "labels": [tiny.IGNORE]}]).to("cpu")["hidden"].shape == (0, 24)
+    for rows in (coming.to("cpu"), pickle.loads(pickle.dumps(cache)).collate_ahead(SAMPLES).to("cpu")):
+        assert rows.keys() == expected.keys()
+        assert all(torch.equal(rows[name], x) for name, x in expected.items())
+    os.truncate(rows_files(copied)[-1], 200)
+    coming = cache.collate_ahead(SAMPLES)
+    with pytest.raises(shards.DamagedFileError, match="it is shorter than when it was opened"):
+        coming.to("cpu")
+
+
 def test_a_cache_that_is_dropped_closes_its_files(whole: Path) -> None:
+    gc.collect()
     before = len(os.listdir("/proc/self/fd"))
     cache = TeacherCache(whole)
-    for sample in SAMPLES:
-        cache.will_need(cache.place(sample))
+    cache.collate_ahead(SAMPLES).to("cpu")
     assert len(os.listdir("/proc/self/fd")) > before
     del cache
     gc.collect()

@@ -1,6 +1,8 @@
 """A teacher that was run once: its rows with loss, read from disk by what a sample says."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,21 @@ from . import shards
 from .index import HEAD, OF_SAMPLES, contents, read_index, read_meta, sample_key, verify_files
 from .source import TeacherRows
 from .stores import HiddenStore, Store, check_kind
+
+
+class ComingRows:
+    """Rows of a batch that another thread is reading. The Trainer's loader moves a batch by `to`, just before its step.
+
+    rows: as `TeacherCache.collate` gives them, to be filled. read: done when they are.
+    """
+
+    def __init__(self, rows: dict[str, Tensor], read: "Future[None]") -> None:
+        self._rows, self._read = rows, read
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> dict[str, Tensor]:
+        """Wait for the rows, and move them."""
+        self._read.result()
+        return {name: x.to(device, non_blocking=non_blocking) for name, x in self._rows.items()}
 
 
 class TeacherCache:
@@ -61,9 +78,10 @@ class TeacherCache:
                 self._places[key] = number, start, count
                 start += count
         self._open: dict[int, shards.OpenFile] = {}
+        self._reader: ThreadPoolExecutor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": {}}
+        return {**self.__dict__, "_open": {}, "_reader": None}
 
     def __len__(self) -> int:
         return len(self._places)
@@ -79,21 +97,37 @@ class TeacherCache:
 
     def collate(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """The stored rows of a batch's samples, one sample after the other; beside a GPU in page-locked memory."""
+        rows, reads = self._rows_to_read(samples)
+        _run(reads)
+        return rows
+
+    def collate_ahead(self, samples: Sequence[Mapping[str, Any]]) -> ComingRows | dict[str, Tensor]:
+        """As `collate`, while another thread reads, with which the caller shares no lock of Python's: reading is
+        copying. A data-loader worker, which is ahead of the steps by itself, reads at once."""
+        if get_worker_info() is not None:
+            return self.collate(samples)
+        if self._reader is None:
+            self._reader = ThreadPoolExecutor(1, "srd-fast-rows")
+        rows, reads = self._rows_to_read(samples)
+        return ComingRows(rows, self._reader.submit(_run, reads))
+
+    def _rows_to_read(self, samples: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Tensor], list[Callable[[], None]]]:
+        """What `collate` gives, and what fills it."""
         # Without a loss nothing is stored. Most samples have one at their end, where it is looked for first.
         places = [self.place(s) for s in samples if any(x != IGNORE_INDEX for x in reversed(s["labels"]))]
         total = sum(count for _, _, count in places)
         # A GPU copies from there without waiting. Memory that is allocated anew costs more than to read into it.
         pinned = torch.cuda.is_initialized() and get_worker_info() is None
-        found = {}
+        found, reads = {}, list[Callable[[], None]]()
         for name, column in self._file(places[0][0] if places else 0).columns.items():
             if name in OF_SAMPLES:
                 continue
             rows = found[name] = torch.empty((total, *column.row_shape), dtype=column.dtype, pin_memory=pinned)
             end = 0
             for number, start, count in places:
-                self._file(number).read(name, start, rows[end : end + count])
+                reads.append(partial(self._file(number).read, name, start, rows[end : end + count]))
                 end += count
-        return found
+        return found, reads
 
     def _file(self, number: int) -> shards.OpenFile:
         if number not in self._open:
@@ -121,3 +155,8 @@ class TeacherCache:
     def rows(self, batch: Mapping[str, Any], temperature: float) -> TeacherRows:
         """From what `collate` put into the batch as "teacher"."""
         return self.store.decode(batch["teacher"], self.head, temperature)
+
+
+def _run(calls: Iterable[Callable[[], None]]) -> None:
+    for call in calls:
+        call()
