@@ -135,3 +135,15 @@ def test_rouge_is_compared(tmp_path: Path) -> None:
     assert {(r.provider, r.version) for r in found} == {(p, rows.version_of(p)) for p in ("srd-fast", "rouge-score")}
     assert all(r.value > 0 for r in found if r.metric == "seconds")
     assert [r.value for r in found if r.metric == "different_values"] == [0]
+
+
+def test_the_hosts_part_of_a_step() -> None:
+    small = ["--layers", "2", "--batch", "2", "--steps", "4"]
+    told = run("-m", "benchmarks.host_step", *small)
+    lines = [line.split("|") for line in told[told.index("| part |") :].splitlines()]
+    found = {line[1].strip(): [float(x) for x in line[2:5]] for line in lines[2:-2]}
+    assert set(found) == {"batch", "forward and loss", "forward, loss, backward", "clipping", "check", "whole step"}
+    assert all(0 <= low <= median <= high for median, low, high in found.values())
+    assert found["whole step"][0] > found["forward, loss, backward"][0] > found["forward and loss"][0] > 0
+    operations = int(lines[-1][0].split()[0].replace(",", ""))
+    assert 500 < operations < 10_000
