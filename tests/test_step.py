@@ -483,4 +483,4 @@ def test_micro_batches_carry_the_teachers_rows(tokenizer: PreTrainedTokenizerFas
     trainer = make(tokenizer, {"max_tokens_per_batch": 60}, teacher_model=TeacherCache(tmp_path / "cache"))
     assert isinstance(trainer.data_collator, TokenBatches)
     for part in trainer.data_collator(SAMPLES[:8])[MICRO_BATCHES]:
-        assert len(part["teacher"]["hidden"]) == len(part["loss_labels"]) == sum(part["loss_counts"])
+        assert len(part["teacher"].to("cpu")["hidden"]) == len(part["loss_labels"]) == sum(part["loss_counts"])
