@@ -37,11 +37,11 @@ from .models import (
     check_tokenizers,
     compile_layers,
     enable_flattening,
-    enable_shared_prefix,
     find_head,
     hidden_states,
     load_model,
     load_tokenizer,
+    unfit_for_shared_prefix,
     unwrap,
 )
 from .selection import BatchSelection, Signals, items_of, select_samples
@@ -254,11 +254,9 @@ class SRDTrainer(Trainer):
         wanted = self.args.padding_free
         if not wanted:
             return False
-        live = [self.teacher.model] if isinstance(self.teacher, LiveTeacher) else []
-        if not live and not isinstance(self.teacher, TeacherCache) and wanted == "auto":
-            return False  # a source of the user's own, which may count on padded batches
-        models: list[tuple[str, Any]] = [("student", self.model), *(("teacher", m) for m in live)]
-        for name, model in models:
+        if not self._knows_teacher() and wanted == "auto":
+            return False  # which may count on padded batches
+        for name, model in self._running():
             reason = enable_flattening(model)
             if reason is not None and wanted is True:
                 raise UserError(f"padding_free is true but the {name} {type(model).__name__} cannot: {reason}")
@@ -271,11 +269,16 @@ class SRDTrainer(Trainer):
         """Whether what all samples of a flattened batch begin with may stand in it once."""
         if self.args.neftune_noise_alpha is not None:  # noise of its own for each sample
             return False
-        live = [self.teacher.model] if isinstance(self.teacher, LiveTeacher) else []
-        if not live and not isinstance(self.teacher, TeacherCache):
-            return False  # a source of the user's own
-        models: list[Any] = [self.model, *live]
-        return all(enable_shared_prefix(model) is None for model in models)
+        return self._knows_teacher() and all(unfit_for_shared_prefix(model) is None for _, model in self._running())
+
+    def _knows_teacher(self) -> bool:
+        """Whether the teacher's rows come from here, and not from a source of the user's own."""
+        return isinstance(self.teacher, (LiveTeacher, TeacherCache))
+
+    def _running(self) -> list[tuple[str, Any]]:
+        """The models that run in a step, by what they are."""
+        live = [("teacher", self.teacher.model)] if isinstance(self.teacher, LiveTeacher) else []
+        return [("student", self.model), *live]
 
     def _compiles(self) -> bool:
         """What `torch_compile` says; if nothing, whether the run is on a GPU and long enough to pay for compiling."""

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from srd_fast import SRDConfig, SRDTrainer
 from srd_fast.data import DistillationCollator, with_loss_rows
-from srd_fast.models import compile_layers, enable_shared_prefix, hidden_states, varlen
+from srd_fast.models import compile_layers, hidden_states, unfit_for_shared_prefix, varlen
 from srd_fast.selection.positions import rows_of_samples
 from srd_fast.teacher import LiveTeacher
 
@@ -102,7 +102,7 @@ def test_how_much_is_shared(samples: list[dict[str, Any]], shared: int | None) -
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_states_and_gradients_are_those_of_whole_samples(name: str, checkpointing: bool) -> None:
     model, reference = enabled(name), make(name)
-    assert enable_shared_prefix(model) is None
+    assert unfit_for_shared_prefix(model) is None
     if checkpointing:
         model.train()
         model.gradient_checkpointing_enable()
@@ -185,13 +185,13 @@ def test_compiled_layers_take_them() -> None:
 def test_dropout_is_each_samples_own() -> None:
     """In a model that drops nothing, as teachers do, a beginning is shared all the same."""
     model = enabled("gpt2", resid_pdrop=0.1)
-    assert "dropout" in str(enable_shared_prefix(model))
-    assert enable_shared_prefix(model.requires_grad_(False)) is None
-    assert "dropout" in str(enable_shared_prefix(enabled("llama", attention_dropout=0.1)))
+    assert "dropout" in str(unfit_for_shared_prefix(model))
+    assert unfit_for_shared_prefix(model.requires_grad_(False)) is None
+    assert "dropout" in str(unfit_for_shared_prefix(enabled("llama", attention_dropout=0.1)))
 
 
 def test_other_implementations_do_not_share() -> None:
-    assert "sdpa" in str(enable_shared_prefix(tiny.tiny_model("llama")))
+    assert "sdpa" in str(unfit_for_shared_prefix(tiny.tiny_model("llama")))
     with pytest.raises(ValueError, match="flash_attention_2 gives no sample the keys of another"):
         varlen.varlen_keywords(torch.tensor([0, 4, 6]), torch.device("cpu"), "flash_attention_2", continues=[0])
 
@@ -204,7 +204,7 @@ def test_a_model_that_counts_tokens_is_noticed() -> None:
         return output * (1 + 0.05 * torch.arange(output.shape[1])[:, None])
 
     model.model.layers[0].mlp.register_forward_hook(by_place)
-    assert "behind a shared beginning come out different" in str(enable_shared_prefix(model))
+    assert "behind a shared beginning come out different" in str(unfit_for_shared_prefix(model))
 
 
 # Training.

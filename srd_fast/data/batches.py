@@ -54,8 +54,8 @@ class DistillationCollator:
         }
 
     def _flattened(self, ids: list[np.ndarray], labels: list[Sequence[int]]) -> dict[str, Any]:
-        starts, continues = _shared(ids, labels) if self.share_prefix else ([], [])
-        begins = [len(starts[k]) if k >= 0 else 0 for k in continues] or [0] * len(ids)
+        starts, continues = _shared(ids, labels) if self.share_prefix else ([], [-1] * len(ids))
+        begins = [len(starts[k]) if k >= 0 else 0 for k in continues]
         parts = [*starts, *(x[n:] for x, n in zip(ids, begins))]
         positions = [np.arange(len(x)) for x in starts] + [np.arange(n, len(x)) for x, n in zip(ids, begins)]
         borders = np.cumsum([0, *map(len, parts)], dtype=np.int32)

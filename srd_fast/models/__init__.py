@@ -1,7 +1,7 @@
 """Causal language models as distillation sees them: a body that gives hidden states, a head that gives logits."""
 
 from .compilation import compile_layers, uncompile_layers
-from .flattening import enable_flattening, enable_shared_prefix
+from .flattening import enable_flattening, unfit_for_shared_prefix
 from .heads import check_head, find_head, hidden_states, unwrap
 from .loading import (
     check_tokenizers,
@@ -22,7 +22,6 @@ __all__ = [
     "common_prefix",
     "compile_layers",
     "enable_flattening",
-    "enable_shared_prefix",
     "find_head",
     "fingerprint",
     "hidden_states",
@@ -35,5 +34,6 @@ __all__ = [
     "share_prefix",
     "shared_starts",
     "uncompile_layers",
+    "unfit_for_shared_prefix",
     "unwrap",
 ]

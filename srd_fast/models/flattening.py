@@ -46,22 +46,31 @@ def enable_flattening(model: nn.Module) -> str | None:
     reason = unfit(inner)
     if reason is not None:
         return reason
-    before, modes = _implementations(inner), [(m, m.training) for m in model.modules()]
-    model.eval()
+    before = _implementations(inner)
     try:
-        reason = _switch_and_compare(model, inner)
+        with _evaluating(model):
+            reason = _switch_and_compare(model, inner)
     except Exception as e:  # models of other people's code raise anything for a batch they do not understand
         reason = first_line(e)
-    finally:
-        for module, training in modes:
-            module.training = training
     if reason is not None:
         for config, implementation in before:
             config._attn_implementation_internal = implementation
     return reason
 
 
-def enable_shared_prefix(model: nn.Module) -> str | None:
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Every module in eval mode, and afterwards as it was."""
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def unfit_for_shared_prefix(model: nn.Module) -> str | None:
     """See whether flattened batches may have once what several of their samples begin with, in front of all samples.
 
     Samples behind two beginnings, flattened and padded, must have the same hidden states and gradients, as in
@@ -83,15 +92,11 @@ def enable_shared_prefix(model: nn.Module) -> str | None:
     if any(p.requires_grad for p in model.parameters()) and _drops(inner):
         return "one dropout of the beginning would be that of all samples"
     padded, flattened = _prefix_batches(embedding.weight.shape[0], device)
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
     try:
-        wanted, found = (_hidden_and_gradient(model, embedding, batch) for batch in (padded, flattened))
+        with _evaluating(model):
+            wanted, found = (_hidden_and_gradient(model, embedding, batch) for batch in (padded, flattened))
     except Exception as e:  # as in enable_flattening
         return first_line(e)
-    finally:
-        for module, training in modes:
-            module.training = training
     for what, tolerance, a_BLD, b_BLD in zip(("hidden states", "gradients"), TOLERANCE[dtype], wanted, found):
         # A beginning's gradients are those of all samples with it.
         expected_LD, found_LD = _by_place(a_BLD, padded), _by_place(b_BLD, flattened)
@@ -103,9 +108,13 @@ def enable_shared_prefix(model: nn.Module) -> str | None:
     return None
 
 
+def _text_config(inner: Any) -> Any:
+    return inner.config.get_text_config() if hasattr(inner.config, "get_text_config") else inner.config
+
+
 def _drops(inner: Any) -> bool:
     """Whether training drops any value at random, as far as modules and the configuration say."""
-    config = inner.config.get_text_config() if hasattr(inner.config, "get_text_config") else inner.config
+    config = _text_config(inner)
     rates = [v for n, v in config.to_dict().items() if "drop" in n and isinstance(v, float)]
     return any(rates) or any(m.p > 0 for m in inner.modules() if isinstance(m, nn.modules.dropout._DropoutNd))
 
@@ -116,7 +125,7 @@ def unfit(inner: Any) -> str | None:
     mixer = next((m for m in body.modules() if isinstance(m, _MIXERS)), None)
     if mixer is not None:
         return f"its layers mix tokens outside of attention ({type(mixer).__name__})"
-    config = inner.config.get_text_config() if hasattr(inner.config, "get_text_config") else inner.config
+    config = _text_config(inner)
     other = sorted(set(getattr(config, "layer_types", None) or ()) - _ATTENTION)
     if other:
         return f"its layers are not all full or sliding attention ({', '.join(other)})"

@@ -28,7 +28,7 @@ def hidden_states(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
             and cu_seq_lens [B + 1] int32, where each sample begins, then L. Without its sample_lengths, a list of B
             numbers, this waits for cu_seq_lens, unless that is on the CPU. With
             continues, a list, the last of its samples, as many as that is long, go on from earlier ones: number
-            continues[i], or none for -1 (see `enable_shared_prefix`). Other keys do not matter.
+            continues[i], or none for -1 (see `unfit_for_shared_prefix`). Other keys do not matter.
 
     Returns:
         [B, L, D]; of a flattened batch, [1, L, D].
