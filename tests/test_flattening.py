@@ -493,14 +493,29 @@ def plain(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scaling: float, w
 def test_attention_is_softmax_within_samples(
     lengths: list[int], window: int | None, kernel: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def like_torch(q, k, v, starts_q, starts_k, max_q, max_k, *, scale, window_size, enable_gqa):  # type: ignore[no-untyped-def]
+    def like_torch(  # type: ignore[no-untyped-def]
+        q,
+        k,
+        v,
+        starts_q,
+        starts_k,
+        max_q,
+        max_k,
+        dropout,
+        is_causal,
+        mask,
+        *,
+        scale,
+        window_size_left,
+        window_size_right,
+    ):
         assert torch.equal(starts_q, starts_k)
         assert max_q == max_k == max(lengths)
-        assert enable_gqa
-        assert window_size[1] == 0
-        left = None if window_size[0] == -1 else window_size[0] + 1
+        assert (dropout, mask, window_size_right) == (0, False, 0)
+        assert is_causal == (window_size_left == -1)
+        left = None if window_size_left == -1 else window_size_left + 1
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-        return plain(q, k, v, starts_q.diff().tolist(), scale, left)[0]
+        return plain(q, k, v, starts_q.diff().tolist(), scale, left)
 
     monkeypatch.setattr(varlen, "_has_kernel", lambda *a: kernel)
     monkeypatch.setattr(varlen, "_KERNEL", like_torch)
