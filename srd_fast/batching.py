@@ -18,17 +18,17 @@ _AHEAD = 4
 
 
 class IndexStream(Sampler[int]):
-    """The curriculum's samples; tells `will_need` of each a few batches before its turn."""
+    """The curriculum's samples; tells `will_need` of those of each step a few steps before their turn."""
 
-    def __init__(self, curriculum: Curriculum, will_need: Callable[[int], None]) -> None:
+    def __init__(self, curriculum: Curriculum, will_need: Callable[[list[int]], None] | None = None) -> None:
         self.curriculum, self.will_need = curriculum, will_need
 
     def __iter__(self) -> Iterator[int]:
-        ahead = islice(self.curriculum.indices(), _AHEAD * self.curriculum.batch_size, None)
-        for index in self.curriculum.indices():
+        size = self.curriculum.batch_size
+        ahead = islice(self.curriculum.indices(), _AHEAD * size, None)
+        for number, index in enumerate(self.curriculum.indices()):
             yield index
-            coming = next(ahead, None)
-            if coming is not None:
+            if self.will_need is not None and number % size == 0 and (coming := list(islice(ahead, size))):
                 self.will_need(coming)
 
     def __len__(self) -> int:

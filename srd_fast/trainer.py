@@ -4,7 +4,6 @@ The curriculum is one sequence of samples for the whole run, so a run is a singl
 resuming, gradient accumulation, mixed precision, several ranks, LoRA and logging work as they always do.
 """
 
-import functools
 import json
 import logging
 import math
@@ -59,6 +58,8 @@ from .watch import DivergenceTrend, not_finite
 logger = logging.getLogger(__name__)
 
 
+# Columns of the samples.
+_READ = ["input_ids", "labels"]
 # An H100 saved 40 to 100 ms a step (Qwen2.5 1.5B to 0.5B, batches of 8 and 16) and took half a minute to compile.
 _COMPILE_FROM_STEPS = 1000
 
@@ -304,13 +305,16 @@ class SRDTrainer(Trainer):
         teacher: TeacherSource = self.teacher
         samples: Any = self.train_dataset
         if not isinstance(teacher, TeacherCache):
-            return IndexStream(self.curriculum, lambda index: None)
+            return IndexStream(self.curriculum)
+        rows, places = samples.select_columns(["sample_id", *_READ]).with_format("numpy"), dict[int, Any]()
 
-        @functools.cache
-        def place(index: int) -> Any:
-            return teacher.place(samples[index])
+        def will_need(indices: list[int]) -> None:
+            new = [i for i in indices if i not in places]
+            places.update(zip(new, map(teacher.place, rows.__getitems__(new))))
+            for index in indices:
+                teacher.will_need(places[index])
 
-        return IndexStream(self.curriculum, lambda index: teacher.will_need(place(index)))
+        return IndexStream(self.curriculum, will_need)
 
     def _check_lengths(self) -> None:
         """Refuse what no micro-batch of `max_tokens_per_batch` tokens can hold."""
@@ -326,7 +330,11 @@ class SRDTrainer(Trainer):
             )
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = ["input_ids", "labels"]  # type: ignore[assignment]
+        self._signature_columns = _READ  # type: ignore[assignment]
+
+    def _remove_unused_columns(self, dataset: Dataset, description: str | None = None) -> Dataset:
+        """Of what a step reads; as arrays, which cost it a fifth of what lists do."""
+        return super()._remove_unused_columns(dataset, description).with_format("numpy")
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The learning rate as a function of the step, relative to `learning_rate`."""

@@ -140,7 +140,7 @@ class TeacherCache:
             return self._places[sample_key(sample["input_ids"], sample["labels"])]
         except KeyError:
             raise UserError(
-                f"teacher_cache {str(self.folder)!r} does not hold sample {sample.get('sample_id', '')!r} of "
+                f"teacher_cache {str(self.folder)!r} does not hold sample {str(sample.get('sample_id', ''))!r} of "
                 f"{len(sample['input_ids'])} tokens (its template is {self.meta['template']!r}): fill it with this data"
             ) from None
 
