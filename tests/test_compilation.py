@@ -106,20 +106,14 @@ def test_one_graph_serves_all_layers_and_lengths(name: str, flattened: bool) -> 
     assert counter.frame_count == graphs
 
 
-def alternating(kinds: list[str]) -> PreTrainedModel:
-    """Qwen 2 of layers with a window of 4 tokens, and of layers without."""
-    model = make("qwen2", layers=len(kinds), use_sliding_window=True, sliding_window=4)
-    model.config.layer_types = kinds
-    for kind, layer in zip(kinds, model.model.layers):
+def test_layers_of_two_kinds_are_two_graphs() -> None:
+    """Sliding and full attention: the first has a window."""
+    model = make("qwen2", layers=4, use_sliding_window=True, sliding_window=4)
+    model.config.layer_types = ["sliding_attention", "full_attention"] * 2
+    for kind, layer in zip(model.config.layer_types, model.model.layers):
         layer.attention_type = layer.self_attn.layer_type = kind
         layer.self_attn.sliding_window = 4 if kind == "sliding_attention" else None
     model.model.has_sliding_layers = True
-    return model
-
-
-def test_layers_of_two_kinds_are_two_graphs() -> None:
-    """Sliding and full attention: the first has a window."""
-    model = alternating(["sliding_attention", "full_attention"] * 2)
     reference = copy.deepcopy(model)
     counter = CompileCounter()
     assert compile_layers(model, flattened=True, backend=counter) is None
@@ -192,161 +186,6 @@ def test_with_a_kernel_a_layer_is_one_graph_around_it(monkeypatch: pytest.Monkey
         library._destroy()
     assert len(graphs) == 1
     assert sum("flash_attention" in str(node.target) for node in graphs[0].graph.nodes) == 1
-
-
-# Rows of layers
-
-
-class CallCounter:
-    """A backend that counts graphs, and how often they run."""
-
-    def __init__(self) -> None:
-        self.graphs, self.calls = 0, 0
-
-    def __call__(self, graph: torch.fx.GraphModule, inputs: Any) -> Any:
-        self.graphs += 1
-
-        def run(*args: Any) -> Any:
-            self.calls += 1
-            return graph.forward(*args)
-
-        return run
-
-
-@pytest.mark.parametrize(
-    ("name", "flattened", "layers", "most", "calls", "graphs"),
-    [
-        ("llama", True, 5, 2, 3, 2),
-        ("llama", False, 4, 4, 1, 1),
-        ("qwen2", True, 6, 4, 2, 1),
-        ("gpt2", True, 4, 4, 1, 1),
-        ("mistral", False, 2, 4, 1, 1),
-    ],
-)
-def test_layers_in_a_row_are_one_graph(
-    name: str, flattened: bool, layers: int, most: int, calls: int, graphs: int
-) -> None:
-    """Of a length without rest where one is near: 6 layers are two rows of 3."""
-    model = make(name, flattened, layers=layers)
-    reference = copy.deepcopy(model)
-    counter = CallCounter()
-    assert compile_layers(model, flattened=flattened, backend=counter, in_a_row=most) is None
-    # Training and evaluation, and of padded batches those with a mask and those that need none, unless for windows.
-    ways = 2 if flattened or name == "mistral" else 4
-    assert counter.graphs == ways * graphs
-    for seed in range(6):
-        inputs = batch(seed, flattened, count=3 + seed % 4)
-        counter.calls = 0
-        assert_same_step(model.train(), reference.train(), inputs)
-        assert counter.calls == calls
-        with torch.no_grad():
-            assert_same(hidden_states(model.eval(), inputs), hidden_states(reference.eval(), inputs), 1e-5)
-        assert counter.calls == 2 * calls
-    assert counter.graphs == ways * graphs
-
-
-def in_rows(layers: int = 4, **options: Any) -> tuple[nn.Module, nn.Module, CallCounter]:
-    """A model of which all layers are one row, the same uncompiled, and the counter of both's graphs."""
-    model = make(layers=layers, **options)
-    reference, counter = copy.deepcopy(model), CallCounter()
-    assert compile_layers(model, flattened=True, backend=counter, in_a_row=layers) is None
-    counter.calls = 0
-    return model, reference, counter
-
-
-def test_rows_end_where_the_kind_of_layer_changes() -> None:
-    """Layers with a window get another mask than those without."""
-    model = alternating(["sliding_attention"] * 2 + ["full_attention"] * 2)
-    reference, counter = copy.deepcopy(model), CallCounter()
-    assert compile_layers(model, flattened=True, backend=counter, in_a_row=4) is None
-    counter.calls = 0
-    assert_same_step(model, reference, batch(0, True))
-    assert counter.calls == 2
-
-
-@pytest.mark.parametrize("place", [0, 2, 3])
-def test_who_hooks_a_layer_sees_what_it_gives(place: int) -> None:
-    (model, reference, counter), seen = in_rows(), []
-    for m in (model, reference):
-        m.model.layers[place].register_forward_hook(lambda layer, args, output: seen.append(output.detach()))
-    assert_same_step(model, reference, batch(0, True))
-    assert counter.calls == 4
-    assert_same(seen[0], seen[1], 1e-5)
-
-
-def test_a_layer_with_a_forward_of_its_own_runs_it() -> None:
-    (model, reference, _), calls = in_rows(), []
-    layer = model.model.layers[1]
-    plain = layer.forward
-    layer.forward = lambda *a, **k: calls.append(1) or plain(*a, **k)
-    assert_same_step(model, reference, batch(0, True))
-    assert calls == [1]
-
-
-def test_all_hidden_states_are_those_of_each_layer() -> None:
-    """Asked for by whoever calls the model itself."""
-    model, reference, _ = in_rows()
-    ids = batch(0, False)["input_ids"]
-    found, expected = (m(input_ids=ids, output_hidden_states=True).hidden_states for m in (model, reference))
-    assert len(found) == len(expected) == 5
-    for a, b in zip(found, expected):
-        assert_same(a, b, 1e-5)
-
-
-def test_a_pass_that_ends_early_leaves_nothing_to_the_next() -> None:
-    model, reference, counter = in_rows()
-
-    def stop(*args: Any) -> None:
-        raise KeyboardInterrupt
-
-    inputs = batch(0, True)
-    handle = model.model.layers[2].register_forward_pre_hook(stop)
-    # The row is not run with a hook in it; its first layer has been when the hook stops the third.
-    with pytest.raises(KeyboardInterrupt):
-        hidden_states(model, inputs)
-    handle.remove()
-    assert_same_step(model, reference, inputs)
-    kind: Any = type(model.model.layers[0])
-    assert kind.coming == ()
-    assert kind.ahead is None
-    # As if a pass had ended amid a row.
-    kind.coming, kind.ahead = tuple(model.model.layers[1:]), torch.zeros(1)
-    assert_same_step(model, reference, batch(1, True))
-    assert counter.graphs == 3
-
-
-def test_checkpointed_layers_run_by_themselves() -> None:
-    model, reference, counter = in_rows()
-    for m in (model, reference):
-        m.train()
-        m.gradient_checkpointing_enable({"use_reentrant": False})
-    assert_same_step(model, reference, batch(0, True))
-    assert counter.calls == 8
-
-
-def test_layers_that_draw_random_numbers_run_by_themselves() -> None:
-    """A body may leave such layers out at random."""
-    model, counter = make(layers=4, attention_dropout=0.1), CallCounter()
-    assert compile_layers(model, flattened=True, backend=counter, in_a_row=4) is None
-    counter.calls = 0
-    hidden_states(model.train(), batch(0, True))
-    assert counter.calls == 4
-
-
-def test_rows_that_do_not_compile_leave_layers_that_do() -> None:
-    counter = CallCounter()
-
-    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
-        if sum("attend_in_samples" in str(node.target) for node in graph.graph.nodes) > 1:
-            raise RuntimeError("too large")
-        return counter(graph, inputs)
-
-    model = make(layers=4)
-    reference = copy.deepcopy(model)
-    assert compile_layers(model, flattened=True, backend=backend, in_a_row=2) is None
-    counter.calls = 0
-    assert_same_step(model, reference, batch(0, True))
-    assert counter.calls == 4
 
 
 # Ways to run

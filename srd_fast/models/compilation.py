@@ -1,14 +1,10 @@
 """Compile the decoder layers of a model, one graph for all of them, and prove on a few tokens that nothing changes.
 
-Layers that follow one another directly may run several in one graph: a fast GPU has else done a layer before the host
-has left it and entered the next one. The first of such a row then runs all, and the others give on what they get.
-
 A compiled layer is the module it was, with another class: a subclass whose `forward` is compiled. Names of parameters,
 hooks and adapters stay. transformers' gradient checkpointing, at `forward` or `__call__`, stays outside of the graph.
 """
 
 import logging
-import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -25,7 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..errors import first_line
 from .flattening import TOLERANCE, captured, probe_batches, row_error
-from .heads import hidden_states, in_body, unwrap
+from .heads import hidden_states, unwrap
 
 try:
     from torch.utils._python_dispatch import is_in_any_mode_without_ignore_compile_internals as _is_watched
@@ -36,8 +32,6 @@ logger = logging.getLogger(__name__)
 
 # Graphs of one layer class: training or not, gradients or not, kinds of masks and of layers, inputs with gradient.
 _MOST_GRAPHS = 64
-# Layers in one graph on a GPU. Compiling takes as many times as long.
-_IN_A_ROW = 4
 
 
 def compile_layers(
@@ -47,7 +41,6 @@ def compile_layers(
     flattened: bool,
     backend: str | Callable[..., Any] = "inductor",
     mode: str | None = None,
-    in_a_row: int | None = None,
 ) -> str | None:
     """Compile the decoder layers of a causal language model in place, where they then give what they gave before.
 
@@ -61,8 +54,6 @@ def compile_layers(
         autocast: makes the context in which it will run.
         flattened: whether it will run on flattened batches, instead of padded ones.
         backend, mode: as in `torch.compile`.
-        in_a_row: the most layers in one graph. Default: 4 on a GPU, 1 elsewhere. Rows run in `hidden_states` alone,
-            where training draws no random numbers and no hook watches their layers.
 
     Returns:
         None, or in one clause which layers are not compiled, and why.
@@ -78,8 +69,7 @@ def compile_layers(
             if not layers:
                 return f"{type(unwrap(model)).__name__} has no layers that transformers could checkpoint"
             for kind, members in layers.items():
-                rows = proof.rows(members, in_a_row)
-                reason = _compile_kind(kind, members, rows, proof, backend, mode)
+                reason = _compile_kind(kind, members, proof, backend, mode)
                 reasons += [] if reason is None else [f"{kind.__name__}: {reason}"]
     finally:
         for module, training in modes:
@@ -95,39 +85,25 @@ def uncompile_layers(model: nn.Module) -> None:
             module.__class__ = plain
 
 
-Rows = dict[nn.Module, tuple[nn.Module, ...]]
-
-
 def _compile_kind(
-    kind: type[nn.Module], members: list[nn.Module], rows: Rows, proof: "_Proof", backend: Any, mode: str | None
+    kind: type[nn.Module], members: list[nn.Module], proof: "_Proof", backend: Any, mode: str | None
 ) -> str | None:
-    made = _compiled_class(kind, backend, mode)
-    for layer in members:
-        layer.__class__ = made
-    reason = None
-    # With rows, and where that is not what it was, each layer by itself.
-    for made.rows in [rows, {}] if rows else [{}]:
-        reason = _reason_against(proof)
-        if reason is None:
-            made.proven = True
-            return None
-    for layer in members:
-        layer.__class__ = kind
-    return reason
-
-
-def _reason_against(proof: "_Proof") -> str | None:
-    # Sizes that happen to be equal here would else be taken for one size, and numbers of modules for inputs.
-    shapes: Any = torch.fx.experimental._config
     try:
+        made = _compiled_class(kind, backend, mode)
+        for layer in members:
+            layer.__class__ = made
+        # Sizes that happen to be equal here would else be taken for one size, and numbers of modules for inputs.
+        shapes: Any = torch.fx.experimental._config
         with shapes.patch(use_duck_shape=False), torch._dynamo.config.patch(specialize_float=True):
-            return proof.difference()
+            reason = proof.difference()
     except Exception as e:  # compilers raise anything for what they do not understand
-        return _said(e)
-
-
-def _said(error: BaseException) -> str:
-    return first_line(getattr(error, "inner_exception", error))
+        reason = first_line(getattr(e, "inner_exception", e))
+    if reason is None:
+        made.proven = True
+    else:
+        for layer in members:
+            layer.__class__ = kind
+    return reason
 
 
 def _compiled_class(kind: type[nn.Module], backend: Any, mode: str | None) -> Any:
@@ -136,41 +112,25 @@ def _compiled_class(kind: type[nn.Module], backend: Any, mode: str | None) -> An
     def run(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return plain(layer, *args, **kwargs)
 
-    def run_row(layers: tuple[nn.Module, ...], hidden: Any, *args: Any, **kwargs: Any) -> Any:
-        for layer in layers:
-            hidden = plain(layer, hidden, *args, **kwargs)
-        return hidden
-
-    def compiled_from(function: Any) -> Any:
-        # Graphs are counted for each code object: this one is of this class in this model alone.
-        function.__code__ = function.__code__.replace(co_name=f"{kind.__name__}_{function.__name__}")
-        return torch.compile(function, backend=backend, mode=mode, dynamic=True, fullgraph=True)
-
-    compiled, compiled_row = compiled_from(run), compiled_from(run_row)
+    # Graphs are counted for each code object: this one is of this class in this model alone.
+    run.__code__ = run.__code__.replace(co_name=f"{kind.__name__}_forward")
+    compiled = torch.compile(run, backend=backend, mode=mode, dynamic=True, fullgraph=True)
 
     @wraps(plain)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if made.coming and made.coming[0] is self and args and args[0] is made.ahead:
-            made.coming = made.coming[1:]
-            made.ahead = made.ahead if made.coming else None
-            return args[0]
         # Caches are numbered by layer: one graph would become one for each. And torch compiles nothing that a dispatch
         # mode wants to see.
         if made.failed or _is_watched() or any(isinstance(x, Cache) for x in (*args, *kwargs.values())):
             return plain(self, *args, **kwargs)
-        made.coming, made.ahead = (), None
-        row = made.rows.get(self)
         try:
-            if row is None or not in_body() or not _runs_unseen(row):
-                return compiled(self, *args, **kwargs)
-            made.ahead = compiled_row(row, *args, **kwargs)
-            made.coming = row[1:]
-            return made.ahead
+            return compiled(self, *args, **kwargs)
         except (TorchDynamoException, FailOnRecompileLimitHit) as e:
             if not made.proven:
                 raise
             made.failed = True
-            logger.warning("%s runs uncompiled from here on: %s", kind.__name__, _said(e))
+            logger.warning(
+                "%s runs uncompiled from here on: %s", kind.__name__, first_line(getattr(e, "inner_exception", e))
+            )
             return plain(self, *args, **kwargs)
 
     def reduce_ex(self: Any, protocol: Any) -> Any:
@@ -178,21 +138,8 @@ def _compiled_class(kind: type[nn.Module], backend: Any, mode: str | None) -> An
 
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
     own = {"forward": forward, "__reduce_ex__": reduce_ex, "compiled_from": kind, "proven": False, "failed": False}
-    # rows: by their first layers. ahead: what the last of a row gave, until coming, its other layers, were called.
-    of_rows: dict[str, Any] = {"rows": {}, "coming": (), "ahead": None}
-    made: Any = type(kind.__name__, (kind,), names | own | of_rows)
+    made: Any = type(kind.__name__, (kind,), names | own)
     return made
-
-
-def _runs_unseen(row: tuple[nn.Module, ...]) -> bool:
-    """Whether nobody sees what goes from one layer of a row to the next."""
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "forward")
-    for layer in row:
-        own: Any = vars(layer)
-        if any(own.get(name) for name in hooks):
-            return False
-    first: Any = row[0]
-    return not (first.training and getattr(first, "gradient_checkpointing", False))
 
 
 def _uncompiled(kind: type[nn.Module]) -> nn.Module:
@@ -220,24 +167,6 @@ class _Way:
     expected: Any = None
 
 
-@dataclass
-class _Call:
-    """Of a layer."""
-
-    layer: nn.Module
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    output: Any = None
-
-    def goes_on_in(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether a next call takes this one's output, and else what this one got."""
-        if type(layer) is not type(self.layer) or not args or args[0] is not self.output:
-            return False
-        if len(args) != len(self.args) or kwargs.keys() != self.kwargs.keys():
-            return False
-        return all(a is b for a, b in zip(args[1:], self.args[1:])) and all(kwargs[n] is self.kwargs[n] for n in kwargs)
-
-
 class _Proof:
     """Runs a model on a few tokens, and again, and says what came out different."""
 
@@ -253,8 +182,6 @@ class _Proof:
         self.batches = [flat] if flattened else [padded, {n: x[::2, :7].clone() for n, x in padded.items()}]
         self.frozen = not any(p.requires_grad for p in model.parameters())
         self.layers: dict[type[nn.Module], list[nn.Module]] = {}
-        # Pairs of layers, the second of which got what the first gave, and else the very things that that got.
-        self.follows: list[set[tuple[nn.Module, nn.Module]]] = []
         self.ways: list[_Way] = []
 
     @contextmanager
@@ -267,7 +194,6 @@ class _Proof:
         """Run each way uncompiled. Returns the outermost layers that ran, by class."""
         with self._watched_layers():
             for batch in self.batches:
-                self.follows.append(set())
                 self.ways.append(_Way(batch, False, False))
                 self.ways[-1].expected = self._run(self.ways[-1])
         self.trained = [p for p in self._first_and_last() if p.requires_grad]
@@ -280,23 +206,6 @@ class _Proof:
                 self.ways.append(second)
             self.ways.append(way)
         return self.layers
-
-    def rows(self, members: list[nn.Module], most: int | None) -> Rows:
-        """Layers of a class that may run in one graph, by the first of each row. most: in a row."""
-        most = (_IN_A_ROW if self.device.type == "cuda" else 1) if most is None else most
-        pairs = set.intersection(*self.follows)
-        if any(way.random for way in self.ways):
-            return {}
-        stretches: list[list[nn.Module]] = []
-        for layer in members:
-            if not stretches or (stretches[-1][-1], layer) not in pairs:
-                stretches.append([])
-            stretches[-1].append(layer)
-        # A length that leaves no rest, if one is near: a rest is one more graph.
-        common = math.gcd(*map(len, stretches))
-        length = next((n for n in range(most, 1, -1) if common % n == 0 and 2 * n > most), most)
-        cut = (tuple(x[i : i + length]) for x in stretches for i in range(0, len(x), length))
-        return {row[0]: row for row in cut if len(row) > 1}
 
     def difference(self) -> str | None:
         """What comes out different now, or None."""
@@ -345,30 +254,18 @@ class _Proof:
         handles: list[Any] = []
         running: list[nn.Module] = []
 
-        last: list[Any] = [None]
-
-        def enter(layer: nn.Module, args: Any, kwargs: Any) -> None:
+        def enter(layer: nn.Module, args: Any) -> None:
             members = self.layers.setdefault(type(layer), [])
-            running.append(layer)
-            if len(running) > 1:
-                return
-            if layer not in members:
+            if not running and layer not in members:
                 members.append(layer)
-            if last[0] is not None and last[0].goes_on_in(layer, args, kwargs):
-                self.follows[-1].add((last[0].layer, layer))
-            last[0] = _Call(layer, args, kwargs)
+            running.append(layer)
 
         def leave(layer: nn.Module, args: Any, output: Any) -> None:
             running.pop()
-            if not running:
-                last[0].output = output
 
         for module in self.body.modules():
             if isinstance(module, GradientCheckpointingLayer):
-                handles += [
-                    module.register_forward_pre_hook(enter, with_kwargs=True),
-                    module.register_forward_hook(leave),
-                ]
+                handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
         try:
             yield
         finally:

@@ -1,7 +1,6 @@
 """Take a causal language model apart into body and head, and prove on real tokens that the parts make the whole."""
 
 from collections.abc import Mapping
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -20,14 +19,6 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
 
 
-_in_body: ContextVar[bool] = ContextVar("in_body", default=False)
-
-
-def in_body() -> bool:
-    """Whether `hidden_states` runs a model's body, of which nothing but the last layer's output is wanted."""
-    return _in_body.get()
-
-
 def hidden_states(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     """Hidden states after the final norm, as the head sees them.
 
@@ -42,14 +33,7 @@ def hidden_states(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     Returns:
         [B, L, D]; of a flattened batch, [1, L, D].
     """
-    token = _in_body.set(True)
-    try:
-        return _last_hidden_state(unwrap(model), batch)
-    finally:
-        _in_body.reset(token)
-
-
-def _last_hidden_state(inner: Any, batch: Mapping[str, Any]) -> Tensor:
+    inner: Any = unwrap(model)
     ids, options = batch["input_ids"], {"use_cache": False, "return_dict": True}
     if "cu_seq_lens" not in batch:
         return inner.base_model(input_ids=ids, attention_mask=batch["attention_mask"], **options).last_hidden_state
