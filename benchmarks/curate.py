@@ -40,7 +40,7 @@ def write_scores(path: Path, rows: int) -> None:
 
 def measure(scores: Path, keep: str, method: str) -> None:
     """Curate, save, and print what it took as JSON."""
-    from srd_fast.curation import curate
+    from srd_fast.curriculum import curate
 
     start, start_cpu = time.perf_counter(), time.process_time()
     plan = curate(scores, keep="knee" if keep == "knee" else float(keep), method=method)

@@ -23,8 +23,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from srd_fast import SRDConfig, SRDTrainer
 from srd_fast.data import TOKENISED_FEATURES
+from srd_fast.data.quickstart import make_quickstart_splits
 from srd_fast.models import load_model, load_tokenizer, prune_depth
-from srd_fast.quickstart_data import make_quickstart_splits
 from srd_fast.teacher import TeacherCache, build_teacher_cache
 
 from .rows import RESULTS, make_rows, write

@@ -28,7 +28,7 @@ from srd_fast import SRDConfig, SRDTrainer
 from srd_fast.data import Tokenisation, prepare_dataset, read_rows
 from srd_fast.losses import distillation
 from srd_fast.models import load_model, load_tokenizer, prune_depth
-from srd_fast.steps.run import has_fast_bfloat16
+from srd_fast.run.steps.run import has_fast_bfloat16
 
 from .rows import RESULTS, make_rows, read, set_threads, write
 

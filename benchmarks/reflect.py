@@ -25,8 +25,8 @@ from rouge_score.rouge_scorer import RougeScorer
 
 from srd_fast import Sampling
 from srd_fast.data import Tokenisation, first_label, pad_right, prepare_dataset, read_rows
+from srd_fast.data.quickstart import make_quickstart_splits
 from srd_fast.models import load_model, load_tokenizer
-from srd_fast.quickstart_data import make_quickstart_splits
 from srd_fast.reflection import Reflected, TransformersEngine
 from srd_fast.reflection.signals import cross_entropy, rouge_l
 from srd_fast.reflection.vllm_engine import VLLMEngine, is_installed

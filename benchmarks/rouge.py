@@ -18,7 +18,7 @@ from pathlib import Path
 
 from rouge_score.rouge_scorer import RougeScorer
 
-from srd_fast.quickstart_data import make_quickstart_rows
+from srd_fast.data.quickstart import make_quickstart_rows
 from srd_fast.rouge import RougeL
 
 from .rows import RESULTS, make_rows, set_threads, write

@@ -70,8 +70,8 @@ def run_samples(count: int) -> float:
 
     from srd_fast import SRDConfig, SRDTrainer, curate
     from srd_fast.data import Tokenisation, prepare_dataset
+    from srd_fast.data.quickstart import make_quickstart_rows
     from srd_fast.models import load_tokenizer
-    from srd_fast.quickstart_data import make_quickstart_rows
     from srd_fast.rouge import RougeL
 
     tokenizer = load_tokenizer("smollm2-135m-instruct")

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from srd_fast.data import DistillationCollator, Tokenisation, prepare_dataset, read_rows
+from srd_fast.data.quickstart import make_quickstart_splits
 from srd_fast.losses import DistillationOutput, Head
 from srd_fast.models import find_head, hidden_states, load_model, load_tokenizer, prune_depth
-from srd_fast.quickstart_data import make_quickstart_splits
 from srd_fast.teacher import LiveTeacher, TeacherRows, distillation_loss_of_rows, labels_with_loss, rows_with_loss
 from srd_fast.teacher.index import sample_key
 from srd_fast.teacher.stores import make_store

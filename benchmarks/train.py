@@ -46,10 +46,10 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from srd_fast import SRDConfig, SRDTrainer
-from srd_fast.curation import CurriculumPlan
+from srd_fast.curriculum import CurriculumPlan
 from srd_fast.data import Tokenisation, prepare_dataset, read_rows
+from srd_fast.data.quickstart import make_quickstart_splits
 from srd_fast.models import load_model, load_tokenizer, prune_depth
-from srd_fast.quickstart_data import make_quickstart_splits
 from srd_fast.teacher import TeacherCache, build_teacher_cache
 
 from .loops import LOOPS, PLAIN, REVERSED, PlainLoop

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from srd_fast import SRDConfig, SRDTrainer
-from srd_fast.curation import CurriculumPlan
+from srd_fast.curriculum import CurriculumPlan
 from srd_fast.teacher import TeacherCache
 
 from .loops import PlainLoop

@@ -7,10 +7,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .config import SRDConfig
-    from .curation import CurriculumPlan, Signal, curate
+    from .curriculum import CurriculumPlan, Signal, curate
     from .errors import UserError
-    from .evaluation import evaluate
     from .losses import (
         DistillationLoss,
         DistillationOutput,
@@ -25,29 +23,31 @@ if TYPE_CHECKING:
     )
     from .reflection import Sampling, reflect, register_difficulty, register_engine
     from .teacher import TeacherCache, build_teacher_cache, open_teacher_cache
-    from .trainer import SRDTrainer
+    from .training.config import SRDConfig
+    from .training.evaluation import evaluate
+    from .training.trainer import SRDTrainer
 
 # Importing torch and transformers takes seconds, which `srd-fast --help` should not wait for.
 _HOME = {
-    "CurriculumPlan": "curation",
+    "CurriculumPlan": "curriculum",
     "DistillationLoss": "losses",
     "DistillationOutput": "losses",
     "Projected": "losses",
-    "SRDConfig": "config",
-    "SRDTrainer": "trainer",
+    "SRDConfig": "training.config",
+    "SRDTrainer": "training.trainer",
     "Sampled": "losses",
     "Sampling": "reflection",
-    "Signal": "curation",
+    "Signal": "curriculum",
     "TeacherCache": "teacher",
     "TopK": "losses",
     "UserError": "errors",
     "build_teacher_cache": "teacher",
     "compact_distillation_loss": "losses",
-    "curate": "curation",
+    "curate": "curriculum",
     "distillation_loss": "losses",
     "distillation_loss_from_logits": "losses",
     "divergence_names": "losses",
-    "evaluate": "evaluation",
+    "evaluate": "training.evaluation",
     "open_teacher_cache": "teacher",
     "reflect": "reflection",
     "register_difficulty": "reflection",

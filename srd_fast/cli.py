@@ -31,7 +31,7 @@ _Overrides = Annotated[
 @contextmanager
 def _stoppable() -> Iterator[None]:
     """Ctrl-C and SIGTERM end with status 130 and 143 and a word about going on."""
-    from .stopping import Stopped, stoppable
+    from .run.stopping import Stopped, stoppable
 
     try:
         with stoppable():
@@ -47,8 +47,8 @@ def run(config: _Config, overrides: _Overrides = None) -> None:
 
     A step is skipped when its output is there and was made from the same inputs. Stopped, the same command goes on.
     """
-    from .pipeline import execute
-    from .run_config import load_run_config
+    from .run.config import load_run_config
+    from .run.pipeline import execute
 
     with _stoppable():
         folder = execute(load_run_config(config, overrides or []))
@@ -63,8 +63,8 @@ def _step_command(name: str, text: str) -> None:
         overrides: _Overrides = None,
         force: Annotated[bool, typer.Option("--force", help="Do it again even if nothing has changed.")] = False,
     ) -> None:
-        from .pipeline import execute
-        from .run_config import load_run_config
+        from .run.config import load_run_config
+        from .run.pipeline import execute
 
         with _stoppable():
             execute(load_run_config(config, overrides or []), only=name, force=force)
@@ -87,8 +87,8 @@ def reflect(
     With --shard, its share's scores alone: reflections-00003-of-00016.parquet. Once the files of all shards lie in the
     run folder, the command without --shard joins them.
     """
-    from .pipeline import execute
-    from .run_config import load_run_config
+    from .run.config import load_run_config
+    from .run.pipeline import execute
 
     with _stoppable():
         execute(load_run_config(config, overrides or []), only="reflect", force=force, shard=shard)
@@ -114,8 +114,8 @@ def plan_memory(
     With --limit, the smallest changes that fit, as a command line; a smaller batch with as many more accumulation
     steps trains the same. Exit status 2 if nothing fits.
     """
-    from .planner import fit, parse_bytes, plan
-    from .run_config import load_run_config
+    from .memory.planner import fit, parse_bytes, plan
+    from .run.config import load_run_config
 
     allowed = None if limit is None else parse_bytes(limit)
     given = overrides or []
@@ -151,7 +151,7 @@ def init_student(
 
     from .data import Tokenisation, prepare_dataset, read_rows
     from .models import load_tokenizer
-    from .student import prune_and_warm_up
+    from .training.student import prune_and_warm_up
 
     rows = None
     if data:

@@ -22,7 +22,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from srd_fast.quickstart_data import make_quickstart_rows
+from srd_fast.data.quickstart import make_quickstart_rows
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()

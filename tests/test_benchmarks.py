@@ -107,7 +107,7 @@ def test_help(name: str, helped: dict[str, tuple[int | str, str]]) -> None:
 
 
 def test_curate_measures_a_process_without_torch(tmp_path: Path) -> None:
-    imports = "import sys, benchmarks.curate, srd_fast.curation; print('torch' in sys.modules)"
+    imports = "import sys, benchmarks.curate, srd_fast.curriculum; print('torch' in sys.modules)"
     assert run("-c", imports).strip() == "False"
     told = run("-m", "benchmarks.curate", "--rows", "2000", "--results", str(tmp_path))
     found = rows.read(tmp_path / "curate.csv")

@@ -27,12 +27,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from srd_fast.cli import main
+from srd_fast.data.quickstart import make_quickstart_rows
 from srd_fast.files import content_digest
 from srd_fast.losses import chunked
-from srd_fast.pipeline import STEP_NAMES, fingerprints
-from srd_fast.quickstart_data import make_quickstart_rows
-from srd_fast.run_config import load_run_config
-from srd_fast.steps import Run, expected_logits
+from srd_fast.run.config import load_run_config
+from srd_fast.run.pipeline import STEP_NAMES, fingerprints
+from srd_fast.run.steps import Run, expected_logits
 from srd_fast.teacher import LiveTeacher, build
 
 CONTRACT = (

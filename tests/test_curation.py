@@ -14,19 +14,20 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from srd_fast import curation
-from srd_fast.curation import (
+from srd_fast.curriculum import (
     CURATION_PRESETS,
     DEFAULT_SIGNALS,
     METHODS,
     PLAN_FORMAT,
     CurriculumPlan,
     Signal,
-    competition_ranks,
     curate,
+    curation,
+    plan_file,
 )
+from srd_fast.curriculum.ranking import competition_ranks
 from srd_fast.errors import UserError
-from srd_fast.run_config import load_run_config
+from srd_fast.run.config import load_run_config
 
 Scores = dict[str, list[Any]]
 
@@ -526,7 +527,7 @@ def test_a_plan_refuses_half_rows(rows: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("chunk", [1, 7, 1000])
 def test_pieces_are_laid_out_as_json_lays_them_out(chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(curation, "_CHUNK", chunk)
+    monkeypatch.setattr(plan_file, "_CHUNK", chunk)
     scores = random_scores(40)
     scores["rouge_l"][3:6] = [math.nan] * 3
     scores["sample_id"][1:3] = ['"quoted\\"', "ünïcode 中\n\u2028\x00"]

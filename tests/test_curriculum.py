@@ -11,8 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from srd_fast.curation import CurriculumPlan
-from srd_fast.curriculum import Curriculum, per_stage
+from srd_fast.curriculum import Curriculum, CurriculumPlan, per_stage
 from srd_fast.errors import UserError
 
 

@@ -28,8 +28,8 @@ from srd_fast.data import (
     read_rows,
     read_source,
 )
+from srd_fast.data.quickstart import make_quickstart_rows
 from srd_fast.errors import UserError
-from srd_fast.quickstart_data import make_quickstart_rows
 
 Row = dict[str, Any]
 ROWS: list[Row] = [

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from srd_fast import Sampling, evaluate, register_engine
 from srd_fast.data import Tokenisation, first_label, prepare_dataset
+from srd_fast.data.quickstart import make_quickstart_rows
 from srd_fast.errors import UserError
-from srd_fast.quickstart_data import make_quickstart_rows
 from srd_fast.reflection import engines as engines_module
 from srd_fast.teacher import LiveTeacher, build_teacher_cache
 
@@ -105,7 +105,7 @@ def test_a_cache_says_what_the_teacher_says(
     for name in ("kl", "cross_entropy"):
         assert found[name] == pytest.approx(beside[name], rel=1e-5), name
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("srd_fast.measure.hidden_states", without_a_body)
+        patched.setattr("srd_fast.training.measure.hidden_states", without_a_body)
         found = run(teacher, tiny_tokenizer, states=cache, batch_size=4)
     assert found["cross_entropy"] == pytest.approx(alone["cross_entropy"], rel=1e-5)
     assert (found["kl"], found["num_tokens"]) == (None, alone["num_tokens"])

@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerFast
 from srd_fast.data import IGNORE_INDEX, PreparedData, Tokenisation, first_label, prepare_dataset, read_source
 from srd_fast.errors import UserError
 from srd_fast.losses import distillation_loss, divergence_names
-from srd_fast.run_config import RunConfig, load_run_config
+from srd_fast.run.config import RunConfig, load_run_config
 
 TIMES = int(os.environ.get("SRD_FAST_FUZZ", "1"))
 SECONDS = 20.0  # of processor time for one input; each takes far less, ten megabytes and busy cores included

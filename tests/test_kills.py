@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 from srd_fast.files import content_digest
-from srd_fast.pipeline import STEP_NAMES
+from srd_fast.run.pipeline import STEP_NAMES
 
 KILLS = int(os.environ.get("SRD_FAST_KILLS", "12"))
 # A training run is the longest, and where most is under way.

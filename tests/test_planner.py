@@ -14,13 +14,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from srd_fast import UserError, planner
+from srd_fast import UserError
 from srd_fast.cli import app
-from srd_fast.dry_step import Batch, _forward
-from srd_fast.live_bytes import LiveBytes
+from srd_fast.memory import planner
+from srd_fast.memory.dry_step import Batch, _forward
+from srd_fast.memory.live_bytes import LiveBytes
 from srd_fast.models import enable_flattening, hidden_states
 from srd_fast.models.varlen import IMPLEMENTATION
-from srd_fast.run_config import RunConfig, load_run_config
+from srd_fast.run.config import RunConfig, load_run_config
 
 BASE = 10_000_000
 LENGTHS = (9, 3, 6)
@@ -191,7 +192,7 @@ def test_float32_logits_take_twice_the_room(tiny_teacher_folder: Path, tmp_path:
 def test_lengths_come_from_the_run_folder(
     tiny_teacher_folder: Path, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    from srd_fast.pipeline import execute
+    from srd_fast.run.pipeline import execute
 
     limits = ["max_prompt_length=400", "max_response_length=200", "max_rows=24", "validation=4"]
     config = made_config(tiny_teacher_folder, tmp_path, *limits)
@@ -278,8 +279,8 @@ print(int(status.partition("VmHWM:")[2].split()[0]) * 1024)
 @pytest.mark.skipif(sys.platform != "linux", reason="the allowance is measured with glibc")
 @pytest.mark.parametrize(("kind", "size"), [("hidden", 8), ("live", 16)])
 def test_predicted_and_measured_peak(kind: str, size: int, tmp_path: Path) -> None:
-    from srd_fast import steps
-    from srd_fast.curation import CurriculumPlan
+    from srd_fast.curriculum import CurriculumPlan
+    from srd_fast.run import steps
 
     overrides = [f"output_dir={tmp_path}", f"cache.kind={kind}", f"distill.per_device_train_batch_size={size}"]
     overrides += ["max_rows=24", "validation=8", "init_student.warmup_steps=0", "curate.stages=1"]

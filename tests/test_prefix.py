@@ -9,9 +9,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from srd_fast.data import Tokenisation, prepare_dataset
+from srd_fast.data.quickstart import make_quickstart_rows
 from srd_fast.models import common_prefix, share_prefix, shared_starts
 from srd_fast.models.heads import hidden_states
-from srd_fast.quickstart_data import make_quickstart_rows
 from srd_fast.reflection import Reflected, signals
 from srd_fast.reflection.signals import common_start, cross_entropy
 

@@ -11,7 +11,7 @@ from itertools import pairwise
 
 import pytest
 
-from srd_fast.quickstart_data import FAMILIES, MAX_ROWS, make_quickstart_rows, make_quickstart_splits
+from srd_fast.data.quickstart import FAMILIES, MAX_ROWS, make_quickstart_rows, make_quickstart_splits
 
 ROWS = make_quickstart_rows(MAX_ROWS, seed=3)
 FACTORS = {

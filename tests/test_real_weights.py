@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from srd_fast import SRDConfig, SRDTrainer
+from srd_fast.data.quickstart import make_quickstart_splits
 from srd_fast.models import check_head, load_model, load_tokenizer, prune_depth
-from srd_fast.quickstart_data import make_quickstart_splits
 
 pytestmark = pytest.mark.slow
 NAME = "smollm2-135m-instruct"

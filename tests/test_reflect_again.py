@@ -8,11 +8,11 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import load_file
 
-from srd_fast.curation import CurriculumPlan, curate, replan
+from srd_fast.curriculum import CurriculumPlan, curate, replan
 from srd_fast.errors import UserError
-from srd_fast.pipeline import execute
-from srd_fast.run_config import RunConfig
-from srd_fast.steps import training
+from srd_fast.run.config import RunConfig
+from srd_fast.run.pipeline import execute
+from srd_fast.run.steps import training
 
 STAGES = 3
 

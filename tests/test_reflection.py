@@ -15,8 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from srd_fast import Sampling, reflect, register_difficulty, register_engine
 from srd_fast.data import Tokenisation, first_label, prepare_dataset
+from srd_fast.data.quickstart import make_quickstart_rows
 from srd_fast.errors import UserError
-from srd_fast.quickstart_data import make_quickstart_rows
 from srd_fast.reflection import Reflected, TransformersEngine, difficulty_names, engine_names
 from srd_fast.reflection import engines as engines_module
 from srd_fast.reflection import signals as signals_module

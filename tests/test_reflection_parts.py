@@ -29,12 +29,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from srd_fast import Sampling, reflect, register_engine
 from srd_fast.data import Tokenisation, prepare_dataset
 from srd_fast.errors import UserError
-from srd_fast.pipeline import execute
 from srd_fast.reflection import engines as engines_module
 from srd_fast.reflection import merge_shards
 from srd_fast.reflection.parts import cut, read_part, write_part
 from srd_fast.reflection.shards import parse_shard, samples_of_shard, shard_file, shard_files, write_shard
-from srd_fast.run_config import load_run_config
+from srd_fast.run.config import load_run_config
+from srd_fast.run.pipeline import execute
 
 Reflection = Callable[..., list[dict[str, Any]]]
 

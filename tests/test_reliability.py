@@ -34,8 +34,9 @@ from srd_fast import UserError
 from srd_fast.files import disk_trouble, in_use
 from srd_fast.losses import chunked, free_workspace
 from srd_fast.losses.buffers import budget_of
-from srd_fast.stopping import Stopped, stoppable, stopping_later
-from srd_fast.watch import DivergenceTrend, NotFiniteError, warn_of_answers_alike
+from srd_fast.reflection.reflect import warn_of_answers_alike
+from srd_fast.run.stopping import Stopped, stoppable, stopping_later
+from srd_fast.training.health import DivergenceTrend, NotFiniteError
 
 pytestmark = pytest.mark.usefixtures("quick_collection", "own_folder")
 

@@ -17,8 +17,8 @@ from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import DefaultTokenizer, Tokenizer
 
 from srd_fast import rouge
+from srd_fast.data.quickstart import make_quickstart_rows
 from srd_fast.errors import UserError
-from srd_fast.quickstart_data import make_quickstart_rows
 from srd_fast.reflection import Reflected, RougeL
 from srd_fast.reflection.signals import rouge_l
 

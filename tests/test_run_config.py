@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import yaml
 
-from srd_fast.config import TRAINING_PRESETS
-from srd_fast.curation import CURATION_PRESETS
+from srd_fast.curriculum import CURATION_PRESETS
 from srd_fast.errors import UserError
 from srd_fast.reflection.reflect import REFLECTION_PRESETS
-from srd_fast.run_config import RunConfig, load_run_config
+from srd_fast.run.config import RunConfig, load_run_config
+from srd_fast.training.config import TRAINING_PRESETS
 
 
 @pytest.fixture

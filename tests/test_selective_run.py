@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from srd_fast.curation import CurriculumPlan
+from srd_fast.curriculum import CurriculumPlan
 from srd_fast.errors import UserError
-from srd_fast.pipeline import execute
-from srd_fast.run_config import RunConfig, load_run_config
+from srd_fast.run.config import RunConfig, load_run_config
+from srd_fast.run.pipeline import execute
 
 
 @pytest.fixture(scope="module")

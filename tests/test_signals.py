@@ -13,8 +13,8 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from srd_fast import Sampling, reflect
+from srd_fast.data.quickstart import make_quickstart_rows
 from srd_fast.errors import UserError
-from srd_fast.quickstart_data import make_quickstart_rows
 from srd_fast.reflection import Reflected, difficulty_names, get_difficulty, register_difficulty
 from srd_fast.reflection import signals as signals_module
 

@@ -17,12 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from srd_fast import SRDConfig, SRDTrainer, UserError
-from srd_fast.batching import MICRO_BATCHES, TokenBatches
 from srd_fast.data import DistillationCollator, divide_by_tokens, with_loss_rows
-from srd_fast.finite import StepCheck, skips_on_the_device
 from srd_fast.teacher import TeacherCache, build_teacher_cache, labels_with_loss, rows_with_loss
 from srd_fast.teacher.shards import OpenFile
-from srd_fast.watch import NotFiniteError
+from srd_fast.training.batching import MICRO_BATCHES, TokenBatches
+from srd_fast.training.health import NotFiniteError, StepCheck, skips_on_the_device
 
 pytestmark = pytest.mark.usefixtures("quick_collection", "own_folder")
 

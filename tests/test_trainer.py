@@ -20,7 +20,7 @@ from srd_fast import CurriculumPlan, SRDConfig, SRDTrainer, UserError
 from srd_fast.models import find_head, hidden_states, load_model
 from srd_fast.teacher import HiddenRows
 from srd_fast.teacher import rows_with_loss as states_with_loss
-from srd_fast.trainer import _call_through
+from srd_fast.training.trainer import _call_through
 
 SAMPLES = tiny.tiny_samples(15)
 THREE_DIVERGENCES = (("forward_kl", {}), ("skew_reverse_kl", {"skew": 0.2}), ("jsd", {"beta": 0.3}))
@@ -303,7 +303,7 @@ def test_tokens_per_second_count_labels_in_steps(
 ) -> None:
     """A clock that moves on by a second whenever it is read: once a step, none of it in logging or evaluation."""
     ticks = itertools.count()
-    monkeypatch.setattr("srd_fast.trainer.time", SimpleNamespace(monotonic=lambda: float(next(ticks))))
+    monkeypatch.setattr("srd_fast.training.trainer.time", SimpleNamespace(monotonic=lambda: float(next(ticks))))
     args = config(per_device_train_batch_size=2, gradient_accumulation_steps=2, eval_strategy="steps", eval_steps=1)
     trainer = make(tokenizer, args=args, eval_dataset=SAMPLES[:2])
     trainer.train()

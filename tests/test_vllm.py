@@ -21,8 +21,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from srd_fast import Sampling, reflect
+from srd_fast.data.quickstart import make_quickstart_rows
 from srd_fast.errors import UserError
-from srd_fast.quickstart_data import make_quickstart_rows
 from srd_fast.reflection import TransformersEngine
 from srd_fast.reflection.engines import open_engine
 from srd_fast.reflection.vllm_engine import VLLMEngine, is_installed

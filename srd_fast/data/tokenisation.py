@@ -6,8 +6,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import UserError, first_line
-from ..templates import PromptTemplate, get_template
 from .sources import shown
+from .templates import PromptTemplate, get_template
 
 IGNORE_INDEX = -100
 # Characters: no token is longer. What lies further behind than as many as the limit has tokens is cut off anyway, and a

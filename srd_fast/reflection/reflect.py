@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,6 @@ from ..data import Tokenisation, first_label, prepare_dataset
 from ..errors import UserError
 from ..models import fingerprint, load_model, model_digest
 from ..suggest import unknown_name
-from ..watch import warn_of_answers_alike
 from .engines import AUTO, GenerationEngine, Sampling, check_engine, engine_settings, open_engine
 from .parts import compute_parts, cut, part_name, read_part, write_part
 from .shards import samples_of_shard
@@ -29,6 +29,8 @@ REFLECTION_PRESETS: dict[str, dict[str, Any]] = {
     "official": {"max_new_tokens": 256, "temperature": 0.01, "no_repeat_ngram_size": 6, "score_eos": False},
 }
 CROSS_ENTROPY_BY = ("student", "engine")
+# Share of answers that are the same, from which they rank nothing; of fewer than so many it says little.
+_ALIKE, _LEAST_ANSWERS = 0.9, 8
 
 
 def reflect(
@@ -210,3 +212,16 @@ def _log_probs(engine: Any, samples: Dataset, progress: bool) -> list[list[float
 def prompt_lengths(samples: Dataset) -> list[int]:
     """Tokens of each sample's prompt."""
     return [first_label(labels) for batch in samples.iter(1000) for labels in batch["labels"]]
+
+
+def warn_of_answers_alike(answers: Sequence[str]) -> None:
+    """A warning where nearly all of a student's answers are empty, or one and the same."""
+    if len(answers) < _LEAST_ANSWERS:
+        return
+    text, count = Counter(answers).most_common(1)[0]
+    if count >= _ALIKE * len(answers):
+        what = "empty" if not text else f"the same: {text[:60]!r}"
+        logger.warning(
+            "%d of %d of the student's answers are %s. They rank nothing; check that the student was warmed up, that "
+            "its template is the one it was trained with, and max_new_tokens", count, len(answers), what,
+        )  # fmt: skip

@@ -4,10 +4,11 @@ from typing import Any
 
 import numpy as np
 
+from srd_fast.curriculum import CurriculumPlan
 from srd_fast.report.canvas import DROPPED, picture, sequence
 from srd_fast.report.numbers import missing, number, rows
 from srd_fast.report.plots import Group, curves, difficulty_map, schedule, stage_bands, throughput
-from srd_fast.report.read import FloatArray, Plan, Reflections, Run
+from srd_fast.report.read import FloatArray, Reflections, Run
 
 
 def difficulty_view(run: Run) -> dict[str, Any]:
@@ -47,7 +48,7 @@ def difficulty_view(run: Run) -> dict[str, Any]:
     return view
 
 
-def _groups(reflections: Reflections, plan: Plan | None) -> tuple[list[Group], int]:
+def _groups(reflections: Reflections, plan: CurriculumPlan | None) -> tuple[list[Group], int]:
     """The subsets from easy to hard, then the dropped rows; and how many rows of the plan cannot be drawn."""
     if plan is None:
         named = [("scored, no plan yet", sequence(2)[0], list(reflections.index), True)]
@@ -61,7 +62,7 @@ def _groups(reflections: Reflections, plan: Plan | None) -> tuple[list[Group], i
             labels = ["kept"]
         colours = sequence(max(len(subsets), 2))
         named = [(label, colours[i], subsets[i], True) for i, label in enumerate(labels)]
-        named += [("dropped", DROPPED, [sample_id for sample_id, _ in plan.dropped], False)]
+        named += [("dropped", DROPPED, [row["sample_id"] for row in plan.dropped], False)]
     groups, undrawn = [], 0
     for label, colour, ids, kept in named:
         entropy = np.array([reflections.score("cross_entropy", sample_id) for sample_id in ids], dtype=np.float64)

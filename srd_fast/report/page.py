@@ -7,9 +7,10 @@ from typing import Any
 
 import jinja2
 
+from srd_fast.curriculum import CurriculumPlan
 from srd_fast.report.figures import curves_view, difficulty_view, schedule_view, throughput_view
 from srd_fast.report.numbers import count, duration, missing, number, points
-from srd_fast.report.read import Evaluation, Plan, Run
+from srd_fast.report.read import Evaluation, Run
 from srd_fast.report.samples import examples_view, samples_view, selection_view, unscored_view
 
 MODELS = (("teacher", "Teacher"), ("start", "Starting student"), ("student", "Distilled student"))
@@ -120,7 +121,7 @@ def _reflected_again(run: Run) -> list[tuple[str, str]]:
     return found
 
 
-def _plan_in_words(plan: Plan | None) -> str:
+def _plan_in_words(plan: CurriculumPlan | None) -> str:
     if plan is None:
         return "–"
     how = {"srd": "selective reflection", "random": "random drop", "none": "no selection"}[plan.method]

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from srd_fast.curation import METHODS, PLAN_FORMAT
+from srd_fast.curriculum import CurriculumPlan
 from srd_fast.errors import UserError
 from srd_fast.report.files import Fields, read_json, read_table, read_text
 
@@ -66,22 +66,6 @@ class Reflections:
             return []
         reasons = zip(self.table["sample_id"].to_pylist(), self.table["reason"].to_pylist(), strict=True)
         return [(sample_id, reason) for sample_id, reason in reasons if reason is not None]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The curriculum: which rows are kept, in which subset (easiest first), and which are not, and why."""
-
-    method: str
-    keep: float
-    stages: int
-    rrf_k: float
-    signals: tuple[str, ...]
-    subsets: list[list[str]]
-    dropped: list[tuple[str, str]]
-    unscored: list[tuple[str, str]]
-    fused: dict[str, float]
-    keep_rule: str = "ratio"
 
 
 @dataclass(frozen=True)
@@ -164,7 +148,7 @@ class Run:
     train: TrainRows | None
     num_validation: int | None
     reflections: Reflections | None
-    plan: Plan | None
+    plan: CurriculumPlan | None
     metrics: Metrics | None
     summary: Summary | None
     config: str | None
@@ -228,35 +212,8 @@ def _read_reflections(path: Path) -> Reflections | None:
     return Reflections(table, _index(table, path, ("generation",)), scores)
 
 
-def _read_plan(path: Path) -> Plan | None:
-    fields = read_json(path)
-    if fields is None:
-        return None
-    if fields.text("format") != PLAN_FORMAT:
-        raise UserError(f"{path}: format must be {PLAN_FORMAT!r}, found {fields.text('format')!r}")
-    if fields.text("method") not in METHODS:
-        raise UserError(f"{path}: method must be one of {', '.join(METHODS)}, found {fields.text('method')!r}")
-    subsets = fields.items("subsets")
-    for i, subset in enumerate(subsets):
-        if not isinstance(subset, list) or not all(isinstance(sample_id, str) for sample_id in subset):
-            raise UserError(f"{path}: subsets[{i}] must be a list of sample ids")
-    stages = fields.number("stages")
-    return Plan(
-        method=fields.text("method"),
-        keep=fields.number("keep"),
-        stages=len(subsets) if math.isnan(stages) else int(stages),
-        rrf_k=fields.number("rrf_k"),
-        signals=tuple(fields.child("signals").data),
-        subsets=subsets,
-        dropped=_reasons(fields.objects("dropped")),
-        unscored=_reasons(fields.objects("unscored")),
-        fused=fields.child("fused").numbers(),
-        keep_rule=fields.text("keep_rule"),
-    )
-
-
-def _reasons(rows: Sequence[Fields]) -> list[tuple[str, str]]:
-    return [(row.text("sample_id"), row.text("reason")) for row in rows]
+def _read_plan(path: Path) -> CurriculumPlan | None:
+    return CurriculumPlan.load(path) if path.exists() else None
 
 
 TRAIN_COLUMNS = (

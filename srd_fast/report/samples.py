@@ -3,8 +3,9 @@
 import math
 from typing import Any
 
+from srd_fast.curriculum import CurriculumPlan
 from srd_fast.report.numbers import missing, number, points
-from srd_fast.report.read import Plan, Run
+from srd_fast.report.read import Run
 
 SHOWN = 5
 UNSCORED_SHOWN = 20
@@ -21,8 +22,8 @@ def samples_view(run: Run) -> dict[str, Any]:
         return view
     subset_of = {sample_id: i for i, ids in enumerate(plan.subsets, start=1) for sample_id in ids}
     kept = sorted(subset_of, key=lambda sample_id: _difficulty(run, plan, sample_id))
-    dropped = sorted((sample_id for sample_id, _ in plan.dropped), key=lambda s: _difficulty(run, plan, s))
-    reasons = dict(plan.dropped)
+    dropped = sorted((row["sample_id"] for row in plan.dropped), key=lambda s: _difficulty(run, plan, s))
+    reasons = {row["sample_id"]: row["reason"] for row in plan.dropped}
     order = "fused rank, as in the plan" if plan.fused else "ROUGE-L, then cross-entropy"
     view["note"] = f"Ordered by {order}. The answer is the starting student's."
     hardest = [sample_id for sample_id in kept[::-1][:SHOWN] if sample_id not in kept[:SHOWN]]
@@ -62,7 +63,7 @@ def selection_view(run: Run) -> dict[str, Any] | None:
     return {"note": note, "rows": rows, "samples": samples}
 
 
-def _difficulty(run: Run, plan: Plan, sample_id: str) -> tuple[float, float, float, str]:
+def _difficulty(run: Run, plan: CurriculumPlan, sample_id: str) -> tuple[float, float, float, str]:
     """A sort key, easiest first; a row without a score counts as hardest."""
     rouge, entropy = math.nan, math.nan
     if run.reflections is not None:
@@ -73,7 +74,9 @@ def _difficulty(run: Run, plan: Plan, sample_id: str) -> tuple[float, float, flo
     return fused, rouge, entropy, sample_id
 
 
-def _card(run: Run, plan: Plan, sample_id: str, subset_of: dict[str, int], reasons: dict[str, str]) -> dict[str, Any]:
+def _card(
+    run: Run, plan: CurriculumPlan, sample_id: str, subset_of: dict[str, int], reasons: dict[str, str]
+) -> dict[str, Any]:
     scores = []
     if run.reflections is not None:
         scores.append(("ROUGE-L", points(run.reflections.score("rouge_l", sample_id)), "points"))
@@ -130,7 +133,7 @@ def examples_view(run: Run) -> list[dict[str, Any]]:
 def unscored_view(run: Run) -> dict[str, Any]:
     """The first unscored rows with their reasons, and how many there are."""
     if run.plan is not None:
-        found = run.plan.unscored
+        found = [(row["sample_id"], row["reason"]) for row in run.plan.unscored]
     elif run.reflections is not None:
         found = run.reflections.unscored()
     else:

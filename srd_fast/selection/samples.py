@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 from torch import nn
 
-from ..curation import CurriculumPlan
+from ..curriculum import CurriculumPlan
 from ..data import DistillationCollator, batches_by_length, pad_id
 from ..errors import UserError
 from ..losses import token_values

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .losses import token_cross_entropy
-from .models import find_head, hidden_states
-from .teacher import TeacherSource, distillation_loss_of_rows, labels_with_loss, rows_with_loss
+from ..losses import token_cross_entropy
+from ..models import find_head, hidden_states
+from ..teacher import TeacherSource, distillation_loss_of_rows, labels_with_loss, rows_with_loss
 
 
 class Divergences(NamedTuple):

@@ -5,11 +5,11 @@ from typing import Any
 
 from datasets import Dataset
 
-from ..data import Tokenisation, content_id, prepare_dataset, read_source, source_path
-from ..errors import UserError
-from ..files import content_digest, write_text
-from ..models import fingerprint
-from ..quickstart_data import make_quickstart_splits
+from ...data import Tokenisation, content_id, prepare_dataset, read_source, source_path
+from ...data.quickstart import make_quickstart_splits
+from ...errors import UserError
+from ...files import content_digest, write_text
+from ...models import fingerprint
 from .run import QUICKSTART, Run, json_text, write_parquet
 
 QUICKSTART_ROWS = 256

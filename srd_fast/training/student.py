@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from datasets import Dataset
 
+from ..files import replace_folder, temporary_path
+from ..models import load_model, load_tokenizer, prune_depth
+from ..teacher import TeacherSource
 from .config import SRDConfig
-from .files import replace_folder, temporary_path
-from .models import load_model, load_tokenizer, prune_depth
-from .teacher import TeacherSource
 from .trainer import SRDTrainer
 
 logger = logging.getLogger(__name__)

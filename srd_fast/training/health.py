@@ -1,15 +1,26 @@
-"""Loss and gradient of every step, looked at without waiting for the device.
+"""Loss and gradient of every step, looked at without waiting for the device; training that gets worse is said.
 
 The host queues a step's work long before a GPU has done it, so it cannot know whether the step is finite without
 stopping. Here the device keeps the first step that is not, a flag keeps a fused optimizer from moving in that step and
 in all after it, and the host learns of it as soon as a copy has arrived that nobody waited for.
 """
 
+import logging
 import math
+import statistics
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from ..errors import UserError
+
+logger = logging.getLogger(__name__)
+
+# Logged values of a stage from which its trend is judged.
+_LEAST_VALUES = 8
+_SHOWN_IDS = 16
 
 
 class BadStep(NamedTuple):
@@ -80,3 +91,48 @@ def skips_on_the_device(optimizer: Any) -> bool:
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False)) and all(
         group.get("fused") for group in optimizer.param_groups
     )
+
+
+class NotFiniteError(UserError):
+    """The loss or its gradient is NaN or infinite; no optimizer step was made of it."""
+
+
+def not_finite(what: str, step: int, place: str, sample_ids: Sequence[str], checkpoint: str | None) -> NotFiniteError:
+    """The error for optimizer step `step` (from 0). place: stage, temperature, learning rate."""
+    shown = ", ".join(sample_ids[:_SHOWN_IDS]) + (", ..." if len(sample_ids) > _SHOWN_IDS else "")
+    good = f"the last good checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint yet"
+    return NotFiniteError(
+        f"step {step + 1}: {what} ({place}); the optimizer did not move, and {good}. The step's samples: {shown}. "
+        "Look at them, lower learning_rate, or train in bf16 or float32 if this is fp16"
+    )
+
+
+class DivergenceTrend:
+    """Warns at the end of a stage over which the divergence to the teacher has risen.
+
+    Temperature and weights are constant in a stage, so its values are of one kind.
+    """
+
+    def __init__(self) -> None:
+        self.stage, self.values = 0, list[float]()
+
+    def add(self, stage: int, divergence: float) -> None:
+        """A logged value of a stage (from 1)."""
+        if stage != self.stage:
+            self.end()
+            self.stage = stage
+        self.values.append(divergence)
+
+    def end(self) -> None:
+        """The stage is over."""
+        values, self.values = self.values, []
+        quarter = len(values) // 4
+        if len(values) < _LEAST_VALUES:
+            return
+        first, last = statistics.fmean(values[:quarter]), statistics.fmean(values[-quarter:])
+        if last > first:
+            logger.warning(
+                "stage %d: the divergence to the teacher rose from %.4g to %.4g; check learning_rate (too high?), that "
+                "teacher and student have one tokenizer and template, and the cache (srd-fast cache CONFIG --force)",
+                self.stage, first, last,
+            )  # fmt: skip

@@ -16,12 +16,12 @@ from typing import Any
 
 import yaml
 
+from ..errors import UserError, first_line
+from ..files import content_digest, disk_trouble, in_use, remove, write_text
+from ..losses import expect_logits, is_out_of_memory
+from ..reflection.shards import parse_shard
 from . import steps
-from .errors import UserError, first_line
-from .files import content_digest, disk_trouble, in_use, remove, write_text
-from .losses import expect_logits, is_out_of_memory
-from .reflection.shards import parse_shard
-from .run_config import RunConfig
+from .config import RunConfig
 
 logger = logging.getLogger(__name__)
 

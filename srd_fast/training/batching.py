@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch.utils.data import Sampler
 
-from .curriculum import Curriculum
-from .data import divide_by_tokens, with_loss_rows
-from .teacher import TeacherCache
+from ..curriculum import Curriculum
+from ..data import divide_by_tokens, with_loss_rows
+from ..teacher import TeacherCache
 
 MICRO_BATCHES = "micro_batches"
 # Steps whose samples the system is told to read from the cache beforehand.

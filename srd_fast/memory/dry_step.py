@@ -15,20 +15,20 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Trainer
 
-from .batching import casts_kept
-from .config import SRDConfig
-from .errors import UserError, first_line
-from .kernels import ALIGNMENT, EAGER_BUFFERS, block_bytes
+from ..errors import UserError, first_line
+from ..kernels import ALIGNMENT, EAGER_BUFFERS, block_bytes
+from ..losses import Head, get_divergence
+from ..losses.backends import compact_backend, row_backend
+from ..losses.buffers import chunk_rows
+from ..models import find_head, flattening, hidden_states, load_config, prune_depth, unwrap, varlen
+from ..run.config import RunConfig
+from ..run.steps import LIVE, PRUNE, Run
+from ..run.steps.cache import cache_temperatures
+from ..run.steps.settings import lora_config
+from ..teacher.stores import ProjectedStore, Store, make_store
+from ..training.batching import casts_kept
+from ..training.config import SRDConfig
 from .live_bytes import LiveBytes
-from .losses import Head, get_divergence
-from .losses.backends import compact_backend, row_backend
-from .losses.buffers import chunk_rows
-from .models import find_head, flattening, hidden_states, load_config, prune_depth, unwrap, varlen
-from .run_config import RunConfig
-from .steps import LIVE, PRUNE, Run
-from .steps.cache import cache_temperatures
-from .steps.settings import lora_config
-from .teacher.stores import ProjectedStore, Store, make_store
 
 
 @dataclass(frozen=True)

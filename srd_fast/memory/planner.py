@@ -19,20 +19,20 @@ from typing import Any
 import torch
 import yaml
 
-from .config import SRDConfig
-from .curation import CurriculumPlan
-from .data import IGNORE_INDEX, divide_by_tokens, read_source
+from ..curriculum import CurriculumPlan
+from ..data import IGNORE_INDEX, divide_by_tokens, read_source
+from ..errors import UserError
+from ..losses import expect_logits
+from ..run.config import RunConfig
+from ..run.steps import LIVE, Run, expected_logits
+from ..run.steps.cache import check_cache
+from ..run.steps.data import QUICKSTART_ROWS
+from ..run.steps.run import QUICKSTART
+from ..run.steps.settings import training_config
+from ..teacher.index import KEY_BYTES
+from ..training.config import SRDConfig
+from ..training.trainer import make_curriculum
 from .dry_step import Batch, Simulated, simulate
-from .errors import UserError
-from .losses import expect_logits
-from .run_config import RunConfig
-from .steps import LIVE, Run, expected_logits
-from .steps.cache import check_cache
-from .steps.data import QUICKSTART_ROWS
-from .steps.run import QUICKSTART
-from .steps.settings import training_config
-from .teacher.index import KEY_BYTES
-from .trainer import make_curriculum
 
 # What allocators keep beside tensors in use, as a part of activations and cast weights. On Linux glibc's malloc takes
 # blocks of up to 32 MB from a heap whose gaps later tensors fill only in part: 0.52 to 0.68 measured (SmolLM2-135M at

@@ -13,8 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from .curation import CurriculumPlan
-from .errors import UserError
+from ..errors import UserError
+from .plan import CurriculumPlan
 
 
 @dataclass(frozen=True)

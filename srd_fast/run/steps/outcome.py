@@ -9,13 +9,13 @@ import pyarrow.parquet as pq
 import torch
 import transformers
 
-from ..config import SRDConfig
-from ..curation import CurriculumPlan
-from ..evaluation import evaluate
-from ..files import write_text
-from ..models import load_model
-from ..reflection import Sampling
-from ..report import write_report
+from ...curriculum import CurriculumPlan
+from ...files import write_text
+from ...models import load_model
+from ...reflection import Sampling
+from ...report import write_report
+from ...training.config import SRDConfig
+from ...training.evaluation import evaluate
 from .cache import validation_cache
 from .run import PRUNE, Run, json_text
 from .settings import training_config

@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .data import (
+from ..data import (
     IGNORE_INDEX,
     DistillationCollator,
     Tokenisation,
@@ -20,13 +20,13 @@ from .data import (
     pad_id,
     prepare_dataset,
 )
-from .errors import UserError
-from .losses import token_cross_entropy
+from ..errors import UserError
+from ..losses import token_cross_entropy
+from ..models import load_model
+from ..reflection import Sampling, open_engine
+from ..rouge import RougeL
+from ..teacher import HiddenRows, LiveTeacher, TeacherCache, TeacherSource
 from .measure import Divergences, measure_batch
-from .models import load_model
-from .reflection import Sampling, open_engine
-from .rouge import RougeL
-from .teacher import HiddenRows, LiveTeacher, TeacherCache, TeacherSource
 
 
 def evaluate(

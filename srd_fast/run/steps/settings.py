@@ -8,13 +8,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
-from ..config import SRDConfig
-from ..curriculum import per_stage
-from ..data import IGNORE_INDEX
-from ..errors import UserError
-from ..selection import ALL
-from ..student import trainer_basics
-from ..suggest import unknown_name
+from ...curriculum import per_stage
+from ...data import IGNORE_INDEX
+from ...errors import UserError
+from ...selection import ALL
+from ...suggest import unknown_name
+from ...training.config import SRDConfig
+from ...training.student import trainer_basics
 from .run import PRUNE, Run
 
 

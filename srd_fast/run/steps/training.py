@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from ..curation import CurriculumPlan, replan
-from ..data import IGNORE_INDEX
-from ..files import remove, replace_folder, temporary_path, write_text
-from ..models import load_model
+from ...curriculum import CurriculumPlan, replan
+from ...data import IGNORE_INDEX
+from ...files import remove, replace_folder, temporary_path, write_text
+from ...models import load_model
+from ...training.trainer import SRDTrainer, last_whole_checkpoint, make_curriculum
 from ..stopping import stopping_later
-from ..trainer import SRDTrainer, last_whole_checkpoint, make_curriculum
 from .cache import open_cache
 from .run import Run, json_text, write_parquet
 from .selection import PARTS, reflect_with

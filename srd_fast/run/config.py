@@ -9,12 +9,12 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from .config import TRAINING_PRESETS, SRDConfig, with_preset
-from .curation import CURATION_PRESETS, KNEE
-from .data import shown
-from .errors import UserError, first_line
-from .reflection.reflect import REFLECTION_PRESETS
-from .suggest import unknown_name
+from ..curriculum import CURATION_PRESETS, KNEE
+from ..data import shown
+from ..errors import UserError, first_line
+from ..reflection.reflect import REFLECTION_PRESETS
+from ..suggest import unknown_name
+from ..training.config import TRAINING_PRESETS, SRDConfig, with_preset
 
 # A config is some hundred lines. PyYAML takes a second for this many bytes; and aliases, each of which stands for a
 # part of the file, could make values without end of a few lines.

@@ -9,13 +9,12 @@ import torch
 from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedModel
 
-from ..config import SRDConfig, check_cache_kind
-from ..curation import CurriculumPlan
-from ..curriculum import per_stage
-from ..errors import UserError
-from ..files import remove
-from ..models import load_model
-from ..teacher import StaleCacheError, TeacherCache, open_teacher_cache
+from ...curriculum import CurriculumPlan, per_stage
+from ...errors import UserError
+from ...files import remove
+from ...models import load_model
+from ...teacher import StaleCacheError, TeacherCache, open_teacher_cache
+from ...training.config import SRDConfig, check_cache_kind
 from .run import LIVE, Run
 from .settings import training_config
 

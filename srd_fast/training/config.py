@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from .errors import UserError
-from .losses import get_divergence
-from .selection import check_rows_have_signal, check_sample_policy, make_position_policy
-from .suggest import unknown_name
-from .teacher.stores import check_kind
+from ..errors import UserError
+from ..losses import get_divergence
+from ..selection import check_rows_have_signal, check_sample_policy, make_position_policy
+from ..suggest import unknown_name
+from ..teacher.stores import check_kind
 
 # SE-KD (arXiv 2602.01395): KL at temperature 1 on the fifth of each response that the student is least sure of.
 _SE_KD: dict[str, Any] = {

@@ -5,13 +5,13 @@ from typing import Any
 
 import torch
 
-from ..curriculum import per_stage
-from ..data import Tokenisation, source_path
-from ..errors import UserError, first_line
-from ..models import check_tokenizers, load_tokenizer
-from ..reflection import get_difficulties
-from ..reflection.engines import check_engine
-from ..selection import check_sample_policy
+from ...curriculum import per_stage
+from ...data import Tokenisation, source_path
+from ...errors import UserError, first_line
+from ...models import check_tokenizers, load_tokenizer
+from ...reflection import get_difficulties
+from ...reflection.engines import check_engine
+from ...selection import check_sample_policy
 from .cache import check_cache
 from .run import PRUNE, QUICKSTART
 from .selection import sample_policy

@@ -22,16 +22,11 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 
-from .batching import IndexStream, StepCollator, TokenBatches, casts_kept, micro_batches
-from .config import SRDConfig
-from .curation import CurriculumPlan
-from .curriculum import Curriculum, per_stage
-from .data import IGNORE_INDEX, DistillationCollator, Tokenisation, pad_id, prepare_dataset
-from .errors import UserError
-from .finite import BadStep, StepCheck, skips_on_the_device
-from .losses import DistillationLoss, check_vocabularies
-from .measure import measure_batch, peak_memory_mb
-from .models import (
+from ..curriculum import Curriculum, CurriculumPlan, per_stage
+from ..data import IGNORE_INDEX, DistillationCollator, Tokenisation, pad_id, prepare_dataset
+from ..errors import UserError
+from ..losses import DistillationLoss, check_vocabularies
+from ..models import (
     check_head,
     check_tokenizers,
     compile_layers,
@@ -43,8 +38,8 @@ from .models import (
     unfit_for_shared_prefix,
     unwrap,
 )
-from .selection import BatchSelection, Signals, items_of, select_samples
-from .teacher import (
+from ..selection import BatchSelection, Signals, items_of, select_samples
+from ..teacher import (
     LiveTeacher,
     TeacherCache,
     TeacherSource,
@@ -53,7 +48,10 @@ from .teacher import (
     open_teacher_cache,
     rows_with_loss,
 )
-from .watch import DivergenceTrend, not_finite
+from .batching import IndexStream, StepCollator, TokenBatches, casts_kept, micro_batches
+from .config import SRDConfig
+from .health import BadStep, DivergenceTrend, StepCheck, not_finite, skips_on_the_device
+from .measure import measure_batch, peak_memory_mb
 
 logger = logging.getLogger(__name__)
 

@@ -11,9 +11,9 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data import TOKENISED_FEATURES
-from ..files import temporary_path
-from ..models import load_model, load_tokenizer
+from ...data import TOKENISED_FEATURES
+from ...files import temporary_path
+from ...models import load_model, load_tokenizer
 
 QUICKSTART = "quickstart"
 PRUNE = "prune"

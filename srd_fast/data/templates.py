@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from .errors import UserError
+from ..errors import UserError
 
 # Taori et al., Stanford Alpaca, 2023: the prompt format that instruction-tuned baselines of the paper share.
 _ALPACA_INPUT = (

@@ -6,15 +6,15 @@ from typing import Any
 
 from datasets import Dataset
 
-from ..config import SRDConfig
-from ..curation import Signal, curate
-from ..files import content_digest, remove
-from ..models import fingerprint, load_model
-from ..reflection import Sampling, get_difficulties, reflect
-from ..reflection.shards import merge_shards, shard_file, shard_files, write_shard
-from ..reflection.signals import signal_files
-from ..selection import ALL, select_samples
-from ..student import prune_and_warm_up
+from ...curriculum import Signal, curate
+from ...files import content_digest, remove
+from ...models import fingerprint, load_model
+from ...reflection import Sampling, get_difficulties, reflect
+from ...reflection.shards import merge_shards, shard_file, shard_files, write_shard
+from ...reflection.signals import signal_files
+from ...selection import ALL, select_samples
+from ...training.config import SRDConfig
+from ...training.student import prune_and_warm_up
 from .cache import warm_up_cache
 from .run import PRUNE, Run, write_parquet
 

@@ -1,0 +1,21 @@
+"""Which samples are trained on, and when: curated by difficulty into subsets, then a schedule of stages."""
+
+from .curation import CURATION_PRESETS, DEFAULT_SIGNALS, KNEE, curate, replan
+from .plan import METHODS, CurriculumPlan, Signal
+from .plan_file import PLAN_FORMAT
+from .schedule import Curriculum, Stage, per_stage
+
+__all__ = [
+    "CURATION_PRESETS",
+    "DEFAULT_SIGNALS",
+    "KNEE",
+    "METHODS",
+    "PLAN_FORMAT",
+    "Curriculum",
+    "CurriculumPlan",
+    "Signal",
+    "Stage",
+    "curate",
+    "per_stage",
+    "replan",
+]

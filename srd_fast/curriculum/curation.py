@@ -1,0 +1,226 @@
+"""Difficulty signals -> ranks -> reciprocal rank fusion -> kept and dropped -> subsets: a `CurriculumPlan`.
+
+Reciprocal rank fusion: Cormack et al., SIGIR 2009; its use for distillation data: SRD, arXiv 2508.06135. The knee that
+may decide how many are kept: Kneedle, Satopää et al., ICDCS workshops 2011. Samples are rows of columns throughout, so
+that ten million of them are ranked and written in a minute and 4 GiB (`python -m benchmarks.curate`).
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from datasets import Dataset
+
+from ..errors import UserError, first_line
+from ..suggest import unknown_name
+from .plan import FUSED, METHODS, REASONS, SETTINGS, CurriculumPlan, Signal
+from .plan_file import TEXT
+from .ranking import competition_ranks, knee, rows_by_text, subset_borders
+
+KNEE = "knee"
+# `official` cuts as the authors' code does: int(N * keep / stages) samples a subset. SE-KD has no curriculum.
+CURATION_PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {"keep": 0.75, "stages": 3, "rrf_k": 60},
+    "official": {"keep": 0.75, "stages": 3, "rrf_k": 60, "floor_subsets": True},
+    "SE-KD": {"method": "none", "stages": 1},
+    "SE-KD3X": {"method": "none", "stages": 1},
+}
+DEFAULT_SIGNALS = {"rouge_l": Signal(higher_is_easier=True), "cross_entropy": Signal(higher_is_easier=False)}
+
+
+def curate(
+    scores: Dataset | Mapping[str, Sequence[Any]] | str | Path,
+    *,
+    keep: float | Literal["knee"] = 0.75,
+    stages: int = 3,
+    rrf_k: float = 60,
+    signals: Mapping[str, Signal | Mapping[str, Any]] | None = None,
+    method: str = "srd",
+    seed: int = 0,
+    floor_subsets: bool = False,
+) -> CurriculumPlan:
+    """Rank samples by fused difficulty, keep the easiest, cut them into subsets from easy to hard.
+
+    Args:
+        scores: columns `sample_id` and one a signal; optionally `reason` (text where a row could not be scored). Or the
+            parquet file that holds them; only these columns are read.
+        keep: share of the ranked samples to keep, in (0, 1]; the hardest are dropped. "knee": as many as come before
+            the hard tail, see below; the plan's `keep` is the share that this makes.
+        stages: number of subsets.
+        rrf_k: k of 1 / (k + rank).
+        signals: column -> Signal. Default: rouge_l (higher is easier) and cross_entropy (lower is easier).
+        method: "srd"; "random" ranks at random, so keeps and stages the same numbers (control); "none" keeps every
+            ranked sample in the first subset and leaves the others empty, so that every stage trains on all (control).
+        seed: of the random ranking.
+        floor_subsets: subsets of int(N * keep / stages) as in the authors' code, else of equal size up to 1.
+
+    The order is total and does not depend on the order of rows: fused score descending, then cross-entropy ascending
+    (if it is a column), then sample_id. Within a signal equal values share the better rank.
+
+    The knee (Kneedle; Satopää et al. 2011): a sample's difficulty is the weighted sum of its signals' values, each
+    scaled to 0 (easiest) .. 1 (hardest) between its 1st and 99th percentile and clipped; ranks would bend at the same
+    place for all data. Kept is the number of samples up to the point where the sorted difficulties lie farthest below
+    the line from the first to the last, at least `stages`. A curve that nowhere lies MIN_BEND of its height below that
+    line (straight, or bent the other way) has no hard tail: all are kept, and a warning says so. Normally distributed
+    difficulties bend at 87 %. "random" keeps the same number; "none" keeps all, whatever `keep` is.
+
+    Raises:
+        UserError naming the argument, when the file cannot be read, or when there are fewer usable samples than stages.
+    """
+    if method not in METHODS:
+        raise UserError(unknown_name("curation method", method, METHODS))
+    if keep != KNEE and (not isinstance(keep, (int, float)) or not 0 < keep <= 1):
+        raise UserError(f"keep must be in (0, 1], got {keep!r}; or {KNEE!r}")
+    if not isinstance(stages, int) or stages < 1:
+        raise UserError(f"stages must be a whole number of at least 1, got {stages!r}")
+    if not rrf_k > 0:
+        raise UserError(f"rrf_k must be above 0, got {rrf_k!r}")
+    chosen = {n: _signal(n, s) for n, s in (signals or DEFAULT_SIGNALS).items()}
+    names, columns = _columns(scores, {"sample_id", *chosen, "cross_entropy", "reason"})
+    for name in ("sample_id", *chosen):
+        if name not in names:
+            raise UserError(unknown_name("column", name, names) + "; the scores must have it")
+    ids = _texts(columns["sample_id"])
+    by_id, unique = rows_by_text(ids)
+    if ids.null_count or not unique:
+        raise UserError("sample_id must be unique in the scores, and every row must have one")
+    values = {n: _floats(n, columns[n]) for n in chosen}
+    reasons = _reasons(_texts(columns["reason"]) if "reason" in names else pa.nulls(len(ids), TEXT), values)
+    rankable = reasons.is_null()
+    bad = pc.invert(rankable)
+    unscored = pa.RecordBatch.from_arrays([ids.filter(bad), reasons.filter(bad)], schema=REASONS)
+    # Rows in the order of their ids from here on: the sorts are stable, so this is their last tie-break.
+    rows = by_id[rankable.to_numpy(zero_copy_only=False)[by_id]]
+    count = len(rows)
+    if count < stages:
+        raise UserError(f"stages is {stages} but only {count} of {len(ids)} samples could be scored")
+
+    values = {n: v[rows] for n, v in values.items()}
+    fused = np.zeros(count)
+    for name, signal in chosen.items():
+        fused += signal.weight / (rrf_k + competition_ranks(values[name], signal.higher_is_easier))
+    if method == "random":
+        order = np.random.default_rng(seed).permutation(np.arange(count))
+    elif "cross_entropy" in names:
+        order = np.lexsort((_floats("cross_entropy", columns["cross_entropy"])[rows], -fused))
+    else:
+        order = np.argsort(-fused, kind="stable")
+    ranked = ids.take(rows[order])
+
+    share = 1.0
+    if method == "none":
+        borders = [0, *[count] * stages]
+    else:
+        exact = max(stages, knee(values, chosen)) if isinstance(keep, str) else count * keep
+        share = exact / count if isinstance(keep, str) else float(keep)
+        borders = subset_borders(exact, stages, floor_subsets)
+        if borders[1] < 1 or borders[-1] < stages:
+            raise UserError(
+                f"stages is {stages} but keep={share:g} of {count} samples leaves {borders[-1]}: lower stages or raise "
+                "keep"
+            )
+    kept = borders[-1]
+    texts = (f"{'drawn' if method == 'random' else 'fused rank'} ", f" of {count}, beyond the {kept} kept", "")
+    before, after, joint = (pa.scalar(t, TEXT) for t in texts)
+    ranks = pa.array(np.arange(kept + 1, count + 1)).cast(TEXT)
+    dropped = [ranked[kept:], pc.binary_join_element_wise(before, ranks, after, joint)]
+    return CurriculumPlan(
+        subsets=[ranked[a:b] for a, b in pairwise(borders)],
+        dropped=pa.RecordBatch.from_arrays(dropped, schema=REASONS),
+        unscored=unscored,
+        fused=pa.RecordBatch.from_arrays([ranked, pa.array(fused[order])], schema=FUSED),
+        method=method,
+        keep=share,
+        keep_rule=KNEE if isinstance(keep, str) and method != "none" else "ratio",
+        stages=stages,
+        rrf_k=rrf_k,
+        signals=chosen,
+    )
+
+
+def replan(plan: CurriculumPlan, stage: int, scores: Dataset) -> CurriculumPlan:
+    """The plan with its subsets from `stage` (from 0) on filled anew by new scores.
+
+    The subsets before stay, and so does the size of the others. All samples outside those that stay are ranked as in
+    `curate` with the plan's signals: dropped ones may come in, kept ones may go.
+    """
+    stay = plan.subset_columns[:stage]
+    before = pa.concat_arrays(stay)
+    table = scores.with_format("arrow")[:]
+    left = table.filter(pc.invert(pc.is_in(table["sample_id"], value_set=before.cast(table["sample_id"].type))))
+    found = curate(Dataset(left), keep=1.0, stages=1, rrf_k=plan.rrf_k, signals=plan.signals)
+    ranked, sizes = found.subset_columns[0], [len(s) for s in plan.subset_columns[stage:]]
+    borders = [min(x, len(ranked)) for x in accumulate(sizes, initial=0)]
+    rest = ranked[borders[-1] :].to_pylist()
+    why = f"ranked beyond the {borders[-1]} kept at the border of stage {stage + 1}"
+    return CurriculumPlan(
+        subsets=[*stay, *(ranked[a:b] for a, b in pairwise(borders))],
+        dropped=[{"sample_id": i, "reason": why} for i in rest],
+        unscored=found.unscored,
+        fused={**{i: plan.fused[i] for i in before.to_pylist() if i in plan.fused}, **found.fused},
+        **{name: getattr(plan, name) for name in SETTINGS},
+    )
+
+
+def _signal(name: str, given: Signal | Mapping[str, Any]) -> Signal:
+    if isinstance(given, Signal):
+        return given
+    try:
+        return Signal(**given)
+    except TypeError:
+        raise UserError(
+            f"signal {name!r} must have higher_is_easier (true or false) and optionally weight, got {dict(given)!r}"
+        ) from None
+
+
+def _columns(
+    scores: Dataset | Mapping[str, Sequence[Any]] | str | Path, wanted: set[str]
+) -> tuple[list[str], pa.Table | Mapping[str, Sequence[Any]]]:
+    """Names of all columns, and at least those of the wanted ones that there are."""
+    if isinstance(scores, (str, Path)):
+        try:
+            with pq.ParquetFile(scores) as file:
+                names = file.schema_arrow.names
+                return names, file.read(columns=[n for n in names if n in wanted])
+        except (OSError, pa.ArrowException) as e:
+            raise UserError(f"scores {str(scores)!r} cannot be read as parquet: {first_line(e)}") from e
+    if isinstance(scores, Dataset):
+        names = scores.column_names
+        return names, scores.select_columns([n for n in names if n in wanted]).with_format("arrow")[:]
+    return list(scores), scores
+
+
+def _texts(column: pa.ChunkedArray | Sequence[Any]) -> pa.Array:
+    if isinstance(column, pa.ChunkedArray):
+        if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+            return column.cast(TEXT).combine_chunks()
+        column = column.to_pylist()
+    return pa.array([None if x is None else str(x) for x in column], TEXT)
+
+
+def _floats(name: str, column: pa.ChunkedArray | Sequence[Any]) -> np.ndarray:
+    try:
+        if isinstance(column, pa.ChunkedArray):
+            return column.cast(pa.float64(), safe=False).to_numpy()
+        return np.asarray(column, dtype=np.float64)
+    except (ValueError, TypeError, pa.ArrowException) as e:
+        raise UserError(f"column {name!r} of the scores must hold numbers: {first_line(e)}") from None
+
+
+def _reasons(given: pa.Array, values: Mapping[str, np.ndarray]) -> pa.Array:
+    """Why each row cannot be ranked: the reason given, or its first value that is not finite; null if it can be."""
+    none = pa.scalar(None, TEXT)
+    reasons = pc.if_else(pc.equal(given, ""), none, given)
+    for name, value in values.items():
+        for kind in (math.nan, math.inf, -math.inf):
+            found = np.isnan(value) if math.isnan(kind) else value == kind
+            if found.any():
+                text = pa.scalar(f"{name} is {kind}, not a finite number", TEXT)
+                reasons = pc.coalesce(reasons, pc.if_else(pa.array(found), text, none))
+    return reasons

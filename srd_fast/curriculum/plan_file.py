@@ -1,0 +1,122 @@
+"""plan.json: a plan as a file, written in pieces, so that millions of samples never are one text."""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from ..errors import UserError
+from ..files import temporary_path
+
+PLAN_FORMAT = "srd_fast.plan/1"
+# Of columns that hold ids and reasons.
+TEXT = pa.large_string()
+_CHUNK = 1 << 16
+
+
+def write_plan(
+    path: str | Path,
+    settings: Mapping[str, Any],
+    subsets: Sequence[pa.Array],
+    dropped: pa.RecordBatch,
+    unscored: pa.RecordBatch,
+    fused: pa.RecordBatch,
+) -> None:
+    """Write a plan as JSON, atomically and in pieces.
+
+    Args:
+        path: of the file.
+        settings: what JSON can hold, written first.
+        subsets: sample ids of each subset.
+        dropped: columns sample_id and reason.
+        unscored: the same.
+        fused: columns sample_id and score.
+    """
+    target = Path(path)
+    ids = (_block("[]", _pieces(s, _json_items, 3), 3) for s in subsets)
+    blocks = {
+        "subsets": _block("[]", ids, 2),
+        "dropped": _block("[]", _pieces(dropped, _json_reasons, 2), 2),
+        "unscored": _block("[]", _pieces(unscored, _json_reasons, 2), 2),
+        "fused": _block("{}", _pieces(fused, _json_scores, 2), 2),
+    }
+    with temporary_path(target).open("w", encoding="utf-8") as f:
+        f.write(json.dumps({"format": PLAN_FORMAT, **settings}, indent=1, ensure_ascii=False).removesuffix("\n}"))
+        for name, block in blocks.items():
+            f.write(f',\n "{name}": ')
+            f.writelines(block)
+        f.write("\n}\n")
+    os.replace(temporary_path(target), target)
+
+
+def read_plan(path: str | Path) -> dict[str, Any]:
+    """What `write_plan` wrote, by name, without the format.
+
+    Raises:
+        UserError: the file is missing or is not a plan.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}, not an object")
+        if content.pop("format", None) != PLAN_FORMAT:
+            raise ValueError(f"its format is not {PLAN_FORMAT!r}")
+        _check_subsets(content["subsets"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise unreadable(path, e) from e
+    return content
+
+
+def unreadable(path: str | Path, error: Exception) -> UserError:
+    """The error for a file that is no plan."""
+    return UserError(f"plan {str(path)!r} cannot be read ({error}); make it again with `srd-fast curate`")
+
+
+def _block(brackets: str, pieces: Iterable[Iterable[str]], depth: int) -> Iterator[str]:
+    """A list or object as `json.dumps(..., indent=1)` lays it out; a piece is the text of some of its items."""
+    start = brackets[0]
+    for piece in pieces:
+        yield start + _line(depth)
+        yield from piece
+        start = ","
+    yield brackets if start == brackets[0] else _line(depth - 1) + brackets[1]
+
+
+def _pieces(rows: pa.Array | pa.RecordBatch, text: Callable[[Any, str], str], depth: int) -> Iterator[tuple[str]]:
+    for start in range(0, len(rows), _CHUNK):
+        yield (text(rows.slice(start, _CHUNK), "," + _line(depth)),)
+
+
+def _line(depth: int) -> str:
+    return "\n" + " " * depth
+
+
+def _quoted(ids: pa.Array) -> Iterable[str]:
+    return map(json.encoder.encode_basestring, ids.to_pylist())
+
+
+def _json_items(ids: pa.Array, between: str) -> str:
+    return between.join(_quoted(ids))
+
+
+def _json_scores(rows: pa.RecordBatch, between: str) -> str:
+    numbers = rows["score"].cast(TEXT).to_pylist()  # the shortest that reads back equal, as repr has it, but faster
+    return between.join(map(": ".join, zip(_quoted(rows["sample_id"]), numbers)))
+
+
+def _json_reasons(rows: pa.RecordBatch, between: str) -> str:
+    row = '{{\n   "sample_id": {},\n   "reason": {}\n  }}'.format
+    return between.join(map(row, *map(_quoted, rows.columns)))
+
+
+def _check_subsets(subsets: Any) -> None:
+    if not isinstance(subsets, list) or not all(isinstance(s, list) for s in subsets):
+        raise ValueError("its subsets are not lists")
+    ids = [i for subset in subsets for i in subset]
+    if not all(isinstance(i, str) for i in ids) or len(set(ids)) != len(ids):
+        raise ValueError("its subsets do not hold each sample_id once")
+    if not subsets or not subsets[0]:
+        raise ValueError("its first subset is empty")

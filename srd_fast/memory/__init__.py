@@ -1,0 +1,1 @@
+"""What training will take of memory, said before it is taken."""
