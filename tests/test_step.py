@@ -20,6 +20,7 @@ from srd_fast import SRDConfig, SRDTrainer, UserError
 from srd_fast.data import DistillationCollator, divide_by_tokens, with_loss_rows
 from srd_fast.teacher import TeacherCache, build_teacher_cache, labels_with_loss, rows_with_loss
 from srd_fast.teacher.shards import OpenFile
+from srd_fast.training import preparation
 from srd_fast.training.batching import MICRO_BATCHES, TokenBatches
 from srd_fast.training.health import NotFiniteError, StepCheck, skips_on_the_device
 
@@ -281,8 +282,7 @@ def test_a_collator_of_ones_own_gets_its_rows_too(tokenizer: PreTrainedTokenizer
 )
 def test_long_runs_on_a_gpu_are_compiled(device: str, given: Any, steps: int, max_steps: int, compiles: bool) -> None:
     args = SimpleNamespace(torch_compile=given, max_steps=max_steps, device=torch.device(device))
-    trainer: Any = SimpleNamespace(args=args, curriculum=SimpleNamespace(total_steps=steps))
-    assert SRDTrainer._compiles(trainer) is compiles
+    assert preparation.compiles(args, steps) is compiles  # type: ignore[arg-type]
     assert config().torch_compile is None
 
 

@@ -832,7 +832,7 @@ def test_a_named_teacher_is_loaded_to_fill_the_cache_alone(
         pytest.fail("the teacher was loaded")
 
     monkeypatch.setattr("srd_fast.teacher.build.load_model", refuse)
-    monkeypatch.setattr("srd_fast.training.trainer.load_model", refuse)
+    monkeypatch.setattr("srd_fast.training.preparation.load_model", refuse)
     second = trained(tokenizer, str(teacher_folder), tmp_path / "cache")
     assert_same_run(second, first)
     assert not [x for x in gc.get_objects() if isinstance(x, LiveTeacher) and x is not second.trainer.teacher]

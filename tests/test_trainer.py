@@ -17,10 +17,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainerCallback, TrainingArguments
 
 from srd_fast import CurriculumPlan, SRDConfig, SRDTrainer, UserError
-from srd_fast.models import find_head, hidden_states, load_model
+from srd_fast.models import call_through, find_head, hidden_states, load_model
 from srd_fast.teacher import HiddenRows
 from srd_fast.teacher import rows_with_loss as states_with_loss
-from srd_fast.training.trainer import _call_through
 
 SAMPLES = tiny.tiny_samples(15)
 THREE_DIVERGENCES = (("forward_kl", {}), ("skew_reverse_kl", {"skew": 0.2}), ("jsd", {"beta": 0.3}))
@@ -303,7 +302,7 @@ def test_tokens_per_second_count_labels_in_steps(
 ) -> None:
     """A clock that moves on by a second whenever it is read: once a step, none of it in logging or evaluation."""
     ticks = itertools.count()
-    monkeypatch.setattr("srd_fast.training.trainer.time", SimpleNamespace(monotonic=lambda: float(next(ticks))))
+    monkeypatch.setattr("srd_fast.training.callbacks.time", SimpleNamespace(monotonic=lambda: float(next(ticks))))
     args = config(per_device_train_batch_size=2, gradient_accumulation_steps=2, eval_strategy="steps", eval_steps=1)
     trainer = make(tokenizer, args=args, eval_dataset=SAMPLES[:2])
     trainer.train()
@@ -715,11 +714,11 @@ def test_the_wrapper_is_called_and_the_model_left_as_it_was() -> None:
     inner = nn.Linear(3, 2)
     wrapper, x = Wrapper(inner), torch.ones(1, 3)
     own = inner(x)
-    out = _call_through(wrapper, inner, lambda v: inner(v) * 2, x)
+    out = call_through(wrapper, inner, lambda v: inner(v) * 2, x)
     assert wrapper.calls == 1
     assert torch.equal(out, own * 2)
     assert torch.equal(wrapper(x), own)
-    assert torch.equal(_call_through(inner, inner, lambda v: v + 1, x), x + 1)
+    assert torch.equal(call_through(inner, inner, lambda v: v + 1, x), x + 1)
 
 
 def test_the_model_is_left_as_it_was_after_an_error() -> None:
@@ -730,7 +729,7 @@ def test_the_model_is_left_as_it_was_after_an_error() -> None:
 
     for wrapper in (Wrapper(inner), nn.Sequential(nn.Linear(7, 3), inner)):
         with pytest.raises(RuntimeError, match=r"out of memory|shapes"):
-            _call_through(wrapper, inner, fail, torch.ones(1, 3))
+            call_through(wrapper, inner, fail, torch.ones(1, 3))
         assert inner(torch.ones(1, 3)).shape == (1, 2)
 
 

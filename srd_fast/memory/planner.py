@@ -30,8 +30,8 @@ from ..run.steps.data import QUICKSTART_ROWS
 from ..run.steps.run import QUICKSTART
 from ..run.steps.settings import training_config
 from ..teacher.index import KEY_BYTES
+from ..training.batching import make_curriculum
 from ..training.config import SRDConfig
-from ..training.trainer import make_curriculum
 from .dry_step import Batch, Simulated, simulate
 
 # What allocators keep beside tensors in use, as a part of activations and cast weights. On Linux glibc's malloc takes

@@ -14,9 +14,11 @@ from .loading import (
 )
 from .prefix import SharedPrefix, common_prefix, share_prefix, shared_starts
 from .pruning import prune_depth
+from .wrapping import call_through, with_adapters
 
 __all__ = [
     "SharedPrefix",
+    "call_through",
     "check_head",
     "check_tokenizers",
     "common_prefix",
@@ -36,4 +38,5 @@ __all__ = [
     "uncompile_layers",
     "unfit_for_shared_prefix",
     "unwrap",
+    "with_adapters",
 ]

@@ -2,6 +2,7 @@
 
 from .build import build_teacher_cache, open_teacher_cache
 from .cache import TeacherCache
+from .collator import StepCollator
 from .index import StaleCacheError
 from .live import LiveTeacher
 from .shards import DamagedFileError
@@ -20,6 +21,7 @@ __all__ = [
     "HiddenRows",
     "LiveTeacher",
     "StaleCacheError",
+    "StepCollator",
     "TeacherCache",
     "TeacherRows",
     "TeacherSource",

@@ -1,18 +1,24 @@
-"""From the curriculum's samples to what a training step gets: batches, divided by tokens, with the teacher's rows."""
+"""The order of the samples, and what a training step gets of them: batches, divided by tokens."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch.utils.data import Sampler
 
-from ..curriculum import Curriculum
-from ..data import divide_by_tokens, with_loss_rows
-from ..teacher import TeacherCache
+from ..curriculum import Curriculum, CurriculumPlan, per_stage
+from ..data import IGNORE_INDEX, divide_by_tokens
+from ..errors import UserError
+from ..teacher import StepCollator, TeacherCache
+from .config import SRDConfig
 
 MICRO_BATCHES = "micro_batches"
+# Columns of the samples that a step reads.
+READ = ["input_ids", "labels"]
 # Steps whose samples the system is told to read from the cache beforehand.
 _AHEAD = 4
 
@@ -35,23 +41,25 @@ class IndexStream(Sampler[int]):
         return self.curriculum.sample_passes
 
 
-class StepCollator:
-    """Collates as another collator does, and adds what a step would else have to ask the device or the disk for.
+def index_stream(curriculum: Curriculum, samples: Dataset, teacher: Any) -> IndexStream:
+    """The curriculum's samples, of which a teacher cache reads the rows ahead.
 
-    collate: the collator. teacher: a cache whose rows of the samples go with them, or None. ahead: whether these may
-    come later, read by another thread until the batch is moved to its device.
+    Args:
+        curriculum: of these samples.
+        samples: tokenised.
+        teacher: any source of rows; only a cache has what to read.
     """
+    if not isinstance(teacher, TeacherCache):
+        return IndexStream(curriculum)
+    rows, places = samples.select_columns(["sample_id", *READ]).with_format("numpy"), dict[int, Any]()
 
-    def __init__(self, collate: Callable[..., Any], teacher: TeacherCache | None, ahead: bool = False) -> None:
-        self.collate, self.teacher, self.ahead = collate, teacher, ahead
+    def will_need(indices: list[int]) -> None:
+        new = [i for i in indices if i not in places]
+        places.update(zip(new, map(teacher.place, rows.__getitems__(new))))
+        for index in indices:
+            teacher.will_need(places[index])
 
-    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        teacher = self.teacher
-        if teacher is None:
-            return with_loss_rows(self.collate(samples))
-        # First, so that reading begins.
-        rows = teacher.collate_ahead(samples) if self.ahead else teacher.collate(samples)
-        return {**with_loss_rows(self.collate(samples)), "teacher": rows}
+    return IndexStream(curriculum, will_need)
 
 
 class TokenBatches:
@@ -86,3 +94,54 @@ def casts_kept() -> Iterator[None]:
     finally:
         if torch.autocast_decrement_nesting() == 0:
             torch.clear_autocast_cache()
+
+
+def make_curriculum(plan: CurriculumPlan, samples: Dataset, args: SRDConfig) -> Curriculum:
+    """The schedule that `args` gives to a plan of these samples."""
+    stages = len(plan.subset_columns)
+    return Curriculum(
+        plan,
+        samples["sample_id"],
+        batch_size=args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        epochs_per_stage=per_stage("epochs_per_stage", args.epochs_per_stage, 0, 0, stages),
+        temperatures=per_stage("temperature", args.temperature, args.temperature_start, args.temperature_end, stages),
+        sft_weights=per_stage("sft_weight", args.sft_weight, args.sft_weight_start, args.sft_weight_end, stages),
+        learning_rates=per_stage("stage_learning_rates", args.stage_learning_rates or args.learning_rate, 0, 0, stages),
+        min_learning_rate=args.min_learning_rate,
+        restart_learning_rate=args.restart_learning_rate,
+        warmup=args.warmup_steps,
+        seed=args.data_seed if args.data_seed is not None else args.seed,
+        lengths=[len(ids) for ids in samples["input_ids"]] if args.length_buckets > 1 else None,
+        length_buckets=args.length_buckets,
+    )
+
+
+def check_lengths(most: int, curriculum: Curriculum, train: Dataset) -> None:
+    """Refuse a sample that no micro-batch can hold.
+
+    Args:
+        most: tokens of a micro-batch, `max_tokens_per_batch`.
+        curriculum: of `train`.
+        train: tokenised samples.
+
+    Raises:
+        UserError: naming the longest sample.
+    """
+    lengths = [len(ids) for ids in train["input_ids"]]
+    longest = max((i for stage in curriculum.stages for i in stage.samples.tolist()), key=lengths.__getitem__)
+    if lengths[longest] > most:
+        raise UserError(
+            f"max_tokens_per_batch is {most} but sample {train[longest]['sample_id']!r} has {lengths[longest]} "
+            "tokens; raise it to that at least, or lower max_prompt_length or max_response_length"
+        )
+
+
+def evaluation_batches(dataset: Dataset, args: SRDConfig, collate: Callable[..., Any]) -> Iterator[dict[str, Any]]:
+    """Every row once over all ranks, as many batches on each: a rank without rows left gets one without loss."""
+    world, size = args.world_size, args.per_device_eval_batch_size
+    mine = list(range(args.process_index, len(dataset), world))
+    for start in range(0, math.ceil(len(dataset) / world), size):
+        samples = [dataset[i] for i in mine[start : start + size]]
+        if not samples:
+            samples = [{**dataset[0], "labels": [IGNORE_INDEX] * len(dataset[0]["labels"])}]
+        yield collate(samples)

@@ -4,11 +4,10 @@ The curriculum is one sequence of samples for the whole run, so a run is a singl
 resuming, gradient accumulation, mixed precision, several ranks, LoRA and logging work as they always do.
 """
 
-import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
@@ -16,77 +15,44 @@ from typing import Any, cast
 
 import torch
 from accelerate.utils import DynamoBackend
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 
-from ..curriculum import Curriculum, CurriculumPlan, per_stage
-from ..data import IGNORE_INDEX, DistillationCollator, Tokenisation, pad_id, prepare_dataset
+from ..curriculum import CurriculumPlan
+from ..data import DistillationCollator, Tokenisation, pad_id, prepare_dataset
 from ..errors import UserError
 from ..losses import DistillationLoss, check_vocabularies
-from ..models import (
-    check_head,
-    check_tokenizers,
-    compile_layers,
-    enable_flattening,
-    find_head,
-    hidden_states,
-    load_model,
-    load_tokenizer,
-    unfit_for_shared_prefix,
-    unwrap,
-)
+from ..models import call_through, check_head, check_tokenizers, find_head, hidden_states, unwrap, with_adapters
 from ..selection import BatchSelection, Signals, items_of, select_samples
 from ..teacher import (
-    LiveTeacher,
+    StepCollator,
     TeacherCache,
     TeacherSource,
     distillation_loss_of_rows,
     labels_with_loss,
-    open_teacher_cache,
     rows_with_loss,
 )
-from .batching import IndexStream, StepCollator, TokenBatches, casts_kept, micro_batches
+from .batching import (
+    READ,
+    TokenBatches,
+    casts_kept,
+    check_lengths,
+    evaluation_batches,
+    index_stream,
+    make_curriculum,
+    micro_batches,
+)
+from .callbacks import StepHooks
+from .checkpoints import last_whole_checkpoint
 from .config import SRDConfig
 from .health import BadStep, DivergenceTrend, StepCheck, not_finite, skips_on_the_device
 from .measure import measure_batch, peak_memory_mb
+from .preparation import Layout, batch_layout, compile_models, compiles, teacher_source, tokenizer_beside
 
 logger = logging.getLogger(__name__)
-
-
-# Columns of the samples.
-_READ = ["input_ids", "labels"]
-# An H100 saved 40 to 100 ms a step (Qwen2.5 1.5B to 0.5B, batches of 8 and 16) and took half a minute to compile.
-_COMPILE_FROM_STEPS = 1000
-
-
-class _StepHooks(TrainerCallback):
-    """Drops the optimizer's state before the first step of each later stage, and sums up the seconds of steps.
-
-    Evaluation and saving lie outside of a step, so they do not count in tokens per second.
-    """
-
-    def __init__(self, curriculum: Curriculum, reset_optimizer: bool) -> None:
-        self.curriculum, self.reset_optimizer = curriculum, reset_optimizer
-        self.seconds, self.steps, self._began = 0.0, 0, 0.0
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._began = time.monotonic()
-        if self.reset_optimizer and self.curriculum.is_stage_start(state.global_step):
-            optimizer = kwargs["optimizer"]
-            getattr(optimizer, "optimizer", optimizer).state.clear()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.seconds += time.monotonic() - self._began
-        self.steps += 1
-
-    def take(self) -> tuple[float, int]:
-        """Seconds and steps since the last call."""
-        taken = max(self.seconds, 1e-9), max(self.steps, 1)
-        self.seconds, self.steps = 0.0, 0
-        return taken
 
 
 class SRDTrainer(Trainer):
@@ -135,11 +101,11 @@ class SRDTrainer(Trainer):
             raise UserError("teacher_model is the model that is trained; load the teacher as a model of its own")
         if teacher_model is None and args.teacher_cache is None:
             raise UserError("teacher_model is missing: pass a model, its folder or name, or name a teacher_cache")
-        teacher_tokenizer = teacher_tokenizer or _tokenizer_beside(teacher_model)
+        teacher_tokenizer = teacher_tokenizer or tokenizer_beside(teacher_model)
         if teacher_tokenizer is not None:
             check_tokenizers(processing_class, teacher_tokenizer)
         if peft_config is not None:
-            model = _with_adapters(model, peft_config)
+            model = with_adapters(model, peft_config)
         tokenisation = Tokenisation(processing_class, args.template, args.max_prompt_length, args.max_response_length)
         train = prepare_dataset(train_dataset, tokenisation, "train_dataset").dataset
         evaluation = None
@@ -181,27 +147,30 @@ class SRDTrainer(Trainer):
                 "epochs_per_stage, or leave max_steps out"
             )
         if args.max_tokens_per_batch:
-            self._check_lengths()
-        self.teacher = self._teacher_source(teacher_model, evaluation)
+            if self.is_deepspeed_enabled:
+                most = args.max_tokens_per_batch
+                raise UserError(f"max_tokens_per_batch is {most}, but DeepSpeed steps after each backward; set it to 0")
+            check_lengths(args.max_tokens_per_batch, self.curriculum, train)
+        self.teacher = teacher_source(teacher_model, model, args, self.curriculum, train, evaluation)
         check_vocabularies(head_S.shape[0], self.teacher.num_classes)
         if args.class_sampling and head_S.shape[0] > self.teacher.num_classes:
             raise UserError(
                 f"class_sampling: the student has {head_S.shape[0]} classes and the teacher {self.teacher.num_classes};"
                 " it needs a teacher with all of the student's classes, set it to 0"
             )
-        flattened = isinstance(self.data_collator, DistillationCollator) and self._takes_flattened()
+        layout = Layout()
         if isinstance(self.data_collator, DistillationCollator):
-            self.data_collator.flatten = flattened
-            self.data_collator.share_prefix = flattened and self._shares_prefix()
-        if self._compiles():
-            self._compile(flattened)
+            layout = batch_layout(model, self.teacher, args)
+            self.data_collator.flatten, self.data_collator.share_prefix = layout.flattened, layout.share_prefix
+        if compiles(args, self.curriculum.total_steps):
+            compile_models(model, self.teacher, args, self.accelerator.autocast, layout.flattened)
         cache = self.teacher if isinstance(self.teacher, TeacherCache) else None
         self._collate = StepCollator(self.data_collator, cache)
         ahead = StepCollator(self.data_collator, cache, ahead=True)
         self.data_collator = ahead
         if args.max_tokens_per_batch:
-            self.data_collator = TokenBatches(ahead, args.max_tokens_per_batch, flattened)
-        self._hooks = _StepHooks(self.curriculum, args.reset_optimizer)
+            self.data_collator = TokenBatches(ahead, args.max_tokens_per_batch, layout.flattened)
+        self._hooks = StepHooks(self.curriculum, args.reset_optimizer)
         self.add_callback(self._hooks)
         self._loss_options = {
             "divergence": args.divergence,
@@ -221,114 +190,11 @@ class SRDTrainer(Trainer):
         self.selection = BatchSelection(args, head_S.shape[0])
         self._started = time.monotonic()
 
-    def _teacher_source(self, teacher: Any, evaluation: Dataset | None) -> TeacherSource:
-        args: SRDConfig = self.args
-        dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-        if args.teacher_cache is not None:
-            kept = sorted({i for stage in self.curriculum.stages for i in stage.samples.tolist()})
-            train: Any = self.train_dataset
-            wanted: list[Any] = [train.select(kept)]
-            wanted += [] if evaluation is None else [evaluation]
-            teacher = open_teacher_cache(
-                args.teacher_cache,
-                teacher,
-                concatenate_datasets(wanted),
-                kind=args.teacher_cache_kind,
-                k=args.teacher_cache_k,
-                temperatures=[1.0, *(stage.temperature for stage in self.curriculum.stages)],
-                student=self.model,
-                template=args.template,
-                dtype=dtype,
-                device=args.device,
-                progress=not args.disable_tqdm and args.process_index == 0,
-            )
-        if isinstance(teacher, str):
-            teacher = load_model(teacher, dtype, "cpu" if args.teacher_offload else args.device)
-        if isinstance(teacher, nn.Module):
-            return LiveTeacher(teacher, args.device, offload=args.teacher_offload)
-        return teacher.to(args.device) if isinstance(teacher, TeacherCache) else teacher
-
-    def _takes_flattened(self) -> bool:
-        """Whether batches may go without padding through every model that runs; switches their attention if so."""
-        wanted = self.args.padding_free
-        if not wanted:
-            return False
-        if not self._knows_teacher() and wanted == "auto":
-            return False  # which may count on padded batches
-        for name, model in self._running():
-            reason = enable_flattening(model)
-            if reason is not None and wanted is True:
-                raise UserError(f"padding_free is true but the {name} {type(model).__name__} cannot: {reason}")
-            if reason is not None:
-                logger.warning("batches are padded, because the %s cannot go without: %s", name, reason)
-                return False
-        return True
-
-    def _shares_prefix(self) -> bool:
-        """Whether what all samples of a flattened batch begin with may stand in it once."""
-        if self.args.neftune_noise_alpha is not None:  # noise of its own for each sample
-            return False
-        return self._knows_teacher() and all(unfit_for_shared_prefix(model) is None for _, model in self._running())
-
-    def _knows_teacher(self) -> bool:
-        """Whether the teacher's rows come from here, and not from a source of the user's own."""
-        return isinstance(self.teacher, (LiveTeacher, TeacherCache))
-
-    def _running(self) -> list[tuple[str, Any]]:
-        """The models that run in a step, by what they are."""
-        live = [("teacher", self.teacher.model)] if isinstance(self.teacher, LiveTeacher) else []
-        return [("student", self.model), *live]
-
-    def _compiles(self) -> bool:
-        """What `torch_compile` says; if nothing, whether the run is on a GPU and long enough to pay for compiling."""
-        args = self.args
-        if args.torch_compile is not None:
-            return bool(args.torch_compile)
-        steps = args.max_steps if args.max_steps > 0 else self.curriculum.total_steps
-        return args.device.type == "cuda" and steps >= _COMPILE_FROM_STEPS
-
-    def _compile(self, flattened: bool) -> None:
-        """Compile the layers of every model that runs; which are not, and why, is said once."""
-        backend = self.args.torch_compile_backend or "inductor"
-        options: dict[str, Any] = {"flattened": flattened, "backend": backend, "mode": self.args.torch_compile_mode}
-        student = cast(nn.Module, self.model)
-        reasons = {"student": compile_layers(student, self.accelerator.autocast, **options)}
-        if isinstance(self.teacher, LiveTeacher):
-            reasons["teacher"] = self.teacher.compile(**options)
-        for name, reason in reasons.items():
-            if reason is not None:
-                logger.warning("layers of the %s are not compiled: %s", name, reason)
-
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        teacher: TeacherSource = self.teacher
-        samples: Any = self.train_dataset
-        if not isinstance(teacher, TeacherCache):
-            return IndexStream(self.curriculum)
-        rows, places = samples.select_columns(["sample_id", *_READ]).with_format("numpy"), dict[int, Any]()
-
-        def will_need(indices: list[int]) -> None:
-            new = [i for i in indices if i not in places]
-            places.update(zip(new, map(teacher.place, rows.__getitems__(new))))
-            for index in indices:
-                teacher.will_need(places[index])
-
-        return IndexStream(self.curriculum, will_need)
-
-    def _check_lengths(self) -> None:
-        """Refuse what no micro-batch of `max_tokens_per_batch` tokens can hold."""
-        most, train = self.args.max_tokens_per_batch, cast(Any, self.train_dataset)
-        if self.is_deepspeed_enabled:
-            raise UserError(f"max_tokens_per_batch is {most}, but DeepSpeed steps after each backward; set it to 0")
-        lengths = [len(ids) for ids in train["input_ids"]]
-        longest = max((i for stage in self.curriculum.stages for i in stage.samples.tolist()), key=lengths.__getitem__)
-        if lengths[longest] > most:
-            raise UserError(
-                f"max_tokens_per_batch is {most} but sample {train[longest]['sample_id']!r} has {lengths[longest]} "
-                "tokens; raise it to that at least, or lower max_prompt_length or max_response_length"
-            )
+        return index_stream(self.curriculum, cast(Any, self.train_dataset), self.teacher)
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = _READ  # type: ignore[assignment]
+        self._signature_columns = READ  # type: ignore[assignment]
 
     def _remove_unused_columns(self, dataset: Dataset, description: str | None = None) -> Dataset:
         """Of what a step reads; as arrays, which cost it a fifth of what lists do."""
@@ -391,7 +257,7 @@ class SRDTrainer(Trainer):
                     **self._loss_options,
                 )
 
-        out = _call_through(model, student, forward, inputs)
+        out = call_through(model, student, forward, inputs)
         self._count(out, len(labels_N))
         loss = out.loss
         self._step_loss = self._step_loss + loss.detach()
@@ -523,16 +389,6 @@ class SRDTrainer(Trainer):
         self._trend.end()
         return result
 
-    def _evaluation_batches(self, dataset: Dataset) -> Iterator[dict[str, Any]]:
-        """Every row once over all ranks, as many batches on each: a rank without rows left gets one without loss."""
-        world, size = self.args.world_size, self.args.per_device_eval_batch_size
-        mine = list(range(self.args.process_index, len(dataset), world))
-        for start in range(0, math.ceil(len(dataset) / world), size):
-            samples = [dataset[i] for i in mine[start : start + size]]
-            if not samples:
-                samples = [{**dataset[0], "labels": [IGNORE_INDEX] * len(dataset[0]["labels"])}]
-            yield self._collate(samples)
-
     @torch.no_grad()
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -550,7 +406,7 @@ class SRDTrainer(Trainer):
         was_training, totals = student.training, torch.zeros(3, dtype=torch.float64, device=self.args.device)
         student.eval()
         try:
-            for inputs in self._evaluation_batches(dataset):
+            for inputs in evaluation_batches(dataset, self.args, self._collate):
                 with self.accelerator.autocast():
                     measured = measure_batch(student, self.teacher, self._prepare_inputs(inputs))
                 totals += torch.stack([measured.kl, measured.cross_entropy, measured.num_tokens]).double()
@@ -562,76 +418,3 @@ class SRDTrainer(Trainer):
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-
-def last_whole_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that was written to its end: the Trainer writes trainer_state.json last."""
-    whole = [p.parent for p in folder.glob("checkpoint-*/trainer_state.json") if _is_json(p)]
-    return str(max(whole, key=lambda p: int(p.name.rpartition("-")[2]))) if whole else None
-
-
-def _is_json(path: Path) -> bool:
-    """Whether it was written to its end: on a full disk it is cut short."""
-    try:
-        json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return True
-
-
-def make_curriculum(plan: CurriculumPlan, samples: Dataset, args: SRDConfig) -> Curriculum:
-    """The schedule that `args` gives to a plan of these samples."""
-    stages = len(plan.subset_columns)
-    return Curriculum(
-        plan,
-        samples["sample_id"],
-        batch_size=args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
-        epochs_per_stage=per_stage("epochs_per_stage", args.epochs_per_stage, 0, 0, stages),
-        temperatures=per_stage("temperature", args.temperature, args.temperature_start, args.temperature_end, stages),
-        sft_weights=per_stage("sft_weight", args.sft_weight, args.sft_weight_start, args.sft_weight_end, stages),
-        learning_rates=per_stage("stage_learning_rates", args.stage_learning_rates or args.learning_rate, 0, 0, stages),
-        min_learning_rate=args.min_learning_rate,
-        restart_learning_rate=args.restart_learning_rate,
-        warmup=args.warmup_steps,
-        seed=args.data_seed if args.data_seed is not None else args.seed,
-        lengths=[len(ids) for ids in samples["input_ids"]] if args.length_buckets > 1 else None,
-        length_buckets=args.length_buckets,
-    )
-
-
-def _tokenizer_beside(model: Any) -> PreTrainedTokenizerBase | None:
-    """The tokenizer in the local folder that a model was loaded from, if there is one; of a name, its own."""
-    if isinstance(model, str):
-        return load_tokenizer(model)
-    folder = str(getattr(model, "name_or_path", ""))
-    return load_tokenizer(folder) if folder and Path(folder, "tokenizer_config.json").is_file() else None
-
-
-def _with_adapters(model: nn.Module, peft_config: Any) -> nn.Module:
-    try:
-        from peft import get_peft_model
-    except ImportError as e:
-        raise UserError(f"peft_config needs the peft package: pip install 'srd-fast[peft]' ({e})") from e
-    if getattr(peft_config, "is_prompt_learning", False):
-        raise UserError(
-            f"peft_config is {type(peft_config).__name__}: trained prompts add positions that the teacher does not "
-            "have; use adapters in the layers, such as LoraConfig"
-        )
-    return get_peft_model(model, peft_config)
-
-
-def _call_through(wrapped: nn.Module, inner: nn.Module, forward: Callable[..., Any], *args: Any) -> Any:
-    """Run `forward` inside the wrapper's own call (DDP and FSDP prepare for the backward pass there)."""
-    if wrapped is inner:
-        return forward(*args)
-    original = inner.forward
-
-    def once(*a: Any, **k: Any) -> Any:
-        inner.forward = original
-        return forward(*a, **k)
-
-    inner.forward = once
-    try:
-        return wrapped(*args)
-    finally:
-        inner.forward = original

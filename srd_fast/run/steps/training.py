@@ -12,7 +12,9 @@ from ...curriculum import CurriculumPlan, replan
 from ...data import IGNORE_INDEX
 from ...files import remove, replace_folder, temporary_path, write_text
 from ...models import load_model
-from ...training.trainer import SRDTrainer, last_whole_checkpoint, make_curriculum
+from ...training.batching import make_curriculum
+from ...training.checkpoints import last_whole_checkpoint
+from ...training.trainer import SRDTrainer
 from ..stopping import stopping_later
 from .cache import open_cache
 from .run import Run, json_text, write_parquet

@@ -1,0 +1,35 @@
+"""What happens around each optimizer step."""
+
+import time
+from typing import Any
+
+from transformers import TrainerCallback
+
+from ..curriculum import Curriculum
+
+
+class StepHooks(TrainerCallback):
+    """Drops the optimizer's state before the first step of each later stage, and sums up the seconds of steps.
+
+    Evaluation and saving lie outside of a step, so they do not count in tokens per second.
+    """
+
+    def __init__(self, curriculum: Curriculum, reset_optimizer: bool) -> None:
+        self.curriculum, self.reset_optimizer = curriculum, reset_optimizer
+        self.seconds, self.steps, self._began = 0.0, 0, 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._began = time.monotonic()
+        if self.reset_optimizer and self.curriculum.is_stage_start(state.global_step):
+            optimizer = kwargs["optimizer"]
+            getattr(optimizer, "optimizer", optimizer).state.clear()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.seconds += time.monotonic() - self._began
+        self.steps += 1
+
+    def take(self) -> tuple[float, int]:
+        """Seconds and steps since the last call."""
+        taken = max(self.seconds, 1e-9), max(self.steps, 1)
+        self.seconds, self.steps = 0.0, 0
+        return taken
