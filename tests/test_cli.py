@@ -645,7 +645,7 @@ MISTAKES: dict[str, tuple[str, str]] = {
     ),
     "keep of nothing": ("curate.keep=0", "curate.keep"),
     "keep of more than all": ("curate.keep=1.5", "curate.keep"),
-    "temperature 0": ("distill.temperature=0", "temperature must be above 0, got 0"),
+    "temperature 0": ("distill.temperature=0", "temperature must be at least 1e-06 and at most 1e+06, got 0"),
     "temperature 0 at the end": ("distill.temperature_end=0", "temperature_end must be above 0, got 0"),
     "weight above 1": ("distill.sft_weight=[0.1,0.2,1.5]", "sft_weight must be at least 0 and at most 1, got 1.5"),
     "batch of none": ("distill.per_device_train_batch_size=0", "per_device_train_batch_size"),

@@ -2,25 +2,27 @@
 
 from .backends import expect_logits
 from .buffers import free_workspace, is_out_of_memory
-from .compact import CompactTeacher, Projected, Sampled, TopK, compact_distillation_loss
-from .distillation import (
-    DistillationLoss,
-    DistillationOutput,
-    check_vocabularies,
-    distillation_loss,
-    distillation_loss_from_logits,
-    products_dtype,
-    token_cross_entropy,
-    token_values,
+from .compact import (
+    CompactTeacher,
+    Projected,
+    Sampled,
+    TopK,
+    compact_distillation_loss,
+    loss_beside_compact_teacher,
 )
+from .distillation import DistillationLoss, distillation_loss, distillation_loss_from_logits, loss_beside_head
 from .divergences import divergence_names, get_divergence, register_divergence
 from .head import Head
+from .options import LossOptions
+from .packing import DistillationOutput, check_vocabularies, products_dtype
+from .token_values import token_cross_entropy, token_values
 
 __all__ = [
     "CompactTeacher",
     "DistillationLoss",
     "DistillationOutput",
     "Head",
+    "LossOptions",
     "Projected",
     "Sampled",
     "TopK",
@@ -33,6 +35,8 @@ __all__ = [
     "free_workspace",
     "get_divergence",
     "is_out_of_memory",
+    "loss_beside_compact_teacher",
+    "loss_beside_head",
     "products_dtype",
     "register_divergence",
     "token_cross_entropy",

@@ -16,16 +16,16 @@ draws is unbiased for both (Anshumann et al., Sparse Logit Sampling, arXiv 2503.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import UserError
 from ..kernels import LOGIT_FLOOR, RowDivergence, SparseDivergence
-from .distillation import DistillationOutput, StudentRows, check_classes, require
-from .divergences import get_divergence
 from .head import Head
+from .options import LossOptions, require
+from .packing import DistillationOutput, StudentRows, check_classes
 
 
 class TopK(NamedTuple):
@@ -226,25 +226,44 @@ def compact_distillation_loss(
         >>> int(out.num_items), hidden.grad[0, 0].abs().sum().item()
         (3, 0.0)
     """
-    options = dict(locals(), teacher_softcap=None, teacher_scale=1.0)
+    options = LossOptions(
+        divergence, temperature, skew, beta, sft_weight, temperature_scaling, reduction, ignore_index, backend,
+        memory_budget, logits_dtype,
+    )  # fmt: skip
+    head = Head(student_weight, student_bias, student_softcap, student_scale)
+    data: dict[str, Any] = {"token_weights": token_weights, "num_items": num_items, "student_logits": student_logits}
+    return loss_beside_compact_teacher(student_hidden, head, teacher, labels, options, **data)
+
+
+def loss_beside_compact_teacher(
+    student_hidden: Tensor,
+    head: Head,
+    teacher: CompactTeacher,
+    labels: Tensor,
+    options: LossOptions,
+    *,
+    token_weights: Tensor | None = None,
+    num_items: float | Tensor | None = None,
+    student_logits: Tensor | None = None,
+) -> DistillationOutput:
+    """`compact_distillation_loss` with options that were checked before; what is of the batch alone as there."""
     if not isinstance(teacher, (TopK, Sampled, Projected)):
         raise UserError(f"teacher must be a TopK, Sampled or Projected, got {type(teacher).__name__}")
-    head = Head(student_weight, student_bias, student_softcap, student_scale)
-    student = StudentRows(student_hidden, head, labels, options)
-    formula = get_divergence(divergence).bind(float(skew), float(beta))
+    student = StudentRows(student_hidden, head, labels, options, token_weights, num_items, student_logits)
     _check_rows(teacher, student)
     if isinstance(teacher, TopK):
         _check_top_k(teacher)
         ids_NK, log_p_NK, log_tail_N = (x.detach() for x in teacher)
         log_p_NB = torch.cat((log_p_NK, log_tail_N[:, None].to(log_p_NK.dtype)), 1)
-        return student.loss(compact=_Buckets(ids_NK.long(), log_p_NB, formula))
+        return student.loss(compact=_Buckets(ids_NK.long(), log_p_NB, options.row_divergence))
     require(
-        divergence == "forward_kl",
-        f"divergence must be 'forward_kl' with a {type(teacher).__name__} teacher, got {divergence!r}",
+        options.divergence == "forward_kl",
+        f"divergence must be 'forward_kl' with a {type(teacher).__name__} teacher, got {options.divergence!r}",
     )
     if isinstance(teacher, Sampled):
         draws = _Draws(teacher.ids_NK.long().contiguous(), teacher.entropy_N.detach().to(student.compute))
         return student.loss(compact=draws)
     _check_projected(teacher, head)
     teacher = Projected(*(x.detach() for x in teacher))
-    return student.loss(compact=_Mean(None, _known(teacher, student, temperature)), projection_ND=teacher.projection_ND)
+    known_N = _known(teacher, student, options.temperature)
+    return student.loss(compact=_Mean(None, known_N), projection_ND=teacher.projection_ND)

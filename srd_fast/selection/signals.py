@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..kernels import RowValues
-from ..losses import Head, Sampled, products_dtype, token_values
+from ..losses import Head, LossOptions, Sampled, products_dtype, token_values
 from ..losses.buffers import budget_of, workspace
 from ..losses.chunked import Visitor
 from ..suggest import unknown_name
@@ -118,10 +118,8 @@ class Signals:
         if name == "teacher_entropy":
             return {name: self._teacher_entropy()}
         if name in ("forward_kl", "reverse_kl"):
-            out = distillation_loss_of_rows(
-                self.student_ND, self.head, self.rows(), self.labels_N,
-                divergence=name, temperature=self.temperature, reduction="none", memory_budget=self.memory_budget,
-            )  # fmt: skip
+            options = LossOptions(name, self.temperature, reduction="none", memory_budget=self.memory_budget)
+            out = distillation_loss_of_rows(self.student_ND, self.head, self.rows(), self.labels_N, options)
             return {name: out.divergence}
         raise UserError(unknown_name("signal of positions", name, SIGNALS))
 

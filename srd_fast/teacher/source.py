@@ -1,12 +1,22 @@
 """What a teacher gives to a batch, whether it runs beside the student or was run once before."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
 from ..data import IGNORE_INDEX
-from ..losses import DistillationOutput, Head, Projected, Sampled, TopK, compact_distillation_loss, distillation_loss
+from ..losses import (
+    DistillationOutput,
+    Head,
+    LossOptions,
+    Projected,
+    Sampled,
+    TopK,
+    loss_beside_compact_teacher,
+    loss_beside_head,
+)
 
 
 class HiddenRows(NamedTuple):
@@ -57,11 +67,30 @@ def labels_with_loss(batch: Mapping[str, Any]) -> Tensor:
 
 
 def distillation_loss_of_rows(
-    student_ND: Tensor, student_head: Head, rows: TeacherRows, labels_N: Tensor, **options: Any
+    student_ND: Tensor,
+    student_head: Head,
+    rows: TeacherRows,
+    labels_N: Tensor,
+    options: LossOptions,
+    *,
+    token_weights: Tensor | None = None,
+    num_items: float | Tensor | None = None,
+    student_logits: Tensor | None = None,
 ) -> DistillationOutput:
-    """The loss of a batch's rows with loss, by the kind of the teacher's rows. options: of `distillation_loss`."""
-    arguments = {"labels": labels_N, "ignore_index": None, **student_head.arguments("student"), **options}
+    """The loss of a batch's rows with loss, by the kind of the teacher's rows.
+
+    Args:
+        student_ND: [N, D] hidden states.
+        student_head: of the student.
+        rows: the teacher's, in the order of the student's.
+        labels_N: [N] int64; all have a loss, whatever `options.ignore_index` says.
+        options: of the loss.
+        token_weights: as in `distillation_loss`.
+        num_items: as there.
+        student_logits: as there.
+    """
+    options = replace(options, ignore_index=None)
+    data: dict[str, Any] = {"token_weights": token_weights, "num_items": num_items, "student_logits": student_logits}
     if isinstance(rows, HiddenRows):
-        teacher = rows.head.arguments("teacher")
-        return distillation_loss(student_hidden=student_ND, teacher_hidden=rows.hidden_ND, **teacher, **arguments)
-    return compact_distillation_loss(student_hidden=student_ND, teacher=rows, **arguments)
+        return loss_beside_head(student_ND, student_head, rows.hidden_ND, rows.head, labels_N, options, **data)
+    return loss_beside_compact_teacher(student_ND, student_head, rows, labels_N, options, **data)

@@ -8,6 +8,7 @@ from transformers import TrainingArguments
 
 from ..errors import UserError
 from ..losses import get_divergence
+from ..losses.options import RANGE
 from ..selection import check_rows_have_signal, check_sample_policy, make_position_policy
 from ..suggest import unknown_name
 from ..teacher.stores import check_kind
@@ -142,7 +143,7 @@ class SRDConfig(TrainingArguments):
         self.num_train_epochs = 1.0
         get_divergence(self.divergence)
         for name in ("temperature", "temperature_start", "temperature_end"):
-            self._check_numbers(name, above=0.0)
+            self._check_numbers(name, least=RANGE[0], most=RANGE[1])
         for name in ("sft_weight", "sft_weight_start", "sft_weight_end", "skew", "beta"):
             self._check_numbers(name, least=0.0, most=1.0)
         for name in ("epochs_per_stage", "stage_learning_rates", "learning_rate"):

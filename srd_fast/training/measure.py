@@ -7,9 +7,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..losses import token_cross_entropy
+from ..losses import LossOptions, token_cross_entropy
 from ..models import find_head, hidden_states
 from ..teacher import TeacherSource, distillation_loss_of_rows, labels_with_loss, rows_with_loss
+
+_FORWARD_KL = LossOptions("forward_kl", temperature=1.0, reduction="sum")
 
 
 class Divergences(NamedTuple):
@@ -32,9 +34,7 @@ def measure_batch(student: nn.Module, teacher: TeacherSource | None, inputs: dic
         losses = token_cross_entropy(hidden_ND, head, labels_N)
         return Divergences(losses.new_zeros(()), losses.sum(), torch.tensor(len(labels_N), device=losses.device))
     rows = teacher.rows(inputs, 1.0)
-    out = distillation_loss_of_rows(
-        hidden_ND, head, rows, labels_N, divergence="forward_kl", temperature=1.0, reduction="sum"
-    )
+    out = distillation_loss_of_rows(hidden_ND, head, rows, labels_N, _FORWARD_KL)
     return Divergences(out.divergence, out.cross_entropy, out.num_items)
 
 

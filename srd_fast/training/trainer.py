@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -24,7 +25,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 from ..curriculum import CurriculumPlan
 from ..data import DistillationCollator, Tokenisation, pad_id, prepare_dataset
 from ..errors import UserError
-from ..losses import DistillationLoss, check_vocabularies
+from ..losses import LossOptions, check_vocabularies
 from ..models import call_through, check_head, check_tokenizers, find_head, hidden_states, unwrap, with_adapters
 from ..selection import BatchSelection, Signals, items_of, select_samples
 from ..teacher import (
@@ -172,16 +173,15 @@ class SRDTrainer(Trainer):
             self.data_collator = TokenBatches(ahead, args.max_tokens_per_batch, layout.flattened)
         self._hooks = StepHooks(self.curriculum, args.reset_optimizer)
         self.add_callback(self._hooks)
-        self._loss_options = {
-            "divergence": args.divergence,
-            "skew": args.skew,
-            "beta": args.beta,
-            "temperature_scaling": args.scales_with_temperature,
-            "backend": args.backend,
-            "memory_budget": args.memory_budget,
-            "logits_dtype": args.logits,
-        }
-        DistillationLoss(**self._loss_options)  # says now what is wrong with them
+        self._loss_options = LossOptions(
+            divergence=args.divergence,
+            skew=args.skew,
+            beta=args.beta,
+            temperature_scaling=args.scales_with_temperature,
+            backend=args.backend,
+            memory_budget=args.memory_budget,
+            logits_dtype=args.logits,
+        )
         self._sums: Tensor | None = None
         self._tokens = 0
         self._step_loss: Any = 0.0
@@ -237,7 +237,8 @@ class SRDTrainer(Trainer):
         step = self.state.global_step
         temperature, labels_N = self.curriculum.temperature(step), labels_with_loss(inputs)
         rows = self.teacher.rows(inputs, temperature)
-        student = self._unwrapped(model)
+        student, sft_weight = self._unwrapped(model), self.curriculum.sft_weight(step)
+        options = replace(self._loss_options, temperature=temperature, sft_weight=sft_weight)
 
         def forward(batch: Mapping[str, Any]) -> Any:
             # The whole of it: the loss takes the dtype of its products from here, like the body.
@@ -249,12 +250,10 @@ class SRDTrainer(Trainer):
                     head,
                     seen.rows,
                     seen.labels_K,
+                    options,
                     token_weights=seen.weights_K,
-                    student_logits=seen.logits_KV,
-                    temperature=temperature,
-                    sft_weight=self.curriculum.sft_weight(step),
                     num_items=num_items_in_batch,
-                    **self._loss_options,
+                    student_logits=seen.logits_KV,
                 )
 
         out = call_through(model, student, forward, inputs)
