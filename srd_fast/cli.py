@@ -181,7 +181,9 @@ def _quiet() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    # Those of other packages are for us to read, our own for the user: see "Deprecations" in CONTRIBUTING.
     warnings.simplefilter("ignore", FutureWarning)
+    warnings.filterwarnings("default", ".* goes away in srd-fast ", FutureWarning)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger = logging.getLogger("srd_fast")
