@@ -1,0 +1,86 @@
+"""What the reference's build adds to mkdocs and griffe: `srd_fast.kernels`, SRDConfig's fields, links to the checkout.
+
+Griffe reads the sources and imports nothing.
+"""
+
+import ast
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import griffe
+
+ROOT = Path(__file__).resolve().parent.parent
+log = logging.getLogger("mkdocs.hooks.reference")
+
+
+class Reference(griffe.Extension):
+    """Griffe's view of the package as it is installed, with the texts of SRDConfig's fields."""
+
+    def on_attribute_instance(self, *, attr: griffe.Attribute, **kwargs: Any) -> None:
+        """Read `name: type = _described(default, text)` as a field with that default and that docstring."""
+        call = attr.value
+        if isinstance(call, griffe.ExprCall) and str(call.function) == "_described":
+            default, text = call.arguments
+            attr.value = default
+            attr.docstring = griffe.Docstring(ast.literal_eval(str(text)), parent=attr)
+
+    def on_class_members(self, *, cls: griffe.Class, **kwargs: Any) -> None:
+        """Put such fields into the class's docstring, where they become one table with types and defaults."""
+        if cls.name != "SRDConfig" or cls.docstring is None:
+            return
+        fields = [m for m in cls.members.values() if m.is_attribute and m.docstring and "property" not in m.labels]
+        cls.docstring.value += "\n\nArgs:\n"
+        for m in fields:
+            assert m.docstring is not None
+            cls.docstring.value += f"    {m.name}: {m.docstring.value}\n"
+            m.docstring = None
+
+    def on_package(self, *, pkg: griffe.Module, loader: griffe.GriffeLoader, **kwargs: Any) -> None:
+        """Add `srd_fast.kernels`, which stands in a folder of its own in the checkout."""
+        if pkg.path != "srd_fast" or "kernels" in pkg.members:
+            return
+        files = sorted((ROOT / "kernels").glob("*.py"), key=lambda path: path.name != "__init__.py")
+        parent = pkg
+        for path in files:
+            name = "kernels" if path.name == "__init__.py" else path.stem
+            module = griffe.visit(
+                name,
+                path,
+                path.read_text(encoding="utf-8"),
+                extensions=loader.extensions,
+                parent=parent,
+                docstring_parser=loader.docstring_parser,
+                docstring_options=loader.docstring_options,
+                lines_collection=loader.lines_collection,
+                modules_collection=loader.modules_collection,
+            )
+            parent.set_member(name, module)
+            parent = pkg["kernels"]
+
+
+def load() -> griffe.Module:
+    """The package `srd_fast` as the reference sees it, with aliases resolved."""
+    loader = griffe.GriffeLoader(
+        extensions=griffe.load_extensions(Reference), search_paths=[ROOT], docstring_parser=griffe.Parser.google
+    )
+    package = loader.load("srd_fast")
+    loader.resolve_aliases(implicit=True, external=False)
+    assert isinstance(package, griffe.Module)
+    return package
+
+
+_LINK = re.compile(r"\[([^\]]*)\]\(\.\./([^)#]*)[^)]*\)")
+
+
+def on_page_markdown(markdown: str, *, page: Any, **kwargs: Any) -> str:
+    """Name files of the checkout instead of linking to them, which a built page cannot; warn of those not there."""
+
+    def named(link: re.Match[str]) -> str:
+        text, path = link.groups()
+        if not (ROOT / path).exists():
+            log.warning("%s links to ../%s, which is not there", page.file.src_path, path)
+        return f"{text} (`{path}`)" if text.strip("`") != path else f"`{path}`"
+
+    return markdown if "/" in page.file.src_path else _LINK.sub(named, markdown)
