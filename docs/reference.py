@@ -12,6 +12,8 @@ from typing import Any
 import griffe
 
 ROOT = Path(__file__).resolve().parent.parent
+# How the docstrings are read, here and in mkdocs.yml: what is returned is one text, however many lines it has.
+PARSING = {"returns_multiple_items": False}
 log = logging.getLogger("mkdocs.hooks.reference")
 
 
@@ -63,7 +65,9 @@ class Reference(griffe.Extension):
 def load() -> griffe.Module:
     """The package `srd_fast` as the reference sees it, with aliases resolved."""
     loader = griffe.GriffeLoader(
-        extensions=griffe.load_extensions(Reference), search_paths=[ROOT], docstring_parser=griffe.Parser.google
+        extensions=griffe.load_extensions(Reference),
+        search_paths=[ROOT],
+        docstring_parser=griffe.Parser.google,
     )
     package = loader.load("srd_fast")
     loader.resolve_aliases(implicit=True, external=False)

@@ -1,4 +1,4 @@
-"""Memory of the chunked loss: buffers kept from call to call, rows of a chunk, and sums over chunks.
+"""Memory of the chunked loss: buffers kept from call to call, the number of rows of a chunk, and sums over chunks.
 
 Shape letters: C rows of a chunk, D width, V classes.
 """
@@ -18,22 +18,22 @@ _CLASSES_AT_ONCE = 8192
 
 
 class Workspace(threading.local):
-    """The chunk's buffers, kept from call to call: the operating system zeroes what is allocated anew, page by page."""
+    """The chunk's buffers, kept from call to call: the operating system zeroes newly allocated memory, which takes time."""
 
     def __init__(self) -> None:
         self.buffers: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
 
     def take(self, name: str, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """[rows, columns] of undefined content, rows aligned for 128-bit accesses, what follows them scratch."""
+        """A [rows, columns] buffer of undefined content, rows aligned for 128-bit accesses; gaps between rows are scratch."""
         stride = -(-columns // ALIGNMENT) * ALIGNMENT
         key = name, device, dtype
         buffer = self.buffers.get(key)
         if buffer is None or buffer.numel() < rows * stride:
-            # Gone before the new one comes. A tensor made in inference mode could not be written outside of it.
+            # Freed before the new one is allocated. A tensor made in inference mode could not be written outside of it.
             self.buffers.pop(key, None)
             with torch.inference_mode(False):
                 buffer = torch.empty(rows * stride, dtype=dtype, device=device)
-            # A GPU's caching allocator keeps freed memory by itself, and can give it to others meanwhile.
+            # On a GPU the caching allocator keeps freed memory, and others can use it between calls.
             if device.type == "cpu":
                 self.buffers[key] = buffer
         return buffer[: rows * stride].view(rows, stride)[:, :columns]
@@ -42,49 +42,54 @@ class Workspace(threading.local):
 workspace = Workspace()
 
 
-# What the budget was cut to on a kind of device whose memory ran out.
+# Kind of device -> the budget it was cut to when its memory ran out.
 _most: dict[str, int] = {}
 
 
 def free_workspace() -> None:
-    """Free the buffers that this thread's losses on the CPU keep between calls, `memory_budget` bytes at most.
+    """Free the buffers that this thread's losses keep on the CPU between calls, at most `memory_budget` bytes.
 
-    Budgets that were halved for want of memory are whole again.
+    Budgets that were halved because memory ran out return to their full size.
     """
     workspace.buffers.clear()
     _most.clear()
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out; PyTorch's allocator on the CPU has no exception of its own."""
+    """Whether an error says that memory ran out; PyTorch's allocator on the CPU has no exception type for it."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 def halve_budget(device: torch.device, budget: int | None) -> int:
-    """From now on at most half of this budget on such devices."""
+    """Use at most half of this budget on such devices from now on, and return that half in bytes."""
     _most[device.type] = budget_of(device, budget) // 2
     workspace.buffers.clear()
     return _most[device.type]
 
 
 def class_slices(num_classes: int) -> list[slice]:
-    """Classes a few thousand at a time, where a product has another dtype than the tensor it goes to."""
+    """Slices of a few thousand classes each, for products in another dtype than the tensor they are written to."""
     return [slice(v, min(v + _CLASSES_AT_ONCE, num_classes)) for v in range(0, num_classes, _CLASSES_AT_ONCE)]
 
 
 def budget_of(device: torch.device, budget: int | None) -> int:
-    """Bytes of a chunk's buffers; for None, 1 GiB on CUDA and 512 MiB elsewhere. Less where memory ran out before."""
+    """Bytes of a chunk's buffers. None means 1 GiB on CUDA and 512 MiB elsewhere. Less if memory ran out before."""
     wanted = budget or _DEFAULT_BUDGET.get(device.type, _DEFAULT_BUDGET_ELSEWHERE)
     return min(wanted, _most.get(device.type, wanted))
 
 
 def chunk_rows(num_rows: int, logits_bytes: int, temporary_bytes: int, device: torch.device, budget: int | None) -> int:
-    """Rows of a chunk, at least 1: as many as fit in the budget, then the same for every chunk.
+    """Rows of a chunk, at least 1: as many as fit in the budget, then spread evenly over the chunks.
 
     Args:
-        logits_bytes: what a row keeps in buffers for the whole chunk.
-        temporary_bytes: what a row needs besides while its block of rows is worked on.
-        budget: see `budget_of`.
+        num_rows: rows in all.
+        logits_bytes: bytes that a row keeps in buffers for the whole chunk.
+        temporary_bytes: further bytes that a row needs while its block of rows is worked on.
+        device: where the loss runs.
+        budget: bytes, or None for the device's default; see `budget_of`.
+
+    Returns:
+        The number of rows.
     """
     budget = budget_of(device, budget)
     block = block_bytes(device) if temporary_bytes else 0
@@ -99,7 +104,7 @@ def chunk_rows(num_rows: int, logits_bytes: int, temporary_bytes: int, device: t
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, scale: float, first: bool) -> None:
-    """total += scale * a @ b, or = if first, in one product that rounds to `total`'s dtype alone."""
+    """total += scale * a @ b, or = if `first`, in one product that rounds only to `total`'s dtype."""
     beta = 0 if first else 1
     if a.dtype == total.dtype:
         torch.addmm(total, a, b, beta=beta, alpha=scale, out=total)
@@ -108,7 +113,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, scale: float, first: bool)
 
 
 class GradientSum:
-    """The gradient of a weight [V, D] or bias [V], summed over chunks in float32 at least and rounded once."""
+    """The gradient of a weight [V, D] or bias [V], summed over chunks in at least float32 and rounded once."""
 
     def __init__(self, x: Tensor, name: str, gemm_dtype: torch.dtype, several: bool, anything: bool) -> None:
         # Without rows nothing is ever added.
@@ -122,7 +127,7 @@ class GradientSum:
         self.direct = x.dim() == 2 and (self.partial.dtype == gemm_dtype or narrow_on_gpu)
 
     def add(self, g_CV: Tensor, hidden_CD: Tensor, scale: float, first: bool, last: bool) -> None:
-        """Add scale * g.T @ hidden, or for a bias scale * the sum over the rows of g."""
+        """Add scale * g.T @ hidden; for a bias, scale times the sum of g over its rows."""
         hidden_CD = hidden_CD.to(g_CV.dtype)
         if self.direct:
             _add_product(self.partial, g_CV.t(), hidden_CD, scale, first)
@@ -144,7 +149,7 @@ class GradientSum:
 
 
 def scale_in_place(x: Tensor, factor: Tensor) -> None:
-    """Multiply in place by a scalar tensor, which a product in bfloat16 would first round to 8 bits."""
+    """Multiply in place by a scalar tensor. A product in bfloat16 would round the factor to 8 bits first."""
     if factor.device.type == "cpu" and factor.tolist() == 1:
         return
     if x.is_cuda and _scale_on_gpu(x, factor):
@@ -157,7 +162,7 @@ def scale_in_place(x: Tensor, factor: Tensor) -> None:
 
 
 def _scale_on_gpu(x: Tensor, factor: Tensor) -> bool:
-    """Do it in Triton, if that can: without reading or writing anything where the factor is 1."""
+    """Do it in Triton if possible, which reads and writes nothing where the factor is 1. Return whether it did."""
     try:
         from ..kernels.triton_scale import scalable, scale_in_place_triton
     except ImportError:

@@ -1,9 +1,10 @@
 """Loss and gradient from hidden states, a chunk of rows at a time, so that no larger logits tensor ever exists.
 
-Shape letters: N packed rows, C rows of a chunk, D width, V classes, S student, T teacher. The gradient is computed in
-the forward pass, chunk by chunk beside the loss, because the logits of a chunk are gone afterwards; `backward` only
-scales it. Where the factors on the rows are known in `backward` alone (one loss per row, or a second backward through a
-retained graph), the chunks run once more.
+Shape letters: N packed rows, C rows of a chunk, D width, V classes, S student, T teacher.
+
+The forward pass computes the gradient together with the loss, chunk by chunk, because the logits of a chunk are gone
+afterwards; `backward` only scales it. In two cases the factors on the rows are known only in `backward`: with one loss
+per row, and in a second backward through a retained graph. The chunks then run a second time.
 """
 
 import logging
@@ -24,13 +25,24 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PackedRows:
-    """All of a loss but the tensors that carry gradients.
+    """Everything a loss needs besides the student's hidden states, weight and bias, which carry gradients.
 
-    teacher_ND / teacher_head: both None for cross-entropy and entropy alone, or where `compact` has D of all rows.
-    labels_N: below V. weights_N: factor on each row's loss or None for 1. gemm_dtype: of the heads' products, None for
-    each head's own. logits_dtype: of the logits, None for that of the products. projection_ND: subtracted, over T, from
-    D's gradient on the hidden states: what `compact` leaves out of that on the logits. student_NV: the student's logits
-    before the softcap, where they are there already; overwritten.
+    Args:
+        teacher_ND: [N, D_T] hidden states. None for cross-entropy and entropy alone, or where `compact` gives D.
+        teacher_head: turns them into logits; None if and only if `teacher_ND` is.
+        labels_N: [N] int64, each below V.
+        weights_N: [N] factor on each row's loss, or None for 1.
+        divergence: D, or None where there is no teacher or `compact` gives it.
+        coefficients: weights of cross-entropy and D, and the temperature.
+        student_softcap: of the student's logits, or None.
+        student_scale: factor on the student's logits.
+        gemm_dtype: dtype of both heads' products; None: each head's own.
+        logits_dtype: dtype of the logits; None: that of the products.
+        backend: "triton", "compile", "eager" or "auto".
+        memory_budget: bytes of working memory of a chunk; None: the device's default.
+        compact: D for a teacher that is known at few classes.
+        projection_ND: [N, D] the part of D's gradient on the hidden states that `compact` leaves out, times -T.
+        student_NV: [N, V] the student's logits before the softcap, where they were computed already; overwritten.
     """
 
     teacher_ND: Tensor | None
@@ -57,7 +69,7 @@ class _Gradients(NamedTuple):
 
 
 class _Side:
-    """A model's rows and head as the products take them, and where its logits go."""
+    """One model's rows and head in the dtype of the products, and the place of its logits."""
 
     def __init__(
         self, name: str, hidden_ND: Tensor, head: Head, rows: PackedRows, logits_NV: Tensor | None = None
@@ -70,7 +82,7 @@ class _Side:
         self.dtype = self.gemm_dtype if weight is None else rows.logits_dtype or self.gemm_dtype
 
     def logits(self, part: slice) -> Tensor:
-        """[C, V] in the workspace; without a weight, or where they are there already, the rows as they are."""
+        """[C, V] in the workspace. Given logits, and rows of a head without weight, are returned as they are."""
         if self.logits_NV is not None:
             return self.logits_NV[part]
         hidden_CD = self.hidden_ND[part]
@@ -86,14 +98,14 @@ class _Side:
 
     @property
     def row_bytes(self) -> int:
-        """Of a row's logits in the chunk."""
+        """Bytes of one row's logits in the workspace."""
         return 0 if self.logits_NV is not None else self.classes * self.dtype.itemsize
 
 
 class _ChunkRows:
-    """The row loss of a chunk, and what it needs: a teacher's logits, or what is known of them.
+    """The row loss of a chunk, with the teacher's logits or what is known of them.
 
-    teacher: the other side with a head, or None.
+    teacher: the side with the teacher's head, or None.
     """
 
     def __init__(self, student: _Side, rows: PackedRows) -> None:
@@ -103,7 +115,7 @@ class _ChunkRows:
             self.backend = compact_backend(rows.backend, student.hidden_ND.device, student.dtype, student.classes)
             return
         if rows.teacher_ND is not None and rows.teacher_head is not None:
-            # Where the student's logits are there, the buffer in which they were computed is free.
+            # If the student's logits were given, the buffer in which they were computed is free.
             name = "teacher" if rows.student_NV is None else "student"
             self.teacher = _Side(name, rows.teacher_ND, rows.teacher_head, rows)
         device, divergence, sides = student.hidden_ND.device, rows.divergence, self.sides
@@ -112,11 +124,11 @@ class _ChunkRows:
 
     @property
     def sides(self) -> list[_Side]:
-        """Whose logits a chunk holds."""
+        """The models whose logits a chunk holds."""
         return [self.student] if self.teacher is None else [self.student, self.teacher]
 
     def __call__(self, part: slice, student_CV: Tensor, **options: Any) -> RowValues:
-        """`distillation_rows` of the part's logits; options: row_weights_C, gradient_CV."""
+        """Run `distillation_rows` or `compact_rows` on a part. options: row_weights_C, gradient_CV."""
         rows, labels_C = self.rows, self.rows.labels_N[part]
         options["student_softcap"] = self.student.head.softcap
         if rows.compact is not None:
@@ -130,12 +142,12 @@ class _ChunkRows:
         return self._function(student_CV, teacher_CV, labels_C, rows.divergence, rows.coefficients, **options)
 
 
-# Called with a chunk's samples, rows, student's logits and values, before the logits of the next one replace them.
+# Called with the samples, rows, student's logits and values of a chunk, before the next chunk overwrites the logits.
 Visitor = Callable[[slice, slice, Tensor, RowValues], None]
 
 
 def _whole_samples(counts: Sequence[int], most: int) -> list[tuple[slice, slice]]:
-    """Chunks of whole samples as (samples, rows), of `most` rows or of one sample that has more."""
+    """Divide samples into chunks as (samples, rows): whole samples, at most `most` rows, or one longer sample."""
     chunks: list[tuple[slice, slice]] = []
     first, begin, end = 0, 0, 0
     for i, count in enumerate(counts):
@@ -155,15 +167,25 @@ def run_chunks(
     counts: Sequence[int] | None = None,
     visit: Visitor | None = None,
 ) -> tuple[RowValues, _Gradients]:
-    """Per-row values of all rows, and the gradients asked for (hidden, weight, bias) of sum(weights * loss).
+    """Compute the values of all rows, and the gradients of sum(weights * loss).
 
-    counts: rows of each sample, where no sample may be divided between two chunks. visit: sees every chunk.
+    Args:
+        hidden_ND: [N, D] the student's hidden states.
+        head: the student's.
+        rows: everything else about the rows.
+        weights_N: [N] factor on each row in the gradients, or None for 1.
+        needs: whether the gradients of hidden states, weight and bias are computed.
+        counts: rows of each sample, where no sample may be divided between two chunks.
+        visit: called after each chunk.
+
+    Returns:
+        Unweighted values of each row, and the gradients, None where not asked for.
     """
     n, device = hidden_ND.shape[0], hidden_ND.device
     student = _Side("student", hidden_ND, head, rows, rows.student_NV)
     row_loss = _ChunkRows(student, rows)
 
-    # The gradient replaces the logits unless those are wider than the products, or not ours to write.
+    # The gradient overwrites the logits, unless they are wider than the products or belong to the caller.
     separate = any(needs) and student.dtype != student.gemm_dtype
     logits_bytes = sum(side.row_bytes for side in row_loss.sides)
     logits_bytes += separate * student.classes * student.gemm_dtype.itemsize
@@ -224,28 +246,28 @@ def run_or_halve(
     counts: Sequence[int] | None = None,
     visit: Visitor | None = None,
 ) -> tuple[RowValues, _Gradients]:
-    """`run_chunks`; where memory runs out, once more from the beginning in half of the budget, as all that follows."""
+    """`run_chunks`. Where memory runs out, the budget is halved for this and all later calls, and the call repeated."""
     try:
         return run_chunks(hidden_ND, head, rows, weights_N, needs, counts, visit)
     except RuntimeError as e:
         if not is_out_of_memory(e):
             raise
-    # Outside of the handler, where nothing refers to the failed call's tensors.
+    # Outside the handler: in it the exception still holds the failed call's tensors.
     budget = halve_budget(hidden_ND.device, rows.memory_budget)
     logger.warning(
-        "out of memory in the loss: its chunk goes on with memory_budget=%d; set that to be rid of this", budget
+        "out of memory in the loss: its chunk goes on with memory_budget=%d; set that to avoid this warning", budget
     )
     if hidden_ND.is_cuda:
         torch.cuda.empty_cache()
-    # Given logits may hold gradients by now.
+    # The given logits may have been overwritten with gradients.
     return run_chunks(hidden_ND, head, replace(rows, student_NV=None), weights_N, needs, counts, visit)
 
 
 def _write_hidden(target_CD: Tensor, g_CV: Tensor, head: Head, minus_CD: Tensor | None = None) -> None:
-    """g @ weight * scale - minus."""
+    """Write g @ weight * scale - minus to `target_CD`."""
     assert head.weight is not None
     if minus_CD is not None:
-        # The two nearly cancel where the student is good, so the product is rounded as late as the device can.
+        # The two nearly cancel where the student is good, so the product is rounded as late as the device allows.
         narrow_on_gpu = g_CV.is_cuda and g_CV.element_size() < 4
         product_CD = (
             torch.mm(g_CV, head.weight, out_dtype=torch.float32) if narrow_on_gpu else torch.mm(g_CV, head.weight)
@@ -263,7 +285,7 @@ def _write_hidden(target_CD: Tensor, g_CV: Tensor, head: Head, minus_CD: Tensor 
 class ChunkedLoss(torch.autograd.Function):
     """(hidden_ND, weight, bias, rows, per_row, gradient) -> loss, divergence_N, cross_entropy_N, entropy_N.
 
-    loss is the weighted sum over the rows, or [N] with `per_row`; the other three carry no gradient.
+    loss is the weighted sum over the rows, or [N] with `per_row`. The other three carry no gradient.
     """
 
     @staticmethod
@@ -301,13 +323,13 @@ class ChunkedLoss(torch.autograd.Function):
         grad_loss = grad_outputs[0]
         hidden_ND, weight, bias = ctx.saved_tensors
         rows: PackedRows = ctx.rows
-        # Scaled in place and given away, so that there are never two of them.
+        # Scaled in place and handed over, so that no second copy exists.
         grads, ctx.grads = ctx.grads, None
         if grads is None:
             head = Head(weight, bias, rows.student_softcap, rows.student_scale)
             weights_N = grad_loss.expand(hidden_ND.shape[0])
             weights_N = weights_N if rows.weights_N is None else weights_N * rows.weights_N
-            rows = replace(rows, student_NV=None)  # what was there may be another loss's by now
+            rows = replace(rows, student_NV=None)  # that memory may belong to another loss by now
             with torch.autocast(hidden_ND.device.type, enabled=False):
                 _, grads = run_or_halve(hidden_ND, head, rows, weights_N, ctx.needs_input_grad[:3])
         else:

@@ -1,18 +1,18 @@
-"""The distillation loss beside a teacher of which each row keeps a few numbers, as a cache on disk does.
+"""The distillation loss with a teacher of which each row keeps a few numbers, as a cache on disk does.
 
 Shape letters: N rows with loss, in the order of `labels.flatten()`; R some of them; K classes of a row; B = K + 1
-buckets; V classes; D width. p, q: softmaxes of teacher and student at the temperature T of the call, z the student's
+buckets; V classes; D width. p, q: softmaxes of teacher and student at the temperature T of the call; z: the student's
 logits.
 
-    TopK        D of p and q over K classes and one bucket for all others: any divergence
-    Sampled     E D = KL(p, q), E gradient = its gradient; from K draws of p
-    Projected   KL(p, q) exactly, where the student's head is frozen: sum_v p_v z_v is linear in the hidden state
+    TopK        D of p and q over K classes and one bucket for all others. Any divergence.
+    Sampled     K draws of p. The expected loss is KL(p, q), the expected gradient its gradient.
+    Projected   KL(p, q) exactly, where the student's head is frozen: sum_v p_v z_v is linear in the hidden state.
 
 Buckets: with w as in `srd_fast.kernels.divergences` and S = sum(w) over the buckets, dD/d(z_v/T) is w_v - q_v S for a
 class with a bucket of its own, and q_v (w_rest / q_rest - S) for the others.
 
-Sampled: of p, the KL's gradient takes but a mean over p, and so does the KL beside the entropy, so that the mean over
-draws is unbiased for both (Anshumann et al., Sparse Logit Sampling, arXiv 2503.16870).
+Sampled: the KL's gradient depends on p only through a mean over p, and so does the KL once the entropy is known. The
+mean over draws is therefore unbiased for both (Anshumann et al., Sparse Logit Sampling, arXiv 2503.16870).
 """
 
 from dataclasses import dataclass
@@ -29,10 +29,12 @@ from .packing import DistillationOutput, StudentRows, check_classes
 
 
 class TopK(NamedTuple):
-    """Each row's K classes, usually the likeliest, and the rest as one.
+    """A teacher known by K classes of each row, usually the likeliest, with all others as one.
 
-    ids_NK: int64, distinct within a row, K from 1 to V. log_p_NK: their log-probabilities in the full softmax at T.
-    log_tail_N: logarithm of the mass of all other classes, -inf for none. Both in nats, float32 or float64.
+    Attributes:
+        ids_NK: [N, K] int64, the classes, distinct within a row; K from 1 to V.
+        log_p_NK: [N, K] their log-probabilities in the full softmax at T, in nats, float32 or float64.
+        log_tail_N: [N] logarithm of the probability of all other classes together, in nats; -inf for none.
     """
 
     ids_NK: Tensor
@@ -41,9 +43,11 @@ class TopK(NamedTuple):
 
 
 class Sampled(NamedTuple):
-    """Draws from each row's p.
+    """A teacher known by draws from each row's softmax.
 
-    ids_NK: int64, K draws with replacement from the softmax at T. entropy_N: that softmax's exact entropy, nats.
+    Attributes:
+        ids_NK: [N, K] int64, K draws with replacement from the softmax at T.
+        entropy_N: [N] the exact entropy of that softmax, in nats.
     """
 
     ids_NK: Tensor
@@ -51,9 +55,12 @@ class Sampled(NamedTuple):
 
 
 class Projected(NamedTuple):
-    """The mean under p of the student's head: p @ weight * scale and p @ bias * scale, p at T.
+    """A teacher known by the mean of the student's head under each row's softmax p at T.
 
-    projection_ND: D the student's width. entropy_N: of p, nats. bias_N: zeros where the head has no bias.
+    Attributes:
+        projection_ND: [N, D] p @ weight * scale, D the student's width.
+        entropy_N: [N] entropy of p, in nats.
+        bias_N: [N] p @ bias * scale; zeros where the head has no bias.
     """
 
     projection_ND: Tensor
@@ -66,7 +73,7 @@ CompactTeacher = TopK | Sampled | Projected
 
 @dataclass(frozen=True)
 class _Buckets(SparseDivergence):
-    """Of `TopK`. log_p_CB: the rest last."""
+    """The divergence for `TopK`. log_p_CB: the teacher's log-probabilities, the bucket of all other classes last."""
 
     log_p_CB: Tensor
     divergence: RowDivergence
@@ -80,7 +87,7 @@ class _Buckets(SparseDivergence):
 
 @dataclass(frozen=True)
 class _Draws(SparseDivergence):
-    """Of `Sampled`."""
+    """The forward KL for `Sampled`."""
 
     ids_CK: Tensor
     entropy_C: Tensor
@@ -98,9 +105,9 @@ class _Draws(SparseDivergence):
 
 @dataclass(frozen=True)
 class _Mean(SparseDivergence):
-    """Of `Projected`, but for what the projection adds to the gradient on the hidden states.
+    """The forward KL for `Projected`, without what the projection adds to the gradient on the hidden states.
 
-    known_C: all of D but the logarithm of the student's sum.
+    known_C: all of D except the logarithm of the student's sum.
     """
 
     known_C: Tensor
@@ -111,7 +118,7 @@ class _Mean(SparseDivergence):
 
 
 def _check_rows(teacher: CompactTeacher, student: StudentRows) -> None:
-    """Every tensor has N rows, on the device of the labels, with the right kind of number."""
+    """Refuse a teacher whose tensors do not have N rows, the device of the labels and the right kind of number."""
     kind, count, device = type(teacher).__name__, len(student.labels_N), student.labels.device
     for name, x in teacher._asdict().items():
         what = f"teacher.{name} of {kind}"
@@ -166,7 +173,7 @@ def _check_projected(teacher: Projected, head: Head) -> None:
 
 
 def _known(teacher: Projected, student: StudentRows, temperature: float) -> Tensor:
-    """-entropy - sum_v p_v z_v / T, [N]."""
+    """Return -entropy - sum_v p_v z_v / T, [N]."""
     weight = student.head.weight
     assert weight is not None
     # As the head's product takes it: the two then differ from the unrounded ones by the same.
@@ -199,21 +206,49 @@ def compact_distillation_loss(
     logits_dtype: torch.dtype | None = None,
     student_logits: Tensor | None = None,
 ) -> DistillationOutput:
-    """`distillation_loss` beside a teacher known at few classes: no head, hidden states or logits of its own.
+    """Distillation loss with a teacher known by a few numbers a row; the gradient is that of `distillation_loss`.
+
+    The teacher has no head, hidden states or logits here. D of `TopK` is over the K classes and the rest: at most the
+    full divergence, and equal to it from K = V - 1 on. With `Projected` and a head in a narrow dtype, the gradient is
+    the small difference of two rounded products.
 
     Args:
-        teacher: `TopK`, with any divergence, or `Sampled` or `Projected`, with "forward_kl". N is the number of labels
-            other than `ignore_index`, T must be `temperature`. It receives no gradient.
-        backend: "auto" (`torch.compile` on a CPU from 16,384 classes on, else eager), "compile" or "eager".
+        student_hidden: [..., D] last hidden states after the final norm, any float dtype.
+        student_weight: [V, D] the student's head. With `Projected` it must not require a gradient.
+        teacher: `TopK` with any divergence, or `Sampled` or `Projected` with "forward_kl". Its N rows belong to the
+            labels with loss, in the order of `labels.flatten()`, and are for the same `temperature`. It receives no
+            gradient.
+        labels: [...] int64 or int32 class indices that belong to the hidden states (already shifted), or
+            `ignore_index`.
+        divergence: the name of D, one of `divergence_names()`.
+        temperature: T, above 0. D compares the two softmaxes at T; cross-entropy and entropy are at temperature 1.
+        skew: s of the skew divergences, 0 to 1. Other divergences ignore it.
+        beta: beta of the JSD, 0 (forward KL) to 1 (reverse KL). Other divergences ignore it.
+        sft_weight: weight of the cross-entropy on the labels, 0 to 1. D has the rest, 1 - sft_weight.
+        temperature_scaling: multiply D by T^2 in the loss.
+        student_bias: [V] bias of the student's head. With `Projected` it must not require a gradient.
+        student_softcap: c above 0: the student's logits z become c * tanh(z / c). None: they stay. With `Projected` it
+            must be None.
+        student_scale: factor above 0 on the student's logits, before the softcap.
+        token_weights: [...] factor on each label's loss. It does not enter `num_items`.
+        num_items: denominator of the mean, above 0: the tokens of all accumulation steps and ranks, for example.
+            Default: the number of labels with loss here.
+        reduction: "mean", "sum", or "none" for one value per label, 0 where the label is ignored.
+        ignore_index: the label that has no loss. None: every label has one, so a GPU need not be asked how many do.
+        backend: "compile" (`torch.compile`, on a CPU), "eager", or "auto": compile on a CPU from 16,384 classes on,
+            else eager.
+        memory_budget: bytes of working memory of a chunk. Default: 1 GiB on CUDA, 512 MiB elsewhere.
+        logits_dtype: dtype of the logits: None for that of the matrix products, or torch.float32. With a head in a
+            narrower dtype, float32 logits take twice the memory and make the gradient ten times more exact.
+        student_logits: [..., V] the student's logits before the softcap, in the dtype of the matrix products, where
+            they were computed already. That saves a product. They are overwritten.
 
-    Everything else as in `distillation_loss`, the student's gradients included, but that with `Projected` neither
-    student_weight nor student_bias may require one, and student_softcap must be None.
-
-    D of `TopK` is over the K classes and the rest: at most the full divergence, which it equals from K = V - 1 on.
-    With `Projected` and a narrow head dtype, the gradient is the small difference of two rounded products.
+    Returns:
+        The loss and its parts.
 
     Raises:
-        UserError (a ValueError) that names the argument, its value and what it should be.
+        UserError: an argument is wrong. The message names the argument, its value and what it should be. It is a
+            ValueError.
 
     Example:
         >>> import torch
@@ -246,7 +281,24 @@ def loss_beside_compact_teacher(
     num_items: float | Tensor | None = None,
     student_logits: Tensor | None = None,
 ) -> DistillationOutput:
-    """`compact_distillation_loss` with options that were checked before; what is of the batch alone as there."""
+    """Compute `compact_distillation_loss` with options that were checked before.
+
+    Args:
+        student_hidden: [..., D] hidden states.
+        head: turns them into logits.
+        teacher: `TopK`, `Sampled` or `Projected`, with a row for each label with loss.
+        labels: [...] class indices, or `options.ignore_index`.
+        options: of the loss.
+        token_weights: [...] factor on each label's loss.
+        num_items: denominator of the mean. Default: the number of labels with loss.
+        student_logits: [..., V] before the softcap, where they were computed already; they are overwritten.
+
+    Returns:
+        The loss and its parts.
+
+    Raises:
+        UserError: an argument is wrong.
+    """
     if not isinstance(teacher, (TopK, Sampled, Projected)):
         raise UserError(f"teacher must be a TopK, Sampled or Projected, got {type(teacher).__name__}")
     student = StudentRows(student_hidden, head, labels, options, token_weights, num_items, student_logits)

@@ -36,7 +36,25 @@ def loss_beside_head(
     num_items: float | Tensor | None = None,
     student_logits: Tensor | None = None,
 ) -> DistillationOutput:
-    """`distillation_loss` of heads, with options that were checked before; what is of the batch alone as there."""
+    """Compute `distillation_loss` for two heads, with options that were checked before.
+
+    Args:
+        student: [..., D_S] hidden states, or [..., V_S] logits where its head has no weight.
+        student_head: turns them into logits.
+        teacher: [..., D_T] hidden states, or [..., V_T] logits where its head has no weight.
+        teacher_head: turns them into logits.
+        labels: [...] class indices, or `options.ignore_index`.
+        options: of the loss.
+        token_weights: [...] factor on each label's loss.
+        num_items: denominator of the mean. Default: the number of labels with loss.
+        student_logits: [..., V_S] before the softcap, where they were computed already; they are overwritten.
+
+    Returns:
+        The loss and its parts.
+
+    Raises:
+        UserError: an argument is wrong.
+    """
     rows = StudentRows(student, student_head, labels, options, token_weights, num_items, student_logits)
     check_side("teacher", teacher, teacher_head, labels)
     check_vocabularies(student_head.num_classes(student), teacher_head.num_classes(teacher))
@@ -73,37 +91,49 @@ def distillation_loss(
 ) -> DistillationOutput:
     """Distillation loss from last hidden states; the gradient flows into the student's hidden states, weight and bias.
 
-    Rows with `labels == ignore_index` are packed out first and cost nothing; the others run through both heads a chunk
-    at a time. The GEMMs run in each head's dtype, or autocast's where that is on; softmaxes and reductions in float32
-    (float64 for float64 input).
+    Rows with `labels == ignore_index` are left out first and cost nothing. The others run through both heads a chunk at
+    a time. Matrix products run in the dtype of each head, or of autocast where that is on; softmaxes and sums in
+    float32 (float64 for float64 input). The two vocabularies may differ by padding: D is then over the classes that
+    both have, everything else over all of the student's.
 
     Args:
         student_hidden: [..., D_S] last hidden states after the final norm, any float dtype.
-        student_weight: [V_S, D_S] head.
-        teacher_hidden: [..., D_T]; teacher_weight: [V_T, D_T]. Neither receives a gradient.
-        labels: [...] class indices aligned with the hidden states (shifted already), or `ignore_index`.
-        divergence: a name from `divergence_names()`.
-        temperature: T > 0 of both softmaxes in D. Cross-entropy and entropy are at temperature 1.
-        skew: s of the skew divergences, 0 to 1. beta: of the JSD, 0 (forward KL) to 1 (reverse KL).
-        sft_weight: a, 0 to 1, weight of the cross-entropy on the labels.
-        temperature_scaling: multiply D by T^2.
-        student_bias, teacher_bias: [V]. *_softcap: c of c * tanh(z / c). *_scale: factor on the logits.
-        token_weights: [...] factor on each token's loss; it does not enter `num_items`.
-        num_items: denominator of the mean, e.g. the tokens of all accumulation steps and ranks. Default: those here.
-        reduction: "mean", "sum" or "none" (one value per label, 0 where ignored).
-        ignore_index: label without loss; None: every label has one, and a GPU need not be asked how many.
-        backend: "triton" (a GPU), "compile" (`torch.compile`, for a CPU), "eager", or "auto": Triton on a GPU, compile
-            on a CPU from 16,384 classes on, else eager.
-        memory_budget: bytes for a chunk's working memory. Default 1 GiB on CUDA, 512 MiB elsewhere.
-        logits_dtype: None for the dtype of the GEMMs, or torch.float32: with narrower heads the logits are then not
-            rounded, which takes twice the memory and makes the gradient an order of magnitude more exact.
-        student_logits: [..., V_S] before the softcap, in the dtype of the GEMMs, where they were computed already; it
-            saves their product, and they are overwritten.
+        student_weight: [V_S, D_S] the student's head.
+        teacher_hidden: [..., D_T] the teacher's last hidden states. It receives no gradient.
+        teacher_weight: [V_T, D_T] the teacher's head. It receives no gradient.
+        labels: [...] int64 or int32 class indices that belong to the hidden states (already shifted), or
+            `ignore_index`.
+        divergence: the name of D, one of `divergence_names()`.
+        temperature: T, above 0. D compares the two softmaxes at T; cross-entropy and entropy are at temperature 1.
+        skew: s of the skew divergences, 0 to 1. Other divergences ignore it.
+        beta: beta of the JSD, 0 (forward KL) to 1 (reverse KL). Other divergences ignore it.
+        sft_weight: weight of the cross-entropy on the labels, 0 to 1. D has the rest, 1 - sft_weight.
+        temperature_scaling: multiply D by T^2 in the loss.
+        student_bias: [V_S] bias of the student's head.
+        teacher_bias: [V_T] bias of the teacher's head. It receives no gradient.
+        student_softcap: c above 0: the student's logits z become c * tanh(z / c). None: they stay.
+        teacher_softcap: the same for the teacher's logits.
+        student_scale: factor above 0 on the student's logits, before the softcap.
+        teacher_scale: the same for the teacher's logits.
+        token_weights: [...] factor on each label's loss. It does not enter `num_items`.
+        num_items: denominator of the mean, above 0: the tokens of all accumulation steps and ranks, for example.
+            Default: the number of labels with loss here.
+        reduction: "mean", "sum", or "none" for one value per label, 0 where the label is ignored.
+        ignore_index: the label that has no loss. None: every label has one, so a GPU need not be asked how many do.
+        backend: "triton" (on a GPU), "compile" (`torch.compile`, on a CPU), "eager", or "auto": Triton on a GPU,
+            compile on a CPU from 16,384 classes on, else eager.
+        memory_budget: bytes of working memory of a chunk. Default: 1 GiB on CUDA, 512 MiB elsewhere.
+        logits_dtype: dtype of the logits: None for that of the matrix products, or torch.float32. With heads in a
+            narrower dtype, float32 logits take twice the memory and make the gradient ten times more exact.
+        student_logits: [..., V_S] the student's logits before the softcap, in the dtype of the matrix products, where
+            they were computed already. That saves a product. They are overwritten.
 
-    V_S and V_T may differ by padding: D is then over the common classes, the rest over all of the student's.
+    Returns:
+        The loss and its parts.
 
     Raises:
-        UserError (a ValueError) that names the argument, its value and what it should be.
+        UserError: an argument is wrong. The message names the argument, its value and what it should be. It is a
+            ValueError.
 
     Example:
         >>> import torch
@@ -151,7 +181,39 @@ def distillation_loss_from_logits(
     backend: str = "auto",
     memory_budget: int | None = None,
 ) -> DistillationOutput:
-    """`distillation_loss` for loops that have logits: [..., V_S] and [..., V_T]. Everything else as there."""
+    """Distillation loss for loops that have logits; the gradient flows into the student's logits.
+
+    It computes what `distillation_loss` computes. The logits' memory, which that function avoids, is taken already.
+
+    Args:
+        student_logits: [..., V_S] before the softcap, any float dtype.
+        teacher_logits: [..., V_T] before the softcap, any float dtype. It receives no gradient. V_S and V_T may differ
+            by padding: D is then over the classes that both have.
+        labels: [...] int64 or int32 class indices that belong to the logits (already shifted), or `ignore_index`.
+        divergence: the name of D, one of `divergence_names()`.
+        temperature: T, above 0. D compares the two softmaxes at T; cross-entropy and entropy are at temperature 1.
+        skew: s of the skew divergences, 0 to 1. Other divergences ignore it.
+        beta: beta of the JSD, 0 (forward KL) to 1 (reverse KL). Other divergences ignore it.
+        sft_weight: weight of the cross-entropy on the labels, 0 to 1. D has the rest, 1 - sft_weight.
+        temperature_scaling: multiply D by T^2 in the loss.
+        student_softcap: c above 0: the student's logits z become c * tanh(z / c). None: they stay.
+        teacher_softcap: the same for the teacher's logits.
+        token_weights: [...] factor on each label's loss. It does not enter `num_items`.
+        num_items: denominator of the mean, above 0: the tokens of all accumulation steps and ranks, for example.
+            Default: the number of labels with loss here.
+        reduction: "mean", "sum", or "none" for one value per label, 0 where the label is ignored.
+        ignore_index: the label that has no loss. None: every label has one, so a GPU need not be asked how many do.
+        backend: "triton" (on a GPU), "compile" (`torch.compile`, on a CPU), "eager", or "auto": Triton on a GPU,
+            compile on a CPU from 16,384 classes on, else eager.
+        memory_budget: bytes of working memory of a chunk. Default: 1 GiB on CUDA, 512 MiB elsewhere.
+
+    Returns:
+        The loss and its parts.
+
+    Raises:
+        UserError: an argument is wrong. The message names the argument, its value and what it should be. It is a
+            ValueError.
+    """
     options = LossOptions(
         divergence, temperature, skew, beta, sft_weight, temperature_scaling, reduction, ignore_index, backend,
         memory_budget,
@@ -162,9 +224,14 @@ def distillation_loss_from_logits(
 
 
 class DistillationLoss(nn.Module):
-    """`distillation_loss` with its options fixed: `DistillationLoss(divergence="jsd", temperature=2.0)(h, w, ...)`.
+    """`distillation_loss` as a module with fixed options, as in `DistillationLoss(divergence="jsd", temperature=2.0)`.
 
-    Options may be given again in the call, where they win. Their names are those of `distillation_loss`.
+    Args:
+        **options: keyword arguments of `distillation_loss`, such as `temperature` and `reduction`. Those of a call win
+            over those given here.
+
+    Raises:
+        UserError: an option is unknown or its value is wrong.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -187,10 +254,30 @@ class DistillationLoss(nn.Module):
         labels: Tensor,
         **options: Any,
     ) -> DistillationOutput:
-        """See `distillation_loss`."""
+        """Compute `distillation_loss` with the module's options.
+
+        Args:
+            student_hidden: [..., D_S] last hidden states after the final norm, any float dtype.
+            student_weight: [V_S, D_S] the student's head.
+            teacher_hidden: [..., D_T] the teacher's last hidden states. It receives no gradient.
+            teacher_weight: [V_T, D_T] the teacher's head. It receives no gradient.
+            labels: [...] int64 or int32 class indices that belong to the hidden states (already shifted), or
+                `ignore_index`.
+            **options: keyword arguments of `distillation_loss`, used instead of the module's.
+
+        Returns:
+            The loss and its parts.
+
+        Raises:
+            UserError: an argument is wrong. The message names it, its value and what it should be.
+        """
         merged = {**self.options, **options}
         return distillation_loss(student_hidden, student_weight, teacher_hidden, teacher_weight, labels, **merged)
 
     def extra_repr(self) -> str:
-        """The options that were given."""
+        """Show the options in the module's `repr`.
+
+        Returns:
+            The options that were given, as `name=value`.
+        """
         return ", ".join(f"{k}={v!r}" for k, v in self.options.items())

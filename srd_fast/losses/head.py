@@ -11,9 +11,13 @@ from .buffers import class_slices
 
 @dataclass(frozen=True)
 class Head:
-    """logits = softcap * tanh(z / softcap), z = scale * (hidden @ weight.T + bias).
+    """A model's output projection: logits = softcap * tanh(z / softcap), z = scale * (hidden @ weight.T + bias).
 
-    weight: [V, D], or None where the "hidden states" are logits already. bias: [V] or None.
+    Args:
+        weight: [V, D], or None where the "hidden states" are logits already.
+        bias: [V], or None.
+        softcap: above 0, or None for z itself.
+        scale: factor above 0.
     """
 
     weight: Tensor | None
@@ -22,10 +26,17 @@ class Head:
     scale: float = 1.0
 
     def project(self, hidden_CD: Tensor, out: Tensor | None = None) -> Tensor:
-        """Logits before the softcap, [C, V], in `out` or a new tensor of the weight's dtype.
+        """Compute logits before the softcap.
 
-        Without a weight the hidden states themselves, not a copy. `out` in float32 with a narrower weight receives the
-        unrounded products.
+        Without a weight the hidden states themselves are returned, not a copy.
+
+        Args:
+            hidden_CD: [C, D] hidden states.
+            out: [C, V] where the logits go; default: a new tensor of the weight's dtype. A float32 `out` with a
+                narrower weight receives the unrounded products.
+
+        Returns:
+            [C, V] logits.
         """
         weight = self.weight
         if weight is None:
@@ -54,12 +65,12 @@ class Head:
             out += self.bias.to(out.dtype) * self.scale
 
     def to(self, dtype: torch.dtype) -> "Head":
-        """The head with weight and bias in `dtype`."""
+        """Return the head with weight and bias in `dtype`."""
         weight, bias = (None if x is None else x.to(dtype) for x in (self.weight, self.bias))
         return Head(weight, bias, self.softcap, self.scale)
 
     def on(self, device: torch.device | str) -> "Head":
-        """The head on a device."""
+        """Return the head on a device, without gradient."""
         weight, bias = (None if x is None else x.detach().to(device) for x in (self.weight, self.bias))
         return Head(weight, bias, self.softcap, self.scale)
 
@@ -69,10 +80,10 @@ class Head:
         return {name: x.detach() for name, x in parts.items() if x is not None}
 
     def arguments(self, side: str) -> dict[str, Any]:
-        """The head as keyword arguments of `distillation_loss`; side: "student" or "teacher"."""
+        """The head as keyword arguments of `distillation_loss`. side: "student" or "teacher"."""
         parts = {"weight": self.weight, "bias": self.bias, "softcap": self.softcap, "scale": self.scale}
         return {f"{side}_{name}": value for name, value in parts.items()}
 
     def num_classes(self, hidden: Tensor) -> int:
-        """V."""
+        """The number of classes, V."""
         return hidden.shape[-1] if self.weight is None else self.weight.shape[0]

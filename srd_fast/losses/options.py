@@ -24,7 +24,7 @@ def require(condition: bool, message: str) -> None:
 
 
 def in_range(value: Any, low: float, high: float) -> bool:
-    """Whether it is a number from `low` to `high`."""
+    """Return whether `value` is a number from `low` to `high`."""
     return isinstance(value, (int, float)) and low <= value <= high
 
 
@@ -38,23 +38,23 @@ def check_in_range(name: str, value: Any) -> None:
 
 @dataclass(frozen=True)
 class LossOptions:
-    """What a distillation loss computes, and how; the keywords of `distillation_loss` but those of a single batch.
+    """What a distillation loss computes, and how: the options of `distillation_loss` that are the same for every batch.
 
     Args:
         divergence: a name from `divergence_names()`.
         temperature: T, above 0, of both softmaxes in the divergence.
         skew: s of the skew divergences, 0 to 1.
-        beta: of the JSD, 0 (forward KL) to 1 (reverse KL).
-        sft_weight: a, 0 to 1, weight of the cross-entropy on the labels.
-        temperature_scaling: whether the divergence is multiplied by T^2.
+        beta: beta of the JSD, 0 (forward KL) to 1 (reverse KL).
+        sft_weight: weight of the cross-entropy on the labels, 0 to 1.
+        temperature_scaling: multiply the divergence by T^2.
         reduction: "mean", "sum" or "none".
-        ignore_index: label without loss; None: every label has one.
+        ignore_index: the label that has no loss. None: every label has one.
         backend: "triton", "compile", "eager" or "auto".
-        memory_budget: bytes for a chunk's working memory; None: the device's default.
-        logits_dtype: torch.float32, or None for the dtype of the products.
+        memory_budget: bytes of working memory of a chunk. None: the device's default.
+        logits_dtype: torch.float32, or None for the dtype of the matrix products.
 
     Raises:
-        UserError: naming the option, its value and what it should be.
+        UserError: an option is wrong. The message names it, its value and what it should be.
     """
 
     divergence: str = "skew_reverse_kl"
@@ -96,18 +96,18 @@ class LossOptions:
 
     @property
     def row_divergence(self) -> RowDivergence:
-        """Of the kernels."""
+        """The divergence with its parameters, as `srd_fast.kernels` takes it."""
         return get_divergence(self.divergence).bind(float(self.skew), float(self.beta))
 
     @property
     def coefficients(self) -> RowCoefficients:
-        """Of the kernels: weights of cross-entropy and divergence, and the temperature."""
+        """Weights of cross-entropy and divergence, and the temperature, as `srd_fast.kernels` takes them."""
         sft, t = float(self.sft_weight), float(self.temperature)
         return RowCoefficients(sft, (1.0 - sft) * (t * t if self.temperature_scaling else 1.0), t)
 
 
 def check_names(given: Sequence[str], known: Sequence[str]) -> None:
-    """Refuse an option that there is not."""
+    """Refuse the name of an option that does not exist."""
     for name in given:
         if name not in known:
             raise UserError(unknown_name("option", name, known))

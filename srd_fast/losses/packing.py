@@ -1,4 +1,4 @@
-"""Labels, weights and hidden states of a batch, checked, and packed to the rows that have a loss."""
+"""Labels, weights and hidden states of a batch: checked, then reduced to the rows that have a loss."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -16,11 +16,17 @@ _MOST_PADDING = 1024
 
 @dataclass
 class DistillationOutput:
-    """What `distillation_loss` returns; all but `loss` carry no gradient.
+    """What a distillation loss returns. Only `loss` carries a gradient.
 
-    With reduction "mean" and "sum" every value is a scalar reduced alike; with "none" each has the shape of the labels,
-    0 at ignored ones. divergence: D in nats at the temperature, without T^2. cross_entropy, and entropy of the student:
-    nats at temperature 1. num_items: scalar, the denominator of "mean".
+    With reduction "mean" and "sum" every value is a scalar, reduced in the same way. With "none" each has the shape of
+    the labels, 0 at ignored ones.
+
+    Attributes:
+        loss: the loss to train on.
+        divergence: D in nats at the temperature, without the factor T^2.
+        cross_entropy: on the labels, in nats at temperature 1.
+        entropy: of the student's softmax, in nats at temperature 1.
+        num_items: scalar, the denominator of "mean".
     """
 
     loss: Tensor
@@ -31,7 +37,7 @@ class DistillationOutput:
 
 
 def check_tensor(name: str, value: Any, optional: bool = False) -> None:
-    """Refuse what is no dense tensor of real numbers."""
+    """Refuse anything but a dense tensor of real numbers."""
     if optional and value is None:
         return
     dense = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_complex()
@@ -40,7 +46,7 @@ def check_tensor(name: str, value: Any, optional: bool = False) -> None:
 
 
 def check_num_items(value: Any) -> None:
-    """Refuse what is no denominator of a mean."""
+    """Refuse anything that cannot be the denominator of a mean."""
     if value is not None and not isinstance(value, Tensor):
         require(
             in_range(value, 0, 2**53) and value > 0,
@@ -55,14 +61,14 @@ def check_num_items(value: Any) -> None:
 
 
 def check_head_numbers(side: str, softcap: Any, scale: Any) -> None:
-    """Refuse a softcap or scale out of range. side: "student" or "teacher"."""
+    """Refuse a softcap or scale that is out of range. side: "student" or "teacher"."""
     if softcap is not None:
         check_in_range(f"{side}_softcap", softcap)
     check_in_range(f"{side}_scale", scale)
 
 
 def check_side(side: str, hidden: Tensor, head: Head, labels: Tensor) -> None:
-    """Refuse hidden states, or logits, that fit neither the labels nor their head."""
+    """Refuse hidden states or logits that do not fit the labels or their head."""
     check_head_numbers(side, head.softcap, head.scale)
     what = f"{side}_hidden" if head.weight is not None else f"{side}_logits"
     check_tensor(what, hidden)
@@ -118,12 +124,12 @@ def check_classes(what: str, classes: Tensor, num_classes: int, otherwise: str =
 
 
 def _scalar(value: float | Tensor, device: torch.device) -> Tensor:
-    """On the device; a number goes there as the argument of a kernel, for which nothing waits."""
+    """Bring a number to the device. A Python number goes there as the argument of a kernel, so nothing waits."""
     return value.to(device) if isinstance(value, Tensor) else torch.full((), value, device=device)
 
 
 def autocast_dtype(student: Tensor) -> torch.dtype | None:
-    """In which autocast would have products of these run; None where it would not."""
+    """The dtype in which autocast would run these hidden states' products; None where it would not."""
     # Autocast leaves float64 alone.
     kind = student.device.type
     if student.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
@@ -132,15 +138,15 @@ def autocast_dtype(student: Tensor) -> torch.dtype | None:
 
 
 def products_dtype(hidden: Tensor, head: Head) -> torch.dtype:
-    """In which the products of these hidden states with a head run: the head's, or autocast's where that is on."""
+    """The dtype of the products of these hidden states with a head: the head's, or autocast's where that is on."""
     return autocast_dtype(hidden) or (hidden.dtype if head.weight is None else head.weight.dtype)
 
 
 class StudentRows:
-    """The student's rows with loss and what a loss needs besides a teacher, all checked.
+    """The student's rows with loss, and everything that a loss needs except the teacher, all checked.
 
-    kept: indices of the N rows among all labels, None for all of them. weights_N: factor on each row, the mean's
-    denominator within it where that is safe.
+    kept: indices of the N rows among all labels, or None for all of them. weights_N: factor on each row's loss; it
+    includes the mean's denominator where that cannot underflow.
     """
 
     def __init__(
@@ -207,17 +213,17 @@ class StudentRows:
         return x if self.kept is None else x[self.kept]
 
     def of_rows(self, x: Tensor) -> Tensor:
-        """The rows with loss of [..., D] or, in the shape of the labels, of [...], without gradient."""
+        """The rows with loss of a tensor [..., D], or of [...] in the shape of the labels, without gradient."""
         return self._rows(x.detach().reshape(-1, *x.shape[self.labels.dim() :]))
 
     def _in_place(self, x_N: Tensor) -> Tensor:
-        """In the shape of the labels, 0 at ignored ones."""
+        """[N] values in the shape of the labels, 0 at ignored ones."""
         if self.kept is None:
             return x_N.view(self.labels.shape)
         return x_N.new_zeros(self.labels.numel()).index_put((self.kept,), x_N).view(self.labels.shape)
 
     def loss(self, **teacher: Any) -> DistillationOutput:
-        """The loss beside a teacher, given as fields of `PackedRows`."""
+        """Compute the loss with a teacher that is given as fields of `PackedRows`."""
         options = self.options
         rows = PackedRows(
             labels_N=self.labels_N,

@@ -23,18 +23,21 @@ def token_values(
 ) -> RowValues:
     """Cross-entropy and entropy of each row under a model's head, without a [N, V] tensor and without gradient.
 
-    The products run in the head's dtype, or autocast's.
+    Matrix products run in the head's dtype, or autocast's where that is on.
 
     Args:
         hidden_ND: [N, D] last hidden states of the rows to score.
-        labels_N: [N] class indices.
-        counts: rows of each sample; then every chunk has whole samples.
-        visit: with counts, called with the samples and the rows of each chunk, its logits before the softcap, which are
-            gone afterwards, and its values; should memory run out, again from the first chunk on, then smaller ones.
-        logits_dtype: as in `distillation_loss`.
+        head: turns them into logits.
+        labels_N: [N] int64 class indices.
+        memory_budget: bytes of working memory of a chunk. Default: 1 GiB on CUDA, 512 MiB elsewhere.
+        counts: rows of each sample, N in all. No sample is then divided between chunks.
+        visit: with `counts`, called after each chunk with the samples and rows of the chunk, its logits before the
+            softcap, which are overwritten afterwards, and its values. Where memory runs out, the chunk is halved and
+            `visit` is called again from the first chunk on.
+        logits_dtype: dtype of the logits: None for that of the matrix products, or torch.float32.
 
     Returns:
-        cross_entropy and entropy, [N] in nats at temperature 1; divergence is 0.
+        cross_entropy and entropy, each [N] in nats at temperature 1; divergence is 0.
     """
     coefficients = RowCoefficients(1.0, 0.0, 1.0)
     dtype = autocast_dtype(hidden_ND)
@@ -47,5 +50,5 @@ def token_values(
 
 
 def token_cross_entropy(hidden_ND: Tensor, head: Head, labels_N: Tensor, memory_budget: int | None = None) -> Tensor:
-    """Cross-entropy of `token_values`, [N] in nats."""
+    """Cross-entropy of each row under a model's head, [N] in nats: `token_values` without the rest."""
     return token_values(hidden_ND, head, labels_N, memory_budget).cross_entropy
