@@ -18,13 +18,13 @@ _CLASSES_AT_ONCE = 8192
 
 
 class Workspace(threading.local):
-    """The chunk's buffers, kept from call to call: the operating system zeroes newly allocated memory, which takes time."""
+    """The chunk's buffers, kept from call to call: new memory takes time, because the operating system zeroes it."""
 
     def __init__(self) -> None:
         self.buffers: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
 
     def take(self, name: str, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A [rows, columns] buffer of undefined content, rows aligned for 128-bit accesses; gaps between rows are scratch."""
+        """A [rows, columns] buffer of undefined content, rows aligned for 128-bit accesses, the gaps free to write."""
         stride = -(-columns // ALIGNMENT) * ALIGNMENT
         key = name, device, dtype
         buffer = self.buffers.get(key)

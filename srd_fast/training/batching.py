@@ -24,7 +24,12 @@ _AHEAD = 4
 
 
 class IndexStream(Sampler[int]):
-    """The curriculum's samples; tells `will_need` of those of each step a few steps before their turn."""
+    """The curriculum's sequence of samples, as positions in the data set.
+
+    Args:
+        curriculum: the schedule.
+        will_need: called with the samples of each step a few steps before their turn.
+    """
 
     def __init__(self, curriculum: Curriculum, will_need: Callable[[list[int]], None] | None = None) -> None:
         self.curriculum, self.will_need = curriculum, will_need
@@ -42,12 +47,15 @@ class IndexStream(Sampler[int]):
 
 
 def index_stream(curriculum: Curriculum, samples: Dataset, teacher: Any) -> IndexStream:
-    """The curriculum's samples, of which a teacher cache reads the rows ahead.
+    """Make the curriculum's sequence of samples. With a teacher cache, rows are read ahead.
 
     Args:
         curriculum: of these samples.
         samples: tokenised.
-        teacher: any source of rows; only a cache has what to read.
+        teacher: any source of rows; only a cache has something to read.
+
+    Returns:
+        The sequence.
     """
     if not isinstance(teacher, TeacherCache):
         return IndexStream(curriculum)
@@ -63,9 +71,14 @@ def index_stream(curriculum: Curriculum, samples: Dataset, teacher: Any) -> Inde
 
 
 class TokenBatches:
-    """Collates the samples of a step as several micro-batches of at most so many tokens.
+    """Collates the samples of a step into several micro-batches with a limit on their tokens.
 
     The result has one key, `MICRO_BATCHES`.
+
+    Args:
+        collate: makes one micro-batch.
+        max_tokens: of a micro-batch, padding included.
+        flattened: whether batches have no padding.
     """
 
     def __init__(self, collate: StepCollator, max_tokens: int, flattened: bool) -> None:
@@ -78,15 +91,15 @@ class TokenBatches:
 
 
 def micro_batches(batch: Mapping[str, Any]) -> list[Any]:
-    """The micro-batches of what a collator gave: itself, where it is not divided."""
+    """The micro-batches in a collator's batch; the batch itself if it is not divided."""
     return batch.get(MICRO_BATCHES, [batch])
 
 
 @contextmanager
 def casts_kept() -> Iterator[None]:
-    """Autocast keeps its copies of the weights from one micro-batch to the next, as it does within a forward pass.
+    """Let autocast keep its copies of the weights from one micro-batch to the next, as it does within a forward pass.
 
-    The weights must not change within, and nothing may run them with gradients switched off.
+    Inside, the weights must not change, and nothing may run them with gradients switched off.
     """
     torch.autocast_increment_nesting()
     try:
@@ -97,7 +110,16 @@ def casts_kept() -> Iterator[None]:
 
 
 def make_curriculum(plan: CurriculumPlan, samples: Dataset, args: SRDConfig) -> Curriculum:
-    """The schedule that `args` gives to a plan of these samples."""
+    """Make the schedule that `args` give to a plan of these samples.
+
+    Args:
+        plan: which samples belong to which stage.
+        samples: tokenised, with sample_id.
+        args: of the training.
+
+    Returns:
+        The schedule.
+    """
     stages = len(plan.subset_columns)
     return Curriculum(
         plan,
@@ -137,7 +159,10 @@ def check_lengths(most: int, curriculum: Curriculum, train: Dataset) -> None:
 
 
 def evaluation_batches(dataset: Dataset, args: SRDConfig, collate: Callable[..., Any]) -> Iterator[dict[str, Any]]:
-    """Every row once over all ranks, as many batches on each: a rank without rows left gets one without loss."""
+    """Yield batches that hold every row once over all ranks, the same number of batches on each.
+
+    A rank without rows left gets a batch without loss.
+    """
     world, size = args.world_size, args.per_device_eval_batch_size
     mine = list(range(args.process_index, len(dataset), world))
     for start in range(0, math.ceil(len(dataset) / world), size):

@@ -9,9 +9,13 @@ from ..curriculum import Curriculum
 
 
 class StepHooks(TrainerCallback):
-    """Drops the optimizer's state before the first step of each later stage, and sums up the seconds of steps.
+    """Clears the optimizer's state before the first step of each later stage, and sums the seconds that steps take.
 
-    Evaluation and saving lie outside of a step, so they do not count in tokens per second.
+    Evaluation and saving happen outside of steps, so they do not count in tokens per second.
+
+    Args:
+        curriculum: says where stages begin.
+        reset_optimizer: whether the state is cleared.
     """
 
     def __init__(self, curriculum: Curriculum, reset_optimizer: bool) -> None:
@@ -29,7 +33,7 @@ class StepHooks(TrainerCallback):
         self.steps += 1
 
     def take(self) -> tuple[float, int]:
-        """Seconds and steps since the last call."""
+        """Return seconds and steps since the last call, each at least a little above 0."""
         taken = max(self.seconds, 1e-9), max(self.steps, 1)
         self.seconds, self.steps = 0.0, 0
         return taken

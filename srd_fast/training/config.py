@@ -52,9 +52,15 @@ TRAINING_PRESETS: dict[str, dict[str, Any]] = {
 
 
 def check_cache_kind(kind: str, divergence: str, names: tuple[str, str] = ("teacher_cache_kind", "divergence")) -> None:
-    """UserError for a kind of teacher cache that there is not, or that does not give this divergence.
+    """Refuse an unknown kind of teacher cache, or one that cannot give this divergence.
 
-    names: what the two are called where they were given.
+    Args:
+        kind: of the cache.
+        divergence: name of the divergence.
+        names: what the two are called in the user's input, for the message.
+
+    Raises:
+        UserError: the kind is unknown, or cannot give the divergence.
     """
     check_kind(kind)
     if kind in ("sampled", "projected") and divergence != "forward_kl":
@@ -64,7 +70,7 @@ def check_cache_kind(kind: str, divergence: str, names: tuple[str, str] = ("teac
 
 
 def with_preset(preset: str, fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a preset with the given ones on top; a given start or end displaces the preset's list of stages."""
+    """The fields of a preset, replaced by the given ones. A given start or end removes the preset's list of stages."""
     base = dict(TRAINING_PRESETS[preset])
     for name in ("temperature", "sft_weight"):
         if f"{name}_start" in fields or f"{name}_end" in fields:
@@ -78,14 +84,16 @@ def _described(default: Any, text: str) -> Any:
 
 @dataclass
 class SRDConfig(TrainingArguments):
-    """`TrainingArguments` plus the distillation's own fields.
+    """`transformers.TrainingArguments` with the fields of distillation.
 
     A run is one pass over the curriculum's sequence of samples, so `num_train_epochs` is always 1: set
-    `epochs_per_stage` instead. The schedule is linear over the stages from `*_start` to `*_end`, unless
-    `temperature` or `sft_weight` give one number or one a stage.
+    `epochs_per_stage` instead. Temperature and weight of the cross-entropy go linearly over the stages from `*_start`
+    to `*_end`, unless `temperature` or `sft_weight` give one number, or one a stage.
+
+    The fields listed here are those of distillation, and those of `TrainingArguments` that have another default.
 
     Raises:
-        UserError (a ValueError) naming the field for values out of range.
+        UserError: a value is out of range. The message names the field. It is a ValueError.
     """
 
     # Here a loss that is not finite ends the run, and looking for one waits for the device twice a batch.
@@ -227,7 +235,18 @@ class SRDConfig(TrainingArguments):
 
     @classmethod
     def from_preset(cls, preset: str, **fields: Any) -> "SRDConfig":
-        """A preset (paper, official, SE-KD, SE-KD3X) with `fields` on top: `from_preset("paper", output_dir=DIR)`."""
+        """Make a config from a preset, as in `SRDConfig.from_preset("paper", output_dir=DIR)`.
+
+        Args:
+            preset: "paper" (arXiv 2508.06135), "official" (the authors' code), "SE-KD" or "SE-KD3X" (arXiv 2602.01395).
+            **fields: fields of SRDConfig, used instead of the preset's.
+
+        Returns:
+            The config.
+
+        Raises:
+            UserError: the preset is unknown, or a field is out of range.
+        """
         if preset not in TRAINING_PRESETS:
             raise UserError(unknown_name("preset", preset, TRAINING_PRESETS))
         return cls(**with_preset(preset, fields))

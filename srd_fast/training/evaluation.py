@@ -1,4 +1,4 @@
-"""How good is a model on held-out rows: ROUGE-L of its answers, cross-entropy, divergence to the teacher."""
+"""How good a model is on held-out rows: ROUGE-L of its answers, cross-entropy, divergence to the teacher."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -48,15 +48,32 @@ def evaluate(
     """Evaluate a model on rows of any format of `srd_fast.data`, or on tokenised samples.
 
     Args:
-        teacher: gives `kl`, the mean of KL(teacher, model) over the tokens of the responses at T = 1. A `TeacherCache`
-            must hold the samples.
-        states: without `teacher`: a cache of kind "hidden" that `model` filled, which spares the samples' forward pass.
-        sampling: default greedy, at most 128 new tokens.
-        seeds: sample once for each, at `sampling.temperature` (which must be above 0); ROUGE-L is their mean.
+        model: a causal language model, or a folder or hub id to load one from, in float32 on the CPU.
+        dataset: the rows.
+        tokenizer: the model's.
+        teacher: gives `kl`, the mean of KL(teacher, model) at T = 1 over the tokens of the responses. A model, a
+            `TeacherCache` that holds the samples, or another object with the methods of `TeacherSource`.
+        states: a cache of kind "hidden" that `model` itself filled. It spares the samples' forward pass. Not together
+            with `teacher`.
+        engine: what generates the answers, a name from `engine_names()`, or "auto": vllm where it is installed and
+            starts, else transformers.
+        sampling: how answers are generated. Default: greedy, at most 128 new tokens.
+        seeds: generate once for each seed, at `sampling.temperature`, which must be above 0. ROUGE-L is their mean.
+        batch_size: samples of a forward pass, at least 1.
+        template: prompt template of rows that are not tokenised yet: "alpaca", "chat", or text with {instruction} and
+            {input}.
+        rouge_tokenizer: how ROUGE-L cuts text into words: "rouge", "unicode", or "auto"; see `srd_fast.rouge.RougeL`.
+        num_examples: how many answers `examples` has.
+        progress: show a progress bar.
 
     Returns:
-        rouge_l (0..1, the best over the references, mean over samples), rouge_l_std (over seeds, None when greedy),
-        cross_entropy (nats per token), kl (nats per token or None), num_samples, num_tokens, and `examples`.
+        A dict: rouge_l, 0 to 1, the best over a sample's references, mean over samples; rouge_l_std, its standard
+        deviation over seeds, or None with fewer than two; cross_entropy in nats per token; kl in nats per token, or
+        None; num_samples; num_tokens; and examples, each with sample_id, prompt, reference and generation.
+
+    Raises:
+        UserError: `states` and `teacher` are both given, `seeds` are given at temperature 0, or the rows, the model or
+            the engine cannot be used.
     """
     sampling = sampling or Sampling()
     if states is not None and teacher is not None:
@@ -118,7 +135,7 @@ def _stored(cache: TeacherCache, samples: Sequence[Mapping[str, Any]], device: t
 
 @torch.no_grad()
 def _measure_states(cache: TeacherCache, samples: Sequence[Mapping[str, Any]], device: torch.device) -> Divergences:
-    """`measure_batch` without a teacher, of the model that filled the cache."""
+    """Run `measure_batch` without a teacher, from the hidden states of a cache that the model filled."""
     rows = cache.rows({"teacher": _stored(cache, samples, device)}, 1.0)
     if not isinstance(rows, HiddenRows):
         raise UserError(f"states must be a cache of kind 'hidden', got {cache.meta['kind']!r}")

@@ -1,8 +1,8 @@
-"""Loss and gradient of every step, looked at without waiting for the device; training that gets worse is said.
+"""Watches loss and gradient of every step without waiting for the device, and warns when training gets worse.
 
 The host queues a step's work long before a GPU has done it, so it cannot know whether the step is finite without
-stopping. Here the device keeps the first step that is not, a flag keeps a fused optimizer from moving in that step and
-in all after it, and the host learns of it as soon as a copy has arrived that nobody waited for.
+stopping. Here the device keeps the first step that is not finite. A flag on the device keeps a fused optimizer from
+moving in that step and in all later ones. The host learns of it from a copy that it does not wait for.
 """
 
 import logging
@@ -18,13 +18,19 @@ from ..errors import UserError
 
 logger = logging.getLogger(__name__)
 
-# Logged values of a stage from which its trend is judged.
+# A stage with fewer logged values has no trend.
 _LEAST_VALUES = 8
 _SHOWN_IDS = 16
 
 
 class BadStep(NamedTuple):
-    """Optimizer step, from 0, and its loss and gradient norm, of which one is NaN or infinite."""
+    """An optimizer step whose loss or gradient norm is NaN or infinite.
+
+    Attributes:
+        step: its number, from 0.
+        loss: of the step.
+        gradient_norm: of the step.
+    """
 
     step: int
     loss: float
@@ -32,7 +38,7 @@ class BadStep(NamedTuple):
 
 
 class StepCheck:
-    """Keeps the first step whose loss or gradient norm is not finite; without one, the last step.
+    """Keeps the first step whose loss or gradient norm is not finite; as long as there is none, the last step.
 
     Args:
         device: of the losses.
@@ -44,11 +50,16 @@ class StepCheck:
         self._arrives: tuple[Tensor, Any] | None = None
 
     def add(self, step: int, loss: Tensor, gradient_norm: Tensor | float) -> Tensor:
-        """Take a step in, before the optimizer's.
+        """Record a step, before the optimizer makes it.
+
+        Args:
+            step: its number, from 0.
+            loss: scalar.
+            gradient_norm: scalar.
 
         Returns:
-            Scalar float32 on the device: 1 from the first step on that is not finite, else 0: `found_inf` of
-            `torch.amp.GradScaler` and of the fused optimizers, which then leave weights and state as they are.
+            Scalar float32 on the device, 1 from the first step on that is not finite, else 0. It is the `found_inf` of
+            `torch.amp.GradScaler` and of fused optimizers, which leave weights and state alone where it is 1.
         """
         this = torch.stack([self._scalar(x) for x in (step, loss, gradient_norm)])
         self._last = torch.where(self._last.isfinite().all(), this, self._last)
@@ -60,7 +71,7 @@ class StepCheck:
         return torch.full((), x, dtype=torch.float32, device=self.device)
 
     def look(self, wait: bool = False) -> BadStep | None:
-        """The first bad step, as far as the host knows by now; wait: as far as the device has come."""
+        """The first bad step that the host knows of, or None. wait: first wait for the device."""
         if self.device.type != "cuda":
             return _bad(self._last)
         if wait:
@@ -73,7 +84,7 @@ class StepCheck:
             self._arrives = None
             if (bad := _bad(values)) is not None:
                 return bad
-        # A bad step stays where it is, so a step that is passed over here is not missed.
+        # The device keeps the first bad step, so a step that no copy shows is not missed.
         event = torch.cuda.Event()
         values = torch.empty(3, pin_memory=True).copy_(self._last, non_blocking=True)
         event.record()
@@ -87,18 +98,18 @@ def _bad(last: Tensor) -> BadStep | None:
 
 
 def skips_on_the_device(optimizer: Any) -> bool:
-    """Whether an optimizer leaves everything as it is where its `found_inf` is 1 (torch's fused ones)."""
+    """Whether an optimizer changes nothing where its `found_inf` is 1, as torch's fused ones do."""
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False)) and all(
         group.get("fused") for group in optimizer.param_groups
     )
 
 
 class NotFiniteError(UserError):
-    """The loss or its gradient is NaN or infinite; no optimizer step was made of it."""
+    """The loss or its gradient is NaN or infinite. The optimizer did not make that step."""
 
 
 def not_finite(what: str, step: int, place: str, sample_ids: Sequence[str], checkpoint: str | None) -> NotFiniteError:
-    """The error for optimizer step `step` (from 0). place: stage, temperature, learning rate."""
+    """Make the error for optimizer step `step` (from 0). place: stage, temperature, learning rate."""
     shown = ", ".join(sample_ids[:_SHOWN_IDS]) + (", ..." if len(sample_ids) > _SHOWN_IDS else "")
     good = f"the last good checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint yet"
     return NotFiniteError(
@@ -108,23 +119,23 @@ def not_finite(what: str, step: int, place: str, sample_ids: Sequence[str], chec
 
 
 class DivergenceTrend:
-    """Warns at the end of a stage over which the divergence to the teacher has risen.
+    """Warns at the end of a stage in which the divergence to the teacher has risen.
 
-    Temperature and weights are constant in a stage, so its values are of one kind.
+    Temperature and weights are constant in a stage, so its values can be compared.
     """
 
     def __init__(self) -> None:
         self.stage, self.values = 0, list[float]()
 
     def add(self, stage: int, divergence: float) -> None:
-        """A logged value of a stage (from 1)."""
+        """Record a logged value of a stage (from 1)."""
         if stage != self.stage:
             self.end()
             self.stage = stage
         self.values.append(divergence)
 
     def end(self) -> None:
-        """The stage is over."""
+        """Judge the stage's values, and forget them."""
         values, self.values = self.values, []
         quarter = len(values) // 4
         if len(values) < _LEAST_VALUES:

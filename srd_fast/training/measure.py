@@ -15,7 +15,13 @@ _FORWARD_KL = LossOptions("forward_kl", temperature=1.0, reduction="sum")
 
 
 class Divergences(NamedTuple):
-    """Sums over the tokens of a batch, in nats: KL(teacher, student) at T = 1, cross-entropy of the labels."""
+    """Sums over the tokens of a batch, in nats.
+
+    Attributes:
+        kl: KL(teacher, student) at T = 1; 0 without a teacher.
+        cross_entropy: of the labels.
+        num_tokens: how many tokens.
+    """
 
     kl: Tensor
     cross_entropy: Tensor
@@ -24,9 +30,15 @@ class Divergences(NamedTuple):
 
 @torch.no_grad()
 def measure_batch(student: nn.Module, teacher: TeacherSource | None, inputs: dict[str, Any]) -> Divergences:
-    """Measure a collated batch without gradients or full logits.
+    """Measure a student on a collated batch, without gradients and without full logits.
 
-    Without a teacher `kl` is 0.
+    Args:
+        student: a causal language model.
+        teacher: source of the teacher's rows; None: `kl` is 0.
+        inputs: a batch of the collator, on the student's device.
+
+    Returns:
+        Sums over the batch's tokens.
     """
     hidden_ND, head = rows_with_loss(hidden_states(student, inputs), inputs), find_head(student)
     labels_N = labels_with_loss(inputs)
@@ -39,7 +51,7 @@ def measure_batch(student: nn.Module, teacher: TeacherSource | None, inputs: dic
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """Most memory in use so far, in MB: allocated on the CUDA device, else resident in this process."""
+    """Peak memory so far in MB: allocated on the CUDA device, else resident in this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     unit = 1 if sys.platform == "darwin" else 1024

@@ -28,7 +28,9 @@ _COMPILE_FROM_STEPS = 1000
 class Layout:
     """How samples are put into a batch.
 
-    flattened: one behind the other, without padding. share_prefix: what they begin with in common stands there once.
+    Args:
+        flattened: samples follow each other in one row, without padding.
+        share_prefix: tokens that all samples begin with stand in the batch once.
     """
 
     flattened: bool = False
@@ -36,7 +38,14 @@ class Layout:
 
 
 def tokenizer_beside(model: Any) -> PreTrainedTokenizerBase | None:
-    """The tokenizer in the local folder that a model was loaded from, if there is one; of a name, its own."""
+    """The tokenizer of a model: that of a folder or hub id, or that in the local folder which a model was loaded from.
+
+    Args:
+        model: a model, its folder or its hub id.
+
+    Returns:
+        The tokenizer, or None where the model's folder has none.
+    """
     if isinstance(model, str):
         return load_tokenizer(model)
     folder = str(getattr(model, "name_or_path", ""))
@@ -51,15 +60,18 @@ def teacher_source(
     train: Dataset,
     evaluation: Dataset | None,
 ) -> TeacherSource:
-    """Where the teacher's rows come from; a cache is filled with what the curriculum and the evaluation need.
+    """Open what the teacher's rows come from. A cache is first filled with what the curriculum and the evaluation need.
 
     Args:
-        teacher: a model, its folder or name, a source of rows, or None for a cache that is there.
+        teacher: a model, its folder or hub id, a source of rows, or None to read a cache that is there.
         student: for caches that project the teacher's rows.
         args: of the training.
         curriculum: of `train`.
         train: tokenised samples.
         evaluation: tokenised samples, or None.
+
+    Returns:
+        The source.
     """
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     if args.teacher_cache is not None:
@@ -87,7 +99,15 @@ def teacher_source(
 
 
 def batch_layout(student: nn.Module, teacher: TeacherSource, args: SRDConfig) -> Layout:
-    """How batches may go through every model that runs in a step; switches the models' attention where they may.
+    """Decide how samples are put into a batch, and prepare the attention of models that need no padding.
+
+    Args:
+        student: the model that is trained.
+        teacher: any source; only a live one has a model.
+        args: of the training.
+
+    Returns:
+        The layout, the best that every model in a step can take.
 
     Raises:
         UserError: padding_free is true and a model cannot.
@@ -111,12 +131,12 @@ def batch_layout(student: nn.Module, teacher: TeacherSource, args: SRDConfig) ->
 
 
 def _running(student: nn.Module, teacher: TeacherSource) -> dict[str, Any]:
-    """The models that run in a step."""
+    """The models that run in a step, by name."""
     return {"student": student, **({"teacher": teacher.model} if isinstance(teacher, LiveTeacher) else {})}
 
 
 def compiles(args: SRDConfig, total_steps: int) -> bool:
-    """What `torch_compile` says; if nothing, whether the run is on a GPU and long enough to pay for compiling."""
+    """What `torch_compile` says; without it, whether the run is on a GPU and long enough for compiling to pay."""
     if args.torch_compile is not None:
         return bool(args.torch_compile)
     steps = args.max_steps if args.max_steps > 0 else total_steps
@@ -130,7 +150,7 @@ def compile_models(
     autocast: Callable[[], AbstractContextManager[Any]],
     flattened: bool,
 ) -> None:
-    """Compile the layers of every model that runs in a step; which are not, and why, is said once.
+    """Compile the layers of every model that runs in a step. A warning says once which are not compiled, and why.
 
     Args:
         student: in the dtype of training.

@@ -18,7 +18,15 @@ logger = logging.getLogger(__name__)
 
 
 def trainer_basics(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """Training arguments that follow from where and in which dtype a run works."""
+    """Training arguments that follow from the device and the dtype of a run.
+
+    Args:
+        device: where the models are.
+        dtype: of the run; bfloat16 switches `bf16` on.
+
+    Returns:
+        Fields of SRDConfig.
+    """
     return {
         "use_cpu": device.type == "cpu",
         "bf16": dtype == torch.bfloat16,
@@ -42,12 +50,23 @@ def prune_and_warm_up(
     template: str = "alpaca",
     source: TeacherSource | None = None,
 ) -> None:
-    """Depth-prune `teacher` into a student folder, optionally after a short forward-KL distillation on `rows`.
+    """Cut a student out of `teacher` by keeping some layers, and optionally train it a little with the forward KL.
 
-    A pruned student that was never warmed up answers noise, and reflections of noise rank nothing.
+    A pruned student without that warm-up answers noise, and reflections of noise rank nothing.
 
     Args:
-        source: the teacher's rows of `rows`; default: the teacher itself, in `dtype` beside the student.
+        teacher: a model's folder or hub id.
+        output: the student's folder; it is replaced.
+        layers: how many layers to keep, or the indices to keep.
+        rows: tokenised samples of the warm-up.
+        warmup_steps: optimizer steps of the warm-up; 0: none.
+        learning_rate: peak of the warm-up.
+        batch_size: samples a step.
+        dtype: bfloat16 trains in mixed precision, float32 does not. The student is saved in float32.
+        device: where the warm-up runs.
+        seed: of the order of the samples.
+        template: prompt template of the rows.
+        source: the teacher's rows of `rows`. Default: the teacher itself, in `dtype` on `device`.
     """
     tokenizer = load_tokenizer(teacher)
     student = load_model(teacher, torch.float32, device)

@@ -57,24 +57,31 @@ logger = logging.getLogger(__name__)
 
 
 class SRDTrainer(Trainer):
-    """Distil `teacher_model` into `model` along a curriculum.
+    """A `transformers.Trainer` that distils `teacher_model` into `model` along a curriculum.
 
     Args:
         model: the student, a causal language model in the dtype to train in (float32, also with bf16=True).
-        teacher_model: a causal language model with the same tokenizer, or any `TeacherSource`. Never trained. A folder
-            or name is loaded where it is needed: with `args.teacher_cache` only to fill the cache, so that its body
-            takes no memory while the student trains. None reads a cache that is there.
-        args: SRDConfig.
+        teacher_model: a causal language model with the same tokenizer, or any object with the methods of
+            `TeacherSource`. It is never trained. A folder or hub id is loaded where it is needed: with
+            `args.teacher_cache` only to fill the cache, so that the teacher takes no memory while the student trains.
+            None: read the cache that is there.
+        args: an SRDConfig.
         train_dataset: rows of any format of `srd_fast.data`, or tokenised samples.
         curriculum: which samples are trained on and in which stage. Default: all of them, in one stage.
-        eval_dataset: rows for validation, of any format; evaluation gives KL(teacher, student) and cross-entropy.
-        processing_class: the student's tokenizer.
+        eval_dataset: rows for validation, in any of these formats. Evaluation gives KL(teacher, student) and
+            cross-entropy.
+        processing_class: the student's tokenizer. It must be given.
         teacher_tokenizer: compared with the student's. Default: the one in the folder that the teacher was loaded from.
         peft_config: a PEFT configuration; the student becomes a PEFT model with it.
-        callbacks, optimizers: as in `transformers.Trainer`.
+        callbacks: `transformers.TrainerCallback`s, called in addition to the Trainer's own.
+        optimizers: an optimizer and a learning rate scheduler. None for either: the Trainer makes the optimizer that
+            `args` describe, and the curriculum gives the learning rate.
+        data_collator: makes a batch of a list of tokenised samples. Default: `DistillationCollator`, which pads them,
+            or joins them without padding where the models allow it.
 
     Raises:
-        UserError for models whose head is not understood, different tokenizers, a plan that does not fit the data.
+        UserError: an argument is missing or wrong, the student's head is not understood, the tokenizers differ, or the
+            curriculum does not fit the data.
     """
 
     args: SRDConfig
@@ -127,12 +134,12 @@ class SRDTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        # accelerate would compile the call of the model, and the body is called past it.
+        # accelerate would compile the model's own call, which the trainer never makes: it calls the body.
         self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
         # num_items_in_batch counts the labels that are predicted, over accumulation steps and ranks.
         self.model_accepts_loss_kwargs, self._loss_shifts_labels = True, True
         self._parameters: int | None = None
-        self._known: tuple[Any, Any] = None, None  # the model as it is called, and what is in it
+        self._known: tuple[Any, Any] = None, None  # the wrapped model, and the model inside
         self._tokenisation = tokenisation
 
         check_head(model, "student")
@@ -197,11 +204,19 @@ class SRDTrainer(Trainer):
         self._signature_columns = READ  # type: ignore[assignment]
 
     def _remove_unused_columns(self, dataset: Dataset, description: str | None = None) -> Dataset:
-        """Of what a step reads; as arrays, which cost it a fifth of what lists do."""
+        """Keep the columns that a step reads, as arrays, which take a fifth of the time that lists take."""
         return super()._remove_unused_columns(dataset, description).with_format("numpy")
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """The learning rate as a function of the step, relative to `learning_rate`."""
+        """Make the scheduler that follows the curriculum's learning rate.
+
+        Args:
+            num_training_steps: not used; the curriculum knows its steps.
+            optimizer: what the scheduler is for. Default: the trainer's optimizer.
+
+        Returns:
+            The scheduler.
+        """
         if self.lr_scheduler is None:
             base = self.args.learning_rate
             self.lr_scheduler = LambdaLR(
@@ -214,14 +229,23 @@ class SRDTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """As in `transformers.Trainer`, for each micro-batch into which a batch was divided; their loss."""
+        """Forward and backward pass of a batch, in micro-batches where `max_tokens_per_batch` divides it.
+
+        Args:
+            model: the student, wrapped for training.
+            inputs: a batch of the data collator.
+            num_items_in_batch: tokens with loss in the whole optimizer step.
+
+        Returns:
+            Scalar, the loss of the batch.
+        """
         parts = micro_batches(inputs)
         if len(parts) == 1:
             return super().training_step(model, parts[0], num_items_in_batch)
         losses = []
         with casts_kept():
             for i, part in enumerate(parts):
-                # Only the last one's gradients go to the other ranks, with those of the others in them.
+                # Gradients go to the other ranks after the last micro-batch, summed over all of them.
                 with self.accelerator.no_sync(model) if i < len(parts) - 1 else nullcontext():
                     losses.append(super().training_step(model, part, num_items_in_batch))
         return torch.stack(losses).sum()
@@ -233,7 +257,18 @@ class SRDTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Loss of a micro-batch; its denominator is the number of tokens of the whole step."""
+        """Distillation loss of a micro-batch.
+
+        Args:
+            model: the student, wrapped for training.
+            inputs: a batch of the data collator.
+            return_outputs: return a tuple of the loss and {"loss": loss}.
+            num_items_in_batch: tokens with loss in the whole optimizer step, the loss's denominator. Default: the
+                labels of this micro-batch.
+
+        Returns:
+            Scalar, the loss; with `return_outputs` the tuple.
+        """
         step = self.state.global_step
         temperature, labels_N = self.curriculum.temperature(step), labels_with_loss(inputs)
         rows = self.teacher.rows(inputs, temperature)
@@ -241,7 +276,7 @@ class SRDTrainer(Trainer):
         options = replace(self._loss_options, temperature=temperature, sft_weight=sft_weight)
 
         def forward(batch: Mapping[str, Any]) -> Any:
-            # The whole of it: the loss takes the dtype of its products from here, like the body.
+            # Around the loss too: it takes the dtype of its products from autocast, as the body does.
             with self.accelerator.autocast():
                 student_ND, head = rows_with_loss(hidden_states(student, batch), batch), find_head(student)
                 seen = self.selection(student_ND, head, rows, labels_N, batch, step, temperature)
@@ -265,20 +300,35 @@ class SRDTrainer(Trainer):
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def _unwrapped(self, model: nn.Module) -> nn.Module:
-        """Found once: accelerate looks at every module of a model for what may be wrapped in it."""
+        """The student without wrappers, found once: accelerate searches every module of a model each time."""
         if self._known[0] is not model:
             self._known = model, self.accelerator.unwrap_model(model)
         return self._known[1]
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """As in `transformers.Trainer`, which counts the model's parameters anew for each batch."""
+        """Count the operations of a batch as `transformers.Trainer` does, with the model's parameters counted once.
+
+        Args:
+            inputs: a batch of the data collator.
+
+        Returns:
+            Floating-point operations.
+        """
         if self._parameters is None:
             self._parameters = cast(Any, self.model).num_parameters(exclude_embeddings=True)
         return 6 * sum(part["input_ids"].numel() for part in micro_batches(inputs)) * self._parameters
 
     @torch.no_grad()
     def positions_of(self, sample: dict[str, Any]) -> tuple[list[float], list[bool]]:
-        """Entropy of the student at every position of one sample, nats, and whether the policy would choose it now."""
+        """Look at the positions of one sample as the student sees them now.
+
+        Args:
+            sample: tokenised, with input_ids and labels.
+
+        Returns:
+            For every position with loss, the student's entropy in nats, and whether `position_selection` would choose
+            it.
+        """
         student: Any = self.accelerator.unwrap_model(self.model)
         batch = self._prepare_inputs(self._collate([sample]))
         was_training = student.training
@@ -302,14 +352,15 @@ class SRDTrainer(Trainer):
         policy = self.selection.policy
         counts = [part["loss_counts"] for batch in batch_samples for part in micro_batches(batch)]
         items = sum(sum(of_part) if policy is None else items_of(policy, of_part) for of_part in counts)
-        # Counted as so many labels, on the device already: gathering over ranks is then the base class's.
+        # Passed on as a tensor of that many labels, on the device, so that the base class sums over ranks.
         counted = {"labels": None, "shift_labels": torch.zeros(items, device=device)}
         return super()._get_num_items_in_batch([counted], device)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """Called once before each optimizer step, which must not be made of a loss or gradient that is not finite.
+        """Look at loss and gradient once before each optimizer step, so that no step is made of one that is not finite.
 
-        A fused optimizer is told so on the device, and nothing waits; the host learns of it soon. Any other waits.
+        A fused optimizer skips such a step on the device: nothing waits, and the host learns of it soon after. With any
+        other optimizer the host waits.
         """
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         loss, self._step_loss = self._step_loss, 0.0
@@ -340,7 +391,12 @@ class SRDTrainer(Trainer):
         self._tokens += tokens
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds what the curriculum and the loss say to the training logs."""
+        """Add the curriculum's stage, temperature and weight, and the parts of the loss, to the training logs.
+
+        Args:
+            logs: what the Trainer logs.
+            start_time: when training started, in seconds.
+        """
         self._raise_if_bad(self._check.look(wait=True))
         if "loss" in logs and self._sums is not None:
             step = max(0, self.state.global_step - 1)
@@ -368,7 +424,21 @@ class SRDTrainer(Trainer):
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> Any:
-        """As in `transformers.Trainer`; without a checkpoint, `resume_from_checkpoint=True` starts at the beginning."""
+        """Train the student.
+
+        Args:
+            resume_from_checkpoint: a checkpoint's folder, or True for the newest whole one in `args.output_dir`. True
+                without such a checkpoint starts from the beginning.
+            trial: of a hyperparameter search, as `transformers.Trainer` takes it.
+            ignore_keys_for_eval: passed on to `transformers.Trainer`.
+
+        Returns:
+            A `transformers` TrainOutput: the number of steps, the mean loss and metrics.
+
+        Raises:
+            NotFiniteError: loss or gradient became NaN or infinite. It is a UserError that names step, stage and
+                samples.
+        """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_whole_checkpoint(Path(str(self.args.output_dir)))
             if resume_from_checkpoint is None:
@@ -392,9 +462,19 @@ class SRDTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Token means over the validation rows: `eval_kl` = KL(teacher, student) at T = 1, `eval_cross_entropy`.
+        """Measure the student on the validation rows. Values are means over tokens, in nats.
 
-        `eval_loss` is `eval_kl`, so that `metric_for_best_model="loss"` picks the student closest to its teacher.
+        Args:
+            eval_dataset: rows of any format of `srd_fast.data`. Default: the trainer's `eval_dataset`.
+            ignore_keys: not used.
+            metric_key_prefix: the names of the metrics begin with it and "_".
+
+        Returns:
+            `eval_kl`, KL(teacher, student) at T = 1; `eval_cross_entropy`; and `eval_loss`, which is `eval_kl`, so that
+            `metric_for_best_model="loss"` picks the student closest to its teacher.
+
+        Raises:
+            UserError: there are no validation rows.
         """
         self._raise_if_bad(self._check.look(wait=True))
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
