@@ -1,7 +1,7 @@
-"""Run a teacher once, and keep what it says of the rows with loss.
+"""Run a teacher once, and keep what it gives for the rows with loss.
 
-Which samples share a file follows from the request alone, and a file is written whole or not at all, so a cache that
-was cut short ends as the one that was not.
+Which samples share a file follows from the request alone, and a file is written whole or not at all. A cache whose
+making was interrupted therefore ends the same as one whose making was not.
 """
 
 import hashlib
@@ -58,7 +58,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Request:
-    """A sample that the cache shall hold."""
+    """A sample that the cache is to hold."""
 
     key: bytes
     input_ids: Sequence[int]
@@ -67,7 +67,7 @@ class _Request:
 
 
 def _requests(samples: Iterable[Mapping[str, Any]]) -> list[_Request]:
-    """Without repetition, longest first: like lengths share a batch, and the largest batch comes first."""
+    """Samples without repetition, longest first: batches hold similar lengths, and the largest batch comes first."""
     found: dict[bytes, _Request] = {}
     for s in samples:
         key = sample_key(s["input_ids"], s["labels"])
@@ -83,8 +83,15 @@ def describe(
     """What meta.json says of a cache of this teacher.
 
     Args:
+        teacher: a causal language model.
+        store: decides what a row keeps.
+        kind: of the store.
         template: the prompt template of the samples.
-        source: a fingerprint of where the teacher was loaded from, for checks without its weights.
+        source: a fingerprint of where the teacher was loaded from. With it the cache can be checked without the
+            weights.
+
+    Returns:
+        The content of meta.json.
     """
     head = find_head(teacher, "teacher")
     assert head.weight is not None
@@ -119,21 +126,30 @@ def build_teacher_cache(
 ) -> "TeacherCache":
     """Run the teacher over the samples that the cache does not hold yet, and open the cache.
 
-    Any number of processes may fill one folder, and any of them may be killed: the next call goes on with the first
+    Any number of processes may fill one folder, and any of them may be killed. The next call goes on with the first
     file that is missing or damaged, and the result is the same to the byte.
 
     Args:
-        teacher: a causal language model; it is moved to `device`, and its dtype is that of the hidden states.
-        samples: with input_ids and labels (-100 where there is no loss), such as a prepared data set.
-        kind: "hidden", or a compact kind together with its `store` from `make_store`.
-        template, source: see `describe`.
-        batch_tokens: of a forward pass, padding included. Default: 4,096 on a GPU; 1,024 elsewhere, where more are no
-            faster and only differ more in length.
-        shard_bytes: of rows in one file, the unit of work that a kill can cost.
+        teacher: a causal language model. It is moved to `device`, and its dtype is that of the hidden states.
+        samples: tokenised samples with input_ids and labels (-100 where there is no loss), such as a prepared data set.
+        folder: where the cache is, or will be.
+        kind: "hidden" keeps hidden states. The compact kinds "topk", "sampled" and "projected" need `store`.
+        store: for a compact kind, the store from `srd_fast.teacher.make_store`.
+        template: the prompt template of the samples. It is written down, and a cache of another template is refused.
+        source: a fingerprint of where the teacher was loaded from (`srd_fast.models.fingerprint`). With it the cache
+            can later be checked without the teacher's weights.
+        batch_tokens: tokens of a forward pass, padding included. Default: 4,096 on a GPU; 1,024 elsewhere, where larger
+            batches are no faster and only hold lengths that differ more.
+        shard_bytes: bytes of rows in one file, the most work that a kill can cost.
+        device: where the teacher runs. Default: where it is.
+        progress: show a progress bar.
+
+    Returns:
+        The cache, open for reading.
 
     Raises:
-        UserError for a teacher that cannot teach live either, if the folder's cache is of something else, or if the
-            disk has too little room for it.
+        UserError: the teacher is quantised or its head is not understood, the folder's cache has another teacher,
+            dtype, template or kind, or the disk has too little room.
     """
     folder = Path(folder)
     check_kind(kind)
@@ -168,7 +184,7 @@ def build_teacher_cache(
 
 
 class _Maker:
-    """Rows of a file's samples. What many of the file's prompts begin with is run once."""
+    """Makes the rows of a file's samples. A beginning that many of the file's prompts share runs once."""
 
     def __init__(self, teacher: nn.Module, head: Head, store: Store, batch_tokens: int) -> None:
         self.teacher, self.head, self.store, self.batch_tokens = teacher, head, store, batch_tokens
@@ -176,7 +192,7 @@ class _Maker:
 
     @torch.inference_mode()
     def make(self, group: Sequence[_Request]) -> dict[str, Tensor]:
-        """All tensors of the file."""
+        """Make all tensors of the file."""
         parts, ordered = [], []
         # The state of a prompt's last token predicts the first label, so it is a row of its own.
         prompts = [r.input_ids[: max(0, first_label(r.labels) - 1)] for r in group]
@@ -222,7 +238,7 @@ class _Maker:
 def _groups(
     requests: Sequence[_Request], bytes_per_row: int, shard_bytes: int, meta: Mapping[str, Any]
 ) -> dict[str, list[_Request]]:
-    """File name -> its samples. The name says what made it, so that no other teacher's file is taken for it."""
+    """File name -> its samples. The name depends on the teacher, so no other teacher's file is taken for it."""
     groups: list[list[_Request]] = []
     room = 0
     for r in requests:
@@ -241,7 +257,7 @@ def _groups(
 
 
 def _begin(folder: Path, meta: dict[str, Any]) -> dict[str, str]:
-    """Write meta.json, or compare with the one that is there; returns the index."""
+    """Write meta.json, or compare it with the one that is there; return the index."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -262,7 +278,7 @@ def _begin(folder: Path, meta: dict[str, Any]) -> dict[str, str]:
 
 
 def _usable_index(folder: Path) -> dict[str, str]:
-    """The index; without one that is damaged, the files tell what they hold."""
+    """The index; if it is damaged, an empty one, and the files then tell what they hold."""
     try:
         return read_index(folder)
     except shards.DamagedFileError as e:
@@ -276,7 +292,7 @@ def _say_again(error: UserError) -> None:
 
 
 def _drop_damaged(folder: Path, index: dict[str, str]) -> None:
-    """Delete files that do not hold what they should, whether the index knows them or a killed process left them."""
+    """Delete files with wrong content, whether the index lists them or a killed process left them."""
     named = {name: index.get(name) for name in (*index, *(p.name for p in folder.glob("*.safetensors")))}
     named.pop(META, None)
     damaged = verify_files(folder, named)
@@ -289,7 +305,7 @@ def _drop_damaged(folder: Path, index: dict[str, str]) -> None:
 
 
 def _drop_unfinished(folder: Path) -> None:
-    """Delete hidden files of killed processes; those that are being written have a lock."""
+    """Delete the hidden files of killed processes. A file that is being written is locked, and stays."""
     for partial in folder.glob(temporary_path(Path("*")).name):
         with shards.locked(partial, wait=False) as descriptor:
             if descriptor is not None:
@@ -343,16 +359,30 @@ def open_teacher_cache(
     repair: bool = False,
     progress: bool = True,
 ) -> "TeacherCache":
-    """The cache in `folder`, checked against its teacher, and filled first where it lacks any of the samples.
+    """Open the cache in a folder. It is checked against its teacher, and first filled with samples that it lacks.
 
     Args:
-        teacher: a model; or a folder, hub id or name, which is loaded in `dtype` only to fill the cache; or None to
-            read what is there.
-        kind, k, temperatures, student: see `make_store`.
-        repair: make damaged files again, instead of refusing the cache.
+        folder: where the cache is, or will be.
+        teacher: a model; or a folder or hub id, which is loaded in `dtype` only if the cache has to be filled; or None
+            to read what is there.
+        samples: tokenised samples that the cache must hold, with input_ids and labels (-100 where there is no loss).
+        kind: what a row keeps: "hidden" (hidden states), "topk" (the likeliest classes), "sampled" (drawn classes) or
+            "projected" (the student's head, averaged).
+        k: classes, or draws, that a row of "topk" or "sampled" keeps; at least 1 and below the number of classes.
+        temperatures: for which a compact kind holds rows, each above 0. Evaluation needs 1.
+        student: the model that will be trained. "projected" needs it, and its head must not change.
+        template: prompt template of the samples, compared with the cache's. None: not compared.
+        dtype: in which a teacher given by name is loaded.
+        device: where the teacher runs when it fills the cache.
+        repair: make damaged files again instead of refusing the cache.
+        progress: show a progress bar.
+
+    Returns:
+        The cache, open for reading.
 
     Raises:
-        UserError that names the file that is damaged, or what the cache was made with that is different here.
+        UserError: a file is damaged; the cache was made with another teacher, dtype, template, kind or options; samples
+            are missing and there is no teacher; or it cannot be filled. The message names which.
     """
     folder = Path(folder)
     named = isinstance(teacher, str)
@@ -406,12 +436,13 @@ def open_teacher_cache(
 
 
 def _common(teacher_classes: int, student: nn.Module | None) -> int:
+    """The number of classes that teacher and student both have."""
     head = None if student is None else find_head(student, "student").weight
     return teacher_classes if head is None else min(teacher_classes, head.shape[0])
 
 
 def _revision(model: nn.Module) -> str | None:
-    """The commit that a model of the hub is of."""
+    """The commit of a model from the hub, or None."""
     return getattr(getattr(model, "config", None), "_commit_hash", None)
 
 

@@ -1,4 +1,4 @@
-"""A teacher that was run once: its rows with loss, read from disk by what a sample says."""
+"""A teacher that was run once: its rows with loss, read from disk by the content of a sample."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,30 +21,32 @@ from .stores import HiddenStore, Store, check_kind
 
 
 class ComingRows:
-    """Rows of a batch that another thread is reading. The Trainer's loader moves a batch by `to`, just before its step.
+    """Rows of a batch that another thread is reading. The Trainer's loader calls `to` just before the batch's step.
 
-    rows: as `TeacherCache.collate` gives them, to be filled. read: done when they are.
+    Args:
+        rows: what `TeacherCache.collate` would return, still to be filled.
+        read: done when the rows are filled.
     """
 
     def __init__(self, rows: dict[str, Tensor], read: "Future[None]") -> None:
         self._rows, self._read = rows, read
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> dict[str, Tensor]:
-        """Wait for the rows, and move them."""
+        """Wait for the rows, and move them to a device."""
         self._read.result()
         return {name: x.to(device, non_blocking=non_blocking) for name, x in self._rows.items()}
 
 
 class TeacherCache:
-    """A teacher source that reads a cache. Reading is safe in several processes and data-loader workers.
+    """A cache of a teacher's rows, used in place of the teacher. Several processes may read it at once.
 
     Args:
         folder: what `build_teacher_cache` filled.
-        store: for compact kinds, the store it was filled with; "hidden" needs none.
-        verify: compare the checksum of every file first, about a second a GB and core.
+        store: for compact kinds, the store it was filled with. "hidden" needs none.
+        verify: first compare the checksum of every file, which takes about a second for each GB and core.
 
     Raises:
-        UserError that names the file if the cache is unfinished or damaged.
+        UserError: the cache is missing, unfinished or damaged. The message names the file.
     """
 
     def __init__(self, folder: str | Path, store: Store | None = None, verify: bool = True) -> None:
@@ -87,23 +89,59 @@ class TeacherCache:
         return len(self._places)
 
     def missing(self, samples: Iterable[Mapping[str, Any]]) -> int:
-        """How many of the samples the cache does not hold."""
+        """Count the samples that the cache does not hold.
+
+        Args:
+            samples: tokenised, with input_ids and labels.
+
+        Returns:
+            How many are missing.
+        """
         return sum(sample_key(s["input_ids"], s["labels"]) not in self._places for s in samples)
 
     def to(self, device: torch.device | str) -> "TeacherCache":
-        """Move the teacher's head."""
+        """Move the teacher's head, which caches of kind "hidden" have.
+
+        Args:
+            device: where the student trains.
+
+        Returns:
+            The cache itself.
+        """
         self.head = self.head and self.head.on(device)
         return self
 
     def collate(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """The stored rows of a batch's samples, one sample after the other; beside a GPU in page-locked memory."""
+        """Read the rows of a batch's samples, one sample after the other.
+
+        Args:
+            samples: tokenised, with input_ids and labels.
+
+        Returns:
+            Tensors on the CPU by name, for `rows`. If CUDA is in use they are in page-locked memory.
+
+        Raises:
+            UserError: the cache does not hold one of the samples.
+        """
         rows, reads = self._rows_to_read(samples)
         _run(reads)
         return rows
 
     def collate_ahead(self, samples: Sequence[Mapping[str, Any]]) -> ComingRows | dict[str, Tensor]:
-        """As `collate`, while another thread reads, with which the caller shares no lock of Python's: reading is
-        copying. A data-loader worker, which is ahead of the steps by itself, reads at once."""
+        """Start reading the rows of a batch's samples in another thread.
+
+        That thread mostly copies, without Python's lock, so the caller works on meanwhile. In a data-loader worker,
+        which is ahead of the steps anyway, the rows are read at once.
+
+        Args:
+            samples: tokenised, with input_ids and labels.
+
+        Returns:
+            An object whose `to(device)` waits for the rows and returns them; in a worker the rows themselves.
+
+        Raises:
+            UserError: the cache does not hold one of the samples.
+        """
         if get_worker_info() is not None:
             return self.collate(samples)
         if self._reader is None:
@@ -112,11 +150,11 @@ class TeacherCache:
         return ComingRows(rows, self._reader.submit(_run, reads))
 
     def _rows_to_read(self, samples: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Tensor], list[Callable[[], None]]]:
-        """What `collate` gives, and what fills it."""
-        # Without a loss nothing is stored. Most samples have one at their end, where it is looked for first.
+        """The tensors that `collate` returns, still empty, and the calls that fill them."""
+        # A sample without loss has no rows. The search starts at the end, where most samples have a loss.
         places = [self.place(s) for s in samples if any(x != IGNORE_INDEX for x in reversed(s["labels"]))]
         total = sum(count for _, _, count in places)
-        # A GPU copies from there without waiting. Memory that is allocated anew costs more than to read into it.
+        # A GPU copies from page-locked memory without waiting. Allocating new memory costs more than reading into it.
         pinned = torch.cuda.is_initialized() and get_worker_info() is None
         found, reads = {}, list[Callable[[], None]]()
         for name, column in self._file(places[0][0] if places else 0).columns.items():
@@ -135,7 +173,17 @@ class TeacherCache:
         return self._open[number]
 
     def place(self, sample: Mapping[str, Any]) -> tuple[int, int, int]:
-        """Where a sample's rows are: number of the file, first row, rows. UserError if they are not there."""
+        """Find a sample's rows.
+
+        Args:
+            sample: tokenised, with input_ids and labels.
+
+        Returns:
+            Number of the file, first row in it, and number of rows.
+
+        Raises:
+            UserError: the cache does not hold the sample.
+        """
         try:
             return self._places[sample_key(sample["input_ids"], sample["labels"])]
         except KeyError:
@@ -145,7 +193,11 @@ class TeacherCache:
             ) from None
 
     def will_need(self, place: tuple[int, int, int]) -> None:
-        """Have the system read the rows at a place ahead, without waiting for it."""
+        """Ask the operating system to read rows ahead, without waiting for it.
+
+        Args:
+            place: from `place`.
+        """
         number, start, count = place
         file = self._file(number)
         for name in file.columns:
@@ -153,7 +205,15 @@ class TeacherCache:
                 file.will_need(name, start, count)
 
     def rows(self, batch: Mapping[str, Any], temperature: float) -> TeacherRows:
-        """From what `collate` put into the batch as "teacher"."""
+        """Return the teacher's rows of a batch, as a loss takes them.
+
+        Args:
+            batch: with what `collate` returned under "teacher".
+            temperature: T of the loss. A compact kind must hold rows for it.
+
+        Returns:
+            `HiddenRows`, or `TopK`, `Sampled` or `Projected`, by the kind of the cache.
+        """
         return self.store.decode(batch["teacher"], self.head, temperature)
 
 

@@ -8,10 +8,12 @@ from .cache import TeacherCache
 
 
 class StepCollator:
-    """Collates as another collator does, and adds what a step would else have to ask the device or the disk for.
+    """Collates as another collator does, and adds what a step would otherwise have to wait for.
 
-    collate: the collator. teacher: a cache whose rows of the samples go with them, or None. ahead: whether these may
-    come later, read by another thread until the batch is moved to its device.
+    Args:
+        collate: the other collator.
+        teacher: a cache whose rows of the samples are added, or None.
+        ahead: let another thread read these rows until the batch is moved to its device.
     """
 
     def __init__(self, collate: Callable[..., Any], teacher: TeacherCache | None, ahead: bool = False) -> None:

@@ -1,12 +1,12 @@
 """What a teacher cache's folder says of itself: who made it, which files are finished, and what each must hold.
 
     meta.json               what made it: teacher, dtype, template, kind of store
-    head.safetensors        the teacher's head (kind "hidden" alone)
+    head.safetensors        the teacher's head (only for kind "hidden")
     rows-<hash>.safetensors keys [S, 16], num_rows [S] and the rows of S samples, one sample after the other
     index.json              its finished files and the digest of each
 
-A sample's key is a hash of its token ids and of which of them have loss, so the same text is stored once, in whatever
-data set and order it comes.
+A sample's key is a hash of its token ids and of which of them have loss. The same text is therefore stored once,
+whatever data set and order it comes in.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ KEY_BYTES = 16
 # Tensors of a file whose first dimension is the sample, not the row.
 OF_SAMPLES = ("keys", "num_rows")
 META, HEAD, INDEX = "meta.json", "head.safetensors", "index.json"
-# What the fields of meta.json are called in a message, the likeliest reason for a difference first.
+# Names of meta.json's fields in messages, in the order in which they are compared: the likeliest difference first.
 _FIELDS = {
     "format": "format",
     "kind": "kind",
@@ -50,14 +50,18 @@ def sample_key(input_ids: Sequence[int], labels: Sequence[int]) -> bytes:
 
 
 def compare_meta(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """UserError for the first field that differs; None in `wanted` is not compared."""
+    """Compare what made a cache with what is wanted. None in `wanted` is not compared.
+
+    Raises:
+        StaleCacheError: for the first field that differs.
+    """
     for field, what in _FIELDS.items():
         if wanted.get(field) is not None and found.get(field) != wanted[field]:
             raise StaleCacheError(folder, what, found.get(field), wanted[field])
 
 
 class StaleCacheError(UserError):
-    """A cache of another teacher, dtype, template or kind."""
+    """The cache was made with another teacher, dtype, template or kind."""
 
     def __init__(self, folder: Path, what: str, found: Any, wanted: Any) -> None:
         super().__init__(
@@ -81,14 +85,14 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_meta(folder: Path, index: Mapping[str, str]) -> dict[str, Any]:
-    """What meta.json says, once it is known to be as the index has it."""
+    """Return what meta.json says, after comparing its digest with the index."""
     if META in index and meta_digest(folder) != index[META]:
         raise shards.DamagedFileError(folder / META, "its checksum is not the one in the index")
     return read_json(folder / META)
 
 
 def read_index(folder: Path) -> dict[str, str]:
-    """File -> digest of every finished file; empty before the first one is whole."""
+    """File -> digest of every finished file; empty as long as none is finished."""
     path = folder / INDEX
     if not path.exists():
         return {}
@@ -115,7 +119,7 @@ def meta_digest(folder: Path) -> str:
 
 
 def write_index(folder: Path, change: Callable[[dict[str, str]], dict[str, str]]) -> None:
-    """Replace the index by what `change` makes of it."""
+    """Replace the index by what `change` makes of it, under a lock."""
     partial = temporary_path(folder / INDEX)
     with shards.locked(partial) as descriptor:
         assert descriptor is not None
@@ -125,7 +129,15 @@ def write_index(folder: Path, change: Callable[[dict[str, str]], dict[str, str]]
 
 
 def verify_files(folder: Path, files: Mapping[str, str | None]) -> list[tuple[str, UserError]]:
-    """Files whose digest is not the given one (None: not the one they carry), each with what is wrong."""
+    """Find files whose content is not what it should be.
+
+    Args:
+        folder: of the cache.
+        files: name -> the digest that the file must have; None: the digest stored in the file itself.
+
+    Returns:
+        Name and error of each such file.
+    """
 
     def check(name: str) -> UserError | None:
         path, told = folder / name, files[name]
@@ -142,7 +154,7 @@ def verify_files(folder: Path, files: Mapping[str, str | None]) -> list[tuple[st
 
 
 def contents(path: Path) -> list[tuple[bytes, int]]:
-    """Keys and row counts of a file's samples, in their order."""
+    """Key and number of rows of each sample in a file, in the file's order."""
     with safe_open(path, "pt") as f:
         keys, counts = f.get_tensor("keys").numpy(), f.get_tensor("num_rows").tolist()
     return [(key.tobytes(), count) for key, count in zip(keys, counts)]

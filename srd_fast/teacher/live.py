@@ -13,16 +13,16 @@ from .source import HiddenRows, TeacherRows, rows_with_loss
 
 
 class LiveTeacher:
-    """A teacher in eval mode and its own dtype, outside autocast.
+    """A teacher that runs beside the student, in eval mode and its own dtype, outside autocast.
 
     Args:
         model: a causal language model.
-        device: where it runs; default: where it is.
-        offload: keep its body in the host's memory and bring it to `device` for each batch. The head stays.
+        device: where it runs. Default: where it is.
+        offload: keep its body in the host's memory and copy it to `device` for each batch. The head stays on `device`.
         freeze: switch off the gradients of its parameters, so that no optimizer can train it.
 
     Raises:
-        UserError for a quantised teacher, or one whose head cannot be rebuilt from its hidden states.
+        UserError: the teacher is quantised, or its logits cannot be rebuilt from its hidden states and head.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class LiveTeacher:
 
     @contextmanager
     def _on_device(self) -> Iterator[None]:
-        """The body on the device for the time being; nothing has to be copied back, because nothing changes."""
+        """Put the body on the device for a while. Nothing is copied back, because nothing changes."""
         if not self.offload:
             yield
             return
@@ -71,12 +71,12 @@ class LiveTeacher:
                 x.data = data
 
     def compile(self, **options: Any) -> str | None:
-        """`compile_layers` of the model, as it runs in `rows`: what that takes, and what it returns."""
+        """Run `compile_layers` on the model as `rows` runs it, with the same options and result."""
         with self._on_device():
             return compile_layers(self.model, lambda: torch.autocast(self.device.type, enabled=False), **options)
 
     @torch.inference_mode()
     def rows(self, batch: Mapping[str, Any], temperature: float) -> TeacherRows:
-        """Hidden states of the rows with loss; the temperature does not matter to them."""
+        """Hidden states of the rows with loss. They do not depend on the temperature."""
         with self._on_device(), torch.autocast(self.device.type, enabled=False):
             return HiddenRows(rows_with_loss(hidden_states(self.model, batch), batch), self.head)

@@ -1,4 +1,4 @@
-"""Safetensors files that carry a digest of what they hold: written whole or not at all, each by one process alone."""
+"""Safetensors files that carry a digest of their content: written whole or not at all, each by one process."""
 
 import hashlib
 import json
@@ -44,7 +44,7 @@ def payload_digest(tensors: Mapping[str, Tensor]) -> str:
 
 @contextmanager
 def locked(partial: Path, wait: bool = True) -> Iterator[int | None]:
-    """An open, locked file at `partial`, or None where another process holds it. The lock ends with the process."""
+    """Open and lock a file, or give None where another process holds it. The lock ends with the process."""
     while True:
         descriptor = os.open(partial, os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -68,7 +68,7 @@ def _is_at(path: Path, descriptor: int) -> bool:
 
 
 def publish(descriptor: int, partial: Path, target: Path, content: bytes) -> None:
-    """Write the locked file, bring it to disk, and give it its name."""
+    """Write the locked file, flush it to disk, and rename it to `target`."""
     os.ftruncate(descriptor, 0)
     with os.fdopen(os.dup(descriptor), "wb") as f:
         f.write(content)
@@ -78,10 +78,18 @@ def publish(descriptor: int, partial: Path, target: Path, content: bytes) -> Non
 
 
 def write_once(target: Path, make: Callable[[], Mapping[str, Tensor]], wait: bool) -> bool:
-    """Write `make()` to `target` unless it is there; False if another process is at it and `wait` is off.
+    """Write `make()` to `target` unless it is there.
 
-    The bytes go to a hidden file, which its writer has locked, then to disk, then to their name. A writer that is
-    killed leaves the hidden file behind, unlocked, for the next one.
+    The bytes go to a hidden file that the writer has locked, then to disk, and then the file is renamed. A killed
+    writer leaves the hidden file behind, unlocked, for the next one.
+
+    Args:
+        target: the file.
+        make: makes its tensors; called only if they have to be written.
+        wait: wait for another process that is writing the file.
+
+    Returns:
+        False if another process is writing it and `wait` is off, else True.
     """
     partial = temporary_path(target)
     if target.exists() and not partial.exists():
@@ -98,10 +106,10 @@ def write_once(target: Path, make: Callable[[], Mapping[str, Tensor]], wait: boo
 
 
 def checked_digest(path: Path) -> str:
-    """The digest that a file carries, if it is that of what it holds.
+    """Return the digest that a file carries, after comparing it with the content.
 
     Raises:
-        DamagedFileError if the file is not there, is not readable, or holds something else.
+        DamagedFileError: the file is missing or unreadable, or holds something else.
     """
     try:
         with safe_open(path, "pt") as f:
@@ -115,7 +123,7 @@ def checked_digest(path: Path) -> str:
 
 
 class DamagedFileError(UserError):
-    """A file of a teacher cache that does not hold what was written to it."""
+    """A file of a teacher cache does not hold what was written to it."""
 
     def __init__(self, path: Path, reason: str) -> None:
         super().__init__(f"teacher cache: {path} is damaged: {reason}")
@@ -123,7 +131,14 @@ class DamagedFileError(UserError):
 
 
 class Column(NamedTuple):
-    """A tensor of a file: where in the file it begins, the bytes of one of its rows, and what a row is."""
+    """A tensor of a file.
+
+    Attributes:
+        begin: where in the file it begins, in bytes.
+        row_bytes: bytes of one row.
+        dtype: of its elements.
+        row_shape: shape of one row.
+    """
 
     begin: int
     row_bytes: int
@@ -132,7 +147,7 @@ class Column(NamedTuple):
 
 
 class OpenFile:
-    """A file whose rows are read one run at a time, by any number of threads and of processes that forked."""
+    """A file from which runs of rows are read, by any number of threads and of forked processes."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -149,10 +164,15 @@ class OpenFile:
         self._descriptor = os.open(path, os.O_RDONLY)
 
     def read(self, name: str, start: int, out: Tensor) -> None:
-        """Rows of a tensor from `start` on into `out` [rows, ...], which is contiguous, on the CPU, of their dtype.
+        """Read rows of a tensor.
+
+        Args:
+            name: of the tensor.
+            start: the first row.
+            out: [rows, ...] where they go: contiguous, on the CPU, of the tensor's dtype.
 
         Raises:
-            DamagedFileError if the file ends before.
+            DamagedFileError: the file ends too early.
         """
         if not out.numel():
             return
@@ -168,7 +188,7 @@ class OpenFile:
             raise DamagedFileError(self.path, "it is shorter than when it was opened")
 
     def will_need(self, name: str, start: int, count: int) -> None:
-        """Have the system read rows ahead, without waiting for it."""
+        """Ask the operating system to read rows ahead, without waiting for it."""
         if hasattr(os, "posix_fadvise"):
             column = self.columns[name]
             offset, size = column.begin + start * column.row_bytes, count * column.row_bytes

@@ -20,7 +20,12 @@ from ..losses import (
 
 
 class HiddenRows(NamedTuple):
-    """Last hidden states of the rows with loss, [N, D_T], and the head that turns them into logits."""
+    """A teacher's rows as hidden states.
+
+    Attributes:
+        hidden_ND: [N, D_T] last hidden states of the rows with loss.
+        head: turns them into logits.
+    """
 
     hidden_ND: Tensor
     head: Head
@@ -30,26 +35,36 @@ TeacherRows = HiddenRows | TopK | Sampled | Projected
 
 
 class TeacherSource(Protocol):
-    """A teacher: `num_classes` is V_T."""
+    """What a teacher must have: any object with these may be `SRDTrainer`'s `teacher_model`.
+
+    Attributes:
+        num_classes: V_T, the number of the teacher's classes.
+    """
 
     num_classes: int
 
     def rows(self, batch: Mapping[str, Any], temperature: float) -> TeacherRows:
-        """The teacher's side of a batch's rows with loss, in the order of `rows_with_loss`, without gradient.
+        """Return the teacher's side of a batch's rows with loss, without gradient.
 
         Args:
             batch: what the collator made: the model's inputs, labels, and what the source itself attached.
-            temperature: of the softmax that the rows are for.
+            temperature: T of the softmax that the rows are for.
+
+        Returns:
+            N rows in the order of `rows_with_loss`, which is that of the labels with loss.
         """
 
 
 def rows_with_loss(states_BLD: Tensor, batch: Mapping[str, Any] | Tensor) -> Tensor:
-    """[N, D]: the states that predict a label, sample by sample: state i predicts label i + 1.
+    """Select the states that predict a label, sample by sample. State i predicts label i + 1.
 
     Args:
-        states_BLD: [B, L, D].
-        batch: with labels [B, L], or these alone. What `with_loss_rows` added spares a GPU the search, for which the
-            host would wait.
+        states_BLD: [B, L, D] states of all tokens.
+        batch: with labels [B, L], or these labels alone. In a batch from `with_loss_rows` the rows are known already,
+            so the host need not wait for a GPU to find them.
+
+    Returns:
+        [N, D] states.
     """
     if isinstance(batch, Tensor):
         batch = {"labels": batch}
@@ -59,7 +74,7 @@ def rows_with_loss(states_BLD: Tensor, batch: Mapping[str, Any] | Tensor) -> Ten
 
 
 def labels_with_loss(batch: Mapping[str, Any]) -> Tensor:
-    """[N]: the labels of `rows_with_loss`."""
+    """The labels that belong to `rows_with_loss`, [N]."""
     if "loss_labels" in batch:
         return batch["loss_labels"]
     labels = batch["labels"][:, 1:]
@@ -77,17 +92,20 @@ def distillation_loss_of_rows(
     num_items: float | Tensor | None = None,
     student_logits: Tensor | None = None,
 ) -> DistillationOutput:
-    """The loss of a batch's rows with loss, by the kind of the teacher's rows.
+    """Compute the loss of a batch's rows with loss from any kind of teacher's rows.
 
     Args:
         student_ND: [N, D] hidden states.
-        student_head: of the student.
+        student_head: turns them into logits.
         rows: the teacher's, in the order of the student's.
-        labels_N: [N] int64; all have a loss, whatever `options.ignore_index` says.
+        labels_N: [N] int64. All have a loss, whatever `options.ignore_index` says.
         options: of the loss.
-        token_weights: as in `distillation_loss`.
-        num_items: as there.
-        student_logits: as there.
+        token_weights: [N] factor on each row's loss.
+        num_items: denominator of the mean. Default: N.
+        student_logits: [N, V] before the softcap, where they were computed already; they are overwritten.
+
+    Returns:
+        The loss and its parts.
     """
     options = replace(options, ignore_index=None)
     data: dict[str, Any] = {"token_weights": token_weights, "num_items": num_items, "student_logits": student_logits}
