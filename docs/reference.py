@@ -40,9 +40,18 @@ class Reference(griffe.Extension):
             m.docstring = None
 
     def on_package(self, *, pkg: griffe.Module, loader: griffe.GriffeLoader, **kwargs: Any) -> None:
-        """Add `srd_fast.kernels`, which stands in a folder of its own in the checkout."""
-        if pkg.path != "srd_fast" or "kernels" in pkg.members:
+        """Add `srd_fast.kernels`, which stands in a folder of its own in the checkout, and correct aliases."""
+        if pkg.path != "srd_fast":
             return
+        if "kernels" not in pkg.members:
+            self._add_kernels(pkg, loader)
+        for name, member in list(pkg.members.items()):
+            # `from .reflection import reflect`: the function, which griffe takes for the module of the same name.
+            target = loader.modules_collection.get_member(member.target_path) if is_own(member) else None
+            if target is not None and target.is_module and name in target.members:
+                pkg.set_member(name, griffe.Alias(name, f"{target.path}.{name}", parent=pkg))
+
+    def _add_kernels(self, pkg: griffe.Module, loader: griffe.GriffeLoader) -> None:
         files = sorted((ROOT / "kernels").glob("*.py"), key=lambda path: path.name != "__init__.py")
         parent = pkg
         for path in files:
@@ -60,6 +69,11 @@ class Reference(griffe.Extension):
             )
             parent.set_member(name, module)
             parent = pkg["kernels"]
+
+
+def is_own(member: griffe.Object | griffe.Alias) -> bool:
+    """Whether a member is another name of something in the package."""
+    return isinstance(member, griffe.Alias) and member.target_path.startswith("srd_fast.")
 
 
 def load() -> griffe.Module:

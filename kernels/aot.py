@@ -43,8 +43,9 @@ BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 class Configuration:
     """What decides the code of `row_kernel`: see `triton_rows.distillation_rows_triton`.
 
-    divergence: None for cross-entropy alone. temperature: 1, 2, or 0 for any other. gradient: its dtype, None without.
-    classes: V. even_classes: V is a multiple of 16. aligned_rows: strides and readable columns are.
+    divergence: None for cross-entropy alone. temperature: 1, 2, or 0 for any other. gradient: its dtype, or None
+    without. classes: V. even_classes: whether V is a multiple of 16. aligned_rows: whether strides and readable columns
+    are.
     """
 
     divergence: str | None = "skew_reverse_kl"
@@ -84,7 +85,7 @@ class Configuration:
 
 
 def configurations(quick: bool = False) -> list[Configuration]:
-    """All that the launcher can choose; quick: one temperature in bf16 of three divergences."""
+    """All configurations that the launcher can choose. quick: three divergences in bf16 at one temperature."""
     default = Configuration()
     if quick:
         return [dataclasses.replace(default, divergence=d) for d in ("forward_kl", "reverse_kl", "skew_reverse_kl")]
@@ -157,7 +158,7 @@ def compile_for(configuration: Configuration, target: GPUTarget) -> Any:
 def compile_kernel(
     kernel: Any, types: dict[str, tuple[str, bool]], fixed: dict[str, Any], target: GPUTarget, options: dict[str, Any]
 ) -> Any:
-    """Compile a `triton.jit` function: types says of each run-time argument its type, and whether 16 divides it."""
+    """Compile a `triton.jit` function. types: for each run-time argument its type, and whether 16 divides it."""
     names = kernel.arg_names
     signature = {name: "constexpr" if name in fixed else types[name][0] for name in names}
     divisible = {
@@ -169,7 +170,10 @@ def compile_kernel(
 
 @dataclass
 class Finding:
-    """What came of one configuration on one target. error: why it could not be compiled. *_per_logit: a pair's."""
+    """What compiling one configuration for one target gave.
+
+    error: why it could not be compiled. *_per_logit: for each pair of a student's and a teacher's logit.
+    """
 
     configuration: str
     target: str
@@ -193,7 +197,7 @@ def per_thread(configuration: Configuration, target: GPUTarget) -> float:
 
 
 def summarise(found: Resources, logits: float, configuration: str, target: str) -> Finding:
-    """The numbers of a kernel whose thread handles so many logits each time round a hot loop."""
+    """The numbers of a kernel. logits: how many each thread handles in one pass through a hot loop."""
     loads = [bits for loop in found.loops for bits in loop.loads]
     stores = [bits for loop in found.loops for bits in loop.stores]
     return Finding(
@@ -212,7 +216,7 @@ def summarise(found: Resources, logits: float, configuration: str, target: str) 
 
 
 def examine(task: tuple[Configuration, str]) -> Finding:
-    """Compile one configuration for one target and hold it to the rules."""
+    """Compile one configuration for one target and check it against the rules."""
     configuration, name = task
     target = TARGETS[name]
     try:
@@ -259,7 +263,7 @@ def line(finding: Finding) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command. Returns its exit status."""
+    """Run the command, and return its exit status."""
     parser = argparse.ArgumentParser(prog="python -m srd_fast.kernels.aot", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--target", choices=TARGETS, action="append", help="one target; may be repeated (default: all)")
     parser.add_argument("--quick", action="store_true", help="three divergences at T = 2 in bf16")

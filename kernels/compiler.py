@@ -1,4 +1,4 @@
-"""`torch.compile` for functions that are called with ever new sizes."""
+"""`torch.compile` for functions that are called with many different sizes."""
 
 import types
 import warnings
@@ -10,11 +10,11 @@ from torch import Tensor
 
 
 class Compiler:
-    """`torch.compile`, once for each function and kind of argument; eager mode, after one warning, where that fails.
+    """`torch.compile`, once for each function and kind of argument. Where that fails, eager mode after one warning.
 
     Row counts and class counts are symbolic, so a step with another number of rows compiles nothing. Each entry is a
     copy of the function's code, because the limit on recompilations counts per code object. No two arguments may share
-    memory: compiled code would take the second from where it was in the first call.
+    memory: compiled code would read the second from its place in the first call.
     """
 
     def __init__(self) -> None:
@@ -42,7 +42,7 @@ class Compiler:
 
 
 def layout(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """What compiled code takes for granted: dtypes, packed rows, and which sizes and strides are equal."""
+    """What compiled code relies on: dtypes, packed rows, and which sizes and strides are equal."""
     sizes = [n for x in tensors if x is not None for n in (x[0].numel(), *x.shape[1:], *x.stride())]
     return tuple(None if x is None else x.dtype for x in tensors), tuple(sizes.index(n) for n in sizes)
 

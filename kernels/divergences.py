@@ -136,10 +136,14 @@ def tvd_triton(log_p, log_q, p, q, skew, beta, LOG2):
 
 @dataclass(frozen=True)
 class Formula:
-    """A divergence's two functions. triton: None without Triton.
+    """A divergence's two functions, each of which gives the classes' terms of D and w.
 
-    one_read: "teacher" or "student" where D is a sum over that side's probabilities of log-probabilities alone and w
-    needs at most D besides, so that the Triton kernel has both after one read of the logits; else None.
+    Args:
+        name: of the divergence.
+        terms: in PyTorch: (log_p, log_q, p, q, skew, beta) -> terms of D in nats, and w.
+        triton: the same for Triton, with the GPU's logarithm as one more argument; None without Triton.
+        one_read: "teacher" or "student" where D is a sum over that side's probabilities of log-probabilities alone, and
+            w needs nothing besides but D. The Triton kernel then has both after one read of the logits. Else None.
     """
 
     name: str
@@ -171,9 +175,13 @@ _LIMITS = {
 
 @dataclass(frozen=True)
 class RowDivergence:
-    """A divergence with its parameters: a formula, or a function of whole rows that eager PyTorch alone can run.
+    """A divergence with its parameters: a formula, or a function of whole rows that only eager PyTorch can run.
 
-    rows: (log_p_CK, log_q_CK) -> D of each row, [C] in nats, and w = dD/d(log q), [C, K].
+    Args:
+        formula: one of `FORMULAS`, or None where `rows` is given.
+        skew: s of the skew divergences, 0 to 1.
+        beta: beta of the JSD, 0 to 1.
+        rows: (log_p_CK, log_q_CK) -> D of each row, [C] in nats, and w = dD/d(log q), [C, K].
     """
 
     formula: Formula | None
@@ -183,14 +191,31 @@ class RowDivergence:
 
     @staticmethod
     def of(name: str, skew: float = 0.1, beta: float = 0.5) -> "RowDivergence":
-        """One of `FORMULAS` by name; at the ends of skew and beta, the KL that is its limit."""
+        """Make one of `FORMULAS`. At the ends of skew and beta it is the KL that is the divergence's limit there.
+
+        Args:
+            name: a key of `FORMULAS`.
+            skew: s of the skew divergences, 0 to 1.
+            beta: beta of the JSD, 0 (forward KL) to 1 (reverse KL).
+
+        Returns:
+            The divergence.
+        """
         for (limited, parameter, end), limit in _LIMITS.items():
             if name == limited and {"skew": skew, "beta": beta}[parameter] == end:
                 name = limit
         return RowDivergence(FORMULAS[name], skew, beta)
 
     def __call__(self, log_p_CK: Tensor, log_q_CK: Tensor) -> tuple[Tensor, Tensor]:
-        """D of each row, [C] in nats, and w = dD/d(log q), [C, K]."""
+        """Compute D and its weights.
+
+        Args:
+            log_p_CK: [C, K] the teacher's log-probabilities.
+            log_q_CK: [C, K] the student's.
+
+        Returns:
+            D of each row, [C] in nats, and w = dD/d(log q), [C, K].
+        """
         if self.rows is not None:
             return self.rows(log_p_CK, log_q_CK)
         assert self.formula is not None

@@ -1,15 +1,15 @@
-"""The functions of V-wide tensors that make up the row loss, each of which `torch.compile` turns into loops.
+"""The functions of V-wide tensors that make up the row loss. `torch.compile` turns each into loops.
 
 Shape letters: R rows, V classes, S student, T teacher, P pieces of a row, W classes of a piece.
 
-Three where the teacher's logits are there: `statistics` (maxima and sums of exponentials), `reduction` (D and sum(w))
-and `gradient`; two, `tempered_statistics` and `tempered_gradient`, where it is known at few classes. Eager PyTorch runs
-them as they stand; compiled they need no V-wide temporary. Logarithms of sums, and single classes, are left to their
-caller: work on [R, 1] tensors between V-wide loops would keep the compiler from joining these, and a one-hot row costs
-a third of the gradient's time.
+With the teacher's logits there are three: `statistics` (maxima and sums of exponentials), `reduction` (D and sum(w))
+and `gradient`. With a teacher known at few classes there are two: `tempered_statistics` and `tempered_gradient`. Eager
+PyTorch runs them as they stand; compiled, they need no V-wide temporary. Logarithms of sums, and single classes, are
+left to the caller: work on [R, 1] tensors between V-wide loops would keep the compiler from joining the loops, and a
+one-hot row costs a third of the gradient's time.
 
-A compiled loop adds a row's terms one after the other, and the small ones are lost once the sum is large, where eager
-PyTorch adds in pairs. So reductions take pieces of a row, which `merge` joins.
+A compiled loop adds a row's terms one after the other, so small ones are lost once the sum is large; eager PyTorch adds
+in pairs. Reductions therefore take pieces of a row, which `merge` joins.
 
 All softmaxes subtract the maximum from raw logits before anything else, so nothing of the size of a logit is rounded.
 """
@@ -47,9 +47,9 @@ def _student_sums(z: Tensor, inverse_t: Tensor | float, temperature_kind: str) -
 def statistics(
     student: Tensor, teacher: Tensor, caps: Caps, inverse_t: Tensor, temperature_kind: str
 ) -> tuple[Tensor, ...]:
-    """Of pieces [R, P, W], each [R, P].
+    """Reductions of pieces [R, P, W], each [R, P].
 
-    Student: maximum M, sums of e^(z-M), e^(z-M) (z-M) and e^((z-M)/T). Teacher: maximum, sum of e^((z-M)/T).
+    Student: maximum M, and sums of e^(z-M), e^(z-M) (z-M) and e^((z-M)/T). Teacher: maximum, and sum of e^((z-M)/T).
     """
     z_T = logits(teacher, caps[1])
     maximum = z_T.amax(-1, keepdim=True)
@@ -78,7 +78,14 @@ def _at_temperature_1(q: Tensor, z: Tensor, maximum: Tensor, log_sum_1: Tensor, 
 
 
 class Normalisers(NamedTuple):
-    """What turns a row's logits into log-probabilities at the temperature: each [R, 1]."""
+    """What turns a row's logits into log-probabilities at the temperature: each [R, 1].
+
+    Attributes:
+        max_S: the student's largest logit.
+        log_sum_S: logarithm of the student's sum of e^((z - max)/T).
+        max_T: the teacher's largest logit.
+        log_sum_T: the same logarithm for the teacher.
+    """
 
     max_S: Tensor
     log_sum_S: Tensor
@@ -96,7 +103,7 @@ def reduction(
     beta: Tensor,
     terms: Terms,
 ) -> tuple[Tensor, Tensor]:
-    """What pieces [R, P, W] add to D and sum(w), each [R, P]; normalisers [R, P] too, else the loops do not join."""
+    """What pieces [R, P, W] add to D and sum(w), each [R, P]; normalisers [R, P] too, or the loops do not join."""
     max_S, log_sum_S, max_T, log_sum_T = (x[..., None] for x in n)
     log_q, q = log_probabilities(student, caps[0], max_S, log_sum_S, inverse_t)
     log_p, p = log_probabilities(teacher, caps[1], max_T, log_sum_T, inverse_t)
@@ -119,10 +126,10 @@ def gradient(
     temperature_kind: str,
     out: Tensor | None,
 ) -> None:
-    """Write a q_1 + b (w - q sum(w)) to `out`, or over `student` for None.
+    """Write a q_1 + b (w - q sum(w)) to `out`, or over `student` if `out` is None.
 
-    q_1: softmax at temperature 1, (z - max_S) - log_sum_1 its logarithm. factors: a, b, each [R, 1]; a holds the ratio
-    of sums where q_1 is a power of q.
+    q_1: softmax at temperature 1; its logarithm is (z - max_S) - log_sum_1. factors: a and b, each [R, 1]; where q_1 is
+    computed as a power of q, a includes the ratio of their sums.
     """
     z = logits(student, caps[0])
     log_q = (z - n.max_S) * inverse_t - n.log_sum_S
@@ -156,7 +163,7 @@ def _rest_logits(stored: Tensor, cap: Tensor | None, apart: bool) -> Tensor:
 def tempered_statistics(
     student: Tensor, cap: Tensor | None, inverse_t: Tensor, temperature_kind: str, apart: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`statistics` of the student alone. apart: whether -inf marks classes that are left out, softcap or not."""
+    """`statistics` of the student alone. apart: -inf marks classes that are left out, even under a softcap."""
     return _student_sums(_rest_logits(student, cap, apart), inverse_t, temperature_kind)
 
 
@@ -172,9 +179,9 @@ def tempered_gradient(
     apart: bool,
     out: Tensor | None,
 ) -> None:
-    """Write a q_1 + c q to `out`, or over `student` for None: q_1 and a as in `gradient`, q over what is not left out.
+    """Write a q_1 + c q to `out`, or over `student` if `out` is None. q_1 and a are those of `gradient`.
 
-    maximum, log_sum_t, log_sum_1, and a, c of factors: each [R, 1].
+    q is over the classes that are not left out. maximum, log_sum_t, log_sum_1, and a and c in `factors`: each [R, 1].
     """
     z = _rest_logits(student, cap, apart)
     q = torch.exp((z - maximum) * inverse_t - log_sum_t)
@@ -188,7 +195,7 @@ def tempered_gradient(
 def merge(
     maxima_RP: Tensor, scale: Tensor | float, sums_RP: Tensor, products_RP: Tensor | None = None
 ) -> tuple[Tensor, ...]:
-    """Maximum M, sum of e = e^((z-M) scale) and, for products, of e (z-M), each [R, 1], from those of pieces."""
+    """Join pieces: maximum M, sum of e = e^((z-M) scale) and, if products are given, of e (z-M), each [R, 1]."""
     maximum = maxima_RP.amax(1, keepdim=True)
     lower = maxima_RP - maximum
     moved = (lower * scale).exp()

@@ -1,7 +1,7 @@
 """The row loss in PyTorch, eager or compiled: a few passes over a block of rows that stays in the CPU's caches.
 
 Shape letters: C rows of a chunk, R rows of a block, V classes, S student, T teacher, K classes that both have, P pieces
-of a row, B buckets of classes. `passes.py` has the V-wide functions; here is what goes between them.
+of a row, B buckets of classes. `passes.py` has the V-wide functions; this file has the work between them.
 """
 
 import functools
@@ -44,7 +44,13 @@ _compile = Compiler()
 
 
 class RowCoefficients(NamedTuple):
-    """loss of a row = `cross_entropy` * CE + `divergence` * D(p, q), with p, q at `temperature`."""
+    """The loss of a row: `cross_entropy` * CE + `divergence` * D(p, q), with p and q at `temperature`.
+
+    Attributes:
+        cross_entropy: weight of the cross-entropy.
+        divergence: weight of D.
+        temperature: T, above 0, of both softmaxes in D.
+    """
 
     cross_entropy: float
     divergence: float
@@ -52,7 +58,13 @@ class RowCoefficients(NamedTuple):
 
 
 class RowValues(NamedTuple):
-    """Per-row values, each [C] in nats and without weights: D at the temperature, CE and entropy at temperature 1."""
+    """Values of each row in nats, without weights.
+
+    Attributes:
+        divergence: [C] D at the temperature.
+        cross_entropy: [C] at temperature 1.
+        entropy: [C] of the student, at temperature 1.
+    """
 
     divergence: Tensor
     cross_entropy: Tensor
@@ -60,12 +72,19 @@ class RowValues(NamedTuple):
 
 
 def block_bytes(device: torch.device) -> int:
-    """Bytes that the V-wide tensors of a block of rows may take."""
+    """Bytes that the V-wide tensors of a block of rows may take.
+
+    Args:
+        device: where the rows are.
+
+    Returns:
+        Bytes: 24 MiB on a CPU, 256 MiB elsewhere.
+    """
     return _BLOCK_BYTES.get(device.type, _BLOCK_BYTES_ELSEWHERE)
 
 
 def _blocks(rows: int, bytes_per_row: int, device: torch.device) -> Iterator[slice]:
-    """Slices of equal length, give or take a row, that cover the rows: none of one row, unless there is but one."""
+    """Slices of nearly equal length that cover the rows. None has a single row, unless there is only one."""
     fitting = max(2, block_bytes(device) // bytes_per_row)
     count = min(-(-rows // fitting), max(1, rows // 2))
     bounds = [rows * i // count for i in range(count + 1)] if rows else []
@@ -88,17 +107,21 @@ def distillation_rows(
     """Divergence, cross-entropy and entropy of each row, and the gradient on the student's logits.
 
     Args:
-        student_logits_CV: [C, V_S], before the softcap, any float dtype.
-        teacher_logits_CV: [C, V_T] or None for cross-entropy and entropy alone. Where V_T != V_S (padded
-            vocabularies) the divergence is taken over the first min(V_S, V_T) classes, renormalised.
-        labels_C: [C] class indices below V_S.
-        divergence: None if and only if there is no teacher.
-        coefficients: what a row's loss is made of.
-        student_softcap, teacher_softcap: c in c * tanh(z / c), applied to the logits first (Gemma 2).
-        row_weights_C: [C] factor on each row's gradient; the returned values are not weighted.
-        gradient_CV: [C, V_S] of any float dtype, or `student_logits_CV` itself: receives
-            row_weight * d(loss of the row)/d(student logits). None saves the work.
-        compiled: run the passes through `torch.compile`; needs a divergence with a formula.
+        student_logits_CV: [C, V_S] before the softcap, any float dtype.
+        teacher_logits_CV: [C, V_T] before the softcap, or None for cross-entropy and entropy alone. If V_T != V_S
+            (padded vocabularies) the divergence is over the first min(V_S, V_T) classes, renormalised.
+        labels_C: [C] int64 class indices below V_S.
+        divergence: D; None if and only if there is no teacher.
+        coefficients: weights of cross-entropy and D, and the temperature.
+        student_softcap: c above 0: the student's logits z become c * tanh(z / c) first (Gemma 2). None: they stay.
+        teacher_softcap: the same for the teacher's logits.
+        row_weights_C: [C] factor on each row's gradient. The returned values are not weighted.
+        gradient_CV: [C, V_S] of any float dtype, or `student_logits_CV` itself: receives row_weight * d(loss of the
+            row)/d(student logits). None saves the work.
+        compiled: run the passes through `torch.compile`. The divergence must then have a formula.
+
+    Returns:
+        The values of each row.
     """
     loss = _RowLoss(
         divergence, coefficients, student_softcap, teacher_softcap, student_logits_CV, teacher_logits_CV, compiled
@@ -115,25 +138,38 @@ def distillation_rows(
 class SparseDivergence:
     """D of C rows whose teacher is known at K classes a row, as a function of the student's probabilities there.
 
-    ids_CK: the classes, int64, or None for none. apart: whether D sees each of them, all distinct, as a bucket and all
-    other classes as one more; else the last bucket is all V classes.
+    A subclass sets `apart`: whether D sees each of the K classes, all distinct, as a bucket and all other classes as
+    one more. Otherwise the last bucket is all V classes.
+
+    Args:
+        ids_CK: [C, K] int64, the classes, or None for none.
     """
 
     ids_CK: Tensor | None
     apart: ClassVar[bool]
 
     def rows(self, part: slice) -> "SparseDivergence":
-        """The same of some of the rows: every tensor's."""
+        """Take the part of every tensor that belongs to some of the rows.
+
+        Args:
+            part: the rows.
+
+        Returns:
+            The divergence of these rows.
+        """
         return replace(self, **{name: x[part] for name, x in vars(self).items() if isinstance(x, Tensor)})
 
     def __call__(self, log_q_CB: Tensor, log_sum_C1: Tensor) -> tuple[Tensor, Tensor]:
-        """D [C, 1] in nats, and dD/dx [C, K + 1], x = z/T, of each class and of the last bucket.
+        """Compute D and its gradient on x = z/T, for each class and for the last bucket.
 
-        That of the last bucket is the sum over its classes, among which it is spread in proportion to q.
+        The last bucket's gradient is the sum over its classes, over which it is spread in proportion to q.
 
         Args:
             log_q_CB: [C, K + 1] log-probabilities at T of the classes and of the last bucket.
             log_sum_C1: [C, 1] logarithm of the sum of e^(z/T) over all V classes.
+
+        Returns:
+            D [C, 1] in nats, and dD/dx [C, K + 1].
         """
         raise NotImplementedError
 
@@ -149,13 +185,23 @@ def compact_rows(
     gradient_CV: Tensor | None = None,
     compiled: bool = False,
 ) -> RowValues:
-    """`distillation_rows` with a teacher that is known at few classes: no teacher logits, two passes instead of three.
+    """The values and gradient of `distillation_rows` with a teacher that is known at few classes.
+
+    There are no teacher logits, and the student's are passed over twice instead of three times.
 
     Args:
-        student_logits_CV: [C, V], before the softcap, any float dtype; overwritten where `divergence.apart`.
-        divergence: of the C rows. It runs in eager PyTorch, on [C, K + 1] tensors, whatever `compiled` is.
+        student_logits_CV: [C, V] before the softcap, any float dtype; overwritten where `divergence.apart`.
+        divergence: D of the C rows. It runs in eager PyTorch on [C, K + 1] tensors, whatever `compiled` is.
+        labels_C: [C] int64 class indices below V.
+        coefficients: weights of cross-entropy and D, and the temperature.
+        student_softcap: c above 0: the student's logits z become c * tanh(z / c) first (Gemma 2). None: they stay.
+        row_weights_C: [C] factor on each row's gradient. The returned values are not weighted.
+        gradient_CV: [C, V] of any float dtype, or `student_logits_CV` itself: receives row_weight * d(loss of the
+            row)/d(student logits). None saves the work.
+        compiled: run the passes through `torch.compile`.
 
-    Everything else as there.
+    Returns:
+        The values of each row.
     """
     loss = _RowLoss(None, coefficients, student_softcap, None, student_logits_CV, None, compiled)
 
@@ -166,7 +212,7 @@ def compact_rows(
 
 
 class _RowLoss:
-    """What the blocks of one call share."""
+    """What the blocks of one call have in common."""
 
     def __init__(
         self,
@@ -196,7 +242,7 @@ class _RowLoss:
         # One row would compile once more: sizes 0 and 1 are never symbolic.
         compiled = compiled and student.shape[0] > 1 and classes > 3
         self.run = _compile if compiled else eager
-        # Of the numbers that make pieces of some thousand classes, the one that leaves the fewest over.
+        # Of the numbers of pieces with a few thousand classes each, the one that leaves the fewest classes over.
         numbers = range(max(2, classes // (2 * _PIECE)), max(3, classes // _PIECE))
         self.num_pieces = min(numbers, key=lambda n: (classes % n, classes // n % ALIGNMENT)) if compiled else 1
         stored = student.element_size() + (0 if teacher is None else teacher.element_size())
@@ -211,7 +257,7 @@ class _RowLoss:
         weights_C: Tensor | None,
         out_CV: Tensor | None,
     ) -> RowValues:
-        """`block(part, labels_R1, weights_R1, out_RV)` for all parts of the rows, joined."""
+        """Call `block(part, labels_R1, weights_R1, out_RV)` for all parts of the rows, and join the results."""
         self.in_place = out_CV is not None and out_CV.data_ptr() == student_CV.data_ptr()
         pieces = [
             block(
@@ -227,7 +273,7 @@ class _RowLoss:
         return RowValues(*(torch.cat(values).squeeze(1) for values in zip(*pieces)))
 
     def _pieces(self, x: Tensor) -> Iterator[Tensor]:
-        """[R, K] as [R, P, W], and the classes that are left over."""
+        """[R, K] as [R, P, W], then the classes that are left over."""
         whole = x.shape[1] - x.shape[1] % self.num_pieces
         yield x[:, :whole].unflatten(1, (self.num_pieces, -1))
         if whole < x.shape[1]:
@@ -241,7 +287,7 @@ class _RowLoss:
         *args: Any,
         normalisers: Normalisers | None = None,
     ) -> list[Tensor]:
-        """`function`'s reductions of all pieces, each [R, P]."""
+        """Reduce all pieces with `function`; each result is [R, P]."""
         main, *left = zip(*map(self._pieces, sides))
         rest = (normalisers, *args) if normalisers else args
         parts = [function(*x, *rest) for x in left]
@@ -258,7 +304,7 @@ class _RowLoss:
         weights_R1: Tensor | None,
         out: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Divergence, cross-entropy and entropy, each [R, 1]; the gradient to `out`."""
+        """Divergence, cross-entropy and entropy of a block, each [R, 1]. The gradient goes to `out`."""
         if teacher_RV is None or self.divergence is None:
             return self._student_block(student_RV, labels_R1, weights_R1, out)
         classes = min(student_RV.shape[1], teacher_RV.shape[1])
@@ -382,14 +428,14 @@ class _RowLoss:
         self.run(key, tempered_gradient, student_RV, *shared, target)
         self._write_label(out, labels_R1, label_S, at_label, a_R1)
         if ids_RK is not None:
-            # Written, not added: each is exact, however often its class occurs, and rounded once.
+            # Written, not added: a class that occurs twice gets the same exact value twice, rounded once.
             g_RK = a_R1 * ((z_ids - max_1 - log_sum_1).exp() - (ids_RK == labels_R1).to(a_R1.dtype))
             g_RK = (g_RK + b_R1 * g_RB[:, :-1]) * self._slope(z_ids)
             out.scatter_(1, ids_RK, g_RK.to(out.dtype))
         return value, cross_entropy, entropy
 
     def _factor_of_power(self, a_R1: Tensor, log_sum_t: Tensor, log_sum_1: Tensor) -> Tensor:
-        """a, and where q_1 is computed as a power of q, the ratio of their constants."""
+        """a; where q_1 is computed as a power of q, times the ratio of their constants."""
         power = {"one": 1, "two": 2, "other": 0}[self.temperature_kind]
         return a_R1 * (power * log_sum_t - log_sum_1).exp() if power else a_R1
 
@@ -402,7 +448,7 @@ class _RowLoss:
         return weight * self.coefficients.cross_entropy, weight * self.coefficients.divergence * self.inverse_t
 
     def _write_label(self, out: Tensor, labels_R1: Tensor, label_S: Tensor, gradient_R1: Tensor, a_R1: Tensor) -> None:
-        """The label's gradient: what it is as any class, and -a from the one-hot."""
+        """Write the label's gradient: its gradient like that of any class, minus a for the one-hot label."""
         slope = self._slope(logits(label_S, self.caps[0]))
         rows = torch.arange(len(out), device=out.device)
         out[rows, labels_R1[:, 0]] = (gradient_R1 - a_R1 * slope)[:, 0].to(out.dtype)

@@ -38,9 +38,9 @@ INTERPRETED = triton.knobs.runtime.interpret
 
 @triton.jit
 def load_logits(pointer, first, lanes, limit, readable, softcap, SOFTCAP: tl.constexpr):
-    """Logits `first` + lanes in float32 after the softcap, -1e30 for -inf and from `limit` on.
+    """Logits `first` + lanes in float32 after the softcap; -1e30 for -inf, and for lanes from `limit` on.
 
-    Nothing from `readable` on is touched.
+    Nothing from `readable` on is read.
     """
     offsets = first + lanes
     z = tl.load(pointer + offsets, mask=offsets < readable, other=FLOOR).to(tl.float32)
@@ -115,13 +115,13 @@ def row_kernel(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program a row. See the module's text for the sums.
+    """One program for each row. The text at the top of this file explains the sums.
 
     PAIR: a divergence's (value, weight) function. LOG2: the logarithm it uses. SIDE: whose sums give a one-read
     divergence, 1 teacher (forward KL), 2 student (reverse KL), 0 for two reads. T_KIND: 1 or 2 for these temperatures,
     0 for any other. PADDED: V > K.
-    *_readable: columns of a row, from V or K up, that may be read, and in the gradient written. WIDTH: lanes whose
-    narrowest tensor takes 128 bits. BLOCK: lanes in all.
+    *_readable: columns of a row, V or K or more, that may be read, and in the gradient written. WIDTH: lanes that take
+    128 bits in the narrowest tensor. BLOCK: lanes in all.
     """
     row = tl.program_id(0).to(tl.int64)
     student_ptr += row * student_stride
@@ -301,8 +301,8 @@ def launch_options(
 ) -> dict[str, int]:
     """Block of classes, warps of a program, and compile options for rows of V classes.
 
-    Eight classes a thread, which are 128 bits of a 16-bit type, and no more threads than V needs, at most 256. hopper:
-    at most 512, which an H100 was measured to be faster with; compiled for other GPUs some configurations would spill.
+    A thread has eight classes, which are 128 bits of a 16-bit type. There are no more threads than V needs, and at most
+    256. hopper: at most 512, which was measured to be faster on an H100; on other GPUs some configurations would spill.
     """
     block = min(4096 if hopper else 2048, max(8 * warp_size, triton.next_power_of_2(V)))
     # Triton 3.10 turns fused multiply-adds off unless asked: a tenth more instructions.
@@ -310,12 +310,12 @@ def launch_options(
 
 
 def is_hopper(device: torch.device) -> bool:
-    """Compute capability 9."""
+    """Whether a device is an NVIDIA GPU of compute capability 9."""
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def _readable(logits: Tensor, padding_is_scratch: bool) -> int:
-    """Columns of a row that the kernel may touch: with scratch behind each row, up to the next aligned one."""
+    """Columns of a row that the kernel may touch: where scratch follows each row, up to the next aligned one."""
     classes, stride = logits.shape[1], logits.stride(0)
     aligned = -(-classes // ALIGNMENT) * ALIGNMENT
     return aligned if padding_is_scratch and stride >= aligned else classes
@@ -336,8 +336,8 @@ def distillation_rows_triton(
 ) -> RowValues:
     """`distillation_rows` as one kernel launch, for float32, bfloat16 and float16 logits with contiguous rows.
 
-    padding_is_scratch: where a row's stride goes beyond its classes, the rest of it may be read and, in `gradient_CV`,
-    written. Such rows are read 128 bits at a time whatever V is.
+    padding_is_scratch: where a row's stride is larger than its number of classes, the rest of it may be read and, in
+    `gradient_CV`, written. Such rows are read 128 bits at a time whatever V is.
     """
     C, V = student_logits_CV.shape
     device = student_logits_CV.device

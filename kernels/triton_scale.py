@@ -1,4 +1,4 @@
-"""Multiplication by a number that only the GPU knows, which moves nothing where that number is 1.
+"""Multiplication by a number that only the GPU knows. Where that number is 1, nothing is read or written.
 
 `backward` gets its factor as a tensor: reading it would make the host wait, and it is nearly always 1.
 """
@@ -23,12 +23,12 @@ def scale_kernel(x_ptr, factor_ptr, size, BLOCK: tl.constexpr):
 
 
 def scale_in_place_triton(x: Tensor, factor: Tensor) -> None:
-    """x *= factor, for float32, bfloat16 and float16 without gaps in memory, and a factor of one element."""
+    """x *= factor, for float32, bfloat16 and float16 without gaps in memory; the factor has one element."""
     if x.numel():
         scale_kernel[(triton.cdiv(x.numel(), BLOCK),)](x, factor, x.numel(), BLOCK=BLOCK, num_warps=WARPS)
 
 
 def scalable(x: Tensor) -> bool:
-    """Whether `scale_in_place_triton` takes it."""
+    """Whether `scale_in_place_triton` can take the tensor."""
     whole = x.is_contiguous() or (x.dim() == 2 and x.t().is_contiguous())
     return whole and x.dtype in (torch.float32, torch.bfloat16, torch.float16)

@@ -1,8 +1,8 @@
-"""Difficulty signals -> ranks -> reciprocal rank fusion -> kept and dropped -> subsets: a `CurriculumPlan`.
+"""From scores to a `CurriculumPlan`: signals are ranked, ranks are fused, the easiest are kept and cut into subsets.
 
-Reciprocal rank fusion: Cormack et al., SIGIR 2009; its use for distillation data: SRD, arXiv 2508.06135. The knee that
-may decide how many are kept: Kneedle, Satopää et al., ICDCS workshops 2011. Samples are rows of columns throughout, so
-that ten million of them are ranked and written in a minute and 4 GiB (`python -m benchmarks.curate`).
+Reciprocal rank fusion: Cormack et al., SIGIR 2009; its use for distillation data: SRD, arXiv 2508.06135. The knee,
+which may decide how many are kept: Kneedle, Satopää et al., ICDCS workshops 2011. Samples are rows of columns
+throughout, so ten million of them are ranked and written in a minute and 4 GiB (`python -m benchmarks.curate`).
 """
 
 import math
@@ -45,33 +45,39 @@ def curate(
     seed: int = 0,
     floor_subsets: bool = False,
 ) -> CurriculumPlan:
-    """Rank samples by fused difficulty, keep the easiest, cut them into subsets from easy to hard.
+    """Rank samples by fused difficulty, keep the easiest, and cut them into subsets from easy to hard.
+
+    The order is total and does not depend on the order of rows: first by fused score (high first), then by
+    cross-entropy (low first, if it is a column), then by sample_id. Within a signal, equal values share the better
+    rank.
+
+    The knee (Kneedle; Satopää et al. 2011) is where sorted difficulties begin to rise steeply. The difficulty of a
+    sample is the weighted sum of its signals' values, each scaled to 0 (easiest) .. 1 (hardest) between its 1st and
+    99th percentile and clipped. Ranks would not do: they bend at the same place for all data. Kept are the samples up
+    to the point where the curve lies farthest below the straight line from its first to its last point, at least
+    `stages`. If it nowhere lies 5 % of its height below that line, there is no hard tail: all are kept, and a warning
+    says so. Normally distributed difficulties bend at 87 %.
 
     Args:
-        scores: columns `sample_id` and one a signal; optionally `reason` (text where a row could not be scored). Or the
-            parquet file that holds them; only these columns are read.
-        keep: share of the ranked samples to keep, in (0, 1]; the hardest are dropped. "knee": as many as come before
-            the hard tail, see below; the plan's `keep` is the share that this makes.
-        stages: number of subsets.
-        rrf_k: k of 1 / (k + rank).
+        scores: columns `sample_id` and one for each signal, optionally `reason` (text where a row could not be scored);
+            or a parquet file that holds them, of which only these columns are read.
+        keep: share of the ranked samples to keep, in (0, 1]; the hardest are dropped. "knee": keep the samples before
+            the hard tail; the plan's `keep` is then the share that this makes.
+        stages: number of subsets, at least 1.
+        rrf_k: k above 0 of the score 1 / (k + rank) that a signal gives to a sample.
         signals: column -> Signal. Default: rouge_l (higher is easier) and cross_entropy (lower is easier).
-        method: "srd"; "random" ranks at random, so keeps and stages the same numbers (control); "none" keeps every
-            ranked sample in the first subset and leaves the others empty, so that every stage trains on all (control).
+        method: "srd" ranks by difficulty. Two others are controls: "random" ranks at random and keeps the same number;
+            "none" keeps every ranked sample, whatever `keep` is, in the first subset, so every stage trains on all.
         seed: of the random ranking.
-        floor_subsets: subsets of int(N * keep / stages) as in the authors' code, else of equal size up to 1.
+        floor_subsets: cut subsets of int(N * keep / stages) samples, as the authors' code does. Otherwise sizes differ
+            by at most 1.
 
-    The order is total and does not depend on the order of rows: fused score descending, then cross-entropy ascending
-    (if it is a column), then sample_id. Within a signal equal values share the better rank.
-
-    The knee (Kneedle; Satopää et al. 2011): a sample's difficulty is the weighted sum of its signals' values, each
-    scaled to 0 (easiest) .. 1 (hardest) between its 1st and 99th percentile and clipped; ranks would bend at the same
-    place for all data. Kept is the number of samples up to the point where the sorted difficulties lie farthest below
-    the line from the first to the last, at least `stages`. A curve that nowhere lies MIN_BEND of its height below that
-    line (straight, or bent the other way) has no hard tail: all are kept, and a warning says so. Normally distributed
-    difficulties bend at 87 %. "random" keeps the same number; "none" keeps all, whatever `keep` is.
+    Returns:
+        The plan.
 
     Raises:
-        UserError naming the argument, when the file cannot be read, or when there are fewer usable samples than stages.
+        UserError: an argument is wrong, the file cannot be read, or fewer samples could be ranked than there are
+            stages. The message names the argument or file.
     """
     if method not in METHODS:
         raise UserError(unknown_name("curation method", method, METHODS))
@@ -145,10 +151,18 @@ def curate(
 
 
 def replan(plan: CurriculumPlan, stage: int, scores: Dataset) -> CurriculumPlan:
-    """The plan with its subsets from `stage` (from 0) on filled anew by new scores.
+    """Fill a plan's subsets from `stage` on anew, with new scores.
 
-    The subsets before stay, and so does the size of the others. All samples outside those that stay are ranked as in
-    `curate` with the plan's signals: dropped ones may come in, kept ones may go.
+    The subsets before it stay, and the others keep their sizes. All samples outside those that stay are ranked as
+    `curate` ranks them with the plan's signals: dropped samples may come in, kept ones may go.
+
+    Args:
+        plan: the old plan.
+        stage: the first subset to fill anew, from 0.
+        scores: columns as for `curate`.
+
+    Returns:
+        The new plan.
     """
     stay = plan.subset_columns[:stage]
     before = pa.concat_arrays(stay)
@@ -182,7 +196,7 @@ def _signal(name: str, given: Signal | Mapping[str, Any]) -> Signal:
 def _columns(
     scores: Dataset | Mapping[str, Sequence[Any]] | str | Path, wanted: set[str]
 ) -> tuple[list[str], pa.Table | Mapping[str, Sequence[Any]]]:
-    """Names of all columns, and at least those of the wanted ones that there are."""
+    """The names of all columns, and at least those of the wanted columns that exist."""
     if isinstance(scores, (str, Path)):
         try:
             with pq.ParquetFile(scores) as file:
@@ -214,7 +228,7 @@ def _floats(name: str, column: pa.ChunkedArray | Sequence[Any]) -> np.ndarray:
 
 
 def _reasons(given: pa.Array, values: Mapping[str, np.ndarray]) -> pa.Array:
-    """Why each row cannot be ranked: the reason given, or its first value that is not finite; null if it can be."""
+    """Why each row cannot be ranked: the given reason, or its first value that is not finite; else null."""
     none = pa.scalar(None, TEXT)
     reasons = pc.if_else(pc.equal(given, ""), none, given)
     for name, value in values.items():

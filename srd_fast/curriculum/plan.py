@@ -20,28 +20,37 @@ SETTINGS = ("method", "keep", "keep_rule", "stages", "rrf_k", "signals")
 
 @dataclass(frozen=True)
 class Signal:
-    """How a column of the scores ranks samples from easy to hard."""
+    """How a column of the scores ranks samples from easy to hard.
+
+    Args:
+        higher_is_easier: whether a high value means an easy sample.
+        weight: factor on this signal's part of the fused score.
+    """
 
     higher_is_easier: bool
     weight: float = 1.0
 
 
 class CurriculumPlan:
-    """Which samples are trained on, in which subset, and which are not and why. Not to be changed.
+    """Which samples are trained on, in which subset, and which are not and why. A plan does not change.
 
-    It holds Arrow columns; `subsets`, `dropped`, `unscored`, `fused` and `kept` make their Python objects when they are
-    first asked for, `subset_columns` makes none.
+    A plan holds Arrow columns. `subsets`, `dropped`, `unscored`, `fused` and `kept` make Python objects of them when
+    they are first asked for; `subset_columns` are the columns themselves.
 
     Args:
-        subsets: sample ids, easiest subset first and easy to hard inside; later ones may be empty.
-        dropped: {"sample_id", "reason"} from easier to harder.
-        unscored: the same for samples that could not be ranked.
-        fused: sample_id -> fused score, for every ranked sample; higher is easier.
-        method, keep, stages, rrf_k, signals: what `curate` was asked for; `keep` the share that is kept.
+        subsets: sample ids, the easiest subset first, from easy to hard within each. Later subsets may be empty.
+        dropped: rows of "sample_id" and "reason" for samples beyond the kept ones, from easier to harder.
+        unscored: such rows for samples that could not be ranked.
+        fused: sample_id -> fused score of every ranked sample; higher is easier.
+        method: how samples were ranked: "srd", "random" or "none".
+        keep: share of the ranked samples that is kept, in (0, 1].
+        stages: number of subsets.
+        rrf_k: k of the score 1 / (k + rank).
+        signals: column of the scores -> Signal.
         keep_rule: "ratio" if `keep` was given, "knee" if it was found.
 
     Raises:
-        UserError: a row of `dropped` or `unscored` lacks its sample_id or reason.
+        UserError: a row of `dropped` or `unscored` lacks its sample_id or reason, or a score is not finite.
     """
 
     def __init__(
@@ -65,37 +74,52 @@ class CurriculumPlan:
 
     @cached_property
     def subsets(self) -> list[list[str]]:
-        """Sample ids, easiest subset first and easy to hard inside."""
+        """Sample ids, the easiest subset first, from easy to hard within each."""
         return [s.to_pylist() for s in self.subset_columns]
 
     @cached_property
     def dropped(self) -> list[dict[str, str]]:
-        """{"sample_id", "reason"} of the samples beyond the kept ones, from easier to harder."""
+        """Rows of sample_id and reason for samples beyond the kept ones, from easier to harder."""
         return self.dropped_rows.to_pylist()
 
     @cached_property
     def unscored(self) -> list[dict[str, str]]:
-        """{"sample_id", "reason"} of the samples that could not be ranked."""
+        """Rows of sample_id and reason for samples that could not be ranked."""
         return self.unscored_rows.to_pylist()
 
     @cached_property
     def fused(self) -> dict[str, float]:
-        """sample_id -> fused score of every ranked sample, easy to hard; higher is easier."""
+        """sample_id -> fused score of every ranked sample, from easy to hard; higher is easier."""
         return dict(zip(self.fused_rows["sample_id"].to_pylist(), self.fused_rows["score"].to_pylist()))
 
     @property
     def kept(self) -> list[str]:
-        """All kept sample ids, easy to hard."""
+        """All kept sample ids, from easy to hard."""
         return self.stage_ids(len(self.subset_columns))
 
     def stage_ids(self, stage: int) -> list[str]:
-        """Samples of stage `stage` (from 0): Baby Step, subsets 0 to `stage` together."""
+        """List the samples of a stage: those of its subset and of all easier ones (Baby Step).
+
+        Args:
+            stage: its number, from 0.
+
+        Returns:
+            Sample ids, from easy to hard.
+        """
         return [s for subset in self.subsets[: stage + 1] for s in subset]
 
     def with_subsets(
         self, subsets: Sequence[Sequence[str] | pa.Array], dropped: Sequence[Mapping[str, str]]
     ) -> "CurriculumPlan":
-        """The same plan with other subsets and dropped samples."""
+        """Make a plan with other subsets and dropped samples, and the same scores and settings.
+
+        Args:
+            subsets: sample ids, the easiest subset first.
+            dropped: rows of "sample_id" and "reason".
+
+        Returns:
+            The new plan.
+        """
         settings = {name: getattr(self, name) for name in SETTINGS}
         return CurriculumPlan(subsets, dropped, self.unscored_rows, self.fused_rows, **settings)
 
@@ -117,7 +141,11 @@ class CurriculumPlan:
         return f"<CurriculumPlan of {sizes} + {left}: {settings}>"
 
     def save(self, path: str | Path) -> None:
-        """Write as JSON, atomically and in pieces. `CurriculumPlan.load` gives back an equal plan."""
+        """Write the plan as JSON. Readers see the old file or the new one, never a part.
+
+        Args:
+            path: the file. `CurriculumPlan.load` reads an equal plan from it.
+        """
         settings = {name: getattr(self, name) for name in SETTINGS}
         settings["signals"] = {n: asdict(s) for n, s in self.signals.items()}
         write_plan(path, settings, self.subset_columns, self.dropped_rows, self.unscored_rows, self.fused_rows)
@@ -125,6 +153,12 @@ class CurriculumPlan:
     @classmethod
     def load(cls, path: str | Path) -> "CurriculumPlan":
         """Read a saved plan.
+
+        Args:
+            path: a file that `save` wrote.
+
+        Returns:
+            The plan.
 
         Raises:
             UserError: the file is missing or is not a plan.

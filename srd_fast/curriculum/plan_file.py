@@ -1,4 +1,4 @@
-"""plan.json: a plan as a file, written in pieces, so that millions of samples never are one text."""
+"""plan.json: a plan as a file, written in pieces, so that millions of samples are never one text in memory."""
 
 import json
 import os
@@ -29,10 +29,10 @@ def write_plan(
 
     Args:
         path: of the file.
-        settings: what JSON can hold, written first.
+        settings: values that JSON can hold, written first.
         subsets: sample ids of each subset.
         dropped: columns sample_id and reason.
-        unscored: the same.
+        unscored: columns sample_id and reason.
         fused: columns sample_id and score.
     """
     target = Path(path)
@@ -53,7 +53,10 @@ def write_plan(
 
 
 def read_plan(path: str | Path) -> dict[str, Any]:
-    """What `write_plan` wrote, by name, without the format.
+    """Read what `write_plan` wrote.
+
+    Returns:
+        Its settings and columns by name, without the format.
 
     Raises:
         UserError: the file is missing or is not a plan.
@@ -71,12 +74,12 @@ def read_plan(path: str | Path) -> dict[str, Any]:
 
 
 def unreadable(path: str | Path, error: Exception) -> UserError:
-    """The error for a file that is no plan."""
+    """Make the error for a file that is not a plan."""
     return UserError(f"plan {str(path)!r} cannot be read ({error}); make it again with `srd-fast curate`")
 
 
 def _block(brackets: str, pieces: Iterable[Iterable[str]], depth: int) -> Iterator[str]:
-    """A list or object as `json.dumps(..., indent=1)` lays it out; a piece is the text of some of its items."""
+    """Yield a list or object laid out as by `json.dumps(..., indent=1)`. A piece is the text of some of its items."""
     start = brackets[0]
     for piece in pieces:
         yield start + _line(depth)

@@ -1,4 +1,4 @@
-"""Values of signals -> ranks, and how many of the ranked are kept and where subsets begin."""
+"""From values of signals to ranks; how many of the ranked samples are kept, and where subsets begin."""
 
 import logging
 import math
@@ -16,7 +16,7 @@ MIN_BEND = 0.05
 
 
 def competition_ranks(values: np.ndarray, higher_is_easier: bool) -> np.ndarray:
-    """Rank of each value from 1 = easiest: one more than the number of strictly easier values, so ties share a rank."""
+    """Rank of each value from 1 = easiest: one more than the number of strictly easier values. Ties share a rank."""
     order = np.argsort(-values if higher_is_easier else values)
     ordered = values[order]
     starts = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1])[: len(values)])
@@ -26,7 +26,7 @@ def competition_ranks(values: np.ndarray, higher_is_easier: bool) -> np.ndarray:
 
 
 def subset_borders(exact: float, stages: int, floor_subsets: bool) -> list[int]:
-    """Positions in the ranking where subsets begin and the last one ends; `exact`: how many to keep, unrounded."""
+    """Positions in the ranking where subsets begin, and where the last ends. exact: how many to keep, unrounded."""
     if floor_subsets:
         size = int(exact / stages)
         return [size * s for s in range(stages + 1)]
@@ -58,9 +58,13 @@ def knee(values: Mapping[str, np.ndarray], signals: Mapping[str, Signal]) -> int
 
 
 def rows_by_text(texts: pa.Array) -> tuple[np.ndarray, bool]:
-    """Rows in the order of their texts (as UTF-8, so by code points), and whether no two are equal.
+    """Sort rows by their texts, as UTF-8 and so by code points.
 
-    Eight bytes at a time, as numbers, each time only of the rows that are equal so far: half the time of Arrow's sort.
+    Eight bytes are compared at a time, as one number, and each time only rows that are still equal. That takes half the
+    time of Arrow's sort.
+
+    Returns:
+        The rows in order, and whether all texts are different.
     """
     _, offsets, content = texts.buffers()
     ends = np.frombuffer(offsets or b"\0" * 8, np.int64)[texts.offset : texts.offset + len(texts) + 1]

@@ -1,7 +1,7 @@
-"""Baby Step as an index stream: which samples, T, SFT weight and learning rate, as pure functions of the step.
+"""Baby Step as a sequence of samples: samples, T, SFT weight and learning rate follow from the step alone.
 
 Stage k trains on subsets 1..k together (Baby Step; Bengio et al., ICML 2009; SRD, arXiv 2508.06135). A step takes
-`batch_size` samples over all ranks and accumulation steps, so nothing but the step number is needed to go on.
+`batch_size` samples over all ranks and accumulation steps, so a resumed run needs only the step's number.
 """
 
 import math
@@ -19,7 +19,16 @@ from .plan import CurriculumPlan
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage: its samples (positions in the data set), its first step and number of steps, and its constants."""
+    """One stage of a run.
+
+    Args:
+        samples: positions in the data set.
+        first_step: its number in the run, from 0.
+        steps: number of steps.
+        temperature: T of the divergence.
+        sft_weight: weight of the cross-entropy.
+        peak_learning_rate: of the stage's cosine.
+    """
 
     samples: np.ndarray
     first_step: int
@@ -30,7 +39,7 @@ class Stage:
 
 
 def per_stage(name: str, given: float | Sequence[float] | None, start: float, end: float, stages: int) -> list[float]:
-    """A value for every stage: the list as given, a constant, or linear from `start` to `end`."""
+    """One value for each stage: the list as given, a constant, or linear from `start` to `end`."""
     if given is None:
         return [start] if stages == 1 else [start + (end - start) * s / (stages - 1) for s in range(stages)]
     if isinstance(given, (int, float)):
@@ -41,24 +50,30 @@ def per_stage(name: str, given: float | Sequence[float] | None, start: float, en
 
 
 class Curriculum:
-    """The whole run's schedule.
+    """The schedule of a whole run.
+
+    A stage has ceil(samples * epochs / batch_size) steps. If its last step lacks samples, they come from one more
+    shuffle.
 
     Args:
         plan: which samples belong to which subset.
-        sample_ids: ids of the data set in its order; must hold every kept sample.
+        sample_ids: ids of the data set in its order. They must include every kept sample.
         batch_size: samples a step, over all ranks and accumulation steps.
         epochs_per_stage: passes over the samples of each stage; may be fractional.
-        temperatures, sft_weights, learning_rates: one value a stage; the learning rate is the stage's peak.
+        temperatures: T of each stage.
+        sft_weights: weight of the cross-entropy in each stage, 0 to 1.
+        learning_rates: peak learning rate of each stage.
         min_learning_rate: where each cosine ends.
-        restart_learning_rate: a cosine for each stage, else one over the run from the first stage's peak.
-        warmup: steps (>= 1) or share (< 1) of each cosine spent rising linearly.
+        restart_learning_rate: a cosine for each stage. Otherwise one over the run, from the first stage's peak.
+        warmup: steps (from 1 on) or share (below 1) of each cosine that rises linearly.
         seed: of the shuffling inside an epoch.
         lengths: tokens of each sample of the data set; needed for `length_buckets`.
-        length_buckets: batches that are sorted by length together: of that many batches' samples, in the order of the
-            shuffle, the longest make one batch and so on, and these batches are shuffled again. A stage keeps its
-            samples, an epoch's samples stay within that many batches of their places. 0: as shuffled.
+        length_buckets: how many batches are sorted by length together. Of the samples of that many batches, in shuffled
+            order, the longest make one batch, the next longest another, and so on; these batches are shuffled again. A
+            stage keeps its samples. 0: as shuffled.
 
-    A stage has ceil(samples * epochs / batch_size) steps; what its last step lacks it takes from one more shuffle.
+    Raises:
+        UserError: the first subset is empty, or the data lacks samples of the plan.
     """
 
     def __init__(
@@ -105,7 +120,7 @@ class Curriculum:
         self.total_steps = step
 
     def stage_of(self, step: int) -> int:
-        """Index (from 0) of the stage that `step` (from 0) belongs to; the last one beyond the end."""
+        """Index (from 0) of the stage that a step (from 0) belongs to; the last stage for steps beyond the end."""
         return next((k for k, s in enumerate(self.stages) if step < s.first_step + s.steps), len(self.stages) - 1)
 
     def temperature(self, step: int) -> float:
@@ -131,11 +146,11 @@ class Curriculum:
         return low + (peak - low) * 0.5 * (1 + math.cos(math.pi * share))
 
     def is_stage_start(self, step: int) -> bool:
-        """Whether `step` is the first of a stage after the first stage."""
+        """Whether a step is the first of a stage other than the first stage."""
         return any(step == s.first_step for s in self.stages[1:])
 
     def indices(self) -> Iterator[int]:
-        """Positions in the data set, `batch_size` a step, for the whole run."""
+        """Positions in the data set for the whole run, `batch_size` of them for each step."""
         for k, stage in enumerate(self.stages):
             shuffled = self._shuffled(k, stage)
             if self.length_buckets < 2 or self._lengths is None:
@@ -158,5 +173,5 @@ class Curriculum:
 
     @property
     def sample_passes(self) -> int:
-        """Samples that go through the student in the whole run."""
+        """How many samples go through the student in the whole run."""
         return self.total_steps * self.batch_size

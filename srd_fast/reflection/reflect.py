@@ -55,28 +55,40 @@ def reflect(
     parts_folder: str | Path | None = None,
     progress: bool = True,
 ) -> Dataset:
-    """Let the student answer every prompt and score how hard each sample is for it.
+    """Let the student answer every prompt, and score how hard each sample is for it.
 
     Args:
         student: a causal language model, or a folder or hub id to load one from, in `dtype` on `device`.
         dataset: rows of any format of `srd_fast.data`, or tokenised samples.
-        engine: a name from `engine_names()`, or "auto": vllm where it is installed and starts, else transformers.
-        engine_options: further keywords of the engine, such as those of `VLLMEngine`.
-        sampling: default greedy, at most 128 new tokens.
-        signals: names from `difficulty_names()`.
-        cross_entropy_by: "student": its hidden states through the fused loss, without logits; "engine": the engine's
-            log-probabilities (vLLM's `prompt_logprobs`).
-        template: prompt template of rows that are not tokenised yet.
-        rouge_tokenizer: "auto", "rouge" or "unicode"; see `RougeL`.
+        tokenizer: the student's.
+        engine: what generates the answers, a name from `engine_names()`, or "auto": vllm where it is installed and
+            starts, else transformers.
+        engine_options: further keyword arguments of the engine, such as those of `VLLMEngine`.
+        sampling: how answers are generated. Default: greedy, at most 128 new tokens.
+        signals: names from `difficulty_names()`, or `FILE.py:NAME` or `package.module:NAME` for a function of your own.
+        cross_entropy_by: "student" computes it from hidden states through the fused loss, without logits. "engine"
+            takes the engine's log-probabilities (vLLM's `prompt_logprobs`).
+        batch_size: samples of a forward pass or a generation, at least 1.
+        template: prompt template of rows that are not tokenised yet: "alpaca", "chat", or text with {instruction} and
+            {input}.
+        rouge_tokenizer: how ROUGE-L cuts text into words: "rouge", "unicode", or "auto"; see `srd_fast.rouge.RougeL`.
         score_eos: count the end-of-sequence token in the cross-entropy.
-        test_seconds, test_memory_mb: limits of each test of the signal "execution".
-        shard: "k/n" for a share of the samples, chosen by a hash of their ids; `merge_shards` joins the scores of all.
-        parts_folder: finished parts of the generations are kept here; a call that was cut short goes on from them, and
-            ends with what it would have.
+        test_seconds: time limit of each test of the signal "execution", in seconds.
+        test_memory_mb: memory limit of each such test, in MB.
+        dtype: in which a student given by name is loaded.
+        device: where a student given by name is loaded.
+        shard: "k/n" for one of n shares of the samples, chosen by a hash of their ids.
+            `srd_fast.reflection.merge_shards` joins the scores of all.
+        parts_folder: where finished parts of the generations are kept. A call that was interrupted goes on from them,
+            and ends as if it had not been.
+        progress: show a progress bar.
 
     Returns:
-        Dataset in the order of the samples: sample_id, generation, one column a signal (rouge_l in 0..1, cross_entropy
-        in nats per token; NaN where it cannot be scored), and reason (why not, or None).
+        A data set in the order of the samples, with sample_id, generation, one column for each signal (rouge_l from 0
+        to 1, cross_entropy in nats per token; NaN where a sample cannot be scored), and reason (why not, or None).
+
+    Raises:
+        UserError: an argument is wrong, the rows or the student cannot be used, or the shard has no sample.
     """
     functions = list(get_difficulties(signals).values())
     check_engine(engine)
@@ -153,7 +165,7 @@ def _generate(
     made_by: Mapping[str, Any],
     progress: bool,
 ) -> list[list[int]]:
-    """Generated ids of every sample; parts that the folder has already, `made_by` the same, are not made again."""
+    """Generated ids of every sample. Parts in the folder with the same `made_by` are read, not made again."""
     ids, lengths = list(samples["sample_id"]), prompt_lengths(samples)
     parts = cut(lengths, getattr(engine, "shard_size", 256), ids)
 
@@ -195,7 +207,7 @@ def _generate(
 
 
 def _log_probs(engine: Any, samples: Dataset, progress: bool) -> list[list[float]]:
-    """The engine's log-probability of every token but the first of every sample."""
+    """The engine's log-probability of every token of every sample, except the first token."""
     lengths = [len(row) for row in samples["input_ids"]]
     parts = cut(lengths, getattr(engine, "shard_size", 256), list(samples["sample_id"]))
     found: list[list[float]] = [[] for _ in lengths]
@@ -215,7 +227,7 @@ def prompt_lengths(samples: Dataset) -> list[int]:
 
 
 def warn_of_answers_alike(answers: Sequence[str]) -> None:
-    """A warning where nearly all of a student's answers are empty, or one and the same."""
+    """Warn if nearly all of a student's answers are empty, or the same."""
     if len(answers) < _LEAST_ANSWERS:
         return
     text, count = Counter(answers).most_common(1)[0]
