@@ -33,11 +33,13 @@ class Reference(griffe.Extension):
         if cls.name != "SRDConfig" or cls.docstring is None:
             return
         fields = [m for m in cls.members.values() if m.is_attribute and m.docstring and "property" not in m.labels]
-        cls.docstring.value += "\n\nArgs:\n"
+        lines = ["Args:"]
         for m in fields:
             assert m.docstring is not None
-            cls.docstring.value += f"    {m.name}: {m.docstring.value}\n"
+            lines.append(f"    {m.name}: {m.docstring.value}")
             m.docstring = None
+        text, raises, errors = cls.docstring.value.partition("Raises:")
+        cls.docstring.value = text + "\n".join(lines) + "\n\n" + raises + errors
 
     def on_package(self, *, pkg: griffe.Module, loader: griffe.GriffeLoader, **kwargs: Any) -> None:
         """Add `srd_fast.kernels`, which stands in a folder of its own in the checkout, and correct aliases."""

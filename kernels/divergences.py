@@ -163,6 +163,7 @@ FORMULAS = {
         Formula("tvd", tvd, tvd_triton),
     )
 }
+"""Name -> formula of every divergence that runs on all backends."""
 
 # Where a mixture is one of its ends, the divergence is a plain KL, and exact where the other side underflows.
 _LIMITS = {

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from .divergences import Terms
 
-# Stands in for -inf: large enough that exp() gives exactly 0, small enough that differences stay finite.
 LOGIT_FLOOR = -1e30
+"""Stands in for -inf: low enough that exp() gives exactly 0, high enough that differences stay finite."""
 # The softcaps of student and teacher.
 Caps = tuple[Tensor | None, Tensor | None]
 

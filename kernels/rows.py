@@ -33,12 +33,12 @@ from .passes import (
 # Bytes of V-wide tensors that a block of rows may hold: logits alone where compiled, temporaries too in eager mode.
 _BLOCK_BYTES = {"cpu": 24 << 20}
 _BLOCK_BYTES_ELSEWHERE = 256 << 20
-# V-wide tensors of the compute dtype alive at once in eager mode.
 EAGER_BUFFERS = 10
+"""V-wide tensors of the compute dtype that are alive at once in eager mode."""
 # Classes that compiled code may add up in a row.
 _PIECE = 2048
-# Rows whose stride is a multiple of this many elements can be read and written 128 bits at a time.
 ALIGNMENT = 16
+"""Rows whose stride is a multiple of this many elements can be read and written 128 bits at a time."""
 
 _compile = Compiler()
 
@@ -78,7 +78,7 @@ def block_bytes(device: torch.device) -> int:
         device: where the rows are.
 
     Returns:
-        Bytes: 24 MiB on a CPU, 256 MiB elsewhere.
+        24 MiB on a CPU, 256 MiB elsewhere.
     """
     return _BLOCK_BYTES.get(device.type, _BLOCK_BYTES_ELSEWHERE)
 

@@ -96,6 +96,8 @@ def problems(thing: Any, caplog: pytest.LogCaptureFixture) -> list[str]:
     wrong += [f"{name} is documented twice" for name in {n for n in documented if documented.count(n) > 1}]
     if returns(thing) and not kinds["returns"]:
         wrong.append("Returns: is missing")
+    # A first word with a colon would be taken for the name of what is returned.
+    wrong += [f"Returns: begins with '{r.name}:'" for section in kinds["returns"] for r in section.value if r.name]
     for section in kinds["raises"]:
         wrong += [
             f"Raises: {e.annotation!s} is no error" for e in section.value if not ERROR.fullmatch(str(e.annotation))
@@ -110,6 +112,7 @@ def test_every_public_docstring_is_whole(name: str, caplog: pytest.LogCaptureFix
 
 def test_all_public_names_are_looked_at() -> None:
     constants = {"ALIGNMENT", "EAGER_BUFFERS", "FORMULAS", "LOGIT_FLOOR"}
+    assert all(PACKAGE[f"kernels.{name}"].final_target.docstring for name in constants)
     wanted = {f"srd_fast.{n}" for n in srd_fast.__all__} - NOT_YET_REWRITTEN
     wanted |= {f"srd_fast.kernels.{n}" for n in set(srd_fast.kernels.__all__) - constants}
     assert wanted <= set(PUBLIC)
