@@ -4,6 +4,8 @@ import ast
 import doctest
 import importlib
 import importlib.util
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -35,18 +37,15 @@ FLOORS = (
     ("memory",),
     ("cli",),
 )
+KERNELS = sorted(ROOT.glob("kernels/**/*.py"))
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 
 def sources() -> dict[str, Path]:
-    """Module name -> its file, the package's own __init__ left out."""
-    files = {
-        p: ("srd_fast", *p.relative_to(ROOT / "srd_fast").with_suffix("").parts) for p in ROOT.glob("srd_fast/**/*.py")
-    }
-    files |= {
-        p: ("srd_fast", "kernels", *p.relative_to(ROOT / "kernels").with_suffix("").parts)
-        for p in ROOT.glob("kernels/**/*.py")
-    }
+    """Module name -> its file, the package's own __init__ left out. `srd_fast/kernels` is a link to `kernels`."""
+    found = [p for p in ROOT.glob("srd_fast/**/*.py") if "kernels" not in p.parts[len(ROOT.parts) :]]
+    files = {p: ("srd_fast", *p.relative_to(ROOT / "srd_fast").with_suffix("").parts) for p in found}
+    files |= {p: ("srd_fast", "kernels", *p.relative_to(ROOT / "kernels").with_suffix("").parts) for p in KERNELS}
     named = {".".join(n for n in parts if n != "__init__"): p for p, parts in files.items()}
     named.pop("srd_fast")
     return named
@@ -208,7 +207,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
             pytest.skip(f"building a wheel needs {needed}")
     copy = tmp_path_factory.mktemp("source") / "srd-fast"
     for name in ("srd_fast", "kernels"):
-        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         if (ROOT / name).is_file():
             shutil.copy(ROOT / name, copy)
@@ -236,3 +235,38 @@ def test_the_wheel_brings_command_and_licence(wheel: zipfile.ZipFile) -> None:
     texts = {n.split("/", 1)[1]: n for n in wheel.namelist() if ".dist-info/" in n}
     assert "srd-fast = srd_fast.cli:main" in wheel.read(texts["entry_points.txt"]).decode()
     assert "licenses/LICENSE" in texts
+
+
+TYPES = """
+from srd_fast import SRDConfig, UserError, curate, distillation_loss
+from srd_fast.kernels import RowDivergence, RowValues, distillation_rows
+from srd_fast.losses import LossOptions
+
+reveal_type(SRDConfig.temperature_start)
+reveal_type(UserError)
+reveal_type(curate)
+reveal_type(distillation_loss)
+reveal_type(RowDivergence)
+reveal_type(RowValues)
+reveal_type(distillation_rows)
+reveal_type(LossOptions().coefficients)
+"""
+
+
+def test_the_wheels_types_are_seen_from_outside(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
+    """A type checker that knows nothing of this checkout."""
+    pytest.importorskip("mypy")
+    wheel.extractall(tmp_path / "site")
+    (tmp_path / "user.py").write_text(TYPES, encoding="utf-8")
+    command = [sys.executable, "-m", "mypy", "--config-file=", "--ignore-missing-imports", "--follow-imports=silent"]
+    environment = {**os.environ, "MYPYPATH": str(tmp_path / "site")}
+    done = subprocess.run(
+        [*command, "user.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    revealed = [line.partition("Revealed type is ")[2] for line in done.stdout.splitlines() if "Revealed" in line]
+    assert done.returncode == 0, done.stdout
+    assert len(revealed) == TYPES.count("reveal_type")
+    assert revealed[0] == '"float"'
+    assert not [r for r in revealed if r == '"Any"']
+    for name, line in zip(("RowDivergence", "RowValues", "RowCoefficients"), (revealed[4], revealed[5], revealed[7])):
+        assert re.search(rf"srd_fast\.kernels\.\w+\.{name}\b", line), line
