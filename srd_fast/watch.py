@@ -5,7 +5,7 @@ import statistics
 from collections import Counter
 from collections.abc import Sequence
 
-from .errors import UserError
+from .errors import NotFiniteError
 
 logger = logging.getLogger(__name__)
 
@@ -27,10 +27,6 @@ def warn_of_answers_alike(answers: Sequence[str]) -> None:
             "%d of %d of the student's answers are %s. They rank nothing; check that the student was warmed up, that "
             "its template is the one it was trained with, and max_new_tokens", count, len(answers), what,
         )  # fmt: skip
-
-
-class NotFiniteError(UserError):
-    """The loss or its gradient is NaN or infinite; no optimizer step was made of it."""
 
 
 def not_finite(what: str, step: int, place: str, sample_ids: Sequence[str], checkpoint: str | None) -> NotFiniteError:
