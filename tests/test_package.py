@@ -13,14 +13,12 @@ from pathlib import Path
 import pytest
 
 import srd_fast
-from srd_fast.losses import divergences
-from srd_fast.reflection import signals
 
 ROOT = Path(__file__).resolve().parent.parent
 
 # From the lowest to the highest; a room imports from its own floor and from those below it.
 FLOORS = (
-    ("errors", "suggest", "files", "quickstart_data", "stopping", "watch"),
+    ("errors", "suggest", "registry", "files", "quickstart_data", "stopping", "watch"),
     ("rouge",),
     ("kernels",),
     ("losses",),
@@ -190,9 +188,8 @@ IMPORTABLE = sorted(m for m in sources() if m != "srd_fast.reflection.vllm_ngram
 
 
 @pytest.mark.parametrize("module", IMPORTABLE)
-def test_examples_in_docstrings_run(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for registry in (signals, divergences):
-        monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))  # type: ignore[attr-defined]
+@pytest.mark.usefixtures("own_registries")
+def test_examples_in_docstrings_run(module: str) -> None:
     result = doctest.testmod(importlib.import_module(module))
     assert result.failed == 0
 
