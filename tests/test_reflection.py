@@ -280,6 +280,9 @@ def test_names_are_taken_once() -> None:
     with pytest.raises(UserError, match="difficulty signal 'mine' exists already; pass replace=True"):
         register_difficulty("mine", function, higher_is_easier=True)
     register_difficulty("mine", function, higher_is_easier=True, replace=True)
+    for name in ("sample_id", "generation", "reason"):
+        with pytest.raises(UserError, match=f"'{name}': `reflect` has another column of that name"):
+            register_difficulty(name, function, higher_is_easier=True)
 
 
 def test_a_registered_signal_makes_a_column(

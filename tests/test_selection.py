@@ -44,6 +44,7 @@ from srd_fast.selection import (
     make_position_policy,
     position_policy_names,
     register_position_policy,
+    register_sample_policy,
     rows_of_samples,
     sample_classes,
     sample_policy_names,
@@ -689,3 +690,15 @@ def test_all_samples_stay_and_unknown_ones_are_named(tokenizer: PreTrainedTokeni
         select_samples(PLAN, data, student, tokenizer, "topk_entropy", 0.1)
     with pytest.raises(UserError, match="plan keeps 1 samples that the data does not have, the first is 'x9'"):
         select_samples(CurriculumPlan([["s00", "x9"]]), data, student, tokenizer, "topk_student_entropy", 0.1)
+
+
+@pytest.mark.usefixtures("own_registries")
+def test_a_sample_policy_of_ones_own_gives_a_value_a_sample(tokenizer: PreTrainedTokenizerFast) -> None:
+    data, student = Dataset.from_list(SAMPLES), tiny.tiny_model()
+    register_sample_policy("by_name", lambda student, samples, tokenizer: [-int(i[1:]) for i in samples["sample_id"]])
+    found = select_samples(PLAN, data, student, tokenizer, "by_name", 0.3)
+    assert found.subsets == [["s11", "s12", "s13"], [], ["s00", "s01", "s02", "s03"]]
+    assert found.dropped[-1] == {"sample_id": "s10", "reason": "by name -10.000, beyond the 4 highest of its subset"}
+    register_sample_policy("short", lambda student, samples, tokenizer: [1.0])
+    with pytest.raises(UserError, match="sample_selection 'short' gave 1 values for 21 samples"):
+        select_samples(PLAN, data, student, tokenizer, "short", 0.3)
