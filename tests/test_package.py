@@ -3,6 +3,7 @@
 import ast
 import doctest
 import importlib
+import importlib.metadata
 import importlib.util
 import os
 import re
@@ -15,14 +16,12 @@ from pathlib import Path
 import pytest
 
 import srd_fast
-from srd_fast.losses import divergences
-from srd_fast.reflection import signals
 
 ROOT = Path(__file__).resolve().parent.parent
 
 # From the lowest to the highest; a room imports from its own floor and from those below it.
 FLOORS = (
-    ("errors", "suggest", "files"),
+    ("errors", "suggest", "registry", "files"),
     ("rouge",),
     ("kernels",),
     ("losses",),
@@ -109,8 +108,31 @@ def test_every_public_name_is_there_and_says_what_it_is(name: str) -> None:
 def test_the_contract_names_are_public() -> None:
     wanted = {"distillation_loss", "DistillationLoss", "reflect", "curate", "SRDConfig", "SRDTrainer", "evaluate"}
     wanted |= {"distillation_loss_from_logits", "register_divergence", "register_difficulty", "UserError"}
+    for kind in ("divergence", "difficulty", "engine", "position_policy", "sample_policy", "cache_kind"):
+        wanted |= {f"register_{kind}", f"{kind}_names"}
     assert wanted <= set(srd_fast.__all__)
     assert srd_fast.__all__ == sorted(srd_fast.__all__)
+
+
+def test_every_error_has_the_common_base() -> None:
+    """Being stopped is no error: who catches all errors, to go on, must not catch Ctrl-C."""
+    named = {m: importlib.import_module(m) for m in IMPORTABLE}
+    found = {x for module in named.values() for x in vars(module).values() if isinstance(x, type)}
+    own = {x for x in found if issubclass(x, BaseException) and x.__module__.startswith("srd_fast.")}
+    assert {x.__name__ for x in own if not issubclass(x, srd_fast.SRDFastError)} == {"Stopped"}
+    assert {x.__name__ for x in own} - {"Stopped"} <= set(srd_fast.__all__)
+    assert issubclass(srd_fast.UserError, ValueError)
+    assert not issubclass(importlib.import_module("srd_fast.run.stopping").Stopped, Exception)
+
+
+def test_the_version_is_the_distributions(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert srd_fast.__version__ == importlib.metadata.version("srd-fast")
+
+    def missing(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    assert srd_fast.__version__ == "0+unknown"
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
@@ -146,6 +168,7 @@ import sys
 import srd_fast, srd_fast.cli
 assert "torch" not in sys.modules and "transformers" not in sys.modules
 print(srd_fast.UserError.__name__)
+assert srd_fast.__version__ and srd_fast.DamagedFileError
 assert "torch" not in sys.modules
 """
     assert outside(code, tmp_path) == "UserError"
@@ -179,9 +202,8 @@ IMPORTABLE = sorted(m for m in sources() if m != "srd_fast.reflection.vllm_ngram
 
 
 @pytest.mark.parametrize("module", IMPORTABLE)
-def test_examples_in_docstrings_run(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for registry in (signals, divergences):
-        monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))  # type: ignore[attr-defined]
+@pytest.mark.usefixtures("own_registries")
+def test_examples_in_docstrings_run(module: str) -> None:
     result = doctest.testmod(importlib.import_module(module))
     assert result.failed == 0
 

@@ -266,7 +266,7 @@ _DISTILL = """
 import sys
 from pathlib import Path
 from srd_fast import pipeline, steps
-from srd_fast.run_config import load_run_config
+from srd_fast.run.config import load_run_config
 folder = Path(sys.argv[1])
 config = load_run_config(folder / "config.yaml", sys.argv[2:])
 steps.distill(steps.Run(config, folder, dict.fromkeys(pipeline.STEP_NAMES, "test"), {}))

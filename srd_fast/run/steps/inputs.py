@@ -10,8 +10,8 @@ from ...data import Tokenisation, source_path
 from ...errors import UserError, first_line
 from ...models import check_tokenizers, load_tokenizer
 from ...reflection import get_difficulties
-from ...reflection.engines import check_engine
-from ...selection import check_sample_policy
+from ...reflection.engines import ENGINES
+from ...selection import SAMPLE_POLICIES
 from .cache import check_cache
 from .run import PRUNE, QUICKSTART
 from .selection import sample_policy
@@ -25,9 +25,9 @@ def check_inputs(config: Any) -> None:
     for name in ("epochs_per_stage", "temperature", "sft_weight", "stage_learning_rates"):
         per_stage(name, getattr(args, name), 0.0, 0.0, config.curate.stages)
     lora_config(config)
-    check_sample_policy(sample_policy(config)[0])
+    SAMPLE_POLICIES.check(sample_policy(config)[0])
     check_cache(config, args)
-    check_engine(config.reflect.engine)
+    ENGINES.check(config.reflect.engine)
     if config.curate.reflect_again and config.curate.method != "srd":
         raise UserError(
             f"config: curate.reflect_again ranks by reflection, but curate.method is {config.curate.method!r}"
