@@ -179,7 +179,7 @@ def test_the_installed_command_helps_and_refuses(tmp_path: Path) -> None:
     assert command, "there is no srd-fast beside python: install the package"
     told = subprocess.run([command, "--help"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (told.returncode, told.stderr) == (0, "")
-    for verb in ("init-student", "reflect", "curate", "distill", "evaluate", "report", "run"):
+    for verb in ("init-student", "reflect", "curate", "distill", "evaluate", "report", "run", "memory"):
         assert f"\n  {verb} " in told.stdout
     (tmp_path / "config.yaml").write_text("curate: {keep: 2}\n")
     wrong = [command, "run", "config.yaml"]
