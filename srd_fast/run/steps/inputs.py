@@ -1,7 +1,6 @@
 """Everything that can be told to be wrong before any work: names, settings, missing files, tokenizers."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -12,13 +11,14 @@ from ...models import check_tokenizers, load_tokenizer
 from ...reflection import get_difficulties
 from ...reflection.engines import ENGINES
 from ...selection import SAMPLE_POLICIES
+from ..config import RunConfig
 from .cache import check_cache
 from .run import PRUNE, QUICKSTART
 from .selection import sample_policy
 from .settings import lora_config, training_config
 
 
-def check_inputs(config: Any) -> None:
+def check_inputs(config: RunConfig) -> None:
     """UserError for the first thing that is wrong."""
     _check_device(config.device)
     args = training_config(config, Path(config.output_dir), torch.device("cpu"), torch.float32)
