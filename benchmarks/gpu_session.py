@@ -5,14 +5,12 @@
     python -m benchmarks.gpu_session --seconds 300 --results OUT --only steps --batches 8 16
 
 What it does not know goes to `benchmarks.train_gpu`. Each part is a process with a limit. Copy the committed rows to
-OUT first where they are of the same GPU. The checkout need not be installed: `srd_fast/kernels` is then a link while
-this runs.
+OUT first where they are of the same GPU. The checkout need not be installed.
 """
 
 import argparse
 import contextlib
 import importlib.metadata
-import importlib.util
 import json
 import os
 import re
@@ -42,12 +40,8 @@ ABOUT += "print(json.dumps([device_name(sys.argv[1]), torch.__version__]))"
 
 @contextlib.contextmanager
 def importable() -> Iterator[None]:
-    """Let child processes import the whole package from a checkout that is not installed, and know its version."""
+    """Let child processes know the version of a checkout that is not installed."""
     with contextlib.ExitStack() as stack:
-        if importlib.util.find_spec("srd_fast.kernels") is None:
-            link = ROOT / "srd_fast" / "kernels"
-            link.symlink_to(Path("..") / "kernels")
-            stack.callback(link.unlink)
         try:
             importlib.metadata.version("srd-fast")
         except importlib.metadata.PackageNotFoundError:

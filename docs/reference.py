@@ -1,4 +1,4 @@
-"""What the reference's build adds to mkdocs and griffe: `srd_fast.kernels`, SRDConfig's fields, links to the checkout.
+"""What the reference's build adds to mkdocs and griffe: SRDConfig's fields, links to the checkout.
 
 Griffe reads the sources and imports nothing.
 """
@@ -42,35 +42,14 @@ class Reference(griffe.Extension):
         cls.docstring.value = text + "\n".join(lines) + "\n\n" + raises + errors
 
     def on_package(self, *, pkg: griffe.Module, loader: griffe.GriffeLoader, **kwargs: Any) -> None:
-        """Add `srd_fast.kernels`, which stands in a folder of its own in the checkout, and correct aliases."""
+        """Correct names that griffe takes for a module."""
         if pkg.path != "srd_fast":
             return
-        if "kernels" not in pkg.members:
-            self._add_kernels(pkg, loader)
         for name, member in list(pkg.members.items()):
             # `from .reflection import reflect`: the function, which griffe takes for the module of the same name.
             target = loader.modules_collection.get_member(member.target_path) if is_own(member) else None
             if target is not None and target.is_module and name in target.members:
                 pkg.set_member(name, griffe.Alias(name, f"{target.path}.{name}", parent=pkg))
-
-    def _add_kernels(self, pkg: griffe.Module, loader: griffe.GriffeLoader) -> None:
-        files = sorted((ROOT / "kernels").glob("*.py"), key=lambda path: path.name != "__init__.py")
-        parent = pkg
-        for path in files:
-            name = "kernels" if path.name == "__init__.py" else path.stem
-            module = griffe.visit(
-                name,
-                path,
-                path.read_text(encoding="utf-8"),
-                extensions=loader.extensions,
-                parent=parent,
-                docstring_parser=loader.docstring_parser,
-                docstring_options=loader.docstring_options,
-                lines_collection=loader.lines_collection,
-                modules_collection=loader.modules_collection,
-            )
-            parent.set_member(name, module)
-            parent = pkg["kernels"]
 
 
 def is_own(member: griffe.Object | griffe.Alias) -> bool:

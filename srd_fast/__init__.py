@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .curriculum import CurriculumPlan, Signal, curate
-    from .errors import UserError
+    from .errors import DamagedFileError, EngineDiedError, NotFiniteError, SRDFastError, StaleCacheError, UserError
     from .losses import (
         DistillationLoss,
         DistillationOutput,
@@ -21,68 +21,120 @@ if TYPE_CHECKING:
         divergence_names,
         register_divergence,
     )
-    from .reflection import Sampling, reflect, register_difficulty, register_engine
-    from .teacher import TeacherCache, build_teacher_cache, open_teacher_cache
+    from .reflection import Sampling, difficulty_names, engine_names, reflect, register_difficulty, register_engine
+    from .selection import (
+        position_policy_names,
+        register_position_policy,
+        register_sample_policy,
+        sample_policy_names,
+    )
+    from .teacher import (
+        TeacherCache,
+        build_teacher_cache,
+        cache_kind_names,
+        open_teacher_cache,
+        register_cache_kind,
+    )
     from .training.config import SRDConfig
     from .training.evaluation import evaluate
     from .training.trainer import SRDTrainer
 
+    __version__: str
+
 # Importing torch and transformers takes seconds, which `srd-fast --help` should not wait for.
 _HOME = {
     "CurriculumPlan": "curriculum",
+    "DamagedFileError": "errors",
     "DistillationLoss": "losses",
     "DistillationOutput": "losses",
+    "EngineDiedError": "errors",
+    "NotFiniteError": "errors",
     "Projected": "losses",
     "SRDConfig": "training.config",
+    "SRDFastError": "errors",
     "SRDTrainer": "training.trainer",
     "Sampled": "losses",
     "Sampling": "reflection",
     "Signal": "curriculum",
+    "StaleCacheError": "errors",
     "TeacherCache": "teacher",
     "TopK": "losses",
     "UserError": "errors",
     "build_teacher_cache": "teacher",
+    "cache_kind_names": "teacher",
     "compact_distillation_loss": "losses",
     "curate": "curriculum",
+    "difficulty_names": "reflection",
     "distillation_loss": "losses",
     "distillation_loss_from_logits": "losses",
     "divergence_names": "losses",
+    "engine_names": "reflection",
     "evaluate": "training.evaluation",
     "open_teacher_cache": "teacher",
+    "position_policy_names": "selection",
     "reflect": "reflection",
+    "register_cache_kind": "teacher",
     "register_difficulty": "reflection",
     "register_divergence": "losses",
     "register_engine": "reflection",
+    "register_position_policy": "selection",
+    "register_sample_policy": "selection",
+    "sample_policy_names": "selection",
 }
 __all__ = [
     "CurriculumPlan",
+    "DamagedFileError",
     "DistillationLoss",
     "DistillationOutput",
+    "EngineDiedError",
+    "NotFiniteError",
     "Projected",
     "SRDConfig",
+    "SRDFastError",
     "SRDTrainer",
     "Sampled",
     "Sampling",
     "Signal",
+    "StaleCacheError",
     "TeacherCache",
     "TopK",
     "UserError",
     "build_teacher_cache",
+    "cache_kind_names",
     "compact_distillation_loss",
     "curate",
+    "difficulty_names",
     "distillation_loss",
     "distillation_loss_from_logits",
     "divergence_names",
+    "engine_names",
     "evaluate",
     "open_teacher_cache",
+    "position_policy_names",
     "reflect",
+    "register_cache_kind",
     "register_difficulty",
     "register_divergence",
     "register_engine",
+    "register_position_policy",
+    "register_sample_policy",
+    "sample_policy_names",
 ]
 
 
+def _version() -> str:
+    """Of the installed distribution; a checkout that is only on the path has none."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("srd-fast")
+    except PackageNotFoundError:
+        return "0+unknown"
+
+
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return _version()
     if name not in _HOME:
         raise AttributeError(f"module 'srd_fast' has no attribute {name!r}")
     return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)

@@ -101,8 +101,8 @@ _step_command("evaluate", "Teacher, starting and distilled student on the valida
 _step_command("report", "One page from the run folder: report.html.")
 
 
-@app.command("plan")
-def plan_memory(
+@app.command("memory")
+def memory(
     config: _Config,
     overrides: _Overrides = None,
     limit: Annotated[
@@ -114,17 +114,35 @@ def plan_memory(
     With --limit, the smallest changes that fit, as a command line; a smaller batch with as many more accumulation
     steps trains the same. Exit status 2 if nothing fits.
     """
-    from .memory.planner import fit, parse_bytes, plan
+    from .memory import planner
     from .run.config import load_run_config
 
-    allowed = None if limit is None else parse_bytes(limit)
-    given = overrides or []
-    made = plan(load_run_config(config, given)) if allowed is None else fit(load_run_config(config, given), allowed)
+    allowed = None if limit is None else planner.parse_bytes(limit)
+    given, fit = overrides or [], planner.fit
+    made = (
+        planner.plan(load_run_config(config, given))
+        if allowed is None
+        else fit(load_run_config(config, given), allowed)
+    )
     typer.echo(made)
     if allowed is not None:
         if not made.overrides:
             typer.echo(f"fits in {allowed / 1e9:.2f} GB as it is")
         typer.echo(shlex.join(["srd-fast", "run", str(config), *given, *made.overrides]))
+
+
+@app.command("plan", hidden=True)
+def plan(
+    config: _Config,
+    overrides: _Overrides = None,
+    limit: Annotated[
+        str | None, typer.Option(help="Such as 8GiB, 8GB or 8192MB: change sizes until the peak is below it.")
+    ] = None,
+) -> None:
+    """The old name of `srd-fast memory`."""
+    message = "`srd-fast plan` is called `srd-fast memory` now; the old name goes away in srd-fast 0.3"
+    warnings.warn(message, FutureWarning, stacklevel=2)
+    memory(config, overrides, limit)
 
 
 @app.command("init-student")
@@ -184,6 +202,7 @@ def _quiet() -> None:
     # Those of other packages are for us to read, our own for the user: see "Deprecations" in CONTRIBUTING.
     warnings.simplefilter("ignore", FutureWarning)
     warnings.filterwarnings("default", ".* goes away in srd-fast ", FutureWarning)
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger = logging.getLogger("srd_fast")

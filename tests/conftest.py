@@ -10,7 +10,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import gc
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 with suppress(ImportError):  # torch.compile fails where pip was looked for and distutils came before setuptools
@@ -23,6 +23,11 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from srd_fast.data.quickstart import make_quickstart_rows
+from srd_fast.losses.divergences import DIVERGENCES
+from srd_fast.reflection.engines import ENGINES
+from srd_fast.reflection.signals import DIFFICULTIES
+from srd_fast.selection import POSITION_POLICIES, SAMPLE_POLICIES
+from srd_fast.teacher import CACHE_KINDS
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -81,6 +86,15 @@ def quick_collection() -> Iterator[None]:
     gc.freeze()
     yield
     gc.unfreeze()
+
+
+@pytest.fixture
+def own_registries() -> Iterator[None]:
+    """What the test registers is gone after it."""
+    with ExitStack() as stack:
+        for registry in (DIVERGENCES, DIFFICULTIES, ENGINES, POSITION_POLICIES, SAMPLE_POLICIES, CACHE_KINDS):
+            stack.enter_context(registry.restored())
+        yield
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from tiny import DIVERGENCES, IGNORE, assert_same, plain_cross_entropy, plain_di
 from torch import Tensor
 from torch.nn import functional
 
-from srd_fast import DistillationOutput, UserError, distillation_loss
+from srd_fast import DistillationOutput, UserError, distillation_loss, register_divergence
 from srd_fast.kernels import SparseDivergence
 from srd_fast.losses import (
     CompactTeacher,
@@ -20,7 +20,6 @@ from srd_fast.losses import (
     Sampled,
     TopK,
     compact_distillation_loss,
-    divergences,
     free_workspace,
 )
 from srd_fast.losses.buffers import workspace
@@ -262,9 +261,9 @@ def test_draws_give_the_full_forward_kl_on_average(temperature: float) -> None:
         assert (standard_error > 0).all()
 
 
-def test_registered_divergences_work_over_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
-    again = divergences._weight_by_autograd(lambda log_p, log_q, skew, beta: (log_p.exp() * (log_p - log_q)).sum(-1))
-    monkeypatch.setitem(divergences._REGISTRY, "again", divergences.Divergence("again", again))
+@pytest.mark.usefixtures("own_registries")
+def test_registered_divergences_work_over_buckets() -> None:
+    register_divergence("again", lambda log_p, log_q, *, skew, beta: (log_p.exp() * (log_p - log_q)).sum(-1))
     c = case()
     teacher = c.teacher("top_k", 2.0)
     out, built_in = c.run(teacher, divergence="again"), c.run(teacher, divergence="forward_kl")

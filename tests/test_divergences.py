@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from srd_fast import UserError, distillation_loss_from_logits, divergence_names, register_divergence
-from srd_fast.losses import divergences, get_divergence
+from srd_fast.losses import get_divergence
 
 SHARES = (0.0, 0.1, 0.5, 0.9, 1.0)
 CASES = [
@@ -34,11 +34,6 @@ def value_and_logit_gradient(
     """D of each row, and dD/d(student logits) by the rule g = w - q*sum(w)."""
     value, weight = get_divergence(name).bind(skew, beta)(log_p, log_q)
     return value, weight - log_q.exp() * weight.sum(-1, keepdim=True)
-
-
-@pytest.fixture
-def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(divergences, "_REGISTRY", dict(divergences._REGISTRY))
 
 
 @pytest.mark.parametrize(("name", "skew", "beta"), CASES)
@@ -195,7 +190,7 @@ def squared_weight(log_p: Tensor, log_q: Tensor, *, skew: float, beta: float) ->
     return -2 * (1 + beta) * skew * q * (log_p.exp() - skew * q)
 
 
-@pytest.mark.usefixtures("own_registry")
+@pytest.mark.usefixtures("own_registries")
 @pytest.mark.parametrize("with_weight", [False, True])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_registered_divergence_trains_like_its_formula(with_weight: bool, reduction: str) -> None:
@@ -227,7 +222,7 @@ def test_registered_divergence_trains_like_its_formula(with_weight: bool, reduct
     assert_same(student.grad, plain.grad, 1e-12, "gradient")
 
 
-@pytest.mark.usefixtures("own_registry")
+@pytest.mark.usefixtures("own_registries")
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_registered_divergence_needs_no_gradient_mode(context: type) -> None:
     register_divergence("squared", squared)
@@ -239,14 +234,14 @@ def test_registered_divergence_needs_no_gradient_mode(context: type) -> None:
     assert_same(out.divergence, squared(log_p, log_q, skew=0.1, beta=0.5).mean(), 1e-12)
 
 
-@pytest.mark.usefixtures("own_registry")
+@pytest.mark.usefixtures("own_registries")
 def test_given_weight_is_the_one_used() -> None:
     register_divergence("wrong_on_purpose", squared, lambda log_p, log_q, *, skew, beta: log_q.exp() * 0 + log_p.exp())
     log_p, log_q = log_softmaxes()
     assert_same(value_and_logit_gradient("wrong_on_purpose", log_p, log_q)[1], log_p.exp() - log_q.exp(), 1e-12)
 
 
-@pytest.mark.usefixtures("own_registry")
+@pytest.mark.usefixtures("own_registries")
 def test_a_taken_name_is_kept_unless_replaced() -> None:
     log_p, log_q = log_softmaxes()
     before = value_and_logit_gradient("forward_kl", log_p, log_q)[0]

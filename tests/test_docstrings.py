@@ -16,13 +16,22 @@ griffe: Any = pytest.importorskip("griffe", reason="griffe is missing: pip insta
 ROOT = Path(__file__).resolve().parent.parent
 
 # TEMPORARY. Names from files whose docstrings are rewritten elsewhere; to be emptied.
-NOT_YET_REWRITTEN = {
+NOT_YET_REWRITTEN: set[str] = {
+    "srd_fast.DamagedFileError",
     "srd_fast.Sampling",
-    "srd_fast.UserError",
+    "srd_fast.StaleCacheError",
+    "srd_fast.cache_kind_names",
+    "srd_fast.difficulty_names",
     "srd_fast.divergence_names",
+    "srd_fast.engine_names",
+    "srd_fast.position_policy_names",
+    "srd_fast.register_cache_kind",
     "srd_fast.register_difficulty",
     "srd_fast.register_divergence",
     "srd_fast.register_engine",
+    "srd_fast.register_position_policy",
+    "srd_fast.register_sample_policy",
+    "srd_fast.sample_policy_names",
 }
 # An entry of `Raises:`, as in "UserError: the file is missing".
 ERROR = re.compile(r"[A-Z]\w*")

@@ -15,7 +15,6 @@ from srd_fast import Sampling, evaluate, register_engine
 from srd_fast.data import Tokenisation, first_label, prepare_dataset
 from srd_fast.data.quickstart import make_quickstart_rows
 from srd_fast.errors import UserError
-from srd_fast.reflection import engines as engines_module
 from srd_fast.teacher import LiveTeacher, build_teacher_cache
 
 ROWS: list[dict[str, Any]] = [dict(row) for row in make_quickstart_rows(9, seed=4)]
@@ -23,9 +22,7 @@ ROWS[2]["output"] = [ROWS[2]["output"], "a second reference"]
 SHORT = Sampling(max_new_tokens=4)
 
 
-@pytest.fixture(autouse=True)
-def _own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engines_module, "_ENGINES", dict(engines_module._ENGINES))
+pytestmark = pytest.mark.usefixtures("own_registries")
 
 
 @pytest.fixture

@@ -42,7 +42,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from srd_fast import UserError, distillation_loss, distillation_loss_from_logits, register_divergence
 from srd_fast.kernels import RowCoefficients, RowDivergence, distillation_rows, rows
-from srd_fast.losses import divergences, free_workspace
+from srd_fast.losses import free_workspace
 from srd_fast.losses.buffers import workspace
 
 BACKENDS = ("triton",) if INTERPRETED else ("eager", "compile")
@@ -589,9 +589,8 @@ def test_triton_in_float64_is_refused_by_name() -> None:
 
 
 @pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "eager"])
-def test_a_registered_divergence_is_refused_by_name(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(divergences, "_REGISTRY", dict(divergences._REGISTRY))
-
+@pytest.mark.usefixtures("own_registries")
+def test_a_registered_divergence_is_refused_by_name(backend: str) -> None:
     def squared(log_p: Tensor, log_q: Tensor, *, skew: float, beta: float) -> Tensor:
         return (log_p.exp() - log_q.exp()).square().sum(-1)
 

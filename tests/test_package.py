@@ -3,7 +3,10 @@
 import ast
 import doctest
 import importlib
+import importlib.metadata
 import importlib.util
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,14 +16,12 @@ from pathlib import Path
 import pytest
 
 import srd_fast
-from srd_fast.losses import divergences
-from srd_fast.reflection import signals
 
 ROOT = Path(__file__).resolve().parent.parent
 
 # From the lowest to the highest; a room imports from its own floor and from those below it.
 FLOORS = (
-    ("errors", "suggest", "files"),
+    ("errors", "suggest", "registry", "files"),
     ("rouge",),
     ("kernels",),
     ("losses",),
@@ -35,18 +36,15 @@ FLOORS = (
     ("memory",),
     ("cli",),
 )
+KERNELS = sorted(ROOT.glob("kernels/**/*.py"))
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 
 def sources() -> dict[str, Path]:
-    """Module name -> its file, the package's own __init__ left out."""
-    files = {
-        p: ("srd_fast", *p.relative_to(ROOT / "srd_fast").with_suffix("").parts) for p in ROOT.glob("srd_fast/**/*.py")
-    }
-    files |= {
-        p: ("srd_fast", "kernels", *p.relative_to(ROOT / "kernels").with_suffix("").parts)
-        for p in ROOT.glob("kernels/**/*.py")
-    }
+    """Module name -> its file, the package's own __init__ left out. `srd_fast/kernels` is a link to `kernels`."""
+    found = [p for p in ROOT.glob("srd_fast/**/*.py") if "kernels" not in p.parts[len(ROOT.parts) :]]
+    files = {p: ("srd_fast", *p.relative_to(ROOT / "srd_fast").with_suffix("").parts) for p in found}
+    files |= {p: ("srd_fast", "kernels", *p.relative_to(ROOT / "kernels").with_suffix("").parts) for p in KERNELS}
     named = {".".join(n for n in parts if n != "__init__"): p for p, parts in files.items()}
     named.pop("srd_fast")
     return named
@@ -110,8 +108,31 @@ def test_every_public_name_is_there_and_says_what_it_is(name: str) -> None:
 def test_the_contract_names_are_public() -> None:
     wanted = {"distillation_loss", "DistillationLoss", "reflect", "curate", "SRDConfig", "SRDTrainer", "evaluate"}
     wanted |= {"distillation_loss_from_logits", "register_divergence", "register_difficulty", "UserError"}
+    for kind in ("divergence", "difficulty", "engine", "position_policy", "sample_policy", "cache_kind"):
+        wanted |= {f"register_{kind}", f"{kind}_names"}
     assert wanted <= set(srd_fast.__all__)
     assert srd_fast.__all__ == sorted(srd_fast.__all__)
+
+
+def test_every_error_has_the_common_base() -> None:
+    """Being stopped is no error: who catches all errors, to go on, must not catch Ctrl-C."""
+    named = {m: importlib.import_module(m) for m in IMPORTABLE}
+    found = {x for module in named.values() for x in vars(module).values() if isinstance(x, type)}
+    own = {x for x in found if issubclass(x, BaseException) and x.__module__.startswith("srd_fast.")}
+    assert {x.__name__ for x in own if not issubclass(x, srd_fast.SRDFastError)} == {"Stopped"}
+    assert {x.__name__ for x in own} - {"Stopped"} <= set(srd_fast.__all__)
+    assert issubclass(srd_fast.UserError, ValueError)
+    assert not issubclass(importlib.import_module("srd_fast.run.stopping").Stopped, Exception)
+
+
+def test_the_version_is_the_distributions(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert srd_fast.__version__ == importlib.metadata.version("srd-fast")
+
+    def missing(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    assert srd_fast.__version__ == "0+unknown"
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
@@ -147,6 +168,7 @@ import sys
 import srd_fast, srd_fast.cli
 assert "torch" not in sys.modules and "transformers" not in sys.modules
 print(srd_fast.UserError.__name__)
+assert srd_fast.__version__ and srd_fast.DamagedFileError
 assert "torch" not in sys.modules
 """
     assert outside(code, tmp_path) == "UserError"
@@ -157,7 +179,7 @@ def test_the_installed_command_helps_and_refuses(tmp_path: Path) -> None:
     assert command, "there is no srd-fast beside python: install the package"
     told = subprocess.run([command, "--help"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (told.returncode, told.stderr) == (0, "")
-    for verb in ("init-student", "reflect", "curate", "distill", "evaluate", "report", "run"):
+    for verb in ("init-student", "reflect", "curate", "distill", "evaluate", "report", "run", "memory"):
         assert f"\n  {verb} " in told.stdout
     (tmp_path / "config.yaml").write_text("curate: {keep: 2}\n")
     wrong = [command, "run", "config.yaml"]
@@ -180,9 +202,8 @@ IMPORTABLE = sorted(m for m in sources() if m != "srd_fast.reflection.vllm_ngram
 
 
 @pytest.mark.parametrize("module", IMPORTABLE)
-def test_examples_in_docstrings_run(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for registry in (signals, divergences):
-        monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))  # type: ignore[attr-defined]
+@pytest.mark.usefixtures("own_registries")
+def test_examples_in_docstrings_run(module: str) -> None:
     result = doctest.testmod(importlib.import_module(module))
     assert result.failed == 0
 
@@ -208,7 +229,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
             pytest.skip(f"building a wheel needs {needed}")
     copy = tmp_path_factory.mktemp("source") / "srd-fast"
     for name in ("srd_fast", "kernels"):
-        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         if (ROOT / name).is_file():
             shutil.copy(ROOT / name, copy)
@@ -236,3 +257,38 @@ def test_the_wheel_brings_command_and_licence(wheel: zipfile.ZipFile) -> None:
     texts = {n.split("/", 1)[1]: n for n in wheel.namelist() if ".dist-info/" in n}
     assert "srd-fast = srd_fast.cli:main" in wheel.read(texts["entry_points.txt"]).decode()
     assert "licenses/LICENSE" in texts
+
+
+TYPES = """
+from srd_fast import SRDConfig, UserError, curate, distillation_loss
+from srd_fast.kernels import RowDivergence, RowValues, distillation_rows
+from srd_fast.losses import LossOptions
+
+reveal_type(SRDConfig.temperature_start)
+reveal_type(UserError)
+reveal_type(curate)
+reveal_type(distillation_loss)
+reveal_type(RowDivergence)
+reveal_type(RowValues)
+reveal_type(distillation_rows)
+reveal_type(LossOptions().coefficients)
+"""
+
+
+def test_the_wheels_types_are_seen_from_outside(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
+    """A type checker that knows nothing of this checkout."""
+    pytest.importorskip("mypy")
+    wheel.extractall(tmp_path / "site")
+    (tmp_path / "user.py").write_text(TYPES, encoding="utf-8")
+    command = [sys.executable, "-m", "mypy", "--config-file=", "--ignore-missing-imports", "--follow-imports=silent"]
+    environment = {**os.environ, "MYPYPATH": str(tmp_path / "site")}
+    done = subprocess.run(
+        [*command, "user.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    revealed = [line.partition("Revealed type is ")[2] for line in done.stdout.splitlines() if "Revealed" in line]
+    assert done.returncode == 0, done.stdout
+    assert len(revealed) == TYPES.count("reveal_type")
+    assert revealed[0] == '"float"'
+    assert not [r for r in revealed if r == '"Any"']
+    for name, line in zip(("RowDivergence", "RowValues", "RowCoefficients"), (revealed[4], revealed[5], revealed[7])):
+        assert re.search(rf"srd_fast\.kernels\.\w+\.{name}\b", line), line

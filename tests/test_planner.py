@@ -1,6 +1,7 @@
 """The memory planner: counted bytes are those of real tensors, the table adds up, what is proposed fits."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -240,17 +241,31 @@ def test_what_is_proposed_fits_and_trains_the_same(tiny_teacher_folder: Path, tm
 def test_the_command(tiny_teacher_folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(made_config(tiny_teacher_folder, tmp_path / "run").model_dump()))
-    told = CliRunner().invoke(app, ["plan", str(file), "seed=3"])
+    told = CliRunner().invoke(app, ["memory", str(file), "seed=3"])
     assert told.exit_code == 0, told.output
     assert "total" in told.output
     assert "srd-fast run" not in told.output
     total = planner.plan(load_run_config(file)).total
     limit = BASE + (total - BASE) * 3 // 4
-    told = CliRunner().invoke(app, ["plan", str(file), "seed=3", "--limit", str(limit)])
+    told = CliRunner().invoke(app, ["memory", str(file), "seed=3", "--limit", str(limit)])
     command = told.output.splitlines()[-1]
     assert command.startswith(f"srd-fast run {file} seed=3 distill.")
     assert "distill.max_tokens_per_batch=" in command
     assert not (tmp_path / "run").exists()
+
+
+def test_the_old_name_of_the_command_says_the_new_one(tiny_teacher_folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(made_config(tiny_teacher_folder, tmp_path / "run").model_dump()))
+    command = shutil.which("srd-fast", path=str(Path(sys.executable).parent))
+    assert command
+    old, new = (
+        subprocess.run([command, verb, str(file)], capture_output=True, text=True, check=True)
+        for verb in ("plan", "memory")
+    )
+    assert old.stdout == new.stdout
+    said = "warning: `srd-fast plan` is called `srd-fast memory` now; the old name goes away in srd-fast 0.3\n"
+    assert old.stderr == said + new.stderr
 
 
 def test_nothing_fits(tiny_teacher_folder: Path, tmp_path: Path) -> None:
@@ -265,8 +280,8 @@ def test_nothing_fits(tiny_teacher_folder: Path, tmp_path: Path) -> None:
 _DISTILL = """
 import sys
 from pathlib import Path
-from srd_fast import pipeline, steps
-from srd_fast.run_config import load_run_config
+from srd_fast.run import pipeline, steps
+from srd_fast.run.config import load_run_config
 folder = Path(sys.argv[1])
 config = load_run_config(folder / "config.yaml", sys.argv[2:])
 steps.distill(steps.Run(config, folder, dict.fromkeys(pipeline.STEP_NAMES, "test"), {}))

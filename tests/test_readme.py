@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from srd_fast import CurriculumPlan
-from srd_fast.quickstart_data import make_quickstart_rows
+from srd_fast.data.quickstart import make_quickstart_rows
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 Names = dict[str, Any]

@@ -18,17 +18,12 @@ from srd_fast.data import Tokenisation, first_label, prepare_dataset
 from srd_fast.data.quickstart import make_quickstart_rows
 from srd_fast.errors import UserError
 from srd_fast.reflection import Reflected, TransformersEngine, difficulty_names, engine_names
-from srd_fast.reflection import engines as engines_module
-from srd_fast.reflection import signals as signals_module
 from srd_fast.reflection.signals import cross_entropy
 
 ROWS: list[dict[str, Any]] = [dict(row) for row in make_quickstart_rows(11, seed=2)]
 
 
-@pytest.fixture(autouse=True)
-def _own_registries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engines_module, "_ENGINES", dict(engines_module._ENGINES))
-    monkeypatch.setattr(signals_module, "_REGISTRY", dict(signals_module._REGISTRY))
+pytestmark = pytest.mark.usefixtures("own_registries")
 
 
 @pytest.fixture
@@ -285,6 +280,9 @@ def test_names_are_taken_once() -> None:
     with pytest.raises(UserError, match="difficulty signal 'mine' exists already; pass replace=True"):
         register_difficulty("mine", function, higher_is_easier=True)
     register_difficulty("mine", function, higher_is_easier=True, replace=True)
+    for name in ("sample_id", "generation", "reason"):
+        with pytest.raises(UserError, match=f"'{name}': `reflect` has another column of that name"):
+            register_difficulty(name, function, higher_is_easier=True)
 
 
 def test_a_registered_signal_makes_a_column(

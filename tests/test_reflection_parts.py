@@ -29,7 +29,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from srd_fast import Sampling, reflect, register_engine
 from srd_fast.data import Tokenisation, prepare_dataset
 from srd_fast.errors import UserError
-from srd_fast.reflection import engines as engines_module
 from srd_fast.reflection import merge_shards
 from srd_fast.reflection.parts import cut, read_part, write_part
 from srd_fast.reflection.shards import parse_shard, samples_of_shard, shard_file, shard_files, write_shard
@@ -43,9 +42,7 @@ SHARD_SIZE = 3
 PARTS = math.ceil(len(ROWS) / SHARD_SIZE)
 
 
-@pytest.fixture(autouse=True)
-def _own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engines_module, "_ENGINES", dict(engines_module._ENGINES))
+pytestmark = pytest.mark.usefixtures("own_registries")
 
 
 class InParts(Scripted):

@@ -42,12 +42,12 @@ from srd_fast.selection import (
     TopPositions,
     batch_generator,
     make_position_policy,
-    position_policies,
-    positions,
+    position_policy_names,
     register_position_policy,
+    register_sample_policy,
     rows_of_samples,
     sample_classes,
-    sample_policies,
+    sample_policy_names,
     select_samples,
     share_of,
     take_rows,
@@ -269,7 +269,7 @@ def test_zero_entropies_are_drawn_evenly() -> None:
     within_three_errors(times.view(-1, 5) * 5, torch.ones(5))
 
 
-@pytest.mark.parametrize("name", [n for n in position_policies() if n != "all"])
+@pytest.mark.parametrize("name", [n for n in position_policy_names() if n != "all"])
 @pytest.mark.parametrize("counts", [[0], [0, 0, 0]])
 def test_of_nothing_nothing_is_chosen(counts: list[int], name: str) -> None:
     policy: Any = make_position_policy(name, 0.2)
@@ -606,9 +606,8 @@ def test_draws_of_a_batch_follow_from_its_place() -> None:
 
 
 def test_every_name_makes_its_policy() -> None:
-    assert position_policies() == [
-        "all", *(f"topk_{s}" for s in SIGNALS), "global_threshold", "curriculum", "stochastic",
-    ]  # fmt: skip
+    others = ["all", "curriculum", "global_threshold", "stochastic"]
+    assert position_policy_names() == [*others, *sorted(f"topk_{s}" for s in SIGNALS)]
     assert make_position_policy("all", 0.2) is None
     assert make_position_policy("topk_reverse_kl", 0.3) == TopPositions(0.3, "reverse_kl")
     assert make_position_policy("curriculum", 0.3, 7) == CurriculumPositions(0.3, 7)
@@ -621,12 +620,12 @@ def test_every_name_makes_its_policy() -> None:
         make_position_policy("topk_entropy", 0.2)
 
 
-def test_a_policy_of_ones_own_is_registered_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(positions, "_POSITIONS", dict(positions._POSITIONS))
+@pytest.mark.usefixtures("own_registries")
+def test_a_policy_of_ones_own_is_registered_once() -> None:
     register_position_policy("longest", lambda ratio, steps: CurriculumPositions(ratio, 2 * steps))
     assert make_position_policy("longest", 0.5, 3) == CurriculumPositions(0.5, 6)
     for name in ("longest", "all", "stochastic"):
-        with pytest.raises(UserError, match=f"position policy '{name}' exists already"):
+        with pytest.raises(UserError, match=f"position_selection '{name}' exists already"):
             register_position_policy(name, lambda ratio, **_: DrawnPositions(ratio))
     register_position_policy("longest", lambda ratio, **_: DrawnPositions(ratio), replace=True)
     assert make_position_policy("longest", 0.5) == DrawnPositions(0.5)
@@ -686,8 +685,20 @@ def test_a_sample_without_loss_is_the_last_to_stay(tokenizer: PreTrainedTokenize
 def test_all_samples_stay_and_unknown_ones_are_named(tokenizer: PreTrainedTokenizerFast) -> None:
     data, student = Dataset.from_list(SAMPLES), tiny.tiny_model()
     assert select_samples(PLAN, data, student, tokenizer, "all", 0.1) is PLAN
-    assert sample_policies() == ["all", "topk_student_entropy", "topk_student_cross_entropy"]
+    assert sample_policy_names() == ["all", "topk_student_cross_entropy", "topk_student_entropy"]
     with pytest.raises(UserError, match="unknown sample_selection 'topk_entropy'; did you mean 'topk_student_entropy'"):
         select_samples(PLAN, data, student, tokenizer, "topk_entropy", 0.1)
     with pytest.raises(UserError, match="plan keeps 1 samples that the data does not have, the first is 'x9'"):
         select_samples(CurriculumPlan([["s00", "x9"]]), data, student, tokenizer, "topk_student_entropy", 0.1)
+
+
+@pytest.mark.usefixtures("own_registries")
+def test_a_sample_policy_of_ones_own_gives_a_value_a_sample(tokenizer: PreTrainedTokenizerFast) -> None:
+    data, student = Dataset.from_list(SAMPLES), tiny.tiny_model()
+    register_sample_policy("by_name", lambda student, samples, tokenizer: [-int(i[1:]) for i in samples["sample_id"]])
+    found = select_samples(PLAN, data, student, tokenizer, "by_name", 0.3)
+    assert found.subsets == [["s11", "s12", "s13"], [], ["s00", "s01", "s02", "s03"]]
+    assert found.dropped[-1] == {"sample_id": "s10", "reason": "by name -10.000, beyond the 4 highest of its subset"}
+    register_sample_policy("short", lambda student, samples, tokenizer: [1.0])
+    with pytest.raises(UserError, match="sample_selection 'short' gave 1 values for 21 samples"):
+        select_samples(PLAN, data, student, tokenizer, "short", 0.3)

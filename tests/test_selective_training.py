@@ -37,14 +37,13 @@ from srd_fast.selection import (
     TopPositions,
     batch_generator,
     make_position_policy,
-    position_policies,
-    positions,
+    position_policy_names,
     register_position_policy,
 )
 from srd_fast.teacher import HiddenRows, LiveTeacher
 from srd_fast.teacher import rows_with_loss as states_with_loss
 
-POLICIES = [name for name in position_policies() if name != "all"]
+POLICIES = [name for name in position_policy_names() if name != "all"]
 # Those of which the loss is the mean over what they chose.
 MEANS = [name for name in POLICIES if name.startswith("topk_") or name == "curriculum"]
 SEED = 42
@@ -493,8 +492,8 @@ def test_logs_say_the_share_and_the_histogram_counts_all(
         assert sum(found["chosen"]) == sum(ceiling(ratio, n) for n in counts)
 
 
-def test_a_policy_of_ones_own_chooses(tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(positions, "_POSITIONS", dict(positions._POSITIONS))
+@pytest.mark.usefixtures("own_registries")
+def test_a_policy_of_ones_own_chooses(tokenizer: PreTrainedTokenizerFast) -> None:
     register_position_policy("surest", lambda ratio, **_: TopPositions(ratio, "student_cross_entropy"))
     runs = [make(tokenizer, args=config(position_selection=n)) for n in ("surest", "topk_student_cross_entropy")]
     for trainer in runs:

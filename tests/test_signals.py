@@ -16,12 +16,8 @@ from srd_fast import Sampling, reflect
 from srd_fast.data.quickstart import make_quickstart_rows
 from srd_fast.errors import UserError
 from srd_fast.reflection import Reflected, difficulty_names, get_difficulty, register_difficulty
-from srd_fast.reflection import signals as signals_module
 
-
-@pytest.fixture(autouse=True)
-def _own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(signals_module, "_REGISTRY", dict(signals_module._REGISTRY))
+pytestmark = pytest.mark.usefixtures("own_registries")
 
 
 def scores(name: str, answers: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:

@@ -17,11 +17,11 @@ from tiny import assert_same
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from srd_fast import CurriculumPlan, UserError
+from srd_fast import CurriculumPlan, SRDConfig, UserError, register_cache_kind
 from srd_fast.losses import Head, Projected, Sampled, TopK
 from srd_fast.models import find_head
 from srd_fast.teacher import LiveTeacher, make_store
-from srd_fast.teacher.stores import SampledStore, bits_for, pack_ids, unpack_ids
+from srd_fast.teacher.stores import SampledStore, bits_for, keeps_head, pack_ids, unpack_ids
 
 TEMPERATURES = (1.0, 1.5, 3.0)
 KINDS = ("topk", "sampled", "projected")
@@ -251,6 +251,29 @@ def test_kinds_are_checked() -> None:
         make_store("top_k", CLASSES)
     with pytest.raises(UserError, match="needs the student, whose head must not change"):
         make_store("projected", CLASSES)
+
+
+@pytest.mark.usefixtures("own_registries")
+def test_a_kind_of_ones_own_is_made_as_it_says() -> None:
+    asked: list[Any] = []
+
+    def make(classes: int, **options: Any) -> Any:
+        asked.append((classes, options))
+        return make_store("topk", classes, options["k"])
+
+    register_cache_kind("mine", make, rows=TopK)
+    assert make_store("mine", CLASSES, 3, (2, 1.0, 2.0)) == make_store("topk", CLASSES, 3)
+    assert asked == [(CLASSES, {"k": 3, "temperatures": (1.0, 2.0), "student": None})]
+    assert not keeps_head("mine")
+    fields: dict[str, Any] = {"output_dir": "out", "use_cpu": True, "teacher_cache": "c", "teacher_cache_kind": "mine"}
+    SRDConfig(**fields)
+    with pytest.raises(UserError, match="needs a teacher_cache_kind of hidden, projected, sampled, not 'mine'"):
+        SRDConfig(**fields, position_selection="topk_teacher_entropy")
+    with pytest.raises(UserError, match="teacher_cache_kind 'mine' does not hold it"):
+        SRDConfig(**fields, class_sampling=8, divergence="forward_kl")
+    register_cache_kind("mine", make, rows=Sampled, replace=True)
+    with pytest.raises(UserError, match="teacher_cache_kind 'mine' gives forward_kl alone"):
+        SRDConfig(**fields)
 
 
 # In a cache.

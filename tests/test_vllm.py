@@ -174,7 +174,7 @@ _PROGRAM = """
 import sys
 from srd_fast import Sampling, reflect
 from srd_fast.models import load_tokenizer
-from srd_fast.quickstart_data import make_quickstart_rows
+from srd_fast.data.quickstart import make_quickstart_rows
 
 folder, count, parts, target = sys.argv[1:]
 rows = [dict(row) for row in make_quickstart_rows(int(count), seed=3)]

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import UserError
 from ..kernels import FORMULAS, RowDivergence
-from ..suggest import unknown_name
+from ..registry import Registry
 
 ValueAndWeight = Callable[[Tensor, Tensor, float, float], tuple[Tensor, Tensor]]
 # The divergences that the SRD authors' code does not multiply by T^2.
@@ -38,20 +37,24 @@ class Divergence:
         return RowDivergence(None, skew, beta, lambda log_p, log_q: function(log_p, log_q, skew, beta))
 
 
-_REGISTRY = {name: Divergence(name, official_t_squared=name not in _OFFICIALLY_UNSCALED) for name in FORMULAS}
+DIVERGENCES = Registry(
+    "divergence",
+    {name: Divergence(name, official_t_squared=name not in _OFFICIALLY_UNSCALED) for name in FORMULAS},
+)
 
 
 def divergence_names() -> list[str]:
     """Names that `divergence=` takes, in alphabetical order."""
-    return sorted(_REGISTRY)
+    return DIVERGENCES.names()
 
 
 def get_divergence(name: str) -> Divergence:
-    """Look a divergence up. Raises UserError with the list of names for an unknown one."""
-    try:
-        return _REGISTRY[name]
-    except (KeyError, TypeError):
-        raise UserError(unknown_name("divergence", name, divergence_names())) from None
+    """Look a divergence up.
+
+    Raises:
+        UserError: for an unknown name, with the list of names.
+    """
+    return DIVERGENCES.get(name)
 
 
 def _weight_by_autograd(value: Callable[..., Tensor]) -> ValueAndWeight:
@@ -80,6 +83,9 @@ def register_divergence(
             log-probabilities [N, V] at the temperature of the loss.
         weight: `weight(log_p, log_q, *, skew, beta)` -> w = dD/d(log q), [N, V]. Left out, autograd derives it.
 
+    Raises:
+        UserError: for a name that is taken, or is no text.
+
     Example:
         >>> import torch
         >>> register_divergence("squared", lambda log_p, log_q, *, skew, beta:
@@ -87,8 +93,6 @@ def register_divergence(
         >>> "squared" in divergence_names()
         True
     """
-    if name in _REGISTRY and not replace:
-        raise UserError(f"divergence {name!r} exists already; pass replace=True or take another name")
     if weight is None:
         value_and_weight = _weight_by_autograd(value)
     else:
@@ -97,4 +101,4 @@ def register_divergence(
         def value_and_weight(log_p: Tensor, log_q: Tensor, skew: float, beta: float) -> tuple[Tensor, Tensor]:
             return value(log_p, log_q, skew=skew, beta=beta), given(log_p, log_q, skew=skew, beta=beta)
 
-    _REGISTRY[name] = Divergence(name, value_and_weight)
+    DIVERGENCES.register(name, Divergence(name, value_and_weight), replace=replace)

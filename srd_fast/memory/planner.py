@@ -255,7 +255,7 @@ def _count_rows(config: RunConfig) -> int | None:
 _PROBE = """
 import srd_fast.cli
 srd_fast.cli._quiet()
-import srd_fast.pipeline, torch._dynamo, torch._inductor.compile_fx
+import srd_fast.run.pipeline, torch._dynamo, torch._inductor.compile_fx
 try:
     with open("/proc/self/status") as f:
         print(next(int(line.split()[1]) * 1024 for line in f if line.startswith("VmHWM")))

@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from ..data import batches_by_length, pad_id
 from ..errors import UserError
 from ..models import load_model
-from ..suggest import unknown_name
+from ..registry import Registry
 
 logger = logging.getLogger(__name__)
 
@@ -165,31 +165,33 @@ def _vllm(*args: Any, **options: Any) -> GenerationEngine:
     return VLLMEngine(*args, **options)
 
 
-_ENGINES = {"transformers": _Entry(TransformersEngine, False), "vllm": _Entry(_vllm, True)}
+ENGINES = Registry(
+    "engine",
+    {"transformers": _Entry(TransformersEngine, from_source=False), "vllm": _Entry(_vllm, from_source=True)},
+    reserved=[AUTO],
+)
 
 
 def engine_names() -> list[str]:
-    """Names that `engine=` takes, besides "auto"."""
-    return sorted(_ENGINES)
-
-
-def check_engine(name: str) -> None:
-    """UserError with the list of names for an unknown one."""
-    if name not in (AUTO, *_ENGINES):
-        raise UserError(unknown_name("engine", name, [AUTO, *_ENGINES]))
+    """Names that `engine=` takes, in alphabetical order."""
+    return ENGINES.names()
 
 
 def register_engine(
     name: str, factory: Callable[..., GenerationEngine], *, from_source: bool = False, replace: bool = False
 ) -> None:
-    """Add an engine. `factory(student, tokenizer, batch_size=..., **engine_options)` returns a GenerationEngine.
+    """Add a generation engine under `name`, usable at once as `engine=name`.
 
-    from_source: where `reflect` was given the student's name or folder, `student` is that, and `dtype` one of the
-    options; else always a loaded model.
+    Args:
+        name: a new name; an existing one only with `replace=True`.
+        factory: `factory(student, tokenizer, batch_size=..., **engine_options)` -> a `GenerationEngine`.
+        from_source: where `reflect` was given the student's name or folder, `student` is that, and `dtype` one of the
+            options; else always a loaded model.
+
+    Raises:
+        UserError: for a name that is taken, or is no text.
     """
-    if (name in _ENGINES or name == AUTO) and not replace:
-        raise UserError(f"engine {name!r} exists already; pass replace=True or take another name")
-    _ENGINES[name] = _Entry(factory, from_source)
+    ENGINES.register(name, _Entry(factory, from_source), replace=replace)
 
 
 def make_engine(
@@ -213,9 +215,9 @@ def make_engine(
         options: batch_size and whatever else the engine takes.
 
     Raises:
-        UserError with the list of names for an unknown one.
+        UserError: for an unknown name, with the list of names.
     """
-    check_engine(name)
+    ENGINES.check(name)
     if name == AUTO:
         from .vllm_engine import is_installed
 
@@ -240,7 +242,7 @@ def _make(
     device: torch.device | str,
     options: dict[str, Any],
 ) -> GenerationEngine:
-    entry = _ENGINES[name]
+    entry = ENGINES.get(name)
     if isinstance(student, str) and entry.from_source:
         options = {"dtype": dtype, **options}
     try:

@@ -16,7 +16,7 @@ from ..data import Tokenisation, first_label, prepare_dataset
 from ..errors import UserError
 from ..models import fingerprint, load_model, model_digest
 from ..suggest import unknown_name
-from .engines import AUTO, GenerationEngine, Sampling, check_engine, engine_settings, open_engine
+from .engines import AUTO, ENGINES, GenerationEngine, Sampling, engine_settings, open_engine
 from .parts import compute_parts, cut, part_name, read_part, write_part
 from .shards import samples_of_shard
 from .signals import Reflected, get_difficulties
@@ -91,7 +91,7 @@ def reflect(
         UserError: an argument is wrong, the rows or the student cannot be used, or the shard has no sample.
     """
     functions = list(get_difficulties(signals).values())
-    check_engine(engine)
+    ENGINES.check(engine)
     if cross_entropy_by not in CROSS_ENTROPY_BY:
         raise UserError(unknown_name("cross_entropy_by", cross_entropy_by, CROSS_ENTROPY_BY))
     samples = prepare_dataset(dataset, Tokenisation(tokenizer, template)).dataset

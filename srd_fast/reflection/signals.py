@@ -22,6 +22,7 @@ from ..data import IGNORE_INDEX, DistillationCollator, first_label, pad_id
 from ..errors import UserError, first_line
 from ..losses import token_cross_entropy
 from ..models import common_prefix, find_head, hidden_states, share_prefix
+from ..registry import Registry
 from ..rouge import RougeL
 from ..suggest import unknown_name
 from .execution import pass_rates
@@ -175,19 +176,20 @@ def execution(reflected: Reflected) -> list[float]:
     return pass_rates(reflected.generations, tests, seconds=seconds, memory_mb=memory_mb)
 
 
-_REGISTRY = {
-    "rouge_l": Difficulty("rouge_l", rouge_l, higher_is_easier=True),
-    "cross_entropy": Difficulty("cross_entropy", cross_entropy, higher_is_easier=False),
-    "execution": Difficulty("execution", execution, higher_is_easier=True),
-    "exact_match": Difficulty("exact_match", exact_match, higher_is_easier=True),
-    "chrf": Difficulty("chrf", chrf, higher_is_easier=True, package="sacrebleu"),
-    "bleu": Difficulty("bleu", bleu, higher_is_easier=True, package="sacrebleu"),
-}
+_BUILT_IN = (
+    Difficulty("rouge_l", rouge_l, higher_is_easier=True),
+    Difficulty("cross_entropy", cross_entropy, higher_is_easier=False),
+    Difficulty("execution", execution, higher_is_easier=True),
+    Difficulty("exact_match", exact_match, higher_is_easier=True),
+    Difficulty("chrf", chrf, higher_is_easier=True, package="sacrebleu"),
+    Difficulty("bleu", bleu, higher_is_easier=True, package="sacrebleu"),
+)
+DIFFICULTIES = Registry("difficulty signal", {signal.name: signal for signal in _BUILT_IN})
 
 
 def difficulty_names() -> list[str]:
-    """Names that `signals=` takes."""
-    return sorted(_REGISTRY)
+    """Names that `signals=` takes, in alphabetical order."""
+    return DIFFICULTIES.names()
 
 
 def get_difficulty(name: str) -> Difficulty:
@@ -195,17 +197,17 @@ def get_difficulty(name: str) -> Difficulty:
     stands for: its column is called like the function, and its attribute `higher_is_easier` says its direction.
 
     Raises:
-        UserError with the list of names for an unknown one, for a package that is missing, or saying what is wrong with
-        a function of one's own: no such file, module or function, an error in its code, no direction.
+        UserError: for an unknown name, with the list of names; for a package that is missing; for what is wrong with a
+            function of one's own: no such file, module or function, an error in its code, no direction.
     """
-    if name not in _REGISTRY and ":" in name:
+    if name not in DIFFICULTIES and ":" in name:
         return _imported(name)
-    if name not in _REGISTRY:
-        raise UserError(unknown_name("difficulty signal", name, _REGISTRY))
-    package = _REGISTRY[name].package
-    if package is not None and importlib.util.find_spec(package) is None:
-        raise UserError(f"difficulty signal {name!r} needs the {package} package: pip install 'srd-fast[metrics]'")
-    return _REGISTRY[name]
+    signal = DIFFICULTIES.get(name)
+    if signal.package is not None and importlib.util.find_spec(signal.package) is None:
+        raise UserError(
+            f"difficulty signal {name!r} needs the {signal.package} package: pip install 'srd-fast[metrics]'"
+        )
+    return signal
 
 
 def _imported(name: str) -> Difficulty:
@@ -219,7 +221,7 @@ def _imported(name: str) -> Difficulty:
     function = getattr(module, attribute)
     if not callable(function):
         raise UserError(f"difficulty signal {name!r} is not a function but of type {type(function).__name__}")
-    if attribute in _REGISTRY or attribute in RESERVED:
+    if attribute in DIFFICULTIES or attribute in RESERVED:
         raise UserError(f"difficulty signal {name!r}: the name {attribute!r} is taken; rename the function")
     direction = getattr(function, "higher_is_easier", None)
     if not isinstance(direction, bool):
@@ -277,7 +279,15 @@ def register_difficulty(
     higher_is_easier: bool,
     replace: bool = False,
 ) -> None:
-    """Add a signal: `function(reflected)` returns one number a sample, in order; non-finite marks it as unscored.
+    """Add a difficulty signal under `name`, usable at once in `reflect(signals=[...])` and as a column for `curate`.
+
+    Args:
+        name: a new name; an existing one only with `replace=True`.
+        function: `function(reflected)` -> one number a sample, in order; a non-finite one marks it as unscored.
+        higher_is_easier: whether a high value means an easy sample.
+
+    Raises:
+        UserError: for a name that is taken, or is no text.
 
     Example:
         >>> register_difficulty("brevity", lambda r: [-len(g) for g in r.generations],
@@ -285,6 +295,6 @@ def register_difficulty(
         >>> get_difficulty("brevity").higher_is_easier
         True
     """
-    if name in _REGISTRY and not replace:
-        raise UserError(f"difficulty signal {name!r} exists already; pass replace=True or take another name")
-    _REGISTRY[name] = Difficulty(name, function, higher_is_easier)
+    if name in RESERVED:
+        raise UserError(f"difficulty signal {name!r}: `reflect` has another column of that name; take another name")
+    DIFFICULTIES.register(name, Difficulty(name, function, higher_is_easier), replace=replace)

@@ -22,7 +22,7 @@ from typing import IO, Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import UserError
+from ..errors import EngineDiedError, UserError
 from ..models import resolve_model
 from .engines import Sampling, end_ids, until_end
 
@@ -35,10 +35,6 @@ _LAST_LINES = 6
 def is_installed() -> bool:
     """Whether there is a package `vllm` to import."""
     return importlib.util.find_spec("vllm") is not None
-
-
-class EngineDiedError(UserError):
-    """The engine's process ended in the middle of its work."""
 
 
 class VLLMEngine:

@@ -174,7 +174,7 @@ def execute(
     except Exception as e:
         if is_out_of_memory(e):
             raise UserError(
-                f"out of memory: {first_line(e)}; what is finished is kept. srd-fast plan CONFIG --limit SIZE says "
+                f"out of memory: {first_line(e)}; what is finished is kept. srd-fast memory CONFIG --limit SIZE says "
                 "which batch, accumulation and memory_budget fit"
             ) from e
         trouble = disk_trouble(e, folder)

@@ -8,6 +8,7 @@ loss needs no V-wide teacher row; its mean is the forward KL over all classes.
 from .batches import BatchSelection, SelectedPositions, batch_generator
 from .positions import (
     ALL,
+    POSITION_POLICIES,
     QUEUE,
     SIGNALS,
     Candidates,
@@ -21,17 +22,19 @@ from .positions import (
     counts_of_samples,
     items_of,
     make_position_policy,
-    position_policies,
+    position_policy_names,
     register_position_policy,
     rows_of_samples,
     share_of,
 )
-from .samples import check_sample_policy, sample_means, sample_policies, select_samples
+from .samples import SAMPLE_POLICIES, register_sample_policy, sample_means, sample_policy_names, select_samples
 from .signals import Signals, sample_classes, take_rows
 
 __all__ = [
     "ALL",
+    "POSITION_POLICIES",
     "QUEUE",
+    "SAMPLE_POLICIES",
     "SIGNALS",
     "BatchSelection",
     "Candidates",
@@ -45,16 +48,16 @@ __all__ = [
     "TopPositions",
     "batch_generator",
     "check_rows_have_signal",
-    "check_sample_policy",
     "counts_of_samples",
     "items_of",
     "make_position_policy",
-    "position_policies",
+    "position_policy_names",
     "register_position_policy",
+    "register_sample_policy",
     "rows_of_samples",
     "sample_classes",
     "sample_means",
-    "sample_policies",
+    "sample_policy_names",
     "select_samples",
     "share_of",
     "take_rows",

@@ -20,7 +20,9 @@ from torch import Tensor
 
 from ..data import IGNORE_INDEX
 from ..errors import UserError
-from ..suggest import unknown_name
+from ..losses import Projected, Sampled, TopK
+from ..registry import Registry
+from ..teacher.stores import CACHE_KINDS
 
 ALL = "all"
 # Entropies that the global threshold remembers, and the least weight of a position that is drawn by its entropy.
@@ -239,39 +241,58 @@ SIGNALS = (
     "forward_kl",
     "reverse_kl",
 )
-_POSITIONS: dict[str, Callable[..., PositionPolicy]] = {
-    **{f"topk_{signal}": (lambda ratio, signal=signal, **_: TopPositions(ratio, signal)) for signal in SIGNALS},
-    "global_threshold": lambda ratio, **_: ThresholdPositions(ratio),
-    "curriculum": lambda ratio, steps=4000, **_: CurriculumPositions(ratio, steps),
-    "stochastic": lambda ratio, **_: DrawnPositions(ratio),
-}
+# Which of them the rows of a teacher cache do not give.
+_UNKNOWN_TO = {"teacher_entropy": (TopK,), "reverse_kl": (Sampled, Projected)}
+_OF_SIGNALS = {f"topk_{signal}": signal for signal in SIGNALS}
+POSITION_POLICIES: Registry[Callable[..., PositionPolicy]] = Registry(
+    "position_selection",
+    {
+        **{
+            name: (lambda ratio, signal=signal, **_: TopPositions(ratio, signal))
+            for name, signal in _OF_SIGNALS.items()
+        },
+        "global_threshold": lambda ratio, **_: ThresholdPositions(ratio),
+        "curriculum": lambda ratio, steps=4000, **_: CurriculumPositions(ratio, steps),
+        "stochastic": lambda ratio, **_: DrawnPositions(ratio),
+    },
+    reserved=[ALL],
+)
 
 
-def position_policies() -> list[str]:
-    """Names that `position_selection` takes."""
-    return [ALL, *_POSITIONS]
+def position_policy_names() -> list[str]:
+    """Names that `position_selection=` takes, in alphabetical order."""
+    return POSITION_POLICIES.names()
 
 
 def register_position_policy(name: str, factory: Callable[..., PositionPolicy], *, replace: bool = False) -> None:
-    """Add a policy: `factory(ratio, steps=...)` makes one."""
-    if (name in _POSITIONS or name == ALL) and not replace:
-        raise UserError(f"position policy {name!r} exists already; pass replace=True or take another name")
-    _POSITIONS[name] = factory
+    """Add a policy under `name`, usable at once as `SRDConfig(position_selection=name)`.
+
+    Args:
+        name: a new name; an existing one only with `replace=True`.
+        factory: `factory(ratio, steps=...)` -> a `PositionPolicy`, from the config's position_ratio and position_steps.
+
+    Raises:
+        UserError: for a name that is taken, or is no text.
+    """
+    POSITION_POLICIES.register(name, factory, replace=replace)
 
 
 def check_rows_have_signal(policy: str, kind: str) -> None:
-    """UserError for a policy whose signal the rows of this kind of teacher cache do not give."""
-    kinds = {"topk_teacher_entropy": ("hidden", "sampled", "projected"), "topk_reverse_kl": ("hidden", "topk")}
-    if kind not in kinds.get(policy, (kind,)):
-        raise UserError(
-            f"position_selection {policy!r} needs a teacher_cache_kind of {', '.join(kinds[policy])}, not {kind!r}"
-        )
+    """Refuse a policy whose signal the rows of this kind of teacher cache do not give.
+
+    Raises:
+        UserError: with the kinds whose rows give it.
+    """
+    lacking = _UNKNOWN_TO.get(_OF_SIGNALS.get(policy, ""), ())
+    if CACHE_KINDS.get(kind).rows in lacking:
+        fit = [name for name in CACHE_KINDS.names() if CACHE_KINDS.get(name).rows not in lacking]
+        raise UserError(f"position_selection {policy!r} needs a teacher_cache_kind of {', '.join(fit)}, not {kind!r}")
 
 
 def make_position_policy(name: str, ratio: float, steps: int = 4000) -> PositionPolicy | None:
-    """The policy of a name; None for "all". Raises UserError with the list of names for an unknown one."""
-    if name == ALL:
-        return None
-    if name not in _POSITIONS:
-        raise UserError(unknown_name("position_selection", name, position_policies()))
-    return _POSITIONS[name](ratio, steps=steps)
+    """The policy of a name; None for "all".
+
+    Raises:
+        UserError: for an unknown name, with the list of names.
+    """
+    return None if name == ALL else POSITION_POLICIES.get(name)(ratio, steps=steps)

@@ -1,6 +1,8 @@
-"""Which samples are trained on: those with the highest mean of a signal under the starting student."""
+"""Which samples are trained on: those with the highest value under the starting student."""
 
 import math
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,22 +14,12 @@ from ..data import DistillationCollator, batches_by_length, pad_id
 from ..errors import UserError
 from ..losses import token_values
 from ..models import find_head, hidden_states
-from ..suggest import unknown_name
+from ..registry import Registry
 from ..teacher import labels_with_loss, rows_with_loss
 from .positions import ALL, rows_of_samples, share_of
 
-_SAMPLES = ("topk_student_entropy", "topk_student_cross_entropy")
-
-
-def sample_policies() -> list[str]:
-    """Names that `sample_selection` takes."""
-    return [ALL, *_SAMPLES]
-
-
-def check_sample_policy(name: str) -> None:
-    """UserError with the list of names for an unknown one."""
-    if name not in sample_policies():
-        raise UserError(unknown_name("sample_selection", name, sample_policies()))
+# (student, samples, tokenizer) -> a value of each sample.
+SamplePolicy = Callable[[nn.Module, Dataset, Any], Sequence[float]]
 
 
 @torch.no_grad()
@@ -53,17 +45,49 @@ def sample_means(
     return found
 
 
+SAMPLE_POLICIES: Registry[SamplePolicy] = Registry(
+    "sample_selection",
+    {f"topk_{name}": partial(sample_means, signal=name) for name in ("student_entropy", "student_cross_entropy")},
+    reserved=[ALL],
+)
+
+
+def sample_policy_names() -> list[str]:
+    """Names that `sample_selection=` takes, in alphabetical order."""
+    return SAMPLE_POLICIES.names()
+
+
+def register_sample_policy(name: str, values: SamplePolicy, *, replace: bool = False) -> None:
+    """Add a policy under `name`, usable at once as `SRDConfig(sample_selection=name)`.
+
+    Args:
+        name: a new name; an existing one only with `replace=True`.
+        values: `values(student, samples, tokenizer)` -> one number a sample, in order. Of each stage's samples those
+            with the highest stay, as many as sample_ratio says; NaN is the lowest. `student` is the starting one;
+            `samples` has the columns sample_id, input_ids and labels.
+
+    Raises:
+        UserError: for a name that is taken, or is no text.
+    """
+    SAMPLE_POLICIES.register(name, values, replace=replace)
+
+
 def select_samples(
     plan: CurriculumPlan, samples: Dataset, student: nn.Module, tokenizer: Any, policy: str, ratio: float
 ) -> CurriculumPlan:
-    """The plan with ceil(ratio n) samples of each subset: those with the highest mean signal under `student`.
+    """The plan with ceil(ratio n) samples of each subset: those that a policy values highest.
 
     Args:
-        policy: from `sample_policies()`; "all" gives the plan back.
+        student: the starting student.
+        policy: from `sample_policy_names()`; "all" gives the plan back.
+        ratio: in (0, 1].
+
+    Raises:
+        UserError: for an unknown policy, and for a plan or a policy that does not go with the samples.
     """
-    check_sample_policy(policy)
     if policy == ALL:
         return plan
+    values_of = SAMPLE_POLICIES.get(policy)
     kept = set(plan.kept)
     if missing := sorted(kept.difference(samples["sample_id"])):
         raise UserError(
@@ -71,14 +95,16 @@ def select_samples(
             "again with this data"
         )
     some = samples.select([i for i, sample_id in enumerate(samples["sample_id"]) if sample_id in kept])
-    signal = policy.removeprefix("topk_")
-    value = dict(zip(some["sample_id"], sample_means(student, some, tokenizer, signal)))
+    values = [float(v) for v in values_of(student, some, tokenizer)]
+    if len(values) != len(some):
+        raise UserError(f"sample_selection {policy!r} gave {len(values)} values for {len(some)} samples")
+    value = dict(zip(some["sample_id"], values))
     subsets, dropped = [], list(plan.dropped)
     for subset in plan.subsets:
         count = int(share_of(torch.tensor(len(subset)), ratio))
         ranked = sorted(subset, key=lambda i: (-value[i] if value[i] == value[i] else math.inf, i))
         chosen = set(ranked[:count])
         subsets.append([i for i in subset if i in chosen])
-        words = f"{signal.replace('_', ' ')} %.3f, beyond the {count} highest of its subset"
+        words = f"{policy.removeprefix('topk_').replace('_', ' ')} %.3f, beyond the {count} highest of its subset"
         dropped += [{"sample_id": i, "reason": words % value[i]} for i in ranked[count:]]
     return plan.with_subsets(subsets, dropped)

@@ -1,11 +1,10 @@
 """Where teacher rows come from: a model that runs beside the student, or a cache of one that was run once."""
 
+from ..errors import DamagedFileError, StaleCacheError
 from .build import build_teacher_cache, open_teacher_cache
 from .cache import TeacherCache
 from .collator import StepCollator
-from .index import StaleCacheError
 from .live import LiveTeacher
-from .shards import DamagedFileError
 from .source import (
     HiddenRows,
     TeacherRows,
@@ -14,21 +13,25 @@ from .source import (
     labels_with_loss,
     rows_with_loss,
 )
-from .stores import make_store
+from .stores import CACHE_KINDS, Store, cache_kind_names, make_store, register_cache_kind
 
 __all__ = [
+    "CACHE_KINDS",
     "DamagedFileError",
     "HiddenRows",
     "LiveTeacher",
     "StaleCacheError",
     "StepCollator",
+    "Store",
     "TeacherCache",
     "TeacherRows",
     "TeacherSource",
     "build_teacher_cache",
+    "cache_kind_names",
     "distillation_loss_of_rows",
     "labels_with_loss",
     "make_store",
     "open_teacher_cache",
+    "register_cache_kind",
     "rows_with_loss",
 ]

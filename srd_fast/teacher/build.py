@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..data import IGNORE_INDEX, DistillationCollator, first_label
-from ..errors import UserError
+from ..errors import DamagedFileError, UserError
 from ..files import temporary_path
 from ..losses import Head
 from ..models import (
@@ -51,7 +51,7 @@ from .index import (
 )
 from .live import LiveTeacher
 from .source import rows_with_loss
-from .stores import Store, check_kind, make_store
+from .stores import CACHE_KINDS, Store, keeps_head, make_store
 
 logger = logging.getLogger(__name__)
 
@@ -133,8 +133,9 @@ def build_teacher_cache(
         teacher: a causal language model. It is moved to `device`, and its dtype is that of the hidden states.
         samples: tokenised samples with input_ids and labels (-100 where there is no loss), such as a prepared data set.
         folder: where the cache is, or will be.
-        kind: "hidden" keeps hidden states. The compact kinds "topk", "sampled" and "projected" need `store`.
-        store: for a compact kind, the store from `srd_fast.teacher.make_store`.
+        kind: what a row keeps, a name from `srd_fast.cache_kind_names()`: "hidden" (hidden states), "topk" (the
+            likeliest classes), "sampled" (drawn classes), "projected" (the student's head, averaged) or one of your own.
+        store: the kind's, from `srd_fast.teacher.make_store`. Default: the one with the kind's default options.
         template: the prompt template of the samples. It is written down, and a cache of another template is refused.
         source: a fingerprint of where the teacher was loaded from (`srd_fast.models.fingerprint`). With it the cache
             can later be checked without the teacher's weights.
@@ -152,10 +153,10 @@ def build_teacher_cache(
             dtype, template or kind, or the disk has too little room.
     """
     folder = Path(folder)
-    check_kind(kind)
-    store = store or make_store(kind, 2)
+    CACHE_KINDS.check(kind)
     live = LiveTeacher(teacher, device, freeze=False)
     teacher, head = live.model, live.head
+    store = store or make_store(kind, live.num_classes)
     batch_tokens = batch_tokens or (4096 if live.device.type == "cuda" else 1024)
     meta = describe(teacher, store, kind, template, source)
     requests = _requests(samples)
@@ -165,7 +166,7 @@ def build_teacher_cache(
     per_row = store.bytes_per_row(head, next(teacher.parameters()).dtype)
     groups = _groups(missing, per_row, shard_bytes, meta)
     _check_disk(folder, [g for name, g in groups.items() if not (folder / name).exists()], per_row, head, kind)
-    if kind == "hidden":
+    if keeps_head(kind):
         shards.write_once(folder / HEAD, head.tensors, wait=True)
     maker = _Maker(teacher, head, store, batch_tokens)
     with tqdm(total=sum(r.num_rows for r in missing), unit="row", desc="teacher", disable=not progress) as bar:
@@ -178,7 +179,7 @@ def build_teacher_cache(
         for name, group in waiting:
             shards.write_once(folder / name, lambda g=group: maker.make(g), wait=True)  # type: ignore[misc]
             bar.update(sum(r.num_rows for r in group))
-    _add_to_index(folder, [*groups, *([HEAD] if kind == "hidden" else [])])
+    _add_to_index(folder, [*groups, *([HEAD] if keeps_head(kind) else [])])
     _drop_unfinished(folder)
     return TeacherCache(folder, store, verify=False)
 
@@ -267,7 +268,7 @@ def _begin(folder: Path, meta: dict[str, Any]) -> dict[str, str]:
         try:
             compare_meta(folder, read_meta(folder, index), meta)
             return index
-        except shards.DamagedFileError as e:
+        except DamagedFileError as e:
             if index.get(META) != digest(content):
                 raise
             _say_again(e)
@@ -281,7 +282,7 @@ def _usable_index(folder: Path) -> dict[str, str]:
     """The index; if it is damaged, an empty one, and the files then tell what they hold."""
     try:
         return read_index(folder)
-    except shards.DamagedFileError as e:
+    except DamagedFileError as e:
         _say_again(e)
         (folder / INDEX).unlink(missing_ok=True)
         return {}
@@ -323,7 +324,7 @@ def _missing(folder: Path, index: Mapping[str, str], requests: Sequence[_Request
 def _check_disk(folder: Path, groups: Sequence[Sequence[_Request]], per_row: int, head: Head, kind: str) -> None:
     rows, samples = sum(r.num_rows for g in groups for r in g), sum(map(len, groups))
     needed = rows * per_row + samples * (KEY_BYTES + 8) + len(groups) * 1024
-    if kind == "hidden" and not (folder / HEAD).exists():
+    if keeps_head(kind) and not (folder / HEAD).exists():
         needed += sum(x.numel() * x.element_size() for x in head.tensors().values())
     free = shutil.disk_usage(folder).free
     if rows:
@@ -366,8 +367,8 @@ def open_teacher_cache(
         teacher: a model; or a folder or hub id, which is loaded in `dtype` only if the cache has to be filled; or None
             to read what is there.
         samples: tokenised samples that the cache must hold, with input_ids and labels (-100 where there is no loss).
-        kind: what a row keeps: "hidden" (hidden states), "topk" (the likeliest classes), "sampled" (drawn classes) or
-            "projected" (the student's head, averaged).
+        kind: what a row keeps, a name from `srd_fast.cache_kind_names()`: "hidden" (hidden states), "topk" (the
+            likeliest classes), "sampled" (drawn classes), "projected" (the student's head, averaged) or one of your own.
         k: classes, or draws, that a row of "topk" or "sampled" keeps; at least 1 and below the number of classes.
         temperatures: for which a compact kind holds rows, each above 0. Evaluation needs 1.
         student: the model that will be trained. "projected" needs it, and its head must not change.
@@ -390,7 +391,7 @@ def open_teacher_cache(
     try:
         index = read_index(folder)
         meta = read_meta(folder, index) if index else {}
-    except shards.DamagedFileError:
+    except DamagedFileError:
         if not repair:
             raise
         index = {}
@@ -411,7 +412,7 @@ def open_teacher_cache(
         compare_meta(folder, meta, {"options": store.options})
         try:
             cache = TeacherCache(folder, store)
-        except shards.DamagedFileError:
+        except DamagedFileError:
             if not repair:
                 raise
         else:

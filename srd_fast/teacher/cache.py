@@ -17,7 +17,7 @@ from ..losses import Head
 from . import shards
 from .index import HEAD, OF_SAMPLES, contents, read_index, read_meta, sample_key, verify_files
 from .source import TeacherRows
-from .stores import HiddenStore, Store, check_kind
+from .stores import CACHE_KINDS, HiddenStore, Store
 
 
 class ComingRows:
@@ -42,7 +42,7 @@ class TeacherCache:
 
     Args:
         folder: what `build_teacher_cache` filled.
-        store: for compact kinds, the store it was filled with. "hidden" needs none.
+        store: the store it was filled with. "hidden" needs none.
         verify: first compare the checksum of every file, which takes about a second for each GB and core.
 
     Raises:
@@ -61,7 +61,7 @@ class TeacherCache:
                 raise error
         self.meta = read_meta(self.folder, index)
         if store is None:
-            check_kind(self.meta["kind"])
+            CACHE_KINDS.check(self.meta["kind"])
             if self.meta["kind"] != "hidden":
                 raise UserError(f"teacher_cache of kind {self.meta['kind']!r} needs its store")
             store = HiddenStore()

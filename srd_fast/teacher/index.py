@@ -20,7 +20,7 @@ import numpy as np
 from safetensors import safe_open
 
 from ..data import IGNORE_INDEX
-from ..errors import UserError
+from ..errors import DamagedFileError, StaleCacheError, UserError
 from ..files import temporary_path
 from . import shards
 
@@ -60,16 +60,6 @@ def compare_meta(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, An
             raise StaleCacheError(folder, what, found.get(field), wanted[field])
 
 
-class StaleCacheError(UserError):
-    """The cache was made with another teacher, dtype, template or kind."""
-
-    def __init__(self, folder: Path, what: str, found: Any, wanted: Any) -> None:
-        super().__init__(
-            f"teacher_cache {str(folder)!r} was made with another {what}: {found!r} there, {wanted!r} here; "
-            "delete the folder, or name another one"
-        )
-
-
 def json_text(content: Any) -> str:
     return json.dumps(content, indent=1, sort_keys=True)
 
@@ -78,16 +68,16 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
-        raise shards.DamagedFileError(path, f"cannot be read: {e}") from e
+        raise DamagedFileError(path, f"cannot be read: {e}") from e
     if not isinstance(content, dict):
-        raise shards.DamagedFileError(path, "it holds no object")
+        raise DamagedFileError(path, "it holds no object")
     return content
 
 
 def read_meta(folder: Path, index: Mapping[str, str]) -> dict[str, Any]:
     """Return what meta.json says, after comparing its digest with the index."""
     if META in index and meta_digest(folder) != index[META]:
-        raise shards.DamagedFileError(folder / META, "its checksum is not the one in the index")
+        raise DamagedFileError(folder / META, "its checksum is not the one in the index")
     return read_json(folder / META)
 
 
@@ -99,7 +89,7 @@ def read_index(folder: Path) -> dict[str, str]:
     content = read_json(path)
     files, own = content.get("files"), content.get("digest")
     if not isinstance(files, dict) or own != _index_digest(files):
-        raise shards.DamagedFileError(path, "its checksum is not that of its entries")
+        raise DamagedFileError(path, "its checksum is not that of its entries")
     return files
 
 
@@ -115,7 +105,7 @@ def meta_digest(folder: Path) -> str:
     try:
         return digest((folder / META).read_bytes())
     except OSError as e:
-        raise shards.DamagedFileError(folder / META, f"cannot be read: {e}") from e
+        raise DamagedFileError(folder / META, f"cannot be read: {e}") from e
 
 
 def write_index(folder: Path, change: Callable[[dict[str, str]], dict[str, str]]) -> None:
@@ -143,10 +133,10 @@ def verify_files(folder: Path, files: Mapping[str, str | None]) -> list[tuple[st
         path, told = folder / name, files[name]
         try:
             found = meta_digest(folder) if name == META else shards.checked_digest(path)
-        except shards.DamagedFileError as e:
+        except DamagedFileError as e:
             return e
         if told is not None and told != found:
-            return shards.DamagedFileError(path, f"its checksum is {found}, not {told} as the index says")
+            return DamagedFileError(path, f"its checksum is {found}, not {told} as the index says")
         return None
 
     with ThreadPoolExecutor() as pool:

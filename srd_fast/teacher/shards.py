@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import DamagedFileError
 from ..files import lock, temporary_path
 
 _DIGEST = "blake2b"
@@ -120,14 +120,6 @@ def checked_digest(path: Path) -> str:
     if told != found:
         raise DamagedFileError(path, f"its checksum is {found}, not {told} as when it was written")
     return found
-
-
-class DamagedFileError(UserError):
-    """A file of a teacher cache does not hold what was written to it."""
-
-    def __init__(self, path: Path, reason: str) -> None:
-        super().__init__(f"teacher cache: {path} is damaged: {reason}")
-        self.path = path
 
 
 class Column(NamedTuple):

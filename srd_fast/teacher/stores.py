@@ -12,7 +12,7 @@ Sampled classes as a substitute for a distribution: sparse logit sampling (arXiv
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..losses import Head, Projected, Sampled, TopK, products_dtype
 from ..models import find_head
-from ..suggest import unknown_name
+from ..registry import Registry
 from .shards import payload_digest
 from .source import HiddenRows, TeacherRows
 
@@ -237,13 +237,74 @@ class ProjectedStore:
         return Projected(stored["projection"][:, i], stored["entropy"][:, i], stored["bias"][:, i])
 
 
-STORES = ("hidden", "topk", "sampled", "projected")
+@dataclass(frozen=True)
+class CacheKind:
+    """A registered kind: what makes its store, and what that decodes to."""
+
+    make: Callable[..., Store]
+    rows: type[TeacherRows]
 
 
-def check_kind(kind: str) -> None:
-    """UserError for a kind that there is not."""
-    if kind not in STORES:
-        raise UserError(unknown_name("teacher cache kind", kind, STORES))
+def _few_classes(store: type[TopKStore] | type[SampledStore]) -> Callable[..., Store]:
+    def make(classes: int, *, k: int, temperatures: tuple[float, ...], **_: Any) -> Store:
+        if not 1 <= k < classes:
+            raise UserError(f"teacher cache: k must be from 1 to {classes - 1}, got {k}")
+        return store(k, temperatures, classes)
+
+    return make
+
+
+def _projected(classes: int, *, temperatures: tuple[float, ...], student: nn.Module | None, **_: Any) -> Store:
+    if student is None:
+        raise UserError('teacher cache kind "projected" needs the student, whose head must not change')
+    head = find_head(student, "student")
+    return ProjectedStore(head, payload_digest(head.tensors()), temperatures)
+
+
+CACHE_KINDS = Registry(
+    "teacher cache kind",
+    {
+        "hidden": CacheKind(lambda classes, **_: HiddenStore(), HiddenRows),
+        "topk": CacheKind(_few_classes(TopKStore), TopK),
+        "sampled": CacheKind(_few_classes(SampledStore), Sampled),
+        "projected": CacheKind(_projected, Projected),
+    },
+)
+
+
+def cache_kind_names() -> list[str]:
+    """Names that `teacher_cache_kind=` takes, in alphabetical order."""
+    return CACHE_KINDS.names()
+
+
+def register_cache_kind(
+    name: str,
+    make: Callable[..., Store],
+    *,
+    rows: type[TeacherRows] = HiddenRows,
+    replace: bool = False,
+) -> None:
+    """Add a kind of teacher cache under `name`, usable at once as `SRDConfig(teacher_cache_kind=name)`.
+
+    Args:
+        name: a new name; an existing one only with `replace=True`.
+        make: `make(classes, k=..., temperatures=..., student=...)` -> its `Store`; see `make_store` for the four.
+        rows: what the store's `decode` gives. With HiddenRows the cache keeps the teacher's head and hands it to
+            `decode`; Sampled and Projected give forward_kl alone.
+
+    Raises:
+        UserError: for a name that is taken, or is no text.
+    """
+    CACHE_KINDS.register(name, CacheKind(make, rows), replace=replace)
+
+
+def keeps_head(kind: str) -> bool:
+    """Whether a cache of this kind holds the teacher's head, and so all that the teacher says of a row.
+
+    Raises:
+        UserError: for an unknown kind, with the list of kinds.
+    """
+    return CACHE_KINDS.get(kind).rows is HiddenRows
 
 
 def make_store(
@@ -253,16 +314,20 @@ def make_store(
     temperatures: Sequence[float] = (1.0,),
     student: nn.Module | None = None,
 ) -> Store:
-    """The store of a kind: "hidden", "topk", "sampled" or "projected".
+    """The store of a kind.
 
     Args:
+        kind: from `cache_kind_names()`.
         classes: V that teacher and student have in common.
         k: classes, or draws, that a compact store keeps of a row.
         temperatures: that a compact store holds rows for. Evaluation needs 1.
         student: for "projected", the model whose head does not change.
+
+    Raises:
+        UserError: for an unknown kind, with the list of kinds, and for what the kind cannot do.
     """
-    check_kind(kind)
-    if kind != "hidden" and student is not None:
+    found = CACHE_KINDS.get(kind)
+    if not keeps_head(kind) and student is not None:
         weight = find_head(student, "student").weight
         if weight is not None and weight.shape[0] > classes:
             raise UserError(
@@ -270,14 +335,4 @@ def make_store(
                 'a compact kind needs a teacher with all of the student\'s classes, use "hidden"'
             )
     ordered = tuple(sorted({float(t) for t in temperatures}))
-    if kind == "hidden":
-        return HiddenStore()
-    if kind == "projected":
-        if student is None:
-            raise UserError('teacher cache kind "projected" needs the student, whose head must not change')
-        head = find_head(student, "student")
-        assert head.weight is not None
-        return ProjectedStore(head, payload_digest(head.tensors()), ordered)
-    if not 1 <= k < classes:
-        raise UserError(f"teacher cache: k must be from 1 to {classes - 1}, got {k}")
-    return (TopKStore if kind == "topk" else SampledStore)(k, ordered, classes)
+    return found.make(classes, k=k, temperatures=ordered, student=student)

@@ -7,11 +7,11 @@ import torch
 from transformers import TrainingArguments
 
 from ..errors import UserError
-from ..losses import get_divergence
+from ..losses import Projected, Sampled, get_divergence
 from ..losses.options import RANGE
-from ..selection import check_rows_have_signal, check_sample_policy, make_position_policy
+from ..selection import SAMPLE_POLICIES, check_rows_have_signal, make_position_policy
 from ..suggest import unknown_name
-from ..teacher.stores import check_kind
+from ..teacher.stores import CACHE_KINDS, keeps_head
 
 # SE-KD (arXiv 2602.01395): KL at temperature 1 on the fifth of each response that the student is least sure of.
 _SE_KD: dict[str, Any] = {
@@ -62,8 +62,7 @@ def check_cache_kind(kind: str, divergence: str, names: tuple[str, str] = ("teac
     Raises:
         UserError: the kind is unknown, or cannot give the divergence.
     """
-    check_kind(kind)
-    if kind in ("sampled", "projected") and divergence != "forward_kl":
+    if CACHE_KINDS.get(kind).rows in (Sampled, Projected) and divergence != "forward_kl":
         raise UserError(
             f"{names[0]} {kind!r} gives forward_kl alone, and {names[1]} is {divergence!r}; use hidden or topk"
         )
@@ -132,7 +131,7 @@ class SRDConfig(TrainingArguments):
         0, "Tokens of a micro-batch, padding included, into which each step's samples are divided; 0: as they come."
     )
     teacher_cache: str | None = _described(None, "Folder of the teacher's rows; filled first where it lacks any.")
-    teacher_cache_kind: str = _described("hidden", "What the cache holds: hidden, topk, sampled or projected.")
+    teacher_cache_kind: str = _described("hidden", "What the cache holds of a row; see cache_kind_names().")
     teacher_cache_k: int = _described(64, "Classes, or draws, a row of a compact cache.")
     teacher_offload: bool = _described(False, "Keep a live teacher's body in the host's memory between steps.")
     padding_free: Any = _described(
@@ -140,11 +139,11 @@ class SRDConfig(TrainingArguments):
     )
     length_buckets: int = _described(0, "Batches whose samples are sorted by length together; 0: as shuffled.")
 
-    position_selection: str = _described("all", "Which tokens of a response have loss; see position_policies().")
+    position_selection: str = _described("all", "Which tokens of a response have loss; see position_policy_names().")
     position_ratio: float = _described(0.2, "Share of each response's tokens that a position policy chooses.")
     position_steps: int = _described(4000, "Steps over which position_selection 'curriculum' goes to the hardest.")
     class_sampling: int = _described(0, "Classes to draw from the teacher for each token (forward KL); 0: all of them.")
-    sample_selection: str = _described("all", "Which samples are trained on; see sample_policies().")
+    sample_selection: str = _described("all", "Which samples are trained on; see sample_policy_names().")
     sample_ratio: float = _described(0.2, "Share of each stage's samples that a sample policy chooses.")
 
     def __post_init__(self) -> None:
@@ -169,14 +168,14 @@ class SRDConfig(TrainingArguments):
         self._check_numbers("position_steps", least=1)
         self._check_numbers("class_sampling", least=0)
         make_position_policy(self.position_selection, self.position_ratio, self.position_steps)
-        check_sample_policy(self.sample_selection)
+        SAMPLE_POLICIES.check(self.sample_selection)
         if self.class_sampling:
             if self.divergence != "forward_kl":
                 raise UserError(
                     f"class_sampling is {self.class_sampling}, which estimates forward_kl alone, and divergence is "
                     f"{self.divergence!r}; set it to 0 or the divergence to forward_kl"
                 )
-            if self.teacher_cache is not None and self.teacher_cache_kind != "hidden":
+            if self.teacher_cache is not None and not keeps_head(self.teacher_cache_kind):
                 raise UserError(
                     f"class_sampling draws from the teacher's whole distribution, and teacher_cache_kind "
                     f"{self.teacher_cache_kind!r} does not hold it; use hidden, or teacher_cache_kind='sampled' alone"

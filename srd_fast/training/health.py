@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import NotFiniteError
 
 logger = logging.getLogger(__name__)
 
@@ -102,10 +102,6 @@ def skips_on_the_device(optimizer: Any) -> bool:
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False)) and all(
         group.get("fused") for group in optimizer.param_groups
     )
-
-
-class NotFiniteError(UserError):
-    """The loss or its gradient is NaN or infinite. The optimizer did not make that step."""
 
 
 def not_finite(what: str, step: int, place: str, sample_ids: Sequence[str], checkpoint: str | None) -> NotFiniteError:

@@ -15,13 +15,14 @@ from ...files import remove
 from ...models import load_model
 from ...teacher import StaleCacheError, TeacherCache, open_teacher_cache
 from ...training.config import SRDConfig, check_cache_kind
+from ..config import RunConfig
 from .run import LIVE, Run
 from .settings import training_config
 
 logger = logging.getLogger(__name__)
 
 
-def check_cache(config: Any, args: SRDConfig) -> None:
+def check_cache(config: RunConfig, args: SRDConfig) -> None:
     """Refuse kinds of teacher cache that the rest of the config does not go with."""
     kind = config.cache.kind
     if kind != LIVE:
@@ -30,7 +31,7 @@ def check_cache(config: Any, args: SRDConfig) -> None:
         raise UserError("config: cache.kind 'projected' needs a student whose head is frozen: set lora, or use hidden")
 
 
-def cache_inputs(config: Any) -> Any:
+def cache_inputs(config: RunConfig) -> Any:
     """What the cache depends on, besides the plan."""
     c = config.cache
     if c.kind in (LIVE, "hidden"):
@@ -39,7 +40,7 @@ def cache_inputs(config: Any) -> Any:
     return [c.kind, config.dtype, c.k, cache_temperatures(config, args)]
 
 
-def cache_temperatures(config: Any, args: SRDConfig) -> list[float]:
+def cache_temperatures(config: RunConfig, args: SRDConfig) -> list[float]:
     """What a compact cache must hold rows for: evaluation's, then that of every stage."""
     stages = config.curate.stages
     return [1.0, *per_stage("temperature", args.temperature, args.temperature_start, args.temperature_end, stages)]

@@ -10,12 +10,13 @@ from ...data.quickstart import make_quickstart_splits
 from ...errors import UserError
 from ...files import content_digest, write_text
 from ...models import fingerprint
+from ..config import RunConfig
 from .run import QUICKSTART, Run, json_text, write_parquet
 
 QUICKSTART_ROWS = 256
 
 
-def prepare_inputs(config: Any) -> Any:
+def prepare_inputs(config: RunConfig) -> Any:
     """What the prepared data depends on: the rows' source, the tokenizer's model, template and limits.
 
     Not max_bad_rows: it decides only whether the step fails, never what it writes.

@@ -1,7 +1,6 @@
 """Everything that can be told to be wrong before any work: names, settings, missing files, tokenizers."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -10,24 +9,25 @@ from ...data import Tokenisation, source_path
 from ...errors import UserError, first_line
 from ...models import check_tokenizers, load_tokenizer
 from ...reflection import get_difficulties
-from ...reflection.engines import check_engine
-from ...selection import check_sample_policy
+from ...reflection.engines import ENGINES
+from ...selection import SAMPLE_POLICIES
+from ..config import RunConfig
 from .cache import check_cache
 from .run import PRUNE, QUICKSTART
 from .selection import sample_policy
 from .settings import lora_config, training_config
 
 
-def check_inputs(config: Any) -> None:
+def check_inputs(config: RunConfig) -> None:
     """UserError for the first thing that is wrong."""
     _check_device(config.device)
     args = training_config(config, Path(config.output_dir), torch.device("cpu"), torch.float32)
     for name in ("epochs_per_stage", "temperature", "sft_weight", "stage_learning_rates"):
         per_stage(name, getattr(args, name), 0.0, 0.0, config.curate.stages)
     lora_config(config)
-    check_sample_policy(sample_policy(config)[0])
+    SAMPLE_POLICIES.check(sample_policy(config)[0])
     check_cache(config, args)
-    check_engine(config.reflect.engine)
+    ENGINES.check(config.reflect.engine)
     if config.curate.reflect_again and config.curate.method != "srd":
         raise UserError(
             f"config: curate.reflect_again ranks by reflection, but curate.method is {config.curate.method!r}"

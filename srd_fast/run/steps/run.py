@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ...data import TOKENISED_FEATURES
 from ...files import temporary_path
 from ...models import load_model, load_tokenizer
+from ..config import RunConfig
 
 QUICKSTART = "quickstart"
 PRUNE = "prune"
@@ -24,7 +25,7 @@ LIVE = "live"
 class Run:
     """A run folder under a config. `fingerprints`: of every step; `ledger`: what steps.json holds."""
 
-    config: Any
+    config: RunConfig
     folder: Path
     fingerprints: dict[str, str]
     ledger: dict[str, dict[str, Any]]

@@ -15,11 +15,12 @@ from ...reflection.signals import signal_files
 from ...selection import ALL, select_samples
 from ...training.config import SRDConfig
 from ...training.student import prune_and_warm_up
+from ..config import RunConfig
 from .cache import warm_up_cache
 from .run import PRUNE, Run, write_parquet
 
 
-def student_inputs(config: Any) -> Any:
+def student_inputs(config: RunConfig) -> Any:
     """What the starting student depends on: how it is cut and warmed up, or the model that is given."""
     if config.student == PRUNE:
         return [config.init_student.model_dump(), config.dtype, config.seed]
@@ -104,20 +105,20 @@ def reflect_with(run: Run, student: str, parts: Path, shard: str | None = None) 
     )
 
 
-def reflect_inputs(config: Any) -> Any:
+def reflect_inputs(config: RunConfig) -> Any:
     """What reflections depend on, besides the student: the settings, and the code of the user's own signals."""
     own = [content_digest(file) for file in signal_files(config.reflect.signals)]
     return [config.reflect.model_dump(), config.dtype, config.seed if config.reflect.temperature > 0 else None, own]
 
 
-def sample_policy(config: Any) -> tuple[str, float]:
+def sample_policy(config: RunConfig) -> tuple[str, float]:
     """Policy and ratio of the samples that the section `distill` asks for; the plan follows it already."""
     given = config.distill
     name = given.get("sample_selection", SRDConfig.sample_selection)
     return str(name), given.get("sample_ratio", SRDConfig.sample_ratio)
 
 
-def curate_inputs(config: Any) -> Any:
+def curate_inputs(config: RunConfig) -> Any:
     """What the plan depends on, besides the scores."""
     policy, ratio = sample_policy(config)
     samples = None if policy == ALL else [policy, ratio, config.dtype]

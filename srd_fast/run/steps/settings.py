@@ -15,10 +15,11 @@ from ...selection import ALL
 from ...suggest import unknown_name
 from ...training.config import SRDConfig
 from ...training.student import trainer_basics
+from ..config import RunConfig
 from .run import PRUNE, Run
 
 
-def training_config(config: Any, folder: Path, device: torch.device, dtype: torch.dtype) -> SRDConfig:
+def training_config(config: RunConfig, folder: Path, device: torch.device, dtype: torch.dtype) -> SRDConfig:
     """SRDConfig of a run: the run's own settings, under what `distill` gives."""
     basics = {
         **trainer_basics(device, dtype),
@@ -44,7 +45,7 @@ def training_config(config: Any, folder: Path, device: torch.device, dtype: torc
         raise UserError(f"config: distill: {' '.join(str(e).split())[:500]}") from e
 
 
-def lora_config(config: Any) -> Any:
+def lora_config(config: RunConfig) -> Any:
     """A `peft.LoraConfig` from the section `lora`, or None for full training."""
     if config.lora is None:
         return None

@@ -1,0 +1,83 @@
+"""A table of named things that users add to: divergences, engines, kinds of teacher cache and others."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Generic, TypeVar
+
+from .errors import UserError
+from .suggest import unknown_name
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """Things of one kind by name.
+
+    Args:
+        kind: what messages call such a thing: where there is one, the setting that takes its name.
+        things: those that are there from the start.
+        reserved: names that the setting takes besides, such as "auto". Their caller knows what they mean.
+
+    Example:
+        >>> colours = Registry("colour", {"red": 0xFF0000})
+        >>> colours.register("green", 0x00FF00)
+        >>> colours.get("gren")
+        Traceback (most recent call last):
+        srd_fast.errors.UserError: unknown colour 'gren'; did you mean 'green'? Known: green, red
+    """
+
+    def __init__(self, kind: str, things: Mapping[str, T], reserved: Iterable[str] = ()) -> None:
+        self.kind, self.reserved = kind, frozenset(reserved)
+        self._things = dict(things)
+
+    def __contains__(self, name: object) -> bool:
+        # A config may hold anything in a name's place, lists too.
+        return isinstance(name, str) and (name in self._things or name in self.reserved)
+
+    def names(self) -> list[str]:
+        """Every name that there is, in alphabetical order."""
+        return sorted({*self._things, *self.reserved})
+
+    def check(self, name: Any) -> None:
+        """Refuse a name that there is not.
+
+        Raises:
+            UserError: with the nearest name and all names.
+        """
+        if name not in self:
+            raise UserError(unknown_name(self.kind, name, self.names()))
+
+    def get(self, name: str) -> T:
+        """The thing of a name that is not reserved.
+
+        Raises:
+            UserError: for an unknown name, with the nearest name and all names.
+        """
+        self.check(name)
+        return self._things[name]
+
+    def register(self, name: str, thing: T, *, replace: bool = False) -> None:
+        """Add a thing.
+
+        Args:
+            name: a new name; an existing one only with `replace`, a reserved one never.
+
+        Raises:
+            UserError: for a name that is taken, or is no text.
+        """
+        if not isinstance(name, str) or not name.strip():
+            raise UserError(f"the name of a {self.kind} must be text that is not empty, got {name!r}")
+        if name in self.reserved:
+            raise UserError(f"{self.kind} {name!r} exists already; take another name")
+        if name in self._things and not replace:
+            raise UserError(f"{self.kind} {name!r} exists already; pass replace=True or take another name")
+        self._things[name] = thing
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """What is registered or replaced in the block is so until its end."""
+        before = dict(self._things)
+        try:
+            yield
+        finally:
+            self._things = before
