@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and what they hold in one number."""
+"""Files that are written completely or not at all, digests of their content, and locks."""
 
 import errno
 import hashlib
@@ -22,7 +22,7 @@ _LEAST_FREE = 1 << 20
 
 
 def content_digest(path: Path, suffixes: Container[str] | None = None) -> str | None:
-    """Content hash of a file, or of all files below a folder (with one of `suffixes`); None if there is none."""
+    """Hash of a file's content, or of all files below a folder (with one of `suffixes`); None if there are none."""
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
     files = [f for f in files if suffixes is None or f.suffix in suffixes]
     if not files:
@@ -38,19 +38,19 @@ def content_digest(path: Path, suffixes: Container[str] | None = None) -> str | 
 
 
 def temporary_path(target: Path) -> Path:
-    """A hidden name beside `target` for work in progress, to be renamed to it."""
+    """A hidden name beside `target` for a file that is being written. It is renamed to `target` when finished."""
     return target.with_name(f".{target.name}.partial")
 
 
 def write_text(target: Path, text: str) -> None:
-    """Write a text file in one step: readers see the old content or the new, never a part."""
+    """Write a text file in one step: readers see the old content or the new, never a part of it."""
     temporary = temporary_path(target)
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, target)
 
 
 def remove(path: Path) -> None:
-    """Delete a file or a folder, if it is there."""
+    """Delete a file or folder, if it exists."""
     if path.is_dir():
         shutil.rmtree(path)
     else:
@@ -58,14 +58,14 @@ def remove(path: Path) -> None:
 
 
 def replace_folder(finished: Path, target: Path) -> None:
-    """Move a finished folder to `target`, in the place of an older one."""
+    """Move a finished folder to `target`, replacing an older one."""
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(target, ignore_errors=True)
     os.replace(finished, target)
 
 
 def _holder(path: Path) -> str:
-    """What a lock file that is held says of its holder; of one that is shared, what a held one of `<lock>-*` says."""
+    """The holder named in a locked file. If the lock is shared, the holder named in a locked `<lock>-*` beside it."""
     text = path.read_text(encoding="utf-8", errors="replace").strip()
     parts = () if text else sorted(path.parent.glob(path.name + "-*"))
     return text or next((_holder(part) for part in parts if _is_held(part)), "another process")
@@ -77,7 +77,16 @@ def _is_held(path: Path) -> bool:
 
 
 def lock(descriptor: int, shared: bool = False, wait: bool = False) -> bool:
-    """Lock an open file until it is closed or its process ends; False where another has it. True without locks."""
+    """Lock an open file until it is closed or its process ends.
+
+    Args:
+        descriptor: of the open file.
+        shared: let others who also share it lock it too.
+        wait: wait until the lock is free.
+
+    Returns:
+        False if another process has the lock. True where the file system has no locks.
+    """
     if fcntl is None:
         return True
     try:
@@ -92,10 +101,19 @@ def lock(descriptor: int, shared: bool = False, wait: bool = False) -> bool:
 
 @contextmanager
 def in_use(folder: Path, what: str, name: str = ".lock", shared: bool = False) -> Iterator[None]:
-    """Hold a folder against other processes; `shared` against those that do not share. UserError names who has it.
+    """Hold a folder against other processes; with `shared`, only against those that do not share it.
 
-    The lock ends with the process, however it ends, so there are no stale ones. Where the file system has no locks,
+    The lock ends with the process, however that ends, so no lock is ever stale. Where the file system has no locks,
     nothing is held.
+
+    Args:
+        folder: the folder.
+        what: what it is called in the message.
+        name: of the lock file in the folder.
+        shared: whether other holders may share the folder.
+
+    Raises:
+        UserError: another process holds the folder. The message names it.
     """
     path = folder / name
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -107,7 +125,7 @@ def in_use(folder: Path, what: str, name: str = ".lock", shared: bool = False) -
         began = time.strftime("%Y-%m-%d %H:%M:%S")
         owner = f"process {os.getpid()} on {socket.gethostname()}, which began at {began} with {' '.join(sys.argv)}"
         os.ftruncate(descriptor, 0)
-        if not shared:  # of those who share it, the last to write may be the first to end
+        if not shared:  # with a shared lock, the last to write may be the first to end
             os.pwrite(descriptor, owner[:900].encode(errors="replace"), 0)
         yield
     finally:
@@ -115,7 +133,11 @@ def in_use(folder: Path, what: str, name: str = ".lock", shared: bool = False) -
 
 
 def disk_trouble(error: BaseException, folder: Path) -> str | None:
-    """One line on an error that comes from a full or read-only disk, whichever library raised it; None for others."""
+    """Explain an error that comes from a full or read-only disk, whichever library raised it.
+
+    Returns:
+        One line, or None for any other error.
+    """
     number = getattr(error, "errno", None)
     text = str(error)
     named = getattr(error, "filename", None)

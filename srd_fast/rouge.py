@@ -1,5 +1,7 @@
-"""ROUGE-L as `rouge-score` computes it (F-measure, Porter stemmer), bit by bit, and a way out for text that its
-tokenizer empties."""
+"""ROUGE-L as `rouge-score` computes it (F-measure, Porter stemmer), equal to the last bit.
+
+A second tokenizer serves text of which rouge-score's own leaves nothing.
+"""
 
 import logging
 import os
@@ -38,7 +40,7 @@ def rouge_words(text: str) -> list[bytes]:
 
 
 def unicode_tokens(text: str) -> list[str]:
-    """Case-folded words of any script, characters of scripts without spaces, and every symbol as a token."""
+    """Case-folded words of any script; characters of scripts without spaces, and symbols, are tokens of their own."""
     return _UNICODE_TOKEN.findall(text.casefold())
 
 
@@ -47,7 +49,7 @@ def _stem(word: bytes) -> str:
 
 
 class _Numbers(dict[Any, int]):
-    """Token -> a number, the same for tokens of the same stem."""
+    """Token -> a number. Tokens with the same stem have the same number."""
 
     def __init__(self, stem: Callable[[Any], str]) -> None:
         self._stem, self._of_stem, self._free = stem, dict[str, int](), count()
@@ -57,7 +59,7 @@ class _Numbers(dict[Any, int]):
 
 
 class _Reader:
-    """Text -> numbers of its tokens. Only what is read by one reader can be compared."""
+    """Text -> numbers of its tokens. Only texts read by the same reader can be compared."""
 
     def __init__(self, tokenize: Callable[[str], list[Any]], stem: Callable[[Any], str]) -> None:
         self._tokenize, self._stem = tokenize, stem
@@ -67,12 +69,12 @@ class _Reader:
         return list(map(self.numbers.__getitem__, self._tokenize(text)))
 
     def bounded(self) -> "_Reader":
-        """This reader, or one without memory when this one knows too many words."""
+        """This reader, or one with an empty memory if this one knows too many words."""
         return self if len(self.numbers) <= MAX_WORDS else _Reader(self._tokenize, self._stem)
 
 
 def _f_measure(reference: list[int], prediction: list[int]) -> float:
-    """The order of the operations is rouge-score's."""
+    """F-measure of the longest common subsequence. The order of the operations is rouge-score's."""
     common = LCSseq.similarity(reference, prediction)
     if not common:
         return 0.0
@@ -81,14 +83,17 @@ def _f_measure(reference: list[int], prediction: list[int]) -> float:
 
 
 class RougeL:
-    """ROUGE-L F-measure in 0..1, the best over the references.
+    """ROUGE-L F-measure, 0 to 1, the best over the references.
 
     Args:
-        tokenizer: "rouge" is rouge-score's own, which keeps a-z and 0-9 only; "unicode" is `unicode_tokens`; "auto" is
-            rouge-score's except where it leaves nothing of any reference.
+        tokenizer: "rouge" is rouge-score's own, which keeps only a-z and 0-9. "unicode" is `unicode_tokens`. "auto" is
+            rouge-score's, except where it leaves nothing of any reference.
 
     Attributes:
         emptied: how many samples had references of which rouge-score's tokenizer left nothing.
+
+    Raises:
+        UserError: the tokenizer is unknown.
 
     Example:
         >>> RougeL().score("The cats sat", ["the cat sat down"])
@@ -103,7 +108,15 @@ class RougeL:
         self._rouge, self._unicode = _Reader(rouge_words, _stem), _Reader(unicode_tokens, str)
 
     def score(self, prediction: str, references: Sequence[str]) -> float:
-        """Score one answer; 0 for an empty one, and without references."""
+        """Score one answer.
+
+        Args:
+            prediction: the answer.
+            references: texts to compare it with.
+
+        Returns:
+            The best F-measure; 0 for an empty answer, or without references.
+        """
         self._rouge, self._unicode = self._rouge.bounded(), self._unicode.bounded()
         read = self._unicode if self.mode == "unicode" else self._rouge
         wanted = [read(r) for r in references]
@@ -118,14 +131,19 @@ class RougeL:
     def score_all(
         self, predictions: Sequence[str], references: Sequence[Sequence[str]], workers: int | None = None
     ) -> list[float]:
-        """`score` of every sample.
+        """Score many answers.
 
         Args:
-            workers: processes, this one included. Default: one for each CPU as long as each has `PAIRS_PER_PROCESS`
-                samples; fewer samples are scored here.
+            predictions: the answer of each sample.
+            references: the texts to compare each answer with.
+            workers: number of processes, this one included, at least 1. Default: one for each CPU, as long as each
+                process has `PAIRS_PER_PROCESS` samples; fewer samples are scored in this process.
+
+        Returns:
+            The F-measure of each sample.
 
         Raises:
-            UserError for as many predictions as there are not references, or no workers.
+            UserError: predictions and references differ in number, or workers is below 1.
         """
         samples = len(predictions)
         if samples != len(references):
@@ -157,14 +175,14 @@ pickle.dump(_score_chunk(chunk), sys.stdout.buffer)
 
 
 def _score_chunk(chunk: _Chunk) -> _Scores:
-    """Scores and number of emptied samples."""
+    """Scores, and the number of emptied samples."""
     mode, predictions, references = chunk
     scorer = RougeL(mode)
     return scorer.score_all(predictions, references, workers=1), scorer.emptied
 
 
 def _in_processes(chunks: Sequence[_Chunk]) -> list[_Scores]:
-    """`_score_chunk` of the first here, of each other in a Python of its own."""
+    """Run `_score_chunk` on the first chunk here, and on each other chunk in a Python process of its own."""
     with ExitStack() as stack:
         command = [sys.executable, "-c", _CHILD]
         pipes: list[tuple[Any, Any]] = []

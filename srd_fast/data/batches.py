@@ -13,7 +13,7 @@ from .tokenisation import IGNORE_INDEX, first_label
 
 
 def pad_right(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
-    """[B, L] int64, shorter rows filled at the end."""
+    """[B, L] int64; shorter rows are filled at the end with `value`."""
     return torch.nn.utils.rnn.pad_sequence(
         [torch.tensor(row, dtype=torch.long) for row in rows], batch_first=True, padding_value=value
     )
@@ -21,7 +21,7 @@ def pad_right(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
 
 @dataclass
 class DistillationCollator:
-    """Batches tokenised samples, padded at the end, or with `flatten` one behind the other.
+    """Makes batches of tokenised samples: padded at the end, or with `flatten` joined one after the other.
 
     Padded: input_ids, attention_mask, labels, each [B, L]. The attention mask comes from lengths, never from the pad
     id, which may be the EOS id.
@@ -29,13 +29,18 @@ class DistillationCollator:
     Flattened: input_ids, position_ids (from 0 in each sample), labels, each [1, L] with L the sum of the lengths, and
     cu_seq_lens [B + 1] int32: where each sample begins, then L. There is no attention_mask.
 
-    Labels stand at their own tokens, to be shifted by one later. The first label of a sample has no token before it, so
-    in a flattened batch it is always -100: shifted, nothing is predicted across the border of two samples.
+    Labels stand at their own tokens and are shifted by one later. The first label of a sample has no token before it.
+    In a flattened batch it is therefore always -100, so that nothing is predicted across the border of two samples.
 
-    With `share_prefix` the tokens that samples of a flattened batch begin with in common, such as a prompt template's,
-    stand once, all such beginnings in front of all samples, which keep their order. cu_seq_lens counts a beginning as a
-    sample of its own; continues, a list [B], says with which of them each sample begins, or -1. A beginning ends before
-    the token that predicts a first label, so no loss is its.
+    With `share_prefix`, tokens that samples of a flattened batch begin with in common, such as those of a prompt
+    template, stand in it once. All such beginnings come before all samples, which keep their order. cu_seq_lens counts
+    a beginning as a sample of its own; continues, a list [B], says with which beginning each sample begins, or -1. A
+    beginning ends before the token that predicts a first label, so no loss belongs to it.
+
+    Args:
+        pad_token_id: fills padded input_ids.
+        flatten: join samples instead of padding them.
+        share_prefix: with `flatten`, store common beginnings once.
     """
 
     pad_token_id: int
@@ -43,7 +48,7 @@ class DistillationCollator:
     share_prefix: bool = False
 
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        """Collate."""
+        """Make a batch of tokenised samples."""
         ids = [s["input_ids"] for s in samples]
         if self.flatten:
             return self._flattened([np.asarray(x, np.int64) for x in ids], [s["labels"] for s in samples])
@@ -76,8 +81,8 @@ class DistillationCollator:
 
 
 def _shared(ids: list[np.ndarray], labels: list[Sequence[int]]) -> tuple[list[np.ndarray], list[int]]:
-    """Token ids of each beginning that samples have in common, and for each sample which it begins with, or -1."""
-    # Whatever is in front of a first label predicts it, and a sample keeps one token at least.
+    """Token ids of each common beginning, and for each sample the number of its beginning, or -1."""
+    # The token before a first label predicts it, so it stays with its sample, which keeps at least one token.
     prompts = [x[: max(0, min(len(x), first_label(y)) - 1)].tolist() for x, y in zip(ids, labels)]
     *groups, _ = shared_starts(prompts, least_rows=2)
     continues = [-1] * len(ids)
@@ -88,15 +93,15 @@ def _shared(ids: list[np.ndarray], labels: list[Sequence[int]]) -> tuple[list[np
 
 
 def with_loss_rows(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """A batch with what a step needs to know of it on the host, so that it never has to ask the device.
+    """Add to a batch what a step needs to know on the host, so that it never has to ask the device.
 
     Args:
-        batch: labels [B, L], on the CPU; of a flattened batch [1, L], with cu_seq_lens.
+        batch: labels [B, L] on the CPU; of a flattened batch [1, L], with cu_seq_lens.
 
     Returns:
-        The batch and loss_rows [N] int64: places, in the states of all tokens one after the other, that predict a label
-        other than -100; loss_labels [N] int64: those labels; loss_counts: how many each sample has, a list;
-        of a flattened batch sample_lengths, a list, shared beginnings first.
+        The batch with loss_rows [N] int64: positions, counted through all tokens, that predict a label other than -100;
+        loss_labels [N] int64, those labels; loss_counts, a list of how many each sample has; and for a flattened batch
+        sample_lengths, a list with shared beginnings first.
     """
     labels_BL = batch["labels"].numpy()
     has_loss_BL = labels_BL[:, 1:] != IGNORE_INDEX
@@ -106,27 +111,28 @@ def with_loss_rows(batch: Mapping[str, Any]) -> dict[str, Any]:
     if "cu_seq_lens" not in batch:
         return {**batch, **added, "loss_counts": has_loss_BL.sum(1).tolist()}
     starts = batch["cu_seq_lens"].numpy()
-    # A row counts to the sample of the label that it predicts; shared beginnings have none.
+    # A row belongs to the sample whose label it predicts; shared beginnings have no rows.
     counts = np.diff(np.searchsorted(rows_N, starts - 1))
     counts = counts[-len(batch["continues"]) :] if "continues" in batch else counts
     return {**batch, **added, "loss_counts": counts.tolist(), "sample_lengths": np.diff(starts).tolist()}
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """An id to pad with: the tokenizer's, else its EOS."""
+    """The id to pad with: the tokenizer's pad id, or its EOS id if it has none."""
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
 
 def divide_by_tokens(lengths: Sequence[int], max_tokens: int, flattened: bool) -> list[list[int]]:
-    """Samples into as few batches of at most `max_tokens` tokens as a simple rule finds, in sizes near each other.
+    """Divide samples into few batches of similar size with at most `max_tokens` tokens each.
 
     Args:
         lengths: tokens of each sample, none above max_tokens.
-        flattened: whether a batch takes the sum of its lengths; else it is padded and takes the longest times their
+        max_tokens: of a batch.
+        flattened: a batch has the sum of its lengths. Otherwise it is padded, and has the longest length times their
             number.
 
     Returns:
-        Indices, ascending within each batch.
+        Indices of the samples of each batch, ascending within it.
     """
     longest_first = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     if not flattened:
@@ -138,7 +144,7 @@ def divide_by_tokens(lengths: Sequence[int], max_tokens: int, flattened: bool) -
         return [sorted(batch) for batch in batches]
     count = max(1, -(-sum(lengths) // max_tokens))
     while True:
-        # The longest that is left goes where there is most room.
+        # The longest sample that is left goes where there is most room.
         batches, filled = [[] for _ in range(count)], [0] * count
         for i in longest_first:
             least = min(range(count), key=filled.__getitem__)
@@ -150,7 +156,7 @@ def divide_by_tokens(lengths: Sequence[int], max_tokens: int, flattened: bool) -
 
 
 def batches_by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    """Indices in batches of like length, longest first, so that the largest batch meets the memory limit first."""
+    """Yield indices in batches of similar length, longest first: the largest batch meets the memory limit first."""
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     for start in range(0, len(order), batch_size):
         yield order[start : start + batch_size]

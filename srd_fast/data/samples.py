@@ -3,19 +3,20 @@
 Row formats, told apart by their columns:
 
     instruction, input (optional), output      the prompt template applies; output may be a list of references
-    prompt, completion                         the prompt is taken as it stands (template "chat" makes it a user turn)
+    prompt, completion                         the prompt is taken as it is (template "chat" makes it a user turn)
     messages: [{"role", "content"}, ...]       the tokenizer's chat template; the last assistant turn is the response
     input_ids, labels                          tokenised already; labels are -100 where there is no loss
 
-A column `references` (a list of texts) replaces the response as what answers are scored against. A column `tests` (a
-text or a list of texts) holds Python source that the code in an answer has to pass, see `reflection/execution.py`.
+A column `references` (a list of texts) replaces the response as the texts that answers are scored against. A column
+`tests` (a text or a list of texts) holds Python source that the code in an answer has to pass, see
+`reflection/execution.py`.
 
 A tokenised sample has the columns sample_id, prompt, references, input_ids, labels and tests (empty where there are
-none). The prompt and the response are tokenised apart and joined as ids, so training sees exactly the prompt ids that
-generation starts from.
+none). The prompt and the response are tokenised separately and joined as ids, so training sees exactly the prompt ids
+that generation starts from.
 
-Data is of one format, that which most of its rows have. Every row becomes a sample, or is rejected with its place and a
-reason: used + rejected = rows, of json lines the lines that are not blank.
+All data has one format, the one that most of its rows have. Every row becomes a sample, or is rejected with its place
+and a reason: used + rejected = rows (for json lines, the lines that are not blank).
 """
 
 import hashlib
@@ -50,14 +51,19 @@ _FORMATS = (("instruction", "output"), ("prompt", "completion"), ("messages",), 
 
 @dataclass
 class PreparedData:
-    """Tokenised samples, and the rows that could not be used: (where, reason)."""
+    """Tokenised samples, and the rows that could not be used.
+
+    Args:
+        dataset: the samples.
+        rejected: place and reason of each row that was not used.
+    """
 
     dataset: Dataset
     rejected: list[tuple[str, str]] = field(default_factory=list)
 
 
 def _row_format(rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
-    """The format that most rows have: with a value in all of its columns, or else with all of its columns."""
+    """The format that most rows have: with a value in all of its columns, or else just with all of its columns."""
     filled: Counter[tuple[str, ...]] = Counter()
     there: Counter[tuple[str, ...]] = Counter()
     for row in rows:
@@ -79,20 +85,20 @@ def _row_format(rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
 
 
 def _listed(names: Iterable[str]) -> str:
-    """The first of some column names, as a list in a message."""
+    """Some column names as a list for a message; only the first if there are many."""
     first = sorted(map(str, names))
     return str([shown(name) for name in first[:20]]) + (f" and {len(first) - 20} more" if len(first) > 20 else "")
 
 
 def content_id(row: Mapping[str, Any], columns: Sequence[str]) -> str:
-    """16 hex digits that depend on what the row says and on nothing else."""
+    """16 hex digits that depend only on the content of the row."""
     said = {c: row.get(c) for c in columns if row.get(c) not in (None, "")}
     text = json.dumps(said, sort_keys=True, ensure_ascii=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def _content_ids(rows: Iterable[Mapping[str, Any] | None], columns: Sequence[str]) -> list[str | None]:
-    """Content hashes, repeated content numbered; None for what is no row and for rows that have no hash."""
+    """Content hashes, numbered where content repeats; None for a row without columns or without a hash."""
     seen: Counter[str] = Counter()
     ids: list[str | None] = []
     for row in rows:
@@ -107,7 +113,11 @@ def _content_ids(rows: Iterable[Mapping[str, Any] | None], columns: Sequence[str
 
 
 def _given_id(row: Mapping[str, Any]) -> str | None:
-    """The user's `sample_id`, None without one. Raises UserError for what cannot be one."""
+    """The user's `sample_id`, or None.
+
+    Raises:
+        UserError: the value cannot be an id.
+    """
     given = row.get("sample_id")
     if given is None:
         return None
@@ -122,11 +132,14 @@ def _given_id(row: Mapping[str, Any]) -> str | None:
 
 
 def _check_given_ids(places: Mapping[str, list[str]], without: str) -> None:
-    """Refuse a sample_id of several rows, and data where only some rows have one.
+    """Refuse a sample_id that several rows have, and data where only some rows have one.
 
     Args:
-        places: of each id, where it stands.
-        without: the first usable row that has none, if there is one.
+        places: where each id occurs.
+        without: the place of the first usable row without an id, or "".
+
+    Raises:
+        UserError: naming the places.
     """
     for given, where in places.items():
         if len(where) > 1:
@@ -142,14 +155,19 @@ def prepare_dataset(
     name: str = "data",
     max_bad_rows: int | float | None = None,
 ) -> PreparedData:
-    """Tokenise rows. Unusable rows are listed in `rejected`, in the order of the rows, never silently dropped.
+    """Tokenise rows. Those that cannot be used are listed in `rejected`, in their order, never silently dropped.
 
     Args:
-        data: rows, or what `read_source` gives, whose places are then those of the file.
+        data: rows, or what `read_source` returns, whose places are then those in the file.
+        tokenisation: the tokenizer, template and limits.
+        name: of the data, for messages.
         max_bad_rows: how many rows may be rejected: a number, or a share in (0, 1) of all rows. None: all but one.
 
+    Returns:
+        The samples and the rejected rows.
+
     Raises:
-        UserError for missing columns, repeated ids, when no row is usable, or when more are not than `max_bad_rows`.
+        UserError: columns are missing, ids repeat, no row can be used, or more than `max_bad_rows` cannot.
     """
     if isinstance(data, Dataset) and data.features == TOKENISED_FEATURES and len(data):
         return PreparedData(data)
@@ -197,7 +215,7 @@ def prepare_dataset(
 
 
 def _check_values(row: Mapping[str, Any], columns: Sequence[str]) -> None:
-    """Refuse a row without a value in each of the format's columns."""
+    """Refuse a row that lacks a value in one of the format's columns."""
     missing = [c for c in columns if row.get(c) is None]
     if not missing:
         return

@@ -1,4 +1,4 @@
-"""Rows of json lines, json, parquet or the hub, each with its place; a line that is no row is there with the reason."""
+"""Rows of json lines, json, parquet or the hub, with their places. A line that is no row is kept with the reason."""
 
 import codecs
 import gzip
@@ -16,7 +16,13 @@ from ..errors import UserError, first_line
 
 @dataclass(frozen=True)
 class SourceRow:
-    """A row as it was found: where ("line 3" of json lines, else "row 3"), and its columns, or why it has none."""
+    """A row as it was found.
+
+    Args:
+        where: its place: "line 3" of json lines, otherwise "row 3".
+        columns: its values by column, or None if it has none.
+        reason: why it has none.
+    """
 
     where: str
     columns: Mapping[str, Any] | None
@@ -24,10 +30,17 @@ class SourceRow:
 
 
 def read_rows(source: str | Path, split: str = "train") -> list[dict[str, Any]]:
-    """Rows of a json-lines file (also .gz), a json array, a parquet file, or a `datasets` hub name.
+    """Read the rows of a json-lines file (also .gz), a json array, a parquet file, or a `datasets` hub name.
+
+    Args:
+        source: the file or name.
+        split: of a hub data set.
+
+    Returns:
+        The rows.
 
     Raises:
-        UserError naming the file, and the line where there is one.
+        UserError: the file cannot be read, or has something other than rows. The message names the file and line.
     """
     rows = read_source(source, split)
     for row in rows:
@@ -37,10 +50,17 @@ def read_rows(source: str | Path, split: str = "train") -> list[dict[str, Any]]:
 
 
 def read_source(source: str | Path, split: str = "train") -> list[SourceRow]:
-    """`read_rows` with the place of each row; a line that is no row is there with the reason.
+    """Read rows as `read_rows` does, each with its place; a line that is not a row is kept with the reason.
+
+    Args:
+        source: a json-lines file (also .gz), a json array, a parquet file, or a `datasets` hub name.
+        split: of a hub data set.
+
+    Returns:
+        The rows and their places.
 
     Raises:
-        UserError naming the file, where it has no rows at all or cannot be read to its end.
+        UserError: the file is empty or cannot be read to its end. The message names it.
     """
     path = source_path(source)
     if path is None:
@@ -58,7 +78,11 @@ def read_source(source: str | Path, split: str = "train") -> list[SourceRow]:
 
 
 def source_path(source: str | Path) -> Path | None:
-    """The file or folder that a source names, None where there is none. Raises UserError for an impossible name."""
+    """The file or folder that a source names, or None if there is none.
+
+    Raises:
+        UserError: no file can have this name.
+    """
     try:
         path = Path(source).expanduser()
         return path if path.exists() else None
@@ -67,7 +91,7 @@ def source_path(source: str | Path) -> Path | None:
 
 
 def shown(text: str, limit: int = 80) -> str:
-    """A text for a message: one line, at most `limit` characters, what cannot be printed as an escape."""
+    """A text for a message: one line of at most `limit` characters, with escapes for what cannot be printed."""
     line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[: limit + 1])
     return line if len(line) <= limit else line[: limit - 3] + "..."
 
@@ -94,7 +118,7 @@ def _numbered(rows: Iterable[Any]) -> list[SourceRow]:
 
 
 def source_row(where: str, value: Any) -> SourceRow:
-    """With its columns where it is an object."""
+    """A row with its columns if the value is an object, otherwise with the reason."""
     if isinstance(value, Mapping):
         return SourceRow(where, value)
     return SourceRow(where, None, f"expected an object, got {type(value).__name__}")
@@ -109,14 +133,14 @@ def _json_rows(path: Path) -> list[SourceRow]:
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise UserError(f"data file {str(path)!r} is UTF-16 or UTF-32; write it as UTF-8")
     content = content.removeprefix(codecs.BOM_UTF8)
-    # Where no line ends in a line feed, a carriage return ends it; with one, it is a blank.
+    # Lines end in line feeds; in a file without any, in carriage returns.
     lines = content.split(b"\n" if b"\n" in content else b"\r")
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if content.lstrip().startswith(b"["):
         try:
             whole = _parsed(content)
         except UserError as e:
-            # Json lines with a list for a first line are no array: their first line alone is whole.
+            # Json lines whose first line is a list are not one array: there the first line alone is valid JSON.
             if _json_line(*numbered[0]).reason != "expected an object, got list":
                 raise UserError(f"data file {str(path)!r} is {e}") from e
         else:

@@ -24,7 +24,14 @@ _ALPACA = (
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    """`render(fields)` gives the prompt's text; `cut_order`: which fields may be cut, in order."""
+    """A prompt template.
+
+    Args:
+        render: makes the prompt's text from fields.
+        adds_special_tokens: whether the tokenizer adds its special tokens to the text.
+        cut_order: fields that may be cut when the prompt is too long, in this order.
+        is_chat: whether it is the tokenizer's chat template.
+    """
 
     render: Callable[[Mapping[str, Any]], str]
     adds_special_tokens: bool = True
@@ -47,10 +54,17 @@ def _substitute(template: str, fields: Mapping[str, Any]) -> str:
 
 
 def get_template(template: str, tokenizer: PreTrainedTokenizerBase) -> PromptTemplate:
-    """The template called "alpaca" or "chat", or made from a string with `{instruction}` and optionally `{input}`.
+    """Find a template by name, or make one from a text.
+
+    Args:
+        template: "alpaca", "chat", or a text with `{instruction}` and optionally `{input}`.
+        tokenizer: for "chat", whose template it is.
+
+    Returns:
+        The template.
 
     Raises:
-        UserError for "chat" with a tokenizer that has no chat template, an unknown name, or unknown fields.
+        UserError: the tokenizer has no chat template for "chat", or the text has other fields.
     """
     if template == "alpaca":
         return PromptTemplate(_render_alpaca)

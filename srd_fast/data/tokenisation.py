@@ -1,4 +1,4 @@
-"""One row's columns to one tokenised sample."""
+"""Turns one row's columns into one tokenised sample."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,8 +10,8 @@ from .sources import shown
 from .templates import PromptTemplate, get_template
 
 IGNORE_INDEX = -100
-# Characters: no token is longer. What lies further behind than as many as the limit has tokens is cut off anyway, and a
-# tokenizer takes a minute for a text of ten megabytes.
+# No token has more characters. Text beyond this many characters for each token of the limit would be cut off anyway,
+# and a tokenizer takes a minute for ten megabytes of text.
 _LONGEST_TOKEN = 256
 
 
@@ -19,11 +19,14 @@ class Tokenisation:
     """Tokenises prompts and responses for one tokenizer, template and length limit.
 
     Args:
-        tokenizer: the student's (and so the teacher's).
-        template: "alpaca", "chat", or a string with `{instruction}` and optionally `{input}`.
-        max_prompt_length: tokens; a longer prompt loses the end of its *input* text (then of its instruction), never
-            the template's own text.
-        max_response_length: tokens with the end-of-sequence token, which is always there.
+        tokenizer: the student's, which is also the teacher's.
+        template: "alpaca", "chat", or a text with `{instruction}` and optionally `{input}`.
+        max_prompt_length: tokens, at least 1. A longer prompt loses the end of its input text, then of its instruction,
+            but never the template's own text.
+        max_response_length: tokens, at least 1, with the end-of-sequence token, which is always there.
+
+    Raises:
+        UserError: a length is below 1, the tokenizer has no end-of-sequence token, or the template cannot be used.
     """
 
     def __init__(
@@ -50,16 +53,16 @@ class Tokenisation:
         return list(self.tokenizer(text, add_special_tokens=special).input_ids)
 
     def _prefix_space_marker(self) -> list[int]:
-        """Ids of a newline if this tokenizer puts a space before every text (SentencePiece), else none.
+        """The ids of a newline if this tokenizer puts a space before every text (SentencePiece), else none.
 
-        Such a tokenizer would turn the response "a" into " a"; behind a newline it does not.
+        Such a tokenizer would turn the response "a" into " a"; after a newline it does not.
         """
         newline, alone, behind = self._ids("\n"), self._ids("a"), self._ids("\na")
         shift = behind[: len(newline)] == newline and behind[len(newline) :] != alone
         return newline if shift else []
 
     def response_ids(self, text: str) -> list[int]:
-        """Ids of a response, cut to the limit, ending in EOS."""
+        """Ids of a response, cut to the limit, with EOS at the end."""
         text = text[: self.max_response_length * _LONGEST_TOKEN]
         if self._marker and self._ids("\n" + text)[: len(self._marker)] == self._marker:
             ids = self._ids("\n" + text)[len(self._marker) :]
@@ -68,7 +71,11 @@ class Tokenisation:
         return [*ids[: self.max_response_length - 1], self.tokenizer.eos_token_id]
 
     def prompt_ids(self, fields: Mapping[str, Any], template: PromptTemplate | None = None) -> tuple[str, list[int]]:
-        """Rendered prompt and its ids within the limit. Raises UserError if the template alone is too long."""
+        """Render and tokenise a prompt within the limit.
+
+        Raises:
+            UserError: the template alone is too long.
+        """
         template = template or self.template
         fields = dict(fields)
         for cut in template.cut_order:
@@ -106,7 +113,11 @@ class Tokenisation:
         return shorter if len(shorter) < len(text) else text[: len(text) - excess]
 
     def sample(self, row: Mapping[str, Any], columns: Sequence[str]) -> dict[str, Any]:
-        """One tokenised sample without its id. Raises UserError with the reason for a row that cannot be used."""
+        """Make one tokenised sample, without its id.
+
+        Raises:
+            UserError: the row cannot be used; the message is the reason.
+        """
         if "labels" in columns:
             return self._tokenised(row)
         fields, references, template = self._fields(row, columns)
@@ -180,7 +191,7 @@ def _text(row: Mapping[str, Any], column: str) -> str:
 
 
 def encodable(text: str, column: str) -> str:
-    """The text, if it is Unicode that can be written: JSON may carry half of a surrogate pair."""
+    """Return the text if it is Unicode that can be written. JSON may carry half of a surrogate pair."""
     try:
         text.encode()
     except UnicodeEncodeError as e:
@@ -196,7 +207,7 @@ def _references(value: Any, column: str) -> list[str]:
 
 
 def _given_references(row: Mapping[str, Any]) -> list[str] | None:
-    """What a column `references` says the answers to score against are; None without one."""
+    """The texts in the column `references`, or None without one."""
     given = row.get("references")
     if given is not None and not isinstance(given, list):
         raise UserError(f"references must be a list of texts, got {type(given).__name__}")
@@ -204,11 +215,11 @@ def _given_references(row: Mapping[str, Any]) -> list[str] | None:
 
 
 def given_tests(row: Mapping[str, Any]) -> list[str]:
-    """What a column `tests` holds, none without one."""
+    """The tests in the column `tests`; none without one."""
     given = row.get("tests")
     return [] if given is None or (isinstance(given, (str, list)) and not given) else _references(given, "tests")
 
 
 def first_label(labels: Sequence[int]) -> int:
-    """Index of the first token with loss: the length of the prompt."""
+    """Index of the first token with loss, which is the length of the prompt."""
     return next((i for i, x in enumerate(labels) if x != IGNORE_INDEX), len(labels))

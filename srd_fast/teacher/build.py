@@ -134,7 +134,7 @@ def build_teacher_cache(
         samples: tokenised samples with input_ids and labels (-100 where there is no loss), such as a prepared data set.
         folder: where the cache is, or will be.
         kind: what a row keeps, a name from `srd_fast.cache_kind_names()`: "hidden" (hidden states), "topk" (the
-            likeliest classes), "sampled" (drawn classes), "projected" (the student's head, averaged) or one of your own.
+            likeliest classes), "sampled" (drawn classes), "projected" (the student's head, averaged), or your own.
         store: the kind's, from `srd_fast.teacher.make_store`. Default: the one with the kind's default options.
         template: the prompt template of the samples. It is written down, and a cache of another template is refused.
         source: a fingerprint of where the teacher was loaded from (`srd_fast.models.fingerprint`). With it the cache
@@ -368,7 +368,7 @@ def open_teacher_cache(
             to read what is there.
         samples: tokenised samples that the cache must hold, with input_ids and labels (-100 where there is no loss).
         kind: what a row keeps, a name from `srd_fast.cache_kind_names()`: "hidden" (hidden states), "topk" (the
-            likeliest classes), "sampled" (drawn classes), "projected" (the student's head, averaged) or one of your own.
+            likeliest classes), "sampled" (drawn classes), "projected" (the student's head, averaged), or your own.
         k: classes, or draws, that a row of "topk" or "sampled" keeps; at least 1 and below the number of classes.
         temperatures: for which a compact kind holds rows, each above 0. Evaluation needs 1.
         student: the model that will be trained. "projected" needs it, and its head must not change.
