@@ -1,7 +1,7 @@
 """Compile the decoder layers of a model, one graph for all of them, and prove on a few tokens that nothing changes.
 
-A compiled layer is the module it was, with another class: a subclass whose `forward` is compiled. Names of parameters,
-hooks and adapters stay. transformers' gradient checkpointing, at `forward` or `__call__`, stays outside of the graph.
+A compiled layer is the same module with another class: a subclass whose `forward` is compiled. Names of parameters,
+hooks and adapters stay. transformers' gradient checkpointing, in `forward` or `__call__`, stays outside the graph.
 """
 
 import logging
@@ -42,21 +42,22 @@ def compile_layers(
     backend: str | Callable[..., Any] = "inductor",
     mode: str | None = None,
 ) -> str | None:
-    """Compile the decoder layers of a causal language model in place, where they then give what they gave before.
+    """Compile the decoder layers of a causal language model in place, if they then give the same results.
 
-    All layers of a class share one graph for each way in which they run, of whatever lengths. A few tokens go through
-    the model before and after, a frozen model in inference mode, any other in training, with gradients, and in
-    evaluation. A class of layers that cannot be compiled, or gives something else, stays as it is. Layers with a cache
-    of keys (generation) run uncompiled. Copies and pickles of a compiled model are uncompiled.
+    All layers of a class share one graph for each way in which they run, whatever the lengths. A few tokens go through
+    the model before and after: through a frozen model in inference mode, through any other in training, with gradients,
+    and in evaluation. A class of layers that cannot be compiled, or gives other results, stays as it is. Layers with a
+    cache of keys (generation) run uncompiled. Copies and pickles of a compiled model are uncompiled.
 
     Args:
-        model: on its device, in its dtype, PEFT models included, after `enable_flattening`; left in the mode it was in.
+        model: on its device and in its dtype, after `enable_flattening`; a PEFT model too. Its mode does not change.
         autocast: makes the context in which it will run.
         flattened: whether it will run on flattened batches, instead of padded ones.
-        backend, mode: as in `torch.compile`.
+        backend: of `torch.compile`.
+        mode: of `torch.compile`.
 
     Returns:
-        None, or in one clause which layers are not compiled, and why.
+        None, or a clause that says which layers are not compiled, and why.
     """
     uncompile_layers(model)
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_GRAPHS)
@@ -78,7 +79,7 @@ def compile_layers(
 
 
 def uncompile_layers(model: nn.Module) -> None:
-    """Give compiled layers back the class they had."""
+    """Give compiled layers their original class back."""
     for module in model.modules():
         plain = getattr(type(module), "compiled_from", None)
         if plain is not None:
@@ -148,7 +149,7 @@ def _uncompiled(kind: type[nn.Module]) -> nn.Module:
 
 
 def _without_checkpointing(kind: Any) -> Callable[..., Any]:
-    """The class's `forward`, without what newer versions of transformers wrap it in."""
+    """The class's `forward`, without the wrapper that newer versions of transformers put around it."""
     forward = kind.forward
     wrapped = (
         getattr(forward, "__code__", None) is not None and forward.__code__.co_name == "forward_with_checkpointing"
@@ -158,7 +159,7 @@ def _without_checkpointing(kind: Any) -> Callable[..., Any]:
 
 @dataclass
 class _Way:
-    """One way in which the model runs, and what came out uncompiled."""
+    """One way in which the model runs, and its uncompiled results."""
 
     batch: dict[str, Any]
     training: bool
@@ -168,7 +169,7 @@ class _Way:
 
 
 class _Proof:
-    """Runs a model on a few tokens, and again, and says what came out different."""
+    """Runs a model on a few tokens, before and after compiling, and compares the results."""
 
     def __init__(self, model: nn.Module, autocast: Callable[[], AbstractContextManager[Any]], flattened: bool) -> None:
         self.model, self.autocast = model, autocast
@@ -186,12 +187,12 @@ class _Proof:
 
     @contextmanager
     def undisturbed(self) -> Iterator[None]:
-        """Random numbers go on as if nothing had been run."""
+        """Restore the state of the random numbers afterwards."""
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             yield
 
     def expect(self) -> dict[type[nn.Module], list[nn.Module]]:
-        """Run each way uncompiled. Returns the outermost layers that ran, by class."""
+        """Run each way uncompiled. Return the outermost layers that ran, by class."""
         with self._watched_layers():
             for batch in self.batches:
                 self.ways.append(_Way(batch, False, False))
@@ -208,7 +209,7 @@ class _Proof:
         return self.layers
 
     def difference(self) -> str | None:
-        """What comes out different now, or None."""
+        """Say what is different now, or return None."""
         for way in self.ways:
             found, precision = self._run(way), self._precision()
             may_be_tf32 = self.device.type == "cuda" and precision == torch.float32
@@ -231,7 +232,7 @@ class _Proof:
             return torch.get_autocast_dtype(self.device.type) if on else self.dtype
 
     def _run(self, way: _Way, seed: int = 0) -> list[Tensor]:
-        """Hidden states [tokens, D], and gradients: of the embeddings if they are trained, of the outer layers."""
+        """Hidden states [tokens, D], and gradients of the outer layers and, if they are trained, of the embeddings."""
         torch.manual_seed(seed)
         self.model.train(way.training)
         with ExitStack() as stack:
@@ -274,6 +275,6 @@ class _Proof:
                 handle.remove()
 
     def _first_and_last(self) -> list[nn.Parameter]:
-        """Parameters of the first and the last layer of each class, the graph of all between."""
+        """Parameters of the first and last layer of each class. The graph of all layers lies between them."""
         layers = {id(x): x for members in self.layers.values() for x in (members[0], members[-1])}
         return [p for layer in layers.values() for p in layer.parameters()]

@@ -1,4 +1,4 @@
-"""Switch a model to flattened batches, and prove on a few tokens that they give what padded ones do."""
+"""Switch a model to flattened batches, and prove on a few tokens that they give what padded batches give."""
 
 import inspect
 import re
@@ -30,17 +30,18 @@ _ATTENTION = {"full_attention", "sliding_attention", "attention"}
 
 
 def enable_flattening(model: nn.Module) -> str | None:
-    """Make a causal language model take flattened batches in `hidden_states`, if it gives the same for them.
+    """Make a causal language model take flattened batches in `hidden_states`, if it gives the same results for them.
 
     Its attention implementation becomes `srd_varlen`, which is `sdpa` for padded batches and generation; flash
-    attention stays. Then three samples, flattened and padded, must have the same hidden states, and the same gradients
-    of their input embeddings if the model is trained; on a GPU a float32 model also under bfloat16 autocast.
+    attention stays. Then three samples, flattened and padded, must have the same hidden states. If the model is
+    trained, the gradients of their input embeddings must be the same too. On a GPU, a float32 model is also tried under
+    bfloat16 autocast.
 
     Args:
-        model: on its device and in its dtype, PEFT models included; left in the mode it was in.
+        model: on its device and in its dtype; a PEFT model too. Its mode does not change.
 
     Returns:
-        None, or in one clause why flattened batches are not for this model, which then is as it was before.
+        None, or a clause that says why the model cannot take flattened batches. It is then as it was before.
     """
     inner: Any = unwrap(model)
     reason = unfit(inner)
@@ -60,7 +61,7 @@ def enable_flattening(model: nn.Module) -> str | None:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Every module in eval mode, and afterwards as it was."""
+    """Put every module in eval mode, and back into its own mode afterwards."""
     modes = [(m, m.training) for m in model.modules()]
     model.eval()
     try:
@@ -71,16 +72,16 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def unfit_for_shared_prefix(model: nn.Module) -> str | None:
-    """See whether flattened batches may have once what several of their samples begin with, in front of all samples.
+    """Find out whether beginnings that several samples share may stand once in a flattened batch, before all samples.
 
-    Samples behind two beginnings, flattened and padded, must have the same hidden states and gradients, as in
+    Samples after two beginnings, flattened and padded, must have the same hidden states and gradients, as in
     `enable_flattening`.
 
     Args:
-        model: one that takes flattened batches; left as it was.
+        model: one that takes flattened batches. It does not change.
 
     Returns:
-        None, or in one clause why not.
+        None, or a clause that says why not.
     """
     inner: Any = unwrap(model)
     if inner.config._attn_implementation != IMPLEMENTATION:
@@ -113,14 +114,17 @@ def _text_config(inner: Any) -> Any:
 
 
 def _drops(inner: Any) -> bool:
-    """Whether training drops any value at random, as far as modules and the configuration say."""
+    """Whether training drops values at random, judged by modules and the configuration."""
     config = _text_config(inner)
     rates = [v for n, v in config.to_dict().items() if "drop" in n and isinstance(v, float)]
     return any(rates) or any(m.p > 0 for m in inner.modules() if isinstance(m, nn.modules.dropout._DropoutNd))
 
 
 def unfit(inner: Any) -> str | None:
-    """What can be read off a model without running it; numbers alone do not show what its present weights silence."""
+    """Why a model cannot take flattened batches, if that can be seen without running it; else None.
+
+    A comparison of numbers alone would miss parts that the present weights silence.
+    """
     body = inner.base_model
     mixer = next((m for m in body.modules() if isinstance(m, _MIXERS)), None)
     if mixer is not None:
@@ -153,7 +157,7 @@ def _is_flash(implementation: str | None) -> bool:
 
 
 def _asks_for_sdpa(kind: type) -> bool:
-    """Whether a module's code compares its attention implementation with "sdpa": under another name it may differ."""
+    """Whether a module's code compares its attention implementation with "sdpa": another name may change it."""
     if kind.__module__.startswith("torch."):
         return False
     try:
@@ -229,7 +233,7 @@ _BEHIND = ((0, 5), (1, 1), (1, 1), (-1, 6), (0, 12))
 
 
 def _prefix_batches(vocabulary: int, device: torch.device) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Samples behind beginnings, padded and flattened; places [B, L]: each token's number in the flattened batch."""
+    """Samples after beginnings, padded and flattened. places [B, L]: each token's position in the flattened batch."""
     borders = [0, *accumulate((*_FRONTS, *(n for _, n in _BEHIND)))]
     ids, parts = torch.arange(1, borders[-1] + 1) * 7919 % vocabulary, [*map(torch.arange, borders, borders[1:])]
     behind = list(enumerate((front for front, _ in _BEHIND), len(_FRONTS)))
@@ -257,23 +261,23 @@ def _prefix_batches(vocabulary: int, device: torch.device) -> tuple[dict[str, An
 
 
 def _by_place(x_BLD: Tensor, batch: Mapping[str, Any]) -> Tensor:
-    """[tokens, D]: for each place the sum over the samples that have it."""
+    """[tokens, D]: for each position the sum over the samples that have it."""
     own = batch.get("attention_mask", torch.ones_like(batch["places"])).bool()
     places = batch["places"][own]
     return x_BLD.new_zeros(int(places.max()) + 1, x_BLD.shape[-1]).index_add_(0, places, x_BLD[own])
 
 
 def _hidden_and_gradient(model: nn.Module, embedding: nn.Module, batch: Mapping[str, Any]) -> list[Tensor]:
-    """Hidden states; if a parameter is trained, also the gradients of the input embeddings: each [B, L, D].
+    """Hidden states; if a parameter is trained, also the gradients of the input embeddings. Each is [B, L, D].
 
-    The gradients are of a sum over the tokens, those whose key `weights` is 0 left out.
+    The gradients are those of a sum over the tokens whose entry in `weights` is not 0.
     """
     trained = any(p.requires_grad for p in model.parameters())
     with captured(embedding) as embeddings, torch.set_grad_enabled(trained):
         hidden_BLD = hidden_states(model, batch)
         if not trained:
             return [hidden_BLD]
-        # A direction of its own for each token, the same for it in both batches; 0 for padding.
+        # Each token has its own direction, the same in both batches; padding has 0.
         ids = batch["input_ids"]
         mask = batch.get("weights", batch.get("attention_mask", torch.ones_like(ids)))
         column = torch.arange(hidden_BLD.shape[-1], device=ids.device)
@@ -284,7 +288,7 @@ def _hidden_and_gradient(model: nn.Module, embedding: nn.Module, batch: Mapping[
 
 @contextmanager
 def captured(embedding: nn.Module, as_it_is: bool = False) -> Iterator[list[Tensor]]:
-    """The outputs of a module, as leaves of the graph, which have gradients; as it is, only if they had them before."""
+    """Collect a module's outputs as leaves of the graph that need gradients; `as_it_is`: only if they did before."""
     outputs: list[Tensor] = []
 
     def capture(module: nn.Module, args: Any, output: Tensor) -> Tensor:
@@ -300,7 +304,7 @@ def captured(embedding: nn.Module, as_it_is: bool = False) -> Iterator[list[Tens
 
 
 def row_error(found_ND: Tensor, expected_ND: Tensor) -> float:
-    """Mean error of a row relative to its norm; the norm counts as at least a hundredth of the largest."""
+    """Mean over rows of the error relative to the row's norm, which counts as at least a hundredth of the largest."""
     found, expected = found_ND.double(), expected_ND.double()
     norms = expected.norm(dim=-1)
     return ((found - expected).norm(dim=-1) / norms.clamp(min=norms.max() / 100).clamp(min=1e-12)).mean().item()

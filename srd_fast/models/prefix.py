@@ -1,4 +1,4 @@
-"""Tokens that many samples begin with, such as a prompt template's first lines, run through a model once."""
+"""Tokens that many samples begin with, such as the first lines of a prompt template, run through a model once."""
 
 import copy
 import logging
@@ -29,10 +29,17 @@ def common_prefix(rows: Sequence[list[int]]) -> list[int]:
 
 
 def shared_starts(rows: Sequence[Sequence[int]], least_rows: int = LEAST_ROWS) -> list[tuple[list[int], list[int]]]:
-    """(tokens, indices of the rows that begin with them): groups that leave the most tokens out, each token run once.
+    """Group rows that begin with the same tokens, so that the most tokens are spared when each beginning runs once.
 
-    A group has `least_rows` rows and LEAST_TOKENS tokens at least. The last is what shares with too few others; its
-    tokens are none. Within a group rows keep their order.
+    A group has at least `least_rows` rows and a beginning of at least LEAST_TOKENS tokens. The last group has the rows
+    that share too little, and no tokens. Within a group, rows keep their order.
+
+    Args:
+        rows: token ids.
+        least_rows: of a group.
+
+    Returns:
+        The tokens of each beginning, and the indices of its rows.
     """
 
     def divide(members: list[int], depth: int = 0) -> tuple[int, list[tuple[list[int], list[int]]]]:
@@ -56,11 +63,11 @@ def shared_starts(rows: Sequence[Sequence[int]], least_rows: int = LEAST_ROWS) -
 
 
 class SharedPrefix:
-    """A causal language model behind a fixed beginning, whose keys and values are kept.
+    """A causal language model after a fixed beginning, whose keys and values are kept.
 
     Args:
-        model: left in the mode it is in; its weights must not change while this is used.
-        ids: the beginning.
+        model: its mode does not change, and its weights must not change while this is used.
+        ids: the tokens of the beginning.
     """
 
     @torch.no_grad()
@@ -73,7 +80,7 @@ class SharedPrefix:
 
     @torch.no_grad()
     def hidden_states(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """[B, L, D] after the final norm, for a padded batch of what follows the beginning."""
+        """[B, L, D] after the final norm, for a padded batch of the tokens that follow the beginning."""
         mask = batch["attention_mask"]
         cache = copy.deepcopy(self._cache)
         cache.batch_repeat_interleave(len(mask))
@@ -89,10 +96,15 @@ class SharedPrefix:
 
 @torch.no_grad()
 def share_prefix(model: nn.Module, ids: Sequence[int], batch: Mapping[str, Tensor]) -> SharedPrefix | None:
-    """A shared beginning, if it is long enough and the model gives the same with it.
+    """Keep a shared beginning, if it is long enough and the model gives the same results with it.
 
     Args:
+        model: a causal language model.
+        ids: the tokens of the beginning.
         batch: a padded batch of whole samples that all begin with `ids`, on which the two ways are compared.
+
+    Returns:
+        The beginning, or None.
     """
     if len(ids) < LEAST_TOKENS:
         return None

@@ -1,10 +1,10 @@
 """Attention within the samples of a flattened batch: transformers' attention implementation `srd_varlen`.
 
-A forward pass that is given `cu_seq_lens_q` attends causally inside each sample, and no mask of the whole batch is ever
-made. Without it (padded batches, generation) the implementation is transformers' `sdpa`, mask and attention.
+A forward pass that is given `cu_seq_lens_q` attends causally inside each sample, and never makes a mask of the whole
+batch. Without it (padded batches, generation) the implementation is transformers' `sdpa`, mask and attention.
 
-In a compiled layer a flattened batch is one opaque operation, torch's kernel or `srd_fast::attend_in_samples`, which
-looks at the lengths when it runs: a graph serves batches of all lengths.
+In a compiled layer, a flattened batch is one opaque operation: torch's kernel or `srd_fast::attend_in_samples`. It
+reads the lengths when it runs, so one graph serves batches of all lengths.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,10 +22,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 
 def _torch_kernel() -> Callable[..., Any] | None:
-    """torch's flash attention, if this torch has it with windows.
+    """torch's flash attention, if this torch has it with windows, else None.
 
-    It is what `torch.nn.attention.varlen.varlen_attn` calls, which wraps it in Python: with that, attention took the
-    host an eighth of its time in a compiled step of Qwen2.5 0.5B beside an H100.
+    `torch.nn.attention.varlen.varlen_attn` calls the same kernel through Python code. With that code, attention took an
+    eighth of the host's time in a compiled step of Qwen2.5 0.5B beside an H100.
     """
     kernel = getattr(torch.ops.aten, "_flash_attention_forward", None)
     if kernel is None or not hasattr(kernel, "default"):
@@ -44,7 +44,7 @@ _in_flattened_forward: ContextVar[bool] = ContextVar("in_flattened_forward", def
 
 @contextmanager
 def flattened_forward() -> Iterator[None]:
-    """For the forward pass of a flattened batch: no masks, and every attention layer must get `cu_seq_lens_q`."""
+    """Mark the forward pass of a flattened batch: no masks, and every attention layer must get `cu_seq_lens_q`."""
     token = _in_flattened_forward.set(True)
     try:
         yield
@@ -64,12 +64,15 @@ def varlen_keywords(
     Args:
         cu_seq_lens: [B + 1] int32, where each sample begins, then the total.
         device: of the model.
-        implementation: the model's attention implementation; flash attention takes no other keywords than its own.
+        implementation: the model's attention implementation. Flash attention takes only its own keywords.
         sample_lengths: the B lengths. Without them this waits for cu_seq_lens, unless that is on the CPU.
-        continues: of each of the last samples, the number of that which it goes on from, or -1.
+        continues: for each of the last samples, the number of the sample that it continues, or -1.
+
+    Returns:
+        The keywords.
 
     Raises:
-        ValueError for `continues` with an implementation that cannot.
+        ValueError: the implementation cannot take `continues`.
     """
     lengths = cu_seq_lens.diff().tolist() if sample_lengths is None else sample_lengths
     longest, starts = max(lengths), cu_seq_lens.to(device, torch.int32, non_blocking=True)
@@ -85,13 +88,13 @@ def varlen_keywords(
 
 
 def varlen_mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """The mask that transformers' `sdpa` gets; of a flattened batch, None, or the window of a sliding-window layer.
+    """The mask that transformers' `sdpa` gets. For a flattened batch: None, or the window of a sliding-window layer.
 
-    A window is the last size of an int64 tensor [1, 1, 1, window] in place of the mask: a shape is known without
-    waiting for a device, and is a number that may vary to a compiler.
+    A window is the last size of an int64 tensor [1, 1, 1, window] that takes the mask's place. A shape is known without
+    waiting for a device, and a compiler treats it as a number that may vary.
 
     Raises:
-        ValueError in the forward pass of a flattened batch for a mask that is not causal or a sliding window.
+        ValueError: a flattened batch needs a mask that is neither causal nor a sliding window.
     """
     if not _in_flattened_forward.get():
         return ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](*args, **kwargs)
@@ -125,22 +128,26 @@ def varlen_attention(
 
     Args:
         module: the attention layer.
-        query, key, value: [1, heads, L, D], [1, key heads, L, D], [1, key heads, L, D_v].
-        attention_mask: from `varlen_mask`. A whole mask is heeded as `sdpa` does.
+        query: [1, heads, L, D].
+        key: [1, key heads, L, D].
+        value: [1, key heads, L, D_v].
+        attention_mask: from `varlen_mask`. A whole mask is used as `sdpa` uses it.
         dropout: probability, 0 outside of training.
         scaling: factor on the products. Default: 1 / sqrt(D).
         cu_seq_lens_q: [B + 1] int32, where each sample begins, then L. Without it this is `sdpa`.
-        max_length_q, sample_lengths, starts_on_host: the longest length, all of them, and cu_seq_lens_q on the CPU, so
-            that nothing waits for the device.
-        continues, continues_on_host: of each of the last samples, the number of that which it goes on from and attends
-            to, or -1; a list, and an int32 tensor on the CPU.
+        max_length_q: the longest length.
+        sample_lengths: all lengths, so that nothing waits for the device.
+        starts_on_host: cu_seq_lens_q on the CPU, for the same reason.
+        continues: for each of the last samples, the number of the sample that it continues and attends to, or -1.
+        continues_on_host: the same as an int32 tensor on the CPU.
+        **kwargs: what else transformers gives to attention layers.
 
     Returns:
-        [1, L, heads, D_v], None.
+        [1, L, heads, D_v], and None.
 
     Raises:
-        ValueError for what a flattened batch cannot have: softcap, sinks, position bias, a layer that is not causal; on
-        a GPU whose kernel attends, samples that go on from another.
+        ValueError: the layer has what a flattened batch cannot have: softcap, sinks, position bias, or attention that
+            is not causal; or samples continue others on a GPU whose kernel cannot do that.
     """
     compiling = torch.compiler.is_compiling()
     flattened = not compiling and _in_flattened_forward.get()
@@ -187,11 +194,11 @@ def _attend_by_length(
     dropout: float,
     continues: list[int] | None = None,
 ) -> Tensor:
-    """`varlen_attention` by `sdpa`: one call for each run of samples of the same length that go on from the same."""
+    """`varlen_attention` by `sdpa`: one call for each run of samples of one length that continue the same one."""
     sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
     groups: Any = SimpleNamespace(num_key_value_groups=query.shape[1] // key.shape[1])
     # split's backward is one concatenation, that of slices a zero-filled copy of the batch for each sample.
-    # What others go on from are runs of their own, the first ones.
+    # Samples that others continue come first, each as a run of its own.
     fronts = len(lengths) - len(continues) if continues else 0
     goes_on = [*range(-2, -2 - fronts, -1), *continues] if continues else [-1] * len(lengths)
     runs = [(n, front, len(list(run))) for (n, front), run in groupby(zip(lengths, goes_on))]
@@ -221,19 +228,19 @@ def _check_causal_self_attention(module: nn.Module, query: Tensor, key: Tensor, 
 
 
 def _band(n: int, before: int, window: int | None, device: torch.device) -> Tensor:
-    """[1, 1, n, before + n], True where a token sees another: itself and those before, `window` in all."""
+    """[1, 1, n, before + n], True where a token sees another: itself and those before it, `window` in all."""
     seen = torch.ones(n, before + n, dtype=torch.bool, device=device).tril_(before)
     return (seen if window is None else seen.triu_(before + 1 - window))[None, None]
 
 
 def _kernel_dtype(query: Tensor) -> torch.dtype:
-    """The dtype in which scaled_dot_product_attention would run, which autocast casts and a custom op it does not."""
+    """The dtype in which scaled_dot_product_attention would run; autocast casts its inputs, but no custom op's."""
     device = query.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
 
 
 def _has_kernel(query: Tensor, value: Tensor, dropout: float) -> bool:
-    """Whether torch's variable-length flash attention takes these."""
+    """Whether torch's variable-length flash attention can take these."""
     width = query.shape[-1]
     return (
         query.is_cuda
@@ -283,15 +290,20 @@ def _attend_in_samples(
     dropout: float,
     continues: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """`_attend_by_length` as one operation, opaque to compilers.
+    """`_attend_by_length` as one operation that compilers do not look into.
 
     Args:
-        starts: [B + 1] int32, where each sample begins, then L; on the CPU nothing waits for it.
-        window: tokens that a token sees, 0 for all.
-        continues: as in `varlen_attention`; empty where no sample goes on from another.
+        query: [1, heads, L, D].
+        key: [1, key heads, L, D].
+        value: [1, key heads, L, D_v].
+        starts: [B + 1] int32, where each sample begins, then L. If it is on the CPU, nothing waits for it.
+        window: tokens that a token sees; 0 for all.
+        scaling: factor on the products, or None.
+        dropout: probability.
+        continues: for each of the last samples, the number of the sample that it continues, or -1; empty if none does.
 
     Returns:
-        [1, L, heads, D_v], and the state of the random numbers before dropout, empty without it.
+        [1, L, heads, D_v], and the state of the random numbers before dropout, which is empty without dropout.
     """
     state = _random_state(query.device) if dropout else torch.empty(0, dtype=torch.uint8)
     return _attend_by_length(
@@ -337,7 +349,7 @@ def _attend_in_samples_backward(
     dropout: float,
     continues: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value. The forward pass runs again: its products are few beside a layer's."""
+    """Gradients of query, key and value. The forward pass runs again: it is little work beside a layer's."""
     now = _random_state(query.device) if dropout else None
     try:
         if dropout:
@@ -370,7 +382,7 @@ def _(
 
 
 def _recording() -> AbstractContextManager[Any]:
-    """Autograd also below a dispatch mode, which shuts it out."""
+    """Let autograd record below a dispatch mode, which shuts it out."""
     shut_out = torch._C._dispatch_tls_local_exclude_set().remove(torch._C.DispatchKey.AutogradFunctionality)
     guard: Any = torch._C._ForceDispatchKeyGuard
     return guard(torch._C._dispatch_tls_local_include_set(), shut_out)

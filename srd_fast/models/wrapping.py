@@ -9,14 +9,17 @@ from ..errors import UserError
 
 
 def with_adapters(model: nn.Module, peft_config: Any) -> nn.Module:
-    """The model as a PEFT model.
+    """Make a PEFT model.
 
     Args:
         model: a causal language model.
         peft_config: of the peft package, for adapters in the layers.
 
+    Returns:
+        The model with adapters.
+
     Raises:
-        UserError: peft is not installed, or the configuration is of trained prompts.
+        UserError: peft is not installed, or the configuration is for trained prompts.
     """
     try:
         from peft import get_peft_model
@@ -31,7 +34,7 @@ def with_adapters(model: nn.Module, peft_config: Any) -> nn.Module:
 
 
 def call_through(wrapped: nn.Module, inner: nn.Module, forward: Callable[..., Any], *args: Any) -> Any:
-    """Run `forward` inside the wrapper's own call (DDP and FSDP prepare for the backward pass there)."""
+    """Run `forward` inside the call of a wrapper such as DDP or FSDP, which prepares for the backward pass there."""
     if wrapped is inner:
         return forward(*args)
     original = inner.forward
