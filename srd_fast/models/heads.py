@@ -1,4 +1,4 @@
-"""Take a causal language model apart into body and head, and prove on real tokens that both together give its logits."""
+"""Take a causal language model apart into body and head, and prove on real tokens that both give its logits."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -64,10 +64,11 @@ class Reflect(_Section):
 
 
 class Curate(_Section):
-    """How scores become a plan. `signals`: name -> weight; default: every signal of reflect, weight 1.
+    """How scores become a plan.
 
-    `keep`: the share to keep, or "knee" to find it, see `curate`. `reflect_again`: at the border of each stage the
-    student, as it is then, reflects again, and the samples that it was not trained on yet are ranked anew.
+    `signals`: name -> weight; default: every signal of reflect, with weight 1. `keep`: the share to keep, or "knee" to
+    find it, see `curate`. `reflect_again`: at the border of each stage, the student reflects again as it is then, and
+    samples that it was not trained on yet are ranked anew.
     """
 
     method: Literal["srd", "random", "none"] = "srd"
@@ -87,14 +88,14 @@ class Curate(_Section):
 
 
 class Cache(_Section):
-    """Where teacher rows come from: `kind` live runs the teacher at every step, the others run it once."""
+    """Where teacher rows come from. `kind` live runs the teacher at every step, the other kinds run it once."""
 
     kind: Literal["hidden", "topk", "sampled", "projected", "live"] = "hidden"
     k: int = Field(default=64, ge=1)
 
 
 class Evaluate(_Section):
-    """How models are evaluated on the validation rows. With `seeds`, sampled once for each at `temperature`."""
+    """How models are evaluated on the validation rows. With `seeds`, answers are sampled once for each."""
 
     batch_size: int = Field(default=32, ge=1)
     max_new_tokens: int = Field(default=128, ge=1)
@@ -103,9 +104,9 @@ class Evaluate(_Section):
 
 
 class RunConfig(_Section):
-    """Everything `srd-fast run` needs; every field has a default.
+    """Everything `srd-fast run` needs. Every field has a default.
 
-    `max_bad_rows`: how many rows of a file may be unusable, a count, or as a float a share in (0, 1); null: no limit.
+    `max_bad_rows`: how many rows of a file may be unusable: a whole number, or a share in (0, 1); null: no limit.
     """
 
     teacher: str = "smollm2-135m-instruct"
@@ -177,7 +178,11 @@ def _read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def _parsed(text: str, complaint: str) -> Any:
-    """The values of a YAML text. Raises UserError beginning with the complaint."""
+    """The values of a YAML text.
+
+    Raises:
+        UserError: beginning with the complaint.
+    """
     try:
         node = yaml.compose(text, yaml.SafeLoader)
         if node is None:
@@ -193,7 +198,7 @@ def _parsed(text: str, complaint: str) -> Any:
 
 
 def _check_aliases(root: yaml.Node, complaint: str) -> None:
-    """Refuse values without end, and a key that a section has twice, of which YAML would keep the last."""
+    """Refuse values without end, and a key that a section has twice: YAML would silently keep the last."""
     counts: dict[int, int] = {}  # values below a node, each alias counted as all that it stands for; -1: not known yet
 
     def count(node: yaml.Node) -> int:
@@ -218,7 +223,7 @@ def _check_aliases(root: yaml.Node, complaint: str) -> None:
 
 
 def _override(content: dict[str, Any], assignment: str) -> None:
-    """Apply one `a.b=value`; the value is YAML. 1e-4 without a dot, which YAML takes for text, is a number here."""
+    """Apply one `a.b=value`. The value is YAML, but 1e-4, which YAML takes for text without a dot, is a number."""
     key, equals, text = assignment.partition("=")
     if not equals or not key:
         raise UserError(f"override {shown(assignment)!r} is not of the form key=value")
@@ -236,10 +241,14 @@ def _override(content: dict[str, Any], assignment: str) -> None:
 
 
 def _checked(value: Any, where: str = "") -> Any:
-    """A copy of values, in which 1e-4, text by YAML 1.1, is a number. Raises UserError for what nothing can hold.
+    """Copy values, with 1e-4, which is text in YAML 1.1, as a number.
 
     Args:
+        value: from YAML.
         where: the key of the value, for the message.
+
+    Raises:
+        UserError: a key is not text, or a value is one that no setting can hold.
     """
     if isinstance(value, dict):
         for key in value:
@@ -264,13 +273,13 @@ def _checked(value: Any, where: str = "") -> Any:
 
 
 def _check_text(text: str, where: str) -> None:
-    """Refuse what no path and no file can hold."""
+    """Refuse text that no path and no file can hold."""
     if "\0" in text or any("\ud800" <= c <= "\udfff" for c in text):
         raise UserError(f"config: {where}: holds a NUL or half of a surrogate pair, got {_repr(text)}")
 
 
 def _repr(value: Any) -> str:
-    """A value for a message."""
+    """A value as text for a message."""
     try:
         return shown(repr(value), 200)
     except ValueError:  # Python writes no number of more than 4,300 digits
@@ -278,7 +287,14 @@ def _repr(value: Any) -> str:
 
 
 def load_run_config(path: str | Path | None, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
-    """Read a config, apply the preset under it and the overrides over it, and check every key and value.
+    """Read a config, add the preset's values where it has none, apply the overrides, and check every key and value.
+
+    Args:
+        path: a YAML file, or None for the defaults.
+        overrides: texts such as "distill.skew=0.2".
+
+    Returns:
+        The config.
 
     Raises:
         UserError: one line that names the key, the value and what it should be; for an unknown key, the nearest one.

@@ -1,7 +1,7 @@
-"""The steps of a run, each redone only when what it was made from has changed.
+"""The steps of a run. A step is done again only when what it was made from has changed.
 
-A step's fingerprint covers its part of the config and the fingerprints of the steps before it; `steps.json` in the run
-folder holds it with a digest of every output. A step is skipped when both still match.
+A step's fingerprint covers its part of the config and the fingerprints of the steps before it. `steps.json` in the run
+folder keeps it with a digest of every output. A step is skipped if both still match.
 """
 
 import hashlib
@@ -28,9 +28,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Step:
-    """One step: what it makes (paths in the run folder), from which part of the config, after which steps.
+    """One step of a run.
 
-    caches: paths that let it go on from where it was, and that --force throws away.
+    Args:
+        name: of the step.
+        outputs: what it makes, as paths in the run folder.
+        depends: the part of the config that it depends on.
+        after: steps that come before it.
+        run: does it.
+        caches: paths from which an interrupted step goes on; --force deletes them.
     """
 
     name: str
@@ -119,21 +125,21 @@ class Ledger:
                 logger.warning("%s is damaged: every step is done again", self.path)
 
     def is_valid(self, step: Step, fingerprint: str, config: RunConfig, folder: Path) -> bool:
-        """Whether the step was done from the same inputs and its outputs are as it left them."""
+        """Whether the step was done with the same inputs, and its outputs are unchanged."""
         entry = self.entries.get(step.name)
         if entry is None or entry.get("fingerprint") != fingerprint:
             return False
         return all(entry["outputs"].get(o) == content_digest(folder / o) is not None for o in step.outputs(config))
 
     def record(self, step: Step, fingerprint: str, config: RunConfig, folder: Path, seconds: float) -> None:
-        """Note a finished step, atomically."""
+        """Write down a finished step, atomically."""
         outputs = {o: content_digest(folder / o) for o in step.outputs(config)}
         self.entries[step.name] = {"fingerprint": fingerprint, "outputs": outputs, "seconds": seconds}
         write_text(self.path, json.dumps(self.entries, indent=1))
 
 
 def fingerprints(config: RunConfig) -> dict[str, str]:
-    """Fingerprint of every step under this config."""
+    """The fingerprint of every step with this config."""
     found: dict[str, str] = {}
     for step in STEPS:
         found[step.name] = _hash([step.name, step.depends(config), [found[a] for a in step.after]])
@@ -147,15 +153,20 @@ def execute(
     say: Callable[[str], None] = print,
     shard: str | None = None,
 ) -> Path:
-    """Run every step that is not done, or `only` one, whose predecessors but init-student must be done.
+    """Run every step that is not done, or one step.
 
-    shard: "k/n" with only="reflect" does that share of the samples and leaves its scores beside the others'.
+    Args:
+        config: of the run.
+        only: the one step to run. The steps before it must be done, except init-student.
+        force: do `only` again even if nothing has changed.
+        say: prints a line.
+        shard: "k/n" with only="reflect": do that share of the samples, and leave its scores beside those of the others.
 
     Returns:
         The run folder.
 
     Raises:
-        UserError for bad input, or when `only` needs a step that is not done.
+        UserError: the input is wrong, or `only` needs a step that is not done.
     """
     folder = Path(config.output_dir)
     try:
@@ -187,7 +198,7 @@ def execute(
 def _execute(
     config: RunConfig, folder: Path, only: str | None, force: bool, say: Callable[[str], None], shard: str | None
 ) -> None:
-    """`execute` in a folder that is held."""
+    """Run `execute` in a folder that this process holds."""
     steps.check_inputs(config)
     wanted = fingerprints(config)
     write_text(folder / "config.yaml", yaml.safe_dump(config.model_dump(), sort_keys=False))

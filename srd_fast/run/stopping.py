@@ -1,4 +1,4 @@
-"""Being stopped, by Ctrl-C or by a cluster's SIGTERM: at once, or where what is under way can be saved first."""
+"""Ending on Ctrl-C or a cluster's SIGTERM: at once, or after the work in progress has been saved."""
 
 import signal
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 
 
 class Stopped(KeyboardInterrupt):
-    """Raised in the main thread by SIGINT or SIGTERM. status: the process's exit status by convention."""
+    """Raised in the main thread by SIGINT or SIGTERM. status: the exit status that is customary for the signal."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}")
@@ -35,9 +35,9 @@ _requests = _Requests()
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """SIGINT and SIGTERM raise `Stopped` in the block, which must run in the main thread.
+    """Let SIGINT and SIGTERM raise `Stopped` in the block, which must run in the main thread.
 
-    A library in which the signal arrives may make an error of its own of it: `Stopped` is raised all the same.
+    A library in which the signal arrives may turn it into an error of its own. `Stopped` is raised nevertheless.
     """
     before = {n: signal.signal(n, _requests) for n in (signal.SIGINT, signal.SIGTERM)}
     _requests.deferred, _requests.pending, _requests.raised = False, 0, None
@@ -54,9 +54,9 @@ def stoppable() -> Iterator[None]:
 
 @contextmanager
 def stopping_later() -> Iterator[TrainerCallback]:
-    """In the block the first signal waits: training with the callback saves a checkpoint after the step and ends.
+    """Let the first signal wait: training with the yielded callback saves a checkpoint after the step and ends.
 
-    `Stopped` is raised when the block ends after a signal.
+    After such a signal, `Stopped` is raised at the end of the block.
     """
     _requests.deferred = True
     try:

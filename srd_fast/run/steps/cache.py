@@ -1,4 +1,4 @@
-"""The teacher's cache of a run: what must be in it, and who fills it."""
+"""The teacher's cache of a run: what it must hold, and how it is filled."""
 
 import logging
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 def check_cache(config: RunConfig, args: SRDConfig) -> None:
-    """Refuse kinds of teacher cache that the rest of the config does not go with."""
+    """Refuse a kind of teacher cache that does not fit the rest of the config."""
     kind = config.cache.kind
     if kind != LIVE:
         check_cache_kind(kind, args.divergence, ("config: cache.kind", "distill.divergence"))
@@ -41,20 +41,25 @@ def cache_inputs(config: RunConfig) -> Any:
 
 
 def cache_temperatures(config: RunConfig, args: SRDConfig) -> list[float]:
-    """What a compact cache must hold rows for: evaluation's, then that of every stage."""
+    """Temperatures for which a compact cache must hold rows: that of evaluation, then that of each stage."""
     stages = config.curate.stages
     return [1.0, *per_stage("temperature", args.temperature, args.temperature_start, args.temperature_end, stages)]
 
 
 def cache_teacher(run: Run) -> None:
-    """Run the teacher once over the kept and the validation samples; nothing to do with a live teacher."""
+    """Run the teacher once over the kept samples and the validation samples. A live teacher needs no such step."""
     open_cache(run)
 
 
 def open_cache(run: Run, student: PreTrainedModel | None = None) -> TeacherCache | None:
-    """The run's cache, whole: what is missing or damaged is made, what is of another teacher is replaced.
+    """Open the run's cache, complete. Missing and damaged parts are made, a cache of another teacher is replaced.
 
-    student: the starting student if it is loaded already; compact kinds look at its head.
+    Args:
+        run: of which the cache is part.
+        student: the starting student, if it is loaded already. Compact kinds look at its head.
+
+    Returns:
+        The cache, or None with a live teacher.
     """
     c = run.config.cache
     if c.kind == LIVE:
@@ -69,10 +74,11 @@ def open_cache(run: Run, student: PreTrainedModel | None = None) -> TeacherCache
 
 
 def warm_up_cache(run: Run) -> TeacherCache | None:
-    """The cache as the warm-up of a pruned student reads it, so that the teacher sees each sample once in a whole run.
+    """Open the cache for the warm-up of a pruned student, so that the teacher sees each sample once in the whole run.
 
-    None where the warm-up must have the teacher beside it (compact kinds look at the student that it makes), or sees
-    too few samples to run the teacher over all of them before it is known which are kept.
+    Returns:
+        The cache. None if the warm-up must run the teacher itself: for compact kinds, which look at the student that it
+        makes, and if it sees so few samples that filling the cache for all of them would not pay before curation.
     """
     c, train = run.config.init_student, run.data("train")
     if run.config.cache.kind != "hidden" or c.warmup_steps * c.warmup_batch_size < len(train):
@@ -81,7 +87,7 @@ def warm_up_cache(run: Run) -> TeacherCache | None:
 
 
 def validation_cache(run: Run) -> TeacherCache | None:
-    """The cache, if it holds of the validation samples all that a live teacher says."""
+    """The cache, if it holds everything about the validation samples that a live teacher would give; else None."""
     return open_cache(run) if run.config.cache.kind == "hidden" else None
 
 

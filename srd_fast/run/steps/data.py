@@ -1,4 +1,4 @@
-"""The first step: rows of any source to tokenised samples, some of them held out."""
+"""The first step: rows of any source become tokenised samples, and some of them are held out."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,9 +17,9 @@ QUICKSTART_ROWS = 256
 
 
 def prepare_inputs(config: RunConfig) -> Any:
-    """What the prepared data depends on: the rows' source, the tokenizer's model, template and limits.
+    """What the prepared data depends on: the source of the rows, the tokenizer's model, template and limits.
 
-    Not max_bad_rows: it decides only whether the step fails, never what it writes.
+    max_bad_rows is not among them: it decides only whether the step fails, never what it writes.
     """
     sources = [s for s in (config.data, config.validation) if isinstance(s, str)]
     stamps = [[s, _file_stamp(s)] for s in sources]
@@ -33,7 +33,7 @@ def _file_stamp(source: str) -> str | None:
 
 
 def prepare(run: Run) -> None:
-    """Read and tokenise the data; hold out validation rows if no file of them is given."""
+    """Read and tokenise the data. Validation rows are held out if no file of them is given."""
     c = run.config
     tokenisation = Tokenisation(run.tokenizer, c.template, c.max_prompt_length, c.max_response_length)
     train_rows: Sequence[Any]
@@ -67,7 +67,7 @@ def prepare(run: Run) -> None:
 
 
 def _hold_out(samples: Dataset, count: int, seed: int) -> tuple[Dataset, Dataset]:
-    """Split off `count` samples chosen by a hash of their id, so that adding rows moves few others."""
+    """Split off `count` samples, chosen by a hash of their ids, so that added rows change the choice little."""
     if not 1 <= count < len(samples):
         raise UserError(
             f"validation is {count} but the data has {len(samples)} usable rows; give a file, or a number from 1 to "

@@ -1,4 +1,4 @@
-"""Everything that can be told to be wrong before any work: names, settings, missing files, tokenizers."""
+"""Mistakes that can be found before any work is done: names, settings, missing files, tokenizers."""
 
 from pathlib import Path
 
@@ -19,7 +19,11 @@ from .settings import lora_config, training_config
 
 
 def check_inputs(config: RunConfig) -> None:
-    """UserError for the first thing that is wrong."""
+    """Check a config before its run.
+
+    Raises:
+        UserError: for the first mistake found.
+    """
     _check_device(config.device)
     args = training_config(config, Path(config.output_dir), torch.device("cpu"), torch.float32)
     for name in ("epochs_per_stage", "temperature", "sft_weight", "stage_learning_rates"):

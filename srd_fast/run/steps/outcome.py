@@ -1,4 +1,4 @@
-"""What a run came to: evaluate, report."""
+"""The results of a run: evaluate, report."""
 
 import importlib.metadata
 import json
@@ -22,7 +22,7 @@ from .settings import training_config
 
 
 def evaluate_step(run: Run) -> None:
-    """Teacher, starting and distilled student side by side, and the run's figures: summary.json."""
+    """Compare teacher, starting student and distilled student, and write the run's figures to summary.json."""
     config = run.config
     rejected = json.loads((run.folder / "data" / "rejected.json").read_text(encoding="utf-8"))
     summary = {
@@ -50,7 +50,7 @@ def evaluate_step(run: Run) -> None:
 
 
 def _evaluations(run: Run) -> dict[str, Any]:
-    """Results by model. evaluation.json keeps each with what it was made from, so that only changed ones are redone."""
+    """Results by model. evaluation.json keeps what each was made from, so that only changed ones are made again."""
     path, c = run.folder / "evaluation.json", run.config.evaluate
     try:
         kept: dict[str, Any] = dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
@@ -102,7 +102,7 @@ def _training_figures(run: Run) -> dict[str, Any]:
 
 
 def _stages(run: Run) -> list[dict[str, Any]]:
-    """What each new reflection at the border of a stage (counted from 1) said, and how many samples it exchanged."""
+    """For each new reflection at a stage's border (counted from 1): its means, and how many samples it exchanged."""
     found, before = [], CurriculumPlan.load(run.folder / "plan.json")
     for stage in range(2, len(before.subset_columns) + 1):
         path = run.folder / "checkpoints" / f"plan-stage-{stage}.json"
@@ -118,5 +118,5 @@ def _stages(run: Run) -> list[dict[str, Any]]:
 
 
 def report(run: Run) -> None:
-    """report.html."""
+    """Write report.html."""
     write_report(run.folder)

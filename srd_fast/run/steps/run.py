@@ -1,4 +1,4 @@
-"""A run folder under a config, as every step sees it."""
+"""A run: its folder and its config, as every step sees them."""
 
 import json
 import os
@@ -23,7 +23,14 @@ LIVE = "live"
 
 @dataclass
 class Run:
-    """A run folder under a config. `fingerprints`: of every step; `ledger`: what steps.json holds."""
+    """A run: its config and its folder.
+
+    Args:
+        config: of the run.
+        folder: where its files are.
+        fingerprints: of every step, by name.
+        ledger: the content of steps.json.
+    """
 
     config: RunConfig
     folder: Path
@@ -32,14 +39,14 @@ class Run:
 
     @cached_property
     def device(self) -> torch.device:
-        """The configured device, or the accelerator that there is."""
+        """The configured device; for "auto" a GPU if there is one."""
         if self.config.device != "auto":
             return torch.device(self.config.device)
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     @cached_property
     def dtype(self) -> torch.dtype:
-        """Dtype of teacher, reflection and evaluation; the student trains in float32 with autocast to it."""
+        """Dtype of teacher, reflection and evaluation. The student trains in float32 with autocast to it."""
         if self.config.dtype == "auto":
             return torch.bfloat16 if has_fast_bfloat16(self.device) else torch.float32
         return torch.bfloat16 if self.config.dtype == "bfloat16" else torch.float32
@@ -51,16 +58,16 @@ class Run:
 
     @cached_property
     def teacher(self) -> PreTrainedModel:
-        """The teacher, loaded once a process."""
+        """The teacher, loaded once in a process."""
         return load_model(self.config.teacher, self.dtype, self.device)
 
     @property
     def start(self) -> str:
-        """Where the starting student is."""
+        """Folder or hub id of the starting student."""
         return str(self.folder / "start") if self.config.student == PRUNE else self.config.student
 
     def data(self, split: str) -> Dataset:
-        """Tokenised samples: "train" or "validation"."""
+        """Tokenised samples of a split: "train" or "validation"."""
         path = self.folder / "data" / f"{split}.parquet"
         return Dataset.from_parquet(str(path), features=TOKENISED_FEATURES, keep_in_memory=True)
 
@@ -74,11 +81,11 @@ def has_fast_bfloat16(device: torch.device) -> bool:
 
 
 def json_text(content: Any) -> str:
-    """As the run's files have it."""
+    """JSON text in the layout of the run's files."""
     return json.dumps(content, indent=1, ensure_ascii=False)
 
 
 def write_parquet(rows: Dataset, target: Path) -> None:
-    """Write a data set in one step."""
+    """Write a data set in one step: readers see the old file or the new one."""
     rows.to_parquet(str(temporary_path(target)))
     os.replace(temporary_path(target), target)

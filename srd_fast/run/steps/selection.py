@@ -28,7 +28,7 @@ def student_inputs(config: RunConfig) -> Any:
 
 
 def init_student(run: Run) -> None:
-    """Cut the student out of the teacher and warm it up; nothing to do for a student that is given."""
+    """Cut the student out of the teacher and warm it up. A student that is given needs no such step."""
     if run.config.student != PRUNE:
         return
     c = run.config.init_student
@@ -51,9 +51,9 @@ PARTS = "reflections.parts"
 
 
 def reflect_step(run: Run) -> None:
-    """The starting student answers the training prompts. Interrupted, it goes on where it was.
+    """Let the starting student answer the training prompts. An interrupted step goes on where it was.
 
-    Where scores of shards lie in the run folder, they are joined instead.
+    If the run folder holds scores of shards, they are joined instead.
     """
     target, files = run.folder / "reflections.parquet", shard_files(run.folder)
     ids = list(run.data("train")["sample_id"])
@@ -63,7 +63,7 @@ def reflect_step(run: Run) -> None:
 
 
 def reflect_shard(run: Run, shard: str) -> Path:
-    """The same for one shard "k/n" of the samples; returns the file of its scores."""
+    """Run `reflect_step` for one shard "k/n" of the samples, and return the file of its scores."""
     target, parts = shard_file(run.folder, shard), shard_parts(run.folder, shard)
     write_shard(reflect_with(run, run.start, parts, shard), target, _made_from(run))
     remove(parts)
@@ -71,17 +71,17 @@ def reflect_shard(run: Run, shard: str) -> Path:
 
 
 def shard_parts(folder: Path, shard: str) -> Path:
-    """Where the finished parts of a shard under way are, in a run folder."""
+    """The folder, in a run folder, for the finished parts of a shard that is being worked on."""
     return folder / shard_file(folder, shard).stem.replace("reflections", PARTS)
 
 
 def _made_from(run: Run) -> str:
-    """What the scores of a shard depend on: settings and data, and the student as it is on this machine."""
+    """What the scores of a shard depend on: settings and data, and the student's files on this machine."""
     return f"{run.fingerprints['reflect']}:{fingerprint(run.start)}"
 
 
 def reflect_with(run: Run, student: str, parts: Path, shard: str | None = None) -> Dataset:
-    """Reflections of the training rows by the student in a folder, as the section `reflect` says."""
+    """Reflections of the training rows by the student in a folder, with the settings of the section `reflect`."""
     c = run.config.reflect
     sampled = [f.name for f in dataclasses.fields(Sampling) if f.name != "seed"]
     return reflect(
@@ -112,7 +112,7 @@ def reflect_inputs(config: RunConfig) -> Any:
 
 
 def sample_policy(config: RunConfig) -> tuple[str, float]:
-    """Policy and ratio of the samples that the section `distill` asks for; the plan follows it already."""
+    """Sample policy and ratio in the section `distill`. The plan already follows them."""
     given = config.distill
     name = given.get("sample_selection", SRDConfig.sample_selection)
     return str(name), given.get("sample_ratio", SRDConfig.sample_ratio)
@@ -126,7 +126,7 @@ def curate_inputs(config: RunConfig) -> Any:
 
 
 def curate_step(run: Run) -> None:
-    """Scores to plan.json."""
+    """Make plan.json from the scores."""
     c = run.config.curate
     signals = get_difficulties(c.signals or run.config.reflect.signals)
     weights = list((c.signals or dict.fromkeys(signals, 1.0)).values())

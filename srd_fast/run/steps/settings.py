@@ -1,4 +1,4 @@
-"""Sections of a run's config as the libraries behind them take them."""
+"""Sections of a run's config in the form in which the libraries behind them take them."""
 
 import dataclasses
 from pathlib import Path
@@ -20,7 +20,7 @@ from .run import PRUNE, Run
 
 
 def training_config(config: RunConfig, folder: Path, device: torch.device, dtype: torch.dtype) -> SRDConfig:
-    """SRDConfig of a run: the run's own settings, under what `distill` gives."""
+    """SRDConfig of a run: the run's own settings, replaced by those in `distill`."""
     basics = {
         **trainer_basics(device, dtype),
         "logging_steps": 1,
@@ -64,9 +64,9 @@ def lora_config(config: RunConfig) -> Any:
 
 
 def expected_logits(run: Run) -> float:
-    """About how many logits of the student the losses of a whole run see, rows with loss times classes; 0 without data.
+    """Estimate how many logits of the student a run's losses compute: rows with loss times classes; 0 without data.
 
-    It follows from config and data alone, so that every process that works on a run counts the same.
+    It follows from config and data alone, so that every process of a run gets the same number.
     """
     paths = [run.folder / "data" / f"{split}.parquet" for split in ("train", "validation")]
     if not all(path.is_file() for path in paths):

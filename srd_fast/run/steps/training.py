@@ -26,7 +26,7 @@ SHOWN_SAMPLES = 6
 
 
 class _MetricsFile(TrainerCallback):
-    """Appends every log to metrics.jsonl as it comes."""
+    """Appends every log to metrics.jsonl when it is made."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -45,7 +45,7 @@ class _MetricsFile(TrainerCallback):
 
 
 def distill(run: Run) -> None:
-    """Train along the plan, from the last checkpoint of the same inputs if there is one."""
+    """Train along the plan, from the last checkpoint with the same inputs if there is one."""
     checkpoints, metrics = run.folder / "checkpoints", run.folder / "metrics.jsonl"
     stamp, wanted = checkpoints / "fingerprint.txt", run.fingerprints["distill"]
     if not stamp.is_file() or stamp.read_text(encoding="utf-8").strip() != wanted:
@@ -76,7 +76,7 @@ def distill(run: Run) -> None:
 
 
 def selected_positions(trainer: SRDTrainer) -> dict[str, Any]:
-    """What the position policy chose: by entropy over the whole run, and in some samples, by the finished student."""
+    """What the position policy chose: by entropy over the whole run, and in some samples with the finished student."""
     train: Any = trainer.train_dataset
     first = list(dict.fromkeys(trainer.curriculum.stages[0].samples.tolist()))[:SHOWN_SAMPLES]
     decode = trainer.processing_class.decode  # type: ignore[union-attr]
@@ -101,7 +101,7 @@ def selected_positions(trainer: SRDTrainer) -> dict[str, Any]:
 
 
 def _train(run: Run, plan: CurriculumPlan, until: int | None = None) -> SRDTrainer:
-    """Train along a plan, from the last checkpoint there is, to the end or to a checkpoint at step `until`."""
+    """Train along a plan, from the last checkpoint if there is one, to the end or to a checkpoint at step `until`."""
     checkpoints = run.folder / "checkpoints"
     args = training_config(run.config, run.folder, run.device, run.dtype)
     if until is not None:
@@ -128,7 +128,7 @@ def _train(run: Run, plan: CurriculumPlan, until: int | None = None) -> SRDTrain
 
 
 def _plan_from(run: Run, plan: CurriculumPlan, stage: int) -> CurriculumPlan:
-    """The plan from stage `stage` on (counted from 0): what is left is ranked anew by the student at that border."""
+    """The plan from a stage on (counted from 0), where the student at that border has ranked the rest anew."""
     checkpoints = run.folder / "checkpoints"
     path = checkpoints / f"plan-stage-{stage + 1}.json"
     if path.is_file():
@@ -150,7 +150,7 @@ def _plan_from(run: Run, plan: CurriculumPlan, stage: int) -> CurriculumPlan:
 
 
 def _drop_torn_line(path: Path) -> None:
-    """Remove a last line that a kill cut off, so that appending goes on behind whole lines."""
+    """Remove a last line that a kill cut off, so that new lines follow whole ones."""
     if path.is_file():
         text = path.read_text(encoding="utf-8")
         write_text(path, text[: text.rfind("\n") + 1])
