@@ -1,1 +1,1 @@
-"""What training will take of memory, said before it is taken."""
+"""How much memory training will take, said before it takes it."""

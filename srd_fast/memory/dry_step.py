@@ -33,7 +33,12 @@ from .live_bytes import LiveBytes
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch: its samples' lengths in tokens, and how many tokens have a loss."""
+    """A micro-batch.
+
+    Args:
+        lengths: of its samples, in tokens.
+        rows: how many tokens have a loss.
+    """
 
     lengths: tuple[int, ...]
     rows: int
@@ -77,19 +82,19 @@ def _make_student(config: RunConfig, device: torch.device, live: LiveBytes, args
 
 
 def _make_teacher(config: RunConfig, run: Run, student: Any, offload: bool) -> tuple[Any, list[Tensor], Head]:
-    """The body if it runs, whatever else of the teacher stays in memory, and its head."""
+    """The teacher's body if it runs, its other tensors that stay in memory, and its head."""
     kind = config.cache.kind
     model = _make_model(config.teacher, run.dtype, torch.device("cpu") if offload else run.device)
     model.eval().requires_grad_(False)
     head = find_head(model)
     copied = {"hidden": head, "projected": find_head(student), LIVE: head if offload else Head(None)}.get(kind)
     held = [] if copied is None else [torch.empty_like(x, device=run.device) for x in copied.tensors().values()]
-    # What is only asked for its shape takes no memory.
+    # A head of which only the shape is used takes no memory.
     return (model if kind == LIVE else None), held, head.on("meta")
 
 
 def _flattens(models: Sequence[Any], wanted: Any) -> bool:
-    """What `SRDTrainer` decides, short of running the models; switches their attention if so."""
+    """Decide as `SRDTrainer` does, without running the models; switch their attention if batches are flattened."""
     if not wanted or any(flattening.unfit(unwrap(m)) is not None for m in models):
         return False
     for model in models:
@@ -100,7 +105,7 @@ def _flattens(models: Sequence[Any], wanted: Any) -> bool:
 
 
 def _forward(model: Any, batch: Batch, device: torch.device, flattened: bool) -> Tensor:
-    """The hidden states that `srd_fast.models.hidden_states` would give."""
+    """Hidden states such as `srd_fast.models.hidden_states` would give."""
     if not flattened:
         ids = torch.zeros(len(batch.lengths), max(batch.lengths), dtype=torch.long, device=device)
         return hidden_states(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
@@ -129,9 +134,9 @@ def _forward(model: Any, batch: Batch, device: torch.device, flattened: bool) ->
 
 @dataclass(frozen=True)
 class _LossSizes:
-    """What `ChunkedLoss` allocates; see `losses.chunked.run_chunks`. Bytes, but for classes.
+    """What `ChunkedLoss` allocates, in bytes; see `losses.chunked.run_chunks`.
 
-    kept: the workspace. working: casts of heads, eager temporaries and slices of products.
+    kept: the workspace. working: copies of heads in another dtype, eager temporaries and slices of products.
     """
 
     kept: int
@@ -170,7 +175,7 @@ def _loss_sizes(
 
 
 class _Loss(torch.autograd.Function):
-    """Allocates what `ChunkedLoss` does."""
+    """Allocates what `ChunkedLoss` would."""
 
     @staticmethod
     def forward(ctx: Any, hidden_ND: Tensor, weight: Tensor, bias: Tensor | None, working: int) -> Tensor:
@@ -206,20 +211,20 @@ class _Step:
     flattened: bool
 
     def autocast(self) -> Any:
-        """As accelerate sets it up."""
+        """Autocast as accelerate sets it up."""
         if not (self.args.bf16 or self.args.fp16):
             return nullcontext()
         return torch.autocast(self.run.device.type, torch.bfloat16 if self.args.bf16 else torch.float16)
 
     @contextmanager
     def at(self, moment: str, label: str) -> Iterator[None]:
-        """Name the moment, and what is allocated in it."""
+        """Name the moment, and label what is allocated in it."""
         self.live.moment = moment
         with self.live.labelled(label, {"student weights": "cast weights", "adapters": "cast weights"}):
             yield
 
     def teacher_rows(self, batch: Batch) -> Tensor | None:
-        """The live teacher's hidden states."""
+        """Hidden states of the live teacher."""
         if self.teacher is None:
             return None
         with torch.inference_mode(False), torch.no_grad(), self.at("teacher", "activations"):
@@ -229,12 +234,12 @@ class _Step:
 
     @staticmethod
     def rows(hidden_BLD: Tensor, batch: Batch) -> Tensor:
-        """[N, D], as `rows_with_loss` takes them."""
+        """[N, D], selected as `rows_with_loss` does."""
         index = torch.zeros(batch.rows, dtype=torch.long, device=hidden_BLD.device)
         return hidden_BLD[:, :-1][index, index]
 
     def evaluate(self, batch: Batch, loss: _LossSizes) -> None:
-        """`measure_batch`."""
+        """Do what `measure_batch` does."""
         teacher_ND = self.teacher_rows(batch)
         with torch.no_grad(), self.autocast(), self.at("evaluation", "activations"):
             hidden_ND = self.rows(_forward(self.student, batch, self.run.device, self.flattened), batch)
@@ -243,7 +248,7 @@ class _Step:
         del teacher_ND, hidden_ND
 
     def train(self, batch: Batch, loss: _LossSizes) -> None:
-        """`SRDTrainer.training_step` of a micro-batch."""
+        """Do what `SRDTrainer.training_step` does for a micro-batch."""
         teacher_ND = self.teacher_rows(batch)
         with self.at("forward", "activations"):
             with self.autocast():
@@ -257,7 +262,7 @@ class _Step:
         del teacher_ND, hidden_BLD, hidden_ND
 
     def optimise(self, optimizer: Any) -> None:
-        """The optimizer's step; its state counts as such from then on."""
+        """Make the optimizer's step. Its state is labelled as such from then on."""
         with self.at("optimizer", "optimizer"):
             optimizer.step()
 
@@ -272,7 +277,10 @@ def _optimizer(args: SRDConfig, model: Any) -> Any:
 
 @dataclass(frozen=True)
 class Simulated:
-    """parts, moment: of the peak. row_bytes, head_bytes: of the cache on disk."""
+    """What a simulated step needs.
+
+    parts, moment: bytes at the peak, and when it is. row_bytes, head_bytes: of the cache on disk.
+    """
 
     parts: dict[str, int]
     moment: str
@@ -291,10 +299,15 @@ def _store(config: RunConfig, args: SRDConfig, student: Any, classes: int) -> St
 
 
 def simulate(config: RunConfig, args: SRDConfig, largest: Callable[[bool, bool], Batch]) -> Simulated:
-    """Peak of evaluation and of a training step in its steady state: optimizer state there, gradients to be made.
+    """Find the peak of evaluation and of a training step in its steady state: with optimizer state, before gradients.
 
     Args:
-        largest: (training or evaluation, whether batches are flattened) -> the largest micro-batch.
+        config: of the run.
+        args: of its training.
+        largest: (whether training or evaluation, whether batches are flattened) -> the largest micro-batch.
+
+    Returns:
+        The peak and its parts.
     """
     run = Run(config, Path(config.output_dir), {}, {})
     device, live = run.device, LiveBytes()

@@ -1,7 +1,7 @@
-"""Count the bytes of tensors that are alive while code runs on fake tensors, which have shapes and no memory.
+"""Count the bytes of tensors that are alive while code runs on fake tensors, which have shapes but no memory.
 
-A fake tensor takes the way through autograd, autocast and attention kernels that its device's real one would, and its
-storage dies when the real one would. So the peak is that of the real run but for what kernels allocate inside.
+A fake tensor goes through autograd, autocast and attention kernels as a real one would, and its storage dies when the
+real one would. So the peak is that of the real run, except for what kernels allocate inside.
 """
 
 import weakref
@@ -20,7 +20,7 @@ _aten = torch.ops.aten
 
 
 class _Watch(TorchDispatchMode):
-    """Sees every operation's results, above the mode that makes them fake."""
+    """Sees the results of every operation, above the mode that makes them fake."""
 
     def __init__(self, owner: "LiveBytes") -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class LiveBytes:
     """`with LiveBytes() as live:` makes every tensor fake and counts its storage, by label, until it dies.
 
     live: bytes by label now. peak: bytes by label when their sum was largest; peak_moment: what `moment` was then.
-    masks_are_whole: what a look at a fake boolean tensor gives; sizes depend on no other value.
+    masks_are_whole: the value read from a fake boolean tensor. Sizes depend on no other value.
     """
 
     def __init__(self, masks_are_whole: bool = False) -> None:
@@ -68,7 +68,7 @@ class LiveBytes:
 
     @contextmanager
     def labelled(self, label: str, copies: dict[str, str] | None = None) -> Iterator[None]:
-        """New storage counts as `label`; a copy in another dtype of one labelled L as `copies[L]`."""
+        """Label new storage; a copy in another dtype of a tensor labelled L gets the label `copies[L]`."""
         before = self.label, self._copies
         self.label, self._copies = label, copies or {}
         try:
@@ -77,11 +77,11 @@ class LiveBytes:
             self.label, self._copies = before
 
     def label_of_copy(self, x: Tensor) -> str | None:
-        """What a converted copy of `x` counts as, None for the current label."""
+        """The label of a copy of `x` in another dtype; None for the current label."""
         return self._copies.get(self._labels.get(x.untyped_storage()._cdata, ""))
 
     def see(self, x: Tensor, label: str | None = None) -> None:
-        """Count the storage of `x`, unless it is counted already or on the device meta, which is a shape alone."""
+        """Count the storage of `x`, unless it is counted already or on the device meta, where it takes no memory."""
         if x.device.type == "meta":
             return
         storage = x.untyped_storage()
@@ -101,7 +101,7 @@ class LiveBytes:
         self._total -= size
 
     def relabel(self, x: Tensor, label: str) -> None:
-        """Count the storage of `x` as something else from now on."""
+        """Give the storage of `x` another label from now on."""
         storage = x.untyped_storage()
         before = self._labels.get(storage._cdata)
         if before is not None:
@@ -110,7 +110,7 @@ class LiveBytes:
             self._labels[storage._cdata] = label
 
     def value_of(self, x: Tensor) -> Any:
-        """What `x.item()` gives: the filling of a tensor made by full(), else `masks_are_whole`, or 1."""
+        """What `x.item()` returns: the value that full() filled it with, else `masks_are_whole`, or 1."""
         known = self.values.get(x.untyped_storage()._cdata)
         if known is not None:
             return known

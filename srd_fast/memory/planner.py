@@ -1,7 +1,7 @@
-"""How much memory the step `distill` of a run will need at its peak, and the teacher cache on disk, before it runs.
+"""Predict how much memory the step `distill` of a run needs at its peak, and its teacher cache on disk.
 
-The tensors come from a step on fake ones (`dry_step`). What lies outside of them is measured (a process after its
-imports) or allowed for (`_KEPT`).
+The tensors come from a step on fake ones (`dry_step`). What a process takes besides is measured (its imports) or
+estimated (`_KEPT`).
 """
 
 import json
@@ -64,14 +64,14 @@ class MemoryPlan:
     """The peak memory of a run's distillation, in bytes.
 
     Attributes:
-        device: the device that `parts` is of, "cpu" for the process as a whole (ru_maxrss).
-        parts: bytes by name at the peak; the names are in `PARTS`, those of 0 bytes left out.
-        moment: what the step is at then: "forward", "loss", "backward", "optimizer", "teacher" or "evaluation".
-        disk: bytes of the teacher cache; 0 for a live teacher, None where the number of samples is not known yet.
-        host: bytes in the host's memory of a teacher that is kept there beside a GPU; else 0.
+        device: the device that `parts` are on; "cpu" for the process as a whole (ru_maxrss).
+        parts: bytes by name at the peak. Names are in `PARTS`; parts of 0 bytes are left out.
+        moment: what the step does then: "forward", "loss", "backward", "optimizer", "teacher" or "evaluation".
+        disk: bytes of the teacher cache; 0 with a live teacher, None if the number of samples is not known yet.
+        host: bytes of a teacher that is kept in the host's memory beside a GPU; else 0.
         batch: the largest micro-batch.
         source: where its lengths come from.
-        flattened: whether batches go without padding.
+        flattened: whether batches have no padding.
         overrides: what `fit` changed in the config, as `key=value`.
     """
 
@@ -118,7 +118,7 @@ class MemoryPlan:
 
 @dataclass(frozen=True)
 class _Lengths:
-    """Of the prepared samples, in order: tokens, and tokens with loss. train_order: the run's sequence, if known."""
+    """Tokens, and tokens with loss, of each prepared sample, in order. train_order: the run's sequence, if known."""
 
     train: list[tuple[int, int]]
     validation: list[tuple[int, int]]
@@ -143,7 +143,7 @@ def _same(config: RunConfig, folder: Path, keys: Sequence[str]) -> bool:
 
 
 def _read_lengths(config: RunConfig, args: SRDConfig) -> _Lengths | None:
-    """From the run folder, if what is there was made from the same settings."""
+    """Lengths of the samples in the run folder, if they were made with the same settings; else None."""
     folder = Path(config.output_dir)
     if not (folder / "data" / "validation.parquet").is_file() or not _same(config, folder, _DATA_KEYS):
         return None
@@ -175,19 +175,19 @@ _Sizes = Sequence[tuple[int, int]]  # of samples: tokens, and tokens with loss
 
 
 def _tokens(batch: _Sizes, flattened: bool) -> int:
-    """Of a batch, padding included."""
+    """Tokens of a batch, padding included."""
     lengths = [n for n, _ in batch]
     return sum(lengths) if flattened else max(lengths) * len(lengths)
 
 
 def _largest(batches: Sequence[_Sizes], flattened: bool) -> Batch:
-    """The batch of the most tokens, padding included; its rows are the most of any batch."""
+    """The batch with the most tokens, padding included, and with the most rows of any batch."""
     chosen = max(batches, key=lambda batch: _tokens(batch, flattened))
     return Batch(tuple(n for n, _ in chosen), max(sum(rows for _, rows in batch) for batch in batches))
 
 
 def _divided(batch: _Sizes, most: int, flattened: bool) -> list[_Sizes]:
-    """The micro-batches that `max_tokens_per_batch` makes of a batch; a longer sample is one of its own."""
+    """The micro-batches that `max_tokens_per_batch` makes of a batch. A longer sample is a micro-batch of its own."""
     if not most:
         return [batch]
     lengths = [n for n, _ in batch]
@@ -195,7 +195,7 @@ def _divided(batch: _Sizes, most: int, flattened: bool) -> list[_Sizes]:
 
 
 def _train_batches(lengths: _Lengths | None, config: RunConfig, size: int) -> list[_Sizes]:
-    """Those of the run, or the largest there can be."""
+    """The batches of the run, or the largest that are possible."""
     if lengths is None:
         return [[(config.max_prompt_length + config.max_response_length, config.max_response_length)] * size]
     if lengths.train_order is None:
@@ -222,7 +222,7 @@ def _evaluation_batch(lengths: _Lengths | None, config: RunConfig, size: int, fl
 
 
 def _disk(config: RunConfig, lengths: _Lengths | None, made: Simulated) -> int | None:
-    """Bytes of the cache; None where the number of samples is not known yet."""
+    """Bytes of the cache; None if the number of samples is not known yet."""
     if config.cache.kind == LIVE:
         return 0
     if lengths is not None:
@@ -276,13 +276,19 @@ def _process_bytes() -> int:
 
 
 def plan(config: RunConfig) -> MemoryPlan:
-    """The peak memory of the step `distill` of this run, as a process of its own, and the disk of its cache.
+    """Predict the peak memory of the step `distill`, as a process of its own, and the disk space of its cache.
 
-    Reads the models' configs and, where the run folder holds them for these settings, the samples' lengths; else every
-    sample counts as max_prompt_length + max_response_length tokens. Takes seconds, and no weights are read.
+    The models' configs are read, and the samples' lengths if the run folder holds them for these settings; otherwise
+    every sample counts as max_prompt_length + max_response_length tokens. This takes seconds and reads no weights.
+
+    Args:
+        config: of the run.
+
+    Returns:
+        The peak and its parts.
 
     Raises:
-        UserError for a config that `srd-fast run` would refuse, or a model whose config cannot be read.
+        UserError: `srd-fast run` would refuse the config, or a model's config cannot be read.
     """
     run = Run(config, Path(config.output_dir), {}, {})
     args = training_config(config, run.folder, run.device, run.dtype)
@@ -328,7 +334,10 @@ _UNITS |= {f"{letter}{end}": 1024**i for i, letter in enumerate("kmgt", 1) for e
 
 
 def parse_bytes(text: str) -> int:
-    """Bytes of "8GiB", "8G" (both 2**30), "8GB" (10**9), "8192MB", "123456". UserError for anything else.
+    """Bytes of "8GiB", "8G" (both 2**30), "8GB" (10**9), "8192MB" or "123456".
+
+    Raises:
+        UserError: for any other text.
 
     >>> parse_bytes("1.5GiB"), parse_bytes("8192 MB")
     (1610612736, 8192000000)
@@ -353,7 +362,7 @@ def _changed(config: RunConfig, changes: dict[str, Any]) -> RunConfig:
 
 
 def _variants(config: RunConfig, args: SRDConfig, device: torch.device) -> Iterator[dict[str, Any]]:
-    """What may change beside sizes, from what costs no speed to what changes the result."""
+    """What may change besides sizes, from changes that cost no speed to changes of the result."""
     teachers: list[dict[str, Any]] = [{}]
     if config.cache.kind == LIVE:
         teachers.append({"cache.kind": "hidden"})
@@ -368,7 +377,7 @@ def _variants(config: RunConfig, args: SRDConfig, device: torch.device) -> Itera
 
 
 class _Search:
-    """Plans of a config with other sizes, each made once."""
+    """Plans of a config with different sizes, each made once."""
 
     def __init__(self, config: RunConfig, limit: int) -> None:
         self.config, self.limit = config, limit
@@ -385,11 +394,11 @@ class _Search:
         return self.made[key]
 
     def fits(self, changes: dict[str, Any]) -> bool:
-        """Whether the limit is enough."""
+        """Whether the limit is enough with these changes."""
         return self.plan(changes).total <= self.limit
 
     def first(self, candidates: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """The first candidate that fits, where those after it need less and the last one fits."""
+        """The first candidate that fits. Later candidates need less memory, and the last one fits."""
         low, high = 0, len(candidates) - 1
         while low < high:
             middle = (low + high) // 2
@@ -398,13 +407,13 @@ class _Search:
 
 
 def _longest(config: RunConfig, args: SRDConfig) -> int:
-    """Tokens of the longest sample, below which no micro-batch can be."""
+    """Tokens of the longest sample, the least that a micro-batch must hold."""
     batches = _train_batches(_read_lengths(config, args), config, args.per_device_train_batch_size)
     return max(n for batch in batches for n, _ in batch)
 
 
 def _smaller(whole: MemoryPlan, args: SRDConfig, longest: int) -> list[dict[str, Any]]:
-    """Changes to ever smaller micro-batches, none first."""
+    """Changes to smaller and smaller micro-batches, beginning with none."""
     sizes: list[dict[str, Any]] = [{}]
     tokens = _tokens([(n, 0) for n in whole.batch.lengths], whole.flattened)
     for parts in range(2, tokens + 1):
@@ -420,14 +429,21 @@ def _smaller(whole: MemoryPlan, args: SRDConfig, longest: int) -> list[dict[str,
 
 
 def fit(config: RunConfig, limit: int) -> MemoryPlan:
-    """The plan of the config, changed where it does not fit in `limit` bytes; `overrides` says how.
+    """Predict the peak memory of a config, and change the config if it does not fit in `limit` bytes.
 
-    Changed first is what costs least speed: the loss's `memory_budget`; then `max_tokens_per_batch`, which divides a
-    step's samples and leaves the step as it is; then a cache instead of a live teacher, or its body on the
+    What costs least speed is changed first: the loss's `memory_budget`; then `max_tokens_per_batch`, which divides a
+    step's samples and does not change its result; then a cache instead of a live teacher, or the teacher's body on the
     host; then recomputed activations; last a top-k cache, whose divergence is a little below the full one.
 
+    Args:
+        config: of the run.
+        limit: bytes.
+
+    Returns:
+        The plan that fits. `overrides` says what was changed.
+
     Raises:
-        UserError that says the smallest need and its largest part, if nothing fits.
+        UserError: nothing fits. The message says the smallest need and its largest part.
     """
     search = _Search(config, limit)
     if search.fits({}):

@@ -1,9 +1,9 @@
 """Execution feedback: what share of its tests the Python code in an answer passes, each test in a sandbox of its own.
 
-Linux on x86_64 or aarch64 with seccomp and Landlock (5.13 or newer); anything else is refused, never run unprotected.
-`sandbox.py` says what the code cannot do. What it can: use the processor for `seconds`, `memory_mb` of memory, and the
-disk below its folder meanwhile; see whether a path exists; attack the kernel through the calls that are left. Code that
-hunts for the proof of its success in its own interpreter finds it: the score is for models that answer, not for ones
+It needs Linux on x86_64 or aarch64 with seccomp and Landlock (5.13 or newer). Anything else is refused, never run
+unprotected. `sandbox.py` says what the code cannot do. It can use the processor for `seconds`, `memory_mb` of memory
+and the disk below its folder; see whether a path exists; and attack the kernel through the calls that are left. Code
+that searches its own interpreter for the proof of success finds it: the score is for models that answer, not for models
 that cheat.
 """
 
@@ -33,7 +33,7 @@ _PROBE_SECONDS = 60.0
 
 
 def extract_code(text: str) -> str:
-    """The first block fenced by ```python or ``` (to the end where the answer was cut), else the whole text.
+    """The first block fenced by ```python or ``` (to the end of an answer that was cut off), else the whole text.
 
     Example:
         >>> extract_code("Like this:\\n```python\\nx = 1\\n```\\nDone.")
@@ -44,18 +44,22 @@ def extract_code(text: str) -> str:
 
 
 def run_tests(code: str, tests: Sequence[str], *, seconds: float = 5.0, memory_mb: int = 512) -> list[bool]:
-    """Run `code` and then one test, in a fresh interpreter for each; a test passes if it runs to its end.
+    """Run `code` and then one test, in a new interpreter for each test. A test passes if it runs to its end.
 
-    What a test passes on is a random token that its process hands over behind the last line: exit codes, output and
-    exceptions of any kind count for nothing. The code is no `__main__`; its names are the test's.
+    The proof of passing is a random token that the process sends after the last line. Exit codes, output and exceptions
+    prove nothing. The code is not `__main__`, and the test sees its names.
 
     Args:
+        code: Python source.
         tests: Python source each, such as assert statements.
-        seconds: of wall-clock time for each test, with about 0.03 to start the interpreter.
-        memory_mb: MiB of address space for each test.
+        seconds: wall-clock time for each test, with about 0.03 to start the interpreter.
+        memory_mb: address space of each test, in MiB.
+
+    Returns:
+        Whether each test passed.
 
     Raises:
-        UserError where the system lacks a protection, naming it, or for limits that leave no room to run.
+        UserError: the system lacks a protection, which is named, or the limits leave no room to run.
     """
     _check_limits(seconds, memory_mb)
     return [_passes(code, test, seconds, memory_mb) for test in tests]
@@ -69,16 +73,21 @@ def pass_rates(
     memory_mb: int = 512,
     workers: int | None = None,
 ) -> list[float]:
-    """Share of its tests that the code in each answer passes, 0..1; NaN for a sample without tests.
+    """Share of its tests that the code in each answer passes, 0 to 1; NaN for a sample without tests.
 
     Args:
         answers: of the model; `extract_code` finds the code.
-        tests: the sources of each sample's tests.
-        seconds, memory_mb: for each test, see `run_tests`; all workers together take up to workers * memory_mb.
-        workers: samples at a time; default one a core, as a waiting test's clock runs.
+        tests: the sources of each sample's tests, or None.
+        seconds: wall-clock time for each test.
+        memory_mb: address space of each test, in MiB. All workers together take up to workers * memory_mb.
+        workers: samples at a time. Default: one for each core, because the clock of a waiting test runs on.
+
+    Returns:
+        The share of each sample.
 
     Raises:
-        UserError as `run_tests` does, and where answers and tests differ in number.
+        UserError: answers and tests differ in number, the system lacks a protection, or the limits leave no room to
+            run.
     """
     if len(answers) != len(tests):
         raise UserError(f"{len(answers)} answers but tests of {len(tests)} samples; give tests (or None) for each")
@@ -103,7 +112,7 @@ def _passes(code: str, test: str, seconds: float, memory_mb: int) -> bool:
 
 
 def _said(code: str, test: str, token: bytes, seconds: float, memory_mb: int) -> bytes:
-    """The first that a sandbox says: the token, why it could not be set up, what the code forged, or nothing."""
+    """What a sandbox says first: the token, why it could not be set up, something that the code forged, or nothing."""
     content = {"code": code, "test": test, "token": token, "seconds": seconds, "memory_mb": memory_mb}
     settings = marshal.dumps({**_constant_settings(), **content, "parent": os.getpid()})
     command = [sys.executable, "-I", "-S", "-B", sandbox.__file__]
@@ -142,7 +151,7 @@ def _constant_settings() -> dict[str, bytes | list[str]]:
 
 
 def _readable_paths() -> list[str]:
-    """What a sandboxed process may read: Python's files, its packages', the system's libraries."""
+    """What a process in a sandbox may read: Python's files, its packages', the system's libraries."""
     python = [sys.prefix, sys.base_prefix, sys.exec_prefix, sysconfig.get_path("stdlib")]
     system = ["/usr", "/lib", "/lib64", "/etc/ld.so.cache", "/dev/urandom"]
     return [path for path in dict.fromkeys([*python, *system]) if os.path.exists(path)]
@@ -156,7 +165,7 @@ def _check_limits(seconds: float, memory_mb: int) -> None:
 
 @functools.cache
 def _check_sandbox(memory_mb: int) -> None:
-    """Refuse to go on where a protection is missing: try it on an empty program, once a process."""
+    """Refuse to work where a protection is missing: try it on an empty program, once in a process."""
     way_out = (
         "run it on Linux 5.13 or newer with Landlock (lsm=landlock,...) and seccomp, or without execution feedback"
     )

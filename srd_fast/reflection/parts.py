@@ -1,7 +1,7 @@
-"""Generations of a data set in parts: each computed as one piece of work, and written whole or not at all.
+"""Generations of a data set in parts. Each part is computed as one piece of work, and written whole or not at all.
 
-A part's prompts never change, whatever was finished before it, and an engine computes a part alone. So what was cut
-short and is done again comes out as it would have, also in dtypes in which a generation depends on its neighbours.
+A part's prompts never change, whatever was finished before it, and an engine computes a part alone. An interrupted part
+that is computed again therefore gives the same, even in dtypes in which a generation depends on its neighbours.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ CONTENT = b"srd_fast.content"
 
 
 def cut(lengths: Sequence[int], size: int, keys: Sequence[str]) -> list[list[int]]:
-    """Indices of the samples of each part: samples of like length together, longest first, ties by their keys."""
+    """Indices of the samples of each part: similar lengths together, longest first, ties in the order of their keys."""
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], keys[i]))
     return [order[start : start + size] for start in range(0, len(order), size)]
 
@@ -42,7 +42,7 @@ def part_name(settings: Mapping[str, Any], sample_ids: Sequence[str], prompts: S
 
 
 def read_part(path: Path, sample_ids: Sequence[str]) -> list[list[int]] | None:
-    """Generated ids of each sample; None if the part is not there or not what it should be."""
+    """Generated ids of each sample; None if the part is missing or damaged."""
     try:
         table = pq.read_table(path)
         generated: list[list[int]] = table["generated_ids"].to_pylist()
@@ -58,7 +58,7 @@ def read_part(path: Path, sample_ids: Sequence[str]) -> list[list[int]] | None:
 
 
 def write_part(path: Path, sample_ids: Sequence[str], generated: Sequence[Sequence[int]]) -> None:
-    """On the disk when this returns, and never there in part."""
+    """Write a part. It is on the disk when this returns, and never visible in part."""
     columns = {
         "sample_id": pa.array(sample_ids, pa.string()),
         "generated_ids": pa.array(list(generated), pa.list_(pa.int32())),
@@ -78,15 +78,19 @@ def compute_parts(
     ids: Callable[[Sequence[int]], list[list[int]]],
     parallel: int = 1,
 ) -> Iterator[tuple[int, list[Any]]]:
-    """(number of the part, what `compute` gave for each of its samples, in their order), as parts finish.
+    """Compute parts, and yield each when it is finished.
 
     Args:
-        compute: an engine's method: token ids of some samples to pairs (index among them, result), in any order.
-        parts: indices of the samples of each. ids: token ids of the samples of some indices.
+        compute: an engine's method: token ids of some samples -> pairs (index among them, result), in any order.
+        parts: indices of the samples of each part.
+        ids: indices of samples -> their token ids.
         parallel: calls of `compute` at once.
 
+    Yields:
+        The number of the part, and the results of its samples in their order.
+
     Raises:
-        UserError if a result is missing. Parts under way when something fails are finished and given out first.
+        UserError: a result is missing. Other parts that are being computed are finished and yielded first.
     """
 
     def run(number: int) -> tuple[int, list[Any]]:

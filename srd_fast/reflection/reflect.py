@@ -74,7 +74,7 @@ def reflect(
         rouge_tokenizer: how ROUGE-L cuts text into words: "rouge", "unicode", or "auto"; see `srd_fast.rouge.RougeL`.
         score_eos: count the end-of-sequence token in the cross-entropy.
         test_seconds: time limit of each test of the signal "execution", in seconds.
-        test_memory_mb: memory limit of each such test, in MB.
+        test_memory_mb: memory limit of each such test, in MiB.
         dtype: in which a student given by name is loaded.
         device: where a student given by name is loaded.
         shard: "k/n" for one of n shares of the samples, chosen by a hash of their ids.

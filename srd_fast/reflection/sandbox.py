@@ -87,7 +87,7 @@ class _Program(ctypes.Structure):
 
 
 class _Protection:
-    """Calls libc; an error names the protection that it would have given."""
+    """Calls libc. An error names the protection that the call would have given."""
 
     def __init__(self) -> None:
         self.libc = ctypes.CDLL(None, use_errno=True)

@@ -1,4 +1,4 @@
-"""One data set over several machines: which samples are whose, and their scores back together."""
+"""One data set on several machines: which samples belong to which machine, and how their scores are joined."""
 
 import hashlib
 import re
@@ -19,7 +19,11 @@ MADE_FROM = b"srd_fast.made_from"
 
 
 def parse_shard(given: str) -> tuple[int, int]:
-    """(k, n) of "k/n", k from 1. Raises UserError for anything else."""
+    """(k, n) of "k/n", k from 1.
+
+    Raises:
+        UserError: for any other text.
+    """
     match = re.fullmatch(r"(\d+)/(\d+)", given.strip())
     k, n = (int(x) for x in match.groups()) if match else (0, 0)
     if not 1 <= k <= n:
@@ -28,7 +32,7 @@ def parse_shard(given: str) -> tuple[int, int]:
 
 
 def samples_of_shard(sample_ids: Sequence[str], shard: str) -> list[int]:
-    """Indices of the samples of shard "k/n": every n-th by a hash of the id, whatever order the rows have."""
+    """Indices of the samples of shard "k/n": every n-th by a hash of the id, whatever the order of the rows."""
     k, n = parse_shard(shard)
 
     def place(index: int) -> bytes:
@@ -38,25 +42,30 @@ def samples_of_shard(sample_ids: Sequence[str], shard: str) -> list[int]:
 
 
 def shard_file(folder: Path, shard: str) -> Path:
-    """Where the scores of shard "k/n" are kept in a run folder."""
+    """The file, in a run folder, for the scores of shard "k/n"."""
     k, n = parse_shard(shard)
     return folder / f"reflections-{k:05d}-of-{n:05d}.parquet"
 
 
 def shard_files(folder: Path) -> list[Path]:
-    """Every shard's scores in a run folder."""
+    """The files with the scores of all shards in a run folder."""
     return sorted(folder.glob("reflections-*-of-*.parquet"))
 
 
 def merge_shards(files: Sequence[Path], sample_ids: Sequence[str], made_from: str) -> Dataset:
-    """The scores of all samples, in their order, from the files of all shards.
+    """Join the scores of all shards, in the order of the samples.
 
     Args:
-        sample_ids: of the whole data set. made_from: what the files must say that they were made from.
+        files: with the scores of each shard.
+        sample_ids: of the whole data set.
+        made_from: what the files must say that they were made from.
+
+    Returns:
+        The scores of all samples.
 
     Raises:
-        UserError naming the file made from something else, shards that are missing, or samples that are missing or
-        there twice.
+        UserError: a file was made from something else, shards or samples are missing, or samples occur twice. The
+            message names them.
     """
     tables, counts = [], set()
     for file in files:
@@ -92,7 +101,7 @@ def merge_shards(files: Sequence[Path], sample_ids: Sequence[str], made_from: st
 
 
 def write_shard(scores: Dataset, target: Path, made_from: str) -> None:
-    """Write a shard's scores with what they were made from."""
+    """Write a shard's scores together with what they were made from."""
     table = scores.data.table.replace_schema_metadata({MADE_FROM: made_from.encode()})
     pq.write_table(table, temporary_path(target), write_page_checksum=True)
     temporary_path(target).replace(target)

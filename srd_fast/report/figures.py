@@ -1,4 +1,4 @@
-"""The sections with figures: what they draw, what they say, and their description in words."""
+"""The sections with figures: what each draws, what it says, and its description in words."""
 
 from typing import Any
 
@@ -90,7 +90,7 @@ def _right_edge(entropy: FloatArray) -> tuple[float, int]:
 
 
 def _steps(run: Run) -> dict[str, Any]:
-    """The start of every view over the steps: what is missing, and no picture yet."""
+    """The start of every view of the steps: what is missing, and no picture yet."""
     absent = missing(run, "metrics.jsonl")
     if run.metrics is not None and not len(run.metrics.train["step"]):
         absent = "metrics.jsonl holds no training step yet; `srd-fast distill` writes them."

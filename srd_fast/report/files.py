@@ -1,4 +1,4 @@
-"""Opens the files of a run folder; a fault becomes a UserError that names the file and the place."""
+"""Opens the files of a run folder. A fault becomes a UserError that names the file and the place."""
 
 import json
 import math
@@ -13,7 +13,7 @@ from srd_fast.errors import UserError, first_line
 
 
 class Fields:
-    """Typed access to a parsed JSON object, whose errors name the file and the key."""
+    """Typed access to a parsed JSON object. Errors name the file and the key."""
 
     def __init__(self, path: Path, data: Any, where: str = "") -> None:
         if not isinstance(data, dict):
@@ -21,7 +21,7 @@ class Fields:
         self.path, self.data, self.where = path, data, where
 
     def fail(self, name: str, wanted: str) -> UserError:
-        """The error for a key whose value is not what it should be."""
+        """Make the error for a key with a wrong value."""
         key = f"{self.where}.{name}" if self.where else name
         return UserError(f"{self.path}: {key} must be {wanted}, found {_kind(self.data.get(name))}")
 
@@ -70,7 +70,7 @@ def _kind(value: Any) -> str:
 
 
 def read_text(path: Path) -> str | None:
-    """The text of a file, None when there is none."""
+    """The text of a file; None if there is no file."""
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -82,7 +82,7 @@ def read_text(path: Path) -> str | None:
 
 
 def read_json(path: Path) -> Fields | None:
-    """The object in a JSON file, None when there is no file."""
+    """The object in a JSON file; None if there is no file."""
     text = read_text(path)
     if text is None:
         return None
@@ -93,7 +93,7 @@ def read_json(path: Path) -> Fields | None:
 
 
 def read_table(path: Path, required: Sequence[str], optional: Sequence[str] | None = ()) -> pa.Table | None:
-    """The named columns of a Parquet file, None when there is no file; ``optional=None`` takes them all."""
+    """The named columns of a Parquet file, all columns with ``optional=None``; None if there is no file."""
     if not path.exists():
         return None
     try:

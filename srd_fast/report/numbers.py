@@ -18,7 +18,7 @@ _WRITTEN_BY = {
 
 
 def missing(run: Run, *files: str) -> str:
-    """One sentence about those of the files that the run folder lacks, empty when it has them all."""
+    """One sentence that says which of the files the run folder lacks; empty if it has them all."""
     absent = [name for name in files if getattr(run, _WRITTEN_BY[name][0]) is None]
     if not absent:
         return ""
@@ -28,7 +28,7 @@ def missing(run: Run, *files: str) -> str:
 
 
 def points(rouge_l: float) -> str:
-    """ROUGE-L of 0..1 as points of 0..100."""
+    """ROUGE-L from 0..1 as points from 0 to 100."""
     return NOTHING if math.isnan(rouge_l) else f"{100 * rouge_l:.1f}"
 
 
@@ -43,7 +43,7 @@ def count(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds in the unit a reader would use."""
+    """Seconds, in the unit that a reader would choose."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

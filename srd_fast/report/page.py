@@ -47,7 +47,7 @@ def render(run: Run) -> str:
 
 
 def _title(run: Run) -> list[str]:
-    """The names of the two models, or none."""
+    """The names of the two models; empty if they are not known."""
     if run.summary is None or not (run.summary.teacher and run.summary.student):
         return []
     return [_short(run.summary.teacher), _short(run.summary.student)]
@@ -91,7 +91,7 @@ def _evaluation(run: Run, name: str) -> Evaluation:
 
 
 def _facts(run: Run) -> list[tuple[str, str]]:
-    """(label, value) of what went in: rows, plan, training."""
+    """(label, value) of what the run was made from: rows, plan, training."""
     summary = run.summary
     data = summary.data if summary else {}
     training = summary.training if summary else {}
@@ -112,7 +112,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
 
 
 def _reflected_again(run: Run) -> list[tuple[str, str]]:
-    """(label, value) for each border of a stage at which the student reflected again."""
+    """(label, value) for each stage border at which the student reflected again."""
     found = []
     for row in run.summary.stages if run.summary else ():
         means = [f"{n} {x:.3f}" for n, x in row.items() if n not in ("stage", "exchanged") and not math.isnan(x)]
@@ -137,7 +137,7 @@ def _plan_in_words(plan: CurriculumPlan | None) -> str:
 
 
 def _scores(run: Run) -> dict[str, Any]:
-    """The before/after table. A cell is (text, is the better student)."""
+    """The table of scores before and after. A cell is its text, and whether it is that of the better student."""
     absent = missing(run, "summary.json")
     if absent or run.summary is None:
         return {"missing": absent, "rows": [], "note": ""}
@@ -156,7 +156,7 @@ def _scores(run: Run) -> dict[str, Any]:
 
 
 def _best(texts: dict[str, str], pick: Any) -> str | None:
-    """The better student by the digits shown; nobody when they are equal or one was not measured."""
+    """The better student by the digits shown; None if they are equal or one was not measured."""
     students = {name: texts[name] for name in ("start", "student") if texts[name] != "–"}
     if len(set(students.values())) < 2:
         return None

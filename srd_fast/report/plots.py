@@ -27,7 +27,7 @@ NICE = (1, 2, 2.5, 5, 10)
 
 @dataclass(frozen=True)
 class Group:
-    """Rows of one colour on the difficulty map: cross-entropy in nats per token, ROUGE-L in 0..1."""
+    """Rows that have one colour on the difficulty map: cross-entropy in nats per token, ROUGE-L in 0..1."""
 
     label: str
     colour: str
@@ -228,7 +228,7 @@ def throughput(train: dict[str, FloatArray], bands: list[Band], narrow: bool) ->
 
 
 def _by_stage(axes: Axes, train: dict[str, FloatArray], values: FloatArray, **style: Any) -> None:
-    """One line a stage: nothing is interpolated across a border."""
+    """Draw one line for each stage. Nothing is interpolated across a border."""
     for rows in _stages(train["stage"]):
         # A stage of a single step is a point, which a line would not show. Long lines would make a huge page.
         axes.plot(

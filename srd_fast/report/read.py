@@ -1,4 +1,4 @@
-"""Reads a run folder into one dataclass, checking every file at the door.
+"""Reads a run folder into one dataclass and checks every file.
 
 A missing file is ``None``; a damaged one raises :class:`~srd_fast.errors.UserError` naming it.
 """
@@ -22,7 +22,7 @@ FloatArray = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class TrainRows:
-    """The training rows, kept as columns: only the few rows that the page shows become Python objects."""
+    """The training rows, kept as columns. Only the few rows that the page shows become Python objects."""
 
     table: pa.Table
     index: dict[str, int]
@@ -78,7 +78,7 @@ class Metrics:
 
 @dataclass(frozen=True)
 class Example:
-    """One held-out prompt and what a model made of it."""
+    """One held-out prompt, with its reference and a model's answer."""
 
     sample_id: str
     prompt: str
@@ -101,7 +101,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a finished run says about itself; ``evaluation`` is keyed ``teacher``, ``start``, ``student``."""
+    """The figures of a finished run. ``evaluation`` has the keys ``teacher``, ``start`` and ``student``."""
 
     version: str
     teacher: str
@@ -128,7 +128,7 @@ class SelectedSample:
 class Selection:
     """Which positions a policy chose: counts by entropy (``edges`` in nats), and some samples.
 
-    ``saved_head_work``: share of the heads' products.
+    ``saved_head_work``: share of the heads' products that was saved.
     """
 
     policy: str

@@ -1,4 +1,4 @@
-"""Selection as it goes along with training: what the loss sees of each batch, and what was chosen so far.
+"""Selection during training: what the loss sees of each batch, and what was chosen so far.
 
 Shape letters: N candidates, sample by sample; K chosen; V classes; D width.
 """
@@ -22,7 +22,7 @@ from .signals import Signals, sample_classes, take_rows
 
 
 def batch_generator(device: torch.device, *place: int) -> torch.Generator:
-    """A generator for the draws of one batch, the same whenever that batch comes: seed, step, micro-batch, rank."""
+    """A random generator for one batch that is always the same for that batch. place: seed, step, micro-batch, rank."""
     digest = hashlib.blake2b(repr(place).encode(), digest_size=7).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "little"))
 
@@ -32,11 +32,11 @@ def _saved(done: float, whole: float) -> float:
 
 
 class SelectedPositions:
-    """What was chosen so far: shares for the log, histograms of the student's entropy for the report.
+    """Counts what was chosen so far: shares for the log, histograms of the student's entropy for the report.
 
-    edges: of the histogram's bins, nats; the last bin ends at ln V. work: multiplications of the heads' products for
-    each class, what was done and what all positions would have been: two products with the student's head forward and
-    backward, one for its gradient, one with the teacher's.
+    edges: of the histogram's bins, in nats; the last bin ends at ln V. work: multiplications of the heads' products for
+    each class, those that were done and those that all positions would have taken: three products for the student's
+    head (forward, backward and its gradient), one for the teacher's.
     """
 
     def __init__(self, classes: int, bins: int = 24) -> None:
@@ -46,7 +46,7 @@ class SelectedPositions:
         self._since = torch.zeros(4, dtype=torch.double)
 
     def add(self, signals: Signals, indices_K: Tensor, kept: bool = False) -> None:
-        """Count a batch, by the student's entropy where that was computed. kept: the chosen logits were, too."""
+        """Count a batch, by the student's entropy if that was computed. kept: the chosen logits were computed too."""
         student, teacher = signals.widths
         candidates, chosen, each = len(signals.labels_N), len(indices_K), 3 * student + teacher
         work = torch.tensor([signals.work + chosen * (each - kept * student), candidates * each], dtype=torch.double)
@@ -63,23 +63,31 @@ class SelectedPositions:
             self.chosen.index_add_(0, bin_N[indices_K], torch.ones_like(indices_K))
 
     def take(self) -> dict[str, float]:
-        """Since the last call: share of the positions that was chosen, and of the heads' products that was saved."""
+        """Since the last call: the share of positions that was chosen, and of the heads' products that was saved."""
         candidates, chosen, done, whole = self._since.tolist()
         self._since.zero_()
         return {"selected_share": chosen / max(1, candidates), "saved_head_work": _saved(done, whole)}
 
     @property
     def saved_head_work(self) -> float:
-        """Share of the heads' products that was saved over all."""
+        """Share of the heads' products that was saved so far."""
         return _saved(*self.work.tolist())
 
     def histogram(self) -> dict[str, list[float]]:
-        """edges, and counts of candidates and chosen positions in each bin."""
+        """Edges of the bins, and how many candidates and chosen positions each bin has."""
         return {n: getattr(self, n).tolist() for n in ("edges", "candidates", "chosen")}
 
 
 class Seen(NamedTuple):
-    """What the loss sees of a batch's rows with loss. logits_KV: the student's, if they are there already."""
+    """What the loss sees of a batch's rows with loss.
+
+    Attributes:
+        student_KD: [K, D] the student's hidden states.
+        rows: the teacher's rows.
+        labels_K: [K] labels.
+        weights_K: [K] factors on the losses, or None.
+        logits_KV: [K, V] the student's logits, if they were computed already.
+    """
 
     student_KD: Tensor
     rows: TeacherRows
@@ -89,9 +97,13 @@ class Seen(NamedTuple):
 
 
 class BatchSelection:
-    """The positions and classes of each batch that the loss sees, as an `SRDConfig` says.
+    """Chooses the positions and classes of each batch that the loss sees, as an `SRDConfig` says.
 
-    classes: V of the student. policy: None where every position is seen.
+    policy: None if the loss sees every position.
+
+    Args:
+        args: the config.
+        classes: V of the student.
     """
 
     def __init__(self, args: Any, classes: int) -> None:
@@ -101,7 +113,7 @@ class BatchSelection:
         self._step, self._micro_batch = -1, 0
 
     def begin(self) -> None:
-        """Training starts, or goes on."""
+        """Call this when training starts or goes on."""
         self._step = -1
 
     def __call__(
@@ -114,7 +126,7 @@ class BatchSelection:
         step: int,
         temperature: float,
     ) -> Seen:
-        """What the loss sees of the next micro-batch of the optimizer's step `step`."""
+        """What the loss sees of the next micro-batch of optimizer step `step`."""
         self._micro_batch = self._micro_batch + 1 if step == self._step else 0
         self._step = step
         place = (self.args.seed, step, self._micro_batch, self.args.process_index)
@@ -140,7 +152,7 @@ class BatchSelection:
         return seen._replace(rows=drawn)
 
     def chosen(self, signals: Signals, batch: Mapping[str, Any], step: int) -> Chosen:
-        """What the policy would choose of a batch; nothing is counted, drawn from training's generators or kept."""
+        """What the policy would choose of a batch. Nothing is counted or kept, and no generator of training is used."""
         policy = copy.deepcopy(self.policy)
         assert policy is not None
         generator = batch_generator(signals.labels_N.device, self.args.seed)
@@ -152,14 +164,14 @@ class BatchSelection:
         return f"position_selection-{self.args.process_index}.safetensors"
 
     def save(self, checkpoint: Path) -> None:
-        """What the policy remembers, before the checkpoint's last file, which makes it whole."""
+        """Save what the policy remembers. This comes before the checkpoint's last file, which completes it."""
         state = getattr(self.policy, "state_dict", None)
         if state is not None:
             checkpoint.mkdir(parents=True, exist_ok=True)
             save_file(state(), checkpoint / self._state_file)
 
     def load(self, checkpoint: Path) -> None:
-        """From a checkpoint of a run with such a policy; after any other it starts anew."""
+        """Load what the policy remembered at a checkpoint. Without such a file it starts anew."""
         load = getattr(self.policy, "load_state_dict", None)
         if load is not None and (checkpoint / self._state_file).is_file():
             load(load_file(checkpoint / self._state_file))
