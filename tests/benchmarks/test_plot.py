@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks import plot, providers, rows
 
 SHAPES = ["smollm2 N=1024 V=49152 D=576/960", "gemma3 N=1024 V=262144 D=640/1152"]

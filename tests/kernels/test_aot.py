@@ -52,7 +52,7 @@ def test_traced_bytes_of_cross_entropy_alone(traced: dict[str, dict[str, float]]
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], list[Finding]]:
     """`aot --quick`: what it printed, and its findings."""
     file = tmp_path_factory.mktemp("aot") / "findings.json"
-    done = run("-m", "srd_fast.kernels.aot", "--quick", "--json", str(file), cwd=Path(__file__).parents[1])
+    done = run("-m", "srd_fast.kernels.aot", "--quick", "--json", str(file), cwd=Path(__file__).parents[2])
     assert done.returncode in (0, 1), done.stderr
     return done, [Finding(**finding) for finding in json.loads(file.read_text())]
 

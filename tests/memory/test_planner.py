@@ -300,7 +300,7 @@ def test_predicted_and_measured_peak(kind: str, size: int, tmp_path: Path) -> No
     overrides = [f"output_dir={tmp_path}", f"cache.kind={kind}", f"distill.per_device_train_batch_size={size}"]
     overrides += ["max_rows=24", "validation=8", "init_student.warmup_steps=0", "curate.stages=1"]
     overrides += ["device=cpu", "distill.epochs_per_stage=2"]
-    config = load_run_config(Path(__file__).parent.parent / "examples" / "standard_pair.yaml", overrides)
+    config = load_run_config(Path(__file__).parents[2] / "examples" / "standard_pair.yaml", overrides)
     run = steps.Run(config, tmp_path, {}, {})
     steps.prepare(run)
     steps.init_student(run)

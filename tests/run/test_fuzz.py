@@ -1,6 +1,6 @@
 """Bad data, bad configs, bad arguments: each is used, or refused in one line; never a traceback, a hang or a NaN.
 
-SRD_FAST_FUZZ=N multiplies the examples; `pytest -m slow tests/test_fuzz.py` runs over 20,000 and prints how many.
+SRD_FAST_FUZZ=N multiplies the examples; `pytest -m slow tests/run/test_fuzz.py` runs over 20,000 and prints how many.
 """
 
 import gzip

@@ -28,7 +28,7 @@ from srd_fast import (
 from srd_fast.data.quickstart import make_quickstart_rows
 from srd_fast.teacher import make_store
 
-PAGE = (Path(__file__).resolve().parent.parent / "docs" / "extending.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "extending.md").read_text(encoding="utf-8")
 # Heading -> its example.
 EXAMPLES = dict(re.findall(r"^## ([^\n]*)\n(?:(?!^## ).)*?```python\n(.*?)```", PAGE, re.M | re.S))
 SAMPLES = tiny.tiny_samples(8)

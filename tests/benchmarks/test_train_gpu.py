@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # benchmarks are no part of the installed package
 from benchmarks import child, gpu_session, pairs, plan, rows, sides, step_trace, train_cell, train_gpu  # noqa: E402
 from benchmarks.plan import CACHE, GKD, LARGE, PLAIN, SMALL, TINY, Cell  # noqa: E402

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from srd_fast import CurriculumPlan
 from srd_fast.data.quickstart import make_quickstart_rows
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+README = Path(__file__).resolve().parents[2] / "README.md"
 Names = dict[str, Any]
 
 

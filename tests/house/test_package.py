@@ -17,7 +17,7 @@ import pytest
 
 import srd_fast
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 # From the lowest to the highest; a room imports from its own floor and from those below it.
 FLOORS = (
