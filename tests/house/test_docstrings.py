@@ -13,7 +13,7 @@ import srd_fast.kernels
 
 griffe: Any = pytest.importorskip("griffe", reason="griffe is missing: pip install 'srd-fast[docs]'")
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 # TEMPORARY. Names from files whose docstrings are rewritten elsewhere; to be emptied.
 NOT_YET_REWRITTEN: set[str] = {
