@@ -1,4 +1,4 @@
-"""Compile the row kernel for GPUs that are not there, and hold the machine code to what the design promises.
+"""Compile the row kernel for GPUs without having one, and check the machine code against what the design promises.
 
     python -m srd_fast.kernels.aot [--target sm_90] [--quick] [--json FILE]
 
@@ -10,7 +10,7 @@ the list of broken rules:
     no spill; every access in a hot loop moves 128 bits; no more bytes for each logit than the reads that a divergence
     needs (one-read divergences in bf16: 10, two-read ones: 14)
 
-Instructions are a bound from above: code that only a row's last block or the label's block runs counts in every block.
+Instructions are an upper bound: code that only a row's last block or the label's block runs counts in every block.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """What a compiled Triton kernel costs a GPU, read from its machine code: registers, spills, loops and their accesses.
 
-NVIDIA's cubin goes through `cuobjdump` and `nvdisasm`, which Triton's wheel contains; AMD's assembly is a text already.
+NVIDIA's cubin goes through `cuobjdump` and `nvdisasm`, which Triton's wheel contains; AMD's assembly is text already.
 No GPU is needed. A *hot loop* is a set of basic blocks that can all reach each other. Nested loops count as one.
 """
 
@@ -19,8 +19,8 @@ import triton
 class Loop:
     """One pass of one thread through a hot loop.
 
-    loads, stores: bits of each access to global memory. exp2, reciprocals: of the special-function unit, which also has
-    `special` instructions in all.
+    loads, stores: bits of each access to global memory. exp2, reciprocals: instructions of the special-function unit,
+    which has `special` instructions in all.
     """
 
     instructions: int = 0
@@ -34,8 +34,8 @@ class Loop:
 class Resources:
     """What one kernel needs on one target.
 
-    registers: 32-bit registers of a thread. spills: accesses to memory that stands in for registers (NVIDIA), or
-    registers that live there (AMD). shared_bytes: of a block of threads.
+    registers: 32-bit registers of a thread. spills: accesses to memory that replaces registers (NVIDIA), or registers
+    that are kept in memory (AMD). shared_bytes: shared memory of a block of threads.
     """
 
     registers: int
@@ -114,7 +114,7 @@ def _count_gcn(loop: Loop, opcode: str) -> None:
 
 @dataclass
 class _Line:
-    """A label, or an instruction; target: the label it may jump to. ends: whether it never goes on to the next line."""
+    """A label, or an instruction. target: the label it may jump to. ends: whether the next line never follows it."""
 
     label: str
     opcode: str

@@ -146,7 +146,7 @@ def gradient(
 def student_gradient(
     student: Tensor, cap: Tensor | None, maximum: Tensor, log_sum_1: Tensor, factor: Tensor, out: Tensor | None
 ) -> None:
-    """`gradient` of the cross-entropy alone."""
+    """`gradient` for the cross-entropy alone."""
     z = logits(student, cap)
     g = factor * torch.exp((z - maximum) - log_sum_1)
     if cap is not None:

@@ -60,13 +60,13 @@ def load_logits(pointer, first, lanes, limit, readable, softcap, SOFTCAP: tl.con
 
 @triton.jit
 def approximate_log2(x):
-    """One instruction of NVIDIA GPUs: absolute error 2^-22 for x from 0.5 to 2, elsewhere relative error 2^-22."""
+    """log2 as one instruction of NVIDIA GPUs: absolute error 2^-22 for x from 0.5 to 2, else relative error 2^-22."""
     return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
 def exact_log2(x):
-    """For every other target."""
+    """log2 for all other targets."""
     return tl.log2(x)
 
 

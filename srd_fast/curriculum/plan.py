@@ -1,4 +1,4 @@
-"""A curriculum: which samples are trained on, in which subset, and which are not and why."""
+"""A curriculum: which samples are trained on, in which subset, and which are left out and why."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass

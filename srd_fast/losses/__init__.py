@@ -1,4 +1,4 @@
-"""Divergences in plain PyTorch, and the distillation loss from hidden states: packing, chunking, autograd."""
+"""Distillation losses from hidden states, in chunks of rows, and the divergences they may use."""
 
 from .backends import expect_logits
 from .buffers import free_workspace, is_out_of_memory

@@ -269,7 +269,7 @@ def _attend_in_kernel(
     scaling: float | None,
     window: int | None,
 ) -> Tensor:
-    """`varlen_attention` by torch's kernel; its window (left, 0) is `left` tokens beside the own one, -1 all."""
+    """`varlen_attention` by torch's kernel. Its window (left, 0) is `left` tokens before the own one; -1 is all."""
     assert _KERNEL is not None
     dtype, left = _kernel_dtype(query), -1 if window is None else window - 1
     q, k, v = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))

@@ -80,7 +80,7 @@ def _are(n: int) -> str:
 def _right_edge(entropy: FloatArray) -> tuple[float, int]:
     """Where the cross-entropy axis ends, and how many rows lie beyond.
 
-    A few outliers must not squeeze the rest.
+    A few outliers must not squeeze the other rows together.
     """
     most = float(np.quantile(entropy, 0.99))
     edge = float(entropy.max())

@@ -1,1 +1,1 @@
-"""A whole distillation from one config file: its steps, each of which can be taken up where it was left."""
+"""A whole distillation from one config file, as steps that can each go on where they were interrupted."""

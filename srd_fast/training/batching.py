@@ -1,4 +1,4 @@
-"""The order of the samples, and what a training step gets of them: batches, divided by tokens."""
+"""The order of the samples, and the batches that a training step gets, divided by their tokens if asked to."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
