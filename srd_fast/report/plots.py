@@ -50,7 +50,7 @@ def stage_bands(steps: FloatArray, stages: FloatArray) -> list[Band]:
 
 
 def smooth_by_stage(values: FloatArray, stages: FloatArray) -> FloatArray:
-    """Centred moving mean over a fifteenth of the run, never across a border of stages, where the loss changes meaning."""
+    """Centred moving mean over a fifteenth of the run, never across the border of stages of different loss."""
     half = max(2, len(values) // 30)
     known = np.isfinite(values)
     smooth = np.full(len(values), np.nan)
