@@ -13,7 +13,14 @@ class UserError(SRDFastError, ValueError):
 
 
 class StaleCacheError(UserError):
-    """Raised where a teacher cache is opened or filled that another teacher, dtype, template or kind has made."""
+    """Raised where a teacher cache is opened or filled that another teacher, dtype, template or kind has made.
+
+    Args:
+        folder: of the cache.
+        what: differs, in words.
+        found: what the folder says of it.
+        wanted: what was asked for.
+    """
 
     def __init__(self, folder: Path, what: str, found: Any, wanted: Any) -> None:
         super().__init__(
@@ -23,7 +30,12 @@ class StaleCacheError(UserError):
 
 
 class DamagedFileError(UserError):
-    """Raised where a file of a teacher cache does not hold what was written to it. path: the file."""
+    """Raised where a file of a teacher cache does not hold what was written to it.
+
+    Args:
+        path: of the file.
+        reason: what is wrong with it, in words.
+    """
 
     def __init__(self, path: Path, reason: str) -> None:
         super().__init__(f"teacher cache: {path} is damaged: {reason}")

@@ -44,7 +44,11 @@ DIVERGENCES = Registry(
 
 
 def divergence_names() -> list[str]:
-    """Names that `divergence=` takes, in alphabetical order."""
+    """Names that `divergence=` takes.
+
+    Returns:
+        All names, in alphabetical order.
+    """
     return DIVERGENCES.names()
 
 
@@ -82,6 +86,7 @@ def register_divergence(
         value: `value(log_p, log_q, *, skew, beta)` -> D of each row, [N] in nats, from teacher and student
             log-probabilities [N, V] at the temperature of the loss.
         weight: `weight(log_p, log_q, *, skew, beta)` -> w = dD/d(log q), [N, V]. Left out, autograd derives it.
+        replace: whether a name that is taken is taken over.
 
     Raises:
         UserError: for a name that is taken, or is no text.

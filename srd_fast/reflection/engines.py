@@ -24,7 +24,21 @@ AUTO = "auto"
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to generate. temperature 0 is greedy; top_k 0 and min_p 0 leave nothing out; lengths in tokens."""
+    """How a student generates its answers.
+
+    Args:
+        max_new_tokens: the most tokens of an answer, at least 1.
+        temperature: 0 (greedy) or above.
+        top_p: share of the probability that is drawn from, above 0 to 1; 1 leaves nothing out.
+        top_k: how many of the likeliest tokens are drawn from; 0 leaves nothing out.
+        min_p: least probability of a token, as a share of the likeliest one's, 0 to 1; 0 leaves nothing out.
+        repetition_penalty: divides the logits of tokens that occurred, above 0; 1 is none.
+        no_repeat_ngram_size: tokens of a sequence that may not occur twice; 0: none.
+        seed: of the draws.
+
+    Raises:
+        UserError: naming the field, for a value out of range.
+    """
 
     max_new_tokens: int = 128
     temperature: float = 0.0
@@ -52,7 +66,14 @@ class Sampling:
                 raise UserError(f"{name} must be a whole number of at least 0, got {value!r}")
 
     def seed_of(self, prompts: Sequence[Sequence[int]]) -> int:
-        """A seed, 0 to 2^63, for generating these prompts together: the same wherever and whenever they come."""
+        """A seed for generating these prompts together: the same wherever and whenever they come.
+
+        Args:
+            prompts: token ids of each.
+
+        Returns:
+            From 0 to 2^63.
+        """
         state = hashlib.blake2b(str(self.seed).encode(), digest_size=8)
         for prompt in prompts:
             state.update(array("q", [len(prompt), *prompt]).tobytes())
@@ -173,7 +194,11 @@ ENGINES = Registry(
 
 
 def engine_names() -> list[str]:
-    """Names that `engine=` takes, in alphabetical order."""
+    """Names that `engine=` takes.
+
+    Returns:
+        All names, in alphabetical order.
+    """
     return ENGINES.names()
 
 
@@ -187,6 +212,7 @@ def register_engine(
         factory: `factory(student, tokenizer, batch_size=..., **engine_options)` -> a `GenerationEngine`.
         from_source: where `reflect` was given the student's name or folder, `student` is that, and `dtype` one of the
             options; else always a loaded model.
+        replace: whether a name that is taken is taken over.
 
     Raises:
         UserError: for a name that is taken, or is no text.

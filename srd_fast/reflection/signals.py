@@ -188,7 +188,11 @@ DIFFICULTIES = Registry("difficulty signal", {signal.name: signal for signal in 
 
 
 def difficulty_names() -> list[str]:
-    """Names that `signals=` takes, in alphabetical order."""
+    """Names that `signals=` takes.
+
+    Returns:
+        All names, in alphabetical order.
+    """
     return DIFFICULTIES.names()
 
 
@@ -285,6 +289,7 @@ def register_difficulty(
         name: a new name; an existing one only with `replace=True`.
         function: `function(reflected)` -> one number a sample, in order; a non-finite one marks it as unscored.
         higher_is_easier: whether a high value means an easy sample.
+        replace: whether a name that is taken is taken over.
 
     Raises:
         UserError: for a name that is taken, or is no text.

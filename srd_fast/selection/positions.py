@@ -260,7 +260,11 @@ POSITION_POLICIES: Registry[Callable[..., PositionPolicy]] = Registry(
 
 
 def position_policy_names() -> list[str]:
-    """Names that `position_selection=` takes, in alphabetical order."""
+    """Names that `position_selection=` takes.
+
+    Returns:
+        All names, in alphabetical order.
+    """
     return POSITION_POLICIES.names()
 
 
@@ -270,6 +274,7 @@ def register_position_policy(name: str, factory: Callable[..., PositionPolicy], 
     Args:
         name: a new name; an existing one only with `replace=True`.
         factory: `factory(ratio, steps=...)` -> a `PositionPolicy`, from the config's position_ratio and position_steps.
+        replace: whether a name that is taken is taken over.
 
     Raises:
         UserError: for a name that is taken, or is no text.

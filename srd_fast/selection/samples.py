@@ -53,7 +53,11 @@ SAMPLE_POLICIES: Registry[SamplePolicy] = Registry(
 
 
 def sample_policy_names() -> list[str]:
-    """Names that `sample_selection=` takes, in alphabetical order."""
+    """Names that `sample_selection=` takes.
+
+    Returns:
+        All names, in alphabetical order.
+    """
     return SAMPLE_POLICIES.names()
 
 
@@ -65,6 +69,7 @@ def register_sample_policy(name: str, values: SamplePolicy, *, replace: bool = F
         values: `values(student, samples, tokenizer)` -> one number a sample, in order. Of each stage's samples those
             with the highest stay, as many as sample_ratio says; NaN is the lowest. `student` is the starting one;
             `samples` has the columns sample_id, input_ids and labels.
+        replace: whether a name that is taken is taken over.
 
     Raises:
         UserError: for a name that is taken, or is no text.

@@ -273,7 +273,11 @@ CACHE_KINDS = Registry(
 
 
 def cache_kind_names() -> list[str]:
-    """Names that `teacher_cache_kind=` takes, in alphabetical order."""
+    """Names that `teacher_cache_kind=` takes.
+
+    Returns:
+        All names, in alphabetical order.
+    """
     return CACHE_KINDS.names()
 
 
@@ -291,6 +295,7 @@ def register_cache_kind(
         make: `make(classes, k=..., temperatures=..., student=...)` -> its `Store`; see `make_store` for the four.
         rows: what the store's `decode` gives. With HiddenRows the cache keeps the teacher's head and hands it to
             `decode`; Sampled and Projected give forward_kl alone.
+        replace: whether a name that is taken is taken over.
 
     Raises:
         UserError: for a name that is taken, or is no text.
