@@ -114,7 +114,8 @@ def plan_memory(
     With --limit, the smallest changes that fit, as a command line; a smaller batch with as many more accumulation
     steps trains the same. Exit status 2 if nothing fits.
     """
-    from .memory.planner import fit, parse_bytes, plan
+    from .memory.fitting import fit, parse_bytes
+    from .memory.planner import plan
     from .run.config import load_run_config
 
     allowed = None if limit is None else parse_bytes(limit)
