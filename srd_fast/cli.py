@@ -114,16 +114,14 @@ def memory(
     With --limit, the smallest changes that fit, as a command line; a smaller batch with as many more accumulation
     steps trains the same. Exit status 2 if nothing fits.
     """
-    from .memory import planner
+    from .memory.fitting import fit, parse_bytes
+    from .memory.planner import plan as plan_memory
     from .run.config import load_run_config
 
-    allowed = None if limit is None else planner.parse_bytes(limit)
-    given, fit = overrides or [], planner.fit
-    made = (
-        planner.plan(load_run_config(config, given))
-        if allowed is None
-        else fit(load_run_config(config, given), allowed)
-    )
+    allowed = None if limit is None else parse_bytes(limit)
+    given = overrides or []
+    run = load_run_config(config, given)
+    made = plan_memory(run) if allowed is None else fit(run, allowed)
     typer.echo(made)
     if allowed is not None:
         if not made.overrides:

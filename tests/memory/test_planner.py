@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from srd_fast import UserError
 from srd_fast.cli import app
-from srd_fast.memory import planner
+from srd_fast.memory import fitting, planner
 from srd_fast.memory.dry_step import Batch, _forward
 from srd_fast.memory.live_bytes import LiveBytes
 from srd_fast.models import enable_flattening, hidden_states
@@ -213,22 +213,22 @@ def test_lengths_come_from_the_run_folder(
     [("8GiB", 2**33), ("8GB", 8 * 10**9), ("8192MB", 8192 * 10**6), ("1.5 KiB", 1536), ("77", 77), ("2g", 2**31)],
 )
 def test_sizes(text: str, size: int) -> None:
-    assert planner.parse_bytes(text) == size
+    assert fitting.parse_bytes(text) == size
 
 
 @pytest.mark.parametrize("text", ["", "GiB", "-1GB", "8 parsecs", "0", "1e9"])
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(UserError, match="limit must be a size"):
-        planner.parse_bytes(text)
+        fitting.parse_bytes(text)
 
 
 @pytest.mark.slow
 def test_what_is_proposed_fits_and_trains_the_same(tiny_teacher_folder: Path, tmp_path: Path) -> None:
     config = made_config(tiny_teacher_folder, tmp_path, "distill.gradient_accumulation_steps=3")
     whole = planner.plan(config)
-    assert planner.fit(config, whole.total).overrides == ()
+    assert fitting.fit(config, whole.total).overrides == ()
     limit = BASE + (whole.total - BASE) * 3 // 5
-    made = planner.fit(config, limit)
+    made = fitting.fit(config, limit)
     accumulated = ("distill.gradient_accumulation_steps=3", *made.overrides)
     again = made_config(tiny_teacher_folder, tmp_path, *accumulated)
     assert planner.plan(again).total == made.total <= limit
@@ -270,7 +270,7 @@ def test_the_old_name_of_the_command_says_the_new_one(tiny_teacher_folder: Path,
 
 def test_nothing_fits(tiny_teacher_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nothing fits in 0\.01 GB: the least is 0\.01 GB, of which process takes"):
-        planner.fit(made_config(tiny_teacher_folder, tmp_path), BASE // 2 + BASE // 4)
+        fitting.fit(made_config(tiny_teacher_folder, tmp_path), BASE // 2 + BASE // 4)
     with pytest.raises(UserError, match="does not exist"):
         planner.plan(made_config(tmp_path / "nowhere", tmp_path))
 
