@@ -2,6 +2,8 @@
 
 Shape letters: C rows of a chunk, R rows of a block, V classes, S student, T teacher, K classes that both have, P pieces
 of a row, B buckets of classes. `passes.py` has the V-wide functions; this file has the work between them.
+
+One file, because a teacher with logits and one known at few classes share blocks, pieces and the joining of both.
 """
 
 import functools

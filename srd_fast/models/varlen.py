@@ -5,6 +5,8 @@ batch. Without it (padded batches, generation) the implementation is transformer
 
 In a compiled layer, a flattened batch is one opaque operation: torch's kernel or `srd_fast::attend_in_samples`. It
 reads the lengths when it runs, so one graph serves batches of all lengths.
+
+One file, because it is one operation: mask, attention, and the same compiled, forward and backward.
 """
 
 from collections.abc import Callable, Iterator

@@ -1,10 +1,11 @@
 """Where teacher rows come from: a model that runs beside the student, or a cache of one that was run once."""
 
 from ..errors import DamagedFileError, StaleCacheError
-from .build import build_teacher_cache, open_teacher_cache
+from .build import build_teacher_cache
 from .cache import TeacherCache
 from .collator import StepCollator
 from .live import LiveTeacher
+from .opening import open_teacher_cache
 from .source import (
     HiddenRows,
     TeacherRows,

@@ -17,37 +17,26 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..data import IGNORE_INDEX, DistillationCollator, first_label
-from ..errors import DamagedFileError, UserError
-from ..files import temporary_path
+from ..errors import UserError
 from ..losses import Head
 from ..models import (
     SharedPrefix,
     find_head,
-    fingerprint,
     hidden_states,
-    load_model,
     model_digest,
     share_prefix,
     shared_starts,
 )
 from . import shards
 from .cache import TeacherCache
+from .folder import add_to_index, begin, drop_damaged, drop_unfinished
 from .index import (
     FORMAT,
     HEAD,
-    INDEX,
     KEY_BYTES,
-    META,
-    compare_meta,
     contents,
-    digest,
     json_text,
-    meta_digest,
-    read_index,
-    read_meta,
     sample_key,
-    verify_files,
-    write_index,
 )
 from .live import LiveTeacher
 from .source import rows_with_loss
@@ -101,8 +90,8 @@ def describe(
         "options": store.options,
         "teacher": model_digest(teacher),
         "source": source,
-        "revision": _revision(teacher),
-        "dtype": _dtype_name(teacher),
+        "revision": revision_of(teacher),
+        "dtype": dtype_name(teacher),
         "template": template,
         "num_classes": head.weight.shape[0],
         "softcap": head.softcap,
@@ -160,8 +149,8 @@ def build_teacher_cache(
     batch_tokens = batch_tokens or (4096 if live.device.type == "cuda" else 1024)
     meta = describe(teacher, store, kind, template, source)
     requests = _requests(samples)
-    index = _begin(folder, meta)
-    _drop_damaged(folder, index)
+    index = begin(folder, meta)
+    drop_damaged(folder, index)
     missing = _missing(folder, index, requests)
     per_row = store.bytes_per_row(head, next(teacher.parameters()).dtype)
     groups = _groups(missing, per_row, shard_bytes, meta)
@@ -179,8 +168,8 @@ def build_teacher_cache(
         for name, group in waiting:
             shards.write_once(folder / name, lambda g=group: maker.make(g), wait=True)  # type: ignore[misc]
             bar.update(sum(r.num_rows for r in group))
-    _add_to_index(folder, [*groups, *([HEAD] if keeps_head(kind) else [])])
-    _drop_unfinished(folder)
+    add_to_index(folder, [*groups, *([HEAD] if keeps_head(kind) else [])])
+    drop_unfinished(folder)
     return TeacherCache(folder, store, verify=False)
 
 
@@ -257,62 +246,6 @@ def _groups(
     return named
 
 
-def _begin(folder: Path, meta: dict[str, Any]) -> dict[str, str]:
-    """Write meta.json, or compare it with the one that is there; return the index."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"teacher_cache {str(folder)!r} cannot be made: {e}") from e
-    index, path, content = _usable_index(folder), folder / META, json_text(meta).encode()
-    if META in index or path.exists():
-        try:
-            compare_meta(folder, read_meta(folder, index), meta)
-            return index
-        except DamagedFileError as e:
-            if index.get(META) != digest(content):
-                raise
-            _say_again(e)
-    with shards.locked(temporary_path(path)) as descriptor:
-        assert descriptor is not None
-        shards.publish(descriptor, temporary_path(path), path, content)
-    return index
-
-
-def _usable_index(folder: Path) -> dict[str, str]:
-    """The index; if it is damaged, an empty one, and the files then tell what they hold."""
-    try:
-        return read_index(folder)
-    except DamagedFileError as e:
-        _say_again(e)
-        (folder / INDEX).unlink(missing_ok=True)
-        return {}
-
-
-def _say_again(error: UserError) -> None:
-    logger.warning("%s; making it again", error)
-
-
-def _drop_damaged(folder: Path, index: dict[str, str]) -> None:
-    """Delete files with wrong content, whether the index lists them or a killed process left them."""
-    named = {name: index.get(name) for name in (*index, *(p.name for p in folder.glob("*.safetensors")))}
-    named.pop(META, None)
-    damaged = verify_files(folder, named)
-    for name, error in damaged:
-        _say_again(error)
-        (folder / name).unlink(missing_ok=True)
-        index.pop(name, None)
-    if damaged:
-        write_index(folder, lambda files: {n: d for n, d in files.items() if n not in dict(damaged)})
-
-
-def _drop_unfinished(folder: Path) -> None:
-    """Delete the hidden files of killed processes. A file that is being written is locked, and stays."""
-    for partial in folder.glob(temporary_path(Path("*")).name):
-        with shards.locked(partial, wait=False) as descriptor:
-            if descriptor is not None:
-                partial.unlink(missing_ok=True)
-
-
 def _missing(folder: Path, index: Mapping[str, str], requests: Sequence[_Request]) -> list[_Request]:
     held: set[bytes] = set()
     for name in index:
@@ -337,115 +270,11 @@ def _check_disk(folder: Path, groups: Sequence[Sequence[_Request]], per_row: int
         )
 
 
-def _add_to_index(folder: Path, names: Sequence[str]) -> None:
-    def added(files: dict[str, str]) -> dict[str, str]:
-        new = [name for name in names if name not in files]
-        return {**files, **{n: shards.checked_digest(folder / n) for n in new}, META: meta_digest(folder)}
-
-    write_index(folder, added)
-
-
-def open_teacher_cache(
-    folder: str | Path,
-    teacher: nn.Module | str | None,
-    samples: Sequence[Mapping[str, Any]],
-    *,
-    kind: str = "hidden",
-    k: int = 64,
-    temperatures: Sequence[float] = (1.0,),
-    student: nn.Module | None = None,
-    template: str | None = None,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-    repair: bool = False,
-    progress: bool = True,
-) -> "TeacherCache":
-    """Open the cache in a folder. It is checked against its teacher, and first filled with samples that it lacks.
-
-    Args:
-        folder: where the cache is, or will be.
-        teacher: a model; or a folder or hub id, which is loaded in `dtype` only if the cache has to be filled; or None
-            to read what is there.
-        samples: tokenised samples that the cache must hold, with input_ids and labels (-100 where there is no loss).
-        kind: what a row keeps, a name from `srd_fast.cache_kind_names()`: "hidden" (hidden states), "topk" (the
-            likeliest classes), "sampled" (drawn classes), "projected" (the student's head, averaged), or your own.
-        k: classes, or draws, that a row of "topk" or "sampled" keeps; at least 1 and below the number of classes.
-        temperatures: for which a compact kind holds rows, each above 0. Evaluation needs 1.
-        student: the model that will be trained. "projected" needs it, and its head must not change.
-        template: prompt template of the samples, compared with the cache's. None: not compared.
-        dtype: in which a teacher given by name is loaded.
-        device: where the teacher runs when it fills the cache.
-        repair: make damaged files again instead of refusing the cache.
-        progress: show a progress bar.
-
-    Returns:
-        The cache, open for reading.
-
-    Raises:
-        UserError: a file is damaged; the cache was made with another teacher, dtype, template, kind or options; samples
-            are missing and there is no teacher; or it cannot be filled. The message names which.
-    """
-    folder = Path(folder)
-    named = isinstance(teacher, str)
-    source = fingerprint(teacher) if isinstance(teacher, str) else None
-    try:
-        index = read_index(folder)
-        meta = read_meta(folder, index) if index else {}
-    except DamagedFileError:
-        if not repair:
-            raise
-        index = {}
-    if index:
-        if isinstance(teacher, str) and meta.get("source") is None:
-            teacher, source = load_model(teacher, dtype, device), None
-        wanted: dict[str, Any] = {"kind": kind, "template": template, "source": source}
-        if isinstance(teacher, nn.Module):
-            wanted |= {
-                "dtype": _dtype_name(teacher),
-                "teacher": model_digest(teacher),
-                "revision": _revision(teacher),
-            }
-        elif named:
-            wanted["dtype"] = str(dtype).removeprefix("torch.")
-        compare_meta(folder, meta, wanted)
-        store = make_store(kind, _common(meta["num_classes"], student), k, temperatures, student)
-        compare_meta(folder, meta, {"options": store.options})
-        try:
-            cache = TeacherCache(folder, store)
-        except DamagedFileError:
-            if not repair:
-                raise
-        else:
-            if not cache.missing(samples):
-                return cache
-    if teacher is None:
-        raise UserError(f"teacher_cache {str(folder)!r} lacks samples of this data; pass the teacher, to fill it")
-    model = load_model(teacher, dtype, device) if isinstance(teacher, str) else teacher
-    head = find_head(model, "teacher").weight
-    assert head is not None
-    return build_teacher_cache(
-        model,
-        samples,
-        folder,
-        kind=kind,
-        store=make_store(kind, _common(head.shape[0], student), k, temperatures, student),
-        template=template,
-        source=source,
-        device=device,
-        progress=progress,
-    )
-
-
-def _common(teacher_classes: int, student: nn.Module | None) -> int:
-    """The number of classes that teacher and student both have."""
-    head = None if student is None else find_head(student, "student").weight
-    return teacher_classes if head is None else min(teacher_classes, head.shape[0])
-
-
-def _revision(model: nn.Module) -> str | None:
+def revision_of(model: nn.Module) -> str | None:
     """The commit of a model from the hub, or None."""
     return getattr(getattr(model, "config", None), "_commit_hash", None)
 
 
-def _dtype_name(model: nn.Module) -> str:
+def dtype_name(model: nn.Module) -> str:
+    """Of a model's weights, such as "bfloat16"."""
     return str(next(model.parameters()).dtype).removeprefix("torch.")

@@ -2,6 +2,8 @@
 
 The curriculum is one sequence of samples for the whole run, so a run is a single epoch for the Trainer: checkpoints,
 resuming, gradient accumulation, mixed precision, several ranks, LoRA and logging work as they always do.
+
+One file, because it is one class: what a training does, from its arguments to its logs, reads from top to bottom.
 """
 
 import logging

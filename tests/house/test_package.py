@@ -208,6 +208,13 @@ def test_examples_in_docstrings_run(module: str) -> None:
     assert result.failed == 0
 
 
+@pytest.mark.parametrize("module", sources())
+def test_a_file_is_read_in_one_sitting(module: str) -> None:
+    """400 lines, or a head that says why it is one idea."""
+    text = sources()[module].read_text(encoding="utf-8")
+    assert text.count("\n") <= 400 or "One file, because" in (ast.get_docstring(ast.parse(text)) or "")
+
+
 def test_there_are_examples() -> None:
     finder = doctest.DocTestFinder()
     found = [t for m in IMPORTABLE for t in finder.find(importlib.import_module(m)) if t.examples]

@@ -831,7 +831,7 @@ def test_a_named_teacher_is_loaded_to_fill_the_cache_alone(
     def refuse(*args: Any, **kwargs: Any) -> None:
         pytest.fail("the teacher was loaded")
 
-    monkeypatch.setattr("srd_fast.teacher.build.load_model", refuse)
+    monkeypatch.setattr("srd_fast.teacher.opening.load_model", refuse)
     monkeypatch.setattr("srd_fast.training.preparation.load_model", refuse)
     second = trained(tokenizer, str(teacher_folder), tmp_path / "cache")
     assert_same_run(second, first)

@@ -1,0 +1,90 @@
+"""A teacher cache's folder while it is filled: begun, freed of what is damaged or unfinished, and its index kept."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import DamagedFileError, UserError
+from ..files import temporary_path
+from . import shards
+from .index import (
+    INDEX,
+    META,
+    compare_meta,
+    digest,
+    json_text,
+    meta_digest,
+    read_index,
+    read_meta,
+    verify_files,
+    write_index,
+)
+
+logger = logging.getLogger(__name__)
+
+
+def begin(folder: Path, meta: dict[str, Any]) -> dict[str, str]:
+    """Write meta.json, or compare it with the one that is there; return the index."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"teacher_cache {str(folder)!r} cannot be made: {e}") from e
+    index, path, content = _usable_index(folder), folder / META, json_text(meta).encode()
+    if META in index or path.exists():
+        try:
+            compare_meta(folder, read_meta(folder, index), meta)
+            return index
+        except DamagedFileError as e:
+            if index.get(META) != digest(content):
+                raise
+            _say_again(e)
+    with shards.locked(temporary_path(path)) as descriptor:
+        assert descriptor is not None
+        shards.publish(descriptor, temporary_path(path), path, content)
+    return index
+
+
+def _usable_index(folder: Path) -> dict[str, str]:
+    """The index; if it is damaged, an empty one, and the files then tell what they hold."""
+    try:
+        return read_index(folder)
+    except DamagedFileError as e:
+        _say_again(e)
+        (folder / INDEX).unlink(missing_ok=True)
+        return {}
+
+
+def _say_again(error: UserError) -> None:
+    logger.warning("%s; making it again", error)
+
+
+def drop_damaged(folder: Path, index: dict[str, str]) -> None:
+    """Delete files with wrong content, whether the index lists them or a killed process left them."""
+    named = {name: index.get(name) for name in (*index, *(p.name for p in folder.glob("*.safetensors")))}
+    named.pop(META, None)
+    damaged = verify_files(folder, named)
+    for name, error in damaged:
+        _say_again(error)
+        (folder / name).unlink(missing_ok=True)
+        index.pop(name, None)
+    if damaged:
+        write_index(folder, lambda files: {n: d for n, d in files.items() if n not in dict(damaged)})
+
+
+def drop_unfinished(folder: Path) -> None:
+    """Delete the hidden files of killed processes. A file that is being written is locked, and stays."""
+    for partial in folder.glob(temporary_path(Path("*")).name):
+        with shards.locked(partial, wait=False) as descriptor:
+            if descriptor is not None:
+                partial.unlink(missing_ok=True)
+
+
+def add_to_index(folder: Path, names: Sequence[str]) -> None:
+    """Say in the index that files are finished. names: of the files."""
+
+    def added(files: dict[str, str]) -> dict[str, str]:
+        new = [name for name in names if name not in files]
+        return {**files, **{n: shards.checked_digest(folder / n) for n in new}, META: meta_digest(folder)}
+
+    write_index(folder, added)

@@ -1,0 +1,112 @@
+"""Open a teacher cache for a training, and first fill it with what it lacks."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import DamagedFileError, UserError
+from ..models import find_head, fingerprint, load_model, model_digest
+from .build import build_teacher_cache, dtype_name, revision_of
+from .cache import TeacherCache
+from .index import compare_meta, read_index, read_meta
+from .stores import make_store
+
+
+def open_teacher_cache(
+    folder: str | Path,
+    teacher: nn.Module | str | None,
+    samples: Sequence[Mapping[str, Any]],
+    *,
+    kind: str = "hidden",
+    k: int = 64,
+    temperatures: Sequence[float] = (1.0,),
+    student: nn.Module | None = None,
+    template: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    repair: bool = False,
+    progress: bool = True,
+) -> "TeacherCache":
+    """Open the cache in a folder. It is checked against its teacher, and first filled with samples that it lacks.
+
+    Args:
+        folder: where the cache is, or will be.
+        teacher: a model; or a folder or hub id, which is loaded in `dtype` only if the cache has to be filled; or None
+            to read what is there.
+        samples: tokenised samples that the cache must hold, with input_ids and labels (-100 where there is no loss).
+        kind: what a row keeps, a name from `srd_fast.cache_kind_names()`: "hidden" (hidden states), "topk" (the
+            likeliest classes), "sampled" (drawn classes), "projected" (the student's head, averaged), or your own.
+        k: classes, or draws, that a row of "topk" or "sampled" keeps; at least 1 and below the number of classes.
+        temperatures: for which a compact kind holds rows, each above 0. Evaluation needs 1.
+        student: the model that will be trained. "projected" needs it, and its head must not change.
+        template: prompt template of the samples, compared with the cache's. None: not compared.
+        dtype: in which a teacher given by name is loaded.
+        device: where the teacher runs when it fills the cache.
+        repair: make damaged files again instead of refusing the cache.
+        progress: show a progress bar.
+
+    Returns:
+        The cache, open for reading.
+
+    Raises:
+        UserError: a file is damaged; the cache was made with another teacher, dtype, template, kind or options; samples
+            are missing and there is no teacher; or it cannot be filled. The message names which.
+    """
+    folder = Path(folder)
+    named = isinstance(teacher, str)
+    source = fingerprint(teacher) if isinstance(teacher, str) else None
+    try:
+        index = read_index(folder)
+        meta = read_meta(folder, index) if index else {}
+    except DamagedFileError:
+        if not repair:
+            raise
+        index = {}
+    if index:
+        if isinstance(teacher, str) and meta.get("source") is None:
+            teacher, source = load_model(teacher, dtype, device), None
+        wanted: dict[str, Any] = {"kind": kind, "template": template, "source": source}
+        if isinstance(teacher, nn.Module):
+            wanted |= {
+                "dtype": dtype_name(teacher),
+                "teacher": model_digest(teacher),
+                "revision": revision_of(teacher),
+            }
+        elif named:
+            wanted["dtype"] = str(dtype).removeprefix("torch.")
+        compare_meta(folder, meta, wanted)
+        store = make_store(kind, _common(meta["num_classes"], student), k, temperatures, student)
+        compare_meta(folder, meta, {"options": store.options})
+        try:
+            cache = TeacherCache(folder, store)
+        except DamagedFileError:
+            if not repair:
+                raise
+        else:
+            if not cache.missing(samples):
+                return cache
+    if teacher is None:
+        raise UserError(f"teacher_cache {str(folder)!r} lacks samples of this data; pass the teacher, to fill it")
+    model = load_model(teacher, dtype, device) if isinstance(teacher, str) else teacher
+    head = find_head(model, "teacher").weight
+    assert head is not None
+    return build_teacher_cache(
+        model,
+        samples,
+        folder,
+        kind=kind,
+        store=make_store(kind, _common(head.shape[0], student), k, temperatures, student),
+        template=template,
+        source=source,
+        device=device,
+        progress=progress,
+    )
+
+
+def _common(teacher_classes: int, student: nn.Module | None) -> int:
+    """The number of classes that teacher and student both have."""
+    head = None if student is None else find_head(student, "student").weight
+    return teacher_classes if head is None else min(teacher_classes, head.shape[0])
