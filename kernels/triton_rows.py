@@ -26,12 +26,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .divergences import FORMULAS, RowDivergence
+from .divergences import FORMULAS, LN2, LOG2E, RowDivergence
 from .passes import LOGIT_FLOOR
 from .rows import ALIGNMENT, RowCoefficients, RowValues
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
 FLOOR = tl.constexpr(LOGIT_FLOOR)
 INTERPRETED = triton.knobs.runtime.interpret
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..kernels import LOGIT_FLOOR
 from ..losses import Head, Projected, Sampled, TopK, products_dtype
 from ..models import find_head
 from ..registry import Registry
@@ -138,7 +139,7 @@ class TopKStore(_FewClasses):
             z, below = z - top[:, :1], (top - top[:, :1]).half()
             rest = z.scatter(1, ids, -math.inf)
             log_rest = torch.stack([torch.logsumexp(rest / t, -1) for t in self.temperatures], -1)
-            parts.append((pack_ids(ids, bits_for(self.classes)), below, log_rest.clamp(min=-1e30)))
+            parts.append((pack_ids(ids, bits_for(self.classes)), below, log_rest.clamp(min=LOGIT_FLOOR)))
         return _joined(("ids", "logits", "log_rest"), parts)
 
     def decode(self, stored: Mapping[str, Tensor], head: Head | None, temperature: float) -> TeacherRows:
@@ -186,7 +187,7 @@ def draw_rows(z_NV: Tensor, temperature: float, count: int, generator: torch.Gen
     """`count` draws with replacement from each row's softmax at a temperature, and its entropy."""
     log_p = torch.log_softmax(z_NV / temperature, -1)
     p = log_p.exp()
-    return Sampled(draw_classes(p, count, generator), -(p * log_p.clamp(min=-1e30)).sum(-1))
+    return Sampled(draw_classes(p, count, generator), -(p * log_p.clamp(min=LOGIT_FLOOR)).sum(-1))
 
 
 def draw_classes(p_NV: Tensor, count: int, generator: torch.Generator) -> Tensor:
@@ -227,7 +228,7 @@ class ProjectedStore:
                 p = log_p.exp()
                 projections.append(p @ weight[: z.shape[1]].float() * scale)
                 biases.append(z.new_zeros(len(z)) if bias is None else p @ bias[: z.shape[1]].float() * scale)
-                entropies.append(-(p * log_p.clamp(min=-1e30)).sum(-1))
+                entropies.append(-(p * log_p.clamp(min=LOGIT_FLOOR)).sum(-1))
             parts.append(tuple(torch.stack(x, 1) for x in (projections, entropies, biases)))
         return _joined(("projection", "entropy", "bias"), parts)
 
