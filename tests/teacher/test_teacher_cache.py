@@ -288,7 +288,11 @@ def test_a_cache_that_is_dropped_closes_its_files(whole: Path) -> None:
     cache.collate_ahead(SAMPLES).to("cpu")
     assert len(os.listdir("/proc/self/fd")) > before
     del cache
-    gc.collect()
+    # The reading thread lets go of its last call, and so of the files, a moment after the rows are there.
+    deadline = time.monotonic() + 30
+    while len(os.listdir("/proc/self/fd")) != before and time.monotonic() < deadline:
+        gc.collect()
+        time.sleep(0.01)
     assert len(os.listdir("/proc/self/fd")) == before
 
 
