@@ -26,6 +26,9 @@ _Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file; see 
 _Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[key=value]...", help="Override config keys, e.g. distill.skew=0.2.")
 ]
+_Limit = Annotated[
+    str | None, typer.Option(help="Such as 8GiB, 8GB or 8192MB: change sizes until the peak is below it.")
+]
 
 
 @contextmanager
@@ -105,9 +108,7 @@ _step_command("report", "One page from the run folder: report.html.")
 def memory(
     config: _Config,
     overrides: _Overrides = None,
-    limit: Annotated[
-        str | None, typer.Option(help="Such as 8GiB, 8GB or 8192MB: change sizes until the peak is below it.")
-    ] = None,
+    limit: _Limit = None,
 ) -> None:
     """Peak memory of the step distill by part, and the disk of the teacher cache, before anything is computed.
 
@@ -133,9 +134,7 @@ def memory(
 def plan(
     config: _Config,
     overrides: _Overrides = None,
-    limit: Annotated[
-        str | None, typer.Option(help="Such as 8GiB, 8GB or 8192MB: change sizes until the peak is below it.")
-    ] = None,
+    limit: _Limit = None,
 ) -> None:
     """The old name of `srd-fast memory`."""
     message = "`srd-fast plan` is called `srd-fast memory` now; the old name goes away in srd-fast 0.3"

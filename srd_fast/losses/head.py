@@ -1,7 +1,6 @@
 """The output projection of a language model, as the loss applies it."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,11 +77,6 @@ class Head:
         """Weight and bias by name, without gradient; the bias only if there is one."""
         parts = {"weight": self.weight, "bias": self.bias}
         return {name: x.detach() for name, x in parts.items() if x is not None}
-
-    def arguments(self, side: str) -> dict[str, Any]:
-        """The head as keyword arguments of `distillation_loss`. side: "student" or "teacher"."""
-        parts = {"weight": self.weight, "bias": self.bias, "softcap": self.softcap, "scale": self.scale}
-        return {f"{side}_{name}": value for name, value in parts.items()}
 
     def num_classes(self, hidden: Tensor) -> int:
         """The number of classes, V."""

@@ -59,6 +59,11 @@ RATIOS = (0.1, 0.2, 0.35, 0.5, 1.0)
 COUNTS = (0, 1, 30, 7, 0, 10, 1, 2, 19, 0)
 
 
+def arguments(of: Head, side: str) -> dict[str, Any]:
+    """A head as keyword arguments of `distillation_loss`. side: "student" or "teacher"."""
+    return {f"{side}_{name}": getattr(of, name) for name in ("weight", "bias", "softcap", "scale")}
+
+
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
@@ -297,11 +302,11 @@ def test_the_mean_gradient_of_drawn_classes_is_the_exact_one(kind: str, temperat
     of_teacher = head(**{**HEADS[kind], "classes": 13}, seed=5)
     hidden_S, hidden_T, labels = hidden(rows), hidden(rows, seed=4), torch.tensor([1, 0, 10])
     options: dict[str, Any] = {"divergence": "forward_kl", "temperature": temperature, "sft_weight": 0.2}
-    options |= {"reduction": "none", **of_student.arguments("student")}
+    options |= {"reduction": "none", **arguments(of_student, "student")}
 
     exact = hidden_S.clone().requires_grad_()
     expected = distillation_loss(
-        exact, teacher_hidden=hidden_T, labels=labels, **options, **of_teacher.arguments("teacher")
+        exact, teacher_hidden=hidden_T, labels=labels, **options, **arguments(of_teacher, "teacher")
     )
     expected.loss.sum().backward()
 
@@ -351,7 +356,7 @@ def test_the_mean_gradient_of_drawn_positions_is_the_exact_one() -> None:
     hidden_S, hidden_T = hidden(12), hidden(12, seed=4)
     labels = torch.arange(12) % 11
     options: dict[str, Any] = {"divergence": "skew_reverse_kl", "temperature": 1.5, "sft_weight": 0.2}
-    options |= {**of_student.arguments("student"), **of_teacher.arguments("teacher")}
+    options |= {**arguments(of_student, "student"), **arguments(of_teacher, "teacher")}
 
     exact = hidden_S.clone().requires_grad_()
     expected = distillation_loss(exact, teacher_hidden=hidden_T, labels=labels, **options)
