@@ -1,11 +1,12 @@
 """`SRDConfig`: the training arguments of selective reflection distillation, and its presets."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import TrainingArguments
 
+from ..curriculum import per_stage
 from ..errors import UserError
 from ..losses import Projected, Sampled, get_divergence
 from ..losses.options import RANGE
@@ -79,6 +80,22 @@ def with_preset(preset: str, fields: dict[str, Any]) -> dict[str, Any]:
 
 def _described(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
+
+
+class StageSettings(NamedTuple):
+    """What each stage of a curriculum trains with: one value a stage, from the first to the last.
+
+    Attributes:
+        epochs: passes over the stage's samples.
+        temperatures: T of the divergence.
+        sft_weights: weight of the cross-entropy.
+        learning_rates: peak learning rate.
+    """
+
+    epochs: list[float]
+    temperatures: list[float]
+    sft_weights: list[float]
+    learning_rates: list[float]
 
 
 @dataclass
@@ -219,6 +236,28 @@ class SRDConfig(TrainingArguments):
                 raise UserError(
                     f"{name} must be {low}{f' and at most {most:g}' if most is not None else ''}, got {x!r}"
                 )
+
+    def of_stages(self, count: int) -> StageSettings:
+        """What each stage of a curriculum trains with.
+
+        Args:
+            count: of stages, at least 1.
+
+        Returns:
+            One value a stage of each setting.
+
+        Raises:
+            UserError: a setting is a list of another length.
+        """
+        rates = self.stage_learning_rates or self.learning_rate
+        return StageSettings(
+            epochs=per_stage("epochs_per_stage", self.epochs_per_stage, 0.0, 0.0, count),
+            temperatures=per_stage(
+                "temperature", self.temperature, self.temperature_start, self.temperature_end, count
+            ),
+            sft_weights=per_stage("sft_weight", self.sft_weight, self.sft_weight_start, self.sft_weight_end, count),
+            learning_rates=per_stage("stage_learning_rates", rates, 0.0, 0.0, count),
+        )
 
     @property
     def logits(self) -> torch.dtype | None:

@@ -32,7 +32,7 @@ from srd_fast.files import content_digest
 from srd_fast.losses import chunked
 from srd_fast.run.config import load_run_config
 from srd_fast.run.pipeline import STEP_NAMES, fingerprints
-from srd_fast.run.steps import Run, expected_logits
+from srd_fast.run.steps import Run
 from srd_fast.teacher import LiveTeacher, build
 
 CONTRACT = (
@@ -441,8 +441,8 @@ def test_how_many_logits_a_run_will_see(
     monkeypatch.setattr(chunked, "run_chunks", counted)
     assert srd_fast("run", config_file, f"output_dir={tmp_path / 'run'}").status == 0
     config = load_run_config(str(config_file), [f"output_dir={finished}"])
-    assert 0.5 < expected_logits(Run(config, finished, {}, {})) / seen[0] < 2
-    assert expected_logits(Run(config, tmp_path / "nothing yet", {}, {})) == 0
+    assert 0.5 < Run(config, finished, {}, {}).expected_logits() / seen[0] < 2
+    assert Run(config, tmp_path / "nothing yet", {}, {}).expected_logits() == 0
 
 
 def test_cache_is_a_verb(copy: Path, finished: Path, config_file: Path) -> None:

@@ -1,10 +1,7 @@
 """Mistakes that can be found before any work is done: names, settings, missing files, tokenizers."""
 
-from pathlib import Path
-
 import torch
 
-from ...curriculum import per_stage
 from ...data import Tokenisation, source_path
 from ...errors import UserError, first_line
 from ...models import check_tokenizers, load_tokenizer
@@ -25,9 +22,8 @@ def check_inputs(config: RunConfig) -> None:
         UserError: for the first mistake found.
     """
     _check_device(config.device)
-    args = training_config(config, Path(config.output_dir), torch.device("cpu"), torch.float32)
-    for name in ("epochs_per_stage", "temperature", "sft_weight", "stage_learning_rates"):
-        per_stage(name, getattr(args, name), 0.0, 0.0, config.curate.stages)
+    args = training_config(config)
+    args.of_stages(config.curate.stages)
     lora_config(config)
     SAMPLE_POLICIES.check(sample_policy(config)[0])
     check_cache(config, args)

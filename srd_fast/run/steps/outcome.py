@@ -18,7 +18,6 @@ from ...training.config import SRDConfig
 from ...training.evaluation import evaluate
 from .cache import validation_cache
 from .run import PRUNE, Run, json_text
-from .settings import training_config
 
 
 def evaluate_step(run: Run) -> None:
@@ -90,12 +89,11 @@ def _evaluations(run: Run) -> dict[str, Any]:
 def _training_figures(run: Run) -> dict[str, Any]:
     rows = [json.loads(x) for x in (run.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     train = {r["step"]: r for r in rows if r["kind"] == "train"}
-    args = training_config(run.config, run.folder, run.device, run.dtype)
     steps = max(train)
     spent = sorted(r["tokens_per_second"] for r in train.values())
     return {
         "steps": steps,
-        "sample_passes": steps * args.per_device_train_batch_size * args.gradient_accumulation_steps,
+        "sample_passes": steps * run.args.per_device_train_batch_size * run.args.gradient_accumulation_steps,
         "tokens_per_second": spent[len(spent) // 2],
         "peak_memory_mb": max(r["memory_mb"] for r in train.values()),
     }

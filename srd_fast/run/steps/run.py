@@ -7,14 +7,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ...data import TOKENISED_FEATURES
+from ...data import IGNORE_INDEX, TOKENISED_FEATURES
 from ...files import temporary_path
 from ...models import load_model, load_tokenizer
+from ...training.config import SRDConfig
 from ..config import RunConfig
+from .settings import training_config
 
 QUICKSTART = "quickstart"
 PRUNE = "prune"
@@ -52,6 +56,11 @@ class Run:
         return torch.bfloat16 if self.config.dtype == "bfloat16" else torch.float32
 
     @cached_property
+    def args(self) -> SRDConfig:
+        """What the student is trained with. To be read; a trainer, which writes into its arguments, gets a copy."""
+        return training_config(self.config, self.folder, self.device, self.dtype)
+
+    @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer that teacher and student share."""
         return load_tokenizer(self.config.teacher)
@@ -70,6 +79,29 @@ class Run:
         """Tokenised samples of a split: "train" or "validation"."""
         path = self.folder / "data" / f"{split}.parquet"
         return Dataset.from_parquet(str(path), features=TOKENISED_FEATURES, keep_in_memory=True)
+
+    def expected_logits(self) -> float:
+        """Estimate how many logits of the student the losses compute: rows with loss times classes; 0 without data.
+
+        It follows from config and data alone, so that every process of a run gets the same number.
+        """
+        paths = [self.folder / "data" / f"{split}.parquet" for split in ("train", "validation")]
+        if not all(path.is_file() for path in paths):
+            return 0.0
+        labels = [pq.read_table(path, columns=["labels"])["labels"] for path in paths]
+        rows, held_out = (pc.sum(pc.not_equal(pc.list_flatten(x), IGNORE_INDEX)).as_py() or 0 for x in labels)
+        c, args, samples, stages = self.config, self.args, len(labels[0]), self.config.curate.stages
+        keep = c.curate.keep if isinstance(c.curate.keep, float) else 1.0
+        trained = keep * sum(n * stage / stages for stage, n in enumerate(args.of_stages(stages).epochs, 1))
+        warm_up = (
+            c.init_student.warmup_steps * c.init_student.warmup_batch_size / samples if c.student == PRUNE else 0.0
+        )
+        evaluations = 0.0
+        if args.eval_strategy == "steps" and args.eval_steps:
+            steps = trained * samples / (args.per_device_train_batch_size * args.gradient_accumulation_steps)
+            evaluations = steps / args.eval_steps if args.eval_steps >= 1 else 1 / args.eval_steps
+        # Reflection sees the training rows once; evaluation the others, for three models and before the first step.
+        return (rows * (1 + warm_up + trained) + held_out * (4 + evaluations)) * len(self.tokenizer)
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:
