@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..losses import LossOptions, token_cross_entropy
+from ..losses import LossOptions, StudentRows, token_cross_entropy
 from ..models import find_head, hidden_states
 from ..teacher import TeacherSource, distillation_loss_of_rows, labels_with_loss, rows_with_loss
 
-_FORWARD_KL = LossOptions("forward_kl", temperature=1.0, reduction="sum")
+_FORWARD_KL = LossOptions("forward_kl", temperature=1.0, reduction="sum", ignore_index=None)
 
 
 class Divergences(NamedTuple):
@@ -45,8 +45,7 @@ def measure_batch(student: nn.Module, teacher: TeacherSource | None, inputs: dic
     if teacher is None:
         losses = token_cross_entropy(hidden_ND, head, labels_N)
         return Divergences(losses.new_zeros(()), losses.sum(), torch.tensor(len(labels_N), device=losses.device))
-    rows = teacher.rows(inputs, 1.0)
-    out = distillation_loss_of_rows(hidden_ND, head, rows, labels_N, _FORWARD_KL)
+    out = distillation_loss_of_rows(StudentRows(hidden_ND, head, labels_N, _FORWARD_KL), teacher.rows(inputs, 1.0))
     return Divergences(out.divergence, out.cross_entropy, out.num_items)
 
 

@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 from ..curriculum import CurriculumPlan
 from ..data import DistillationCollator, Tokenisation, pad_id, prepare_dataset
 from ..errors import UserError
-from ..losses import LossOptions, check_vocabularies
+from ..losses import LossOptions, StudentRows, check_vocabularies
 from ..models import call_through, check_head, check_tokenizers, find_head, hidden_states, unwrap, with_adapters
 from ..selection import BatchSelection, Signals, items_of, select_samples
 from ..teacher import (
@@ -187,6 +187,7 @@ class SRDTrainer(Trainer):
             skew=args.skew,
             beta=args.beta,
             temperature_scaling=args.scales_with_temperature,
+            ignore_index=None,  # a batch knows its rows with loss
             backend=args.backend,
             memory_budget=args.memory_budget,
             logits_dtype=args.logits,
@@ -282,16 +283,10 @@ class SRDTrainer(Trainer):
             with self.accelerator.autocast():
                 student_ND, head = rows_with_loss(hidden_states(student, batch), batch), find_head(student)
                 seen = self.selection(student_ND, head, rows, labels_N, batch, step, temperature)
-                return distillation_loss_of_rows(
-                    seen.student_KD,
-                    head,
-                    seen.rows,
-                    seen.labels_K,
-                    options,
-                    token_weights=seen.weights_K,
-                    num_items=num_items_in_batch,
-                    student_logits=seen.logits_KV,
+                rows_K = StudentRows(
+                    seen.student_KD, head, seen.labels_K, options, seen.weights_K, num_items_in_batch, seen.logits_KV
                 )
+                return distillation_loss_of_rows(rows_K, seen.rows)
 
         out = call_through(model, student, forward, inputs)
         self._count(out, len(labels_N))
