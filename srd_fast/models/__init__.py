@@ -2,9 +2,8 @@
 
 from .compilation import compile_layers, uncompile_layers
 from .flattening import enable_flattening, unfit_for_shared_prefix
-from .heads import check_head, find_head, hidden_states, unwrap
+from .heads import check_head, embeddings_of, find_head, hidden_states, unwrap
 from .loading import (
-    check_tokenizers,
     fingerprint,
     load_config,
     load_model,
@@ -14,6 +13,7 @@ from .loading import (
 )
 from .prefix import SharedPrefix, common_prefix, share_prefix, shared_starts
 from .pruning import prune_depth
+from .tokenizers import check_tokenizers, tokenizer_digest
 from .wrapping import call_through, with_adapters
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "check_tokenizers",
     "common_prefix",
     "compile_layers",
+    "embeddings_of",
     "enable_flattening",
     "find_head",
     "fingerprint",
@@ -35,6 +36,7 @@ __all__ = [
     "resolve_model",
     "share_prefix",
     "shared_starts",
+    "tokenizer_digest",
     "uncompile_layers",
     "unfit_for_shared_prefix",
     "unwrap",

@@ -15,8 +15,15 @@ _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, tor
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The transformers model inside a PEFT model, with the adapters in its layers; any other model unchanged."""
+    """The transformers model inside a compiled or PEFT model, with the adapters in its layers; others unchanged."""
+    model = getattr(model, "_orig_mod", model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+
+
+def embeddings_of(model: nn.Module) -> int:
+    """How many tokens a model has input embeddings for."""
+    inner: Any = unwrap(model)
+    return inner.get_input_embeddings().weight.shape[0]
 
 
 def hidden_states(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:

@@ -144,6 +144,12 @@ class SRDConfig(TrainingArguments):
     logits_dtype: str | None = _described(
         None, "Of the loss's logits: None for that of the training (bf16, fp16), or 'float32', unrounded."
     )
+    keep_student_dtype: bool = _described(
+        False, "Train bfloat16 or float16 weights as they are; otherwise they become float32 first."
+    )
+    shared_vocabulary: bool = _described(
+        False, "Let student and teacher each have tokens of its own; the divergence is over those that both have."
+    )
     max_tokens_per_batch: int = _described(
         0, "Tokens of a micro-batch, padding included, into which each step's samples are divided; 0: as they come."
     )

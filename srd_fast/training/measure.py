@@ -1,9 +1,9 @@
 """How far a student is from its teacher on a batch, and how much memory the process has used."""
 
-import resource
 import sys
 from typing import Any, NamedTuple
 
+import psutil
 import torch
 from torch import Tensor, nn
 
@@ -53,5 +53,9 @@ def peak_memory_mb(device: torch.device) -> float:
     """Peak memory so far in MB: allocated on the CUDA device, else resident in this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset / 2**20
+    import resource
+
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20

@@ -25,12 +25,13 @@ from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 from ..curriculum import CurriculumPlan
-from ..data import DistillationCollator, Tokenisation, pad_id, prepare_dataset
+from ..data import DistillationCollator, Tokenisation, check_token_ids, prepare_dataset
 from ..errors import UserError
 from ..losses import LossOptions, StudentRows, check_vocabularies
-from ..models import call_through, check_head, check_tokenizers, find_head, hidden_states, unwrap, with_adapters
+from ..models import call_through, check_head, embeddings_of, find_head, hidden_states, with_adapters
 from ..selection import BatchSelection, Signals, items_of, select_samples
 from ..teacher import (
+    LiveTeacher,
     StepCollator,
     TeacherCache,
     TeacherSource,
@@ -53,7 +54,8 @@ from .checkpoints import last_whole_checkpoint
 from .config import SRDConfig
 from .health import BadStep, DivergenceTrend, StepCheck, not_finite, skips_on_the_device
 from .measure import measure_batch, peak_memory_mb
-from .preparation import Layout, batch_layout, compile_models, compiles, teacher_source, tokenizer_beside
+from .pair import check_no_shared_weights, check_teachers_tokenizer, uncompiled, widen_trained_weights
+from .preparation import batch_layout, check_optimizer, compile_models, compiles, layout_of, teacher_source
 
 logger = logging.getLogger(__name__)
 
@@ -103,19 +105,19 @@ class SRDTrainer(Trainer):
         optimizers: tuple[Any, Any] = (None, None),
         data_collator: Callable[..., Any] | None = None,
     ) -> None:
+        model, teacher_model = uncompiled(model, "student"), uncompiled(teacher_model, "teacher")
         if processing_class is None:
             raise UserError("processing_class is missing: pass the student's tokenizer")
         if not isinstance(args, SRDConfig):
             raise UserError(f"args must be an SRDConfig, got {type(args).__name__}")
-        if isinstance(teacher_model, nn.Module) and unwrap(teacher_model) is unwrap(model):
-            raise UserError("teacher_model is the model that is trained; load the teacher as a model of its own")
         if teacher_model is None and args.teacher_cache is None:
             raise UserError("teacher_model is missing: pass a model, its folder or name, or name a teacher_cache")
-        teacher_tokenizer = teacher_tokenizer or tokenizer_beside(teacher_model)
-        if teacher_tokenizer is not None:
-            check_tokenizers(processing_class, teacher_tokenizer)
+        if optimizers[0] is None:
+            check_optimizer(args)
+        check_teachers_tokenizer(processing_class, teacher_tokenizer, teacher_model, args)
         if peft_config is not None:
             model = with_adapters(model, peft_config)
+        check_no_shared_weights(model, teacher_model)
         tokenisation = Tokenisation(processing_class, args.template, args.max_prompt_length, args.max_response_length)
         train = prepare_dataset(train_dataset, tokenisation, "train_dataset").dataset
         evaluation = None
@@ -132,7 +134,7 @@ class SRDTrainer(Trainer):
             train_dataset=train,
             eval_dataset=evaluation,
             processing_class=processing_class,
-            data_collator=data_collator or DistillationCollator(pad_id(processing_class)),
+            data_collator=data_collator or DistillationCollator(),
             callbacks=callbacks,
             optimizers=optimizers,
         )
@@ -145,6 +147,10 @@ class SRDTrainer(Trainer):
         self._tokenisation = tokenisation
 
         check_head(model, "student")
+        widen_trained_weights(model, args)
+        given = [train, *([] if evaluation is None else [evaluation])]
+        for samples in given:
+            check_token_ids(samples, {"student": embeddings_of(model)})
         head_S = find_head(model).weight
         assert head_S is not None
         plan = curriculum or CurriculumPlan(subsets=[list(train["sample_id"])], method="none")
@@ -163,15 +169,19 @@ class SRDTrainer(Trainer):
             check_lengths(args.max_tokens_per_batch, self.curriculum, train)
         self.teacher = teacher_source(teacher_model, model, args, self.curriculum, train, evaluation)
         check_vocabularies(head_S.shape[0], self.teacher.num_classes)
+        if isinstance(self.teacher, LiveTeacher):
+            for samples in given:
+                check_token_ids(samples, {"teacher": embeddings_of(self.teacher.model)})
         if args.class_sampling and head_S.shape[0] > self.teacher.num_classes:
             raise UserError(
                 f"class_sampling: the student has {head_S.shape[0]} classes and the teacher {self.teacher.num_classes};"
                 " it needs a teacher with all of the student's classes, set it to 0"
             )
-        layout = Layout()
         if isinstance(self.data_collator, DistillationCollator):
             layout = batch_layout(model, self.teacher, args)
             self.data_collator.flatten, self.data_collator.share_prefix = layout.flattened, layout.share_prefix
+        else:
+            layout = layout_of(self.data_collator, train[0], model, self.teacher)
         if compiles(args, self.curriculum.total_steps):
             compile_models(model, self.teacher, args, self.accelerator.autocast, layout.flattened)
         cache = self.teacher if isinstance(self.teacher, TeacherCache) else None
@@ -340,6 +350,7 @@ class SRDTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self._raise_if_bad(self._check.look(wait=True))
+        self._show_weights()
         self.selection.save(Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}")
         super()._save_checkpoint(model, trial)
 
@@ -370,6 +381,12 @@ class SRDTrainer(Trainer):
             optimizer.found_inf = flag
         self._raise_if_bad(self._check.look(wait=not skips))
         return norm
+
+    def _show_weights(self) -> None:
+        """Let a schedule-free optimizer put in place the weights that it has found. A step takes them away again."""
+        show = getattr(self.optimizer, "eval", None)
+        if show is not None:
+            show()
 
     def _raise_if_bad(self, bad: BadStep | None) -> None:
         if bad is None:
@@ -452,6 +469,7 @@ class SRDTrainer(Trainer):
             optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)
             vars(optimizer).pop("found_inf", None)
         self._raise_if_bad(self._check.look(wait=True))
+        self._show_weights()
         self._trend.end()
         return result
 
@@ -481,6 +499,7 @@ class SRDTrainer(Trainer):
         student = self.accelerator.unwrap_model(self.model)
         was_training, totals = student.training, torch.zeros(3, dtype=torch.float64, device=self.args.device)
         student.eval()
+        self._show_weights()
         try:
             for inputs in evaluation_batches(dataset, self.args, self._collate):
                 with self.accelerator.autocast():

@@ -8,6 +8,7 @@ from ...models import check_tokenizers, load_tokenizer
 from ...reflection import get_difficulties
 from ...reflection.engines import ENGINES
 from ...selection import SAMPLE_POLICIES
+from ...training.preparation import check_optimizer
 from ..config import RunConfig
 from .cache import check_cache
 from .run import PRUNE, QUICKSTART
@@ -23,6 +24,7 @@ def check_inputs(config: RunConfig) -> None:
     """
     _check_device(config.device)
     args = training_config(config)
+    check_optimizer(args)
     args.of_stages(config.curate.stages)
     lora_config(config)
     SAMPLE_POLICIES.check(sample_policy(config)[0])
@@ -47,7 +49,8 @@ def check_inputs(config: RunConfig) -> None:
         _must_exist("data", config.data)
     tokenizer = load_tokenizer(config.teacher)
     if config.student != PRUNE:
-        check_tokenizers(load_tokenizer(config.student), tokenizer)
+        tokenizer, teachers = load_tokenizer(config.student), tokenizer
+        check_tokenizers(tokenizer, teachers, args.shared_vocabulary)
     Tokenisation(tokenizer, config.template, config.max_prompt_length, config.max_response_length)
 
 

@@ -62,8 +62,8 @@ class Run:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer that teacher and student share."""
-        return load_tokenizer(self.config.teacher)
+        """The student's tokenizer; the teacher's where the student is cut out of it."""
+        return load_tokenizer(self.config.teacher if self.config.student == PRUNE else self.config.student)
 
     @cached_property
     def teacher(self) -> PreTrainedModel:
