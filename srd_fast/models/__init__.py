@@ -2,7 +2,7 @@
 
 from .compilation import compile_layers, uncompile_layers
 from .flattening import enable_flattening, unfit_for_shared_prefix
-from .heads import check_head, embeddings_of, find_head, hidden_states, unwrap
+from .heads import body_output, check_head, embeddings_of, find_head, hidden_states, unwrap
 from .loading import (
     fingerprint,
     load_config,
@@ -13,11 +13,14 @@ from .loading import (
 )
 from .prefix import SharedPrefix, common_prefix, share_prefix, shared_starts
 from .pruning import prune_depth
+from .routing import RouterLoss, router_loss
 from .tokenizers import check_tokenizers, tokenizer_digest
 from .wrapping import call_through, with_adapters
 
 __all__ = [
+    "RouterLoss",
     "SharedPrefix",
+    "body_output",
     "call_through",
     "check_head",
     "check_tokenizers",
@@ -34,6 +37,7 @@ __all__ = [
     "model_digest",
     "prune_depth",
     "resolve_model",
+    "router_loss",
     "share_prefix",
     "shared_starts",
     "tokenizer_digest",

@@ -27,7 +27,20 @@ def embeddings_of(model: nn.Module) -> int:
 
 
 def hidden_states(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-    """Hidden states after the final norm, as the head sees them.
+    """Hidden states after the final norm, as the head sees them: those of `body_output`.
+
+    Args:
+        model: a causal language model.
+        batch: as `body_output` takes it.
+
+    Returns:
+        [B, L, D]; of a flattened batch, [1, L, D].
+    """
+    return body_output(model, batch).last_hidden_state
+
+
+def body_output(model: nn.Module, batch: Mapping[str, Any]) -> Any:
+    """Run a model without its head.
 
     Args:
         model: a causal language model. `enable_flattening` says whether it takes flattened batches.
@@ -38,12 +51,13 @@ def hidden_states(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
             used.
 
     Returns:
-        [B, L, D]; of a flattened batch, [1, L, D].
+        What the model's body returns. Its `last_hidden_state` is [B, L, D], of a flattened batch [1, L, D]; with
+        `output_router_logits` in the model's config it has `router_logits`.
     """
     inner: Any = unwrap(model)
     ids, options = batch["input_ids"], {"use_cache": False, "return_dict": True}
     if "cu_seq_lens" not in batch:
-        return inner.base_model(input_ids=ids, attention_mask=batch["attention_mask"], **options).last_hidden_state
+        return inner.base_model(input_ids=ids, attention_mask=batch["attention_mask"], **options)
     implementation = inner.config._attn_implementation
     lengths, continues = batch.get("sample_lengths"), batch.get("continues")
     keywords = varlen_keywords(batch["cu_seq_lens"], ids.device, implementation, lengths, continues)
@@ -51,8 +65,7 @@ def hidden_states(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         # transformers looks in position_ids for samples, and waits for the answer, unless it gets a mask.
         keywords["attention_mask"] = torch.ones(1, 1, dtype=torch.bool, device=ids.device).expand_as(ids)
     with flattened_forward():
-        out = inner.base_model(input_ids=ids, position_ids=batch["position_ids"], **options, **keywords)
-    return out.last_hidden_state
+        return inner.base_model(input_ids=ids, position_ids=batch["position_ids"], **options, **keywords)
 
 
 def find_head(model: nn.Module, name: str = "model") -> Head:

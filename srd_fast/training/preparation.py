@@ -13,7 +13,7 @@ from transformers import Trainer
 
 from ..curriculum import Curriculum
 from ..errors import UserError, first_line
-from ..models import compile_layers, enable_flattening, load_model, unfit_for_shared_prefix
+from ..models import compile_layers, enable_flattening, load_model, router_loss, unfit_for_shared_prefix
 from ..teacher import LiveTeacher, StepCollator, TeacherCache, TeacherSource, open_teacher_cache
 from .batching import READ
 from .config import SRDConfig
@@ -157,7 +157,9 @@ def batch_layout(student: nn.Module, teacher: TeacherSource, args: SRDConfig) ->
             logger.warning("batches are padded, because the %s cannot go without: %s", name, reason)
             return Layout()
     noise_of_its_own = args.neftune_noise_alpha is not None
-    shares = known and not noise_of_its_own and all(unfit_for_shared_prefix(m) is None for m in running.values())
+    # A beginning that stands once in the batch would count once among the tokens that a router's balance is over.
+    apart = noise_of_its_own or router_loss(student) is not None
+    shares = known and not apart and all(unfit_for_shared_prefix(m) is None for m in running.values())
     return Layout(flattened=True, share_prefix=shares)
 
 
@@ -191,7 +193,9 @@ def compile_models(
         flattened: whether batches are.
     """
     options: dict[str, Any] = {"backend": args.torch_compile_backend or "inductor", "mode": args.torch_compile_mode}
-    reasons = {"student": compile_layers(student, autocast, flattened=flattened, **options)}
+    reasons: dict[str, str | None] = {"student": "its balancing loss looks at the routers inside of them"}
+    if router_loss(student) is None:
+        reasons["student"] = compile_layers(student, autocast, flattened=flattened, **options)
     if isinstance(teacher, LiveTeacher):
         reasons["teacher"] = teacher.compile(flattened=flattened, **options)
     for name, reason in reasons.items():

@@ -27,8 +27,17 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 from ..curriculum import CurriculumPlan
 from ..data import DistillationCollator, Tokenisation, check_token_ids, prepare_dataset
 from ..errors import UserError
-from ..losses import LossOptions, StudentRows, check_vocabularies
-from ..models import call_through, check_head, embeddings_of, find_head, hidden_states, with_adapters
+from ..losses import DistillationOutput, LossOptions, StudentRows, check_vocabularies
+from ..models import (
+    body_output,
+    call_through,
+    check_head,
+    embeddings_of,
+    find_head,
+    hidden_states,
+    router_loss,
+    with_adapters,
+)
 from ..selection import BatchSelection, Signals, items_of, select_samples
 from ..teacher import (
     LiveTeacher,
@@ -58,6 +67,9 @@ from .pair import check_no_shared_weights, check_teachers_tokenizer, uncompiled,
 from .preparation import batch_layout, check_optimizer, compile_models, compiles, layout_of, teacher_source
 
 logger = logging.getLogger(__name__)
+
+# Parts of the loss in the logs; the last only where the student's config asks for that loss.
+_LOGGED = ("divergence", "cross_entropy", "entropy", "router_loss")
 
 
 class SRDTrainer(Trainer):
@@ -202,6 +214,7 @@ class SRDTrainer(Trainer):
             memory_budget=args.memory_budget,
             logits_dtype=args.logits,
         )
+        self._router_loss = router_loss(model)
         self._sums: Tensor | None = None
         self._tokens = 0
         self._step_loss: Any = 0.0
@@ -291,16 +304,22 @@ class SRDTrainer(Trainer):
         def forward(batch: Mapping[str, Any]) -> Any:
             # Around the loss too: it takes the dtype of its products from autocast, as the body does.
             with self.accelerator.autocast():
-                student_ND, head = rows_with_loss(hidden_states(student, batch), batch), find_head(student)
+                body = body_output(student, batch)
+                student_ND, head = rows_with_loss(body.last_hidden_state, batch), find_head(student)
                 seen = self.selection(student_ND, head, rows, labels_N, batch, step, temperature)
                 rows_K = StudentRows(
                     seen.student_KD, head, seen.labels_K, options, seen.weights_K, num_items_in_batch, seen.logits_KV
                 )
-                return distillation_loss_of_rows(rows_K, seen.rows)
+                out = distillation_loss_of_rows(rows_K, seen.rows)
+                balance = None if self._router_loss is None else self._router_loss(body.router_logits, batch)
+                return out, balance
 
-        out = call_through(model, student, forward, inputs)
-        self._count(out, len(labels_N))
+        out, balance = call_through(model, student, forward, inputs)
         loss = out.loss
+        if balance is not None:  # a mean over tokens, so each micro-batch has the share of its tokens
+            balance = balance * (len(labels_N) / out.num_items)
+            loss = loss + balance
+        self._count(out, len(labels_N), balance)
         self._step_loss = self._step_loss + loss.detach()
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # DDP averages the gradients of the ranks
@@ -399,8 +418,9 @@ class SRDTrainer(Trainer):
         checkpoint = last_whole_checkpoint(Path(str(self.args.output_dir)))
         raise not_finite(f"the {what} is {value}", bad.step, place, ids, checkpoint)
 
-    def _count(self, out: Any, tokens: int) -> None:
-        values = torch.stack((out.divergence, out.cross_entropy, out.entropy)).detach()
+    def _count(self, out: DistillationOutput, tokens: int, balance: Tensor | None) -> None:
+        parts = (out.divergence, out.cross_entropy, out.entropy, *([] if balance is None else [balance]))
+        values = torch.stack(parts).detach()
         self._sums = values if self._sums is None else self._sums + values
         self._tokens += tokens
 
@@ -417,7 +437,9 @@ class SRDTrainer(Trainer):
             seconds, steps = self._hooks.take()
             sums = torch.cat((self._sums.float(), self._sums.new_tensor([self._tokens]).float()))
             *totals, tokens = self.accelerator.reduce(sums, "sum").tolist()
-            logs |= {n: total / steps for n, total in zip(("divergence", "cross_entropy", "entropy"), totals)}
+            logs |= {
+                n: total / steps for n, total in zip(("divergence", "cross_entropy", "entropy", "router_loss"), totals)
+            }
             logs |= {
                 "stage": self.curriculum.stage_of(step) + 1,
                 "temperature": self.curriculum.temperature(step),
