@@ -437,9 +437,7 @@ class SRDTrainer(Trainer):
             seconds, steps = self._hooks.take()
             sums = torch.cat((self._sums.float(), self._sums.new_tensor([self._tokens]).float()))
             *totals, tokens = self.accelerator.reduce(sums, "sum").tolist()
-            logs |= {
-                n: total / steps for n, total in zip(("divergence", "cross_entropy", "entropy", "router_loss"), totals)
-            }
+            logs |= {name: total / steps for name, total in zip(_LOGGED, totals)}
             logs |= {
                 "stage": self.curriculum.stage_of(step) + 1,
                 "temperature": self.curriculum.temperature(step),
