@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..data import Tokenisation, first_label, prepare_dataset
 from ..errors import UserError
 from ..models import fingerprint, load_model, model_digest
+from ..rouge import choose_tokenizer
 from ..suggest import unknown_name
 from .engines import AUTO, ENGINES, GenerationEngine, Sampling, engine_settings, open_engine
 from .parts import compute_parts, cut, part_name, read_part, write_part
@@ -71,7 +72,8 @@ def reflect(
         batch_size: samples of a forward pass or a generation, at least 1.
         template: prompt template of rows that are not tokenised yet: "alpaca", "chat", or text with {instruction} and
             {input}.
-        rouge_tokenizer: how ROUGE-L cuts text into words: "rouge", "unicode", or "auto"; see `srd_fast.rouge.RougeL`.
+        rouge_tokenizer: how ROUGE-L cuts text into words, a name that `srd_fast.rouge.RougeL` takes. "auto" chooses by
+            the references of all of `dataset`, also where only a shard is scored.
         score_eos: count the end-of-sequence token in the cross-entropy.
         test_seconds: time limit of each test of the signal "execution", in seconds.
         test_memory_mb: memory limit of each such test, in MiB.
@@ -95,6 +97,7 @@ def reflect(
     if cross_entropy_by not in CROSS_ENTROPY_BY:
         raise UserError(unknown_name("cross_entropy_by", cross_entropy_by, CROSS_ENTROPY_BY))
     samples = prepare_dataset(dataset, Tokenisation(tokenizer, template)).dataset
+    rouge_tokenizer = choose_tokenizer(rouge_tokenizer, samples["references"])  # the same for all shards
     if shard is not None:
         samples = samples.select(samples_of_shard(samples["sample_id"], shard))
         if not len(samples):

@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -14,11 +15,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ...data import TOKENISED_FEATURES
 from ...files import temporary_path
 from ...models import load_model, load_tokenizer
+from ...rouge import choose_tokenizer
 from ..config import RunConfig
 
 QUICKSTART = "quickstart"
 PRUNE = "prune"
 LIVE = "live"
+SPLITS = ("train", "validation")
 
 
 @dataclass
@@ -66,10 +69,26 @@ class Run:
         """Folder or hub id of the starting student."""
         return str(self.folder / "start") if self.config.student == PRUNE else self.config.student
 
+    @cached_property
+    def rouge_tokenizer(self) -> str:
+        """How every step cuts text into words for ROUGE-L: "auto" chooses by the references of both splits."""
+        columns = [pq.read_table(self.split(name), columns=["references"])["references"] for name in SPLITS]
+        references = (of_sample.as_py() for column in columns for of_sample in column)
+        return choose_tokenizer(self.config.reflect.rouge_tokenizer, references)
+
+    @property
+    def rouge_stamp(self) -> list[str]:
+        """What tells scores of other scripts from those that older versions made with the same config; else empty."""
+        chosen, given = self.rouge_tokenizer, self.config.reflect.rouge_tokenizer
+        return [chosen] if (given, chosen) == ("auto", "unicode") else []
+
+    def split(self, name: str) -> Path:
+        """The file of a split."""
+        return self.folder / "data" / f"{name}.parquet"
+
     def data(self, split: str) -> Dataset:
         """Tokenised samples of a split: "train" or "validation"."""
-        path = self.folder / "data" / f"{split}.parquet"
-        return Dataset.from_parquet(str(path), features=TOKENISED_FEATURES, keep_in_memory=True)
+        return Dataset.from_parquet(str(self.split(split)), features=TOKENISED_FEATURES, keep_in_memory=True)
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:

@@ -77,7 +77,7 @@ def shard_parts(folder: Path, shard: str) -> Path:
 
 def _made_from(run: Run) -> str:
     """What the scores of a shard depend on: settings and data, and the student's files on this machine."""
-    return f"{run.fingerprints['reflect']}:{fingerprint(run.start)}"
+    return ":".join([run.fingerprints["reflect"], fingerprint(run.start), *run.rouge_stamp])
 
 
 def reflect_with(run: Run, student: str, parts: Path, shard: str | None = None) -> Dataset:
@@ -94,7 +94,7 @@ def reflect_with(run: Run, student: str, parts: Path, shard: str | None = None) 
         signals=c.signals,
         cross_entropy_by=c.cross_entropy_by,
         batch_size=c.batch_size,
-        rouge_tokenizer=c.rouge_tokenizer,
+        rouge_tokenizer=run.rouge_tokenizer,
         score_eos=c.score_eos,
         test_seconds=c.test_seconds,
         test_memory_mb=c.test_memory_mb,
