@@ -14,6 +14,7 @@ from .loading import (
 )
 from .prefix import SharedPrefix, common_prefix, share_prefix, shared_starts
 from .pruning import prune_depth
+from .saving import mend_generation_config, model_without_weights, try_hub, try_merging, try_saving
 from .wrapping import call_through, with_adapters
 
 __all__ = [
@@ -30,11 +31,16 @@ __all__ = [
     "load_config",
     "load_model",
     "load_tokenizer",
+    "mend_generation_config",
     "model_digest",
+    "model_without_weights",
     "prune_depth",
     "resolve_model",
     "share_prefix",
     "shared_starts",
+    "try_hub",
+    "try_merging",
+    "try_saving",
     "uncompile_layers",
     "unfit_for_shared_prefix",
     "unwrap",

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import Tokenisation, first_label, prepare_dataset
 from ..errors import UserError
-from ..models import fingerprint, load_model, model_digest
+from ..models import check_head, fingerprint, load_model, model_digest
 from ..rouge import choose_tokenizer
 from ..suggest import unknown_name
 from .engines import AUTO, ENGINES, GenerationEngine, Sampling, engine_settings, open_engine
@@ -114,6 +114,10 @@ def reflect(
         if cross_entropy_by == "engine" and not hasattr(runner, "token_log_probs"):
             name = type(runner).__name__
             raise UserError(f"cross_entropy_by='engine' needs an engine with token_log_probs, not {name}")
+        model = getattr(runner, "model", None) if isinstance(student, str) else student
+        if model is None:  # in the host's memory, beside an engine that may fill the device's
+            model = load_model(student, dtype)  # type: ignore[arg-type]
+        check_head(model, "student")
         made_by: dict[str, Any] = {}
         if parts_folder is not None:
             given = [fingerprint(student), str(dtype)] if isinstance(student, str) else model_digest(student)
@@ -122,9 +126,8 @@ def reflect(
                 made_by["options"] = {"batch_size": batch_size, **(engine_options or {})}
         generated = _generate(runner, samples, sampling, parts_folder, made_by, progress)
         log_probs = _log_probs(runner, samples, progress) if cross_entropy_by == "engine" else None
-        model = getattr(runner, "model", None) if isinstance(student, str) else student
-    if model is None:
-        model = load_model(student, dtype, device)  # type: ignore[arg-type]
+    if isinstance(student, str):
+        model = model.to(device)  # type: ignore[arg-type]
     generations = [str(tokenizer.decode(g, skip_special_tokens=True)).strip() for g in generated]
     warn_of_answers_alike(generations)
     reflected = Reflected(

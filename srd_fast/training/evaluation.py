@@ -22,7 +22,7 @@ from ..data import (
 )
 from ..errors import UserError
 from ..losses import token_cross_entropy
-from ..models import load_model
+from ..models import check_head, load_model
 from ..reflection import Sampling, open_engine
 from ..rouge import RougeL, choose_tokenizer
 from ..teacher import HiddenRows, LiveTeacher, TeacherCache, TeacherSource
@@ -82,6 +82,7 @@ def evaluate(
     if seeds and sampling.temperature <= 0:
         raise UserError("evaluation seeds need a sampling temperature above 0 (the paper's is 1.0)")
     model = load_model(model) if isinstance(model, str) else model
+    check_head(model, "model")
     watched = [m for m in (model, teacher) if isinstance(m, torch.nn.Module)]
     modes = [m.training for m in watched]
     source = LiveTeacher(teacher, freeze=False) if isinstance(teacher, torch.nn.Module) else teacher

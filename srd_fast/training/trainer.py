@@ -28,7 +28,18 @@ from ..curriculum import CurriculumPlan
 from ..data import DistillationCollator, Tokenisation, pad_id, prepare_dataset
 from ..errors import UserError
 from ..losses import LossOptions, check_vocabularies
-from ..models import call_through, check_head, check_tokenizers, find_head, hidden_states, unwrap, with_adapters
+from ..models import (
+    call_through,
+    check_head,
+    check_tokenizers,
+    find_head,
+    hidden_states,
+    mend_generation_config,
+    try_hub,
+    try_saving,
+    unwrap,
+    with_adapters,
+)
 from ..selection import BatchSelection, Signals, items_of, select_samples
 from ..teacher import (
     StepCollator,
@@ -52,7 +63,7 @@ from .callbacks import StepHooks
 from .checkpoints import last_whole_checkpoint
 from .config import SRDConfig
 from .health import BadStep, DivergenceTrend, StepCheck, not_finite, skips_on_the_device
-from .measure import measure_batch, peak_memory_mb
+from .measure import METRICS, check_best_metric, measure_batch, peak_memory_mb
 from .preparation import Layout, batch_layout, compile_models, compiles, teacher_source, tokenizer_beside
 
 logger = logging.getLogger(__name__)
@@ -116,6 +127,10 @@ class SRDTrainer(Trainer):
             check_tokenizers(processing_class, teacher_tokenizer)
         if peft_config is not None:
             model = with_adapters(model, peft_config)
+        mend_generation_config(model, "student")
+        check_best_metric(args.metric_for_best_model)
+        if args.push_to_hub and args.process_index == 0:
+            try_hub(args.hub_token)
         tokenisation = Tokenisation(processing_class, args.template, args.max_prompt_length, args.max_response_length)
         train = prepare_dataset(train_dataset, tokenisation, "train_dataset").dataset
         evaluation = None
@@ -438,9 +453,13 @@ class SRDTrainer(Trainer):
             A `transformers` TrainOutput: the number of steps, the mean loss and metrics.
 
         Raises:
+            UserError: the student could not be saved afterwards.
             NotFiniteError: loss or gradient became NaN or infinite. It is a UserError that names step, stage and
                 samples.
         """
+        if self.args.should_save:
+            saved_in = None if self.args.save_strategy == "no" else Path(str(self.args.output_dir))
+            try_saving(self.accelerator.unwrap_model(self.model), cast(Any, self.processing_class), saved_in)
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_whole_checkpoint(Path(str(self.args.output_dir)))
             if resume_from_checkpoint is None:
@@ -472,8 +491,8 @@ class SRDTrainer(Trainer):
             metric_key_prefix: the names of the metrics begin with it and "_".
 
         Returns:
-            `eval_kl`, KL(teacher, student) at T = 1; `eval_cross_entropy`; and `eval_loss`, which is `eval_kl`, so that
-            `metric_for_best_model="loss"` picks the student closest to its teacher.
+            `eval_loss`, which is `eval_kl`, so that `metric_for_best_model="loss"` picks the student closest to its
+            teacher; `eval_kl`, KL(teacher, student) at T = 1; and `eval_cross_entropy`.
 
         Raises:
             UserError: there are no validation rows.
@@ -494,8 +513,8 @@ class SRDTrainer(Trainer):
         finally:
             student.train(was_training)
         kl, cross_entropy, tokens = self.accelerator.reduce(totals, "sum").tolist()
-        p = metric_key_prefix
-        metrics = {f"{p}_loss": kl / tokens, f"{p}_kl": kl / tokens, f"{p}_cross_entropy": cross_entropy / tokens}
+        values = (kl / tokens, kl / tokens, cross_entropy / tokens)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in zip(METRICS, values)}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

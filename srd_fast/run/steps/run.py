@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...data import TOKENISED_FEATURES
 from ...files import temporary_path
-from ...models import load_model, load_tokenizer
+from ...models import check_head, load_model, load_tokenizer
 from ...rouge import choose_tokenizer
 from ..config import RunConfig
 
@@ -63,6 +63,14 @@ class Run:
     def teacher(self) -> PreTrainedModel:
         """The teacher, loaded once in a process."""
         return load_model(self.config.teacher, self.dtype, self.device)
+
+    def check_teacher(self) -> None:
+        """Try the teacher before hours of work for which it is not needed yet.
+
+        A student that was cut out of it has shown already that it is understood.
+        """
+        if self.config.student != PRUNE:
+            check_head(load_model(self.config.teacher, self.dtype), "teacher")
 
     @property
     def start(self) -> str:

@@ -57,13 +57,18 @@ def reflect_step(run: Run) -> None:
     """
     target, files = run.folder / "reflections.parquet", shard_files(run.folder)
     ids = list(run.data("train")["sample_id"])
-    scores = merge_shards(files, ids, _made_from(run)) if files else reflect_with(run, run.start, run.folder / PARTS)
+    if files:
+        scores = merge_shards(files, ids, _made_from(run))
+    else:
+        run.check_teacher()
+        scores = reflect_with(run, run.start, run.folder / PARTS)
     write_parquet(scores, target)
     remove(run.folder / PARTS)
 
 
 def reflect_shard(run: Run, shard: str) -> Path:
     """Run `reflect_step` for one shard "k/n" of the samples, and return the file of its scores."""
+    run.check_teacher()
     target, parts = shard_file(run.folder, shard), shard_parts(run.folder, shard)
     write_shard(reflect_with(run, run.start, parts, shard), target, _made_from(run))
     remove(parts)
