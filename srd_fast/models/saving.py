@@ -38,7 +38,8 @@ def mend_generation_config(model: nn.Module, name: str) -> None:
     config = inner.config
     misplaced: dict[str, Any] = getattr(config, "_get_generation_parameters", dict)()
     for field, value in misplaced.items():
-        own.__dict__.setdefault(field, value)
+        if getattr(own, field, None) is None:
+            setattr(own, field, value)
         delattr(config, field)
     mended, changes = _mended(own)
     inner.generation_config = mended
