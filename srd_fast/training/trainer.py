@@ -457,6 +457,7 @@ class SRDTrainer(Trainer):
             NotFiniteError: loss or gradient became NaN or infinite. It is a UserError that names step, stage and
                 samples.
         """
+        mend_generation_config(self.model, "student")
         if self.args.should_save:
             saved_in = None if self.args.save_strategy == "no" else Path(str(self.args.output_dir))
             try_saving(self.accelerator.unwrap_model(self.model), cast(Any, self.processing_class), saved_in)
