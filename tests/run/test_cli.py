@@ -654,7 +654,10 @@ MISTAKES: dict[str, tuple[str, str]] = {
         "distill.metric_for_best_model=rouge_l",
         "unknown metric_for_best_model 'rouge_l'; did you mean 'kl'? Known: cross_entropy, kl, loss",
     ),
-    "adapters on layers that are not there": ("lora={target_modules: [nowhere]}", "config: lora: Target modules {'nowhere'} not found"),
+    "adapters on layers that are not there": (
+        "lora={target_modules: [nowhere]}",
+        "config: lora: Target modules {'nowhere'} not found",
+    ),
     "misspelt key": ("curate.stagse=3", "unknown key in curate 'stagse'; did you mean 'stages'?"),
     "misspelt key of distill": ("distill.leraning_rate=1", "did you mean 'learning_rate'?"),
     "misspelt section": ("distil.skew=1", "unknown key 'distil'; did you mean 'distill'?"),
