@@ -457,10 +457,11 @@ class SRDTrainer(Trainer):
             NotFiniteError: loss or gradient became NaN or infinite. It is a UserError that names step, stage and
                 samples.
         """
-        mend_generation_config(self.model, "student")
+        student = self.accelerator.unwrap_model(self.model)
+        mend_generation_config(student, "student")
         if self.args.should_save:
             saved_in = None if self.args.save_strategy == "no" else Path(str(self.args.output_dir))
-            try_saving(self.accelerator.unwrap_model(self.model), cast(Any, self.processing_class), saved_in)
+            try_saving(student, cast(Any, self.processing_class), saved_in)
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_whole_checkpoint(Path(str(self.args.output_dir)))
             if resume_from_checkpoint is None:
