@@ -14,6 +14,7 @@ from .loading import (
 from .prefix import SharedPrefix, common_prefix, share_prefix, shared_starts
 from .pruning import prune_depth
 from .routing import RouterLoss, router_loss
+from .saving import mend_generation_config, model_without_weights, try_hub, try_merging, try_saving
 from .tokenizers import check_tokenizers, tokenizer_digest
 from .wrapping import call_through, with_adapters
 
@@ -34,13 +35,18 @@ __all__ = [
     "load_config",
     "load_model",
     "load_tokenizer",
+    "mend_generation_config",
     "model_digest",
+    "model_without_weights",
     "prune_depth",
     "resolve_model",
     "router_loss",
     "share_prefix",
     "shared_starts",
     "tokenizer_digest",
+    "try_hub",
+    "try_merging",
+    "try_saving",
     "uncompile_layers",
     "unfit_for_shared_prefix",
     "unwrap",

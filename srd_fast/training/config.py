@@ -50,6 +50,8 @@ TRAINING_PRESETS: dict[str, dict[str, Any]] = {
         "sample_ratio": 0.2,
     },
 }
+# Ends of the names of metrics of which less is better; TrainingArguments knows "loss" alone.
+_LESS_IS_BETTER = ("loss", "kl", "entropy", "divergence", "perplexity")
 
 
 def check_cache_kind(kind: str, divergence: str, names: tuple[str, str] = ("teacher_cache_kind", "divergence")) -> None:
@@ -171,6 +173,8 @@ class SRDConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         self.num_train_epochs = 1.0
+        if self.greater_is_better is None and (self.metric_for_best_model or "").endswith(_LESS_IS_BETTER):
+            self.greater_is_better = False
         get_divergence(self.divergence)
         for name in ("temperature", "temperature_start", "temperature_end"):
             self._check_numbers(name, least=RANGE[0], most=RANGE[1])

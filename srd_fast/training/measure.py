@@ -7,11 +7,25 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from ..errors import UserError
 from ..losses import LossOptions, StudentRows, token_cross_entropy
 from ..models import find_head, hidden_states
+from ..suggest import unknown_name
 from ..teacher import TeacherSource, distillation_loss_of_rows, labels_with_loss, rows_with_loss
 
+# What an evaluation during training gives, without the prefix "eval_". Of each, less is better.
+METRICS = ("loss", "kl", "cross_entropy")
 _FORWARD_KL = LossOptions("forward_kl", temperature=1.0, reduction="sum", ignore_index=None)
+
+
+def check_best_metric(name: str | None) -> None:
+    """Refuse a `metric_for_best_model` that evaluation does not give.
+
+    Raises:
+        UserError: it is unknown.
+    """
+    if name is not None and name.removeprefix("eval_") not in METRICS:
+        raise UserError(unknown_name("metric_for_best_model", name, METRICS))
 
 
 class Divergences(NamedTuple):

@@ -35,7 +35,10 @@ from ..models import (
     embeddings_of,
     find_head,
     hidden_states,
+    mend_generation_config,
     router_loss,
+    try_hub,
+    try_saving,
     with_adapters,
 )
 from ..selection import BatchSelection, Signals, items_of, select_samples
@@ -62,7 +65,7 @@ from .callbacks import StepHooks
 from .checkpoints import last_whole_checkpoint
 from .config import SRDConfig
 from .health import BadStep, DivergenceTrend, StepCheck, not_finite, skips_on_the_device
-from .measure import measure_batch, peak_memory_mb
+from .measure import METRICS, check_best_metric, measure_batch, peak_memory_mb
 from .pair import check_no_shared_weights, check_teachers_tokenizer, uncompiled, widen_trained_weights
 from .preparation import batch_layout, check_optimizer, compile_models, compiles, layout_of, teacher_source
 
@@ -130,6 +133,10 @@ class SRDTrainer(Trainer):
         if peft_config is not None:
             model = with_adapters(model, peft_config)
         check_no_shared_weights(model, teacher_model)
+        mend_generation_config(model, "student")
+        check_best_metric(args.metric_for_best_model)
+        if args.push_to_hub and args.process_index == 0:
+            try_hub(args.hub_token)
         tokenisation = Tokenisation(processing_class, args.template, args.max_prompt_length, args.max_response_length)
         train = prepare_dataset(train_dataset, tokenisation, "train_dataset").dataset
         evaluation = None
@@ -470,9 +477,15 @@ class SRDTrainer(Trainer):
             A `transformers` TrainOutput: the number of steps, the mean loss and metrics.
 
         Raises:
+            UserError: the student could not be saved afterwards.
             NotFiniteError: loss or gradient became NaN or infinite. It is a UserError that names step, stage and
                 samples.
         """
+        student = self.accelerator.unwrap_model(self.model)
+        mend_generation_config(student, "student")
+        if self.args.should_save:
+            saved_in = None if self.args.save_strategy == "no" else Path(str(self.args.output_dir))
+            try_saving(student, cast(Any, self.processing_class), saved_in)
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_whole_checkpoint(Path(str(self.args.output_dir)))
             if resume_from_checkpoint is None:
@@ -505,8 +518,8 @@ class SRDTrainer(Trainer):
             metric_key_prefix: the names of the metrics begin with it and "_".
 
         Returns:
-            `eval_kl`, KL(teacher, student) at T = 1; `eval_cross_entropy`; and `eval_loss`, which is `eval_kl`, so that
-            `metric_for_best_model="loss"` picks the student closest to its teacher.
+            `eval_loss`, which is `eval_kl`, so that `metric_for_best_model="loss"` picks the student closest to its
+            teacher; `eval_kl`, KL(teacher, student) at T = 1; and `eval_cross_entropy`.
 
         Raises:
             UserError: there are no validation rows.
@@ -528,8 +541,8 @@ class SRDTrainer(Trainer):
         finally:
             student.train(was_training)
         kl, cross_entropy, tokens = self.accelerator.reduce(totals, "sum").tolist()
-        p = metric_key_prefix
-        metrics = {f"{p}_loss": kl / tokens, f"{p}_kl": kl / tokens, f"{p}_cross_entropy": cross_entropy / tokens}
+        values = (kl / tokens, kl / tokens, cross_entropy / tokens)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in zip(METRICS, values)}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

@@ -650,6 +650,14 @@ MISTAKES: dict[str, tuple[str, str]] = {
     "weight above 1": ("distill.sft_weight=[0.1,0.2,1.5]", "sft_weight must be at least 0 and at most 1, got 1.5"),
     "batch of none": ("distill.per_device_train_batch_size=0", "per_device_train_batch_size"),
     "no accumulation": ("distill.gradient_accumulation_steps=0", "gradient_accumulation_steps"),
+    "a best model by what is not measured": (
+        "distill.metric_for_best_model=rouge_l",
+        "unknown metric_for_best_model 'rouge_l'; did you mean 'kl'? Known: cross_entropy, kl, loss",
+    ),
+    "adapters on layers that are not there": (
+        "lora={target_modules: [nowhere]}",
+        "config: lora: Target modules {'nowhere'} not found",
+    ),
     "misspelt key": ("curate.stagse=3", "unknown key in curate 'stagse'; did you mean 'stages'?"),
     "misspelt key of distill": ("distill.leraning_rate=1", "did you mean 'learning_rate'?"),
     "misspelt section": ("distil.skew=1", "unknown key 'distil'; did you mean 'distill'?"),

@@ -1,13 +1,25 @@
 """Mistakes that can be found before any work is done: names, settings, missing files, tokenizers."""
 
+from pathlib import Path
+
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from ...data import Tokenisation, source_path
 from ...errors import UserError, first_line
-from ...models import check_tokenizers, load_tokenizer
+from ...models import (
+    check_tokenizers,
+    load_tokenizer,
+    model_without_weights,
+    try_hub,
+    try_merging,
+    try_saving,
+    with_adapters,
+)
 from ...reflection import get_difficulties
 from ...reflection.engines import ENGINES
 from ...selection import SAMPLE_POLICIES
+from ...training.measure import check_best_metric
 from ...training.preparation import check_optimizer
 from ..config import RunConfig
 from .cache import check_cache
@@ -52,6 +64,26 @@ def check_inputs(config: RunConfig) -> None:
         tokenizer, teachers = load_tokenizer(config.student), tokenizer
         check_tokenizers(tokenizer, teachers, args.shared_vocabulary)
     Tokenisation(tokenizer, config.template, config.max_prompt_length, config.max_response_length)
+    check_best_metric(args.metric_for_best_model)
+    if args.push_to_hub:
+        try_hub(args.hub_token, "distill.push_to_hub")
+    _try_the_end(config, tokenizer)
+
+
+def _try_the_end(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Save and merge, as at the end of the run, a student without weights."""
+    student = model_without_weights(config.teacher if config.student == PRUNE else config.student)
+    adapters = lora_config(config)
+    if student is None:
+        return
+    if adapters is not None:
+        try:
+            student = with_adapters(student, adapters)
+        except ValueError as e:
+            raise UserError(f"config: lora: {first_line(e)}") from e
+        try_merging(student)
+    folder = Path(config.output_dir)
+    try_saving(student, tokenizer, folder if folder.is_dir() else None)
 
 
 def _check_device(name: str) -> None:

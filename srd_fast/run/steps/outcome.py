@@ -62,7 +62,7 @@ def _evaluations(run: Run) -> dict[str, Any]:
         "student": ("distill", str(run.folder / "student")),
     }
     for name, (made_by, source) in models.items():
-        settings = [c.model_dump(), run.config.reflect.rouge_tokenizer, run.config.dtype]
+        settings = [c.model_dump(), run.config.reflect.rouge_tokenizer, run.config.dtype, *run.rouge_stamp]
         key = json.dumps([run.fingerprints[made_by], run.fingerprints["prepare"], settings])
         if kept.get(name, {}).get("key") == key:
             continue
@@ -79,7 +79,7 @@ def _evaluations(run: Run) -> dict[str, Any]:
             sampling=Sampling(max_new_tokens=c.max_new_tokens, temperature=c.temperature if c.seeds else 0.0),
             seeds=c.seeds,
             batch_size=c.batch_size,
-            rouge_tokenizer=run.config.reflect.rouge_tokenizer,
+            rouge_tokenizer=run.rouge_tokenizer,
         )
         kept[name] = {"key": key, **result}
         write_text(path, json_text(kept))

@@ -15,7 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...data import IGNORE_INDEX, TOKENISED_FEATURES
 from ...files import temporary_path
-from ...models import load_model, load_tokenizer
+from ...models import check_head, load_model, load_tokenizer
+from ...rouge import choose_tokenizer
 from ...training.config import SRDConfig
 from ..config import RunConfig
 from .settings import training_config
@@ -23,6 +24,7 @@ from .settings import training_config
 QUICKSTART = "quickstart"
 PRUNE = "prune"
 LIVE = "live"
+SPLITS = ("train", "validation")
 
 
 @dataclass
@@ -70,22 +72,46 @@ class Run:
         """The teacher, loaded once in a process."""
         return load_model(self.config.teacher, self.dtype, self.device)
 
+    def check_teacher(self) -> None:
+        """Try the teacher before hours of work for which it is not needed yet.
+
+        A student that was cut out of it has shown already that it is understood.
+        """
+        if self.config.student != PRUNE:
+            check_head(load_model(self.config.teacher, self.dtype), "teacher")
+
     @property
     def start(self) -> str:
         """Folder or hub id of the starting student."""
         return str(self.folder / "start") if self.config.student == PRUNE else self.config.student
 
+    @cached_property
+    def rouge_tokenizer(self) -> str:
+        """How every step cuts text into words for ROUGE-L: "auto" chooses by the references of both splits."""
+        columns = [pq.read_table(self.split(name), columns=["references"])["references"] for name in SPLITS]
+        references = (of_sample.as_py() for column in columns for of_sample in column)
+        return choose_tokenizer(self.config.reflect.rouge_tokenizer, references)
+
+    @property
+    def rouge_stamp(self) -> list[str]:
+        """What tells scores of other scripts from those that older versions made with the same config; else empty."""
+        chosen, given = self.rouge_tokenizer, self.config.reflect.rouge_tokenizer
+        return [chosen] if (given, chosen) == ("auto", "unicode") else []
+
+    def split(self, name: str) -> Path:
+        """The file of a split."""
+        return self.folder / "data" / f"{name}.parquet"
+
     def data(self, split: str) -> Dataset:
         """Tokenised samples of a split: "train" or "validation"."""
-        path = self.folder / "data" / f"{split}.parquet"
-        return Dataset.from_parquet(str(path), features=TOKENISED_FEATURES, keep_in_memory=True)
+        return Dataset.from_parquet(str(self.split(split)), features=TOKENISED_FEATURES, keep_in_memory=True)
 
     def expected_logits(self) -> float:
         """Estimate how many logits of the student the losses compute: rows with loss times classes; 0 without data.
 
         It follows from config and data alone, so that every process of a run gets the same number.
         """
-        paths = [self.folder / "data" / f"{split}.parquet" for split in ("train", "validation")]
+        paths = [self.split(name) for name in SPLITS]
         if not all(path.is_file() for path in paths):
             return 0.0
         labels = [pq.read_table(path, columns=["labels"])["labels"] for path in paths]
