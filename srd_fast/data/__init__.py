@@ -1,6 +1,8 @@
 """Data: rows from files, tokenised samples with stable ids, batches."""
 
+from .answers import Answers, answer_ends
 from .batches import DistillationCollator, batches_by_length, divide_by_tokens, pad_id, pad_right, with_loss_rows
+from .chat import check_chat_template_kwargs, template_key
 from .samples import TOKENISED_FEATURES, PreparedData, content_id, prepare_dataset
 from .sources import SourceRow, read_rows, read_source, shown, source_path
 from .tokenisation import IGNORE_INDEX, Tokenisation, first_label
@@ -8,11 +10,14 @@ from .tokenisation import IGNORE_INDEX, Tokenisation, first_label
 __all__ = [
     "IGNORE_INDEX",
     "TOKENISED_FEATURES",
+    "Answers",
     "DistillationCollator",
     "PreparedData",
     "SourceRow",
     "Tokenisation",
+    "answer_ends",
     "batches_by_length",
+    "check_chat_template_kwargs",
     "content_id",
     "divide_by_tokens",
     "first_label",
@@ -23,5 +28,6 @@ __all__ = [
     "read_source",
     "shown",
     "source_path",
+    "template_key",
     "with_loss_rows",
 ]

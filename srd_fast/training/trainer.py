@@ -116,7 +116,14 @@ class SRDTrainer(Trainer):
             check_tokenizers(processing_class, teacher_tokenizer)
         if peft_config is not None:
             model = with_adapters(model, peft_config)
-        tokenisation = Tokenisation(processing_class, args.template, args.max_prompt_length, args.max_response_length)
+        tokenisation = Tokenisation(
+            processing_class,
+            args.template,
+            args.max_prompt_length,
+            args.max_response_length,
+            args.chat_template_kwargs,
+            args.parse_special_tokens,
+        )
         train = prepare_dataset(train_dataset, tokenisation, "train_dataset").dataset
         evaluation = None
         if eval_dataset is not None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from ...curriculum import per_stage
-from ...data import Tokenisation, source_path
+from ...data import source_path
 from ...errors import UserError, first_line
 from ...models import check_tokenizers, load_tokenizer
 from ...reflection import get_difficulties
@@ -13,6 +13,7 @@ from ...reflection.engines import ENGINES
 from ...selection import SAMPLE_POLICIES
 from ..config import RunConfig
 from .cache import check_cache
+from .data import tokenisation_of
 from .run import PRUNE, QUICKSTART
 from .selection import sample_policy
 from .settings import lora_config, training_config
@@ -52,7 +53,7 @@ def check_inputs(config: RunConfig) -> None:
     tokenizer = load_tokenizer(config.teacher)
     if config.student != PRUNE:
         check_tokenizers(load_tokenizer(config.student), tokenizer)
-    Tokenisation(tokenizer, config.template, config.max_prompt_length, config.max_response_length)
+    tokenisation_of(config, tokenizer)
 
 
 def _check_device(name: str) -> None:
