@@ -1,7 +1,15 @@
 """Data: rows from files, tokenised samples with stable ids, batches."""
 
 from .answers import Answers, answer_ends
-from .batches import DistillationCollator, batches_by_length, divide_by_tokens, pad_id, pad_right, with_loss_rows
+from .batches import (
+    DistillationCollator,
+    batches_by_length,
+    divide_by_tokens,
+    pad_id,
+    pad_right,
+    token_counts,
+    with_loss_rows,
+)
 from .chat import check_chat_template_kwargs, template_key
 from .samples import TOKENISED_FEATURES, PreparedData, content_id, prepare_dataset
 from .sources import SourceRow, read_rows, read_source, shown, source_path
@@ -29,5 +37,6 @@ __all__ = [
     "shown",
     "source_path",
     "template_key",
+    "token_counts",
     "with_loss_rows",
 ]

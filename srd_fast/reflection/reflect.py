@@ -12,9 +12,9 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data import Answers, Tokenisation, first_label, prepare_dataset
+from ..data import Answers, Tokenisation, first_label, prepare_dataset, token_counts
 from ..errors import UserError
-from ..models import fingerprint, load_model, model_digest
+from ..models import check_positions, fingerprint, load_model, model_digest
 from ..suggest import unknown_name
 from .engines import AUTO, ENGINES, GenerationEngine, Sampling, engine_settings, open_engine, stopping_at
 from .parts import compute_parts, cut, part_name, read_part, write_part
@@ -109,9 +109,12 @@ def reflect(
 
     ids, answers = list(samples["sample_id"]), Answers(samples, tokenizer)
     sampling = stopping_at(sampling or Sampling(), answers.stop_ids)
-    length = max(prompt_lengths(samples)) + sampling.max_new_tokens
+    prompts, counts = prompt_lengths(samples), token_counts(samples)
+    length = max(prompts) + sampling.max_new_tokens
+    needed = [max(n, prompt + sampling.max_new_tokens - 1) for n, prompt in zip(counts, prompts)]
+    check_positions(needed, ids, {"student": student}, "lower max_new_tokens, or shorten them")
     if cross_entropy_by == "engine":
-        length = max(length, 1 + max(len(x) for batch in samples.iter(1000) for x in batch["input_ids"]))
+        length = max(length, 1 + max(counts))
     with open_engine(
         engine, student, tokenizer, length=length, sampling=sampling, dtype=dtype, device=device,
         batch_size=batch_size, **(engine_options or {}),

@@ -23,7 +23,7 @@ from ..data import (
 )
 from ..errors import UserError
 from ..losses import token_cross_entropy
-from ..models import load_model
+from ..models import check_positions, load_model
 from ..reflection import Sampling, open_engine, stopping_at
 from ..rouge import RougeL
 from ..teacher import HiddenRows, LiveTeacher, TeacherCache, TeacherSource
@@ -99,6 +99,10 @@ def evaluate(
     input_ids, labels = list(samples["input_ids"]), list(samples["labels"])
     prompts = [x[: first_label(y)] for x, y in zip(input_ids, labels)]
     length = max(map(len, prompts)) + sampling.max_new_tokens
+    lengths, ids, way_out = [*map(len, input_ids)], samples["sample_id"], "lower max_new_tokens, or shorten them"
+    needed = [max(n, len(prompt) + sampling.max_new_tokens - 1) for n, prompt in zip(lengths, prompts)]
+    check_positions(needed, ids, {"model": model}, way_out)
+    check_positions(lengths, ids, {"teacher": teacher}, way_out)
     scorer = RougeL(rouge_tokenizer)
     means, generations = [], [""] * len(samples)
     with open_engine(engine, model, tokenizer, length=length, sampling=sampling, batch_size=batch_size) as runner:

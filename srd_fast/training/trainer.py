@@ -42,6 +42,7 @@ from .batching import (
     READ,
     TokenBatches,
     casts_kept,
+    check_fit,
     check_lengths,
     evaluation_batches,
     index_stream,
@@ -168,6 +169,7 @@ class SRDTrainer(Trainer):
                 most = args.max_tokens_per_batch
                 raise UserError(f"max_tokens_per_batch is {most}, but DeepSpeed steps after each backward; set it to 0")
             check_lengths(args.max_tokens_per_batch, self.curriculum, train)
+        check_fit(train, evaluation, self.curriculum, {"student": model, "teacher": teacher_model})
         self.teacher = teacher_source(teacher_model, model, args, self.curriculum, train, evaluation)
         check_vocabularies(head_S.shape[0], self.teacher.num_classes)
         if args.class_sampling and head_S.shape[0] > self.teacher.num_classes:

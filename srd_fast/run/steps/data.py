@@ -9,14 +9,14 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from ...data import Tokenisation, content_id, first_label, prepare_dataset, read_source, source_path
+from ...data import Tokenisation, content_id, first_label, prepare_dataset, read_source, source_path, token_counts
 from ...data.quickstart import make_quickstart_splits
 from ...data.tokenisation import PROMPTS_CUT, RESPONSES_CUT, TURNS_DROPPED
 from ...errors import UserError
 from ...files import content_digest, write_text
-from ...models import fingerprint
+from ...models import check_positions, fingerprint
 from ..config import RunConfig
-from .run import QUICKSTART, Run, json_text, write_parquet
+from .run import PRUNE, QUICKSTART, Run, json_text, write_parquet
 
 QUICKSTART_ROWS = 256
 # Of the folder data: what was cut or dropped, and how many validation prompts are trained on.
@@ -83,6 +83,7 @@ def prepare(run: Run) -> None:
         train_set, validation_set = _hold_out(train.dataset, int(c.validation), c.seed)
     if c.curate.stages > len(train_set):
         raise UserError(f"config: curate.stages is {c.curate.stages} but the data has {len(train_set)} usable rows")
+    _check_positions(c, train_set, validation_set)
     folder = run.folder / "data"
     folder.mkdir(exist_ok=True)
     for name, part in (("train", train_set), ("validation", validation_set)):
@@ -97,6 +98,16 @@ def prepare(run: Run) -> None:
         )  # fmt: skip
     counts = {name: cuts[name] for name in (PROMPTS_CUT, RESPONSES_CUT, TURNS_DROPPED)}
     write_text(folder / COUNTS, json_text({**counts, "validation_in_training": same, "validation_near_training": near}))
+
+
+def _check_positions(config: RunConfig, train: Dataset, validation: Dataset) -> None:
+    """Refuse rows that a model would fail on, in a forward pass or when it answers."""
+    models = {"teacher": config.teacher, **({} if config.student == PRUNE else {"student": config.student})}
+    for samples, new_tokens in ((train, config.reflect.max_new_tokens), (validation, config.evaluate.max_new_tokens)):
+        prompts = [first_label(y) for batch in samples.iter(1000) for y in batch["labels"]]
+        needed = [max(n, prompt + new_tokens - 1) for n, prompt in zip(token_counts(samples), prompts)]
+        way_out = "lower max_prompt_length, max_response_length or max_new_tokens"
+        check_positions(needed, samples["sample_id"], models, way_out)
 
 
 def _hold_out(samples: Dataset, count: int, seed: int) -> tuple[Dataset, Dataset]:
