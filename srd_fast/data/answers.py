@@ -86,5 +86,5 @@ def answer_ends(samples: Dataset, tokenizer: PreTrainedTokenizerBase) -> set[int
 
 def _marks(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Ids of the added tokens that are not blank."""
-    added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
+    added = {i for i, token in getattr(tokenizer, "added_tokens_decoder", {}).items() if token.content.strip()}
     return added | set(tokenizer.all_special_ids)

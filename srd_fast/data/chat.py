@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 # were reflected on, cached and trained on. It must never change.
 FIXED_DATE = date(2025, 1, 1)
 _DATE = "strftime_now"
+_DIRECTIVES = "aAwdbBmyYHIpMSfzZjUWcxXGuV"
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -48,11 +49,8 @@ def check_chat_template_kwargs(kwargs: Any, tokenizer: PreTrainedTokenizerBase |
         return {}
     if not isinstance(kwargs, Mapping) or not all(isinstance(k, str) for k in kwargs):
         raise UserError(f"chat_template_kwargs must be names with values, got {shown(repr(kwargs))}")
-    taken = set(inspect.signature((tokenizer or PreTrainedTokenizerBase).apply_chat_template).parameters) - {
-        "documents",
-        "chat_template",
-    }
-    wrong = sorted((taken | {"messages", "conversations"}) & set(kwargs))
+    taken = {*inspect.signature((tokenizer or PreTrainedTokenizerBase).apply_chat_template).parameters, "messages"}
+    wrong = sorted((taken - {"documents"}) & set(kwargs))
     if wrong:
         raise UserError(f"chat_template_kwargs has {wrong[0]!r}, which the rows or the library itself decide")
     try:
@@ -110,8 +108,7 @@ class ChatTemplate:
             raise UserError("template 'chat' needs a tokenizer with a chat template; this one has none, use 'alpaca'")
         self._kwargs = check_chat_template_kwargs(kwargs, self.tokenizer)
         given = self._kwargs.pop(_DATE, None)
-        today = datetime.combine(FIXED_DATE if given is None else date.fromisoformat(str(given)), time())
-        self._kwargs[_DATE] = today.strftime
+        self._today = datetime.combine(FIXED_DATE if given is None else date.fromisoformat(str(given)), time())
         if given is None and _DATE in str(self.tokenizer.chat_template) and "date_string" not in self._kwargs:
             _tell_date()
         self._told = False
@@ -155,18 +152,19 @@ class ChatTemplate:
         of_turn = {k: v for k, v in answer.items() if k in ("role", "name")}
         others = [self._render([*turns, {**of_turn, "content": x}], tools)[0] for x in ("b", "c")]
         begins = others[0][: _alike(*others)]
+        before, _ = self._render(turns, tools)
         opened = prompt.removeprefix(begins).strip() if prompt.startswith(begins) else ""
-        if opened or not whole.startswith(begins):
+        if opened or not all(text.startswith(before) for text in (prompt, begins)) or not whole.startswith(begins):
             same = max(0, _alike(whole, prompt) - 20)
             raise UserError(
-                f"the chat template does not say where the answer begins: the prompt ends in {shown(prompt[same:])!r}, "
-                f"and with the answer it goes {shown(whole[same:])!r}; chat_template_kwargs (such as enable_thinking) "
+                f"the chat template does not say where the answer begins: the prompt ends in '{shown(prompt[same:])}', "
+                f"and with the answer it goes '{shown(whole[same:])}'; chat_template_kwargs (such as enable_thinking) "
                 "may help, or render the rows yourself as prompt/completion"
             )
         if not self._told:
             logger.warning(
-                "the chat template's generation prompt ends in %r, and finished answers stand behind %r: prompts end "
-                "in the latter", shown(prompt[-30:]), shown(begins[-30:]),
+                "the chat template's generation prompt ends in '%s', and finished answers stand behind '%s': prompts "
+                "end in the latter", shown(prompt[-30:]), shown(begins[-30:]),
             )  # fmt: skip
             self._told = True
         return begins
@@ -177,11 +175,12 @@ class ChatTemplate:
         """A rendering, and where its {% generation %} marks begin and end; None for a template without."""
         turns = [self._content_as_wanted(t) for t in turns]
         try:
-            template = self.tokenizer.get_chat_template(tools=tools)
+            template = self._dated(self.tokenizer.get_chat_template(tools=tools))
             if not _MARKED.search(template):
                 text = self.tokenizer.apply_chat_template(
-                    turns, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt, **self._kwargs
-                )
+                    turns, tools=tools, chat_template=template, tokenize=False,
+                    add_generation_prompt=add_generation_prompt, **self._kwargs,
+                )  # fmt: skip
                 return str(text), None
             rendered: Any = render_jinja_template(
                 [turns], tools=tools, chat_template=template, return_assistant_tokens_mask=True,
@@ -191,6 +190,15 @@ class ChatTemplate:
             return text, marked
         except Exception as e:  # a chat template is a program of its own, and refuses turns with any error
             raise UserError(f"the chat template fails: {shown(first_line(e), 200)}") from e
+
+    def _dated(self, template: str) -> str:
+        """The template with its own `strftime_now` for the fixed date. It would take no function as a variable."""
+        if _DATE not in template:
+            return template
+        written = {x: self._today.strftime(f"%{x}") for x in _DIRECTIVES}
+        short = {f"-{x}": text.lstrip("0") or "0" for x, text in written.items()}
+        chain = "".join(f" | replace('%{x}', {text!r})" for x, text in (short | written).items())
+        return f"{{%- macro {_DATE}(format) -%}}{{{{ format{chain} }}}}{{%- endmacro %}}\n{template}"
 
     def _content_as_wanted(self, turn: dict[str, Any]) -> dict[str, Any]:
         if self._wants_parts and isinstance(turn.get("content"), str):

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import AddedToken, PreTrainedTokenizerBase
 
 # A code point that Unicode keeps out of texts. Where a text has it all the same, it is doubled.
 _BREAK = "\ufdd0"
@@ -27,17 +27,20 @@ class TextEncoder:
         self.tokenizer = tokenizer
         self._newline = self._prefix_space_marker()
 
+    @property
+    def _added(self) -> list[AddedToken]:
+        return list(getattr(self.tokenizer, "added_tokens_decoder", {}).values())
+
     @cached_property
     def special(self) -> tuple[str, ...]:
         """Texts of the special tokens, longest first."""
-        added = self.tokenizer.added_tokens_decoder.values()
-        texts = {*(t.content for t in added if t.special), *map(str, self.tokenizer.all_special_tokens)}
+        texts = {*(t.content for t in self._added if t.special), *map(str, self.tokenizer.all_special_tokens)}
         return tuple(sorted(texts - {""}, key=lambda t: (-len(t), t)))
 
     @cached_property
     def added(self) -> tuple[str, ...]:
         """Texts of all added tokens that are not blank, special or not, longest first."""
-        texts = {*(t.content for t in self.tokenizer.added_tokens_decoder.values()), *self.special}
+        texts = {*(t.content for t in self._added), *self.special}
         return tuple(sorted((t for t in texts if t.strip()), key=lambda t: (-len(t), t)))
 
     @cached_property

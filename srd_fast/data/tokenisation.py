@@ -3,6 +3,7 @@
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -167,7 +168,10 @@ class Tokenisation:
         """
         template = template or self.template
         given = dict(fields)
-        fields = {**fields, **{c: (fields.get(c) or "")[: self._most_characters] for c in template.cut_order}}
+        fields = {
+            **fields,
+            **{c: (fields.get(c) or "")[: self.max_prompt_length * _LONGEST_TOKEN] for c in template.cut_order},
+        }
 
         def made() -> tuple[str, list[int]]:
             text = template.render(self.encoder.guard(fields, parse))
@@ -186,10 +190,6 @@ class Tokenisation:
             f"the prompt template alone is {len(ids)} tokens, above max_prompt_length {self.max_prompt_length}"
         )
 
-    @property
-    def _most_characters(self) -> int:
-        return self.max_prompt_length * _LONGEST_TOKEN
-
     def _text_prompt_ids(self, text: str) -> list[int]:
         """Ids of a guarded prompt, with the tokenizer's special tokens but none twice and no end."""
         ids, plain = self.encoder.ids(text, special=True), self.encoder.ids(text)
@@ -205,31 +205,31 @@ class Tokenisation:
 
         def made(c: Conversation) -> tuple[str, list[int], str]:
             prompt, answer = self.chat.split(c, parse)
-            return self.encoder.plain(prompt), self.encoder.ids(prompt), answer
+            return self.encoder.plain(prompt), self._ids_up_to(prompt, most), answer
 
-        def fits(c: Conversation) -> bool:
-            prompt, _ = self.chat.split(c, parse)
-            return len(prompt) <= self._most_characters and len(self.encoder.ids(prompt)) <= most
-
-        if fits(conversation):
-            return made(conversation)
+        found = made(conversation)
+        if len(found[1]) <= most:
+            return found
         exchanges = len(conversation.exchanges())
-        dropped = bisect_left(range(exchanges), True, key=lambda n: fits(conversation.without(n)))
+        dropped = bisect_left(range(exchanges), True, key=lambda n: len(made(conversation.without(n))[1]) <= most)
         shorter = conversation.without(min(dropped, exchanges - 1))
-        question = text = shorter.turns[-1]["content"]
-        text = text[: self._most_characters]
+        question = shorter.turns[-1]["content"]
+        text = question[: most * _LONGEST_TOKEN]
         prompt, ids, answer = made(shorter.asking(text))
         while len(ids) > most and text:
             text = self._cut_end(text, len(ids) - most)
             prompt, ids, answer = made(shorter.asking(text))
         if len(ids) > most:
             raise UserError(
-                f"without its older turns and its question the chat is still {len(ids)} tokens, above "
-                f"max_prompt_length {most}"
+                f"without its older turns and its question the chat is still longer than max_prompt_length {most}"
             )
         cuts[TURNS_DROPPED] += len(conversation.turns) - len(shorter.turns)
         cuts[PROMPTS_CUT] += text != question
         return prompt, ids, answer
+
+    def _ids_up_to(self, text: str, most: int) -> list[int]:
+        """Ids of a guarded text, or of so much of it that there are more than `most`."""
+        return self.encoder.ids(text[: (most + 1) * _LONGEST_TOKEN])
 
     def _cut_end(self, text: str, excess: int) -> str:
         ids = self.encoder.ids(self.encoder.guard(text))
@@ -243,12 +243,14 @@ class Tokenisation:
                 return text[:end], True
         return text, False
 
+    def _without_end(self, text: str) -> str:
+        """A text of the data without a token at its end that ends an answer."""
+        whole, ended = self._up_to_end(text)
+        return whole.removesuffix(next(t for t in self.encoder.added if whole.endswith(t))) if ended else text
+
     def _said(self, text: str) -> str:
-        """A text of the data as a generation of it is read: without the token that ends it, or other special ones."""
-        text, ended = self._up_to_end(text)
-        if ended:
-            text = text.removesuffix(next(t for t in self.encoder.added if text.endswith(t)))
-        return self.encoder.without_special(text)
+        """A text of the data as a generation of it is read."""
+        return self.encoder.without_special(self._without_end(text))
 
     def _conversation(self, row: Mapping[str, Any], columns: Sequence[str]) -> tuple[Conversation, list[str]]:
         """The conversation of a row of any format, and its references."""
@@ -262,7 +264,10 @@ class Tokenisation:
                 raise UserError("the prompt is empty: there is nothing to answer")
             turns = with_system([{"role": USER, "content": text}], row)
             conversation = Conversation(tuple(turns), {"role": ASSISTANT, "content": references[0]}, tools_of(row))
-        return conversation, [self._said(r) for r in references] if self._parse else references
+        if not self._parse:
+            return conversation, references
+        answer = {**conversation.answer, "content": self._without_end(conversation.answer["content"])}
+        return replace(conversation, answer=answer), [self._said(r) for r in references]
 
     def _fields(
         self, row: Mapping[str, Any], columns: Sequence[str]
