@@ -57,8 +57,9 @@ OPENS_THOUGHTS = CHATML.replace("assistant\n{% endif", "assistant\n<think>\n{% e
 DATED = "{{ strftime_now('%d %b %Y') }} " + CHATML
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
+    """With the marks of many templates. Each test gives it the template that it needs."""
     made = tiny.tiny_tokenizer()
     made.add_special_tokens({"additional_special_tokens": SPECIAL})
     made.add_tokens(["<think>", "</think>", "<tool_call>", "</tool_call>"])
