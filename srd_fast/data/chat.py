@@ -40,7 +40,7 @@ def check_chat_template_kwargs(kwargs: Any, tokenizer: PreTrainedTokenizerBase |
         tokenizer: whose own arguments are refused as names.
 
     Returns:
-        The variables.
+        The variables, dates as text.
 
     Raises:
         UserError: they are none.
@@ -54,21 +54,21 @@ def check_chat_template_kwargs(kwargs: Any, tokenizer: PreTrainedTokenizerBase |
     if wrong:
         raise UserError(f"chat_template_kwargs has {wrong[0]!r}, which the rows or the library itself decide")
     try:
-        json.dumps(dict(kwargs), default=_day)
+        plain: dict[str, Any] = json.loads(json.dumps(dict(kwargs), default=_day))
     except (TypeError, ValueError) as e:
         raise UserError(f"chat_template_kwargs must hold what JSON can: {first_line(e)}") from None
-    given = kwargs.get(_DATE)
+    given = plain.get(_DATE)
     if given is not None:
         try:
             date.fromisoformat(str(given))
         except ValueError:
             raise UserError(f"chat_template_kwargs.{_DATE} must be a date such as 2025-01-31, got {given!r}") from None
-    return dict(kwargs)
+    return plain
 
 
 def template_key(template: str, kwargs: Mapping[str, Any] | None) -> str:
     """What a teacher cache writes down as the template of its samples."""
-    return template if not kwargs else f"{template} {json.dumps(dict(kwargs), sort_keys=True, default=_day)}"
+    return template if not kwargs else f"{template} {json.dumps(dict(kwargs), sort_keys=True)}"
 
 
 def _day(value: Any) -> str:
@@ -109,9 +109,8 @@ class ChatTemplate:
         self._kwargs = check_chat_template_kwargs(kwargs, self.tokenizer)
         given = self._kwargs.pop(_DATE, None)
         self._today = datetime.combine(FIXED_DATE if given is None else date.fromisoformat(str(given)), time())
-        if given is None and _DATE in str(self.tokenizer.chat_template) and "date_string" not in self._kwargs:
-            _tell_date()
         self._told = False
+        self._tells_date = given is None and "date_string" not in self._kwargs
 
     def split(self, conversation: Conversation, parse: bool = False) -> tuple[str, str]:
         """Render a conversation.
@@ -195,6 +194,8 @@ class ChatTemplate:
         """The template with its own `strftime_now` for the fixed date. It would take no function as a variable."""
         if _DATE not in template:
             return template
+        if self._tells_date:
+            _tell_date()
         written = {x: self._today.strftime(f"%{x}") for x in _DIRECTIVES}
         short = {f"-{x}": text.lstrip("0") or "0" for x, text in written.items()}
         chain = "".join(f" | replace('%{x}', {text!r})" for x, text in (short | written).items())

@@ -58,6 +58,13 @@ def conversation_of(row: Mapping[str, Any]) -> Conversation:
     Raises:
         UserError: the columns hold something else, or there is no assistant turn after another.
     """
+    try:
+        return _conversation(row)
+    except RecursionError:
+        raise UserError("messages or tools are nested too deeply") from None
+
+
+def _conversation(row: Mapping[str, Any]) -> Conversation:
     messages = row["messages"]
     if not isinstance(messages, list) or not all(isinstance(m, Mapping) for m in messages):
         raise UserError(_SHAPE)
@@ -166,4 +173,6 @@ def _encodable(value: Any, column: str) -> Any:
         json.dumps(value, ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError as e:
         raise UserError(f"{column} holds half of a surrogate pair at character {e.start}") from None
+    except (TypeError, ValueError):
+        raise UserError(f"{column} holds what JSON cannot") from None
     return value

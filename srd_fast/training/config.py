@@ -169,7 +169,7 @@ class SRDConfig(TrainingArguments):
         sizes = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
         for name in ("max_prompt_length", "max_response_length", "teacher_cache_k", *sizes):
             self._check_numbers(name, least=1)
-        check_chat_template_kwargs(self.chat_template_kwargs)
+        self.chat_template_kwargs = check_chat_template_kwargs(self.chat_template_kwargs) or None
         for name in ("length_buckets", "max_tokens_per_batch"):
             self._check_numbers(name, least=0)
         if self.logits_dtype not in (None, "float32"):

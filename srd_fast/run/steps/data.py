@@ -133,9 +133,14 @@ def _hold_out(samples: Dataset, count: int, seed: int) -> tuple[Dataset, Dataset
             f"{len(samples) - 1}"
         )
     keys = [content_id({"id": i, "seed": seed}, ("id", "seed")) for i in samples["sample_id"]]
+    prompts = [
+        tuple(ids[: first_label(labels)])
+        for batch in samples.iter(1000)
+        for ids, labels in zip(batch["input_ids"], batch["labels"])
+    ]
     groups: dict[tuple[int, ...], list[int]] = {}
     for i in sorted(range(len(keys)), key=keys.__getitem__):
-        groups.setdefault(_prompt(samples[i]), []).append(i)
+        groups.setdefault(prompts[i], []).append(i)
     if len(groups) == 1:
         raise UserError(f"validation is {count} but all {len(samples)} rows have one prompt; give a file of validation")
     chosen: set[int] = set()
@@ -154,10 +159,6 @@ def _hold_out(samples: Dataset, count: int, seed: int) -> tuple[Dataset, Dataset
             "validation: %d rows are held out, not %d, because rows with one prompt stay together", len(chosen), count
         )
     return samples.select([i for i in range(len(keys)) if i not in chosen]), samples.select(sorted(chosen))
-
-
-def _prompt(sample: dict[str, list[int]]) -> tuple[int, ...]:
-    return tuple(sample["input_ids"][: first_label(sample["labels"])])
 
 
 def _overlap(train: Sequence[str], validation: Sequence[str]) -> tuple[int, int]:
