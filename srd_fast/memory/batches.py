@@ -28,7 +28,8 @@ class Lengths:
 
 
 _LIMITS = ("max_prompt_length", "max_response_length")
-_DATA_KEYS = ("teacher", "data", "data_split", "validation", "max_rows", "template", "seed", *_LIMITS)
+_SPEECH = ("chat_template_kwargs", "parse_special_tokens")
+_DATA_KEYS = ("teacher", "data", "data_split", "validation", "max_rows", "template", *_SPEECH, "seed", *_LIMITS)
 _PLAN_KEYS = ("student", "init_student", "reflect", "curate")
 
 
@@ -39,7 +40,10 @@ def _same(config: RunConfig, folder: Path, keys: Sequence[str]) -> bool:
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return False
     wanted = config.model_dump()
-    return isinstance(there, dict) and all(k in there and there[k] == wanted[k] for k in keys)
+    if not isinstance(there, dict):
+        return False
+    there = {**{k: RunConfig.model_fields[k].default for k in _SPEECH}, **there}  # older runs have none
+    return all(k in there and there[k] == wanted[k] for k in keys)
 
 
 def read_lengths(config: RunConfig, args: SRDConfig) -> Lengths | None:

@@ -11,6 +11,7 @@ from .loading import (
     model_digest,
     resolve_model,
 )
+from .positions import check_positions
 from .prefix import SharedPrefix, common_prefix, share_prefix, shared_starts
 from .pruning import prune_depth
 from .routing import RouterLoss, router_loss
@@ -24,6 +25,7 @@ __all__ = [
     "body_output",
     "call_through",
     "check_head",
+    "check_positions",
     "check_tokenizers",
     "common_prefix",
     "compile_layers",

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import Trainer
 
 from ..curriculum import Curriculum
+from ..data import template_key
 from ..errors import UserError, first_line
 from ..models import compile_layers, enable_flattening, load_model, router_loss, unfit_for_shared_prefix
 from ..teacher import LiveTeacher, StepCollator, TeacherCache, TeacherSource, open_teacher_cache
@@ -71,7 +72,7 @@ def teacher_source(
             k=args.teacher_cache_k,
             temperatures=[1.0, *(stage.temperature for stage in curriculum.stages)],
             student=student,
-            template=args.template,
+            template=template_key(args.template, args.chat_template_kwargs),
             dtype=dtype,
             device=args.device,
             progress=not args.disable_tqdm and args.process_index == 0,

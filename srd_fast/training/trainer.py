@@ -55,6 +55,7 @@ from .batching import (
     READ,
     TokenBatches,
     casts_kept,
+    check_fit,
     check_lengths,
     evaluation_batches,
     index_stream,
@@ -137,7 +138,14 @@ class SRDTrainer(Trainer):
         check_best_metric(args.metric_for_best_model)
         if args.push_to_hub and args.process_index == 0:
             try_hub(args.hub_token)
-        tokenisation = Tokenisation(processing_class, args.template, args.max_prompt_length, args.max_response_length)
+        tokenisation = Tokenisation(
+            processing_class,
+            args.template,
+            args.max_prompt_length,
+            args.max_response_length,
+            args.chat_template_kwargs,
+            args.parse_special_tokens,
+        )
         train = prepare_dataset(train_dataset, tokenisation, "train_dataset").dataset
         evaluation = None
         if eval_dataset is not None:
@@ -186,6 +194,7 @@ class SRDTrainer(Trainer):
                 most = args.max_tokens_per_batch
                 raise UserError(f"max_tokens_per_batch is {most}, but DeepSpeed steps after each backward; set it to 0")
             check_lengths(args.max_tokens_per_batch, self.curriculum, train)
+        check_fit(train, evaluation, self.curriculum, {"student": model, "teacher": teacher_model})
         self.teacher = teacher_source(teacher_model, model, args, self.curriculum, train, evaluation)
         check_vocabularies(head_S.shape[0], self.teacher.num_classes)
         if isinstance(self.teacher, LiveTeacher):

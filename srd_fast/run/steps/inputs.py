@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ...data import Tokenisation, source_path
+from ...data import source_path
 from ...errors import UserError, first_line
 from ...models import (
     check_tokenizers,
@@ -23,6 +23,7 @@ from ...training.measure import check_best_metric
 from ...training.preparation import check_optimizer
 from ..config import RunConfig
 from .cache import check_cache
+from .data import tokenisation_of
 from .run import PRUNE, QUICKSTART
 from .selection import sample_policy
 from .settings import lora_config, training_config
@@ -63,7 +64,7 @@ def check_inputs(config: RunConfig) -> None:
     if config.student != PRUNE:
         tokenizer, teachers = load_tokenizer(config.student), tokenizer
         check_tokenizers(tokenizer, teachers, args.shared_vocabulary)
-    Tokenisation(tokenizer, config.template, config.max_prompt_length, config.max_response_length)
+    tokenisation_of(config, tokenizer)
     check_best_metric(args.metric_for_best_model)
     if args.push_to_hub:
         try_hub(args.hub_token, "distill.push_to_hub")

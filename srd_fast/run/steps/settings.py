@@ -53,6 +53,8 @@ def training_config(
             template=config.template,
             max_prompt_length=config.max_prompt_length,
             max_response_length=config.max_response_length,
+            chat_template_kwargs=config.chat_template_kwargs or None,
+            parse_special_tokens=config.parse_special_tokens,
         )
     except Exception as e:  # transformers' own checks raise many kinds
         raise UserError(f"config: distill: {' '.join(str(e).split())[:500]}") from e
