@@ -1,6 +1,7 @@
 """Show before a student is trained what would keep it from being saved: configs, tokenizer, adapters, the hub."""
 
 import copy
+import errno
 import logging
 import tempfile
 from pathlib import Path
@@ -118,6 +119,8 @@ def try_saving(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Pat
             what = "the tokenizer"
             tokenizer.save_pretrained(trial)
     except Exception as e:  # whatever libraries and disks say
+        if getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            raise  # no fault of the student: with more room it goes on
         place = "" if folder is None else f" in {str(folder)!r}"
         raise UserError(f"the student could not be saved{place} after training: {what}: {first_line(e)}") from e
 

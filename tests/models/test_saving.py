@@ -1,5 +1,6 @@
 """What would keep a student from being saved shows before it is trained; what can be mended is mended, and said."""
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,18 @@ def test_a_student_without_weights_stands_for_the_one_on_disk(
         model_without_weights(str(tmp_path))
     (tmp_path / "config.json").rename(tmp_path / "adapter_config.json")
     assert model_without_weights(str(tmp_path)) is None
+
+
+def test_a_full_disk_is_no_fault_of_the_student(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(GenerationConfig, "save_pretrained", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        try_saving(brought(), tokenizer)
+    assert not isinstance(caught.value, UserError)
 
 
 # Merging

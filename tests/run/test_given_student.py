@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 TEMPLATE = (
     "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
-    "{% if add_generation_prompt %}[bot]{% endif %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
 )
 
 
@@ -45,13 +45,13 @@ def test_the_students_template_and_tokens_go_all_the_way(given: Path, tiny_teach
     result = srd_fast("run", config, "distill.shared_vocabulary=true")
     assert result.status == 0, result
     prompts = pq.read_table(given / "run" / "data" / "train.parquet")["prompt"].to_pylist()
-    assert all(p.startswith("[user] Name colour") and p.endswith("\n[bot]") for p in prompts)
+    assert all(p.startswith("[user] Name colour") and p.endswith("\n[assistant] ") for p in prompts)
     saved = AutoTokenizer.from_pretrained(given / "run" / "student")
     assert saved.chat_template == TEMPLATE
     assert saved.pad_token == "[PAD]"
     # The template is part of what the data depends on.
     assert srd_fast("run", config, "distill.shared_vocabulary=true").steps("done in") == []
     tokenizer = AutoTokenizer.from_pretrained(given / "student")
-    tokenizer.chat_template = TEMPLATE.replace("[bot]", "[me]")
+    tokenizer.chat_template = TEMPLATE.replace("[{{", "({{")
     tokenizer.save_pretrained(given / "student")
     assert "prepare" in srd_fast("run", config, "distill.shared_vocabulary=true").steps("done in")

@@ -83,8 +83,7 @@ def _try_the_end(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:
         except ValueError as e:
             raise UserError(f"config: lora: {first_line(e)}") from e
         try_merging(student)
-    folder = Path(config.output_dir)
-    try_saving(student, tokenizer, folder if folder.is_dir() else None)
+    try_saving(student, tokenizer)
 
 
 def _check_device(name: str) -> None:
