@@ -25,7 +25,8 @@ def evaluate_step(run: Run) -> None:
     """Compare teacher, starting student and distilled student, and write the run's figures to summary.json."""
     config = run.config
     rejected = json.loads((run.folder / "data" / "rejected.json").read_text(encoding="utf-8"))
-    counts = run.folder / "data" / COUNTS  # runs of older versions have none
+    file = run.folder / "data" / COUNTS  # runs of older versions have none
+    counts = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     summary = {
         "srd_fast_version": importlib.metadata.version("srd-fast"),
         "teacher": config.teacher,
@@ -35,7 +36,7 @@ def evaluate_step(run: Run) -> None:
             "train": len(run.data("train")),
             "validation": len(run.data("validation")),
             "rejected": len(rejected),
-            **(json.loads(counts.read_text(encoding="utf-8")) if counts.is_file() else {}),
+            **{name: count for name, count in counts.items() if count},
         },
         "evaluation": _evaluations(run),
         "timings": {name: entry["seconds"] for name, entry in run.ledger.items() if "seconds" in entry},
