@@ -13,14 +13,14 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, Trainer
+from transformers import Trainer
 
 from ..errors import UserError, first_line
 from ..kernels import ALIGNMENT, EAGER_BUFFERS, block_bytes
 from ..losses import Head, get_divergence
 from ..losses.backends import compact_backend, row_backend
 from ..losses.buffers import chunk_rows
-from ..models import find_head, flattening, hidden_states, load_config, prune_depth, unwrap, varlen
+from ..models import find_head, flattening, hidden_states, load_config, make_model, prune_depth, unwrap, varlen
 from ..run.config import RunConfig
 from ..run.steps import LIVE, PRUNE, Run
 from ..run.steps.cache import cache_temperatures
@@ -51,7 +51,7 @@ def _make_model(source: str, dtype: torch.dtype, device: torch.device) -> Any:
     config = load_config(source)
     try:
         with device:
-            return AutoModelForCausalLM.from_config(config, dtype=dtype)
+            return make_model(config, dtype)
     except ValueError as e:
         raise UserError(f"model {source!r} is not a causal language model: {first_line(e)}") from e
 

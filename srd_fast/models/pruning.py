@@ -6,9 +6,10 @@ memory is what its folder gives back.
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +53,7 @@ def prune_depth(model: PreTrainedModel, layers: int | list[int]) -> list[int]:
             configuration of its kind describes the layers kept. The model is then as it was.
     """
     stack = _find_layers(model)
-    total = len(model.get_submodule(stack))
+    total = len(_layers(model, stack))
     kept = layers_to_keep(total, layers) if isinstance(layers, int) else list(layers)
     if not kept or any(not 0 <= i < total for i in kept) or len(set(kept)) != len(kept):
         raise UserError(f"layers must be different indices from 0 to {total - 1}, got {kept}")
@@ -60,7 +61,8 @@ def prune_depth(model: PreTrainedModel, layers: int | list[int]) -> list[int]:
         return kept
     cut = _cut(model, stack, kept)
     if isinstance(cut, str):
-        other = next((c for c in _alternatives(kept, total) if not isinstance(_cut(model, stack, c), str)), None)
+        choices = _alternatives(kept, _layers(model, stack))
+        other = next((choice for choice in choices if not isinstance(_cut(model, stack, choice), str)), None)
         way_out = _OWN_STUDENT if other is None else f"layers {other} would do"
         raise UserError(f"cannot prune {type(model).__name__} to layers {kept}: {cut}; {way_out}")
     cut.become(model)
@@ -85,11 +87,19 @@ def _find_layers(model: PreTrainedModel) -> str:
     return f"{prefix}.{stacks[0]}" if prefix else stacks[0]
 
 
-def _alternatives(wished: list[int], total: int) -> list[list[int]]:
-    """As many first and last layers, the choice nearest to the wished one first."""
-    count = len(wished)
+def _layers(model: PreTrainedModel, stack: str) -> nn.ModuleList:
+    return cast(nn.ModuleList, model.get_submodule(stack))
+
+
+def _alternatives(wished: list[int], layers: nn.ModuleList) -> list[list[int]]:
+    """As many layers: first and last ones, the choice nearest to the wished one first; all layers of a rarer class."""
+    count, total = len(wished), len(layers)
     choices = [[*range(front), *range(total - count + front, total)] for front in range(count + 1)]
-    return sorted(choices, key=lambda kept: sum(abs(a - b) for a, b in zip(kept, wished)))
+    choices.sort(key=lambda kept: sum(abs(a - b) for a, b in zip(kept, wished)))
+    common = Counter(map(type, layers)).most_common(1)[0][0]
+    rarer = [i for i, layer in enumerate(layers) if type(layer) is not common]
+    others = sorted(set(range(total)) - set(rarer), key=lambda i: (i not in wished, i))
+    return [*choices, sorted(rarer + others[: count - len(rarer)])] if 0 < len(rarer) < count else choices
 
 
 @dataclass
@@ -120,11 +130,10 @@ class _Cut:
                     whole = self.tensors[f"{name}.{own}".lstrip(".")]
                     if id(whole) not in cut:
                         cut[id(whole)] = self._fit(whole, empty.shape)
-                    kind[own] = cut[id(whole)]  # type: ignore[assignment]
-        generation = getattr(model, "generation_config", None)
+                    kind[own] = cut[id(whole)]
+        kept = {name: vars(model)[name] for name in ("generation_config",) if name in vars(model)}
         self.student.train(model.training)
-        vars(model).update(vars(self.student))
-        model.generation_config = generation
+        vars(model).update({**vars(self.student), **kept})
 
     def _fit(self, whole: Tensor, shape: torch.Size) -> Tensor:
         if whole.shape == shape:
@@ -138,7 +147,7 @@ class _Cut:
 
 def _cut(model: PreTrainedModel, stack: str, kept: list[int]) -> _Cut | str:
     """The student of these layers, or why its configuration cannot describe them."""
-    total = len(model.get_submodule(stack))
+    total = len(_layers(model, stack))
     reason = ""
     for lists_are_indices in (False, True):
         try:
@@ -155,9 +164,11 @@ def _cut(model: PreTrainedModel, stack: str, kept: list[int]) -> _Cut | str:
     return reason
 
 
-def _compare(teacher: PreTrainedModel, student: PreTrainedModel, stack: str, kept: list[int]) -> dict[str, Tensor] | str:
+def _compare(
+    teacher: PreTrainedModel, student: PreTrainedModel, stack: str, kept: list[int]
+) -> dict[str, Tensor] | str:
     """The teacher's tensor for each name in the student, or the first thing in which a layer differs."""
-    total = len(teacher.get_submodule(stack))
+    total = len(_layers(teacher, stack))
     theirs = {n: m for n, m in teacher.named_modules(remove_duplicate=False)}
     ours = {n: m for n, m in student.named_modules(remove_duplicate=False)}
     inside = re.compile(rf"{re.escape(stack)}\.(\d+)(\.|$)")
@@ -165,8 +176,8 @@ def _compare(teacher: PreTrainedModel, student: PreTrainedModel, stack: str, kep
     def before(name: str) -> str:
         return inside.sub(lambda m: f"{stack}.{kept[int(m[1])]}{m[2]}", name)
 
-    if len(student.get_submodule(stack)) != len(kept):
-        return f"a model of its configuration has {len(student.get_submodule(stack))} layers, not {len(kept)}"
+    if len(_layers(student, stack)) != len(kept):
+        return f"a model of its configuration has {len(_layers(student, stack))} layers, not {len(kept)}"
     whole = {n for n in theirs if (m := inside.match(n)) is None or int(m[1]) in kept}
     differing = {before(n) for n in ours} ^ whole
     if differing:
@@ -177,7 +188,7 @@ def _compare(teacher: PreTrainedModel, student: PreTrainedModel, stack: str, kep
         if type(module) is not type(old):
             return f"{place} is {type(old).__name__} in the teacher and would be {type(module).__name__}"
         if inside.match(name):
-            for key, (a, b) in _settings(old, module):
+            for key, (a, b) in settings(old, module):
                 return f"{place} has {key} {a!r} in the teacher and would have {b!r}"
         for own in {**old._parameters, **old._buffers, **module._parameters, **module._buffers}:
             a, b = getattr(old, own, None), getattr(module, own, None)
@@ -202,8 +213,16 @@ def _fits(whole: Tensor, empty: Tensor, total: int, kept: int) -> bool:
     return not differing or (len(differing) == 1 and differing[0][0] * kept == differing[0][1] * total)
 
 
-def _settings(old: nn.Module, new: nn.Module) -> Iterator[tuple[str, tuple[Any, Any]]]:
-    """Plain values that two modules hold as attributes, where they differ."""
+def settings(old: nn.Module, new: nn.Module) -> Iterator[tuple[str, tuple[Any, Any]]]:
+    """Plain values that two modules hold as attributes, where they differ.
+
+    Args:
+        old: a module.
+        new: a module of the same class.
+
+    Yields:
+        The attribute's name, and both values. A layer's own number and the number of layers do not count.
+    """
     plain = (bool, int, float, str, type(None))
     for key in sorted(vars(old).keys() & vars(new).keys() - {"training", *COUNTS}):
         a, b = vars(old)[key], vars(new)[key]

@@ -28,7 +28,16 @@ from ..curriculum import CurriculumPlan
 from ..data import DistillationCollator, Tokenisation, pad_id, prepare_dataset
 from ..errors import UserError
 from ..losses import LossOptions, check_vocabularies
-from ..models import call_through, check_head, check_tokenizers, find_head, hidden_states, unwrap, with_adapters
+from ..models import (
+    call_through,
+    check_head,
+    check_tokenizers,
+    find_head,
+    hidden_states,
+    refuse_trained_prompts,
+    unwrap,
+    with_adapters,
+)
 from ..selection import BatchSelection, Signals, items_of, select_samples
 from ..teacher import (
     StepCollator,
@@ -111,6 +120,8 @@ class SRDTrainer(Trainer):
             raise UserError("teacher_model is the model that is trained; load the teacher as a model of its own")
         if teacher_model is None and args.teacher_cache is None:
             raise UserError("teacher_model is missing: pass a model, its folder or name, or name a teacher_cache")
+        for name, given in (("student", model), ("teacher", teacher_model)):
+            refuse_trained_prompts(given, name)
         teacher_tokenizer = teacher_tokenizer or tokenizer_beside(teacher_model)
         if teacher_tokenizer is not None:
             check_tokenizers(processing_class, teacher_tokenizer)
