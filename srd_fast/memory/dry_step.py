@@ -94,8 +94,9 @@ def _make_teacher(config: RunConfig, run: Run, student: Any, offload: bool) -> t
 
 
 def _flattens(models: Sequence[Any], wanted: Any) -> bool:
-    """Decide as `SRDTrainer` does, without running the models; switch their attention if batches are flattened."""
-    if not wanted or any(flattening.unfit(unwrap(m)) is not None for m in models):
+    """Guess what `SRDTrainer` finds out by running the models; switch their attention if batches are flattened."""
+    inners: list[Any] = [unwrap(m) for m in models]
+    if not wanted or any(flattening.unfit(m) is not None or flattening.mixes_elsewhere(m) for m in inners):
         return False
     for model in models:
         inner: Any = unwrap(model)
