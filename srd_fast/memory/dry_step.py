@@ -20,7 +20,17 @@ from ..kernels import ALIGNMENT, EAGER_BUFFERS, block_bytes
 from ..losses import Head, get_divergence
 from ..losses.backends import compact_backend, row_backend
 from ..losses.buffers import chunk_rows
-from ..models import find_head, flattening, hidden_states, load_config, make_model, prune_depth, unwrap, varlen
+from ..models import (
+    find_head,
+    flattening,
+    hidden_states,
+    load_config,
+    make_model,
+    prune_depth,
+    text_tower,
+    unwrap,
+    varlen,
+)
 from ..run.config import RunConfig
 from ..run.steps import LIVE, PRUNE, Run
 from ..run.steps.cache import cache_temperatures
@@ -292,6 +302,14 @@ class Simulated:
     head_bytes: int
 
 
+def _reached(student: Any) -> set[int]:
+    """Parameters, by id, that a text can have a gradient for: no other tower's."""
+    inner: Any = unwrap(student)
+    tower = text_tower(inner)
+    parts = [inner] if tower is inner.base_model else [tower, inner.get_output_embeddings()]
+    return {id(p) for part in parts for p in part.parameters()}
+
+
 def _store(config: RunConfig, args: SRDConfig, student: Any, classes: int) -> Store:
     kind, temperatures = config.cache.kind, tuple(sorted(set(cache_temperatures(config, args))))
     if kind == "projected":
@@ -334,7 +352,8 @@ def simulate(config: RunConfig, args: SRDConfig, largest: Callable[[bool, bool],
         with live.labelled("loss"):
             kept = max(loss.kept, of_evaluation.kept if evaluates else 0)
             workspace = torch.empty(kept, dtype=torch.uint8, device=device)
-        trained = [p for p in student.parameters() if p.requires_grad]
+        reached = _reached(student)
+        trained = [p for p in student.parameters() if p.requires_grad and id(p) in reached]
         for p in trained:
             p.register_post_accumulate_grad_hook(lambda p: live.relabel(p.grad, "gradients"))
         with step.at("optimizer", "gradients"):
