@@ -99,7 +99,7 @@ def _alternatives(wished: list[int], layers: nn.ModuleList) -> list[list[int]]:
     common = Counter(map(type, layers)).most_common(1)[0][0]
     rarer = [i for i, layer in enumerate(layers) if type(layer) is not common]
     others = sorted(set(range(total)) - set(rarer), key=lambda i: (i not in wished, i))
-    return [*choices, sorted(rarer + others[: count - len(rarer)])] if 0 < len(rarer) < count else choices
+    return [*choices, sorted(rarer + others[: count - len(rarer)])] if 0 < len(rarer) <= count else choices
 
 
 @dataclass

@@ -141,7 +141,12 @@ _TEXT: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "llama4_text": (
         "Llama4Text",
-        {"attention_chunk_size": 4, "num_local_experts": 2, "intermediate_size_mlp": 64, "interleave_moe_layer_step": 2},
+        {
+            "attention_chunk_size": 4,
+            "num_local_experts": 2,
+            "intermediate_size_mlp": 64,
+            "interleave_moe_layer_step": 2,
+        },
     ),
     "smollm3": ("SmolLM3", {}),
     "minimax": ("MiniMax", {"num_local_experts": 4, "block_size": 8}),

@@ -83,12 +83,10 @@ def try_architecture(name: str) -> dict[str, str]:
 
         def answered() -> None:
             sampling = Sampling(max_new_tokens=2)
-            reflect(
-                copy.deepcopy(student), _ROWS, tokenizer, engine="transformers", sampling=sampling, progress=False
-            )
+            reflect(copy.deepcopy(student), _ROWS, tokenizer, engine="transformers", sampling=sampling, progress=False)
 
         def pruned() -> None:
-            prune_and_warm_up(str(folder / "teacher"), folder / "pruned", layers=2)
+            prune_and_warm_up(str(folder / "teacher"), folder / "pruned", layers=3)
             load_model(str(folder / "pruned"))
 
         padded: list[SRDTrainer] = []
@@ -99,7 +97,9 @@ def try_architecture(name: str) -> dict[str, str]:
             "cache": lambda: trained(padding_free=False, teacher_cache=str(folder / "cache")),
             "prune": pruned,
             "LoRA": with_adapters,
-            "save, load": lambda: save(padded[0], "saved") if padded else save_student(student, tokenizer, folder / "s"),
+            "save, load": lambda: (
+                save(padded[0], "saved") if padded else save_student(student, tokenizer, folder / "s")
+            ),
         }
         assert tuple(actions) == COLUMNS
         return {column: _words(action) for column, action in actions.items()}
