@@ -16,7 +16,7 @@ from .loading import (
 )
 from .prefix import SharedPrefix, common_prefix, share_prefix, shared_starts
 from .pruning import prune_depth
-from .saving import check_saved, save_student
+from .saved_student import check_saved, save_student
 from .text import text_config, text_tower
 from .wrapping import call_through
 
