@@ -1,6 +1,15 @@
 """Data: rows from files, tokenised samples with stable ids, batches."""
 
-from .batches import DistillationCollator, batches_by_length, divide_by_tokens, pad_id, pad_right, with_loss_rows
+from .batches import (
+    DistillationCollator,
+    batches_by_length,
+    divide_by_tokens,
+    pad_id,
+    pad_right,
+    with_borders,
+    with_loss_rows,
+)
+from .checks import check_token_ids
 from .samples import TOKENISED_FEATURES, PreparedData, content_id, prepare_dataset
 from .sources import SourceRow, read_rows, read_source, shown, source_path
 from .tokenisation import IGNORE_INDEX, Tokenisation, first_label
@@ -13,6 +22,7 @@ __all__ = [
     "SourceRow",
     "Tokenisation",
     "batches_by_length",
+    "check_token_ids",
     "content_id",
     "divide_by_tokens",
     "first_label",
@@ -23,5 +33,6 @@ __all__ = [
     "read_source",
     "shown",
     "source_path",
+    "with_borders",
     "with_loss_rows",
 ]

@@ -22,9 +22,9 @@ from ..data import (
 )
 from ..errors import UserError
 from ..losses import token_cross_entropy
-from ..models import load_model
+from ..models import check_head, load_model
 from ..reflection import Sampling, open_engine
-from ..rouge import RougeL
+from ..rouge import RougeL, choose_tokenizer
 from ..teacher import HiddenRows, LiveTeacher, TeacherCache, TeacherSource
 from .measure import Divergences, measure_batch
 
@@ -62,7 +62,8 @@ def evaluate(
         batch_size: samples of a forward pass, at least 1.
         template: prompt template of rows that are not tokenised yet: "alpaca", "chat", or text with {instruction} and
             {input}.
-        rouge_tokenizer: how ROUGE-L cuts text into words: "rouge", "unicode", or "auto"; see `srd_fast.rouge.RougeL`.
+        rouge_tokenizer: how ROUGE-L cuts text into words, a name that `srd_fast.rouge.RougeL` takes. "auto" chooses by
+            the references of all of `dataset`.
         num_examples: how many answers `examples` has.
         progress: show a progress bar.
 
@@ -81,6 +82,7 @@ def evaluate(
     if seeds and sampling.temperature <= 0:
         raise UserError("evaluation seeds need a sampling temperature above 0 (the paper's is 1.0)")
     model = load_model(model) if isinstance(model, str) else model
+    check_head(model, "model")
     watched = [m for m in (model, teacher) if isinstance(m, torch.nn.Module)]
     modes = [m.training for m in watched]
     source = LiveTeacher(teacher, freeze=False) if isinstance(teacher, torch.nn.Module) else teacher
@@ -89,7 +91,7 @@ def evaluate(
     input_ids, labels = list(samples["input_ids"]), list(samples["labels"])
     prompts = [x[: first_label(y)] for x, y in zip(input_ids, labels)]
     length = max(map(len, prompts)) + sampling.max_new_tokens
-    scorer = RougeL(rouge_tokenizer)
+    scorer = RougeL(choose_tokenizer(rouge_tokenizer, references))
     means, generations = [], [""] * len(samples)
     with open_engine(engine, model, tokenizer, length=length, sampling=sampling, batch_size=batch_size) as runner:
         for seed in seeds or (sampling.seed,):

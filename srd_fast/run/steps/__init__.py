@@ -16,7 +16,6 @@ from .selection import (
     shard_parts,
     student_inputs,
 )
-from .settings import expected_logits
 from .training import distill
 
 __all__ = [
@@ -31,7 +30,6 @@ __all__ = [
     "curate_step",
     "distill",
     "evaluate_step",
-    "expected_logits",
     "init_student",
     "prepare",
     "prepare_inputs",

@@ -9,9 +9,9 @@ from ...data import Tokenisation, content_id, prepare_dataset, read_source, sour
 from ...data.quickstart import make_quickstart_splits
 from ...errors import UserError
 from ...files import content_digest, write_text
-from ...models import fingerprint
+from ...models import fingerprint, load_tokenizer, tokenizer_digest
 from ..config import RunConfig
-from .run import QUICKSTART, Run, json_text, write_parquet
+from .run import PRUNE, QUICKSTART, Run, json_text, write_parquet
 
 QUICKSTART_ROWS = 256
 
@@ -24,7 +24,15 @@ def prepare_inputs(config: RunConfig) -> Any:
     sources = [s for s in (config.data, config.validation) if isinstance(s, str)]
     stamps = [[s, _file_stamp(s)] for s in sources]
     limits = [config.template, config.max_prompt_length, config.max_response_length, config.max_rows, config.seed]
-    return [stamps, config.validation, config.data_split, limits, fingerprint(config.teacher)]
+    return [stamps, config.validation, config.data_split, limits, fingerprint(config.teacher), *_students_own(config)]
+
+
+def _students_own(config: RunConfig) -> list[str]:
+    """A digest of the student's tokenizer, where it may give a row other tokens than the teacher's."""
+    if config.student == PRUNE:
+        return []
+    ours, theirs = (tokenizer_digest(load_tokenizer(source)) for source in (config.student, config.teacher))
+    return [] if ours == theirs else [ours]
 
 
 def _file_stamp(source: str) -> str | None:

@@ -18,7 +18,6 @@ from ...training.config import SRDConfig
 from ...training.evaluation import evaluate
 from .cache import validation_cache
 from .run import PRUNE, Run, json_text
-from .settings import training_config
 
 
 def evaluate_step(run: Run) -> None:
@@ -63,7 +62,7 @@ def _evaluations(run: Run) -> dict[str, Any]:
         "student": ("distill", str(run.folder / "student")),
     }
     for name, (made_by, source) in models.items():
-        settings = [c.model_dump(), run.config.reflect.rouge_tokenizer, run.config.dtype]
+        settings = [c.model_dump(), run.config.reflect.rouge_tokenizer, run.config.dtype, *run.rouge_stamp]
         key = json.dumps([run.fingerprints[made_by], run.fingerprints["prepare"], settings])
         if kept.get(name, {}).get("key") == key:
             continue
@@ -80,7 +79,7 @@ def _evaluations(run: Run) -> dict[str, Any]:
             sampling=Sampling(max_new_tokens=c.max_new_tokens, temperature=c.temperature if c.seeds else 0.0),
             seeds=c.seeds,
             batch_size=c.batch_size,
-            rouge_tokenizer=run.config.reflect.rouge_tokenizer,
+            rouge_tokenizer=run.rouge_tokenizer,
         )
         kept[name] = {"key": key, **result}
         write_text(path, json_text(kept))
@@ -90,12 +89,11 @@ def _evaluations(run: Run) -> dict[str, Any]:
 def _training_figures(run: Run) -> dict[str, Any]:
     rows = [json.loads(x) for x in (run.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     train = {r["step"]: r for r in rows if r["kind"] == "train"}
-    args = training_config(run.config, run.folder, run.device, run.dtype)
     steps = max(train)
     spent = sorted(r["tokens_per_second"] for r in train.values())
     return {
         "steps": steps,
-        "sample_passes": steps * args.per_device_train_batch_size * args.gradient_accumulation_steps,
+        "sample_passes": steps * run.args.per_device_train_batch_size * run.args.gradient_accumulation_steps,
         "tokens_per_second": spent[len(spent) // 2],
         "peak_memory_mb": max(r["memory_mb"] for r in train.values()),
     }
