@@ -1,5 +1,6 @@
 """Causal language models as distillation sees them: a body that gives hidden states, a head that gives logits."""
 
+from .adapters import merge_adapters, refuse_trained_prompts, with_adapters
 from .compilation import compile_layers, uncompile_layers
 from .flattening import enable_flattening, unfit_for_shared_prefix
 from .heads import body_output, check_head, embeddings_of, find_head, hidden_states, unwrap
@@ -8,6 +9,7 @@ from .loading import (
     load_config,
     load_model,
     load_tokenizer,
+    make_model,
     model_digest,
     resolve_model,
 )
@@ -15,9 +17,11 @@ from .positions import check_positions
 from .prefix import SharedPrefix, common_prefix, share_prefix, shared_starts
 from .pruning import prune_depth
 from .routing import RouterLoss, router_loss
+from .saved_student import check_saved, save_student
 from .saving import mend_generation_config, model_without_weights, try_hub, try_merging, try_saving
+from .text import text_config, text_tower
 from .tokenizers import check_tokenizers, tokenizer_digest
-from .wrapping import call_through, with_adapters
+from .wrapping import call_through
 
 __all__ = [
     "RouterLoss",
@@ -26,6 +30,7 @@ __all__ = [
     "call_through",
     "check_head",
     "check_positions",
+    "check_saved",
     "check_tokenizers",
     "common_prefix",
     "compile_layers",
@@ -37,14 +42,20 @@ __all__ = [
     "load_config",
     "load_model",
     "load_tokenizer",
+    "make_model",
     "mend_generation_config",
+    "merge_adapters",
     "model_digest",
     "model_without_weights",
     "prune_depth",
+    "refuse_trained_prompts",
     "resolve_model",
     "router_loss",
+    "save_student",
     "share_prefix",
     "shared_starts",
+    "text_config",
+    "text_tower",
     "tokenizer_digest",
     "try_hub",
     "try_merging",

@@ -9,7 +9,15 @@ import torch
 from datasets import Dataset
 
 from ..files import replace_folder, temporary_path
-from ..models import check_head, load_model, load_tokenizer, mend_generation_config, prune_depth, try_saving
+from ..models import (
+    check_head,
+    load_model,
+    load_tokenizer,
+    mend_generation_config,
+    prune_depth,
+    save_student,
+    try_saving,
+)
 from ..teacher import TeacherSource
 from .config import SRDConfig
 from .trainer import SRDTrainer
@@ -94,8 +102,6 @@ def prune_and_warm_up(
         )
         live_or_cache = load_model(teacher, dtype, device) if source is None else source
         SRDTrainer(student, live_or_cache, args, rows, processing_class=tokenizer).train()
-    student.config.use_cache = True
-    student.save_pretrained(work / "model")
-    tokenizer.save_pretrained(work / "model")
+    save_student(student, tokenizer, work / "model")
     replace_folder(work / "model", output)
     shutil.rmtree(work, ignore_errors=True)

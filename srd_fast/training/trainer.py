@@ -36,6 +36,7 @@ from ..models import (
     find_head,
     hidden_states,
     mend_generation_config,
+    refuse_trained_prompts,
     router_loss,
     try_hub,
     try_saving,
@@ -128,6 +129,8 @@ class SRDTrainer(Trainer):
             raise UserError(f"args must be an SRDConfig, got {type(args).__name__}")
         if teacher_model is None and args.teacher_cache is None:
             raise UserError("teacher_model is missing: pass a model, its folder or name, or name a teacher_cache")
+        for name, given in (("student", model), ("teacher", teacher_model)):
+            refuse_trained_prompts(given, name)
         if optimizers[0] is None:
             check_optimizer(args)
         check_teachers_tokenizer(processing_class, teacher_tokenizer, teacher_model, args)

@@ -1,7 +1,5 @@
 """Mistakes that can be found before any work is done: names, settings, missing files, tokenizers."""
 
-from pathlib import Path
-
 import torch
 from transformers import PreTrainedTokenizerBase
 
