@@ -40,6 +40,7 @@ from ..models import (
     router_loss,
     try_hub,
     try_saving,
+    untie_adapted_embeddings,
     with_adapters,
 )
 from ..selection import BatchSelection, Signals, items_of, select_samples
@@ -136,6 +137,7 @@ class SRDTrainer(Trainer):
         check_teachers_tokenizer(processing_class, teacher_tokenizer, teacher_model, args)
         if peft_config is not None:
             model = with_adapters(model, peft_config)
+        untie_adapted_embeddings(model)
         check_no_shared_weights(model, teacher_model)
         mend_generation_config(model, "student")
         check_best_metric(args.metric_for_best_model)

@@ -83,6 +83,26 @@ def test_embeddings_stay_tied_where_they_are_one(place: str, tied: bool, tmp_pat
     assert student.config.tie_word_embeddings == tied
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "embed_tokens"], ["embed_tokens"]], ids="+".join)
+@pytest.mark.parametrize("made_by", ["the trainer", "the user"])
+def test_a_trained_model_merges_by_pefts_own_method(made_by: str, targets: list[str], tmp_path: Path) -> None:
+    args = SRDConfig(output_dir=str(tmp_path / "run"), max_steps=4, per_device_train_batch_size=4, learning_rate=1e-2,
+                     save_strategy="no", report_to=[], use_cpu=True, disable_tqdm=True)  # fmt: skip
+    config = peft.LoraConfig(r=4, task_type="CAUSAL_LM", target_modules=targets)
+    student: Any = tiny.tiny_model("llama")
+    given = {"peft_config": config} if made_by == "the trainer" else {}
+    student = student if given else peft.get_peft_model(student, config)
+    trainer = SRDTrainer(student, tiny.tiny_model("llama", seed=3), args, tiny.tiny_samples(16),
+                         processing_class=tiny.tiny_tokenizer(), **given)  # fmt: skip
+    trainer.train()
+    expected = logits(trainer.model)
+    merged = trainer.model.merge_and_unload()
+    tiny.assert_same(logits(merged), expected, 1e-5)
+    merged.save_pretrained(tmp_path / "merged")
+    tiny.assert_same(logits(load_model(str(tmp_path / "merged"))), expected, 1e-5)
+
+
 def test_training_tied_embeddings_saves_what_was_measured(tmp_path: Path) -> None:
     args = SRDConfig(output_dir=str(tmp_path / "run"), max_steps=4, per_device_train_batch_size=4, learning_rate=1e-2,
                      save_strategy="no", report_to=[], use_cpu=True, disable_tqdm=True)  # fmt: skip
