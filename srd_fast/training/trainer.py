@@ -70,7 +70,15 @@ from .config import SRDConfig
 from .health import BadStep, DivergenceTrend, StepCheck, not_finite, skips_on_the_device
 from .measure import METRICS, check_best_metric, measure_batch, peak_memory_mb
 from .pair import check_no_shared_weights, check_teachers_tokenizer, uncompiled, widen_trained_weights
-from .preparation import batch_layout, check_optimizer, compile_models, compiles, layout_of, teacher_source
+from .preparation import (
+    batch_layout,
+    check_optimizer,
+    compile_models,
+    compiles,
+    freeze_what_text_never_reaches,
+    layout_of,
+    teacher_source,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -179,6 +187,7 @@ class SRDTrainer(Trainer):
         self._tokenisation = tokenisation
 
         check_head(model, "student")
+        freeze_what_text_never_reaches(model)
         widen_trained_weights(model, args)
         given = [train, *([] if evaluation is None else [evaluation])]
         for samples in given:

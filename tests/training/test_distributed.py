@@ -35,6 +35,7 @@ CASES: dict[str, dict[str, Any]] = {
     "compiled layers": {"architecture": "llama", "torch_compile": True, "torch_compile_backend": "eager"},
     "softcap, checkpointing": {"architecture": "gemma2", "divergence": "forward_kl", "gradient_checkpointing": True},
 }
+CASES["towers beside the text's, checkpointing"] = {"architecture": "gemma3_vision", "gradient_checkpointing": True}
 # Apart from the others: bfloat16 rounds another sum on each rank.
 BFLOAT16: dict[str, Any] = {"architecture": "llama", "bf16": True}
 STUDENT, TEACHER = tiny.VOCAB, tiny.VOCAB + 12  # classes of their heads
