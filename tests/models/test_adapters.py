@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from architectures import make_architecture
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from srd_fast import SRDConfig, SRDTrainer, UserError
-from srd_fast.models import fingerprint, load_config, load_model, load_tokenizer, save_student
+from srd_fast.models import fingerprint, load_config, load_model, load_tokenizer, save_student, try_merging
 from srd_fast.training.student import prune_and_warm_up
 
 peft = pytest.importorskip("peft")
@@ -192,3 +193,11 @@ def test_trained_prompts_are_refused(kind: str, side: str, tmp_path: Path) -> No
     given.save_pretrained(tmp_path / "adapter")
     with pytest.raises(UserError, match=rf"is of {kind}: trained prompts"):
         load_model(str(tmp_path / "adapter"))
+
+
+def test_adapters_of_layers_that_share_weights_are_refused_before_training() -> None:
+    """Each hybrid layer of Zamba 2 would add its own change to the one block that all of them have."""
+    model = make_architecture("zamba2")
+    adapters = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["gate_up_proj"])
+    with pytest.raises(UserError, match="layers of Zamba2ForCausalLM share weights"):
+        try_merging(peft.get_peft_model(model, adapters))
