@@ -1,6 +1,15 @@
 """Data: rows from files, tokenised samples with stable ids, batches."""
 
-from .batches import DistillationCollator, batches_by_length, divide_by_tokens, pad_id, pad_right, with_loss_rows
+from .batches import (
+    DistillationCollator,
+    batches_by_length,
+    divide_by_tokens,
+    pad_id,
+    pad_right,
+    padded_tokens,
+    sequence_lengths,
+    with_loss_rows,
+)
 from .samples import TOKENISED_FEATURES, PreparedData, content_id, prepare_dataset
 from .sources import SourceRow, read_rows, read_source, shown, source_path
 from .tokenisation import IGNORE_INDEX, Tokenisation, first_label
@@ -18,9 +27,11 @@ __all__ = [
     "first_label",
     "pad_id",
     "pad_right",
+    "padded_tokens",
     "prepare_dataset",
     "read_rows",
     "read_source",
+    "sequence_lengths",
     "shown",
     "source_path",
     "with_loss_rows",

@@ -24,6 +24,8 @@ class Tokenisation:
         max_prompt_length: tokens, at least 1. A longer prompt loses the end of its input text, then of its instruction,
             but never the template's own text.
         max_response_length: tokens, at least 1, with the end-of-sequence token, which is always there.
+        encoder_decoder: the model reads the prompt with an encoder. Prompt and response are then texts of their own,
+            with the special tokens that the tokenizer gives to each.
 
     Raises:
         UserError: a length is below 1, the tokenizer has no end-of-sequence token, or the template cannot be used.
@@ -35,6 +37,7 @@ class Tokenisation:
         template: str = "alpaca",
         max_prompt_length: int = 512,
         max_response_length: int = 512,
+        encoder_decoder: bool = False,
     ) -> None:
         if max_prompt_length < 1 or max_response_length < 1:
             raise UserError(
@@ -47,7 +50,9 @@ class Tokenisation:
         self.template: PromptTemplate = get_template(template, tokenizer)
         self.max_prompt_length = max_prompt_length
         self.max_response_length = max_response_length
-        self._marker = self._prefix_space_marker()
+        self.encoder_decoder = encoder_decoder
+        self._marker = [] if encoder_decoder else self._prefix_space_marker()
+        self._opening = self._target_opening() if encoder_decoder else []
 
     def _ids(self, text: str, special: bool = False) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=special).input_ids)
@@ -61,10 +66,22 @@ class Tokenisation:
         shift = behind[: len(newline)] == newline and behind[len(newline) :] != alone
         return newline if shift else []
 
+    def _target_ids(self, text: str, special: bool = False) -> list[int]:
+        """Ids of a text that a decoder writes: some tokenizers treat it unlike one that the encoder reads."""
+        return list(self.tokenizer(text_target=text, add_special_tokens=special).input_ids)
+
+    def _target_opening(self) -> list[int]:
+        """The ids that the tokenizer puts before a target: BART's <s>, a code of the language."""
+        plain, whole = self._target_ids("a"), self._target_ids("a", special=True)
+        starts = (i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
+        return whole[: next(starts, 0)]
+
     def response_ids(self, text: str) -> list[int]:
         """Ids of a response, cut to the limit, with EOS at the end."""
         text = text[: self.max_response_length * _LONGEST_TOKEN]
-        if self._marker and self._ids("\n" + text)[: len(self._marker)] == self._marker:
+        if self.encoder_decoder:
+            ids = [*self._opening, *self._target_ids(text)]
+        elif self._marker and self._ids("\n" + text)[: len(self._marker)] == self._marker:
             ids = self._ids("\n" + text)[len(self._marker) :]
         else:
             ids = self._ids(text)
@@ -103,6 +120,8 @@ class Tokenisation:
 
     def _prompt_ids(self, text: str, template: PromptTemplate) -> list[int]:
         ids = self._ids(text, special=template.adds_special_tokens)
+        if self.encoder_decoder:
+            return ids
         # Some tokenizers end every text; between prompt and response that would end the sample.
         ended = ids[-1:] == [self.tokenizer.eos_token_id] and template.adds_special_tokens
         return ids[:-1] if ended and self._ids(text)[-1:] != ids[-1:] else ids

@@ -13,7 +13,9 @@ from functools import cache
 from pathlib import Path
 
 from ..data import read_source
+from ..errors import UserError
 from ..losses import expect_logits
+from ..models import is_encoder_decoder, load_config
 from ..run.config import RunConfig
 from ..run.steps import LIVE, Run, expected_logits
 from ..run.steps.cache import check_cache
@@ -172,6 +174,11 @@ def plan(config: RunConfig) -> MemoryPlan:
     run = Run(config, Path(config.output_dir), {}, {})
     args = training_config(config, run.folder, run.device, run.dtype)
     check_cache(config, args)
+    if is_encoder_decoder(load_config(config.teacher)):
+        raise UserError(
+            f"srd-fast memory counts causal language models alone, and {config.teacher!r} is an encoder-decoder model; "
+            "start the run with a small distill.max_tokens_per_batch and look at memory_mb in metrics.jsonl"
+        )
     lengths = read_lengths(config, args)
 
     def largest(training: bool, flattened: bool) -> Batch:

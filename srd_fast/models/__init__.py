@@ -1,6 +1,7 @@
-"""Causal language models as distillation sees them: a body that gives hidden states, a head that gives logits."""
+"""Language models as distillation sees them: a body that gives hidden states, a head that gives logits."""
 
 from .compilation import compile_layers, uncompile_layers
+from .encoder_decoder import check_same_kind, decoder_start, is_encoder_decoder
 from .flattening import enable_flattening, unfit_for_shared_prefix
 from .heads import check_head, find_head, hidden_states, unwrap
 from .loading import (
@@ -20,13 +21,16 @@ __all__ = [
     "SharedPrefix",
     "call_through",
     "check_head",
+    "check_same_kind",
     "check_tokenizers",
     "common_prefix",
     "compile_layers",
+    "decoder_start",
     "enable_flattening",
     "find_head",
     "fingerprint",
     "hidden_states",
+    "is_encoder_decoder",
     "load_config",
     "load_model",
     "load_tokenizer",

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import first_line
+from .encoder_decoder import is_encoder_decoder
 from .heads import hidden_states, unwrap
 from .varlen import IMPLEMENTATION
 
@@ -125,6 +126,8 @@ def unfit(inner: Any) -> str | None:
 
     A comparison of numbers alone would miss parts that the present weights silence.
     """
+    if is_encoder_decoder(inner):
+        return "it has an encoder and a decoder"
     body = inner.base_model
     mixer = next((m for m in body.modules() if isinstance(m, _MIXERS)), None)
     if mixer is not None:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..losses import Head
+from .encoder_decoder import decoder_scale, decoder_states, is_encoder_decoder, logits_bias, with_decoder
 from .varlen import IMPLEMENTATION, flattened_forward, varlen_keywords
 
 # Largest difference between rebuilt and own logits that rounding explains, relative to the largest logit.
@@ -23,8 +24,9 @@ def hidden_states(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     """Hidden states after the final norm, as the head sees them.
 
     Args:
-        model: a causal language model. `enable_flattening` says whether it takes flattened batches.
-        batch: input_ids and attention_mask, each [B, L]; or a flattened batch: input_ids and position_ids, each [1, L],
+        model: a language model. `enable_flattening` says whether it takes flattened batches.
+        batch: input_ids and attention_mask, each [B, L]; for an encoder-decoder model both of the prompts, and
+            decoder_input_ids and decoder_attention_mask, each [B, L]; or a flattened batch: input_ids and position_ids, each [1, L],
             and cu_seq_lens [B + 1] int32, where each sample begins, then L. With sample_lengths, a list of B numbers,
             nothing waits for cu_seq_lens on a device. With continues, a list, the last len(continues) samples continue
             earlier ones: sample number continues[i], or none for -1 (see `unfit_for_shared_prefix`). Other keys are not
@@ -34,6 +36,8 @@ def hidden_states(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         [B, L, D]; of a flattened batch, [1, L, D].
     """
     inner: Any = unwrap(model)
+    if is_encoder_decoder(inner):
+        return decoder_states(inner, batch)
     ids, options = batch["input_ids"], {"use_cache": False, "return_dict": True}
     if "cu_seq_lens" not in batch:
         return inner.base_model(input_ids=ids, attention_mask=batch["attention_mask"], **options).last_hidden_state
@@ -52,8 +56,8 @@ def find_head(model: nn.Module, name: str = "model") -> Head:
     """The language-model head: weight, bias, softcap and scale, read from the modules and the config.
 
     Known names in the config are `logit_scale` (Cohere: a factor), `logits_scaling` (Granite: a divisor) and
-    `final_logit_softcapping` (Gemma 2 and 3: a softcap). `check_head` finds anything else that a model does to its
-    logits.
+    `final_logit_softcapping` (Gemma 2 and 3: a softcap) and `scale_decoder_outputs` (T5: a factor). BART's
+    `final_logits_bias` is a bias. `check_head` finds anything else that a model does to its logits.
 
     Args:
         model: a causal language model.
@@ -77,12 +81,16 @@ def find_head(model: nn.Module, name: str = "model") -> Head:
             f"{name} {type(inner).__name__}: its head carries an adapter ({type(module).__name__}), which a loss from "
             "hidden states and the head's weight would miss; take it out of target_modules, or use modules_to_save"
         )
-    config = inner.config.get_text_config() if hasattr(inner.config, "get_text_config") else inner.config
-    scale = getattr(config, "logit_scale", None)
+    if is_encoder_decoder(inner):
+        config, scale = inner.get_decoder().config, decoder_scale(inner.config)
+    else:
+        config = inner.config.get_text_config() if hasattr(inner.config, "get_text_config") else inner.config
+        scale = getattr(config, "logit_scale", None)
     if scale is None and getattr(config, "logits_scaling", None) is not None:
         scale = 1.0 / config.logits_scaling
     softcap = getattr(config, "final_logit_softcapping", None)
-    return Head(module.weight, getattr(module, "bias", None), softcap, 1.0 if scale is None else float(scale))
+    bias = logits_bias(inner) if getattr(module, "bias", None) is None else module.bias
+    return Head(module.weight, bias, softcap, 1.0 if scale is None else float(scale))
 
 
 @torch.no_grad()
@@ -105,6 +113,9 @@ def check_head(model: nn.Module, name: str) -> None:
     vocabulary = min(head.weight.shape[0], inner.get_input_embeddings().weight.shape[0])
     input_ids = (torch.arange(1, 13, device=device) * 7919 % vocabulary).view(2, 6)
     batch = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+    if is_encoder_decoder(inner):
+        batch["attention_mask"][1, 4:] = 0  # one that wants its mask in another form is found out too
+        batch = with_decoder(inner, batch)
     try:
         own = inner(**batch, use_cache=False).logits
         rebuilt = head.project(hidden_states(model, batch).flatten(0, 1)).view_as(own)
@@ -126,6 +137,7 @@ def check_head(model: nn.Module, name: str) -> None:
         raise UserError(
             f"{name} {type(inner).__name__}: its hidden states times its head differ from its own logits by "
             f"{difference:.1e} of the largest logit (best single factor between them: {ratio:.4g}). It changes its "
-            "logits in a way not known here (known: bias, final_logit_softcapping, logit_scale, logits_scaling), so "
+            "logits in a way not known here (known: bias, final_logits_bias, final_logit_softcapping, logit_scale, "
+            "logits_scaling, scale_decoder_outputs), so "
             "training from hidden states would train another model; use distillation_loss_from_logits for it"
         )

@@ -19,6 +19,7 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -27,6 +28,7 @@ from transformers import (
 
 from ..errors import UserError, first_line
 from ..files import content_digest
+from .encoder_decoder import is_encoder_decoder
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +125,7 @@ _SAFELY: dict[str, Any] = {"trust_remote_code": False}
 
 
 def load_model(source: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> PreTrainedModel:
-    """Load a causal language model in eval mode, from safetensors.
+    """Load a causal language model or an encoder-decoder model in eval mode, from safetensors.
 
     Args:
         source: a folder or hub id.
@@ -134,26 +136,34 @@ def load_model(source: str, dtype: torch.dtype = torch.float32, device: str | to
         The model.
 
     Raises:
-        UserError: it cannot be loaded as a causal language model, or it is quantised.
+        UserError: it cannot be loaded as a language model, or it is quantised.
     """
-    path = resolve_model(source)
+    path, kind = resolve_model(source), model_class(load_config(source))
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, **_SAFELY)
+        model: Any = kind.from_pretrained(path, dtype=dtype, use_safetensors=True, **_SAFELY)
     except Exception as e:  # damaged weights, configs and archives raise errors of many libraries
-        raise UserError(f"model {source!r} cannot be loaded as a causal language model: {_why(e)}") from e
+        raise UserError(f"model {source!r} cannot be loaded as a language model: {_why(e)}") from e
     if getattr(model, "hf_quantizer", None) is not None:
         raise UserError(f"model {source!r} is quantised; distillation needs the full weights of teacher and student")
     return model.to(device).eval()
 
 
+def model_class(config: PretrainedConfig) -> Any:
+    """The auto class that makes a language model of this configuration."""
+    return AutoModelForSeq2SeqLM if is_encoder_decoder(config) else AutoModelForCausalLM
+
+
 def load_config(source: str) -> PretrainedConfig:
-    """Load the configuration of a model folder or hub id.
+    """Load the configuration of a model folder or hub id; of a folder with an adapter, that of the model below it.
 
     Raises:
         UserError: there is none that can be read.
     """
     path = resolve_model(source)
+    adapter = Path(path) / "adapter_config.json"
     try:
+        if adapter.is_file() and not adapter.with_name("config.json").is_file():
+            path = resolve_model(str(json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]))
         return AutoConfig.from_pretrained(path, **_SAFELY)
     except Exception as e:  # as for models
         raise UserError(f"model {source!r} has no config that can be read: {_why(e)}") from e

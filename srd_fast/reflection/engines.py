@@ -14,7 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from ..data import batches_by_length, pad_id
 from ..errors import UserError
-from ..models import load_model
+from ..models import decoder_start, load_model
 from ..registry import Registry
 
 logger = logging.getLogger(__name__)
@@ -110,10 +110,12 @@ def until_end(ids: Sequence[int], ends: set[int]) -> list[int]:
 
 
 class TransformersEngine:
-    """`transformers` generation in batches of like length, longest first, padded at the left.
+    """`transformers` generation in batches of like length, longest first.
+
+    Prompts are padded at the left; those of an encoder-decoder model at the right, as they are in training.
 
     Args:
-        student: a causal language model, or where to load one from (float32).
+        student: a language model, or where to load one from (float32).
         tokenizer: for the pad and end-of-sequence ids only.
         batch_size: prompts at a time.
     """
@@ -125,7 +127,7 @@ class TransformersEngine:
             raise UserError(f"batch_size must be at least 1, got {batch_size}")
         self.model: Any = load_model(student) if isinstance(student, str) else student
         self.batch_size, self.shard_size = batch_size, 4 * batch_size
-        self.pad = pad_id(tokenizer)
+        self.pad, self.start = pad_id(tokenizer), decoder_start(self.model)
         self.ends = end_ids(tokenizer, getattr(self.model, "generation_config", None))
 
     def _config(self, sampling: Sampling) -> GenerationConfig:
@@ -137,6 +139,10 @@ class TransformersEngine:
             options["repetition_penalty"] = sampling.repetition_penalty
         if sampling.no_repeat_ngram_size:
             options["no_repeat_ngram_size"] = sampling.no_repeat_ngram_size
+        if self.start is not None:
+            options["decoder_start_token_id"] = self.start
+            # The language that a multilingual model is to write.
+            options["forced_bos_token_id"] = getattr(self.model.generation_config, "forced_bos_token_id", None)
         return GenerationConfig(
             max_new_tokens=sampling.max_new_tokens,
             eos_token_id=sorted(self.ends),
@@ -161,9 +167,9 @@ class TransformersEngine:
         ids = torch.full((len(prompts), width), self.pad, dtype=torch.long)
         mask = torch.zeros_like(ids)
         for row, prompt in enumerate(prompts):
-            if prompt:
-                ids[row, -len(prompt) :] = torch.tensor(prompt)
-                mask[row, -len(prompt) :] = 1
+            place = slice(width - len(prompt), width) if self.start is None else slice(len(prompt))
+            ids[row, place] = torch.tensor(prompt, dtype=torch.long)
+            mask[row, place] = 1
         device = self.model.device
         with torch.random.fork_rng(enabled=sampling.temperature > 0):
             if sampling.temperature > 0:
@@ -171,7 +177,8 @@ class TransformersEngine:
             out = self.model.generate(
                 input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config
             )
-        return [until_end(row, self.ends) for row in out[:, width:].tolist()]
+        begun = width if self.start is None else 1  # what generate returns begins with the prompt, or the start token
+        return [until_end(row, self.ends) for row in out[:, begun:].tolist()]
 
 
 @dataclass(frozen=True)

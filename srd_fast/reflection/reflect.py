@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import Tokenisation, first_label, prepare_dataset
 from ..errors import UserError
-from ..models import fingerprint, load_model, model_digest
+from ..models import fingerprint, is_encoder_decoder, load_config, load_model, model_digest
 from ..suggest import unknown_name
 from .engines import AUTO, ENGINES, GenerationEngine, Sampling, engine_settings, open_engine
 from .parts import compute_parts, cut, part_name, read_part, write_part
@@ -94,7 +94,9 @@ def reflect(
     ENGINES.check(engine)
     if cross_entropy_by not in CROSS_ENTROPY_BY:
         raise UserError(unknown_name("cross_entropy_by", cross_entropy_by, CROSS_ENTROPY_BY))
-    samples = prepare_dataset(dataset, Tokenisation(tokenizer, template)).dataset
+    kind = load_config(student) if isinstance(student, str) else student
+    tokenisation = Tokenisation(tokenizer, template, encoder_decoder=is_encoder_decoder(kind))
+    samples = prepare_dataset(dataset, tokenisation).dataset
     if shard is not None:
         samples = samples.select(samples_of_shard(samples["sample_id"], shard))
         if not len(samples):

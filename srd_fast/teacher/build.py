@@ -21,8 +21,10 @@ from ..errors import UserError
 from ..losses import Head
 from ..models import (
     SharedPrefix,
+    decoder_start,
     find_head,
     hidden_states,
+    is_encoder_decoder,
     model_digest,
     share_prefix,
     shared_starts,
@@ -96,6 +98,7 @@ def describe(
         "num_classes": head.weight.shape[0],
         "softcap": head.softcap,
         "scale": head.scale,
+        **({"encoder_decoder": True} if is_encoder_decoder(teacher) else {}),
     }
 
 
@@ -203,7 +206,7 @@ class _Maker:
         return made
 
     def _batch(self, some: Sequence[_Request]) -> dict[str, Tensor]:
-        batch = DistillationCollator(0)([{"input_ids": r.input_ids, "labels": r.labels} for r in some])
+        batch = DistillationCollator(0, decoder_start=decoder_start(self.teacher))([{"input_ids": r.input_ids, "labels": r.labels} for r in some])
         return {name: x.to(self.device) for name, x in batch.items()}
 
     def _shared(self, start: list[int], some: Sequence[_Request]) -> SharedPrefix | None:

@@ -14,7 +14,15 @@ from transformers import PreTrainedTokenizerBase
 
 from ..curriculum import Curriculum
 from ..errors import UserError
-from ..models import compile_layers, enable_flattening, load_model, load_tokenizer, unfit_for_shared_prefix
+from ..models import (
+    check_same_kind,
+    compile_layers,
+    enable_flattening,
+    load_config,
+    load_model,
+    load_tokenizer,
+    unfit_for_shared_prefix,
+)
 from ..teacher import LiveTeacher, TeacherCache, TeacherSource, open_teacher_cache
 from .config import SRDConfig
 
@@ -72,7 +80,12 @@ def teacher_source(
 
     Returns:
         The source.
+
+    Raises:
+        UserError: the teacher is not of the student's kind, or the cache cannot be used.
     """
+    if isinstance(teacher, (str, nn.Module)):
+        check_same_kind(student, load_config(teacher) if isinstance(teacher, str) else teacher)
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     if args.teacher_cache is not None:
         kept = sorted({i for stage in curriculum.stages for i in stage.samples.tolist()})

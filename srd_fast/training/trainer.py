@@ -28,7 +28,17 @@ from ..curriculum import CurriculumPlan
 from ..data import DistillationCollator, Tokenisation, pad_id, prepare_dataset
 from ..errors import UserError
 from ..losses import LossOptions, check_vocabularies
-from ..models import call_through, check_head, check_tokenizers, find_head, hidden_states, unwrap, with_adapters
+from ..models import (
+    call_through,
+    check_head,
+    check_tokenizers,
+    decoder_start,
+    find_head,
+    hidden_states,
+    is_encoder_decoder,
+    unwrap,
+    with_adapters,
+)
 from ..selection import BatchSelection, Signals, items_of, select_samples
 from ..teacher import (
     StepCollator,
@@ -62,8 +72,9 @@ class SRDTrainer(Trainer):
     """A `transformers.Trainer` that distils `teacher_model` into `model` along a curriculum.
 
     Args:
-        model: the student, a causal language model in the dtype to train in (float32, also with bf16=True).
-        teacher_model: a causal language model with the same tokenizer, or any object with the methods of
+        model: the student, a causal language model or an encoder-decoder model, in the dtype to train in (float32, also
+            with bf16=True).
+        teacher_model: a model of the same kind with the same tokenizer, or any object with the methods of
             `TeacherSource`. It is never trained. A folder or hub id is loaded where it is needed: with
             `args.teacher_cache` only to fill the cache, so that the teacher takes no memory while the student trains.
             None: read the cache that is there.
@@ -116,7 +127,15 @@ class SRDTrainer(Trainer):
             check_tokenizers(processing_class, teacher_tokenizer)
         if peft_config is not None:
             model = with_adapters(model, peft_config)
-        tokenisation = Tokenisation(processing_class, args.template, args.max_prompt_length, args.max_response_length)
+        encoder_decoder = is_encoder_decoder(model)
+        if encoder_decoder and args.neftune_noise_alpha is not None:
+            raise UserError(
+                f"neftune_noise_alpha is {args.neftune_noise_alpha}, but an encoder-decoder model embeds its tokens "
+                "where transformers adds no noise; leave it out"
+            )
+        tokenisation = Tokenisation(
+            processing_class, args.template, args.max_prompt_length, args.max_response_length, encoder_decoder
+        )
         train = prepare_dataset(train_dataset, tokenisation, "train_dataset").dataset
         evaluation = None
         if eval_dataset is not None:
@@ -132,7 +151,7 @@ class SRDTrainer(Trainer):
             train_dataset=train,
             eval_dataset=evaluation,
             processing_class=processing_class,
-            data_collator=data_collator or DistillationCollator(pad_id(processing_class)),
+            data_collator=data_collator or DistillationCollator(pad_id(processing_class), decoder_start=decoder_start(model)),
             callbacks=callbacks,
             optimizers=optimizers,
         )
@@ -160,7 +179,7 @@ class SRDTrainer(Trainer):
             if self.is_deepspeed_enabled:
                 most = args.max_tokens_per_batch
                 raise UserError(f"max_tokens_per_batch is {most}, but DeepSpeed steps after each backward; set it to 0")
-            check_lengths(args.max_tokens_per_batch, self.curriculum, train)
+            check_lengths(args.max_tokens_per_batch, self.curriculum, train, encoder_decoder)
         self.teacher = teacher_source(teacher_model, model, args, self.curriculum, train, evaluation)
         check_vocabularies(head_S.shape[0], self.teacher.num_classes)
         if args.class_sampling and head_S.shape[0] > self.teacher.num_classes:
@@ -179,7 +198,7 @@ class SRDTrainer(Trainer):
         ahead = StepCollator(self.data_collator, cache, ahead=True)
         self.data_collator = ahead
         if args.max_tokens_per_batch:
-            self.data_collator = TokenBatches(ahead, args.max_tokens_per_batch, layout.flattened)
+            self.data_collator = TokenBatches(ahead, args.max_tokens_per_batch, layout.flattened, encoder_decoder)
         self._hooks = StepHooks(self.curriculum, args.reset_optimizer)
         self.add_callback(self._hooks)
         self._loss_options = LossOptions(

@@ -5,7 +5,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from ...data import Tokenisation, content_id, prepare_dataset, read_source, source_path
+from ...data import content_id, prepare_dataset, read_source, source_path
 from ...data.quickstart import make_quickstart_splits
 from ...errors import UserError
 from ...files import content_digest, write_text
@@ -35,7 +35,6 @@ def _file_stamp(source: str) -> str | None:
 def prepare(run: Run) -> None:
     """Read and tokenise the data. Validation rows are held out if no file of them is given."""
     c = run.config
-    tokenisation = Tokenisation(run.tokenizer, c.template, c.max_prompt_length, c.max_response_length)
     train_rows: Sequence[Any]
     validation_rows: Sequence[Any]
     if c.data == QUICKSTART:
@@ -48,9 +47,9 @@ def prepare(run: Run) -> None:
         train_rows, validation_rows = read_source(c.data, c.data_split)[: c.max_rows], []
     if isinstance(c.validation, str):
         validation_rows = read_source(c.validation, "validation")
-    train = prepare_dataset(train_rows, tokenisation, "data", c.max_bad_rows)
+    train = prepare_dataset(train_rows, run.tokenisation, "data", c.max_bad_rows)
     if validation_rows:
-        validation = prepare_dataset(validation_rows, tokenisation, "validation", c.max_bad_rows)
+        validation = prepare_dataset(validation_rows, run.tokenisation, "validation", c.max_bad_rows)
         rejected = train.rejected + validation.rejected
         train_set, validation_set = train.dataset, validation.dataset
     else:

@@ -5,15 +5,15 @@ from pathlib import Path
 import torch
 
 from ...curriculum import per_stage
-from ...data import Tokenisation, source_path
+from ...data import source_path
 from ...errors import UserError, first_line
-from ...models import check_tokenizers, load_tokenizer
+from ...models import check_same_kind, check_tokenizers, is_encoder_decoder, load_config, load_tokenizer
 from ...reflection import get_difficulties
 from ...reflection.engines import ENGINES
 from ...selection import SAMPLE_POLICIES
 from ..config import RunConfig
 from .cache import check_cache
-from .run import PRUNE, QUICKSTART
+from .run import PRUNE, QUICKSTART, tokenisation
 from .selection import sample_policy
 from .settings import lora_config, training_config
 
@@ -52,7 +52,10 @@ def check_inputs(config: RunConfig) -> None:
     tokenizer = load_tokenizer(config.teacher)
     if config.student != PRUNE:
         check_tokenizers(load_tokenizer(config.student), tokenizer)
-    Tokenisation(tokenizer, config.template, config.max_prompt_length, config.max_response_length)
+        check_same_kind(load_config(config.student), load_config(config.teacher))
+    elif config.init_student.encoder_layers is not None and not is_encoder_decoder(load_config(config.teacher)):
+        raise UserError("config: init_student.encoder_layers is given, but the teacher has no encoder; leave it out")
+    tokenisation(config, tokenizer)
 
 
 def _check_device(name: str) -> None:

@@ -11,6 +11,7 @@ import torch
 from ...curriculum import per_stage
 from ...data import IGNORE_INDEX
 from ...errors import UserError
+from ...models import is_encoder_decoder, load_config
 from ...selection import ALL
 from ...suggest import unknown_name
 from ...training.config import SRDConfig
@@ -58,7 +59,8 @@ def lora_config(config: RunConfig) -> Any:
         if name not in known:
             raise UserError("config: " + unknown_name("key in lora", name, known, listed=False))
     try:
-        return LoraConfig(**{"task_type": "CAUSAL_LM", **config.lora})
+        task = "SEQ_2_SEQ_LM" if is_encoder_decoder(load_config(config.teacher)) else "CAUSAL_LM"
+        return LoraConfig(**{"task_type": task, **config.lora})
     except (TypeError, ValueError) as e:
         raise UserError(f"config: lora: {e}") from e
 
