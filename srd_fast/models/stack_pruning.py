@@ -39,6 +39,12 @@ def prune_stacks(model: Any, layers: int | list[int], encoder_layers: int | list
         name: chosen_layers(len(members), wanted[name], f"the teacher's {name}'s")
         for name, (_, members) in found.items()
     }
+    fewest = len(kept["decoder"])
+    if hasattr(model.config, "num_decoder_layers") and len(kept["encoder"]) < fewest:
+        raise UserError(
+            f"encoder_layers leaves {len(kept['encoder'])} layers and layers {fewest}: transformers cannot generate with "
+            f"a {type(model).__name__} whose decoder is the deeper one; keep at least {fewest} layers of the encoder"
+        )
     for name, stack in stacks.items():
         place, members = found[name]
         _cut(stack, place, members, kept[name])
