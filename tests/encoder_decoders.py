@@ -125,9 +125,10 @@ def tiny_tokenizer(name: str = "t5", text: Iterable[str] = _TEXT) -> PreTrainedT
     specials = ["<s>", "<pad>", "</s>", "<unk>"] if name == "mbart" else ["<pad>", "</s>", "<unk>"]
     letters = sorted(set("".join(text)) - {" ", "\n"})
     pieces = [*((s, 0.0) for s in specials), ("▁", -2.0), ("▁the", -1.0), *((c, -3.0) for c in letters)]
+    pieces += [(f"▁{n}", -5.0) for n in range(100, 340 - len(pieces))]  # with codes of languages below VOCAB
     if name == "mbart":
         return MBart50Tokenizer(vocab=pieces, src_lang="en_XX", tgt_lang="ro_RO")
-    return T5Tokenizer(vocab=pieces, extra_ids=2)
+    return T5Tokenizer(vocab=pieces, extra_ids=60)
 
 
 def _enclosing(text: Iterable[str]) -> PreTrainedTokenizerFast:

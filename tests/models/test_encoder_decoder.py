@@ -167,10 +167,13 @@ def own_outputs(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
         return own_logits(model, SAMPLES)[0], answers
 
 
-@pytest.mark.parametrize("name", [*NAMES, *RELATIVES])
 @pytest.mark.parametrize(
-    ("layers", "encoder_layers", "kept"),
-    [(2, None, ([0, 3], [0, 2])), (1, 2, ([0, 3], [2])), ([1, 2], [1, 3], ([1, 3], [1, 2]))],
+    ("name", "layers", "encoder_layers", "kept"),
+    [
+        *[(name, [1, 2], [1, 3], ([1, 3], [1, 2])) for name in (*NAMES, *RELATIVES)],
+        *[(name, 2, None, ([0, 3], [0, 2])) for name in ("t5", "bart")],
+        *[(name, 1, 2, ([0, 3], [2])) for name in ("t5_untied", "mbart")],
+    ],
 )
 def test_a_pruned_model_saves_reloads_and_generates(
     name: str, layers: Any, encoder_layers: Any, kept: tuple[list[int], list[int]], tmp_path: Path
