@@ -326,3 +326,17 @@ def test_evaluation_in_training_is_that_of_full_logits(tokenizer: PreTrainedToke
     found = trainer.evaluate()
     assert found["eval_kl"] == pytest.approx(kl, rel=1e-5)
     assert found["eval_cross_entropy"] == pytest.approx(cross_entropy, rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_compiled_layers_train_as_uncompiled_ones(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    options = {"torch_compile": True, "torch_compile_backend": "eager"}
+    plain, compiled = (
+        make(tokenizer, tiny_model(name), tiny_model(name, seed=1), **given) for given in ({}, options)
+    )
+    kinds = {type(m).__name__ for m in compiled.model.modules() if hasattr(type(m), "compiled_from")}
+    assert kinds == ({"T5Block"} if name == "t5" else {"BartEncoderLayer", "BartDecoderLayer"})
+    plain.train()
+    compiled.train()
+    assert compiled.losses == pytest.approx(plain.losses, rel=1e-5)
