@@ -84,7 +84,12 @@ def _config(name: str, layers: tuple[int, int], width: int, vocab: int) -> PreTr
 
 
 def tiny_model(
-    name: str = "t5", seed: int = 0, layers: tuple[int, int] = (2, 2), width: int = 16, vocab: int = VOCAB, **config: Any
+    name: str = "t5",
+    seed: int = 0,
+    layers: tuple[int, int] = (2, 2),
+    width: int = 16,
+    vocab: int = VOCAB,
+    **config: Any,
 ) -> PreTrainedModel:
     """An encoder-decoder model in float32 and eval mode; dropout is 0 unless `config` says otherwise.
 
@@ -141,9 +146,7 @@ def _enclosing(text: Iterable[str]) -> PreTrainedTokenizerFast:
         vocab_size=VOCAB, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
     )
     bpe.train_from_iterator(text, trainer)
-    bpe.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
-    )
+    bpe.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)])
     return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
 
 

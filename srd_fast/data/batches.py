@@ -37,8 +37,8 @@ class DistillationCollator:
     a beginning as a sample of its own; continues, a list [B], says with which beginning each sample begins, or -1. A
     beginning ends before the token that predicts a first label, so no loss belongs to it.
 
-    With `decoder_start`, a padded batch has the prompts as input_ids and attention_mask [B, P], and the responses behind
-    that token as decoder_input_ids, decoder_attention_mask and labels [B, L].
+    With `decoder_start`, a padded batch has the prompts as input_ids and attention_mask [B, P], and the responses
+    behind that token as decoder_input_ids, decoder_attention_mask and labels [B, L].
 
     Args:
         pad_token_id: fills padded input_ids.

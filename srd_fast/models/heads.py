@@ -25,12 +25,12 @@ def hidden_states(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
 
     Args:
         model: a language model. `enable_flattening` says whether it takes flattened batches.
-        batch: input_ids and attention_mask, each [B, L]; for an encoder-decoder model both of the prompts, and
-            decoder_input_ids and decoder_attention_mask, each [B, L]; or a flattened batch: input_ids and position_ids, each [1, L],
+        batch: input_ids and attention_mask, each [B, L]; or a flattened batch: input_ids and position_ids, each [1, L],
             and cu_seq_lens [B + 1] int32, where each sample begins, then L. With sample_lengths, a list of B numbers,
             nothing waits for cu_seq_lens on a device. With continues, a list, the last len(continues) samples continue
-            earlier ones: sample number continues[i], or none for -1 (see `unfit_for_shared_prefix`). Other keys are not
-            used.
+            earlier ones: sample number continues[i], or none for -1 (see `unfit_for_shared_prefix`). For an
+            encoder-decoder model input_ids and attention_mask of the prompts, and decoder_input_ids and
+            decoder_attention_mask, each [B, L]. Other keys are not used.
 
     Returns:
         [B, L, D]; of a flattened batch, [1, L, D].
@@ -81,8 +81,9 @@ def find_head(model: nn.Module, name: str = "model") -> Head:
             f"{name} {type(inner).__name__}: its head carries an adapter ({type(module).__name__}), which a loss from "
             "hidden states and the head's weight would miss; take it out of target_modules, or use modules_to_save"
         )
+    scale: float | None
     if is_encoder_decoder(inner):
-        config, scale = inner.get_decoder().config, decoder_scale(inner.config)
+        config, scale = getattr(inner.get_decoder(), "config", inner.config), decoder_scale(inner.config)
     else:
         config = inner.config.get_text_config() if hasattr(inner.config, "get_text_config") else inner.config
         scale = getattr(config, "logit_scale", None)

@@ -24,8 +24,8 @@ def prune_depth(
             as `layers`.
 
     Returns:
-        The indices kept, of an encoder-decoder model those of the decoder. The config is changed with them (`num_hidden_layers` and per-layer lists), so the model saves
-        and loads.
+        The indices kept, of an encoder-decoder model those of the decoder. The config is changed with them
+        (`num_hidden_layers` and per-layer lists), so the model saves and loads.
 
     Raises:
         UserError: the model does not have so many layers or such an index, or its layers cannot be found.

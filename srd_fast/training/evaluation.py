@@ -72,8 +72,9 @@ def evaluate(
 
     Returns:
         A dict: rouge_l, 0 to 1, the best over a sample's references, mean over samples; rouge_l_std, its standard
-        deviation over seeds, or None with fewer than two; each of `metrics`, 0 to 1, over all answers together; cross_entropy in nats per token; kl in nats per token, or
-        None; num_samples; num_tokens; and examples, each with sample_id, prompt, reference and generation.
+        deviation over seeds, or None with fewer than two; each of `metrics`, 0 to 1, of all answers together;
+        cross_entropy in nats per token; kl in nats per token, or None; num_samples; num_tokens; and examples, each with
+        sample_id, prompt, reference and generation.
 
     Raises:
         UserError: `states` and `teacher` are both given, `seeds` are given at temperature 0, a metric is unknown or its
@@ -91,7 +92,8 @@ def evaluate(
     watched = [m for m in (model, teacher) if isinstance(m, torch.nn.Module)]
     modes = [m.training for m in watched]
     source = LiveTeacher(teacher, freeze=False) if isinstance(teacher, torch.nn.Module) else teacher
-    samples = prepare_dataset(dataset, Tokenisation(tokenizer, template, encoder_decoder=is_encoder_decoder(model))).dataset
+    tokenisation = Tokenisation(tokenizer, template, encoder_decoder=is_encoder_decoder(model))
+    samples = prepare_dataset(dataset, tokenisation).dataset
     references = list(samples["references"])
     input_ids, labels = list(samples["input_ids"]), list(samples["labels"])
     prompts = [x[: first_label(y)] for x, y in zip(input_ids, labels)]

@@ -145,13 +145,14 @@ class SRDTrainer(Trainer):
                 "%d GPUs are visible to one process; using the first. For all: accelerate launch", args.n_gpu
             )
             args._n_gpu = 1
+        collate = DistillationCollator(pad_id(processing_class), decoder_start=decoder_start(model))
         super().__init__(
             model=model,
             args=args,
             train_dataset=train,
             eval_dataset=evaluation,
             processing_class=processing_class,
-            data_collator=data_collator or DistillationCollator(pad_id(processing_class), decoder_start=decoder_start(model)),
+            data_collator=data_collator or collate,
             callbacks=callbacks,
             optimizers=optimizers,
         )

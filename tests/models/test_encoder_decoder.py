@@ -180,7 +180,7 @@ def test_a_pruned_model_saves_reloads_and_generates(
 ) -> None:
     model: Any = tiny_model(name, layers=(4, 3))
     whole = {n: p.detach().clone() for n, p in model.named_parameters()}
-    stacks = [[m for m in s.children() if isinstance(m, torch.nn.ModuleList)][0] for s in _stacks(model)]
+    stacks = [next(m for m in s.children() if isinstance(m, torch.nn.ModuleList)) for s in _stacks(model)]
     layers_of = [list(stack) for stack in stacks]
     assert prune_depth(model, layers, encoder_layers) == kept[1]
     for stack, before, indices in zip(_stacks(model), layers_of, kept):
@@ -213,7 +213,7 @@ def test_t5_keeps_the_biases_of_its_positions() -> None:
 
 def test_a_decoder_too_deep_for_transformers_is_refused() -> None:
     model: Any = tiny_model("t5", layers=(3, 3))
-    with pytest.raises(UserError, match="encoder_layers leaves 1 layers and layers 2.*keep at least 2 layers"):
+    with pytest.raises(UserError, match=r"encoder_layers leaves 1 layers and layers 2.*keep at least 2 layers"):
         prune_depth(model, 2, 1)
     assert [len(stack.block) for stack in _stacks(model)] == [3, 3]
     with pytest.raises(IndexError):  # else the refusal can go

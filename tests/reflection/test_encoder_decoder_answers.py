@@ -20,10 +20,8 @@ from srd_fast.rouge import RougeL
 from srd_fast.teacher import build_teacher_cache
 from srd_fast.training.corpus_metrics import corpus_score
 
-WORDS = "the quick brown fox jumps over lazy dogs".split()
-ROWS = [
-    {"instruction": " ".join(WORDS[i % 3 : 3 + i]), "output": " ".join(WORDS[: 1 + i % 4])} for i in range(1, 8)
-]
+WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "lazy", "dogs")
+ROWS = [{"instruction": " ".join(WORDS[i % 3 : 3 + i]), "output": " ".join(WORDS[: 1 + i % 4])} for i in range(1, 8)]
 SHORT = Sampling(max_new_tokens=6)
 SAMPLES = tiny_samples(6)
 
@@ -150,7 +148,7 @@ def test_vllm_is_refused_for_what_has_an_encoder(tokenizers: Any, tmp_path: Path
     model = tiny_model("t5")
     model.save_pretrained(tmp_path)
     for student in (model, str(tmp_path)):
-        with pytest.raises(UserError, match="engine 'vllm' runs causal language models.*use transformers"):
+        with pytest.raises(UserError, match=r"engine 'vllm' runs causal language models.*use transformers"):
             VLLMEngine(student, tokenizers("t5"))
 
 
@@ -192,16 +190,16 @@ def test_corpus_scores_of_answers_and_references() -> None:
     references = [["the cat sat on the mat"], ["a dog", "the dog runs"], ["le chat était là"]]
     assert corpus_score("bleu", answers[:1], references[:1]) == pytest.approx(1.0)
     assert corpus_score("chrf", answers[:2], references[:2]) == pytest.approx(1.0)
-    # By hand: of the third answer's 4 words 3 are right, and of its 3 neighbours one.
     streams = [["the cat sat on the mat", "a dog", "le chat était là"], [None, "the dog runs", None]]
     for name, metric in (("bleu", BLEU()), ("chrf", CHRF())):
-        assert corpus_score(name, answers, references) == pytest.approx(metric.corpus_score(answers, streams).score / 100)
-        assert 0.3 < corpus_score(name, answers, references) < 1
+        expected = metric.corpus_score(answers, streams).score / 100
+        assert corpus_score(name, answers, references) == pytest.approx(expected)
+        assert 0.3 < expected < 1
     assert corpus_score("bleu", ["nothing"], [[]]) == 0
 
 
 def test_unknown_metrics_are_named(tokenizers: Any) -> None:
-    with pytest.raises(UserError, match="metric 'blue'.*bleu"):
+    with pytest.raises(UserError, match=r"metric 'blue'.*bleu"):
         evaluate(tiny_model("t5"), SAMPLES, tokenizers("t5"), metrics=["blue"], progress=False)
 
 

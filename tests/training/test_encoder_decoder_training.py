@@ -124,7 +124,7 @@ def test_batches_are_padded_and_it_is_said_once(
     said = [r.getMessage() for r in caplog.records if "padded" in r.getMessage()]
     assert said == ["batches are padded, because the student cannot go without: it has an encoder and a decoder"]
     assert "cu_seq_lens" not in trainer.batches[0]
-    with pytest.raises(UserError, match="padding_free is true but the student T5For.*: it has an encoder"):
+    with pytest.raises(UserError, match=r"padding_free is true but the student T5For.*: it has an encoder"):
         make(tokenizer, padding_free=True)
 
 
@@ -332,9 +332,7 @@ def test_evaluation_in_training_is_that_of_full_logits(tokenizer: PreTrainedToke
 @pytest.mark.parametrize("name", ["t5", "bart"])
 def test_compiled_layers_train_as_uncompiled_ones(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
     options = {"torch_compile": True, "torch_compile_backend": "eager"}
-    plain, compiled = (
-        make(tokenizer, tiny_model(name), tiny_model(name, seed=1), **given) for given in ({}, options)
-    )
+    plain, compiled = (make(tokenizer, tiny_model(name), tiny_model(name, seed=1), **given) for given in ({}, options))
     kinds = {type(m).__name__ for m in compiled.model.modules() if hasattr(type(m), "compiled_from")}
     assert kinds == ({"T5Block"} if name == "t5" else {"BartEncoderLayer", "BartDecoderLayer"})
     plain.train()
