@@ -167,23 +167,24 @@ def padded_tokens(lengths: Sequence[Sequence[int]]) -> int:
     return len(lengths) * sum(map(max, zip(*lengths)))
 
 
-def divide_by_tokens(lengths: Sequence[Sequence[int]], max_tokens: int, flattened: bool) -> list[list[int]]:
+def divide_by_tokens(lengths: Sequence[int | Sequence[int]], max_tokens: int, flattened: bool) -> list[list[int]]:
     """Divide samples into few batches of similar size with at most `max_tokens` tokens each.
 
     Args:
-        lengths: `sequence_lengths` of each sample, none above max_tokens together.
+        lengths: tokens of each sample, or its `sequence_lengths`; none has more than max_tokens together.
         max_tokens: of a batch.
         flattened: a batch has the sum of its lengths. Otherwise it is padded, see `padded_tokens`.
 
     Returns:
         Indices of the samples of each batch, ascending within it.
     """
-    totals = [sum(x) for x in lengths]
+    sequences = [(x,) if isinstance(x, int) else x for x in lengths]
+    totals = [sum(x) for x in sequences]
     longest_first = sorted(range(len(lengths)), key=lambda i: (-totals[i], i))
     if not flattened:
         batches: list[list[int]] = []
         for i in longest_first:
-            if not batches or padded_tokens([lengths[j] for j in (*batches[-1], i)]) > max_tokens:
+            if not batches or padded_tokens([sequences[j] for j in (*batches[-1], i)]) > max_tokens:
                 batches.append([])
             batches[-1].append(i)
         return [sorted(batch) for batch in batches]

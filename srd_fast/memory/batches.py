@@ -91,9 +91,7 @@ def _divided(batch: Sizes, most: int, flattened: bool) -> list[Sizes]:
     if not most:
         return [batch]
     lengths = [n for n, _ in batch]
-    return [
-        [batch[i] for i in part] for part in divide_by_tokens([(n,) for n in lengths], max(most, *lengths), flattened)
-    ]
+    return [[batch[i] for i in part] for part in divide_by_tokens(lengths, max(most, *lengths), flattened)]
 
 
 def train_batches(lengths: Lengths | None, config: RunConfig, size: int) -> list[Sizes]:

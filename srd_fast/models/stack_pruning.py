@@ -43,7 +43,7 @@ def prune_stacks(model: Any, layers: int | list[int], encoder_layers: int | list
     if hasattr(model.config, "num_decoder_layers") and len(kept["encoder"]) < fewest:
         raise UserError(
             f"encoder_layers leaves {len(kept['encoder'])} layers and layers {fewest}: transformers cannot generate "
-            f"with a {type(model).__name__} whose decoder is the deeper one; keep at least {fewest} layers of the encoder"
+            f"with a {type(model).__name__} whose decoder is deeper; keep at least {fewest} layers of the encoder"
         )
     for name, stack in stacks.items():
         place, members = found[name]

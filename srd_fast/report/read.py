@@ -88,7 +88,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One model on the validation rows: ROUGE-L, BLEU, chrF in 0..1, the rest in nats per token, NaN if not measured."""
+    """One model on the validation rows: scores of answers in 0..1, the rest in nats per token, NaN if not measured."""
 
     rouge_l: float = math.nan
     rouge_l_std: float = math.nan
