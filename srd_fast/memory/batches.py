@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
+from pydantic import ValidationError
 
 from ..curriculum import CurriculumPlan
 from ..data import IGNORE_INDEX, divide_by_tokens
@@ -35,11 +36,10 @@ _PLAN_KEYS = ("student", "init_student", "reflect", "curate")
 def _same(config: RunConfig, folder: Path, keys: Sequence[str]) -> bool:
     """Whether the run folder was made with the same values of these keys."""
     try:
-        there = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        there = RunConfig(**yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError, ValidationError):
         return False
-    wanted = config.model_dump()
-    return isinstance(there, dict) and all(k in there and there[k] == wanted[k] for k in keys)
+    return all(getattr(there, k) == getattr(config, k) for k in keys)
 
 
 def read_lengths(config: RunConfig, args: SRDConfig) -> Lengths | None:

@@ -5,10 +5,9 @@ language model whose prompt is the start token.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
-from transformers import PretrainedConfig
 
 from ..errors import UserError
 
@@ -16,11 +15,21 @@ from ..errors import UserError
 _SCALED_WHERE_TIED = ("switch_transformers", "umt5")
 
 
-def is_encoder_decoder(model: nn.Module | PretrainedConfig) -> bool:
+class SaysItsKind(Protocol):
+    """A model's configuration, or what stands for a model, such as a cache of its rows.
+
+    Attributes:
+        is_encoder_decoder: whether it has an encoder and a decoder.
+    """
+
+    is_encoder_decoder: bool
+
+
+def is_encoder_decoder(model: nn.Module | SaysItsKind) -> bool:
     """Whether a model has an encoder for the prompt and a decoder for the response.
 
     Args:
-        model: a model, a PEFT model too, or a model's configuration.
+        model: a model, a PEFT model too, or what says its kind.
 
     Returns:
         True for T5, BART and their like.
@@ -61,7 +70,15 @@ def decoder_states(inner: Any, batch: Mapping[str, Tensor]) -> Tensor:
 
     Returns:
         [B, L, D].
+
+    Raises:
+        UserError: the batch is one for a causal language model.
     """
+    if "decoder_input_ids" not in batch:
+        raise UserError(
+            f"a batch for {type(inner).__name__} has no decoder_input_ids; an encoder-decoder model needs a "
+            "data_collator that makes them, as DistillationCollator(decoder_start=...) does"
+        )
     mask = batch["attention_mask"]
     # Not the body's own call: T5's is that of the whole model, with logits.
     read = inner.get_encoder()(input_ids=batch["input_ids"], attention_mask=mask, return_dict=True)
@@ -107,11 +124,11 @@ def decoder_scale(config: Any) -> float:
     return float(config.d_model**-0.5) if scaled else 1.0
 
 
-def check_same_kind(student: nn.Module | PretrainedConfig, teacher: nn.Module | PretrainedConfig) -> None:
+def check_same_kind(student: nn.Module | SaysItsKind, teacher: nn.Module | SaysItsKind) -> None:
     """Refuse an encoder-decoder model beside a causal language model.
 
     Args:
-        student: a model, or its configuration.
+        student: a model, or what says its kind.
         teacher: the same.
 
     Raises:

@@ -87,7 +87,7 @@ def evaluate(
         raise UserError("evaluation seeds need a sampling temperature above 0 (the paper's is 1.0)")
     check_metrics(metrics)
     model = load_model(model) if isinstance(model, str) else model
-    if isinstance(teacher, torch.nn.Module):
+    if isinstance(teacher, (torch.nn.Module, TeacherCache)):
         check_same_kind(model, teacher)
     watched = [m for m in (model, teacher) if isinstance(m, torch.nn.Module)]
     modes = [m.training for m in watched]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSeq2SeqLM, PreTrainedTokenizerBase
 
 from srd_fast import SRDConfig, SRDTrainer, UserError
+from srd_fast.data import DistillationCollator
 from srd_fast.models import load_model
 from srd_fast.teacher import TeacherCache, build_teacher_cache, labels_with_loss
 from srd_fast.training.batching import micro_batches
@@ -198,6 +199,17 @@ def test_a_cache_of_the_other_kind_is_refused(tokenizer: PreTrainedTokenizerBase
     with pytest.raises(UserError, match="the student is a causal language model and the teacher an encoder-decoder"):
         Watched(tiny.tiny_model("llama"), None, config(teacher_cache="two"), SAMPLES, processing_class=tokenizer)
     Watched(tiny_model("t5"), None, config(teacher_cache="two"), SAMPLES, processing_class=tokenizer)
+    with pytest.raises(UserError, match="the student is an encoder-decoder model and the teacher a causal"):
+        make(tokenizer, teacher=TeacherCache("one"))
+
+
+def test_a_collator_of_ones_own_must_make_two_sequences(tokenizer: PreTrainedTokenizerBase) -> None:
+    trainer = Watched(
+        tiny_model("t5"), tiny_model("t5", seed=1), config(), SAMPLES, processing_class=tokenizer,
+        data_collator=DistillationCollator(0),
+    )  # fmt: skip
+    with pytest.raises(UserError, match="a batch for T5ForConditionalGeneration has no decoder_input_ids"):
+        trainer.train()
 
 
 @pytest.mark.parametrize("cached", [False, True])
