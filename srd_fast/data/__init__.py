@@ -1,5 +1,6 @@
 """Data: rows from files, tokenised samples with stable ids, batches."""
 
+from .answers import Answers, answer_ends
 from .batches import (
     DistillationCollator,
     batches_by_length,
@@ -8,8 +9,10 @@ from .batches import (
     pad_right,
     padded_tokens,
     sequence_lengths,
+    token_counts,
     with_loss_rows,
 )
+from .chat import check_chat_template_kwargs, template_key
 from .samples import TOKENISED_FEATURES, PreparedData, content_id, prepare_dataset
 from .sources import SourceRow, read_rows, read_source, shown, source_path
 from .tokenisation import IGNORE_INDEX, Tokenisation, first_label
@@ -17,11 +20,14 @@ from .tokenisation import IGNORE_INDEX, Tokenisation, first_label
 __all__ = [
     "IGNORE_INDEX",
     "TOKENISED_FEATURES",
+    "Answers",
     "DistillationCollator",
     "PreparedData",
     "SourceRow",
     "Tokenisation",
+    "answer_ends",
     "batches_by_length",
+    "check_chat_template_kwargs",
     "content_id",
     "divide_by_tokens",
     "first_label",
@@ -34,5 +40,7 @@ __all__ = [
     "sequence_lengths",
     "shown",
     "source_path",
+    "template_key",
+    "token_counts",
     "with_loss_rows",
 ]

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ..models import shared_starts
@@ -199,6 +201,12 @@ def divide_by_tokens(lengths: Sequence[int | Sequence[int]], max_tokens: int, fl
         if max(filled) <= max_tokens or count >= len(lengths):
             return [sorted(batch) for batch in batches if batch]
         count += 1
+
+
+def token_counts(samples: Dataset) -> list[int]:
+    """Tokens of each sample."""
+    tables: Any = samples.select_columns(["input_ids"]).with_format("arrow")
+    return [n for table in tables.iter(10_000) for n in pc.list_value_length(table["input_ids"]).to_pylist()]
 
 
 def batches_by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:

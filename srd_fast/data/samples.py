@@ -3,9 +3,15 @@
 Row formats, told apart by their columns:
 
     instruction, input (optional), output      the prompt template applies; output may be a list of references
-    prompt, completion                         the prompt is taken as it is (template "chat" makes it a user turn)
+    prompt, completion                         the prompt is taken as it is, also if it is rendered already and begins
+                                               and ends in special tokens (template "chat" makes it a user turn)
     messages: [{"role", "content"}, ...]       the tokenizer's chat template; the last assistant turn is the response
-    input_ids, labels                          tokenised already; labels are -100 where there is no loss
+    input_ids, labels                          tokenised already; labels are -100 where there is no loss. Of several
+                                               turns all are trained on, and the first is answered and scored
+
+Turns of `messages` may have whatever else the chat template knows (name, tool_calls, reasoning_content, ...); their
+content is text, or a list of parts of text. Where the chat template is used, the column `tools` holds schemas of
+functions, and `system` a system text.
 
 A column `references` (a list of texts) replaces the response as the texts that answers are scored against. A column
 `tests` (a text or a list of texts) holds Python source that the code in an answer has to pass, see
@@ -31,7 +37,7 @@ from datasets import Dataset, Features, List, Value
 
 from ..errors import UserError, first_line
 from .sources import SourceRow, shown, source_row
-from .tokenisation import Tokenisation, encodable, given_tests
+from .tokenisation import PROMPTS_CUT, RESPONSES_CUT, TURNS_DROPPED, Tokenisation, encodable, given_tests
 
 logger = logging.getLogger(__name__)
 
@@ -56,10 +62,12 @@ class PreparedData:
     Args:
         dataset: the samples.
         rejected: place and reason of each row that was not used.
+        cuts: how many prompts_cut, responses_cut and turns_dropped there are, because they exceed a limit.
     """
 
     dataset: Dataset
     rejected: list[tuple[str, str]] = field(default_factory=list)
+    cuts: Counter[str] = field(default_factory=Counter)
 
 
 def _row_format(rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
@@ -182,8 +190,11 @@ def prepare_dataset(
     found = [row.columns for row in rows if row.columns is not None]
     columns = _row_format(found) if found else ()
     known = (*columns, "input") if "instruction" in columns else columns
+    if columns and tokenisation.is_chat(columns):
+        known = (*known, "tools", "system")
     samples: list[dict[str, Any]] = []
     rejected: list[tuple[str, str]] = []
+    cuts: Counter[str] = Counter()
     places: dict[str, list[str]] = {}
     without = ""
     for row, content in zip(rows, _content_ids([row.columns for row in rows], known)):
@@ -198,7 +209,7 @@ def prepare_dataset(
             _check_values(row.columns, columns)
             if sample_id is None:
                 raise UserError("the row is nested too deeply, or holds what JSON cannot")
-            sample = tokenisation.sample(row.columns, columns)
+            sample = tokenisation.sample(row.columns, columns, cuts)
             samples.append({"sample_id": sample_id, **sample, "tests": given_tests(row.columns)})
             without = without or (row.where if given is None else "")
         except UserError as e:
@@ -211,7 +222,13 @@ def prepare_dataset(
         _check_rejected(rejected, len(rows), name, max_bad_rows)
     if rejected:
         logger.warning("%s: %d of %d rows rejected; first: %s", name, len(rejected), len(rows), _told(rejected[:1]))
-    return PreparedData(Dataset.from_list(samples, features=TOKENISED_FEATURES), rejected)
+    if cuts.total():
+        logger.warning(
+            "%s: of %d rows %d prompts and %d responses are cut, and %d turns dropped, to fit max_prompt_length %d and "
+            "max_response_length %d", name, len(samples), cuts[PROMPTS_CUT], cuts[RESPONSES_CUT], cuts[TURNS_DROPPED],
+            tokenisation.max_prompt_length, tokenisation.max_response_length,
+        )  # fmt: skip
+    return PreparedData(Dataset.from_list(samples, features=TOKENISED_FEATURES), rejected, cuts)
 
 
 def _check_values(row: Mapping[str, Any], columns: Sequence[str]) -> None:

@@ -1,11 +1,9 @@
-"""Prompt templates: Alpaca's, the tokenizer's own chat template, or a user's string."""
+"""Prompt templates that are text: Alpaca's, or a user's own. The tokenizer's chat template is in `chat.py`."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from string import Formatter
 from typing import Any
-
-from transformers import PreTrainedTokenizerBase
 
 from ..errors import UserError
 
@@ -24,19 +22,15 @@ _ALPACA = (
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    """A prompt template.
+    """A prompt template of text.
 
     Args:
         render: makes the prompt's text from fields.
-        adds_special_tokens: whether the tokenizer adds its special tokens to the text.
         cut_order: fields that may be cut when the prompt is too long, in this order.
-        is_chat: whether it is the tokenizer's chat template.
     """
 
     render: Callable[[Mapping[str, Any]], str]
-    adds_special_tokens: bool = True
     cut_order: tuple[str, ...] = ("input", "instruction")
-    is_chat: bool = False
 
 
 def _render_alpaca(fields: Mapping[str, Any]) -> str:
@@ -53,23 +47,20 @@ def _substitute(template: str, fields: Mapping[str, Any]) -> str:
     return "".join(parts)
 
 
-def get_template(template: str, tokenizer: PreTrainedTokenizerBase) -> PromptTemplate:
+def get_template(template: str) -> PromptTemplate:
     """Find a template by name, or make one from a text.
 
     Args:
-        template: "alpaca", "chat", or a text with `{instruction}` and optionally `{input}`.
-        tokenizer: for "chat", whose template it is.
+        template: "alpaca", or a text with `{instruction}` and optionally `{input}`.
 
     Returns:
         The template.
 
     Raises:
-        UserError: the tokenizer has no chat template for "chat", or the text has other fields.
+        UserError: the text has other fields.
     """
     if template == "alpaca":
         return PromptTemplate(_render_alpaca)
-    if template == "chat":
-        return _chat(tokenizer)
     try:
         names = {name for _, name, _, _ in Formatter().parse(template) if name is not None}
     except ValueError as e:
@@ -86,15 +77,3 @@ def get_template(template: str, tokenizer: PreTrainedTokenizerBase) -> PromptTem
         return _substitute(template, {**fields, "instruction": joined})
 
     return PromptTemplate(render)
-
-
-def _chat(tokenizer: PreTrainedTokenizerBase) -> PromptTemplate:
-    if not getattr(tokenizer, "chat_template", None):
-        raise UserError("template 'chat' needs a tokenizer with a chat template; this one has none, use 'alpaca'")
-
-    def render(fields: Mapping[str, Any]) -> str:
-        text = fields["instruction"] + (f"\n\n{fields['input']}" if fields.get("input") else "")
-        turns = [*fields.get("history", []), {"role": fields.get("role", "user"), "content": text}]
-        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
-
-    return PromptTemplate(render, adds_special_tokens=False, is_chat=True)

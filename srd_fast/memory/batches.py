@@ -29,7 +29,8 @@ class Lengths:
 
 
 _LIMITS = ("max_prompt_length", "max_response_length")
-_DATA_KEYS = ("teacher", "data", "data_split", "validation", "max_rows", "template", "seed", *_LIMITS)
+_SPEECH = ("chat_template_kwargs", "parse_special_tokens")
+_DATA_KEYS = ("teacher", "data", "data_split", "validation", "max_rows", "template", *_SPEECH, "seed", *_LIMITS)
 _PLAN_KEYS = ("student", "init_student", "reflect", "curate")
 
 

@@ -13,6 +13,7 @@ from .loading import (
     model_digest,
     resolve_model,
 )
+from .positions import check_positions
 from .prefix import SharedPrefix, common_prefix, share_prefix, shared_starts
 from .pruning import prune_depth
 from .wrapping import call_through, with_adapters
@@ -21,6 +22,7 @@ __all__ = [
     "SharedPrefix",
     "call_through",
     "check_head",
+    "check_positions",
     "check_same_kind",
     "check_tokenizers",
     "common_prefix",

@@ -1,7 +1,15 @@
 """The student answers every training prompt, and its answers are scored: how hard is each sample for it?"""
 
 from ..rouge import RougeL
-from .engines import GenerationEngine, Sampling, TransformersEngine, engine_names, open_engine, register_engine
+from .engines import (
+    GenerationEngine,
+    Sampling,
+    TransformersEngine,
+    engine_names,
+    open_engine,
+    register_engine,
+    stopping_at,
+)
 from .reflect import reflect
 from .shards import merge_shards, write_shard
 from .signals import Reflected, difficulty_names, get_difficulties, get_difficulty, register_difficulty
@@ -21,5 +29,6 @@ __all__ = [
     "reflect",
     "register_difficulty",
     "register_engine",
+    "stopping_at",
     "write_shard",
 ]

@@ -6,7 +6,7 @@ import logging
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -35,6 +35,8 @@ class Sampling:
         repetition_penalty: divides the logits of tokens that occurred, above 0; 1 is none.
         no_repeat_ngram_size: tokens of a sequence that may not occur twice; 0: none.
         seed: of the draws.
+        stop_ids: tokens that end an answer besides the tokenizer's EOS and those of the model's generation config.
+            `reflect` and `evaluate` add those that the data's answers end in.
 
     Raises:
         UserError: naming the field, for a value out of range.
@@ -48,6 +50,7 @@ class Sampling:
     repetition_penalty: float = 1.0
     no_repeat_ngram_size: int = 0
     seed: int = 0
+    stop_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.max_new_tokens, int) or self.max_new_tokens < 1:
@@ -98,6 +101,11 @@ class GenerationEngine(Protocol):
         """Generate for every prompt."""
 
 
+def stopping_at(sampling: Sampling, ids: Sequence[int]) -> Sampling:
+    """The sampling with further tokens that end an answer."""
+    return replace(sampling, stop_ids=tuple(sorted({*sampling.stop_ids, *ids})))
+
+
 def end_ids(tokenizer: PreTrainedTokenizerBase, generation_config: Any) -> set[int]:
     """Ids that end a generation: the tokenizer's EOS and those of the model's generation config."""
     own = getattr(generation_config, "eos_token_id", None)
@@ -145,7 +153,7 @@ class TransformersEngine:
             options["forced_bos_token_id"] = getattr(self.model.generation_config, "forced_bos_token_id", None)
         return GenerationConfig(
             max_new_tokens=sampling.max_new_tokens,
-            eos_token_id=sorted(self.ends),
+            eos_token_id=sorted({*self.ends, *sampling.stop_ids}),
             pad_token_id=self.pad,
             use_cache=True,
             **options,
@@ -178,7 +186,7 @@ class TransformersEngine:
                 input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config
             )
         begun = width if self.start is None else 1  # what generate returns begins with the prompt, or the start token
-        return [until_end(row, self.ends) for row in out[:, begun:].tolist()]
+        return [until_end(row, {*self.ends, *sampling.stop_ids}) for row in out[:, begun:].tolist()]
 
 
 @dataclass(frozen=True)
@@ -303,4 +311,7 @@ def open_engine(*args: Any, **options: Any) -> Iterator[GenerationEngine]:
 
 def engine_settings(engine: GenerationEngine, sampling: Sampling) -> dict[str, Any]:
     """What a generation depends on besides student and prompt: kept with it, so that no two are mixed."""
-    return {"engine": type(engine).__name__, **getattr(engine, "settings", {}), **asdict(sampling)}
+    settings = {"engine": type(engine).__name__, **getattr(engine, "settings", {}), **asdict(sampling)}
+    if not sampling.stop_ids:  # parts of versions without it stay readable
+        del settings["stop_ids"]
+    return settings

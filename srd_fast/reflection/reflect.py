@@ -12,11 +12,11 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data import Tokenisation, first_label, prepare_dataset
+from ..data import Answers, Tokenisation, first_label, prepare_dataset, token_counts
 from ..errors import UserError
-from ..models import fingerprint, is_encoder_decoder, load_config, load_model, model_digest
+from ..models import check_positions, fingerprint, is_encoder_decoder, load_config, load_model, model_digest
 from ..suggest import unknown_name
-from .engines import AUTO, ENGINES, GenerationEngine, Sampling, engine_settings, open_engine
+from .engines import AUTO, ENGINES, GenerationEngine, Sampling, engine_settings, open_engine, stopping_at
 from .parts import compute_parts, cut, part_name, read_part, write_part
 from .shards import samples_of_shard
 from .signals import Reflected, get_difficulties
@@ -45,6 +45,8 @@ def reflect(
     cross_entropy_by: str = "student",
     batch_size: int = 32,
     template: str = "alpaca",
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    parse_special_tokens: bool | None = None,
     rouge_tokenizer: str = "auto",
     score_eos: bool = True,
     test_seconds: float = 5.0,
@@ -71,6 +73,8 @@ def reflect(
         batch_size: samples of a forward pass or a generation, at least 1.
         template: prompt template of rows that are not tokenised yet: "alpaca", "chat", or text with {instruction} and
             {input}.
+        chat_template_kwargs: variables for the chat template, such as enable_thinking or date_string; see `SRDConfig`.
+        parse_special_tokens: whether special tokens in the data's text are parsed; see `SRDConfig`.
         rouge_tokenizer: how ROUGE-L cuts text into words: "rouge", "unicode", or "auto"; see `srd_fast.rouge.RougeL`.
         score_eos: count the end-of-sequence token in the cross-entropy.
         test_seconds: time limit of each test of the signal "execution", in seconds.
@@ -94,18 +98,27 @@ def reflect(
     ENGINES.check(engine)
     if cross_entropy_by not in CROSS_ENTROPY_BY:
         raise UserError(unknown_name("cross_entropy_by", cross_entropy_by, CROSS_ENTROPY_BY))
-    kind = load_config(student) if isinstance(student, str) else student
-    tokenisation = Tokenisation(tokenizer, template, encoder_decoder=is_encoder_decoder(kind))
+    tokenisation = Tokenisation(
+        tokenizer,
+        template,
+        chat_template_kwargs=chat_template_kwargs,
+        parse_special_tokens=parse_special_tokens,
+        encoder_decoder=is_encoder_decoder(load_config(student) if isinstance(student, str) else student),
+    )
     samples = prepare_dataset(dataset, tokenisation).dataset
     if shard is not None:
         samples = samples.select(samples_of_shard(samples["sample_id"], shard))
         if not len(samples):
             raise UserError(f"shard {shard} has no sample; take fewer shards")
 
-    sampling, ids = sampling or Sampling(), list(samples["sample_id"])
-    length = max(prompt_lengths(samples)) + sampling.max_new_tokens
+    ids, answers = list(samples["sample_id"]), Answers(samples, tokenizer)
+    sampling = stopping_at(sampling or Sampling(), answers.stop_ids)
+    prompts, counts = prompt_lengths(samples), token_counts(samples)
+    length = max(prompts) + sampling.max_new_tokens
+    needed = [max(n, prompt + sampling.max_new_tokens - 1) for n, prompt in zip(counts, prompts)]
+    check_positions(needed, ids, {"student": student}, "lower max_new_tokens, or shorten them")
     if cross_entropy_by == "engine":
-        length = max(length, 1 + max(len(x) for batch in samples.iter(1000) for x in batch["input_ids"]))
+        length = max(length, 1 + max(counts))
     with open_engine(
         engine, student, tokenizer, length=length, sampling=sampling, dtype=dtype, device=device,
         batch_size=batch_size, **(engine_options or {}),
@@ -124,7 +137,7 @@ def reflect(
         model = getattr(runner, "model", None) if isinstance(student, str) else student
     if model is None:
         model = load_model(student, dtype, device)  # type: ignore[arg-type]
-    generations = [str(tokenizer.decode(g, skip_special_tokens=True)).strip() for g in generated]
+    generations = [answers.text(i, g) for i, g in enumerate(generated)]
     warn_of_answers_alike(generations)
     reflected = Reflected(
         dataset=samples,

@@ -18,7 +18,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ..data import IGNORE_INDEX, DistillationCollator, first_label, pad_id
+from ..data import IGNORE_INDEX, DistillationCollator, answer_ends, first_label, pad_id
 from ..errors import UserError, first_line
 from ..losses import token_cross_entropy
 from ..models import common_prefix, decoder_start, find_head, hidden_states, share_prefix
@@ -78,12 +78,12 @@ def rouge_l(reflected: Reflected) -> list[float]:
 @torch.no_grad()
 def cross_entropy(reflected: Reflected) -> list[float]:
     """Mean token cross-entropy of each reference under the student, nats per token."""
-    rows, eos = reflected.dataset, reflected.tokenizer.eos_token_id
+    rows = reflected.dataset
+    ends = set() if reflected.score_eos else answer_ends(rows, reflected.tokenizer)
 
     def scored(labels: list[int]) -> list[int]:
-        """Labels that count; the end of the sequence only with score_eos."""
-        ended = not reflected.score_eos and labels[-1] == eos
-        return [*labels[:-1], IGNORE_INDEX] if ended else labels
+        """Labels that count; the token that ends the answer only with score_eos."""
+        return [*labels[:-1], IGNORE_INDEX] if labels[-1] in ends else labels
 
     if reflected.log_probs is not None:
         labels = (scored(y) for batch in rows.iter(1000) for y in batch["labels"])

@@ -192,9 +192,10 @@ class VLLMEngine:
         seeds = [sampling.seed_of([p]) for p in prompts] if sampling.temperature > 0 else None
         request = {"prompts": [list(p) for p in prompts], "seeds": seeds, "sampling": asdict(sampling)}
         with self._process() as ask:
-            generations = ask({**request, "ends": sorted(self.ends)})
+            ends = {*self.ends, *sampling.stop_ids}
+            generations = ask({**request, "ends": sorted(ends)})
         for i, generated in enumerate(generations):
-            yield i, until_end(generated, self.ends)
+            yield i, until_end(generated, ends)
 
     def token_log_probs(self, samples: Sequence[Sequence[int]]) -> Iterator[tuple[int, list[float]]]:
         """Yield for each sample the log-probability, in nats, of every token but the first, given those before it."""

@@ -92,6 +92,16 @@ def _evaluation(run: Run, name: str) -> Evaluation:
     return found or Evaluation()
 
 
+# What a run's data lost or has twice, where there is any of it.
+_COUNTED = {
+    "prompts_cut": "prompts cut",
+    "responses_cut": "responses cut",
+    "turns_dropped": "turns dropped from long chats",
+    "validation_in_training": "validation prompts trained on",
+    "validation_near_training": "validation prompts almost trained on",
+}
+
+
 def _facts(run: Run) -> list[tuple[str, str]]:
     """(label, value) of what the run was made from: rows, plan, training."""
     summary = run.summary
@@ -103,6 +113,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         ("training rows", count(train_rows)),
         ("validation rows", count(validation_rows)),
         ("rejected rows", count(data.get("rejected", math.nan))),
+        *[(label, count(data[name])) for name, label in _COUNTED.items() if data.get(name)],
         ("divergence", summary.divergence if summary and summary.divergence else "–"),
         ("optimizer steps", count(training.get("steps", math.nan))),
         ("sample passes", count(training.get("sample_passes", math.nan))),

@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from ..curriculum import CURATION_PRESETS, KNEE
-from ..data import shown
+from ..data import check_chat_template_kwargs, shown
 from ..errors import UserError, first_line
 from ..reflection.reflect import REFLECTION_PRESETS
 from ..suggest import unknown_name
@@ -22,9 +22,10 @@ _MOST_BYTES = 100_000
 _MOST_VALUES = 20_000
 _DEEPEST = 20
 # Where null is a value, not an empty section.
-_NULLABLE = {"max_bad_rows"}
+_NULLABLE = {"max_bad_rows", "parse_special_tokens"}
 # Fields of SRDConfig that the run sets itself, or that mean nothing in it.
 _SET_BY_RUN = {"output_dir", "seed", "num_train_epochs", "template", "max_prompt_length", "max_response_length"}
+_SET_BY_RUN |= {"chat_template_kwargs", "parse_special_tokens"}
 _SET_BY_RUN |= {"teacher_cache", "teacher_cache_kind", "teacher_cache_k"}
 _DISTILL_FIELDS = {f.name for f in dataclass_fields(SRDConfig) if f.init} - _SET_BY_RUN
 
@@ -126,6 +127,8 @@ class RunConfig(_Section):
     max_rows: int | None = Field(default=None, ge=1)
     max_bad_rows: int | float | None = 0.1
     template: str = "alpaca"
+    chat_template_kwargs: dict[str, Any] = {}
+    parse_special_tokens: bool | None = None
     max_prompt_length: int = Field(default=512, ge=1)
     max_response_length: int = Field(default=256, ge=2)
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -155,6 +158,11 @@ class RunConfig(_Section):
         if given is not None and not count and not share:
             raise ValueError("must be a count (0, 1, 2, ...), a share of the rows in (0, 1), or null for no limit")
         return given
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _variables(cls, given: dict[str, Any]) -> dict[str, Any]:
+        return check_chat_template_kwargs(given)
 
     @field_validator("distill")
     @classmethod

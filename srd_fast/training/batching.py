@@ -11,8 +11,9 @@ from datasets import Dataset
 from torch.utils.data import Sampler
 
 from ..curriculum import Curriculum, CurriculumPlan, per_stage
-from ..data import IGNORE_INDEX, divide_by_tokens, sequence_lengths
+from ..data import IGNORE_INDEX, divide_by_tokens, sequence_lengths, token_counts
 from ..errors import UserError
+from ..models import check_positions
 from ..teacher import StepCollator, TeacherCache
 from .config import SRDConfig
 
@@ -138,6 +139,25 @@ def make_curriculum(plan: CurriculumPlan, samples: Dataset, args: SRDConfig) -> 
         lengths=[len(ids) for ids in samples["input_ids"]] if args.length_buckets > 1 else None,
         length_buckets=args.length_buckets,
     )
+
+
+def check_fit(train: Dataset, evaluation: Dataset | None, curriculum: Curriculum, models: Mapping[str, object]) -> None:
+    """Refuse samples of the curriculum or of the evaluation that are longer than a model's positions.
+
+    Args:
+        train: tokenised samples.
+        evaluation: tokenised samples, or None.
+        curriculum: of `train`.
+        models: by what they are called.
+
+    Raises:
+        UserError: naming the longest sample.
+    """
+    used = train.select(sorted({i for stage in curriculum.stages for i in stage.samples.tolist()}))
+    for samples in (used, evaluation):
+        if samples is not None:
+            way_out = "lower max_prompt_length or max_response_length"
+            check_positions(token_counts(samples), samples["sample_id"], models, way_out)
 
 
 def check_lengths(most: int, curriculum: Curriculum, train: Dataset, encoder_decoder: bool = False) -> None:

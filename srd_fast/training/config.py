@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from ..data import check_chat_template_kwargs
 from ..errors import UserError
 from ..losses import Projected, Sampled, get_divergence
 from ..losses.options import RANGE
@@ -120,8 +121,17 @@ class SRDConfig(TrainingArguments):
     restart_learning_rate: bool = _described(True, "A cosine for each stage instead of one over the run.")
     reset_optimizer: bool = _described(True, "Drop the optimizer's state at the start of each later stage.")
     template: str = _described("alpaca", "Prompt template: alpaca, chat, or text with {instruction} and {input}.")
-    max_prompt_length: int = _described(512, "Tokens; longer prompts lose the end of their input text.")
-    max_response_length: int = _described(512, "Tokens, the end-of-sequence token included.")
+    max_prompt_length: int = _described(
+        512, "Tokens; longer prompts lose the end of their input text, longer chats their oldest turns first."
+    )
+    max_response_length: int = _described(512, "Tokens, with the one that ends the response; longer ones are cut.")
+    chat_template_kwargs: dict[str, Any] | None = _described(
+        None,
+        "Variables of the chat template (enable_thinking, ...); strftime_now: the date it gets, or 2025-01-01.",
+    )
+    parse_special_tokens: bool | None = _described(
+        None, "Whether special tokens in the data's text are parsed; null: in prompt/completion rows alone."
+    )
     backend: str = _described("auto", "Loss backend.")
     memory_budget: int | None = _described(None, "Bytes for a chunk of the loss.")
     logits_dtype: str | None = _described(
@@ -159,6 +169,7 @@ class SRDConfig(TrainingArguments):
         sizes = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
         for name in ("max_prompt_length", "max_response_length", "teacher_cache_k", *sizes):
             self._check_numbers(name, least=1)
+        self.chat_template_kwargs = check_chat_template_kwargs(self.chat_template_kwargs) or None
         for name in ("length_buckets", "max_tokens_per_batch"):
             self._check_numbers(name, least=0)
         if self.logits_dtype not in (None, "float32"):

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import (
     IGNORE_INDEX,
+    Answers,
     DistillationCollator,
     Tokenisation,
     batches_by_length,
@@ -22,8 +23,8 @@ from ..data import (
 )
 from ..errors import UserError
 from ..losses import token_cross_entropy
-from ..models import check_same_kind, decoder_start, is_encoder_decoder, load_model
-from ..reflection import Sampling, open_engine
+from ..models import check_positions, check_same_kind, decoder_start, is_encoder_decoder, load_model
+from ..reflection import Sampling, open_engine, stopping_at
 from ..rouge import RougeL
 from ..teacher import HiddenRows, LiveTeacher, TeacherCache, TeacherSource
 from .corpus_metrics import check_metrics, corpus_score
@@ -43,6 +44,8 @@ def evaluate(
     metrics: Sequence[str] = (),
     batch_size: int = 32,
     template: str = "alpaca",
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    parse_special_tokens: bool | None = None,
     rouge_tokenizer: str = "auto",
     num_examples: int = 5,
     progress: bool = True,
@@ -66,6 +69,8 @@ def evaluate(
         batch_size: samples of a forward pass, at least 1.
         template: prompt template of rows that are not tokenised yet: "alpaca", "chat", or text with {instruction} and
             {input}.
+        chat_template_kwargs: variables for the chat template, such as enable_thinking or date_string; see `SRDConfig`.
+        parse_special_tokens: whether special tokens in the data's text are parsed; see `SRDConfig`.
         rouge_tokenizer: how ROUGE-L cuts text into words: "rouge", "unicode", or "auto"; see `srd_fast.rouge.RougeL`.
         num_examples: how many answers `examples` has.
         progress: show a progress bar.
@@ -92,12 +97,24 @@ def evaluate(
     watched = [m for m in (model, teacher) if isinstance(m, torch.nn.Module)]
     modes = [m.training for m in watched]
     source = LiveTeacher(teacher, freeze=False) if isinstance(teacher, torch.nn.Module) else teacher
-    tokenisation = Tokenisation(tokenizer, template, encoder_decoder=is_encoder_decoder(model))
+    tokenisation = Tokenisation(
+        tokenizer,
+        template,
+        chat_template_kwargs=chat_template_kwargs,
+        parse_special_tokens=parse_special_tokens,
+        encoder_decoder=is_encoder_decoder(model),
+    )
     samples = prepare_dataset(dataset, tokenisation).dataset
+    reader = Answers(samples, tokenizer)
+    sampling = stopping_at(sampling, reader.stop_ids)
     references = list(samples["references"])
     input_ids, labels = list(samples["input_ids"]), list(samples["labels"])
     prompts = [x[: first_label(y)] for x, y in zip(input_ids, labels)]
     length = max(map(len, prompts)) + sampling.max_new_tokens
+    lengths, ids, way_out = [*map(len, input_ids)], samples["sample_id"], "lower max_new_tokens, or shorten them"
+    needed = [max(n, len(prompt) + sampling.max_new_tokens - 1) for n, prompt in zip(lengths, prompts)]
+    check_positions(needed, ids, {"model": model}, way_out)
+    check_positions(lengths, ids, {"teacher": teacher}, way_out)
     scorer = RougeL(rouge_tokenizer)
     means, generations = [], [""] * len(samples)
     of_corpus: dict[str, list[float]] = {name: [] for name in metrics}
@@ -105,7 +122,7 @@ def evaluate(
         for seed in seeds or (sampling.seed,):
             answers = runner.generate(prompts, replace(sampling, seed=seed))
             for i, generated in tqdm(answers, "generate", len(prompts), unit="sample", disable=not progress):
-                generations[i] = str(tokenizer.decode(generated, skip_special_tokens=True)).strip()
+                generations[i] = reader.text(i, generated)
             means.append(statistics.fmean(scorer.score_all(generations, references)))
             for name in metrics:
                 of_corpus[name].append(corpus_score(name, generations, references))

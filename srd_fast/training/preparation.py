@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..curriculum import Curriculum
+from ..data import template_key
 from ..errors import UserError
 from ..models import (
     check_same_kind,
@@ -99,7 +100,7 @@ def teacher_source(
             k=args.teacher_cache_k,
             temperatures=[1.0, *(stage.temperature for stage in curriculum.stages)],
             student=student,
-            template=args.template,
+            template=template_key(args.template, args.chat_template_kwargs),
             dtype=dtype,
             device=args.device,
             progress=not args.disable_tqdm and args.process_index == 0,

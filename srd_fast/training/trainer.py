@@ -52,6 +52,7 @@ from .batching import (
     READ,
     TokenBatches,
     casts_kept,
+    check_fit,
     check_lengths,
     evaluation_batches,
     index_stream,
@@ -134,7 +135,13 @@ class SRDTrainer(Trainer):
                 "where transformers adds no noise; leave it out"
             )
         tokenisation = Tokenisation(
-            processing_class, args.template, args.max_prompt_length, args.max_response_length, encoder_decoder
+            processing_class,
+            args.template,
+            args.max_prompt_length,
+            args.max_response_length,
+            args.chat_template_kwargs,
+            args.parse_special_tokens,
+            encoder_decoder,
         )
         train = prepare_dataset(train_dataset, tokenisation, "train_dataset").dataset
         evaluation = None
@@ -181,6 +188,7 @@ class SRDTrainer(Trainer):
                 most = args.max_tokens_per_batch
                 raise UserError(f"max_tokens_per_batch is {most}, but DeepSpeed steps after each backward; set it to 0")
             check_lengths(args.max_tokens_per_batch, self.curriculum, train, encoder_decoder)
+        check_fit(train, evaluation, self.curriculum, {"student": model, "teacher": teacher_model})
         self.teacher = teacher_source(teacher_model, model, args, self.curriculum, train, evaluation)
         check_vocabularies(head_S.shape[0], self.teacher.num_classes)
         if args.class_sampling and head_S.shape[0] > self.teacher.num_classes:

@@ -523,14 +523,6 @@ def test_then_the_end_of_its_instruction(tiny_tokenizer: PreTrainedTokenizerFast
     assert 240 <= first_label(sample["labels"]) <= 250
 
 
-def test_a_long_chat_keeps_its_marks_and_history(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
-    turns = [turn("user", "first"), turn("assistant", "second"), turn("user", "long " * 200), turn("assistant", "x")]
-    sample = one({"messages": turns}, tiny_tokenizer, max_prompt_length=80)
-    assert sample["prompt"].startswith("<user>first\n<assistant>second\n<user>long ")
-    assert sample["prompt"].endswith("long\n<assistant>") or sample["prompt"].endswith("long \n<assistant>")
-    assert 75 <= first_label(sample["labels"]) <= 80
-
-
 @settings(max_examples=60, deadline=None)
 @given(instruction=st.text(min_size=1, max_size=60), text=st.text(max_size=200), limit=st.integers(150, 260))
 def test_any_text_is_cut_to_the_limit(instruction: str, text: str, limit: int, tiny_tokenizer: Any) -> None:
@@ -553,12 +545,16 @@ def test_a_template_that_is_too_long_is_refused(tiny_tokenizer: PreTrainedTokeni
         prepare(ROWS, tiny_tokenizer, max_prompt_length=20)
 
 
-@pytest.mark.parametrize("limit", [1, 2, 5, 1000])
-def test_every_response_ends_in_eos(limit: int, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_response_ends_in_eos_unless_it_is_cut(
+    tiny_tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
     text = "one two three four five six seven"
-    ids = tiny_tokenizer(text).input_ids
-    response = Tokenisation(tiny_tokenizer, max_response_length=limit).response_ids(text)
-    assert response == [*ids[: limit - 1], tiny_tokenizer.eos_token_id]
+    whole = [*tiny_tokenizer(text).input_ids, tiny_tokenizer.eos_token_id]
+    for limit in (1, 2, 5, len(whole) - 1, len(whole), 1000):
+        prepared = prepare([{"instruction": "a", "output": text}], tiny_tokenizer, max_response_length=limit)
+        assert response_of(prepared.dataset[0]) == whole[:limit]
+        assert prepared.cuts == ({"responses_cut": 1} if limit < len(whole) else {})
+    assert "of 1 rows 0 prompts and 1 responses are cut" in caplog.text
 
 
 @pytest.mark.parametrize("option", ["max_prompt_length", "max_response_length"])

@@ -10,6 +10,7 @@ from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedModel
 
 from ...curriculum import CurriculumPlan, per_stage
+from ...data import template_key
 from ...errors import UserError
 from ...files import remove
 from ...models import load_model
@@ -104,7 +105,7 @@ def _filled(run: Run, samples: Sequence[Dataset], student: PreTrainedModel | Non
             k=c.k,
             temperatures=cache_temperatures(run.config, args),
             student=student,
-            template=run.config.template,
+            template=template_key(run.config.template, run.config.chat_template_kwargs),
             dtype=run.dtype,
             device=run.device,
             repair=True,

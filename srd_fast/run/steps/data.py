@@ -1,19 +1,30 @@
 """The first step: rows of any source become tokenised samples, and some of them are held out."""
 
+import logging
+import re
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
 from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
 
-from ...data import content_id, prepare_dataset, read_source, source_path
+from ...data import Tokenisation, content_id, first_label, prepare_dataset, read_source, source_path, token_counts
 from ...data.quickstart import make_quickstart_splits
+from ...data.tokenisation import PROMPTS_CUT, RESPONSES_CUT, TURNS_DROPPED
 from ...errors import UserError
 from ...files import content_digest, write_text
-from ...models import fingerprint
+from ...models import check_positions, fingerprint, is_encoder_decoder, load_config
 from ..config import RunConfig
-from .run import QUICKSTART, Run, json_text, write_parquet
+from .run import PRUNE, QUICKSTART, Run, json_text, write_parquet
 
 QUICKSTART_ROWS = 256
+# Of the folder data: what was cut or dropped, and how many validation prompts are trained on.
+COUNTS = "counts.json"
+# Spaces and the marks of prose. Those of arithmetic and code are part of what is asked.
+_BETWEEN_WORDS = re.compile(r"[\s.,;:!?'\"()\[\]\u00a1\u00ab\u00bb\u00bf\u2010-\u2027\u3001-\u3011]+")
+
+logger = logging.getLogger(__name__)
 
 
 def prepare_inputs(config: RunConfig) -> Any:
@@ -24,7 +35,9 @@ def prepare_inputs(config: RunConfig) -> Any:
     sources = [s for s in (config.data, config.validation) if isinstance(s, str)]
     stamps = [[s, _file_stamp(s)] for s in sources]
     limits = [config.template, config.max_prompt_length, config.max_response_length, config.max_rows, config.seed]
-    return [stamps, config.validation, config.data_split, limits, fingerprint(config.teacher)]
+    speech = [config.chat_template_kwargs, config.parse_special_tokens]
+    unlike = [speech] if speech != [{}, None] else []  # runs of versions without these settings stay valid
+    return [stamps, config.validation, config.data_split, limits, fingerprint(config.teacher), *unlike]
 
 
 def _file_stamp(source: str) -> str | None:
@@ -32,9 +45,23 @@ def _file_stamp(source: str) -> str | None:
     return content_digest(path) if path is not None and path.is_file() else None
 
 
+def tokenisation_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Tokenisation:
+    """How a run's rows are tokenised."""
+    return Tokenisation(
+        tokenizer,
+        config.template,
+        config.max_prompt_length,
+        config.max_response_length,
+        config.chat_template_kwargs,
+        config.parse_special_tokens,
+        is_encoder_decoder(load_config(config.teacher)),
+    )
+
+
 def prepare(run: Run) -> None:
     """Read and tokenise the data. Validation rows are held out if no file of them is given."""
     c = run.config
+    tokenisation = tokenisation_of(c, run.tokenizer)
     train_rows: Sequence[Any]
     validation_rows: Sequence[Any]
     if c.data == QUICKSTART:
@@ -47,34 +74,109 @@ def prepare(run: Run) -> None:
         train_rows, validation_rows = read_source(c.data, c.data_split)[: c.max_rows], []
     if isinstance(c.validation, str):
         validation_rows = read_source(c.validation, "validation")
-    train = prepare_dataset(train_rows, run.tokenisation, "data", c.max_bad_rows)
+    train = prepare_dataset(train_rows, tokenisation, "data", c.max_bad_rows)
     if validation_rows:
-        validation = prepare_dataset(validation_rows, run.tokenisation, "validation", c.max_bad_rows)
-        rejected = train.rejected + validation.rejected
+        validation = prepare_dataset(validation_rows, tokenisation, "validation", c.max_bad_rows)
+        rejected, cuts = train.rejected + validation.rejected, train.cuts + validation.cuts
         train_set, validation_set = train.dataset, validation.dataset
     else:
-        rejected = train.rejected
+        rejected, cuts = train.rejected, train.cuts
         train_set, validation_set = _hold_out(train.dataset, int(c.validation), c.seed)
     if c.curate.stages > len(train_set):
         raise UserError(f"config: curate.stages is {c.curate.stages} but the data has {len(train_set)} usable rows")
+    _check_positions(c, train_set, validation_set)
     folder = run.folder / "data"
     folder.mkdir(exist_ok=True)
     for name, part in (("train", train_set), ("validation", validation_set)):
         write_parquet(part, folder / f"{name}.parquet")
     listed = [{"where": where, "reason": reason} for where, reason in rejected]
     write_text(folder / "rejected.json", json_text(listed))
+    same, near = _overlap(train_set["prompt"], validation_set["prompt"])
+    if same or near:
+        logger.warning(
+            "%d of %d validation prompts are training prompts too, and %d more but for case, spaces or punctuation",
+            same, len(validation_set), near,
+        )  # fmt: skip
+    counts = {name: cuts[name] for name in (PROMPTS_CUT, RESPONSES_CUT, TURNS_DROPPED)}
+    write_text(folder / COUNTS, json_text({**counts, "validation_in_training": same, "validation_near_training": near}))
+
+
+def _check_positions(config: RunConfig, train: Dataset, validation: Dataset) -> None:
+    """Refuse rows that a model would fail on, in a forward pass or when it answers."""
+    models = {"teacher": config.teacher, **({} if config.student == PRUNE else {"student": config.student})}
+    for samples, new_tokens in ((train, config.reflect.max_new_tokens), (validation, config.evaluate.max_new_tokens)):
+        prompts = [first_label(y) for batch in samples.iter(1000) for y in batch["labels"]]
+        needed = [max(n, prompt + new_tokens - 1) for n, prompt in zip(token_counts(samples), prompts)]
+        way_out = "lower max_prompt_length, max_response_length or max_new_tokens"
+        check_positions(needed, samples["sample_id"], models, way_out)
 
 
 def _hold_out(samples: Dataset, count: int, seed: int) -> tuple[Dataset, Dataset]:
-    """Split off `count` samples, chosen by a hash of their ids, so that added rows change the choice little."""
+    """Split off samples, chosen by a hash of their ids, so that added rows change the choice little.
+
+    Samples with one prompt stay together. If that makes `count` impossible, the number is as near to it as whole
+    groups of them come, and a warning says so.
+
+    Args:
+        samples: tokenised.
+        count: how many to split off, at least 1 and fewer than there are.
+        seed: of the hash.
+
+    Returns:
+        The samples that are left, and those split off, each in their order.
+
+    Raises:
+        UserError: the count is out of range, or all samples have one prompt.
+    """
     if not 1 <= count < len(samples):
         raise UserError(
             f"validation is {count} but the data has {len(samples)} usable rows; give a file, or a number from 1 to "
             f"{len(samples) - 1}"
         )
     keys = [content_id({"id": i, "seed": seed}, ("id", "seed")) for i in samples["sample_id"]]
-    chosen = set(sorted(range(len(keys)), key=lambda i: keys[i])[:count])
-    return (
-        samples.select([i for i in range(len(keys)) if i not in chosen]),
-        samples.select(sorted(chosen)),
-    )
+    prompts = [
+        tuple(ids[: first_label(labels)])
+        for batch in samples.iter(1000)
+        for ids, labels in zip(batch["input_ids"], batch["labels"])
+    ]
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for i in sorted(range(len(keys)), key=keys.__getitem__):
+        groups.setdefault(prompts[i], []).append(i)
+    if len(groups) == 1:
+        raise UserError(f"validation is {count} but all {len(samples)} rows have one prompt; give a file of validation")
+    chosen: set[int] = set()
+    left: list[list[int]] = []
+    for group in groups.values():
+        if len(chosen) + len(group) <= count:
+            chosen.update(group)
+        else:
+            left.append(group)
+    smallest = min(left, key=len)
+    lacking = count - len(chosen)
+    if len(left) > 1 and (not chosen or len(smallest) - lacking < lacking):
+        chosen.update(smallest)
+    if len(chosen) != count:
+        logger.warning(
+            "validation: %d rows are held out, not %d, because rows with one prompt stay together", len(chosen), count
+        )
+    return samples.select([i for i in range(len(keys)) if i not in chosen]), samples.select(sorted(chosen))
+
+
+def _overlap(train: Sequence[str], validation: Sequence[str]) -> tuple[int, int]:
+    """Count validation prompts that are training prompts too.
+
+    Args:
+        train: prompts.
+        validation: prompts.
+
+    Returns:
+        How many are the same, and how many more are the same but for case, punctuation, spaces and Unicode's
+        variants of a character.
+    """
+    exact, near = set(train), {_words(p) for p in train}
+    same = sum(p in exact for p in validation)
+    return same, sum(_words(p) in near for p in validation) - same
+
+
+def _words(text: str) -> str:
+    return _BETWEEN_WORDS.sub(" ", unicodedata.normalize("NFKC", text).casefold()).strip()

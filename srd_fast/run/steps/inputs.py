@@ -13,7 +13,8 @@ from ...reflection.engines import ENGINES
 from ...selection import SAMPLE_POLICIES
 from ..config import RunConfig
 from .cache import check_cache
-from .run import PRUNE, QUICKSTART, tokenisation
+from .data import tokenisation_of
+from .run import PRUNE, QUICKSTART
 from .selection import sample_policy
 from .settings import lora_config, training_config
 
@@ -55,7 +56,7 @@ def check_inputs(config: RunConfig) -> None:
         check_same_kind(load_config(config.student), load_config(config.teacher))
     elif config.init_student.encoder_layers is not None and not is_encoder_decoder(load_config(config.teacher)):
         raise UserError("config: init_student.encoder_layers is given, but the teacher has no encoder; leave it out")
-    tokenisation(config, tokenizer)
+    tokenisation_of(config, tokenizer)
 
 
 def _check_device(name: str) -> None:

@@ -18,6 +18,7 @@ from ...training.config import SRDConfig
 from ...training.evaluation import evaluate
 from ..config import RunConfig
 from .cache import validation_cache
+from .data import COUNTS
 from .run import PRUNE, Run, json_text
 from .settings import training_config
 
@@ -34,6 +35,7 @@ def evaluate_step(run: Run) -> None:
     """Compare teacher, starting student and distilled student, and write the run's figures to summary.json."""
     config = run.config
     rejected = json.loads((run.folder / "data" / "rejected.json").read_text(encoding="utf-8"))
+    counts = run.folder / "data" / COUNTS  # runs of older versions have none
     summary = {
         "srd_fast_version": importlib.metadata.version("srd-fast"),
         "teacher": config.teacher,
@@ -43,6 +45,7 @@ def evaluate_step(run: Run) -> None:
             "train": len(run.data("train")),
             "validation": len(run.data("validation")),
             "rejected": len(rejected),
+            **(json.loads(counts.read_text(encoding="utf-8")) if counts.is_file() else {}),
         },
         "evaluation": _evaluations(run),
         "timings": {name: entry["seconds"] for name, entry in run.ledger.items() if "seconds" in entry},

@@ -11,9 +11,9 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ...data import TOKENISED_FEATURES, Tokenisation
+from ...data import TOKENISED_FEATURES
 from ...files import temporary_path
-from ...models import is_encoder_decoder, load_config, load_model, load_tokenizer
+from ...models import load_model, load_tokenizer
 from ..config import RunConfig
 
 QUICKSTART = "quickstart"
@@ -57,11 +57,6 @@ class Run:
         return load_tokenizer(self.config.teacher)
 
     @cached_property
-    def tokenisation(self) -> Tokenisation:
-        """How rows become the samples that teacher and student take."""
-        return tokenisation(self.config, self.tokenizer)
-
-    @cached_property
     def teacher(self) -> PreTrainedModel:
         """The teacher, loaded once in a process."""
         return load_model(self.config.teacher, self.dtype, self.device)
@@ -75,21 +70,6 @@ class Run:
         """Tokenised samples of a split: "train" or "validation"."""
         path = self.folder / "data" / f"{split}.parquet"
         return Dataset.from_parquet(str(path), features=TOKENISED_FEATURES, keep_in_memory=True)
-
-
-def tokenisation(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Tokenisation:
-    """How a run's rows become samples.
-
-    Raises:
-        UserError: the template cannot be used with the tokenizer.
-    """
-    return Tokenisation(
-        tokenizer,
-        config.template,
-        config.max_prompt_length,
-        config.max_response_length,
-        is_encoder_decoder(load_config(config.teacher)),
-    )
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:

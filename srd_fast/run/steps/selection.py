@@ -85,7 +85,7 @@ def _made_from(run: Run) -> str:
 def reflect_with(run: Run, student: str, parts: Path, shard: str | None = None) -> Dataset:
     """Reflections of the training rows by the student in a folder, with the settings of the section `reflect`."""
     c = run.config.reflect
-    sampled = [f.name for f in dataclasses.fields(Sampling) if f.name != "seed"]
+    sampled = [f.name for f in dataclasses.fields(Sampling) if f.name not in ("seed", "stop_ids")]
     return reflect(
         student,
         run.data("train"),

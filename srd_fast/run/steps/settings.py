@@ -41,6 +41,8 @@ def training_config(config: RunConfig, folder: Path, device: torch.device, dtype
             template=config.template,
             max_prompt_length=config.max_prompt_length,
             max_response_length=config.max_response_length,
+            chat_template_kwargs=config.chat_template_kwargs or None,
+            parse_special_tokens=config.parse_special_tokens,
         )
     except Exception as e:  # transformers' own checks raise many kinds
         raise UserError(f"config: distill: {' '.join(str(e).split())[:500]}") from e

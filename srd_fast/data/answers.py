@@ -1,0 +1,90 @@
+"""Answers to tokenised samples: the tokens that end them, and the text in them that is scored."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from .tokenisation import IGNORE_INDEX
+
+
+class Answers:
+    """Reads answers that a model generates for tokenised samples.
+
+    Args:
+        samples: tokenised.
+        tokenizer: of the samples.
+    """
+
+    def __init__(self, samples: Dataset, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self._marks = _marks(tokenizer)
+        self.ends = answer_ends(samples, tokenizer)
+        self._behind: dict[int, int] = {}
+        rows: Any = samples.select_columns(["labels", "references"])
+        for i, row in enumerate(rows):
+            mark = self._mark_before(row["labels"], (row["references"] or [""])[0].strip())
+            if mark is not None:
+                self._behind[i] = mark
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Tokens besides EOS that end an answer."""
+        return tuple(sorted(self.ends - {self.tokenizer.eos_token_id}))
+
+    def text(self, index: int, ids: Sequence[int]) -> str:
+        """What an answer says, as its reference would: without its end, special tokens, or thoughts before it.
+
+        Args:
+            index: of the sample.
+            ids: generated.
+        """
+        ids = list(ids)
+        ids = ids[: next((n for n, token in enumerate(ids) if token in self.ends), len(ids))]
+        mark = self._behind.get(index)
+        if mark in ids:
+            ids = ids[len(ids) - ids[::-1].index(mark) :]
+        return self._read(ids)
+
+    def _read(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+
+    def _mark_before(self, labels: Sequence[int], reference: str) -> int | None:
+        """The token, such as the end of a think block, behind which the response begins to say its reference."""
+        response = [x for x in labels if x != IGNORE_INDEX]
+        places = [n for n, token in enumerate(response[:-1]) if token in self._marks]
+        if not places or self._read(response) == reference:
+            return None
+        return next((response[n] for n in reversed(places) if self._read(response[n + 1 :]) == reference), None)
+
+
+def answer_ends(samples: Dataset, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Ids at which an answer ends: EOS, and what the samples' turns end in, such as a chat template's end of turn.
+
+    A turn ends in its last token with loss. That counts if it is one of the tokenizer's added tokens, and if no answer
+    goes on behind it: a cut answer may end in any token.
+
+    Args:
+        samples: tokenised.
+        tokenizer: of the samples.
+
+    Returns:
+        The ids.
+    """
+    last: set[int] = set()
+    inside: set[int] = set()
+    rows: Any = samples.select_columns(["labels"]).with_format("numpy")
+    for batch in rows.iter(1000):
+        labels = np.concatenate([x for y in batch["labels"] for x in (y, [IGNORE_INDEX])]).astype(np.int64)
+        here, behind = labels[:-1], labels[1:]
+        last.update(np.unique(here[(here != IGNORE_INDEX) & (behind == IGNORE_INDEX)]).tolist())
+        inside.update(np.unique(here[(here != IGNORE_INDEX) & (behind != IGNORE_INDEX)]).tolist())
+    return {tokenizer.eos_token_id, *(_marks(tokenizer) & last - inside)}
+
+
+def _marks(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Ids of the added tokens that are not blank."""
+    added = {i for i, token in getattr(tokenizer, "added_tokens_decoder", {}).items() if token.content.strip()}
+    return added | set(tokenizer.all_special_ids)

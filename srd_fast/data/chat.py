@@ -1,0 +1,255 @@
+"""A tokenizer's chat template: where it ends the prompt, where it begins the answer, and with what it ends it.
+
+A prompt is the rendering of the turns before an answer, with the generation prompt. The answer is what the rendering of
+the whole conversation has behind that. So it has all that the template makes of a turn: stripped text, an empty think
+block, a tool call, the end of the turn.
+"""
+
+import inspect
+import json
+import logging
+import re
+from collections.abc import Mapping
+from datetime import date, datetime, time
+from functools import cache, cached_property
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from ..errors import UserError, first_line
+from .conversations import ASSISTANT, USER, Conversation
+from .encoding import TextEncoder
+from .sources import shown
+
+logger = logging.getLogger(__name__)
+
+# What `strftime_now` gives to a template. With today's date the prompts of tomorrow would be others than those that
+# were reflected on, cached and trained on. It must never change.
+FIXED_DATE = date(2025, 1, 1)
+_DATE = "strftime_now"
+_DIRECTIVES = "aAwdbBmyYHIpMSfzZjUWcxXGuV"
+_MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+def check_chat_template_kwargs(kwargs: Any, tokenizer: PreTrainedTokenizerBase | None = None) -> dict[str, Any]:
+    """Check variables for a chat template.
+
+    Args:
+        kwargs: names to values that JSON can hold, or None.
+        tokenizer: whose own arguments are refused as names.
+
+    Returns:
+        The variables, dates as text.
+
+    Raises:
+        UserError: they are none.
+    """
+    if kwargs is None:
+        return {}
+    if not isinstance(kwargs, Mapping) or not all(isinstance(k, str) for k in kwargs):
+        raise UserError(f"chat_template_kwargs must be names with values, got {shown(repr(kwargs))}")
+    taken = {*inspect.signature((tokenizer or PreTrainedTokenizerBase).apply_chat_template).parameters, "messages"}
+    wrong = sorted((taken - {"documents"}) & set(kwargs))
+    if wrong:
+        raise UserError(f"chat_template_kwargs has {wrong[0]!r}, which the rows or the library itself decide")
+    try:
+        plain: dict[str, Any] = json.loads(json.dumps(dict(kwargs), default=_day))
+    except (TypeError, ValueError) as e:
+        raise UserError(f"chat_template_kwargs must hold what JSON can: {first_line(e)}") from None
+    given = plain.get(_DATE)
+    if given is not None:
+        try:
+            date.fromisoformat(str(given))
+        except ValueError:
+            raise UserError(f"chat_template_kwargs.{_DATE} must be a date such as 2025-01-31, got {given!r}") from None
+    return plain
+
+
+def template_key(template: str, kwargs: Mapping[str, Any] | None) -> str:
+    """What a teacher cache writes down as the template of its samples."""
+    return template if not kwargs else f"{template} {json.dumps(dict(kwargs), sort_keys=True)}"
+
+
+def _day(value: Any) -> str:
+    if isinstance(value, date):  # YAML makes one of 2025-01-31
+        return value.isoformat()
+    raise TypeError(f"{type(value).__name__} is not")
+
+
+@cache
+def _tell_date() -> None:
+    logger.info(
+        "the chat template asks for today's date and always gets %s, so that prompts stay the same; "
+        "chat_template_kwargs {%s: 2025-12-31} sets another", FIXED_DATE, _DATE,
+    )  # fmt: skip
+
+
+def _alike(one: str, other: str) -> int:
+    """How many characters two texts begin with in common."""
+    return next((i for i, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
+
+
+class ChatTemplate:
+    """The chat template of a tokenizer with its variables.
+
+    Args:
+        encoder: of the tokenizer.
+        kwargs: variables such as enable_thinking or date_string. `strftime_now`, a date, is what a template that asks
+            for today gets.
+
+    Raises:
+        UserError: the tokenizer has no chat template, or a variable is none.
+    """
+
+    def __init__(self, encoder: TextEncoder, kwargs: Mapping[str, Any] | None = None) -> None:
+        self.encoder, self.tokenizer = encoder, encoder.tokenizer
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise UserError("template 'chat' needs a tokenizer with a chat template; this one has none, use 'alpaca'")
+        self._kwargs = check_chat_template_kwargs(kwargs, self.tokenizer)
+        given = self._kwargs.pop(_DATE, None)
+        self._today = datetime.combine(FIXED_DATE if given is None else date.fromisoformat(str(given)), time())
+        self._told = False
+        self._tells_date = given is None and "date_string" not in self._kwargs
+
+    def split(self, conversation: Conversation, parse: bool = False) -> tuple[str, str]:
+        """Render a conversation.
+
+        Args:
+            conversation: with its answer.
+            parse: whether special tokens in its texts are parsed.
+
+        Returns:
+            The prompt and the answer, guarded. The answer ends where the template ends the turn.
+
+        Raises:
+            UserError: the template refuses the turns, or its two renderings do not agree.
+        """
+        others = self.ends if not parse else ()
+        turns = self.encoder.guard(list(conversation.turns), parse, others)
+        answer = self.encoder.guard(conversation.answer, parse, others)
+        tools = self.encoder.guard(conversation.tools, parse, others)
+        prompt, _ = self._render(turns, tools, add_generation_prompt=True)
+        whole, marked = self._render([*turns, answer], tools)
+        if not whole.startswith(prompt):
+            prompt = self._beginning(turns, answer, tools, prompt, whole)
+        start = len(prompt)
+        if marked is not None:
+            if not marked or marked[-1][1] <= start:
+                raise UserError("the chat template's {% generation %} marks leave the answer out")
+            start = max(start, marked[-1][0])
+        return whole[:start], whole[start:]
+
+    def _beginning(
+        self, turns: list[dict[str, Any]], answer: dict[str, Any], tools: Any, prompt: str, whole: str
+    ) -> str:
+        """Where answers begin for a template whose generation prompt spells that otherwise than a finished turn.
+
+        Raises:
+            UserError: the generation prompt opens what the answer does not have, or the answer changes earlier turns.
+        """
+        of_turn = {k: v for k, v in answer.items() if k in ("role", "name")}
+        others = [self._render([*turns, {**of_turn, "content": x}], tools)[0] for x in ("b", "c")]
+        begins = others[0][: _alike(*others)]
+        before, _ = self._render(turns, tools)
+        opened = prompt.removeprefix(begins).strip() if prompt.startswith(begins) else ""
+        if opened or not all(text.startswith(before) for text in (prompt, begins)) or not whole.startswith(begins):
+            same = max(0, _alike(whole, prompt) - 20)
+            raise UserError(
+                f"the chat template does not say where the answer begins: the prompt ends in '{shown(prompt[same:])}', "
+                f"and with the answer it goes '{shown(whole[same:])}'; chat_template_kwargs (such as enable_thinking) "
+                "may help, or render the rows yourself as prompt/completion"
+            )
+        if not self._told:
+            logger.warning(
+                "the chat template's generation prompt ends in '%s', and finished answers stand behind '%s': prompts "
+                "end in the latter", shown(prompt[-30:]), shown(begins[-30:]),
+            )  # fmt: skip
+            self._told = True
+        return begins
+
+    def _render(
+        self, turns: list[dict[str, Any]], tools: Any, add_generation_prompt: bool = False
+    ) -> tuple[str, list[tuple[int, int]] | None]:
+        """A rendering, and where its {% generation %} marks begin and end; None for a template without."""
+        turns = [self._content_as_wanted(t) for t in turns]
+        try:
+            template = self._dated(self.tokenizer.get_chat_template(tools=tools))
+            if not _MARKED.search(template):
+                text = self.tokenizer.apply_chat_template(
+                    turns, tools=tools, chat_template=template, tokenize=False,
+                    add_generation_prompt=add_generation_prompt, **self._kwargs,
+                )  # fmt: skip
+                return str(text), None
+            rendered: Any = render_jinja_template(
+                [turns], tools=tools, chat_template=template, return_assistant_tokens_mask=True,
+                add_generation_prompt=add_generation_prompt, **{**self.tokenizer.special_tokens_map, **self._kwargs},
+            )  # fmt: skip
+            (text,), (marked,) = rendered
+            return text, marked
+        except Exception as e:  # a chat template is a program of its own, and refuses turns with any error
+            raise UserError(f"the chat template fails: {shown(first_line(e), 200)}") from e
+
+    def _dated(self, template: str) -> str:
+        """The template with its own `strftime_now` for the fixed date. It would take no function as a variable."""
+        if _DATE not in template:
+            return template
+        if self._tells_date:
+            _tell_date()
+        written = {x: self._today.strftime(f"%{x}") for x in _DIRECTIVES}
+        short = {f"-{x}": text.lstrip("0") or "0" for x, text in written.items()}
+        chain = "".join(f" | replace('%{x}', {text!r})" for x, text in (short | written).items())
+        return f"{{%- macro {_DATE}(format) -%}}{{{{ format{chain} }}}}{{%- endmacro %}}\n{template}"
+
+    def _content_as_wanted(self, turn: dict[str, Any]) -> dict[str, Any]:
+        if self._wants_parts and isinstance(turn.get("content"), str):
+            return {**turn, "content": [{"type": "text", "text": turn["content"]}]}
+        return turn
+
+    @cached_property
+    def _wants_parts(self) -> bool:
+        """Whether the template prints a content that is a list of parts, and not one that is a text."""
+        shapes: tuple[Any, ...] = ("srdprobe", [{"type": "text", "text": "srdprobe"}])
+        printed = []
+        for content in shapes:
+            try:
+                text = self.tokenizer.apply_chat_template(
+                    [{"role": USER, "content": content}], tokenize=False, **self._kwargs
+                )
+            except Exception:  # as for rows
+                text = ""
+            printed.append("srdprobe" in str(text))
+        return printed == [False, True]
+
+    @cached_property
+    def tail(self) -> str:
+        """What the template writes behind an answer; empty if it refuses the simplest conversation."""
+        question = {"role": USER, "content": "a"}
+        try:
+            texts = [self._render([question, {"role": ASSISTANT, "content": x}], None)[0] for x in ("b", "c")]
+        except UserError:
+            return ""
+        same = _alike(*(text[::-1] for text in texts))
+        return texts[0][len(texts[0]) - same :]
+
+    @cached_property
+    def ends(self) -> tuple[str, ...]:
+        """The tokens that end an answer, as texts."""
+        return tuple(mark for _, mark in self.encoder.trailing(self.tail))
+
+    def ended(self, answer: str) -> tuple[str, bool]:
+        """Cut an answer behind the token that ends it, where generation stops.
+
+        Args:
+            answer: guarded.
+
+        Returns:
+            The answer, and whether it ends in such a token. Without one, white space that the template adds is gone.
+        """
+        found = self.encoder.trailing(answer)
+        known = [end for end, mark in found if mark in self.ends]
+        # Other ends than those of a plain answer: that of a tool call. Breaks keep those in the data out.
+        other = [end for end, mark in found if mark in self.encoder.special][-1:] if self.ends else []
+        for end in (*known, *other):
+            return answer[:end], True
+        return answer.removesuffix(self.tail[len(self.tail.rstrip()) :]), False

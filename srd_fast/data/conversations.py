@@ -1,0 +1,178 @@
+"""Conversations as rows hold them: turns, tools and a system text, in the form that chat templates take."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..errors import UserError
+from .sources import shown
+
+Turn = dict[str, Any]
+
+_SHAPE = "messages must be a list of {'role': text, 'content': text}"
+ASSISTANT, SYSTEM, USER = "assistant", "system", "user"
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """What is said before an answer, and the answer.
+
+    Args:
+        turns: before the answer, at least one.
+        answer: the assistant's turn.
+        tools: schemas of the functions that the assistant may call; None without any.
+    """
+
+    turns: tuple[Turn, ...]
+    answer: Turn
+    tools: list[Any] | None = None
+
+    @property
+    def does_more_than_say(self) -> bool:
+        """Whether there is more to the answer than its content, such as a call of a tool."""
+        silent = not self.answer["content"] and any(v for k, v in self.answer.items() if k not in ("role", "name"))
+        return silent or bool(self.answer.get("tool_calls"))
+
+    def exchanges(self) -> list[int]:
+        """Where each exchange begins: at a user's turn, the first behind the system's. The last holds the question."""
+        first = next((i for i, t in enumerate(self.turns) if t["role"] not in (SYSTEM, "developer")), 0)
+        users = [i for i, t in enumerate(self.turns) if t["role"] == USER and i > first]
+        return [first, *users]
+
+    def without(self, count: int) -> "Conversation":
+        """The conversation without its `count` oldest exchanges. What stands before the first exchange stays."""
+        starts = self.exchanges()
+        return replace(self, turns=(*self.turns[: starts[0]], *self.turns[starts[count] :]))
+
+    def asking(self, text: str) -> "Conversation":
+        """The conversation with another text in the turn before the answer."""
+        return replace(self, turns=(*self.turns[:-1], {**self.turns[-1], "content": text}))
+
+
+def conversation_of(row: Mapping[str, Any]) -> Conversation:
+    """The conversation in the columns `messages`, `tools` and `system`, up to the last assistant turn.
+
+    Keys without a value (null), which parquet writes for every key that another turn has, count as absent.
+
+    Raises:
+        UserError: the columns hold something else, or there is no assistant turn after another.
+    """
+    try:
+        return _conversation(row)
+    except RecursionError:
+        raise UserError("messages or tools are nested too deeply") from None
+
+
+def _conversation(row: Mapping[str, Any]) -> Conversation:
+    messages = row["messages"]
+    if not isinstance(messages, list) or not all(isinstance(m, Mapping) for m in messages):
+        raise UserError(_SHAPE)
+    turns = [_turn(m, number) for number, m in enumerate(messages, 1)]
+    last = max((i for i, t in enumerate(turns) if t["role"] == ASSISTANT), default=0)
+    if last == 0:
+        raise UserError("messages need an assistant turn after a user turn")
+    return Conversation(tuple(with_system(turns[:last], row)), turns[last], tools_of(row))
+
+
+def with_system(turns: list[Turn], row: Mapping[str, Any]) -> list[Turn]:
+    """Put the text of the column `system` before the turns.
+
+    Raises:
+        UserError: the column holds no text, or the turns have another system text.
+    """
+    text = row.get("system")
+    if text is None or text == "":
+        return turns
+    if not isinstance(text, str):
+        raise UserError(f"system must be text, got {type(text).__name__}")
+    own = [t["content"] for t in turns if t["role"] == SYSTEM]
+    if own == [text]:
+        return turns
+    if own:
+        raise UserError("there is a system turn in messages and another text in the column system; keep one of them")
+    return [_encodable({"role": SYSTEM, "content": text}, "system"), *turns]
+
+
+def tools_of(row: Mapping[str, Any]) -> list[Any] | None:
+    """The schemas in the column `tools`, which may be JSON text; None without any.
+
+    Raises:
+        UserError: the column holds something else.
+    """
+    given = row.get("tools")
+    if isinstance(given, str) and given.strip():
+        try:
+            given = json.loads(given)
+        except ValueError as e:
+            raise UserError(f"tools is text but not JSON ({e})") from None
+    if not given:
+        return None
+    if not isinstance(given, list) or not all(isinstance(tool, Mapping) for tool in given):
+        raise UserError(f"tools must be a list of schemas, or that as JSON text, got {type(given).__name__}")
+    return _encodable([_without_nulls(tool) for tool in given], "tools")
+
+
+def _turn(message: Mapping[str, Any], number: int) -> Turn:
+    turn = {k: _without_nulls(v) for k, v in message.items() if v is not None}
+    if not isinstance(turn.get("role"), str):
+        raise UserError(f"{_SHAPE}; turn {number} has no role")
+    where = f"turn {number} ({shown(turn['role'], 20)}) of messages"
+    if turn.get("tool_calls"):
+        turn["tool_calls"] = _calls(turn["tool_calls"], where)
+    if "content" not in turn and not any(turn.get(k) for k in turn if k != "role"):
+        raise UserError(f"{_SHAPE}; {where} has no content")
+    return _encodable({**turn, "content": _text(turn.get("content", ""), where)}, "messages")
+
+
+def _text(content: Any, where: str) -> str:
+    """A content as one text; its parts are texts too."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise UserError(f"{_SHAPE}; the content of {where} is {type(content).__name__}")
+    texts = []
+    for part in content:
+        text = part.get("text") if isinstance(part, Mapping) else part
+        if not isinstance(text, str):
+            kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+            raise UserError(f"{where} has a part of type {shown(str(kind))!r}: only parts of text can be used")
+        texts.append(text)
+    return "".join(texts)
+
+
+def _calls(calls: Any, where: str) -> list[Any]:
+    """Tool calls with their arguments as objects, as templates want them; the API that made them may give JSON text."""
+    if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
+        raise UserError(f"tool_calls of {where} must be a list of objects")
+    return [_with_arguments(call) for call in calls]
+
+
+def _with_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
+    if isinstance(call.get("function"), Mapping):
+        return {**call, "function": _with_arguments(call["function"])}
+    arguments = call.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            parsed = json.loads(arguments)
+        except ValueError:
+            parsed = None
+        arguments = parsed if isinstance(parsed, dict) else arguments
+    return {**call, **({} if arguments is None else {"arguments": arguments})}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _without_nulls(v) for k, v in value.items() if v is not None}
+    return [_without_nulls(v) for v in value] if isinstance(value, list) else value
+
+
+def _encodable(value: Any, column: str) -> Any:
+    """Return a value if all its texts are Unicode that can be written."""
+    try:
+        json.dumps(value, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError as e:
+        raise UserError(f"{column} holds half of a surrogate pair at character {e.start}") from None
+    except (TypeError, ValueError):
+        raise UserError(f"{column} holds what JSON cannot") from None
+    return value

@@ -1,0 +1,155 @@
+"""Text to ids where the text of a special token may stand in the data, and must then stay text.
+
+`guard` puts a break into every such text; what is rendered from guarded texts then holds special tokens only where the
+template itself wrote them. `ids` cuts at the breaks, so no token spans one, and `plain` takes them out again.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from typing import Any
+
+from transformers import AddedToken, PreTrainedTokenizerBase
+
+# A code point that Unicode keeps out of texts. Where a text has it all the same, it is doubled.
+_BREAK = "\ufdd0"
+_LONE_BREAK = re.compile(f"(?<!{_BREAK}){_BREAK}(?!{_BREAK})")
+
+
+class TextEncoder:
+    """Encodes the beginning of a sample, and what continues it.
+
+    Args:
+        tokenizer: of the model.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self._newline = self._prefix_space_marker()
+
+    @property
+    def _added(self) -> list[AddedToken]:
+        return list(getattr(self.tokenizer, "added_tokens_decoder", {}).values())
+
+    @cached_property
+    def special(self) -> tuple[str, ...]:
+        """Texts of the special tokens, longest first."""
+        texts = {*(t.content for t in self._added if t.special), *map(str, self.tokenizer.all_special_tokens)}
+        return tuple(sorted(texts - {""}, key=lambda t: (-len(t), t)))
+
+    @cached_property
+    def added(self) -> tuple[str, ...]:
+        """Texts of all added tokens that are not blank, special or not, longest first."""
+        texts = {*(t.content for t in self._added), *self.special}
+        return tuple(sorted((t for t in texts if t.strip()), key=lambda t: (-len(t), t)))
+
+    @cached_property
+    def _special_pattern(self) -> re.Pattern[str]:
+        return _any_of(self.special)
+
+    def guard(self, value: Any, parse: bool = False, others: Iterable[str] = ()) -> Any:
+        """Make special tokens within texts plain text.
+
+        Args:
+            value: a text, or lists and dicts of texts, whose keys stay as they are.
+            parse: leave special tokens as they are.
+            others: texts that are treated as special tokens too.
+
+        Returns:
+            The same with breaks.
+        """
+        if isinstance(value, Mapping):
+            return {k: self.guard(v, parse, others) for k, v in value.items()}
+        if isinstance(value, list):
+            return [self.guard(v, parse, others) for v in value]
+        if not isinstance(value, str):
+            return value
+        text = value.replace(_BREAK, 2 * _BREAK)
+        if parse:
+            return text
+        pattern = _any_of([*self.special, *others]) if others else self._special_pattern
+        return pattern.sub(lambda m: f"{m[0][0]}{_BREAK}{m[0][1:]}", text)
+
+    def plain(self, text: str) -> str:
+        """The text without breaks."""
+        return _LONE_BREAK.sub("", text).replace(2 * _BREAK, _BREAK)
+
+    def without_special(self, text: str) -> str:
+        """The text as it is read when its tokens are decoded without special tokens."""
+        return self._special_pattern.sub("", text)
+
+    def trailing(self, text: str) -> list[tuple[int, str]]:
+        """The added tokens at the end of a guarded text, white space between them: where each ends, and its text."""
+        found: list[tuple[int, str]] = []
+        while (text := text.rstrip()).endswith(self.added):
+            mark = next(t for t in self.added if text.endswith(t))
+            found.append((len(text), mark))
+            text = text.removesuffix(mark)
+        return found[::-1]
+
+    def ids(self, text: str, special: bool = False) -> list[int]:
+        """Ids of a guarded text that begins a sample.
+
+        Args:
+            text: guarded.
+            special: let the tokenizer add its special tokens.
+        """
+        first, *others = (piece.replace(2 * _BREAK, _BREAK) for piece in _LONE_BREAK.split(text))
+        if not others:
+            return self._whole(first, special)
+        begun = self._whole(first)
+        before, after = self._around if special else ([], [])
+        return [*before, *begun, *(i for piece in others for i in self._behind(piece)), *after]
+
+    def continuation_ids(self, text: str) -> list[int]:
+        """Ids of a guarded text that goes on behind other tokens."""
+        return [i for x in _LONE_BREAK.split(text) for i in self._behind(x.replace(2 * _BREAK, _BREAK))]
+
+    def target_ids(self, text: str) -> list[int]:
+        """Ids of a guarded text that a decoder writes, and before them what the tokenizer begins such texts with.
+
+        Some tokenizers treat it unlike one that an encoder reads.
+        """
+        first, *others = (piece.replace(2 * _BREAK, _BREAK) for piece in _LONE_BREAK.split(text))
+        return [*self._opening, *self._target(first), *(i for piece in others for i in self._behind(piece))]
+
+    def _target(self, text: str, special: bool = False) -> list[int]:
+        return list(self.tokenizer(text_target=text, add_special_tokens=special).input_ids)
+
+    @cached_property
+    def _opening(self) -> list[int]:
+        """The ids that the tokenizer puts before a target: BART's <s>, a code of the language."""
+        alone, whole = self._target("a"), self._target("a", special=True)
+        return whole[: next((i for i in range(len(whole)) if whole[i : i + len(alone)] == alone), 0)]
+
+    def _whole(self, text: str, special: bool = False) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=special).input_ids)
+
+    def _behind(self, text: str) -> list[int]:
+        if self._newline:
+            ids = self._whole("\n" + text)
+            if ids[: len(self._newline)] == self._newline:
+                return ids[len(self._newline) :]
+        return self._whole(text)
+
+    @cached_property
+    def _around(self) -> tuple[list[int], list[int]]:
+        """The ids that the tokenizer adds before and after a text."""
+        alone, whole = self._whole("a"), self._whole("a", special=True)
+        start = next(i for i in range(len(whole)) if whole[i : i + len(alone)] == alone)
+        return whole[:start], whole[start + len(alone) :]
+
+    def _prefix_space_marker(self) -> list[int]:
+        """The ids of a newline if this tokenizer puts a space before every text (SentencePiece), else none.
+
+        Such a tokenizer would turn the response "a" into " a"; after a newline it does not.
+        """
+        newline, alone, behind = self._whole("\n"), self._whole("a"), self._whole("\na")
+        shift = behind[: len(newline)] == newline and behind[len(newline) :] != alone
+        return newline if shift else []
+
+
+def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
+    """Matches each of the texts that a break can divide, the longest first."""
+    divisible = sorted((t for t in texts if len(t) > 1), key=lambda t: (-len(t), t))
+    return re.compile("|".join(map(re.escape, divisible)) or "(?!)")

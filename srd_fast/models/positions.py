@@ -1,0 +1,73 @@
+"""How many positions a model has, and rows that are longer."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+from transformers import PretrainedConfig
+
+from ..errors import UserError
+from .loading import load_config
+
+logger = logging.getLogger(__name__)
+
+# Models that compute further positions where they need them.
+_GROWING = {"xglm"}
+
+
+def max_positions(model: object) -> tuple[int | None, bool]:
+    """Positions of a causal language model.
+
+    Args:
+        model: the model, its configuration, or its folder or hub id.
+
+    Returns:
+        How many tokens it has positions for, None where that is unknown or without end; and whether it fails on more,
+        as models with a table of positions do. Rotary embeddings go on, beyond what the model was trained for.
+    """
+    config = _config(model)
+    if config is None or getattr(config, "is_encoder_decoder", False):
+        return None, False
+    text: Any = config.get_text_config()
+    count = getattr(text, "max_position_embeddings", None) or getattr(text, "max_seq_len", None)
+    if not isinstance(count, int) or count < 1 or text.model_type in _GROWING:
+        return None, False
+    return count, not (getattr(text, "rope_parameters", None) or getattr(text, "rope_theta", None))
+
+
+def _config(model: object) -> PretrainedConfig | None:
+    if isinstance(model, str):
+        try:
+            return load_config(model)
+        except UserError:  # an adapter has none; whatever else is wrong is said where the model is loaded
+            return None
+    config = getattr(model, "config", None) if isinstance(model, nn.Module) else model
+    return config if isinstance(config, PretrainedConfig) else None
+
+
+def check_positions(needed: Sequence[int], ids: Sequence[str], models: Mapping[str, object], way_out: str) -> None:
+    """Name rows that need more positions than a model has, before anything runs.
+
+    Args:
+        needed: tokens of each row, with those that are generated.
+        ids: of the rows.
+        models: what `max_positions` takes, by what they are called. Others, such as a cache, are not looked at.
+        way_out: what the user can do.
+
+    Raises:
+        UserError: a model fails on such rows. Where it does not, a warning is logged.
+    """
+    for name, model in models.items():
+        most, fails = max_positions(model)
+        longer = [i for i, n in enumerate(needed) if most is not None and n > most]
+        if not longer:
+            continue
+        longest = max(longer, key=needed.__getitem__)
+        message = (
+            f"{len(longer)} of {len(needed)} rows do not fit the {most} positions of the {name}; the longest, "
+            f"{ids[longest]!r}, needs {needed[longest]}: {way_out}"
+        )
+        if fails:
+            raise UserError(message)
+        logger.warning("%s. The model was not trained for more", message)
