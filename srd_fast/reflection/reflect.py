@@ -116,7 +116,7 @@ def reflect(
     prompts, counts = prompt_lengths(samples), token_counts(samples)
     length = max(prompts) + sampling.max_new_tokens
     needed = [max(n, prompt + sampling.max_new_tokens - 1) for n, prompt in zip(counts, prompts)]
-    check_positions(needed, ids, {"student": student}, "lower max_new_tokens, or shorten them")
+    check_positions(needed, ids, {"student": student}, "lower max_new_tokens, or shorten them", prompts)
     if cross_entropy_by == "engine":
         length = max(length, 1 + max(counts))
     with open_engine(

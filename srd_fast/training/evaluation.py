@@ -113,8 +113,9 @@ def evaluate(
     length = max(map(len, prompts)) + sampling.max_new_tokens
     lengths, ids, way_out = [*map(len, input_ids)], samples["sample_id"], "lower max_new_tokens, or shorten them"
     needed = [max(n, len(prompt) + sampling.max_new_tokens - 1) for n, prompt in zip(lengths, prompts)]
-    check_positions(needed, ids, {"model": model}, way_out)
-    check_positions(lengths, ids, {"teacher": teacher}, way_out)
+    of_prompts = [*map(len, prompts)]
+    check_positions(needed, ids, {"model": model}, way_out, of_prompts)
+    check_positions(lengths, ids, {"teacher": teacher}, way_out, of_prompts)
     scorer = RougeL(rouge_tokenizer)
     means, generations = [], [""] * len(samples)
     of_corpus: dict[str, list[float]] = {name: [] for name in metrics}

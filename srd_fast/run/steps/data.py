@@ -108,7 +108,7 @@ def _check_positions(config: RunConfig, train: Dataset, validation: Dataset) -> 
         prompts = [first_label(y) for batch in samples.iter(1000) for y in batch["labels"]]
         needed = [max(n, prompt + new_tokens - 1) for n, prompt in zip(token_counts(samples), prompts)]
         way_out = "lower max_prompt_length, max_response_length or max_new_tokens"
-        check_positions(needed, samples["sample_id"], models, way_out)
+        check_positions(needed, samples["sample_id"], models, way_out, prompts)
 
 
 def _hold_out(samples: Dataset, count: int, seed: int) -> tuple[Dataset, Dataset]:
