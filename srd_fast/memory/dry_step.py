@@ -13,14 +13,24 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, Trainer
+from transformers import Trainer
 
 from ..errors import UserError, first_line
 from ..kernels import ALIGNMENT, EAGER_BUFFERS, block_bytes
 from ..losses import Head, get_divergence
 from ..losses.backends import compact_backend, row_backend
 from ..losses.buffers import chunk_rows
-from ..models import find_head, flattening, hidden_states, load_config, prune_depth, unwrap, varlen
+from ..models import (
+    find_head,
+    flattening,
+    hidden_states,
+    load_config,
+    make_model,
+    prune_depth,
+    text_tower,
+    unwrap,
+    varlen,
+)
 from ..run.config import RunConfig
 from ..run.steps import LIVE, PRUNE, Run
 from ..run.steps.cache import cache_temperatures
@@ -51,7 +61,7 @@ def _make_model(source: str, dtype: torch.dtype, device: torch.device) -> Any:
     config = load_config(source)
     try:
         with device:
-            return AutoModelForCausalLM.from_config(config, dtype=dtype)
+            return make_model(config, dtype)
     except ValueError as e:
         raise UserError(f"model {source!r} is not a causal language model: {first_line(e)}") from e
 
@@ -94,8 +104,9 @@ def _make_teacher(config: RunConfig, run: Run, student: Any, offload: bool) -> t
 
 
 def _flattens(models: Sequence[Any], wanted: Any) -> bool:
-    """Decide as `SRDTrainer` does, without running the models; switch their attention if batches are flattened."""
-    if not wanted or any(flattening.unfit(unwrap(m)) is not None for m in models):
+    """Guess what `SRDTrainer` finds out by running the models; switch their attention if batches are flattened."""
+    inners: list[Any] = [unwrap(m) for m in models]
+    if not wanted or any(flattening.unfit(m) is not None or flattening.mixes_elsewhere(m) for m in inners):
         return False
     for model in models:
         inner: Any = unwrap(model)
@@ -291,6 +302,14 @@ class Simulated:
     head_bytes: int
 
 
+def _reached(student: Any) -> set[int]:
+    """Parameters, by id, that a text can have a gradient for: no other tower's."""
+    inner: Any = unwrap(student)
+    tower = text_tower(inner)
+    parts = [inner] if tower is inner.base_model else [tower, inner.get_output_embeddings()]
+    return {id(p) for part in parts for p in part.parameters()}
+
+
 def _store(config: RunConfig, args: SRDConfig, student: Any, classes: int) -> Store:
     kind, temperatures = config.cache.kind, tuple(sorted(set(cache_temperatures(config, args))))
     if kind == "projected":
@@ -333,7 +352,8 @@ def simulate(config: RunConfig, args: SRDConfig, largest: Callable[[bool, bool],
         with live.labelled("loss"):
             kept = max(loss.kept, of_evaluation.kept if evaluates else 0)
             workspace = torch.empty(kept, dtype=torch.uint8, device=device)
-        trained = [p for p in student.parameters() if p.requires_grad]
+        reached = _reached(student)
+        trained = [p for p in student.parameters() if p.requires_grad and id(p) in reached]
         for p in trained:
             p.register_post_accumulate_grad_hook(lambda p: live.relabel(p.grad, "gradients"))
         with step.at("optimizer", "gradients"):

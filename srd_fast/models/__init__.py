@@ -1,5 +1,6 @@
 """Language models as distillation sees them: a body that gives hidden states, a head that gives logits."""
 
+from .adapters import merge_adapters, refuse_trained_prompts, with_adapters
 from .compilation import compile_layers, uncompile_layers
 from .encoder_decoder import check_same_kind, decoder_start, is_encoder_decoder
 from .flattening import enable_flattening, unfit_for_shared_prefix
@@ -10,13 +11,16 @@ from .loading import (
     load_config,
     load_model,
     load_tokenizer,
+    make_model,
     model_digest,
     resolve_model,
 )
 from .positions import check_positions
 from .prefix import SharedPrefix, common_prefix, share_prefix, shared_starts
 from .pruning import prune_depth
-from .wrapping import call_through, with_adapters
+from .saving import check_saved, save_student
+from .text import text_config, text_tower
+from .wrapping import call_through
 
 __all__ = [
     "SharedPrefix",
@@ -24,6 +28,7 @@ __all__ = [
     "check_head",
     "check_positions",
     "check_same_kind",
+    "check_saved",
     "check_tokenizers",
     "common_prefix",
     "compile_layers",
@@ -36,11 +41,17 @@ __all__ = [
     "load_config",
     "load_model",
     "load_tokenizer",
+    "make_model",
+    "merge_adapters",
     "model_digest",
     "prune_depth",
+    "refuse_trained_prompts",
     "resolve_model",
+    "save_student",
     "share_prefix",
     "shared_starts",
+    "text_config",
+    "text_tower",
     "uncompile_layers",
     "unfit_for_shared_prefix",
     "unwrap",

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..errors import first_line
 from .encoder_decoder import is_encoder_decoder
 from .heads import hidden_states, unwrap
+from .text import text_config, text_tower
 from .varlen import IMPLEMENTATION
 
 # What rounding explains of the mean error of a token's hidden state and of its gradient, relative to their norms. Norms
@@ -26,7 +27,9 @@ TOLERANCE = {
     torch.bfloat16: (0.1, 0.4),
 }
 _LENGTHS = (7, 1, 12)
-_MIXERS = (nn.Conv1d, nn.Conv2d, nn.RNNBase)
+# Where states go from token to token, one sample is longer than any usual chunk (64 to 256 tokens).
+_LONG = (7, 1, 270, 12, 5)
+_MIXERS = (nn.Conv1d, nn.RNNBase)
 _ATTENTION = {"full_attention", "sliding_attention", "attention"}
 
 
@@ -34,9 +37,9 @@ def enable_flattening(model: nn.Module) -> str | None:
     """Make a causal language model take flattened batches in `hidden_states`, if it gives the same results for them.
 
     Its attention implementation becomes `srd_varlen`, which is `sdpa` for padded batches and generation; flash
-    attention stays. Then three samples, flattened and padded, must have the same hidden states. If the model is
-    trained, the gradients of their input embeddings must be the same too. On a GPU, a float32 model is also tried under
-    bfloat16 autocast.
+    attention stays. Then samples, flattened and padded, must have the same hidden states. If the model is trained, the
+    gradients of their input embeddings must be the same too. On a GPU, a float32 model is also tried under bfloat16
+    autocast. No sample may have a gradient with respect to another one's tokens.
 
     Args:
         model: on its device and in its dtype; a PEFT model too. Its mode does not change.
@@ -45,19 +48,20 @@ def enable_flattening(model: nn.Module) -> str | None:
         None, or a clause that says why the model cannot take flattened batches. It is then as it was before.
     """
     inner: Any = unwrap(model)
-    reason = unfit(inner)
-    if reason is not None:
-        return reason
-    before = _implementations(inner)
-    try:
-        with _evaluating(model):
-            reason = _switch_and_compare(model, inner)
-    except Exception as e:  # models of other people's code raise anything for a batch they do not understand
-        reason = first_line(e)
-    if reason is not None:
-        for config, implementation in before:
-            config._attn_implementation_internal = implementation
-    return reason
+    before, mixes, reason = _implementations(inner), mixes_elsewhere(inner), unfit(inner)
+    if reason is None:
+        try:
+            with _evaluating(model):
+                reason = _switch_and_compare(model, inner, _LENGTHS if mixes is None else _LONG)
+        except Exception as e:  # models of other people's code raise anything for a batch they do not understand
+            reason = first_line(e)
+    if reason is None:
+        return None
+    for config, implementation in before:
+        config._attn_implementation_internal = implementation
+    if mixes is None and any(_asks_for_sdpa(kind) for kind in {type(m) for m in inner.base_model.modules()}):
+        mixes = "its layers treat the sdpa implementation by its name"
+    return reason if mixes is None else f"{mixes}: {reason}"
 
 
 @contextmanager
@@ -110,13 +114,9 @@ def unfit_for_shared_prefix(model: nn.Module) -> str | None:
     return None
 
 
-def _text_config(inner: Any) -> Any:
-    return inner.config.get_text_config() if hasattr(inner.config, "get_text_config") else inner.config
-
-
 def _drops(inner: Any) -> bool:
     """Whether training drops values at random, judged by modules and the configuration."""
-    config = _text_config(inner)
+    config = text_config(inner.config)
     rates = [v for n, v in config.to_dict().items() if "drop" in n and isinstance(v, float)]
     return any(rates) or any(m.p > 0 for m in inner.modules() if isinstance(m, nn.modules.dropout._DropoutNd))
 
@@ -124,18 +124,11 @@ def _drops(inner: Any) -> bool:
 def unfit(inner: Any) -> str | None:
     """Why a model cannot take flattened batches, if that can be seen without running it; else None.
 
-    A comparison of numbers alone would miss parts that the present weights silence.
+    What the numbers show, with each sample's gradients kept to itself, is left to them (`_switch_and_compare`).
     """
     if is_encoder_decoder(inner):
         return "it has an encoder and a decoder"
     body = inner.base_model
-    mixer = next((m for m in body.modules() if isinstance(m, _MIXERS)), None)
-    if mixer is not None:
-        return f"its layers mix tokens outside of attention ({type(mixer).__name__})"
-    config = _text_config(inner)
-    other = sorted(set(getattr(config, "layer_types", None) or ()) - _ATTENTION)
-    if other:
-        return f"its layers are not all full or sliding attention ({', '.join(other)})"
     parameters = inspect.signature(body.forward).parameters
     if "position_ids" not in parameters:
         return "it takes no position_ids"
@@ -150,9 +143,19 @@ def unfit(inner: Any) -> str | None:
         return "its attention implementation cannot be set"
     if not getattr(inner, "_supports_sdpa", False):
         return "its attention is more than scaled_dot_product_attention"
-    if any(_asks_for_sdpa(kind) for kind in {type(m) for m in body.modules()}):
-        return "its layers treat the sdpa implementation by its name"
     return None
+
+
+def mixes_elsewhere(inner: Any) -> str | None:
+    """A clause if layers of the text part look as if they mix tokens outside of attention, else None.
+
+    Whether they keep samples apart depends on the version of transformers and on its kernels; the numbers show it.
+    """
+    mixer = next((m for m in text_tower(inner).modules() if isinstance(m, _MIXERS)), None)
+    if mixer is not None:
+        return f"its layers mix tokens outside of attention ({type(mixer).__name__})"
+    other = sorted(set(getattr(text_config(inner.config), "layer_types", None) or ()) - _ATTENTION)
+    return f"its layers are not all full or sliding attention ({', '.join(other)})" if other else None
 
 
 def _is_flash(implementation: str | None) -> bool:
@@ -184,10 +187,10 @@ def _configs(inner: Any) -> Iterator[Any]:
         waiting += [c for c in (getattr(config, n, None) for n in getattr(config, "sub_configs", {})) if c is not None]
 
 
-def _switch_and_compare(model: nn.Module, inner: Any) -> str | None:
+def _switch_and_compare(model: nn.Module, inner: Any, lengths: tuple[int, ...]) -> str | None:
     embedding = inner.get_input_embeddings()
     device, dtype = embedding.weight.device, embedding.weight.dtype
-    padded, flattened = probe_batches(embedding.weight.shape[0], device)
+    padded, flattened = probe_batches(embedding.weight.shape[0], device, lengths)
     runs: list[tuple[torch.dtype, Callable[[], Any]]] = [(dtype, nullcontext)]
     if device.type == "cuda" and dtype == torch.float32:
         runs.append((torch.bfloat16, lambda: torch.autocast("cuda", torch.bfloat16)))
@@ -198,22 +201,29 @@ def _switch_and_compare(model: nn.Module, inner: Any) -> str | None:
     if not _is_flash(inner.config._attn_implementation):
         inner.set_attn_implementation(IMPLEMENTATION)
     own = padded["attention_mask"].bool()
+    # Of every second sample, which has neighbours on both sides.
+    second_L = torch.cat([torch.full((n,), i % 2) for i, n in enumerate(lengths)]).to(device)
     for (precision, context), wanted in zip(runs, expected):
         may_be_tf32 = device.type == "cuda" and precision == torch.float32
         tolerances = TOLERANCE[torch.float16 if may_be_tf32 else precision]
         with context():
             again = _hidden_and_gradient(model, embedding, padded)
-            found = _hidden_and_gradient(model, embedding, flattened)
+            *found, leak_BLD = _hidden_and_gradient(model, embedding, flattened, second_L)
         for what, tolerance, a, b, c in zip(("hidden states", "gradients"), tolerances, wanted, again, found):
             for batch, difference in (("flattened", row_error(c[0], a[own])), ("padded", row_error(b[own], a[own]))):
                 if not difference <= tolerance:
                     return f"its {what} in {batch} batches come out different by {difference:.1e} ({precision})"
+        # The comparison allows for rounding, which in half precision is more than what some mixers carry over.
+        if (leak_BLD[0][second_L == 0] != 0).any():
+            return "its samples are not kept apart in flattened batches"
     return None
 
 
-def probe_batches(vocabulary: int, device: torch.device) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Three samples of uneven lengths, padded and flattened."""
-    rows = (torch.arange(1, sum(_LENGTHS) + 1) * 7919 % vocabulary).split(_LENGTHS)
+def probe_batches(
+    vocabulary: int, device: torch.device, lengths: tuple[int, ...] = _LENGTHS
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Samples of uneven lengths, padded and flattened."""
+    rows = (torch.arange(1, sum(lengths) + 1) * 7919 % vocabulary).split(lengths)
     ones = [torch.ones_like(row) for row in rows]
     padded = {
         "input_ids": nn.utils.rnn.pad_sequence(list(rows), batch_first=True),
@@ -221,8 +231,8 @@ def probe_batches(vocabulary: int, device: torch.device) -> tuple[dict[str, Tens
     }
     flattened = {
         "input_ids": torch.cat(rows)[None],
-        "position_ids": torch.cat([torch.arange(n) for n in _LENGTHS])[None],
-        "cu_seq_lens": torch.tensor((0, *_LENGTHS)).cumsum(0).int(),
+        "position_ids": torch.cat([torch.arange(n) for n in lengths])[None],
+        "cu_seq_lens": torch.tensor((0, *lengths)).cumsum(0).int(),
     }
     # Copies, as views a compiler would tell from the whole tensors of a collator.
     return {n: x.to(device, copy=True) for n, x in padded.items()}, {
@@ -270,23 +280,30 @@ def _by_place(x_BLD: Tensor, batch: Mapping[str, Any]) -> Tensor:
     return x_BLD.new_zeros(int(places.max()) + 1, x_BLD.shape[-1]).index_add_(0, places, x_BLD[own])
 
 
-def _hidden_and_gradient(model: nn.Module, embedding: nn.Module, batch: Mapping[str, Any]) -> list[Tensor]:
+def _hidden_and_gradient(
+    model: nn.Module, embedding: nn.Module, batch: Mapping[str, Any], chosen_L: Tensor | None = None
+) -> list[Tensor]:
     """Hidden states; if a parameter is trained, also the gradients of the input embeddings. Each is [B, L, D].
 
-    The gradients are those of a sum over the tokens whose entry in `weights` is not 0.
+    The gradients are those of a sum over the tokens whose entry in `weights` is not 0. With `chosen_L`, those of a sum
+    over the tokens whose entry there is not 0 come last, also if no parameter is trained.
     """
     trained = any(p.requires_grad for p in model.parameters())
-    with captured(embedding) as embeddings, torch.set_grad_enabled(trained):
+    ids = batch["input_ids"]
+    sums = [batch.get("weights", batch.get("attention_mask", torch.ones_like(ids)))] if trained else []
+    sums += [] if chosen_L is None else [chosen_L[None]]
+    with captured(embedding) as embeddings, torch.set_grad_enabled(bool(sums)):
         hidden_BLD = hidden_states(model, batch)
-        if not trained:
-            return [hidden_BLD]
         # Each token has its own direction, the same in both batches; padding has 0.
-        ids = batch["input_ids"]
-        mask = batch.get("weights", batch.get("attention_mask", torch.ones_like(ids)))
         column = torch.arange(hidden_BLD.shape[-1], device=ids.device)
-        direction_BLD = torch.cos(ids[..., None] + 1.7 * column) * mask[..., None]
-        (gradient_BLD,) = torch.autograd.grad((hidden_BLD * direction_BLD).sum(), embeddings[-1:])
-    return [hidden_BLD.detach(), gradient_BLD]
+        direction_BLD = torch.cos(ids[..., None] + 1.7 * column)
+        gradients = [
+            torch.autograd.grad(
+                (hidden_BLD * direction_BLD * mask[..., None]).sum(), embeddings[-1:], retain_graph=True
+            )
+            for mask in sums
+        ]
+    return [hidden_BLD.detach(), *(gradient_BLD for (gradient_BLD,) in gradients)]
 
 
 @contextmanager

@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
     PretrainedConfig,
@@ -28,6 +30,7 @@ from transformers import (
 
 from ..errors import UserError, first_line
 from ..files import content_digest
+from .adapters import adapter_base, load_merged
 from .encoder_decoder import is_encoder_decoder
 
 logger = logging.getLogger(__name__)
@@ -128,42 +131,93 @@ def load_model(source: str, dtype: torch.dtype = torch.float32, device: str | to
     """Load a causal language model or an encoder-decoder model in eval mode, from safetensors.
 
     Args:
-        source: a folder or hub id.
+        source: a folder or hub id; of a model, with other towers than the text's too, or of an adapter, which is merged
+            into its model.
         dtype: of its weights.
-        device: where it goes.
+        device: where it goes. On "meta" no weights are read, and what there is of them is checked.
 
     Returns:
         The model.
 
     Raises:
-        UserError: it cannot be loaded as a language model, or it is quantised.
+        UserError: it cannot be loaded as a language model, its weights are not all there, or it is quantised.
     """
-    path, kind = resolve_model(source), model_class(load_config(source))
+    path = resolve_model(source)
+    base = adapter_base(path)
+    if base is not None:
+        return load_merged(load_model(base, dtype, device), path).eval()
+    place: dict[str, Any] = {"device_map": "meta"} if str(device) == "meta" else {}
     try:
-        model: Any = kind.from_pretrained(path, dtype=dtype, use_safetensors=True, **_SAFELY)
+        model, found = _class_for(path).from_pretrained(
+            path, dtype=dtype, use_safetensors=True, output_loading_info=True, **place, **_SAFELY
+        )
     except Exception as e:  # damaged weights, configs and archives raise errors of many libraries
         raise UserError(f"model {source!r} cannot be loaded as a language model: {_why(e)}") from e
     if getattr(model, "hf_quantizer", None) is not None:
         raise UserError(f"model {source!r} is quantised; distillation needs the full weights of teacher and student")
+    for kind in ("missing", "unexpected"):
+        names = sorted(found[f"{kind}_keys"])
+        if names:
+            some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            raise UserError(
+                f"model {source!r} does not match its config.json: its files have {kind} weights ({some}); a model "
+                "loaded from it would be another one. Save it anew from where it was made"
+            )
     return model.to(device).eval()
 
 
-def model_class(config: PretrainedConfig) -> Any:
-    """The auto class that makes a language model of this configuration."""
-    return AutoModelForSeq2SeqLM if is_encoder_decoder(config) else AutoModelForCausalLM
+def make_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """A model of a configuration, with random weights.
+
+    Args:
+        config: of the model.
+        dtype: of its weights.
+
+    Returns:
+        An object of the class that `load_model` would choose.
+
+    Raises:
+        ValueError: transformers has no language model for the configuration.
+    """
+    kind = _class_of(config)
+    make = getattr(kind, "from_config", None) or kind._from_config
+    return make(config, dtype=dtype)
+
+
+def _class_for(path: str) -> Any:
+    try:
+        return _class_of(AutoConfig.from_pretrained(path, **_SAFELY))
+    except Exception:  # whoever loads the model says what is wrong
+        return AutoModelForCausalLM
+
+
+def _class_of(config: PretrainedConfig) -> Any:
+    """The class, or auto class, of a whole model that gives logits of text."""
+    if is_encoder_decoder(config):
+        return AutoModelForSeq2SeqLM
+    named = (config.architectures or [""])[0]
+    mappings = {a: getattr(a, "_model_mapping") for a in (AutoModelForCausalLM, AutoModelForImageTextToText)}  # noqa: B009
+    kinds = {auto: mapping[type(config)].__name__ for auto, mapping in mappings.items() if type(config) in mapping}
+    for auto, name in kinds.items():
+        if name == named:
+            return auto
+    own = getattr(transformers, named, None)
+    if not kinds and own is not None and getattr(own, "config_class", None) is type(config):
+        return own
+    return next(iter(kinds), AutoModelForCausalLM)
 
 
 def load_config(source: str) -> PretrainedConfig:
-    """Load the configuration of a model folder or hub id; of a folder with an adapter, that of the model below it.
+    """Load the configuration of a model folder or hub id; of an adapter, that of its model.
 
     Raises:
         UserError: there is none that can be read.
     """
     path = resolve_model(source)
-    adapter = Path(path) / "adapter_config.json"
+    base = adapter_base(path)
+    if base is not None:
+        return load_config(base)
     try:
-        if adapter.is_file() and not adapter.with_name("config.json").is_file():
-            path = resolve_model(str(json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]))
         return AutoConfig.from_pretrained(path, **_SAFELY)
     except Exception as e:  # as for models
         raise UserError(f"model {source!r} has no config that can be read: {_why(e)}") from e
@@ -186,7 +240,7 @@ def _why(error: Exception) -> str:
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model folder or hub id.
+    """Load the tokenizer of a model folder or hub id; of an adapter without one, that of its model.
 
     Raises:
         UserError: there is none, or it has no end-of-sequence token.
@@ -195,6 +249,9 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     local = Path(path)
     wanted = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model")
     if local.is_dir() and not any((local / name).is_file() for name in wanted):
+        base = adapter_base(path)
+        if base is not None:
+            return load_tokenizer(base)
         raise UserError(
             f"model folder {source!r} has no tokenizer (none of {', '.join(wanted[:3])}); "
             "save the teacher's tokenizer there: tokenizer.save_pretrained(...)"
@@ -245,13 +302,18 @@ _MODEL_FILES = {".safetensors", ".json", ".jinja", ".model", ".bin", ".txt"}
 
 
 def fingerprint(source: str) -> str:
-    """Hash of a model folder's weights, config and tokenizer files; for a hub id, the id itself."""
+    """Hash of a model folder's weights, config and tokenizer files, and of the model under an adapter.
+
+    For a hub id, the id itself.
+    """
     path = Path(resolve_model(source))
     if not path.is_dir():
         return f"hub:{source}"
     files = [(str(f), f.stat()) for f in sorted(path.rglob("*")) if f.suffix in _MODEL_FILES]
     known = tuple((name, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for name, s in files)
-    return _folder_digest(path, known) or f"hub:{source}"
+    digest = _folder_digest(path, known) or f"hub:{source}"
+    base = adapter_base(str(path))
+    return digest if base is None else f"{digest}:{fingerprint(base)}"
 
 
 @functools.lru_cache(maxsize=16)

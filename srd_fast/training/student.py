@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 
 from ..files import replace_folder, temporary_path
-from ..models import load_model, load_tokenizer, prune_depth
+from ..models import load_model, load_tokenizer, prune_depth, save_student
 from ..teacher import TeacherSource
 from .config import SRDConfig
 from .trainer import SRDTrainer
@@ -92,8 +92,6 @@ def prune_and_warm_up(
         )
         live_or_cache = load_model(teacher, dtype, device) if source is None else source
         SRDTrainer(student, live_or_cache, args, rows, processing_class=tokenizer).train()
-    student.config.use_cache = True
-    student.save_pretrained(work / "model")
-    tokenizer.save_pretrained(work / "model")
+    save_student(student, tokenizer, work / "model")
     replace_folder(work / "model", output)
     shutil.rmtree(work, ignore_errors=True)

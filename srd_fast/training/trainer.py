@@ -36,6 +36,7 @@ from ..models import (
     find_head,
     hidden_states,
     is_encoder_decoder,
+    refuse_trained_prompts,
     unwrap,
     with_adapters,
 )
@@ -123,6 +124,8 @@ class SRDTrainer(Trainer):
             raise UserError("teacher_model is the model that is trained; load the teacher as a model of its own")
         if teacher_model is None and args.teacher_cache is None:
             raise UserError("teacher_model is missing: pass a model, its folder or name, or name a teacher_cache")
+        for name, given in (("student", model), ("teacher", teacher_model)):
+            refuse_trained_prompts(given, name)
         teacher_tokenizer = teacher_tokenizer or tokenizer_beside(teacher_model)
         if teacher_tokenizer is not None:
             check_tokenizers(processing_class, teacher_tokenizer)

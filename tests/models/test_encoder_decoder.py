@@ -29,7 +29,7 @@ from srd_fast.models import (
     prune_depth,
     share_prefix,
 )
-from srd_fast.models.loading import model_class
+from srd_fast.models.loading import make_model
 from srd_fast.teacher import labels_with_loss, rows_with_loss
 
 SAMPLES = tiny_samples(7)
@@ -265,6 +265,6 @@ def test_layers_whose_kind_follows_from_their_place_are_refused() -> None:
 
     sizes = {"vocab_size": 30, "d_model": 8, "d_kv": 4, "d_ff": 8, "num_heads": 2, "num_experts": 2}
     config = SwitchTransformersConfig(**sizes, num_layers=6, num_decoder_layers=6, num_sparse_encoder_layers=3)
-    model = model_class(config).from_config(config)
+    model = make_model(config, torch.float32)
     with pytest.raises(UserError, match=r"cannot prune Switch.*follows from their places.*coder\.block"):
         prune_depth(model, [0, 2, 4])

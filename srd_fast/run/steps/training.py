@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 from ...curriculum import CurriculumPlan, replan
 from ...data import IGNORE_INDEX
 from ...files import remove, replace_folder, temporary_path, write_text
-from ...models import load_model
+from ...models import load_model, save_student
 from ...training.batching import make_curriculum
 from ...training.checkpoints import last_whole_checkpoint
 from ...training.trainer import SRDTrainer
@@ -66,12 +66,7 @@ def distill(run: Run) -> None:
         write_text(run.folder / SELECTION, json_text(selected_positions(trainer)))
     finished = temporary_path(run.folder / "student")
     shutil.rmtree(finished, ignore_errors=True)
-    model: Any = trainer.accelerator.unwrap_model(trainer.model)
-    if run.config.lora is not None:
-        model = model.merge_and_unload()
-    model.config.use_cache = True
-    model.save_pretrained(finished)
-    run.tokenizer.save_pretrained(finished)
+    save_student(trainer.accelerator.unwrap_model(trainer.model), run.tokenizer, finished)
     replace_folder(finished, run.folder / "student")
 
 

@@ -1,0 +1,227 @@
+"""Adapters of the peft package: put into a model, read from a folder, merged into the weights they change."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import find_adapter_config_file
+
+from ..errors import UserError, first_line
+from .encoder_decoder import with_decoder
+from .flattening import TOLERANCE, row_error
+from .heads import unwrap
+
+logger = logging.getLogger(__name__)
+
+_WEIGHTS = "adapter_model.safetensors"
+
+
+def _peft(wanted_by: str) -> Any:
+    try:
+        import peft
+    except ImportError as e:
+        raise UserError(f"{wanted_by} needs the peft package: pip install 'srd-fast[peft]' ({e})") from e
+    return peft
+
+
+def with_adapters(model: nn.Module, peft_config: Any) -> nn.Module:
+    """Make a PEFT model.
+
+    Args:
+        model: a causal language model.
+        peft_config: of the peft package, for adapters in the layers.
+
+    Returns:
+        The model with adapters.
+
+    Raises:
+        UserError: peft is not installed, or the configuration is for trained prompts.
+    """
+    peft = _peft("peft_config")
+    _refuse_prompts(peft_config, "peft_config is")
+    return peft.get_peft_model(model, peft_config)
+
+
+def refuse_trained_prompts(model: object, name: str) -> None:
+    """Refuse a PEFT model whose adapter is a trained prompt or prefix: its hidden states are not those of its body.
+
+    Args:
+        model: any object; only PEFT models are looked at.
+        name: "student" or "teacher", for the message.
+
+    Raises:
+        UserError: it is one.
+    """
+    configs = getattr(model, "peft_config", None)
+    for config in configs.values() if isinstance(configs, dict) else ():
+        _refuse_prompts(config, f"the {name} is a PEFT model with")
+
+
+def _refuse_prompts(config: Any, begin: str) -> None:
+    if getattr(config, "is_prompt_learning", False):
+        raise UserError(
+            f"{begin} {type(config).__name__}: trained prompts add positions that the other model does not have; use "
+            "adapters in the layers, such as LoraConfig"
+        )
+
+
+def adapter_base(path: str) -> str | None:
+    """The model that an adapter belongs to.
+
+    Args:
+        path: a folder or hub id.
+
+    Returns:
+        The folder or hub id in the adapter's configuration; None if `path` holds no adapter.
+
+    Raises:
+        UserError: the adapter's configuration cannot be read, names no model, or is for trained prompts.
+    """
+    if Path(path).is_dir() and not Path(path, "adapter_config.json").is_file():
+        return None
+    try:
+        if find_adapter_config_file(path) is None:
+            return None
+    except (OSError, ValueError):  # a name that is no model's either; what loads it says so
+        return None
+    peft = _peft(f"the adapter {path!r}")
+    try:
+        config = peft.PeftConfig.from_pretrained(path)
+    except Exception as e:  # whatever a damaged file makes of the library
+        raise UserError(f"adapter {path!r} has no configuration that can be read: {first_line(e)}") from e
+    _refuse_prompts(config, f"adapter {path!r} is of")
+    if not config.base_model_name_or_path:
+        raise UserError(f"adapter {path!r} does not name its model: set base_model_name_or_path in adapter_config.json")
+    return str(config.base_model_name_or_path)
+
+
+def load_merged(base: PreTrainedModel, path: str) -> PreTrainedModel:
+    """Put the adapter of a folder or hub id into its model, and merge it.
+
+    Args:
+        base: the adapter's model, which changes.
+        path: the adapter's folder or hub id.
+
+    Returns:
+        `base` with the adapter merged.
+
+    Raises:
+        UserError: the adapter does not fit the model, is not stored in safetensors, or cannot be merged.
+    """
+    peft = _peft(f"the adapter {path!r}")
+    local = Path(path)
+    if local.is_dir() and not (local / _WEIGHTS).is_file():
+        raise UserError(
+            f"adapter {path!r} has no weights in safetensors ({_WEIGHTS}), and pickled ones (.bin) are not read, "
+            "because they can run code; save it anew with save_pretrained"
+        )
+    try:
+        model = peft.PeftModel.from_pretrained(base, path, use_safetensors=True)
+    except Exception as e:  # as for models
+        raise UserError(f"adapter {path!r} cannot be put into its model {base.name_or_path!r}: {first_line(e)}") from e
+    if local.is_dir():
+        _check_keys(peft.get_peft_model_state_dict(model), local / _WEIGHTS)
+    merged = merge_adapters(model).requires_grad_(True)
+    kind = next(iter(model.peft_config.values()))
+    logger.info("merged the adapter %s (%s) into %s", path, type(kind).__name__, base.name_or_path)
+    return merged
+
+
+def _check_keys(wanted: dict[str, Tensor], file: Path) -> None:
+    with safe_open(file, "pt") as weights:
+        differing = wanted.keys() ^ set(weights.keys())
+    if differing:
+        raise UserError(f"adapter {str(file.parent)!r} does not fit its configuration: {_some(differing)}")
+
+
+def _some(names: Any) -> str:
+    listed = sorted(names)
+    return ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")
+
+
+def merge_adapters(model: nn.Module) -> PreTrainedModel:
+    """Merge a PEFT model's adapters into the weights they change, and compare its logits before and after.
+
+    Input embeddings that are tied to the head and trained apart from it, by an adapter or as `modules_to_save`, become
+    untied, in the model and in its configuration.
+
+    Args:
+        model: a PEFT model, which is used up; any other model passes unchanged.
+
+    Returns:
+        The model inside, without adapters.
+
+    Raises:
+        UserError: the adapters cannot be merged, or the merged model is another one.
+    """
+    if not hasattr(model, "merge_and_unload"):
+        return model  # type: ignore[return-value]
+    inner: Any = unwrap(model)
+    before = probe_logits(model)
+    tied = _untie_if_adapted(inner)
+    try:
+        merged = model.merge_and_unload()  # type: ignore[operator]
+    except Exception as e:  # each kind of adapter has its own refusals
+        raise UserError(f"the adapters of {type(inner).__name__} cannot be merged: {first_line(e)}") from e
+    if tied:
+        head, embedding = merged.get_output_embeddings(), merged.get_input_embeddings()
+        same = torch.equal(head.weight, embedding.weight)
+        if same:
+            head.weight = embedding.weight
+        _set_tied(merged, same)
+    difference = row_error(probe_logits(merged).flatten(0, -2), before.flatten(0, -2))
+    if not difference <= TOLERANCE.get(before.dtype, (0.1, 0.4))[0]:
+        raise UserError(
+            f"{type(inner).__name__} with its adapters merged gives other logits than with them beside its weights, by "
+            f"{difference:.1e}: its adapters cannot be merged"
+        )
+    return merged
+
+
+def _plain(module: Any) -> nn.Module:
+    """The layer of the model under what peft has put around it."""
+    for name in ("original_module", "base_layer"):
+        if isinstance(getattr(module, name, None), nn.Module):
+            return _plain(getattr(module, name))
+    return module
+
+
+def _untie_if_adapted(inner: Any) -> bool:
+    """Give a tied head a weight of its own if peft is around it or the embeddings. Returns whether it did."""
+    head, embedding = inner.get_output_embeddings(), inner.get_input_embeddings()
+    plain, source = _plain(head), _plain(embedding)
+    if (plain is head and source is embedding) or plain.weight is not source.weight:
+        return False
+    weight: Any = plain.weight
+    plain.weight = nn.Parameter(weight.detach().clone(), weight.requires_grad)
+    return True
+
+
+def _set_tied(model: Any, tied: bool) -> None:
+    """Let the configuration say whether embeddings and head are one; peft may have changed it either way."""
+    for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
+        config.tie_word_embeddings = tied
+    if hasattr(model, "get_expanded_tied_weights_keys"):
+        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+    if not tied:
+        logger.info("its input embeddings are no longer tied to its head, as they were trained apart")
+
+
+@torch.no_grad()
+def probe_logits(model: nn.Module) -> Tensor:
+    """[2, 6, V]: a model's own logits of a few tokens, in eval mode."""
+    inner: Any = unwrap(model)
+    device = next(inner.parameters()).device
+    ids = (torch.arange(1, 13, device=device) * 7919 % inner.get_input_embeddings().weight.shape[0]).view(2, 6)
+    batch = with_decoder(inner, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        return inner(**batch, use_cache=False).logits
+    finally:
+        for module, training in modes:
+            module.training = training
