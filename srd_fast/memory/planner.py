@@ -13,7 +13,6 @@ from functools import cache
 from pathlib import Path
 
 from ..data import read_source
-from ..errors import UserError
 from ..losses import expect_logits
 from ..models import is_encoder_decoder, load_config
 from ..run.config import RunConfig
@@ -174,17 +173,13 @@ def plan(config: RunConfig) -> MemoryPlan:
     run = Run(config, Path(config.output_dir), {}, {})
     args = training_config(config, run.folder, run.device, run.dtype)
     check_cache(config, args)
-    if is_encoder_decoder(load_config(config.teacher)):
-        raise UserError(
-            f"srd-fast memory counts causal language models alone, and {config.teacher!r} is an encoder-decoder model; "
-            "start the run with a small distill.max_tokens_per_batch and look at memory_mb in metrics.jsonl"
-        )
+    encoder_decoder = is_encoder_decoder(load_config(config.teacher))
     lengths = read_lengths(config, args)
 
     def largest(training: bool, flattened: bool) -> Batch:
         if training:
-            return train_batch(lengths, config, args, flattened)
-        return evaluation_batch(lengths, config, args.per_device_eval_batch_size, flattened)
+            return train_batch(lengths, config, args, flattened, encoder_decoder)
+        return evaluation_batch(lengths, config, args.per_device_eval_batch_size, flattened, encoder_decoder)
 
     with expect_logits(expected_logits(run) or math.inf):
         made = simulate(config, args, largest)
