@@ -89,6 +89,16 @@ def test_greedy_answers_are_those_of_generate(name: str, tokenizers: Any) -> Non
     assert len({tuple(x) for x in found.values()}) > 1
 
 
+def test_other_settings_of_a_checkpoint_change_no_answer(tokenizers: Any) -> None:
+    model, tokenizer = tiny_model("bart"), tokenizers("bart")
+    prompts = [split(s)[0] for s in tiny_samples(4, seed=1)]
+    expected = dict(TransformersEngine(model, tokenizer).generate(prompts, SHORT))
+    shipped = {"num_beams": 3, "no_repeat_ngram_size": 2, "min_length": 5, "length_penalty": 2.0, "early_stopping": True}
+    for field, value in {**shipped, "forced_eos_token_id": 2, "max_length": 4}.items():
+        setattr(model.generation_config, field, value)
+    assert dict(TransformersEngine(model, tokenizer).generate(prompts, SHORT)) == expected
+
+
 def test_answers_begin_in_the_language_that_is_forced(tokenizers: Any) -> None:
     model, tokenizer = tiny_model("mbart"), tokenizers("mbart")
     model.generation_config.forced_bos_token_id = 77
