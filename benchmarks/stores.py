@@ -17,7 +17,7 @@ from torch import Tensor
 
 from srd_fast.data import DistillationCollator, Tokenisation, prepare_dataset, read_rows
 from srd_fast.data.quickstart import make_quickstart_splits
-from srd_fast.losses import Head, LossOptions
+from srd_fast.losses import Head, LossOptions, StudentRows
 from srd_fast.models import find_head, hidden_states, load_model, load_tokenizer, prune_depth
 from srd_fast.teacher import LiveTeacher, TeacherRows, distillation_loss_of_rows, labels_with_loss, rows_with_loss
 from srd_fast.teacher.index import sample_key
@@ -31,7 +31,8 @@ MODEL = "smollm2-135m-instruct"
 def loss_and_gradient(h_ND: Tensor, head: Head, rows: TeacherRows, labels_N: Tensor, t: float) -> tuple[float, Tensor]:
     """Mean forward KL at T, and its gradient on the hidden states."""
     leaf = h_ND.clone().requires_grad_()
-    out = distillation_loss_of_rows(leaf, head, rows, labels_N, LossOptions("forward_kl", t, sft_weight=0.0))
+    options = LossOptions("forward_kl", t, sft_weight=0.0, ignore_index=None)
+    out = distillation_loss_of_rows(StudentRows(leaf, head, labels_N, options), rows)
     out.loss.backward()
     assert leaf.grad is not None
     return out.divergence.item(), leaf.grad

@@ -10,9 +10,11 @@ from .batches import (
     padded_tokens,
     sequence_lengths,
     token_counts,
+    with_borders,
     with_loss_rows,
 )
 from .chat import check_chat_template_kwargs, template_key
+from .checks import check_token_ids
 from .samples import TOKENISED_FEATURES, PreparedData, content_id, prepare_dataset
 from .sources import SourceRow, read_rows, read_source, shown, source_path
 from .tokenisation import IGNORE_INDEX, Tokenisation, first_label
@@ -28,6 +30,7 @@ __all__ = [
     "answer_ends",
     "batches_by_length",
     "check_chat_template_kwargs",
+    "check_token_ids",
     "content_id",
     "divide_by_tokens",
     "first_label",
@@ -42,5 +45,6 @@ __all__ = [
     "source_path",
     "template_key",
     "token_counts",
+    "with_borders",
     "with_loss_rows",
 ]

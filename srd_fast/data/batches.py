@@ -43,13 +43,13 @@ class DistillationCollator:
     behind that token as decoder_input_ids, decoder_attention_mask and labels [B, L].
 
     Args:
-        pad_token_id: fills padded input_ids.
+        pad_token_id: fills padded input_ids, which the mask hides from the model; any id that it has an embedding for.
         flatten: join samples instead of padding them.
         share_prefix: with `flatten`, store common beginnings once.
         decoder_start: of an encoder-decoder model, `models.decoder_start`; None for a causal language model.
     """
 
-    pad_token_id: int
+    pad_token_id: int = 0
     flatten: bool = False
     share_prefix: bool = False
     decoder_start: int | None = None
@@ -115,6 +115,33 @@ def _shared(ids: list[np.ndarray], labels: list[Sequence[int]]) -> tuple[list[np
         for i in members:
             continues[i] = k
     return [np.asarray(start, np.int64) for start, _ in groups], continues
+
+
+def with_borders(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Bring the batch of any collator into one of the two forms of `DistillationCollator`.
+
+    A batch with position_ids and no attention_mask is a flattened one, such as those of
+    `transformers.DataCollatorWithFlattening`: a sample begins where a position is 0. One with neither has no padding.
+
+    Args:
+        batch: input_ids and labels [B, L] on the CPU.
+
+    Returns:
+        The batch, with attention_mask [B, L], or with cu_seq_lens [B + 1] int32.
+    """
+    if "attention_mask" in batch or "cu_seq_lens" in batch:
+        return dict(batch)
+    if "position_ids" not in batch:
+        return {**batch, "attention_mask": torch.ones_like(batch["input_ids"])}
+    positions_L = batch["position_ids"].flatten()
+    starts = (positions_L == 0).nonzero().flatten()
+    labels_L = batch["labels"].flatten().clone()
+    labels_L[starts] = IGNORE_INDEX
+    return {
+        **batch,
+        "labels": labels_L[None],
+        "cu_seq_lens": torch.cat((starts, starts.new_tensor([len(positions_L)]))).int(),
+    }
 
 
 def with_loss_rows(batch: Mapping[str, Any]) -> dict[str, Any]:

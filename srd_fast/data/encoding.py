@@ -72,7 +72,7 @@ class TextEncoder:
 
     def plain(self, text: str) -> str:
         """The text without breaks."""
-        return _LONE_BREAK.sub("", text).replace(2 * _BREAK, _BREAK)
+        return "".join(_pieces(text))
 
     def without_special(self, text: str) -> str:
         """The text as it is read when its tokens are decoded without special tokens."""
@@ -94,7 +94,7 @@ class TextEncoder:
             text: guarded.
             special: let the tokenizer add its special tokens.
         """
-        first, *others = (piece.replace(2 * _BREAK, _BREAK) for piece in _LONE_BREAK.split(text))
+        first, *others = _pieces(text)
         if not others:
             return self._whole(first, special)
         begun = self._whole(first)
@@ -103,7 +103,7 @@ class TextEncoder:
 
     def continuation_ids(self, text: str) -> list[int]:
         """Ids of a guarded text that goes on behind other tokens."""
-        return [i for x in _LONE_BREAK.split(text) for i in self._behind(x.replace(2 * _BREAK, _BREAK))]
+        return [i for piece in _pieces(text) for i in self._behind(piece)]
 
     def target_ids(self, text: str) -> list[int]:
         """Ids of a guarded text that a decoder writes, and before them what the tokenizer begins such texts with.
@@ -147,6 +147,13 @@ class TextEncoder:
         newline, alone, behind = self._whole("\n"), self._whole("a"), self._whole("\na")
         shift = behind[: len(newline)] == newline and behind[len(newline) :] != alone
         return newline if shift else []
+
+
+def _pieces(text: str) -> list[str]:
+    """A guarded text, cut at its breaks."""
+    if _BREAK not in text:
+        return [text]
+    return [piece.replace(2 * _BREAK, _BREAK) for piece in _LONE_BREAK.split(text)]
 
 
 def _any_of(texts: Iterable[str]) -> re.Pattern[str]:

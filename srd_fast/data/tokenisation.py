@@ -197,14 +197,13 @@ class Tokenisation:
 
     def _text_prompt_ids(self, text: str) -> list[int]:
         """Ids of a guarded prompt, with the tokenizer's special tokens but none twice; only an encoder's has an end."""
-        ids, plain = self.encoder.ids(text, special=True), self.encoder.ids(text)
+        ids, bos, eos = self.encoder.ids(text, special=True), self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         if self.encoder_decoder:
-            return ids[ids[:2] == 2 * [self.tokenizer.bos_token_id] :]
-        if plain[:1] == [self.tokenizer.bos_token_id]:  # rendered already
-            return plain
+            return ids[1:] if ids[:2] == [bos, bos] else ids
+        if ids[:2] == [bos, bos]:  # rendered already
+            return self.encoder.ids(text)
         # Some tokenizers end every text; between prompt and response that would end the sample.
-        ended = ids[-1:] == [self.tokenizer.eos_token_id]
-        return ids[:-1] if ended and plain[-1:] != ids[-1:] else ids
+        return ids[:-1] if ids[-1:] == [eos] and self.encoder.ids(text)[-1:] != [eos] else ids
 
     def _chat_prompt(self, conversation: Conversation, cuts: Counter[str]) -> tuple[str, list[int], str]:
         """The prompt of a conversation within the limit, its ids, and the answer as the template has it."""

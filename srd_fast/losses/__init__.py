@@ -14,7 +14,7 @@ from .distillation import DistillationLoss, distillation_loss, distillation_loss
 from .divergences import divergence_names, get_divergence, register_divergence
 from .head import Head
 from .options import LossOptions
-from .packing import DistillationOutput, check_vocabularies, products_dtype
+from .packing import DistillationOutput, StudentRows, check_vocabularies, products_dtype
 from .token_values import token_cross_entropy, token_values
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "LossOptions",
     "Projected",
     "Sampled",
+    "StudentRows",
     "TopK",
     "check_vocabularies",
     "compact_distillation_loss",

@@ -16,7 +16,7 @@ mean over draws is therefore unbiased for both (Anshumann et al., Sparse Logit S
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -266,42 +266,26 @@ def compact_distillation_loss(
         memory_budget, logits_dtype,
     )  # fmt: skip
     head = Head(student_weight, student_bias, student_softcap, student_scale)
-    data: dict[str, Any] = {"token_weights": token_weights, "num_items": num_items, "student_logits": student_logits}
-    return loss_beside_compact_teacher(student_hidden, head, teacher, labels, options, **data)
+    student = StudentRows(student_hidden, head, labels, options, token_weights, num_items, student_logits)
+    return loss_beside_compact_teacher(student, teacher)
 
 
-def loss_beside_compact_teacher(
-    student_hidden: Tensor,
-    head: Head,
-    teacher: CompactTeacher,
-    labels: Tensor,
-    options: LossOptions,
-    *,
-    token_weights: Tensor | None = None,
-    num_items: float | Tensor | None = None,
-    student_logits: Tensor | None = None,
-) -> DistillationOutput:
-    """Compute `compact_distillation_loss` with options that were checked before.
+def loss_beside_compact_teacher(student: StudentRows, teacher: CompactTeacher) -> DistillationOutput:
+    """Compute the loss of a student beside a teacher of which each row keeps a few numbers.
 
     Args:
-        student_hidden: [..., D] hidden states.
-        head: turns them into logits.
+        student: its rows with loss, with the labels and options.
         teacher: `TopK`, `Sampled` or `Projected`, with a row for each label with loss.
-        labels: [...] class indices, or `options.ignore_index`.
-        options: of the loss.
-        token_weights: [...] factor on each label's loss.
-        num_items: denominator of the mean. Default: the number of labels with loss.
-        student_logits: [..., V] before the softcap, where they were computed already; they are overwritten.
 
     Returns:
         The loss and its parts.
 
     Raises:
-        UserError: an argument is wrong.
+        UserError: the teacher is no such object, or does not fit the labels, the student or the divergence.
     """
+    head, options = student.head, student.options
     if not isinstance(teacher, (TopK, Sampled, Projected)):
         raise UserError(f"teacher must be a TopK, Sampled or Projected, got {type(teacher).__name__}")
-    student = StudentRows(student_hidden, head, labels, options, token_weights, num_items, student_logits)
     _check_rows(teacher, student)
     if isinstance(teacher, TopK):
         _check_top_k(teacher)

@@ -24,41 +24,25 @@ from .packing import (
 )
 
 
-def loss_beside_head(
-    student: Tensor,
-    student_head: Head,
-    teacher: Tensor,
-    teacher_head: Head,
-    labels: Tensor,
-    options: LossOptions,
-    *,
-    token_weights: Tensor | None = None,
-    num_items: float | Tensor | None = None,
-    student_logits: Tensor | None = None,
-) -> DistillationOutput:
-    """Compute `distillation_loss` for two heads, with options that were checked before.
+def loss_beside_head(student: StudentRows, teacher: Tensor, teacher_head: Head) -> DistillationOutput:
+    """Compute the loss of a student beside a teacher of which the hidden states or logits are there.
 
     Args:
-        student: [..., D_S] hidden states, or [..., V_S] logits where its head has no weight.
-        student_head: turns them into logits.
-        teacher: [..., D_T] hidden states, or [..., V_T] logits where its head has no weight.
+        student: its rows with loss, with the labels and options.
+        teacher: [..., D_T] hidden states in the shape of the labels, or [..., V_T] logits where its head has no weight.
         teacher_head: turns them into logits.
-        labels: [...] class indices, or `options.ignore_index`.
-        options: of the loss.
-        token_weights: [...] factor on each label's loss.
-        num_items: denominator of the mean. Default: the number of labels with loss.
-        student_logits: [..., V_S] before the softcap, where they were computed already; they are overwritten.
 
     Returns:
         The loss and its parts.
 
     Raises:
-        UserError: an argument is wrong.
+        UserError: the teacher does not fit the labels or the student.
     """
-    rows = StudentRows(student, student_head, labels, options, token_weights, num_items, student_logits)
-    check_side("teacher", teacher, teacher_head, labels)
-    check_vocabularies(student_head.num_classes(student), teacher_head.num_classes(teacher))
-    return rows.loss(teacher_ND=rows.of_rows(teacher), teacher_head=teacher_head, divergence=options.row_divergence)
+    check_side("teacher", teacher, teacher_head, student.labels)
+    check_vocabularies(student.num_classes, teacher_head.num_classes(teacher))
+    return student.loss(
+        teacher_ND=student.of_rows(teacher), teacher_head=teacher_head, divergence=student.options.row_divergence
+    )
 
 
 def distillation_loss(
@@ -148,17 +132,9 @@ def distillation_loss(
         divergence, temperature, skew, beta, sft_weight, temperature_scaling, reduction, ignore_index, backend,
         memory_budget, logits_dtype,
     )  # fmt: skip
-    return loss_beside_head(
-        student_hidden,
-        Head(student_weight, student_bias, student_softcap, student_scale),
-        teacher_hidden,
-        Head(teacher_weight, teacher_bias, teacher_softcap, teacher_scale),
-        labels,
-        options,
-        token_weights=token_weights,
-        num_items=num_items,
-        student_logits=student_logits,
-    )
+    head = Head(student_weight, student_bias, student_softcap, student_scale)
+    student = StudentRows(student_hidden, head, labels, options, token_weights, num_items, student_logits)
+    return loss_beside_head(student, teacher_hidden, Head(teacher_weight, teacher_bias, teacher_softcap, teacher_scale))
 
 
 def distillation_loss_from_logits(
@@ -218,9 +194,8 @@ def distillation_loss_from_logits(
         divergence, temperature, skew, beta, sft_weight, temperature_scaling, reduction, ignore_index, backend,
         memory_budget,
     )  # fmt: skip
-    student_head, teacher_head = Head(None, None, student_softcap), Head(None, None, teacher_softcap)
-    data: dict[str, Any] = {"token_weights": token_weights, "num_items": num_items}
-    return loss_beside_head(student_logits, student_head, teacher_logits, teacher_head, labels, options, **data)
+    student = StudentRows(student_logits, Head(None, None, student_softcap), labels, options, token_weights, num_items)
+    return loss_beside_head(student, teacher_logits, Head(None, None, teacher_softcap))
 
 
 class DistillationLoss(nn.Module):

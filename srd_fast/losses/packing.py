@@ -147,6 +147,18 @@ class StudentRows:
 
     kept: indices of the N rows among all labels, or None for all of them. weights_N: factor on each row's loss; it
     includes the mean's denominator where that cannot underflow.
+
+    Args:
+        student: [..., D] hidden states, or [..., V] logits where the head has no weight.
+        head: turns them into logits.
+        labels: [...] class indices, or `options.ignore_index`.
+        options: of the loss.
+        token_weights: [...] factor on each label's loss.
+        num_items: denominator of the mean. Default: the number of labels with loss.
+        student_logits: [..., V] before the softcap, where they were computed already; they are overwritten.
+
+    Raises:
+        UserError: an argument is wrong.
     """
 
     def __init__(
@@ -177,12 +189,13 @@ class StudentRows:
             require(token_weights.shape == labels.shape, f"{shapes}: they must be equal")
 
         self.head, self.labels, self.options = head, labels, options
+        self.num_classes = head.num_classes(student)
         self.compute = torch.promote_types(student.dtype, torch.float32)
         self.kept: Tensor | None = None
         if options.ignore_index is not None:
             self.kept = labels.reshape(-1).ne(options.ignore_index).nonzero().squeeze(1)
         self.labels_N = self._rows(labels.reshape(-1)).long()
-        check_classes("labels", self.labels_N, head.num_classes(student), " or ignore_index")
+        check_classes("labels", self.labels_N, self.num_classes, " or ignore_index")
         self.hidden_ND = self._rows(student.reshape(-1, student.shape[-1]))
         self.gemm_dtype = autocast_dtype(student)
         self.num_items = _scalar(self.labels_N.numel() if num_items is None else num_items, labels.device)
@@ -200,7 +213,7 @@ class StudentRows:
         if logits is None:
             return None
         dtype = self.options.logits_dtype or products_dtype(student, self.head)
-        wanted = (*self.labels.shape, self.head.num_classes(student))
+        wanted = (*self.labels.shape, self.num_classes)
         require(
             tuple(logits.shape) == wanted and logits.dtype == dtype and logits.device == self.labels.device,
             f"student_logits must be {wanted} in {dtype}, as the head would give them, got {tuple(logits.shape)} in "

@@ -13,7 +13,6 @@ from ..errors import UserError
 from ..models import is_encoder_decoder, load_config
 from ..run.config import RunConfig
 from ..run.steps import LIVE, Run
-from ..run.steps.settings import training_config
 from ..training.config import SRDConfig
 from .batches import read_lengths, train_batches
 from .planner import MemoryPlan, plan
@@ -145,7 +144,7 @@ def fit(config: RunConfig, limit: int) -> MemoryPlan:
     if search.fits({}):
         return search.plan({})
     run = Run(config, Path(config.output_dir), {}, {})
-    args = training_config(config, run.folder, run.device, run.dtype)
+    args = run.args
     default = (1 << 30) if run.device.type == "cuda" else 512 << 20
     budgets: list[dict[str, Any]] = [{}]
     most = args.memory_budget or default

@@ -16,11 +16,10 @@ from ..data import read_source
 from ..losses import expect_logits
 from ..models import is_encoder_decoder, load_config
 from ..run.config import RunConfig
-from ..run.steps import LIVE, Run, expected_logits
+from ..run.steps import LIVE, Run
 from ..run.steps.cache import check_cache
 from ..run.steps.data import QUICKSTART_ROWS
 from ..run.steps.run import QUICKSTART
-from ..run.steps.settings import training_config
 from ..teacher.index import KEY_BYTES
 from .batches import Lengths, evaluation_batch, read_lengths, train_batch
 from .dry_step import Batch, Simulated, simulate
@@ -171,7 +170,7 @@ def plan(config: RunConfig) -> MemoryPlan:
         UserError: `srd-fast run` would refuse the config, or a model's config cannot be read.
     """
     run = Run(config, Path(config.output_dir), {}, {})
-    args = training_config(config, run.folder, run.device, run.dtype)
+    args = run.args
     check_cache(config, args)
     encoder_decoder = is_encoder_decoder(load_config(config.teacher))
     lengths = read_lengths(config, args)
@@ -181,7 +180,7 @@ def plan(config: RunConfig) -> MemoryPlan:
             return train_batch(lengths, config, args, flattened, encoder_decoder)
         return evaluation_batch(lengths, config, args.per_device_eval_batch_size, flattened, encoder_decoder)
 
-    with expect_logits(expected_logits(run) or math.inf):
+    with expect_logits(run.expected_logits() or math.inf):
         made = simulate(config, args, largest)
     parts = {**made.parts, "process": _CUDA_BASE if run.device.type == "cuda" else _process_bytes()}
     parts["cache rows"] = 2 * made.batch.rows * made.row_bytes

@@ -4,9 +4,8 @@ from .adapters import merge_adapters, refuse_trained_prompts, with_adapters
 from .compilation import compile_layers, uncompile_layers
 from .encoder_decoder import check_same_kind, decoder_start, is_encoder_decoder
 from .flattening import enable_flattening, unfit_for_shared_prefix
-from .heads import check_head, find_head, hidden_states, unwrap
+from .heads import body_output, check_head, embeddings_of, find_head, hidden_states, unwrap
 from .loading import (
-    check_tokenizers,
     fingerprint,
     load_config,
     load_model,
@@ -18,12 +17,24 @@ from .loading import (
 from .positions import check_positions
 from .prefix import SharedPrefix, common_prefix, share_prefix, shared_starts
 from .pruning import prune_depth
-from .saving import check_saved, save_student
+from .routing import RouterLoss, router_loss
+from .saving import (
+    check_saved,
+    mend_generation_config,
+    model_without_weights,
+    save_student,
+    try_hub,
+    try_merging,
+    try_saving,
+)
 from .text import text_config, text_tower
+from .tokenizers import check_tokenizers, tokenizer_digest
 from .wrapping import call_through
 
 __all__ = [
+    "RouterLoss",
     "SharedPrefix",
+    "body_output",
     "call_through",
     "check_head",
     "check_positions",
@@ -33,6 +44,7 @@ __all__ = [
     "common_prefix",
     "compile_layers",
     "decoder_start",
+    "embeddings_of",
     "enable_flattening",
     "find_head",
     "fingerprint",
@@ -42,16 +54,23 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "make_model",
+    "mend_generation_config",
     "merge_adapters",
     "model_digest",
+    "model_without_weights",
     "prune_depth",
     "refuse_trained_prompts",
     "resolve_model",
+    "router_loss",
     "save_student",
     "share_prefix",
     "shared_starts",
     "text_config",
     "text_tower",
+    "tokenizer_digest",
+    "try_hub",
+    "try_merging",
+    "try_saving",
     "uncompile_layers",
     "unfit_for_shared_prefix",
     "unwrap",

@@ -13,6 +13,8 @@ from ..errors import UserError
 
 # T5's relatives whose configs have no `scale_decoder_outputs`, in some versions of transformers: tied heads are scaled.
 _SCALED_WHERE_TIED = ("switch_transformers", "umt5")
+# What a decoder does to its logits: names in the config and of a buffer.
+OF_DECODERS = ("scale_decoder_outputs", "final_logits_bias")
 
 
 class SaysItsKind(Protocol):
@@ -61,15 +63,15 @@ def decoder_start(model: nn.Module) -> int | None:
     )
 
 
-def decoder_states(inner: Any, batch: Mapping[str, Tensor]) -> Tensor:
-    """Hidden states of the decoder after its final norm.
+def decoder_output(inner: Any, batch: Mapping[str, Tensor]) -> Any:
+    """Run a model without its head.
 
     Args:
         inner: an encoder-decoder model, without wrappers.
         batch: input_ids and attention_mask [B, P], the prompts; decoder_input_ids and decoder_attention_mask [B, L].
 
     Returns:
-        [B, L, D].
+        What the decoder returns. Its `last_hidden_state`, after the final norm, is [B, L, D].
 
     Raises:
         UserError: the batch is one for a causal language model.
@@ -82,16 +84,14 @@ def decoder_states(inner: Any, batch: Mapping[str, Tensor]) -> Tensor:
     mask = batch["attention_mask"]
     # Not the body's own call: T5's is that of the whole model, with logits.
     read = inner.get_encoder()(input_ids=batch["input_ids"], attention_mask=mask, return_dict=True)
-    return (
-        inner.get_decoder()(
-            input_ids=batch["decoder_input_ids"],
-            attention_mask=batch["decoder_attention_mask"],
-            encoder_hidden_states=read.last_hidden_state,
-            encoder_attention_mask=mask,
-            use_cache=False,
-            return_dict=True,
-        )
-    ).last_hidden_state
+    return inner.get_decoder()(
+        input_ids=batch["decoder_input_ids"],
+        attention_mask=batch["decoder_attention_mask"],
+        encoder_hidden_states=read.last_hidden_state,
+        encoder_attention_mask=mask,
+        use_cache=False,
+        return_dict=True,
+    )
 
 
 def with_decoder(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

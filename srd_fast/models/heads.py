@@ -1,27 +1,62 @@
 """Take a causal language model apart into body and head, and prove on real tokens that both give its logits."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..losses import Head
-from .encoder_decoder import decoder_scale, decoder_states, is_encoder_decoder, logits_bias, with_decoder
+from .encoder_decoder import (
+    OF_DECODERS,
+    decoder_output,
+    decoder_scale,
+    is_encoder_decoder,
+    logits_bias,
+    with_decoder,
+)
 from .varlen import IMPLEMENTATION, flattened_forward, varlen_keywords
 
-# Largest difference between rebuilt and own logits that rounding explains, relative to the largest logit.
+# What configs call a factor of the logits, a divisor and a softcap, with a model of each.
+_FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")  # Cohere, Falcon-H1, Muse
+_DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")  # Granite, Inkling
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma, RecurrentGemma, xLSTM
+_DIVISOR_IS_FACTOR = ("hyperclovax",)
+# Tokens with which both rows of `check_head` begin.
+_ALIKE = 4
+# Largest difference that rounding explains between rebuilt and own logits, relative to the largest, and between states.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The transformers model inside a PEFT model, with the adapters in its layers; any other model unchanged."""
+    """The transformers model inside a compiled or PEFT model, with the adapters in its layers; others unchanged."""
+    model = getattr(model, "_orig_mod", model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
 
 
+def embeddings_of(model: nn.Module) -> int:
+    """How many tokens a model has input embeddings for."""
+    inner: Any = unwrap(model)
+    return inner.get_input_embeddings().weight.shape[0]
+
+
 def hidden_states(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-    """Hidden states after the final norm, as the head sees them.
+    """Hidden states after the final norm, as the head sees them: those of `body_output`.
+
+    Args:
+        model: a causal language model.
+        batch: as `body_output` takes it.
+
+    Returns:
+        [B, L, D]; of a flattened batch, [1, L, D].
+    """
+    return body_output(model, batch).last_hidden_state
+
+
+def body_output(model: nn.Module, batch: Mapping[str, Any]) -> Any:
+    """Run a model without its head.
 
     Args:
         model: a language model. `enable_flattening` says whether it takes flattened batches.
@@ -33,14 +68,15 @@ def hidden_states(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
             decoder_attention_mask, each [B, L]. Other keys are not used.
 
     Returns:
-        [B, L, D]; of a flattened batch, [1, L, D].
+        What the model's body returns. Its `last_hidden_state` is [B, L, D], of a flattened batch [1, L, D]; with
+        `output_router_logits` in the model's config it has `router_logits`.
     """
     inner: Any = unwrap(model)
     if is_encoder_decoder(inner):
-        return decoder_states(inner, batch)
+        return decoder_output(inner, batch)
     ids, options = batch["input_ids"], {"use_cache": False, "return_dict": True}
     if "cu_seq_lens" not in batch:
-        return inner.base_model(input_ids=ids, attention_mask=batch["attention_mask"], **options).last_hidden_state
+        return inner.base_model(input_ids=ids, attention_mask=batch["attention_mask"], **options)
     implementation = inner.config._attn_implementation
     lengths, continues = batch.get("sample_lengths"), batch.get("continues")
     keywords = varlen_keywords(batch["cu_seq_lens"], ids.device, implementation, lengths, continues)
@@ -48,16 +84,14 @@ def hidden_states(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         # transformers looks in position_ids for samples, and waits for the answer, unless it gets a mask.
         keywords["attention_mask"] = torch.ones(1, 1, dtype=torch.bool, device=ids.device).expand_as(ids)
     with flattened_forward():
-        out = inner.base_model(input_ids=ids, position_ids=batch["position_ids"], **options, **keywords)
-    return out.last_hidden_state
+        return inner.base_model(input_ids=ids, position_ids=batch["position_ids"], **options, **keywords)
 
 
 def find_head(model: nn.Module, name: str = "model") -> Head:
     """The language-model head: weight, bias, softcap and scale, read from the modules and the config.
 
-    Known names in the config are `logit_scale` (Cohere: a factor), `logits_scaling` (Granite: a divisor) and
-    `final_logit_softcapping` (Gemma 2 and 3: a softcap) and `scale_decoder_outputs` (T5: a factor). BART's
-    `final_logits_bias` is a bias. `check_head` finds anything else that a model does to its logits.
+    The names in the config that are known are at the top of this file. `check_head` finds anything else that a model
+    does to its logits.
 
     Args:
         model: a causal language model.
@@ -81,64 +115,89 @@ def find_head(model: nn.Module, name: str = "model") -> Head:
             f"{name} {type(inner).__name__}: its head carries an adapter ({type(module).__name__}), which a loss from "
             "hidden states and the head's weight would miss; take it out of target_modules, or use modules_to_save"
         )
-    scale: float | None
+    scale, bias = 1.0, getattr(module, "bias", None)
     if is_encoder_decoder(inner):
-        config, scale = getattr(inner.get_decoder(), "config", inner.config), decoder_scale(inner.config)
+        config = getattr(inner.get_decoder(), "config", inner.config)
+        scale, bias = decoder_scale(inner.config), logits_bias(inner) if bias is None else bias
     else:
         config = inner.config.get_text_config() if hasattr(inner.config, "get_text_config") else inner.config
-        scale = getattr(config, "logit_scale", None)
-    if scale is None and getattr(config, "logits_scaling", None) is not None:
-        scale = 1.0 / config.logits_scaling
-    softcap = getattr(config, "final_logit_softcapping", None)
-    bias = logits_bias(inner) if getattr(module, "bias", None) is None else module.bias
-    return Head(module.weight, bias, softcap, 1.0 if scale is None else float(scale))
+    factors, divisors = _numbers(config, _FACTORS), _numbers(config, _DIVISORS)
+    if config.model_type in _DIVISOR_IS_FACTOR:
+        factors, divisors = [*factors, *divisors], []
+    softcap = next(iter(_numbers(config, _SOFTCAPS)), None)
+    return Head(module.weight, bias, softcap, scale * math.prod(factors) / math.prod(divisors))
+
+
+def _numbers(config: Any, names: tuple[str, ...]) -> list[float]:
+    """The values of those names that a config gives a number."""
+    values = (getattr(config, name, None) for name in names)
+    return [float(x) for x in values if isinstance(x, (int, float))]
 
 
 @torch.no_grad()
 def check_head(model: nn.Module, name: str) -> None:
-    """Compare head(hidden states) with the model's own logits on a few tokens.
+    """Try a model on a few tokens: it must be causal, and head(hidden states) must be its own logits.
 
     Args:
         model: a causal language model, in any dtype, on any device. Its mode does not change.
         name: "student" or "teacher", for the message.
 
     Raises:
-        UserError: the two differ by more than rounding. The model then does something unknown to its logits, and a loss
-            from its hidden states would be that of another model.
+        UserError: an earlier token's hidden state changes with a later token, so that labels would be seen before they
+            are predicted; or logits differ by more than rounding, so that a loss from the hidden states would be that
+            of another model.
     """
     inner: Any = unwrap(model)
+    who = f"{name} {type(inner).__name__}"
     head = find_head(model, name)
     assert head.weight is not None
     device, was_training = head.weight.device, model.training
-    model.eval()
+    tolerance = _TOLERANCE.get(head.weight.dtype, 5e-2)
     vocabulary = min(head.weight.shape[0], inner.get_input_embeddings().weight.shape[0])
-    input_ids = (torch.arange(1, 13, device=device) * 7919 % vocabulary).view(2, 6)
+    ids = torch.arange(1, 13, device=device) * 7919 % vocabulary
+    # Two rows that begin alike and go on differently.
+    input_ids = torch.stack((ids[:8], torch.cat((ids[:_ALIKE], ids[-(8 - _ALIKE) :]))))
     batch = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
     if is_encoder_decoder(inner):
-        batch["attention_mask"][1, 4:] = 0  # one that wants its mask in another form is found out too
-        batch = with_decoder(inner, batch)
+        # One prompt with padding: a model that wants its mask in another form is found out too.
+        batch = {**with_decoder(inner, batch), "input_ids": ids[:8].expand(2, 8)}
+        batch["attention_mask"] = (torch.arange(8, device=device) < 6).long().expand(2, 8)
+    model.eval()
     try:
         own = inner(**batch, use_cache=False).logits
-        rebuilt = head.project(hidden_states(model, batch).flatten(0, 1)).view_as(own)
-    except (RuntimeError, AttributeError, TypeError) as e:
-        raise UserError(f"{name} {type(inner).__name__}: cannot rebuild its logits from its hidden states: {e}") from e
+        states_BLD = hidden_states(model, batch)
+        rebuilt = head.project(states_BLD.flatten(0, 1)).view_as(own)
+    except (RuntimeError, AttributeError, TypeError, ValueError) as e:
+        raise UserError(f"{who}: cannot rebuild its logits from its hidden states: {first_line(e)}") from e
     finally:
         model.train(was_training)
     if not own.isfinite().all():
         raise UserError(
-            f"{name} {type(inner).__name__}: its logits of a few tokens are not finite: its weights are damaged, or "
-            f"{own.dtype} is too narrow for them; load it in bfloat16 or float32, or take another checkpoint"
+            f"{who}: its logits of a few tokens are not finite: its weights are damaged, or {own.dtype} is too narrow "
+            "for them; load it in bfloat16 or float32, or take another checkpoint"
+        )
+    change = _change(*states_BLD[:, :_ALIKE].float())
+    if not change <= tolerance:
+        raise UserError(
+            f"{who} is not causal: the hidden states of earlier tokens change with a later token, by {change:.1e} of "
+            "their size, so it sees the labels that it should predict; take a decoder, such as the models that "
+            "AutoModelForCausalLM is for (of BERT and its like, with is_decoder in the config)"
         )
     if head.softcap is not None:
         rebuilt = head.softcap * torch.tanh(rebuilt / head.softcap)
     own, rebuilt = own.float(), rebuilt.float()
     difference = ((own - rebuilt).abs().max() / own.abs().max().clamp(min=1e-6)).item()
-    if not difference <= _TOLERANCE.get(head.weight.dtype, 5e-2):
+    if not difference <= tolerance:
         ratio = (own.flatten() @ rebuilt.flatten() / rebuilt.flatten().square().sum()).item()
+        known = ", ".join(("bias", *_SOFTCAPS, *_FACTORS, *_DIVISORS, *OF_DECODERS))
         raise UserError(
-            f"{name} {type(inner).__name__}: its hidden states times its head differ from its own logits by "
-            f"{difference:.1e} of the largest logit (best single factor between them: {ratio:.4g}). It changes its "
-            "logits in a way not known here (known: bias, final_logits_bias, final_logit_softcapping, logit_scale, "
-            "logits_scaling, scale_decoder_outputs), so "
-            "training from hidden states would train another model; use distillation_loss_from_logits for it"
+            f"{who}: its hidden states times its head differ from its own logits by {difference:.1e} of the largest "
+            f"logit (best single factor between them: {ratio:.4g}). It changes its logits in a way not known here "
+            f"(known: {known}), so training from hidden states would train another model; use "
+            "distillation_loss_from_logits for it"
         )
+
+
+def _change(one_LD: Tensor, other_LD: Tensor) -> float:
+    """The largest change of a token's state, relative to its size. Means, so that one huge entry hides no change."""
+    return ((one_LD - other_LD).abs().mean(1) / one_LD.abs().mean(1).clamp(min=1e-6)).max().item()

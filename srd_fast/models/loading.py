@@ -265,39 +265,6 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
-    """Refuse two tokenizers that do not give the same ids to every text.
-
-    Compared are the whole vocabulary (padding classes have no entry, so padded models pass), and the ids of a text with
-    spaces, numbers, capitals, accents, CJK, emoji and code.
-
-    Raises:
-        UserError: they differ.
-    """
-    ours, theirs = student.get_vocab(), teacher.get_vocab()
-    if ours != theirs:
-        differing = next(
-            (t for t in sorted(ours.keys() | theirs.keys(), key=str) if ours.get(t) != theirs.get(t)), None
-        )
-        raise UserError(
-            f"student and teacher have different tokenizers ({len(ours)} and {len(theirs)} tokens; {differing!r} is "
-            f"{ours.get(differing)} and {theirs.get(differing)}): distillation over the vocabulary needs the same one"  # type: ignore[arg-type]
-        )
-    merges = [_merges(t) for t in (student, teacher)]
-    probe = "Hello  World!\n\tdef f(x): return x**2  # 12345.678 naïve café 中文字符 😀 don't\r\n"
-    if merges[0] != merges[1] or student(probe).input_ids != teacher(probe).input_ids:
-        raise UserError(
-            "student and teacher tokenizers share a vocabulary but cut text differently (merges, normaliser or "
-            "special tokens differ): distillation over the vocabulary needs the same tokenizer"
-        )
-
-
-def _merges(tokenizer: PreTrainedTokenizerBase) -> Any:
-    """The BPE merges; None for another kind of tokenizer."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    return None if backend is None else json.loads(backend.to_str()).get("model", {}).get("merges")
-
-
 _MODEL_FILES = {".safetensors", ".json", ".jinja", ".model", ".bin", ".txt"}
 
 

@@ -14,7 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from ..data import batches_by_length, pad_id
 from ..errors import UserError
-from ..models import decoder_start, load_model
+from ..models import decoder_start, load_model, unwrap
 from ..registry import Registry
 
 logger = logging.getLogger(__name__)
@@ -112,6 +112,23 @@ def end_ids(tokenizer: PreTrainedTokenizerBase, generation_config: Any) -> set[i
     return {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
 
 
+@contextmanager
+def nothing_shipped(model: PreTrainedModel) -> Iterator[None]:
+    """Hide a model's own generation config, from which `generate` takes each value that a given one leaves open.
+
+    Penalties, beams, forced and forbidden tokens, limits of time: with them a greedy answer is another answer.
+    """
+    holders: list[Any] = [m for m in (model, unwrap(model)) if "generation_config" in vars(m)]
+    own = [holder.generation_config for holder in holders]
+    try:
+        for holder in holders:
+            holder.generation_config = GenerationConfig()
+        yield
+    finally:
+        for holder, config in zip(holders, own):
+            holder.generation_config = config
+
+
 def until_end(ids: Sequence[int], ends: set[int]) -> list[int]:
     """The ids before the first that ends a generation."""
     return list(ids[: next((n for n, token in enumerate(ids) if token in ends), len(ids))])
@@ -121,6 +138,8 @@ class TransformersEngine:
     """`transformers` generation in batches of like length, longest first.
 
     Prompts are padded at the left; those of an encoder-decoder model at the right, as they are in training.
+
+    `Sampling` alone says how. Of the student's generation config only the tokens that begin and end an answer count.
 
     Args:
         student: a language model, or where to load one from (float32).
@@ -136,7 +155,13 @@ class TransformersEngine:
         self.model: Any = load_model(student) if isinstance(student, str) else student
         self.batch_size, self.shard_size = batch_size, 4 * batch_size
         self.pad, self.start = pad_id(tokenizer), decoder_start(self.model)
-        self.ends = end_ids(tokenizer, getattr(self.model, "generation_config", None))
+        own = getattr(self.model, "generation_config", None)
+        self.ends = end_ids(tokenizer, own)
+        self.starts = {name: getattr(own, name, None) for name in ("bos_token_id", "decoder_start_token_id")}
+        if self.start is not None:
+            self.starts["decoder_start_token_id"] = self.start
+            # The language that a multilingual model is to write.
+            self.starts["forced_bos_token_id"] = getattr(own, "forced_bos_token_id", None)
 
     def _config(self, sampling: Sampling) -> GenerationConfig:
         options: dict[str, Any] = {"do_sample": sampling.temperature > 0}
@@ -147,14 +172,11 @@ class TransformersEngine:
             options["repetition_penalty"] = sampling.repetition_penalty
         if sampling.no_repeat_ngram_size:
             options["no_repeat_ngram_size"] = sampling.no_repeat_ngram_size
-        if self.start is not None:
-            options["decoder_start_token_id"] = self.start
-            # The language that a multilingual model is to write.
-            options["forced_bos_token_id"] = getattr(self.model.generation_config, "forced_bos_token_id", None)
         return GenerationConfig(
             max_new_tokens=sampling.max_new_tokens,
             eos_token_id=sorted({*self.ends, *sampling.stop_ids}),
             pad_token_id=self.pad,
+            **self.starts,
             use_cache=True,
             **options,
         )
@@ -179,7 +201,7 @@ class TransformersEngine:
             ids[row, place] = torch.tensor(prompt, dtype=torch.long)
             mask[row, place] = 1
         device = self.model.device
-        with torch.random.fork_rng(enabled=sampling.temperature > 0):
+        with torch.random.fork_rng(enabled=sampling.temperature > 0), nothing_shipped(self.model):
             if sampling.temperature > 0:
                 torch.manual_seed(sampling.seed_of(prompts))
             out = self.model.generate(

@@ -14,7 +14,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import Answers, Tokenisation, first_label, prepare_dataset, token_counts
 from ..errors import UserError
-from ..models import check_positions, fingerprint, is_encoder_decoder, load_config, load_model, model_digest
+from ..models import (
+    check_head,
+    check_positions,
+    fingerprint,
+    is_encoder_decoder,
+    load_config,
+    load_model,
+    model_digest,
+)
+from ..rouge import choose_tokenizer
 from ..suggest import unknown_name
 from .engines import AUTO, ENGINES, GenerationEngine, Sampling, engine_settings, open_engine, stopping_at
 from .parts import compute_parts, cut, part_name, read_part, write_part
@@ -75,7 +84,8 @@ def reflect(
             {input}.
         chat_template_kwargs: variables for the chat template, such as enable_thinking or date_string; see `SRDConfig`.
         parse_special_tokens: whether special tokens in the data's text are parsed; see `SRDConfig`.
-        rouge_tokenizer: how ROUGE-L cuts text into words: "rouge", "unicode", or "auto"; see `srd_fast.rouge.RougeL`.
+        rouge_tokenizer: how ROUGE-L cuts text into words, a name that `srd_fast.rouge.RougeL` takes. "auto" chooses by
+            the references of all of `dataset`, also where only a shard is scored.
         score_eos: count the end-of-sequence token in the cross-entropy.
         test_seconds: time limit of each test of the signal "execution", in seconds.
         test_memory_mb: memory limit of each such test, in MiB.
@@ -106,6 +116,7 @@ def reflect(
         encoder_decoder=is_encoder_decoder(load_config(student) if isinstance(student, str) else student),
     )
     samples = prepare_dataset(dataset, tokenisation).dataset
+    rouge_tokenizer = choose_tokenizer(rouge_tokenizer, samples["references"])  # the same for all shards
     if shard is not None:
         samples = samples.select(samples_of_shard(samples["sample_id"], shard))
         if not len(samples):
@@ -126,6 +137,10 @@ def reflect(
         if cross_entropy_by == "engine" and not hasattr(runner, "token_log_probs"):
             name = type(runner).__name__
             raise UserError(f"cross_entropy_by='engine' needs an engine with token_log_probs, not {name}")
+        model = getattr(runner, "model", None) if isinstance(student, str) else student
+        if model is None:  # in the host's memory, beside an engine that may fill the device's
+            model = load_model(student, dtype)  # type: ignore[arg-type]
+        check_head(model, "student")
         made_by: dict[str, Any] = {}
         if parts_folder is not None:
             given = [fingerprint(student), str(dtype)] if isinstance(student, str) else model_digest(student)
@@ -134,9 +149,8 @@ def reflect(
                 made_by["options"] = {"batch_size": batch_size, **(engine_options or {})}
         generated = _generate(runner, samples, sampling, parts_folder, made_by, progress)
         log_probs = _log_probs(runner, samples, progress) if cross_entropy_by == "engine" else None
-        model = getattr(runner, "model", None) if isinstance(student, str) else student
-    if model is None:
-        model = load_model(student, dtype, device)  # type: ignore[arg-type]
+    if isinstance(student, str):
+        model = model.to(device)  # type: ignore[arg-type]
     generations = [answers.text(i, g) for i, g in enumerate(generated)]
     warn_of_answers_alike(generations)
     reflected = Reflected(

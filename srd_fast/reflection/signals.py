@@ -23,7 +23,7 @@ from ..errors import UserError, first_line
 from ..losses import token_cross_entropy
 from ..models import common_prefix, decoder_start, find_head, hidden_states, share_prefix
 from ..registry import Registry
-from ..rouge import RougeL
+from ..rouge import RougeL, normal_form
 from ..suggest import unknown_name
 from .execution import pass_rates
 from .parts import cut
@@ -70,8 +70,11 @@ def rouge_l(reflected: Reflected) -> list[float]:
     scorer = RougeL(reflected.rouge_tokenizer)
     scores = scorer.score_all(reflected.generations, list(reflected.dataset["references"]))
     if scorer.emptied:
-        way = "scored with the Unicode tokenizer" if reflected.rouge_tokenizer == "auto" else "scored 0"
-        logger.warning("ROUGE's tokenizer leaves nothing of %d of %d references: %s", scorer.emptied, len(scores), way)
+        way = "by those few" if reflected.rouge_tokenizer == "rouge" else "as words of any script"
+        logger.warning(
+            "rouge-score's tokenizer loses most letters of the references of %d of %d samples: they are scored %s",
+            scorer.emptied, len(scores), way,
+        )  # fmt: skip
     return scores
 
 
@@ -139,10 +142,11 @@ def _mean_loss(labels: Sequence[int], log_probs: Sequence[float]) -> float:
 
 
 def exact_match(reflected: Reflected) -> list[float]:
-    """1 where the answer is one of its references, else 0; case and the amount of whitespace do not count."""
+    """1 where the answer is one of its references, else 0; case, whitespace's amount and how characters
+    are encoded do not count."""
 
     def normalised(text: str) -> str:
-        return " ".join(text.casefold().split())
+        return " ".join(normal_form(text).split())
 
     answers = zip(reflected.generations, reflected.dataset["references"])
     return [float(normalised(g) in map(normalised, references)) for g, references in answers]

@@ -23,7 +23,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import EngineDiedError, UserError
-from ..models import is_encoder_decoder, load_config, resolve_model
+from ..models import is_encoder_decoder, load_config, mend_generation_config, resolve_model
 from .engines import Sampling, end_ids, until_end
 
 logger = logging.getLogger(__name__)
@@ -312,5 +312,6 @@ def _save(model: PreTrainedModel, folder: Path) -> str:
     inner: Any = model
     if hasattr(inner, "merge_and_unload"):
         inner = copy.deepcopy(inner).merge_and_unload()
+    mend_generation_config(inner, "student")
     inner.save_pretrained(folder)
     return str(folder)

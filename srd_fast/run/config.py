@@ -64,7 +64,7 @@ class Reflect(_Section):
     cross_entropy_by: Literal["student", "engine"] = "student"
     test_seconds: float = Field(default=5.0, gt=0)
     test_memory_mb: int = Field(default=512, ge=16)
-    rouge_tokenizer: Literal["auto", "rouge", "unicode"] = "auto"
+    rouge_tokenizer: Literal["auto", "by_sample", "rouge", "unicode"] = "auto"
     score_eos: bool = True
 
 

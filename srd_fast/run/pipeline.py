@@ -220,7 +220,7 @@ def _execute(
         if shard is not None and step.name == only:
             if force:
                 remove(steps.shard_parts(folder, shard))
-            with expect_logits(steps.expected_logits(run)):
+            with expect_logits(run.expected_logits()):
                 done = steps.reflect_shard(run, shard)
             say(f"{place}, shard {shard}: {done}")
             continue
@@ -232,7 +232,7 @@ def _execute(
             continue
         say(f"{place} ...")
         started = time.monotonic()
-        with expect_logits(steps.expected_logits(run)):
+        with expect_logits(run.expected_logits()):
             step.run(run)
         seconds = time.monotonic() - started
         ledger.record(step, wanted[step.name], config, folder, seconds)

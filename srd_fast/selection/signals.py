@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..kernels import RowValues
-from ..losses import Head, LossOptions, Sampled, products_dtype, token_values
+from ..losses import Head, LossOptions, Sampled, StudentRows, products_dtype, token_values
 from ..losses.buffers import budget_of, workspace
 from ..losses.chunked import Visitor
 from ..suggest import unknown_name
@@ -118,9 +118,11 @@ class Signals:
         if name == "teacher_entropy":
             return {name: self._teacher_entropy()}
         if name in ("forward_kl", "reverse_kl"):
-            options = LossOptions(name, self.temperature, reduction="none", memory_budget=self.memory_budget)
-            out = distillation_loss_of_rows(self.student_ND, self.head, self.rows(), self.labels_N, options)
-            return {name: out.divergence}
+            options = LossOptions(
+                name, self.temperature, reduction="none", ignore_index=None, memory_budget=self.memory_budget
+            )
+            rows = StudentRows(self.student_ND, self.head, self.labels_N, options)
+            return {name: distillation_loss_of_rows(rows, self.rows()).divergence}
         raise UserError(unknown_name("signal of positions", name, SIGNALS))
 
     def _token_values(self, counts: list[int] | None = None, visit: Visitor | None = None) -> RowValues:

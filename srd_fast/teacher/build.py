@@ -7,7 +7,7 @@ making was interrupted therefore ends the same as one whose making was not.
 import hashlib
 import logging
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..data import IGNORE_INDEX, DistillationCollator, first_label
+from ..data import IGNORE_INDEX, DistillationCollator, check_token_ids, first_label
 from ..errors import UserError
 from ..losses import Head
 from ..models import (
     SharedPrefix,
     decoder_start,
+    embeddings_of,
     find_head,
     hidden_states,
     is_encoder_decoder,
@@ -151,6 +152,8 @@ def build_teacher_cache(
     store = store or make_store(kind, live.num_classes)
     batch_tokens = batch_tokens or (4096 if live.device.type == "cuda" else 1024)
     meta = describe(teacher, store, kind, template, source)
+    samples = list(samples) if isinstance(samples, Iterator) else samples
+    check_token_ids(samples, {"teacher": embeddings_of(teacher)})
     requests = _requests(samples)
     index = begin(folder, meta)
     drop_damaged(folder, index)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ..data import with_loss_rows
+from ..data import DistillationCollator, with_borders, with_loss_rows
 from .cache import TeacherCache
 
 
@@ -22,7 +22,13 @@ class StepCollator:
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         teacher = self.teacher
         if teacher is None:
-            return with_loss_rows(self.collate(samples))
+            return self._collated(samples)
         # First, so that reading begins.
         rows = teacher.collate_ahead(samples) if self.ahead else teacher.collate(samples)
-        return {**with_loss_rows(self.collate(samples)), "teacher": rows}
+        return {**self._collated(samples), "teacher": rows}
+
+    def _collated(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        if not isinstance(self.collate, DistillationCollator):
+            # Other collators take lists: `[-100] + labels` is a sum where the labels are an array.
+            samples = [{k: getattr(v, "tolist", lambda v=v: v)() for k, v in s.items()} for s in samples]
+        return with_loss_rows(with_borders(self.collate(samples)))

@@ -4,11 +4,10 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from ..errors import DamagedFileError
 from ..files import lock, temporary_path
+from .descriptors import Descriptors, identity_of
 
 _DIGEST = "blake2b"
 _DTYPES = {
@@ -122,6 +122,9 @@ def checked_digest(path: Path) -> str:
     return found
 
 
+_DESCRIPTORS = Descriptors()
+
+
 class Column(NamedTuple):
     """A tensor of a file.
 
@@ -144,6 +147,7 @@ class OpenFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         with path.open("rb") as f:
+            self._identity = identity_of(f.fileno())
             length = int.from_bytes(f.read(8), "little")
             header = json.loads(f.read(length))
         header.pop("__metadata__", None)
@@ -153,7 +157,6 @@ class OpenFile:
             shape = entry["shape"]
             row_bytes = (end - begin) // max(1, shape[0])
             self.columns[name] = Column(8 + length + begin, row_bytes, _DTYPES[entry["dtype"]], tuple(shape[1:]))
-        self._descriptor = os.open(path, os.O_RDONLY)
 
     def read(self, name: str, start: int, out: Tensor) -> None:
         """Read rows of a tensor.
@@ -170,12 +173,13 @@ class OpenFile:
             return
         column, view = self.columns[name], out.view(torch.uint8).numpy().reshape(-1)
         offset = column.begin + start * column.row_bytes
-        if hasattr(os, "preadv"):
-            count = os.preadv(self._descriptor, [view.data], offset)
-        else:
-            found = os.pread(self._descriptor, view.nbytes, offset)
-            view[: len(found)] = np.frombuffer(found, np.uint8)
-            count = len(found)
+        with self._descriptor() as descriptor:
+            if hasattr(os, "preadv"):
+                count = os.preadv(descriptor, [view.data], offset)
+            else:  # not on Windows and older macOS
+                with self.path.open("rb") as f:
+                    f.seek(offset)
+                    count = f.readinto(view.data)
         if count != view.nbytes:
             raise DamagedFileError(self.path, "it is shorter than when it was opened")
 
@@ -184,8 +188,11 @@ class OpenFile:
         if hasattr(os, "posix_fadvise"):
             column = self.columns[name]
             offset, size = column.begin + start * column.row_bytes, count * column.row_bytes
-            os.posix_fadvise(self._descriptor, offset, size, os.POSIX_FADV_WILLNEED)
+            with self._descriptor() as descriptor:
+                os.posix_fadvise(descriptor, offset, size, os.POSIX_FADV_WILLNEED)
+
+    def _descriptor(self) -> AbstractContextManager[int]:
+        return _DESCRIPTORS.reading(id(self), self.path, self._identity)
 
     def __del__(self) -> None:
-        with suppress(AttributeError):  # not opened
-            os.close(self._descriptor)
+        _DESCRIPTORS.close(id(self))

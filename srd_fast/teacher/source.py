@@ -1,7 +1,6 @@
 """What a teacher gives to a batch, whether it runs beside the student or was run once before."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
@@ -10,9 +9,9 @@ from ..data import IGNORE_INDEX
 from ..losses import (
     DistillationOutput,
     Head,
-    LossOptions,
     Projected,
     Sampled,
+    StudentRows,
     TopK,
     loss_beside_compact_teacher,
     loss_beside_head,
@@ -81,34 +80,16 @@ def labels_with_loss(batch: Mapping[str, Any]) -> Tensor:
     return labels[labels != IGNORE_INDEX]
 
 
-def distillation_loss_of_rows(
-    student_ND: Tensor,
-    student_head: Head,
-    rows: TeacherRows,
-    labels_N: Tensor,
-    options: LossOptions,
-    *,
-    token_weights: Tensor | None = None,
-    num_items: float | Tensor | None = None,
-    student_logits: Tensor | None = None,
-) -> DistillationOutput:
+def distillation_loss_of_rows(student: StudentRows, rows: TeacherRows) -> DistillationOutput:
     """Compute the loss of a batch's rows with loss from any kind of teacher's rows.
 
     Args:
-        student_ND: [N, D] hidden states.
-        student_head: turns them into logits.
+        student: its rows with loss.
         rows: the teacher's, in the order of the student's.
-        labels_N: [N] int64. All have a loss, whatever `options.ignore_index` says.
-        options: of the loss.
-        token_weights: [N] factor on each row's loss.
-        num_items: denominator of the mean. Default: N.
-        student_logits: [N, V] before the softcap, where they were computed already; they are overwritten.
 
     Returns:
         The loss and its parts.
     """
-    options = replace(options, ignore_index=None)
-    data: dict[str, Any] = {"token_weights": token_weights, "num_items": num_items, "student_logits": student_logits}
     if isinstance(rows, HiddenRows):
-        return loss_beside_head(student_ND, student_head, rows.hidden_ND, rows.head, labels_N, options, **data)
-    return loss_beside_compact_teacher(student_ND, student_head, rows, labels_N, options, **data)
+        return loss_beside_head(student, rows.hidden_ND, rows.head)
+    return loss_beside_compact_teacher(student, rows)

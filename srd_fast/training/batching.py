@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from torch.utils.data import Sampler
 
-from ..curriculum import Curriculum, CurriculumPlan, per_stage
+from ..curriculum import Curriculum, CurriculumPlan
 from ..data import IGNORE_INDEX, divide_by_tokens, first_label, sequence_lengths, token_counts
 from ..errors import UserError
 from ..models import check_positions
@@ -123,15 +123,15 @@ def make_curriculum(plan: CurriculumPlan, samples: Dataset, args: SRDConfig) -> 
     Returns:
         The schedule.
     """
-    stages = len(plan.subset_columns)
+    stages = args.of_stages(len(plan.subset_columns))
     return Curriculum(
         plan,
         samples["sample_id"],
         batch_size=args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
-        epochs_per_stage=per_stage("epochs_per_stage", args.epochs_per_stage, 0, 0, stages),
-        temperatures=per_stage("temperature", args.temperature, args.temperature_start, args.temperature_end, stages),
-        sft_weights=per_stage("sft_weight", args.sft_weight, args.sft_weight_start, args.sft_weight_end, stages),
-        learning_rates=per_stage("stage_learning_rates", args.stage_learning_rates or args.learning_rate, 0, 0, stages),
+        epochs_per_stage=stages.epochs,
+        temperatures=stages.temperatures,
+        sft_weights=stages.sft_weights,
+        learning_rates=stages.learning_rates,
         min_learning_rate=args.min_learning_rate,
         restart_learning_rate=args.restart_learning_rate,
         warmup=args.warmup_steps,

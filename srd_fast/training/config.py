@@ -1,11 +1,12 @@
 """`SRDConfig`: the training arguments of selective reflection distillation, and its presets."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import TrainingArguments
 
+from ..curriculum import per_stage
 from ..data import check_chat_template_kwargs
 from ..errors import UserError
 from ..losses import Projected, Sampled, get_divergence
@@ -50,6 +51,8 @@ TRAINING_PRESETS: dict[str, dict[str, Any]] = {
         "sample_ratio": 0.2,
     },
 }
+# Ends of the names of metrics of which less is better; TrainingArguments knows "loss" alone.
+_LESS_IS_BETTER = ("loss", "kl", "entropy", "divergence", "perplexity")
 
 
 def check_cache_kind(kind: str, divergence: str, names: tuple[str, str] = ("teacher_cache_kind", "divergence")) -> None:
@@ -80,6 +83,22 @@ def with_preset(preset: str, fields: dict[str, Any]) -> dict[str, Any]:
 
 def _described(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
+
+
+class StageSettings(NamedTuple):
+    """What each stage of a curriculum trains with: one value a stage, from the first to the last.
+
+    Attributes:
+        epochs: passes over the stage's samples.
+        temperatures: T of the divergence.
+        sft_weights: weight of the cross-entropy.
+        learning_rates: peak learning rate.
+    """
+
+    epochs: list[float]
+    temperatures: list[float]
+    sft_weights: list[float]
+    learning_rates: list[float]
 
 
 @dataclass
@@ -137,6 +156,12 @@ class SRDConfig(TrainingArguments):
     logits_dtype: str | None = _described(
         None, "Of the loss's logits: None for that of the training (bf16, fp16), or 'float32', unrounded."
     )
+    keep_student_dtype: bool = _described(
+        False, "Train bfloat16 or float16 weights as they are; otherwise they become float32 first."
+    )
+    shared_vocabulary: bool = _described(
+        False, "Let student and teacher each have tokens of its own; the divergence is over those that both have."
+    )
     max_tokens_per_batch: int = _described(
         0, "Tokens of a micro-batch, padding included, into which each step's samples are divided; 0: as they come."
     )
@@ -158,6 +183,8 @@ class SRDConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         self.num_train_epochs = 1.0
+        if self.greater_is_better is None and (self.metric_for_best_model or "").endswith(_LESS_IS_BETTER):
+            self.greater_is_better = False
         get_divergence(self.divergence)
         for name in ("temperature", "temperature_start", "temperature_end"):
             self._check_numbers(name, least=RANGE[0], most=RANGE[1])
@@ -230,6 +257,28 @@ class SRDConfig(TrainingArguments):
                 raise UserError(
                     f"{name} must be {low}{f' and at most {most:g}' if most is not None else ''}, got {x!r}"
                 )
+
+    def of_stages(self, count: int) -> StageSettings:
+        """What each stage of a curriculum trains with.
+
+        Args:
+            count: of stages, at least 1.
+
+        Returns:
+            One value a stage of each setting.
+
+        Raises:
+            UserError: a setting is a list of another length.
+        """
+        rates = self.stage_learning_rates or self.learning_rate
+        return StageSettings(
+            epochs=per_stage("epochs_per_stage", self.epochs_per_stage, 0.0, 0.0, count),
+            temperatures=per_stage(
+                "temperature", self.temperature, self.temperature_start, self.temperature_end, count
+            ),
+            sft_weights=per_stage("sft_weight", self.sft_weight, self.sft_weight_start, self.sft_weight_end, count),
+            learning_rates=per_stage("stage_learning_rates", rates, 0.0, 0.0, count),
+        )
 
     @property
     def logits(self) -> torch.dtype | None:

@@ -23,9 +23,9 @@ from ..data import (
 )
 from ..errors import UserError
 from ..losses import token_cross_entropy
-from ..models import check_positions, check_same_kind, decoder_start, is_encoder_decoder, load_model
+from ..models import check_head, check_positions, check_same_kind, decoder_start, is_encoder_decoder, load_model
 from ..reflection import Sampling, open_engine, stopping_at
-from ..rouge import RougeL
+from ..rouge import RougeL, choose_tokenizer
 from ..teacher import HiddenRows, LiveTeacher, TeacherCache, TeacherSource
 from .corpus_metrics import check_metrics, corpus_score
 from .measure import Divergences, measure_batch
@@ -71,7 +71,8 @@ def evaluate(
             {input}.
         chat_template_kwargs: variables for the chat template, such as enable_thinking or date_string; see `SRDConfig`.
         parse_special_tokens: whether special tokens in the data's text are parsed; see `SRDConfig`.
-        rouge_tokenizer: how ROUGE-L cuts text into words: "rouge", "unicode", or "auto"; see `srd_fast.rouge.RougeL`.
+        rouge_tokenizer: how ROUGE-L cuts text into words, a name that `srd_fast.rouge.RougeL` takes. "auto" chooses by
+            the references of all of `dataset`.
         num_examples: how many answers `examples` has.
         progress: show a progress bar.
 
@@ -92,6 +93,7 @@ def evaluate(
         raise UserError("evaluation seeds need a sampling temperature above 0 (the paper's is 1.0)")
     check_metrics(metrics)
     model = load_model(model) if isinstance(model, str) else model
+    check_head(model, "model")
     if isinstance(teacher, (torch.nn.Module, TeacherCache)):
         check_same_kind(model, teacher)
     watched = [m for m in (model, teacher) if isinstance(m, torch.nn.Module)]
@@ -116,7 +118,7 @@ def evaluate(
     of_prompts = [*map(len, prompts)]
     check_positions(needed, ids, {"model": model}, way_out, of_prompts)
     check_positions(lengths, ids, {"teacher": teacher}, way_out, of_prompts)
-    scorer = RougeL(rouge_tokenizer)
+    scorer = RougeL(choose_tokenizer(rouge_tokenizer, references))
     means, generations = [], [""] * len(samples)
     of_corpus: dict[str, list[float]] = {name: [] for name in metrics}
     with open_engine(engine, model, tokenizer, length=length, sampling=sampling, batch_size=batch_size) as runner:

@@ -1,17 +1,31 @@
 """How far a student is from its teacher on a batch, and how much memory the process has used."""
 
-import resource
 import sys
 from typing import Any, NamedTuple
 
+import psutil
 import torch
 from torch import Tensor, nn
 
-from ..losses import LossOptions, token_cross_entropy
+from ..errors import UserError
+from ..losses import LossOptions, StudentRows, token_cross_entropy
 from ..models import find_head, hidden_states
+from ..suggest import unknown_name
 from ..teacher import TeacherSource, distillation_loss_of_rows, labels_with_loss, rows_with_loss
 
-_FORWARD_KL = LossOptions("forward_kl", temperature=1.0, reduction="sum")
+# What an evaluation during training gives, without the prefix "eval_". Of each, less is better.
+METRICS = ("loss", "kl", "cross_entropy")
+_FORWARD_KL = LossOptions("forward_kl", temperature=1.0, reduction="sum", ignore_index=None)
+
+
+def check_best_metric(name: str | None) -> None:
+    """Refuse a `metric_for_best_model` that evaluation does not give.
+
+    Raises:
+        UserError: it is unknown.
+    """
+    if name is not None and name.removeprefix("eval_") not in METRICS:
+        raise UserError(unknown_name("metric_for_best_model", name, METRICS))
 
 
 class Divergences(NamedTuple):
@@ -45,8 +59,7 @@ def measure_batch(student: nn.Module, teacher: TeacherSource | None, inputs: dic
     if teacher is None:
         losses = token_cross_entropy(hidden_ND, head, labels_N)
         return Divergences(losses.new_zeros(()), losses.sum(), torch.tensor(len(labels_N), device=losses.device))
-    rows = teacher.rows(inputs, 1.0)
-    out = distillation_loss_of_rows(hidden_ND, head, rows, labels_N, _FORWARD_KL)
+    out = distillation_loss_of_rows(StudentRows(hidden_ND, head, labels_N, _FORWARD_KL), teacher.rows(inputs, 1.0))
     return Divergences(out.divergence, out.cross_entropy, out.num_items)
 
 
@@ -54,5 +67,9 @@ def peak_memory_mb(device: torch.device) -> float:
     """Peak memory so far in MB: allocated on the CUDA device, else resident in this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset / 2**20
+    import resource
+
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20

@@ -1,30 +1,30 @@
 """What is done to the models before the first step: batches without padding, shared beginnings, compiled layers."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset, concatenate_datasets
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import Trainer
 
 from ..curriculum import Curriculum
 from ..data import template_key
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..models import (
     check_same_kind,
     compile_layers,
     enable_flattening,
     load_config,
     load_model,
-    load_tokenizer,
+    router_loss,
     unfit_for_shared_prefix,
 )
-from ..teacher import LiveTeacher, TeacherCache, TeacherSource, open_teacher_cache
+from ..teacher import LiveTeacher, StepCollator, TeacherCache, TeacherSource, open_teacher_cache
+from .batching import READ
 from .config import SRDConfig
 
 logger = logging.getLogger(__name__)
@@ -44,21 +44,6 @@ class Layout:
 
     flattened: bool = False
     share_prefix: bool = False
-
-
-def tokenizer_beside(model: Any) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a model: that of a folder or hub id, or that in the local folder which a model was loaded from.
-
-    Args:
-        model: a model, its folder or its hub id.
-
-    Returns:
-        The tokenizer, or None where the model's folder has none.
-    """
-    if isinstance(model, str):
-        return load_tokenizer(model)
-    folder = str(getattr(model, "name_or_path", ""))
-    return load_tokenizer(folder) if folder and Path(folder, "tokenizer_config.json").is_file() else None
 
 
 def teacher_source(
@@ -112,6 +97,52 @@ def teacher_source(
     return teacher.to(args.device) if isinstance(teacher, TeacherCache) else teacher
 
 
+def check_optimizer(args: SRDConfig) -> None:
+    """Refuse an optimizer whose package is not installed.
+
+    Args:
+        args: of the training; `optim` names the optimizer.
+
+    Raises:
+        UserError: with what to install.
+    """
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(args)
+    except ImportError as e:
+        raise UserError(f"optim is {args.optim!r}: {first_line(e)}") from e
+    except ValueError as e:  # others are about the model, which is not there yet
+        if "install" in str(e) or "import" in str(e):
+            raise UserError(f"optim is {args.optim!r}: {first_line(e)}") from e
+
+
+def layout_of(
+    collate: Callable[..., Any], sample: Mapping[str, Any], student: nn.Module, teacher: TeacherSource
+) -> Layout:
+    """Look at how a user's own collator puts samples into a batch, and prepare the attention of models for it.
+
+    Args:
+        collate: the collator.
+        sample: tokenised, to try it on.
+        student: the model that is trained.
+        teacher: any source; only a live one has a model.
+
+    Returns:
+        The layout.
+
+    Raises:
+        UserError: batches have no padding, and a model needs it.
+    """
+    if "cu_seq_lens" not in StepCollator(collate, None)([{name: sample[name] for name in READ}]):
+        return Layout()
+    for name, model in _running(student, teacher).items():
+        if (reason := enable_flattening(model)) is not None:
+            raise UserError(
+                f"data_collator {type(collate).__name__} makes batches without padding, but the {name} "
+                f"{type(model).__name__} cannot go without: {reason}"
+            )
+    return Layout(flattened=True)
+
+
 def batch_layout(student: nn.Module, teacher: TeacherSource, args: SRDConfig) -> Layout:
     """Decide how samples are put into a batch, and prepare the attention of models that need no padding.
 
@@ -140,7 +171,9 @@ def batch_layout(student: nn.Module, teacher: TeacherSource, args: SRDConfig) ->
             logger.warning("batches are padded, because the %s cannot go without: %s", name, reason)
             return Layout()
     noise_of_its_own = args.neftune_noise_alpha is not None
-    shares = known and not noise_of_its_own and all(unfit_for_shared_prefix(m) is None for m in running.values())
+    # A beginning that stands once in the batch would count once among the tokens that a router's balance is over.
+    apart = noise_of_its_own or router_loss(student) is not None
+    shares = known and not apart and all(unfit_for_shared_prefix(m) is None for m in running.values())
     return Layout(flattened=True, share_prefix=shares)
 
 
@@ -174,7 +207,9 @@ def compile_models(
         flattened: whether batches are.
     """
     options: dict[str, Any] = {"backend": args.torch_compile_backend or "inductor", "mode": args.torch_compile_mode}
-    reasons = {"student": compile_layers(student, autocast, flattened=flattened, **options)}
+    reasons: dict[str, str | None] = {"student": "its balancing loss looks at the routers inside of them"}
+    if router_loss(student) is None:
+        reasons["student"] = compile_layers(student, autocast, flattened=flattened, **options)
     if isinstance(teacher, LiveTeacher):
         reasons["teacher"] = teacher.compile(flattened=flattened, **options)
     for name, reason in reasons.items():

@@ -9,7 +9,15 @@ import torch
 from datasets import Dataset
 
 from ..files import replace_folder, temporary_path
-from ..models import load_model, load_tokenizer, prune_depth, save_student
+from ..models import (
+    check_head,
+    load_model,
+    load_tokenizer,
+    mend_generation_config,
+    prune_depth,
+    save_student,
+    try_saving,
+)
 from ..teacher import TeacherSource
 from .config import SRDConfig
 from .trainer import SRDTrainer
@@ -72,10 +80,14 @@ def prune_and_warm_up(
     """
     tokenizer = load_tokenizer(teacher)
     student = load_model(teacher, torch.float32, device)
+    check_head(student, "teacher")
+    mend_generation_config(student, "student")
     kept = prune_depth(student, layers, encoder_layers)
     logger.info("kept layers %s", kept)
     work = temporary_path(output)
     shutil.rmtree(work, ignore_errors=True)
+    work.parent.mkdir(parents=True, exist_ok=True)
+    try_saving(student, tokenizer, work.parent)
     if warmup_steps and rows is not None:
         args = SRDConfig(
             output_dir=str(work / "trainer"),

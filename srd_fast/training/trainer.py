@@ -25,23 +25,28 @@ from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 from ..curriculum import CurriculumPlan
-from ..data import DistillationCollator, Tokenisation, pad_id, prepare_dataset
+from ..data import DistillationCollator, Tokenisation, check_token_ids, prepare_dataset
 from ..errors import UserError
-from ..losses import LossOptions, check_vocabularies
+from ..losses import DistillationOutput, LossOptions, StudentRows, check_vocabularies
 from ..models import (
+    body_output,
     call_through,
     check_head,
-    check_tokenizers,
     decoder_start,
+    embeddings_of,
     find_head,
     hidden_states,
     is_encoder_decoder,
+    mend_generation_config,
     refuse_trained_prompts,
-    unwrap,
+    router_loss,
+    try_hub,
+    try_saving,
     with_adapters,
 )
 from ..selection import BatchSelection, Signals, items_of, select_samples
 from ..teacher import (
+    LiveTeacher,
     StepCollator,
     TeacherCache,
     TeacherSource,
@@ -64,10 +69,14 @@ from .callbacks import StepHooks
 from .checkpoints import last_whole_checkpoint
 from .config import SRDConfig
 from .health import BadStep, DivergenceTrend, StepCheck, not_finite, skips_on_the_device
-from .measure import measure_batch, peak_memory_mb
-from .preparation import Layout, batch_layout, compile_models, compiles, teacher_source, tokenizer_beside
+from .measure import METRICS, check_best_metric, measure_batch, peak_memory_mb
+from .pair import check_no_shared_weights, check_teachers_tokenizer, uncompiled, widen_trained_weights
+from .preparation import batch_layout, check_optimizer, compile_models, compiles, layout_of, teacher_source
 
 logger = logging.getLogger(__name__)
+
+# Parts of the loss in the logs; the last only where the student's config asks for that loss.
+_LOGGED = ("divergence", "cross_entropy", "entropy", "router_loss")
 
 
 class SRDTrainer(Trainer):
@@ -116,27 +125,31 @@ class SRDTrainer(Trainer):
         optimizers: tuple[Any, Any] = (None, None),
         data_collator: Callable[..., Any] | None = None,
     ) -> None:
+        model, teacher_model = uncompiled(model, "student"), uncompiled(teacher_model, "teacher")
         if processing_class is None:
             raise UserError("processing_class is missing: pass the student's tokenizer")
         if not isinstance(args, SRDConfig):
             raise UserError(f"args must be an SRDConfig, got {type(args).__name__}")
-        if isinstance(teacher_model, nn.Module) and unwrap(teacher_model) is unwrap(model):
-            raise UserError("teacher_model is the model that is trained; load the teacher as a model of its own")
         if teacher_model is None and args.teacher_cache is None:
             raise UserError("teacher_model is missing: pass a model, its folder or name, or name a teacher_cache")
         for name, given in (("student", model), ("teacher", teacher_model)):
             refuse_trained_prompts(given, name)
-        teacher_tokenizer = teacher_tokenizer or tokenizer_beside(teacher_model)
-        if teacher_tokenizer is not None:
-            check_tokenizers(processing_class, teacher_tokenizer)
+        if optimizers[0] is None:
+            check_optimizer(args)
+        check_teachers_tokenizer(processing_class, teacher_tokenizer, teacher_model, args)
         if peft_config is not None:
             model = with_adapters(model, peft_config)
+        check_no_shared_weights(model, teacher_model)
         encoder_decoder = is_encoder_decoder(model)
         if encoder_decoder and args.neftune_noise_alpha is not None:
             raise UserError(
                 f"neftune_noise_alpha is {args.neftune_noise_alpha}, but an encoder-decoder model embeds its tokens "
                 "where transformers adds no noise; leave it out"
             )
+        mend_generation_config(model, "student")
+        check_best_metric(args.metric_for_best_model)
+        if args.push_to_hub and args.process_index == 0:
+            try_hub(args.hub_token)
         tokenisation = Tokenisation(
             processing_class,
             args.template,
@@ -155,14 +168,13 @@ class SRDTrainer(Trainer):
                 "%d GPUs are visible to one process; using the first. For all: accelerate launch", args.n_gpu
             )
             args._n_gpu = 1
-        collate = DistillationCollator(pad_id(processing_class), decoder_start=decoder_start(model))
         super().__init__(
             model=model,
             args=args,
             train_dataset=train,
             eval_dataset=evaluation,
             processing_class=processing_class,
-            data_collator=data_collator or collate,
+            data_collator=data_collator or DistillationCollator(decoder_start=decoder_start(model)),
             callbacks=callbacks,
             optimizers=optimizers,
         )
@@ -175,6 +187,10 @@ class SRDTrainer(Trainer):
         self._tokenisation = tokenisation
 
         check_head(model, "student")
+        widen_trained_weights(model, args)
+        given = [train, *([] if evaluation is None else [evaluation])]
+        for samples in given:
+            check_token_ids(samples, {"student": embeddings_of(model)})
         head_S = find_head(model).weight
         assert head_S is not None
         plan = curriculum or CurriculumPlan(subsets=[list(train["sample_id"])], method="none")
@@ -194,15 +210,19 @@ class SRDTrainer(Trainer):
         check_fit(train, evaluation, self.curriculum, {"student": model, "teacher": teacher_model})
         self.teacher = teacher_source(teacher_model, model, args, self.curriculum, train, evaluation)
         check_vocabularies(head_S.shape[0], self.teacher.num_classes)
+        if isinstance(self.teacher, LiveTeacher):
+            for samples in given:
+                check_token_ids(samples, {"teacher": embeddings_of(self.teacher.model)})
         if args.class_sampling and head_S.shape[0] > self.teacher.num_classes:
             raise UserError(
                 f"class_sampling: the student has {head_S.shape[0]} classes and the teacher {self.teacher.num_classes};"
                 " it needs a teacher with all of the student's classes, set it to 0"
             )
-        layout = Layout()
         if isinstance(self.data_collator, DistillationCollator):
             layout = batch_layout(model, self.teacher, args)
             self.data_collator.flatten, self.data_collator.share_prefix = layout.flattened, layout.share_prefix
+        else:
+            layout = layout_of(self.data_collator, train[0], model, self.teacher)
         if compiles(args, self.curriculum.total_steps):
             compile_models(model, self.teacher, args, self.accelerator.autocast, layout.flattened)
         cache = self.teacher if isinstance(self.teacher, TeacherCache) else None
@@ -218,10 +238,12 @@ class SRDTrainer(Trainer):
             skew=args.skew,
             beta=args.beta,
             temperature_scaling=args.scales_with_temperature,
+            ignore_index=None,  # a batch knows its rows with loss
             backend=args.backend,
             memory_budget=args.memory_budget,
             logits_dtype=args.logits,
         )
+        self._router_loss = router_loss(model)
         self._sums: Tensor | None = None
         self._tokens = 0
         self._step_loss: Any = 0.0
@@ -311,22 +333,22 @@ class SRDTrainer(Trainer):
         def forward(batch: Mapping[str, Any]) -> Any:
             # Around the loss too: it takes the dtype of its products from autocast, as the body does.
             with self.accelerator.autocast():
-                student_ND, head = rows_with_loss(hidden_states(student, batch), batch), find_head(student)
+                body = body_output(student, batch)
+                student_ND, head = rows_with_loss(body.last_hidden_state, batch), find_head(student)
                 seen = self.selection(student_ND, head, rows, labels_N, batch, step, temperature)
-                return distillation_loss_of_rows(
-                    seen.student_KD,
-                    head,
-                    seen.rows,
-                    seen.labels_K,
-                    options,
-                    token_weights=seen.weights_K,
-                    num_items=num_items_in_batch,
-                    student_logits=seen.logits_KV,
+                rows_K = StudentRows(
+                    seen.student_KD, head, seen.labels_K, options, seen.weights_K, num_items_in_batch, seen.logits_KV
                 )
+                out = distillation_loss_of_rows(rows_K, seen.rows)
+                balance = None if self._router_loss is None else self._router_loss(body.router_logits, batch)
+                return out, balance
 
-        out = call_through(model, student, forward, inputs)
-        self._count(out, len(labels_N))
+        out, balance = call_through(model, student, forward, inputs)
         loss = out.loss
+        if balance is not None:  # a mean over tokens, so each micro-batch has the share of its tokens
+            balance = balance * (len(labels_N) / out.num_items)
+            loss = loss + balance
+        self._count(out, len(labels_N), balance)
         self._step_loss = self._step_loss + loss.detach()
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # DDP averages the gradients of the ranks
@@ -376,6 +398,7 @@ class SRDTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self._raise_if_bad(self._check.look(wait=True))
+        self._show_weights()
         self.selection.save(Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}")
         super()._save_checkpoint(model, trial)
 
@@ -407,6 +430,12 @@ class SRDTrainer(Trainer):
         self._raise_if_bad(self._check.look(wait=not skips))
         return norm
 
+    def _show_weights(self) -> None:
+        """Let a schedule-free optimizer put in place the weights that it has found. A step takes them away again."""
+        show = getattr(self.optimizer, "eval", None)
+        if show is not None:
+            show()
+
     def _raise_if_bad(self, bad: BadStep | None) -> None:
         if bad is None:
             return
@@ -418,8 +447,9 @@ class SRDTrainer(Trainer):
         checkpoint = last_whole_checkpoint(Path(str(self.args.output_dir)))
         raise not_finite(f"the {what} is {value}", bad.step, place, ids, checkpoint)
 
-    def _count(self, out: Any, tokens: int) -> None:
-        values = torch.stack((out.divergence, out.cross_entropy, out.entropy)).detach()
+    def _count(self, out: DistillationOutput, tokens: int, balance: Tensor | None) -> None:
+        parts = (out.divergence, out.cross_entropy, out.entropy, *([] if balance is None else [balance]))
+        values = torch.stack(parts).detach()
         self._sums = values if self._sums is None else self._sums + values
         self._tokens += tokens
 
@@ -436,7 +466,7 @@ class SRDTrainer(Trainer):
             seconds, steps = self._hooks.take()
             sums = torch.cat((self._sums.float(), self._sums.new_tensor([self._tokens]).float()))
             *totals, tokens = self.accelerator.reduce(sums, "sum").tolist()
-            logs |= {n: total / steps for n, total in zip(("divergence", "cross_entropy", "entropy"), totals)}
+            logs |= {name: total / steps for name, total in zip(_LOGGED, totals)}
             logs |= {
                 "stage": self.curriculum.stage_of(step) + 1,
                 "temperature": self.curriculum.temperature(step),
@@ -469,9 +499,15 @@ class SRDTrainer(Trainer):
             A `transformers` TrainOutput: the number of steps, the mean loss and metrics.
 
         Raises:
+            UserError: the student could not be saved afterwards.
             NotFiniteError: loss or gradient became NaN or infinite. It is a UserError that names step, stage and
                 samples.
         """
+        student = self.accelerator.unwrap_model(self.model)
+        mend_generation_config(student, "student")
+        if self.args.should_save:
+            saved_in = None if self.args.save_strategy == "no" else Path(str(self.args.output_dir))
+            try_saving(student, cast(Any, self.processing_class), saved_in)
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_whole_checkpoint(Path(str(self.args.output_dir)))
             if resume_from_checkpoint is None:
@@ -488,6 +524,7 @@ class SRDTrainer(Trainer):
             optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)
             vars(optimizer).pop("found_inf", None)
         self._raise_if_bad(self._check.look(wait=True))
+        self._show_weights()
         self._trend.end()
         return result
 
@@ -503,8 +540,8 @@ class SRDTrainer(Trainer):
             metric_key_prefix: the names of the metrics begin with it and "_".
 
         Returns:
-            `eval_kl`, KL(teacher, student) at T = 1; `eval_cross_entropy`; and `eval_loss`, which is `eval_kl`, so that
-            `metric_for_best_model="loss"` picks the student closest to its teacher.
+            `eval_loss`, which is `eval_kl`, so that `metric_for_best_model="loss"` picks the student closest to its
+            teacher; `eval_kl`, KL(teacher, student) at T = 1; and `eval_cross_entropy`.
 
         Raises:
             UserError: there are no validation rows.
@@ -517,6 +554,7 @@ class SRDTrainer(Trainer):
         student = self.accelerator.unwrap_model(self.model)
         was_training, totals = student.training, torch.zeros(3, dtype=torch.float64, device=self.args.device)
         student.eval()
+        self._show_weights()
         try:
             for inputs in evaluation_batches(dataset, self.args, self._collate):
                 with self.accelerator.autocast():
@@ -525,8 +563,8 @@ class SRDTrainer(Trainer):
         finally:
             student.train(was_training)
         kl, cross_entropy, tokens = self.accelerator.reduce(totals, "sum").tolist()
-        p = metric_key_prefix
-        metrics = {f"{p}_loss": kl / tokens, f"{p}_kl": kl / tokens, f"{p}_cross_entropy": cross_entropy / tokens}
+        values = (kl / tokens, kl / tokens, cross_entropy / tokens)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in zip(METRICS, values)}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

@@ -85,6 +85,16 @@ def test_kernels_know_nothing_of_the_rest() -> None:
             assert rooms(imported(module, path)) <= {"kernels"}
 
 
+@pytest.mark.parametrize("module", sources())
+def test_what_one_system_alone_has_is_imported_where_it_is_used(module: str) -> None:
+    """A module of Unix at a module's top would end every import elsewhere; inside a try or a function it does not."""
+    of_unix = {"crypt", "fcntl", "grp", "posix", "pty", "pwd", "resource", "syslog", "termios", "tty"}
+    for node in ast.parse(sources()[module].read_text(encoding="utf-8")).body:
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+        assert not of_unix.intersection(names)
+
+
 def test_the_import_checker_sees_every_way_to_import(tmp_path: Path) -> None:
     text = "import srd_fast.a\nfrom . import b\nfrom .c import x\nfrom .. import d\nfrom srd_fast.e.f import y\n"
     path = tmp_path / "m.py"

@@ -4,6 +4,7 @@ import json
 import random
 import subprocess
 import sys
+import unicodedata
 from collections.abc import Sequence
 from itertools import pairwise, product
 from pathlib import Path
@@ -35,10 +36,17 @@ PLAIN = RougeScorer(["rougeL"], use_stemmer=True)
 UNICODE = RougeScorer(["rougeL"], tokenizer=UnicodeTokenizer())
 
 
+def loses_most(references: Sequence[str]) -> bool:
+    """Whether rouge-score's tokenizer leaves nothing of the references, or loses most of their letters."""
+    letters = [c for r in references for c in unicodedata.normalize("NFC", r) if c.isalpha()]
+    lost = [c for c in letters if not c.isascii()]
+    return 2 * len(lost) > len(letters) or not any(STEMMED.tokenize(r) for r in references)
+
+
 def expected_score(mode: str, prediction: str, references: Sequence[str]) -> float:
     """By rouge-score's own code."""
-    emptied = not any(STEMMED.tokenize(r) for r in references)
-    theirs = UNICODE if mode == "unicode" or (mode == "auto" and emptied) else PLAIN
+    unreadable = mode in ("auto", "by_sample") and loses_most(references)
+    theirs = UNICODE if mode == "unicode" or unreadable else PLAIN
     return max(theirs.score(r, prediction)["rougeL"].fmeasure for r in references)
 
 
@@ -181,19 +189,126 @@ def test_one_latin_reference_keeps_rouges_tokenizer() -> None:
     assert scorer.emptied == 0
 
 
+# One choice for a data set
+
+# A right answer that differs in one word or number, and a wrong one that shares a number or a Latin word.
+IN_OTHER_SCRIPTS = {
+    "Chinese": ("长江全长6300公里，流经11个省。", "长江全长6397公里，流经11个省。", "这家店有11个员工，卖鞋。"),
+    "Russian": ("Пушкин родился в Москве в 1799 году", "Пушкин родился в Москве в 1800 году", "Мой кот любит 1799"),
+    "Arabic": ("تأسست الجامعة عام 1908 في القاهرة", "تأسست الجامعة عام 1909 في القاهرة", "أحب القهوة 1908"),
+    "Japanese": ("富士山の高さは3776メートルです。", "富士山の高さは3775メートルです。", "猫が3776匹いる"),
+    "Greek": ("Η Python γράφτηκε από τον Γκουίντο", "Η Python γράφτηκε από τον Γιώργο", "Δεν ξέρω, Python"),
+    "Thai": ("กรุงเทพเป็นเมืองหลวง 50 เขต", "กรุงเทพเป็นเมืองหลวง 51 เขต", "ฉันชอบแมว 50"),
+    "Vietnamese": ("Hà Nội là thủ đô của Việt Nam", "Hà Nội là thành phố của Việt Nam", "Tôi thích ăn phở"),
+}
+
+
+@pytest.mark.parametrize("language", IN_OTHER_SCRIPTS)
+def test_answers_are_judged_by_their_words_and_not_by_a_number_they_share(
+    language: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    reference, nearly, wrong = IN_OTHER_SCRIPTS[language]
+    exact, close, far = RougeL().score_all([reference, nearly, wrong], [[reference]] * 3)
+    assert exact == 1
+    assert close >= 0.75
+    assert far < 0.5
+    assert [close, far] == RougeL("unicode").score_all([nearly, wrong], [[reference]] * 2)
+    assert caplog.text.count("would lose") == 1
+    if language != "Vietnamese":  # three of ten letters are lost: many for a data set, few for one sample
+        assert RougeL().score(wrong, [reference]) == far
+
+
+def test_the_choice_is_made_for_all_references_together() -> None:
+    answers = ["Python 3", "кот спит", "42"]
+    references = [["Python 3"], ["кот спит дома"], ["сорок два: 42"]]
+    assert rouge.choose_tokenizer("auto", references) == "unicode"
+    assert rouge.choose_tokenizer("auto", references[:1]) == "by_sample"
+    assert RougeL().score_all(answers, references) == RougeL("unicode").score_all(answers, references)
+    assert [rouge.choose_tokenizer(mode, references) for mode in rouge.MODES[1:]] == list(rouge.MODES[1:])
+
+
+ENGLISH = [
+    ["The café in Malmö opens at 9."],
+    ["Beyoncé"],  # one letter of seven
+    ["A naïve façade, as Dvořák said, in a long English text about nothing in particular."],
+    ["It costs 5 €, or about 20 złoty, and tastes of pâté."],
+]
+
+
+def test_english_with_accents_keeps_the_values_of_the_rouge_score_package(caplog: pytest.LogCaptureFixture) -> None:
+    answers = ["the cafe in malmo", "Beyonce", "a naive façade in text", "costs 5 zloty"]
+    expected = [expected_score("rouge", a, r) for a, r in zip(answers, ENGLISH)]
+    assert RougeL().score_all(answers, ENGLISH) == expected
+    assert any(0 < e < 1 for e in expected)
+    assert not caplog.records
+
+
+def test_a_few_samples_of_another_script_leave_english_as_it_is() -> None:
+    """Each is read by the tokenizer that fits it: the Chinese one not by its number alone."""
+    references = [*ENGLISH * 5, ["北京有2154条街道"]]
+    answers = ["the café opens at 9"] * 20 + ["上海有2154万人口"]
+    *english, chinese = RougeL().score_all(answers, references)
+    assert english == RougeL("rouge").score_all(answers[:-1], references[:-1])
+    assert RougeL("rouge").score(answers[-1], references[-1]) == 1
+    assert chinese == RougeL("unicode").score(answers[-1], references[-1]) < 0.5
+
+
+WORDS_OF_SCRIPTS = [
+    ("हिन्दी भाषा", ["हिन्दी", "भाषा"]),
+    ("தமிழ் மொழி", ["தமிழ்", "மொழி"]),
+    ("עִבְרִית", ["עִבְרִית"]),
+    ("العَرَبِيَّة", ["العَرَبِيَّة"]),
+    ("สวัสดี", ["ส", "วั", "ส", "ดี"]),
+    ("ភាសា", ["ភា", "សា"]),
+    ("ພາສາລາວ", ["ພ", "າ", "ສ", "າ", "ລ", "າ", "ວ"]),
+    ("မြန်မာ", ["မြ", "န်", "မာ"]),
+    ("한국어 문장", ["한국어", "문장"]),
+    ("AIは3つ。", ["ai", "は", "3", "つ", "。"]),
+    ("テスト", ["テ", "ス", "ト"]),
+    ("snake_case(x)", ["snake", "_", "case", "(", "x", ")"]),
+]
+
+
+@pytest.mark.parametrize(("text", "tokens"), WORDS_OF_SCRIPTS)
+def test_a_mark_stays_with_its_letter(text: str, tokens: list[str]) -> None:
+    found = rouge.unicode_tokens(text)
+    assert found == [unicodedata.normalize("NFKC", token) for token in tokens]
+    assert len(found) == len(tokens)
+
+
+@pytest.mark.parametrize(
+    ("text", "same"),
+    [
+        ("café naïve", unicodedata.normalize("NFD", "café naïve")),
+        ("2024年ABC", "２０２４年ＡＢＣ"),
+        ("ﬁle", "file"),
+        ("می‌خواهم", "میخواهم"),  # a zero-width non-joiner inside a word
+        ("ガギグ", "ｶﾞｷﾞｸﾞ"),
+        ("co­operate", "cooperate"),
+        ("Straße İ", "STRASSE i̇"),
+        ("한글", unicodedata.normalize("NFD", "한글")),
+    ],
+)
+def test_every_encoding_of_a_text_has_the_same_tokens(text: str, same: str) -> None:
+    assert rouge.unicode_tokens(text) == rouge.unicode_tokens(same)
+    assert len(rouge.unicode_tokens(text)) <= 4
+
+
 def test_blank_and_no_references_score_zero_and_are_not_counted_as_emptied() -> None:
     scorer = RougeL()
     assert scorer.score("a", [""]) == scorer.score("a", ["  \n"]) == scorer.score("a", []) == 0
     assert scorer.emptied == 0
 
 
-@pytest.mark.parametrize(("mode", "words"), [("auto", "scored with the Unicode tokenizer"), ("rouge", "scored 0")])
+@pytest.mark.parametrize(("mode", "words"), [("by_sample", "as words of any script"), ("rouge", "by those few")])
 def test_emptied_references_are_counted_in_a_warning(mode: str, words: str, caplog: pytest.LogCaptureFixture) -> None:
     references = Dataset.from_dict({"references": [["海"], ["sea"], ["+ -"], ["one"]]})
+    assert RougeL("auto").score_all(["x"], [["a b"]]) == [0]
+    assert not caplog.records
     nothing: Any = None
     scores = rouge_l(Reflected(references, ["海", "sea", "+", "two"], nothing, nothing, rouge_tokenizer=mode))
-    assert f"leaves nothing of 2 of 4 references: {words}" in caplog.text
-    assert scores == ([1, 1, pytest.approx(2 / 3), 0] if mode == "auto" else [0, 1, 0, 0])
+    assert f"loses most letters of the references of 2 of 4 samples: they are scored {words}" in caplog.text
+    assert scores == ([1, 1, pytest.approx(2 / 3), 0] if mode == "by_sample" else [0, 1, 0, 0])
 
 
 def test_an_unknown_rouge_tokenizer_is_refused() -> None:
@@ -226,7 +341,7 @@ def test_score_all_is_score_of_each_in_any_number_of_processes(
     for n, (prediction, texts) in enumerate(OTHER_SCRIPTS):
         predictions.insert(11 * n, prediction)
         references.insert(11 * n, texts)
-    single = RougeL(mode)
+    single = RougeL(rouge.choose_tokenizer(mode, references))
     expected = [single.score(p, r) for p, r in zip(predictions, references)]
     assert single.emptied == (0 if mode == "unicode" else 4)
     for workers in (None, 1, 3):
@@ -288,7 +403,7 @@ def test_processes_that_fail_cost_no_scores(
     """None can be started, or it dies before it has read or answered."""
     monkeypatch.setattr(sys, "executable", executable)
     monkeypatch.setattr(rouge, "_CHILD", child)
-    scorer = RougeL()
+    scorer = RougeL("by_sample")
     assert scorer.score_all(["海", "b"] * 20_000, [["海"], ["b"]] * 20_000, workers=2) == [1.0] * 40_000
     assert scorer.emptied == 20_000
     assert "ROUGE-L in 2 processes failed" in caplog.text

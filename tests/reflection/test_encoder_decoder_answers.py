@@ -93,7 +93,13 @@ def test_other_settings_of_a_checkpoint_change_no_answer(tokenizers: Any) -> Non
     model, tokenizer = tiny_model("bart"), tokenizers("bart")
     prompts = [split(s)[0] for s in tiny_samples(4, seed=1)]
     expected = dict(TransformersEngine(model, tokenizer).generate(prompts, SHORT))
-    shipped = {"num_beams": 3, "no_repeat_ngram_size": 2, "min_length": 5, "length_penalty": 2.0, "early_stopping": True}
+    shipped = {
+        "num_beams": 3,
+        "no_repeat_ngram_size": 2,
+        "min_length": 5,
+        "length_penalty": 2.0,
+        "early_stopping": True,
+    }
     for field, value in {**shipped, "forced_eos_token_id": 2, "max_length": 4}.items():
         setattr(model.generation_config, field, value)
     assert dict(TransformersEngine(model, tokenizer).generate(prompts, SHORT)) == expected

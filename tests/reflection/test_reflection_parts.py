@@ -206,7 +206,7 @@ def test_no_flipped_bit_and_no_cut_goes_unseen(tmp_path: Path) -> None:
 
 OTHER_SAMPLING = {
     "max_new_tokens": 127, "temperature": 1e-3, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "repetition_penalty": 1.1,
-    "no_repeat_ngram_size": 6, "seed": 1,
+    "no_repeat_ngram_size": 6, "seed": 1, "stop_ids": (5,),
 }  # fmt: skip
 
 

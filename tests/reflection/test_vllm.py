@@ -41,13 +41,17 @@ def folder(
     tiny_tokenizer: PreTrainedTokenizerFast,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
-    """A tiny Llama whose head is its embedding, and whose heads are as wide as vLLM's kernels need."""
+    """A tiny Llama whose head is its embedding, and whose heads are as wide as vLLM's kernels need.
+
+    Its generation config says other things than the tests' `Sampling`; neither engine heeds it.
+    """
     import tiny
 
     size = {"width": 64, "vocab": len(tiny_tokenizer), "max_position_embeddings": 1024}
     folder = tmp_path_factory.mktemp("student")
     model = tiny.tiny_model("llama", layers=2, **size)
-    model.generation_config.eos_token_id = 0
+    for name, value in {"eos_token_id": 0, "do_sample": True, "temperature": 5.0, "repetition_penalty": 2.0}.items():
+        setattr(model.generation_config, name, value)
     model.save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
     return folder

@@ -32,7 +32,7 @@ from srd_fast.files import content_digest
 from srd_fast.losses import chunked
 from srd_fast.run.config import load_run_config
 from srd_fast.run.pipeline import STEP_NAMES, fingerprints
-from srd_fast.run.steps import Run, expected_logits
+from srd_fast.run.steps import Run
 from srd_fast.teacher import LiveTeacher, build
 
 CONTRACT = (
@@ -441,8 +441,8 @@ def test_how_many_logits_a_run_will_see(
     monkeypatch.setattr(chunked, "run_chunks", counted)
     assert srd_fast("run", config_file, f"output_dir={tmp_path / 'run'}").status == 0
     config = load_run_config(str(config_file), [f"output_dir={finished}"])
-    assert 0.5 < expected_logits(Run(config, finished, {}, {})) / seen[0] < 2
-    assert expected_logits(Run(config, tmp_path / "nothing yet", {}, {})) == 0
+    assert 0.5 < Run(config, finished, {}, {}).expected_logits() / seen[0] < 2
+    assert Run(config, tmp_path / "nothing yet", {}, {}).expected_logits() == 0
 
 
 def test_cache_is_a_verb(copy: Path, finished: Path, config_file: Path) -> None:
@@ -650,6 +650,14 @@ MISTAKES: dict[str, tuple[str, str]] = {
     "weight above 1": ("distill.sft_weight=[0.1,0.2,1.5]", "sft_weight must be at least 0 and at most 1, got 1.5"),
     "batch of none": ("distill.per_device_train_batch_size=0", "per_device_train_batch_size"),
     "no accumulation": ("distill.gradient_accumulation_steps=0", "gradient_accumulation_steps"),
+    "a best model by what is not measured": (
+        "distill.metric_for_best_model=rouge_l",
+        "unknown metric_for_best_model 'rouge_l'; did you mean 'kl'? Known: cross_entropy, kl, loss",
+    ),
+    "adapters on layers that are not there": (
+        "lora={target_modules: [nowhere]}",
+        "config: lora: Target modules {'nowhere'} not found",
+    ),
     "misspelt key": ("curate.stagse=3", "unknown key in curate 'stagse'; did you mean 'stages'?"),
     "misspelt key of distill": ("distill.leraning_rate=1", "did you mean 'learning_rate'?"),
     "misspelt section": ("distil.skew=1", "unknown key 'distil'; did you mean 'distill'?"),

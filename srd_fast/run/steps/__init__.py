@@ -16,7 +16,6 @@ from .selection import (
     shard_parts,
     student_inputs,
 )
-from .settings import expected_logits
 from .training import distill
 
 __all__ = [
@@ -32,7 +31,6 @@ __all__ = [
     "distill",
     "evaluate_inputs",
     "evaluate_step",
-    "expected_logits",
     "init_student",
     "prepare",
     "prepare_inputs",

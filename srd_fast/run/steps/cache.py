@@ -2,14 +2,13 @@
 
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedModel
 
-from ...curriculum import CurriculumPlan, per_stage
+from ...curriculum import CurriculumPlan
 from ...data import template_key
 from ...errors import UserError
 from ...files import remove
@@ -37,14 +36,12 @@ def cache_inputs(config: RunConfig) -> Any:
     c = config.cache
     if c.kind in (LIVE, "hidden"):
         return [c.kind, config.dtype]  # what is kept, and reflect_again, come with the plan
-    args = training_config(config, Path(config.output_dir), torch.device("cpu"), torch.float32)
-    return [c.kind, config.dtype, c.k, cache_temperatures(config, args)]
+    return [c.kind, config.dtype, c.k, cache_temperatures(config, training_config(config))]
 
 
 def cache_temperatures(config: RunConfig, args: SRDConfig) -> list[float]:
     """Temperatures for which a compact cache must hold rows: that of evaluation, then that of each stage."""
-    stages = config.curate.stages
-    return [1.0, *per_stage("temperature", args.temperature, args.temperature_start, args.temperature_end, stages)]
+    return [1.0, *args.of_stages(config.curate.stages).temperatures]
 
 
 def cache_teacher(run: Run) -> None:
@@ -94,7 +91,6 @@ def validation_cache(run: Run) -> TeacherCache | None:
 
 def _filled(run: Run, samples: Sequence[Dataset], student: PreTrainedModel | None = None) -> TeacherCache:
     c, folder = run.config.cache, run.folder / "teacher_cache"
-    args = training_config(run.config, run.folder, run.device, run.dtype)
 
     def opened() -> TeacherCache:
         return open_teacher_cache(
@@ -103,7 +99,7 @@ def _filled(run: Run, samples: Sequence[Dataset], student: PreTrainedModel | Non
             concatenate_datasets(list(samples)),
             kind=c.kind,
             k=c.k,
-            temperatures=cache_temperatures(run.config, args),
+            temperatures=cache_temperatures(run.config, run.args),
             student=student,
             template=template_key(run.config.template, run.config.chat_template_kwargs),
             dtype=run.dtype,

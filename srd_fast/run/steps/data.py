@@ -14,7 +14,14 @@ from ...data.quickstart import make_quickstart_splits
 from ...data.tokenisation import PROMPTS_CUT, RESPONSES_CUT, TURNS_DROPPED
 from ...errors import UserError
 from ...files import content_digest, write_text
-from ...models import check_positions, fingerprint, is_encoder_decoder, load_config
+from ...models import (
+    check_positions,
+    fingerprint,
+    is_encoder_decoder,
+    load_config,
+    load_tokenizer,
+    tokenizer_digest,
+)
 from ..config import RunConfig
 from .run import PRUNE, QUICKSTART, Run, json_text, write_parquet
 
@@ -36,8 +43,17 @@ def prepare_inputs(config: RunConfig) -> Any:
     stamps = [[s, _file_stamp(s)] for s in sources]
     limits = [config.template, config.max_prompt_length, config.max_response_length, config.max_rows, config.seed]
     speech = [config.chat_template_kwargs, config.parse_special_tokens]
-    unlike = [speech] if speech != [{}, None] else []  # runs of versions without these settings stay valid
+    unlike: list[Any] = [speech] if speech != [{}, None] else []  # runs of versions without these settings stay valid
+    unlike += _students_own(config)
     return [stamps, config.validation, config.data_split, limits, fingerprint(config.teacher), *unlike]
+
+
+def _students_own(config: RunConfig) -> list[str]:
+    """A digest of the student's tokenizer, where it may give a row other tokens than the teacher's."""
+    if config.student == PRUNE:
+        return []
+    ours, theirs = (tokenizer_digest(load_tokenizer(source)) for source in (config.student, config.teacher))
+    return [] if ours == theirs else [ours]
 
 
 def _file_stamp(source: str) -> str | None:

@@ -1,16 +1,27 @@
 """Mistakes that can be found before any work is done: names, settings, missing files, tokenizers."""
 
-from pathlib import Path
-
 import torch
+from transformers import PreTrainedTokenizerBase
 
-from ...curriculum import per_stage
 from ...data import source_path
 from ...errors import UserError, first_line
-from ...models import check_same_kind, check_tokenizers, is_encoder_decoder, load_config, load_tokenizer
+from ...models import (
+    check_same_kind,
+    check_tokenizers,
+    is_encoder_decoder,
+    load_config,
+    load_tokenizer,
+    model_without_weights,
+    try_hub,
+    try_merging,
+    try_saving,
+    with_adapters,
+)
 from ...reflection import get_difficulties
 from ...reflection.engines import ENGINES
 from ...selection import SAMPLE_POLICIES
+from ...training.measure import check_best_metric
+from ...training.preparation import check_optimizer
 from ..config import RunConfig
 from .cache import check_cache
 from .data import tokenisation_of
@@ -26,9 +37,9 @@ def check_inputs(config: RunConfig) -> None:
         UserError: for the first mistake found.
     """
     _check_device(config.device)
-    args = training_config(config, Path(config.output_dir), torch.device("cpu"), torch.float32)
-    for name in ("epochs_per_stage", "temperature", "sft_weight", "stage_learning_rates"):
-        per_stage(name, getattr(args, name), 0.0, 0.0, config.curate.stages)
+    args = training_config(config)
+    check_optimizer(args)
+    args.of_stages(config.curate.stages)
     lora_config(config)
     SAMPLE_POLICIES.check(sample_policy(config)[0])
     check_cache(config, args)
@@ -52,11 +63,31 @@ def check_inputs(config: RunConfig) -> None:
         _must_exist("data", config.data)
     tokenizer = load_tokenizer(config.teacher)
     if config.student != PRUNE:
-        check_tokenizers(load_tokenizer(config.student), tokenizer)
+        tokenizer, teachers = load_tokenizer(config.student), tokenizer
+        check_tokenizers(tokenizer, teachers, args.shared_vocabulary)
         check_same_kind(load_config(config.student), load_config(config.teacher))
     elif config.init_student.encoder_layers is not None and not is_encoder_decoder(load_config(config.teacher)):
         raise UserError("config: init_student.encoder_layers is given, but the teacher has no encoder; leave it out")
     tokenisation_of(config, tokenizer)
+    check_best_metric(args.metric_for_best_model)
+    if args.push_to_hub:
+        try_hub(args.hub_token, "distill.push_to_hub")
+    _try_the_end(config, tokenizer)
+
+
+def _try_the_end(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Save and merge, as at the end of the run, a student without weights."""
+    student = model_without_weights(config.teacher if config.student == PRUNE else config.student)
+    adapters = lora_config(config)
+    if student is None:
+        return
+    if adapters is not None:
+        try:
+            student = with_adapters(student, adapters)
+        except ValueError as e:
+            raise UserError(f"config: lora: {first_line(e)}") from e
+        try_merging(student)
+    try_saving(student, tokenizer)
 
 
 def _check_device(name: str) -> None:

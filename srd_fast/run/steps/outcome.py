@@ -20,7 +20,6 @@ from ..config import RunConfig
 from .cache import validation_cache
 from .data import COUNTS
 from .run import PRUNE, Run, json_text
-from .settings import training_config
 
 
 def evaluate_inputs(config: RunConfig) -> Any:
@@ -35,7 +34,8 @@ def evaluate_step(run: Run) -> None:
     """Compare teacher, starting student and distilled student, and write the run's figures to summary.json."""
     config = run.config
     rejected = json.loads((run.folder / "data" / "rejected.json").read_text(encoding="utf-8"))
-    counts = run.folder / "data" / COUNTS  # runs of older versions have none
+    file = run.folder / "data" / COUNTS  # runs of older versions have none
+    counts = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     summary = {
         "srd_fast_version": importlib.metadata.version("srd-fast"),
         "teacher": config.teacher,
@@ -45,7 +45,7 @@ def evaluate_step(run: Run) -> None:
             "train": len(run.data("train")),
             "validation": len(run.data("validation")),
             "rejected": len(rejected),
-            **(json.loads(counts.read_text(encoding="utf-8")) if counts.is_file() else {}),
+            **{name: count for name, count in counts.items() if count},
         },
         "evaluation": _evaluations(run),
         "timings": {name: entry["seconds"] for name, entry in run.ledger.items() if "seconds" in entry},
@@ -75,7 +75,8 @@ def _evaluations(run: Run) -> dict[str, Any]:
         "student": ("distill", str(run.folder / "student")),
     }
     for name, (made_by, source) in models.items():
-        key = json.dumps([run.fingerprints[made_by], run.fingerprints["prepare"], evaluate_inputs(run.config)])
+        settings = [*evaluate_inputs(run.config), *run.rouge_stamp]
+        key = json.dumps([run.fingerprints[made_by], run.fingerprints["prepare"], settings])
         if kept.get(name, {}).get("key") == key:
             continue
         is_teacher = name == "teacher"
@@ -91,7 +92,7 @@ def _evaluations(run: Run) -> dict[str, Any]:
             sampling=Sampling(max_new_tokens=c.max_new_tokens, temperature=c.temperature if c.seeds else 0.0),
             seeds=c.seeds,
             batch_size=c.batch_size,
-            rouge_tokenizer=run.config.reflect.rouge_tokenizer,
+            rouge_tokenizer=run.rouge_tokenizer,
             metrics=c.metrics,
         )
         kept[name] = {"key": key, **result}
@@ -102,12 +103,11 @@ def _evaluations(run: Run) -> dict[str, Any]:
 def _training_figures(run: Run) -> dict[str, Any]:
     rows = [json.loads(x) for x in (run.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     train = {r["step"]: r for r in rows if r["kind"] == "train"}
-    args = training_config(run.config, run.folder, run.device, run.dtype)
     steps = max(train)
     spent = sorted(r["tokens_per_second"] for r in train.values())
     return {
         "steps": steps,
-        "sample_passes": steps * args.per_device_train_batch_size * args.gradient_accumulation_steps,
+        "sample_passes": steps * run.args.per_device_train_batch_size * run.args.gradient_accumulation_steps,
         "tokens_per_second": spent[len(spent) // 2],
         "peak_memory_mb": max(r["memory_mb"] for r in train.values()),
     }

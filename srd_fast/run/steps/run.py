@@ -7,18 +7,24 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ...data import TOKENISED_FEATURES
+from ...data import IGNORE_INDEX, TOKENISED_FEATURES
 from ...files import temporary_path
-from ...models import load_model, load_tokenizer
+from ...models import check_head, load_model, load_tokenizer
+from ...rouge import choose_tokenizer
+from ...training.config import SRDConfig
 from ..config import RunConfig
+from .settings import training_config
 
 QUICKSTART = "quickstart"
 PRUNE = "prune"
 LIVE = "live"
+SPLITS = ("train", "validation")
 
 
 @dataclass
@@ -52,24 +58,76 @@ class Run:
         return torch.bfloat16 if self.config.dtype == "bfloat16" else torch.float32
 
     @cached_property
+    def args(self) -> SRDConfig:
+        """What the student is trained with. To be read; a trainer, which writes into its arguments, gets a copy."""
+        return training_config(self.config, self.folder, self.device, self.dtype)
+
+    @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer that teacher and student share."""
-        return load_tokenizer(self.config.teacher)
+        """The student's tokenizer; the teacher's where the student is cut out of it."""
+        return load_tokenizer(self.config.teacher if self.config.student == PRUNE else self.config.student)
 
     @cached_property
     def teacher(self) -> PreTrainedModel:
         """The teacher, loaded once in a process."""
         return load_model(self.config.teacher, self.dtype, self.device)
 
+    def check_teacher(self) -> None:
+        """Try the teacher before hours of work for which it is not needed yet.
+
+        A student that was cut out of it has shown already that it is understood.
+        """
+        if self.config.student != PRUNE:
+            check_head(load_model(self.config.teacher, self.dtype), "teacher")
+
     @property
     def start(self) -> str:
         """Folder or hub id of the starting student."""
         return str(self.folder / "start") if self.config.student == PRUNE else self.config.student
 
+    @cached_property
+    def rouge_tokenizer(self) -> str:
+        """How every step cuts text into words for ROUGE-L: "auto" chooses by the references of both splits."""
+        columns = [pq.read_table(self.split(name), columns=["references"])["references"] for name in SPLITS]
+        references = (of_sample.as_py() for column in columns for of_sample in column)
+        return choose_tokenizer(self.config.reflect.rouge_tokenizer, references)
+
+    @property
+    def rouge_stamp(self) -> list[str]:
+        """What tells scores of other scripts from those that older versions made with the same config; else empty."""
+        chosen, given = self.rouge_tokenizer, self.config.reflect.rouge_tokenizer
+        return [chosen] if (given, chosen) == ("auto", "unicode") else []
+
+    def split(self, name: str) -> Path:
+        """The file of a split."""
+        return self.folder / "data" / f"{name}.parquet"
+
     def data(self, split: str) -> Dataset:
         """Tokenised samples of a split: "train" or "validation"."""
-        path = self.folder / "data" / f"{split}.parquet"
-        return Dataset.from_parquet(str(path), features=TOKENISED_FEATURES, keep_in_memory=True)
+        return Dataset.from_parquet(str(self.split(split)), features=TOKENISED_FEATURES, keep_in_memory=True)
+
+    def expected_logits(self) -> float:
+        """Estimate how many logits of the student the losses compute: rows with loss times classes; 0 without data.
+
+        It follows from config and data alone, so that every process of a run gets the same number.
+        """
+        paths = [self.split(name) for name in SPLITS]
+        if not all(path.is_file() for path in paths):
+            return 0.0
+        labels = [pq.read_table(path, columns=["labels"])["labels"] for path in paths]
+        rows, held_out = (pc.sum(pc.not_equal(pc.list_flatten(x), IGNORE_INDEX)).as_py() or 0 for x in labels)
+        c, args, samples, stages = self.config, self.args, len(labels[0]), self.config.curate.stages
+        keep = c.curate.keep if isinstance(c.curate.keep, float) else 1.0
+        trained = keep * sum(n * stage / stages for stage, n in enumerate(args.of_stages(stages).epochs, 1))
+        warm_up = (
+            c.init_student.warmup_steps * c.init_student.warmup_batch_size / samples if c.student == PRUNE else 0.0
+        )
+        evaluations = 0.0
+        if args.eval_strategy == "steps" and args.eval_steps:
+            steps = trained * samples / (args.per_device_train_batch_size * args.gradient_accumulation_steps)
+            evaluations = steps / args.eval_steps if args.eval_steps >= 1 else 1 / args.eval_steps
+        # Reflection sees the training rows once; evaluation the others, for three models and before the first step.
+        return (rows * (1 + warm_up + trained) + held_out * (4 + evaluations)) * len(self.tokenizer)
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:

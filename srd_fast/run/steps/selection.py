@@ -59,13 +59,18 @@ def reflect_step(run: Run) -> None:
     """
     target, files = run.folder / "reflections.parquet", shard_files(run.folder)
     ids = list(run.data("train")["sample_id"])
-    scores = merge_shards(files, ids, _made_from(run)) if files else reflect_with(run, run.start, run.folder / PARTS)
+    if files:
+        scores = merge_shards(files, ids, _made_from(run))
+    else:
+        run.check_teacher()
+        scores = reflect_with(run, run.start, run.folder / PARTS)
     write_parquet(scores, target)
     remove(run.folder / PARTS)
 
 
 def reflect_shard(run: Run, shard: str) -> Path:
     """Run `reflect_step` for one shard "k/n" of the samples, and return the file of its scores."""
+    run.check_teacher()
     target, parts = shard_file(run.folder, shard), shard_parts(run.folder, shard)
     write_shard(reflect_with(run, run.start, parts, shard), target, _made_from(run))
     remove(parts)
@@ -79,7 +84,7 @@ def shard_parts(folder: Path, shard: str) -> Path:
 
 def _made_from(run: Run) -> str:
     """What the scores of a shard depend on: settings and data, and the student's files on this machine."""
-    return f"{run.fingerprints['reflect']}:{fingerprint(run.start)}"
+    return ":".join([run.fingerprints["reflect"], fingerprint(run.start), *run.rouge_stamp])
 
 
 def reflect_with(run: Run, student: str, parts: Path, shard: str | None = None) -> Dataset:
@@ -96,7 +101,7 @@ def reflect_with(run: Run, student: str, parts: Path, shard: str | None = None) 
         signals=c.signals,
         cross_entropy_by=c.cross_entropy_by,
         batch_size=c.batch_size,
-        rouge_tokenizer=c.rouge_tokenizer,
+        rouge_tokenizer=run.rouge_tokenizer,
         score_eos=c.score_eos,
         test_seconds=c.test_seconds,
         test_memory_mb=c.test_memory_mb,

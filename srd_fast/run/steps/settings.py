@@ -4,12 +4,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 
-from ...curriculum import per_stage
-from ...data import IGNORE_INDEX
 from ...errors import UserError
 from ...models import is_encoder_decoder, load_config
 from ...selection import ALL
@@ -17,13 +13,30 @@ from ...suggest import unknown_name
 from ...training.config import SRDConfig
 from ...training.student import trainer_basics
 from ..config import RunConfig
-from .run import PRUNE, Run
 
 
-def training_config(config: RunConfig, folder: Path, device: torch.device, dtype: torch.dtype) -> SRDConfig:
-    """SRDConfig of a run: the run's own settings, replaced by those in `distill`."""
+def training_config(
+    config: RunConfig,
+    folder: Path | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> SRDConfig:
+    """SRDConfig of a run: the run's own settings, replaced by those in `distill`.
+
+    Args:
+        config: of the run.
+        folder: of the run. Default: where the config puts it.
+        device: that it trains on. The default serves to look at settings that do not depend on it.
+        dtype: of the run; bfloat16 switches `bf16` on.
+
+    Returns:
+        The training arguments.
+
+    Raises:
+        UserError: a field of `distill` is unknown or wrong.
+    """
     basics = {
-        **trainer_basics(device, dtype),
+        **trainer_basics(torch.device(device), dtype),
         "logging_steps": 1,
         "save_strategy": "steps",
         "save_steps": 50,
@@ -36,7 +49,7 @@ def training_config(config: RunConfig, folder: Path, device: torch.device, dtype
     try:
         return SRDConfig(
             **{**basics, **config.distill, "sample_selection": ALL},  # the plan holds those samples alone
-            output_dir=str(folder / "checkpoints"),
+            output_dir=str((folder or Path(config.output_dir)) / "checkpoints"),
             seed=config.seed,
             template=config.template,
             max_prompt_length=config.max_prompt_length,
@@ -65,27 +78,3 @@ def lora_config(config: RunConfig) -> Any:
         return LoraConfig(**{"task_type": task, **config.lora})
     except (TypeError, ValueError) as e:
         raise UserError(f"config: lora: {e}") from e
-
-
-def expected_logits(run: Run) -> float:
-    """Estimate how many logits of the student a run's losses compute: rows with loss times classes; 0 without data.
-
-    It follows from config and data alone, so that every process of a run gets the same number.
-    """
-    paths = [run.folder / "data" / f"{split}.parquet" for split in ("train", "validation")]
-    if not all(path.is_file() for path in paths):
-        return 0.0
-    labels = [pq.read_table(path, columns=["labels"])["labels"] for path in paths]
-    rows, held_out = (pc.sum(pc.not_equal(pc.list_flatten(x), IGNORE_INDEX)).as_py() or 0 for x in labels)
-    c, samples, stages = run.config, len(labels[0]), run.config.curate.stages
-    args = training_config(c, run.folder, run.device, run.dtype)
-    epochs = per_stage("epochs_per_stage", args.epochs_per_stage, 0.0, 0.0, stages)
-    keep = c.curate.keep if isinstance(c.curate.keep, float) else 1.0
-    trained = keep * sum(n * stage / stages for stage, n in enumerate(epochs, 1))
-    warm_up = c.init_student.warmup_steps * c.init_student.warmup_batch_size / samples if c.student == PRUNE else 0.0
-    evaluations = 0.0
-    if args.eval_strategy == "steps" and args.eval_steps:
-        steps = trained * samples / (args.per_device_train_batch_size * args.gradient_accumulation_steps)
-        evaluations = steps / args.eval_steps if args.eval_steps >= 1 else 1 / args.eval_steps
-    # Reflection sees the training rows once; evaluation the others, for three models and before the first step.
-    return (rows * (1 + warm_up + trained) + held_out * (4 + evaluations)) * len(run.tokenizer)

@@ -1,5 +1,6 @@
 """From a plan to a trained student: distill."""
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -19,7 +20,7 @@ from ..stopping import stopping_later
 from .cache import open_cache
 from .run import Run, json_text, write_parquet
 from .selection import PARTS, reflect_with
-from .settings import lora_config, training_config
+from .settings import lora_config
 
 SELECTION = "selection.json"
 SHOWN_SAMPLES = 6
@@ -98,7 +99,7 @@ def selected_positions(trainer: SRDTrainer) -> dict[str, Any]:
 def _train(run: Run, plan: CurriculumPlan, until: int | None = None) -> SRDTrainer:
     """Train along a plan, from the last checkpoint if there is one, to the end or to a checkpoint at step `until`."""
     checkpoints = run.folder / "checkpoints"
-    args = training_config(run.config, run.folder, run.device, run.dtype)
+    args = copy.copy(run.args)
     if until is not None:
         args.max_steps = until
     student = load_model(run.start, torch.float32, run.device)
@@ -129,9 +130,8 @@ def _plan_from(run: Run, plan: CurriculumPlan, stage: int) -> CurriculumPlan:
     if path.is_file():
         return CurriculumPlan.load(path)
     train = run.data("train")
-    args = training_config(run.config, run.folder, run.device, run.dtype)
-    border = make_curriculum(plan, train, args).stages[stage].first_step
-    if 0 < args.max_steps <= border:
+    border = make_curriculum(plan, train, run.args).stages[stage].first_step
+    if 0 < run.args.max_steps <= border:
         return plan
     student = checkpoints / f"checkpoint-{border}"
     if last_whole_checkpoint(checkpoints) != str(student):

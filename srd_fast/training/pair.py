@@ -1,0 +1,146 @@
+"""What must hold of student and teacher together before the first step."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from ..errors import UserError
+from ..models import check_tokenizers, load_tokenizer, unwrap
+from ..teacher import LiveTeacher
+from .config import SRDConfig
+
+logger = logging.getLogger(__name__)
+
+_NARROW = (torch.bfloat16, torch.float16)
+
+
+def uncompiled(model: Any, name: str) -> Any:
+    """Take a model out of `torch.compile`'s wrapper.
+
+    Args:
+        model: a model, or anything else.
+        name: "student" or "teacher", for the log.
+
+    Returns:
+        The model inside; anything else unchanged.
+    """
+    inner = getattr(model, "_orig_mod", None)
+    if inner is None:
+        return model
+    logger.warning(
+        "the %s came compiled as a whole; the loss takes hidden states and never calls it so: its layers run as they "
+        "are, or compiled with torch_compile=True",
+        name,
+    )
+    return inner
+
+
+def tokenizer_beside(model: Any) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a model: that of a folder or hub id, or that of the place where a model was loaded from.
+
+    Nothing is fetched for a model that is loaded already.
+
+    Args:
+        model: a model, its folder or its hub id.
+
+    Returns:
+        The tokenizer, or None where there is none.
+    """
+    if isinstance(model, str):
+        return load_tokenizer(model)
+    name = str(getattr(model, "name_or_path", ""))
+    if name and Path(name).is_dir():
+        return load_tokenizer(name) if Path(name, "tokenizer_config.json").is_file() else None
+    try:
+        return AutoTokenizer.from_pretrained(name, local_files_only=True) if name else None
+    except Exception:  # not in the hub's cache, or no tokenizer there
+        return None
+
+
+def check_teachers_tokenizer(
+    ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase | None, teacher: Any, args: SRDConfig
+) -> None:
+    """Compare the two tokenizers, or warn that a teacher's is not known.
+
+    Args:
+        ours: the student's.
+        theirs: the teacher's. Default: the one beside the teacher.
+        teacher: a model, its folder or hub id, a source of rows, or None.
+        args: of the training.
+
+    Raises:
+        UserError: they differ.
+    """
+    theirs = theirs or tokenizer_beside(teacher)
+    if theirs is not None:
+        check_tokenizers(ours, theirs, args.shared_vocabulary)
+    elif isinstance(teacher, nn.Module):
+        logger.warning("the teacher's tokenizer is not known, so nobody compared it; pass teacher_tokenizer to do so")
+
+
+def check_no_shared_weights(student: nn.Module, teacher: Any) -> None:
+    """Refuse a student that trains weights of its teacher.
+
+    Args:
+        student: the model that is trained.
+        teacher: a model, or anything else.
+
+    Raises:
+        UserError: naming the first of these weights.
+    """
+    model = teacher.model if isinstance(teacher, LiveTeacher) else teacher
+    if not isinstance(model, nn.Module):
+        return
+    if unwrap(model) is unwrap(student):
+        raise UserError("teacher_model is the model that is trained; load the teacher as a model of its own")
+    theirs = {_place(p) for p in model.parameters()} - {0}
+    both = [name for name, p in student.named_parameters() if _place(p) in theirs and _is_trained(p, student, teacher)]
+    if both:
+        raise UserError(
+            f"student and teacher_model are to share {len(both)} of the weights that are trained, such as {both[0]}: "
+            "training would change the teacher; give the student copies of these modules (copy.deepcopy), or freeze "
+            "them in the student (requires_grad_(False)) before the trainer is made"
+        )
+
+
+def _place(x: Tensor) -> int:
+    return x.untyped_storage().data_ptr()
+
+
+def _is_trained(parameter: Tensor, student: nn.Module, teacher: Any) -> bool:
+    """A teacher that is a source already has frozen what both have; a student with adapters wants it so."""
+    frozen_by_the_teacher = isinstance(teacher, LiveTeacher) and unwrap(student) is student
+    return parameter.requires_grad or frozen_by_the_teacher
+
+
+def widen_trained_weights(student: nn.Module, args: SRDConfig) -> None:
+    """Make weights that are trained float32, as mixed precision has them: small steps vanish in narrower ones.
+
+    Args:
+        student: the model that is trained.
+        args: of the training.
+
+    Raises:
+        UserError: there are such weights, and the training is not in mixed precision.
+    """
+    narrow = [p for p in student.parameters() if p.requires_grad and p.dtype in _NARROW]
+    if not narrow or args.keep_student_dtype:
+        return
+    dtype = str(narrow[0].dtype).removeprefix("torch.")
+    if not (args.bf16 or args.fp16):
+        raise UserError(
+            f"the student's weights are {dtype}, in which most steps at learning_rate {args.learning_rate:g} vanish: "
+            "set bf16=True (weights in float32, products in bfloat16), or load it in float32, or train it as it is "
+            "with keep_student_dtype=True"
+        )
+    for parameter in narrow:
+        parameter.data = parameter.data.float()
+    logger.warning(
+        "the student's %s weights are trained in float32 (%.2f GB): most steps would vanish in %s; "
+        "keep_student_dtype=True trains them as they are",
+        dtype, 4e-9 * sum(p.numel() for p in narrow), dtype,
+    )  # fmt: skip
