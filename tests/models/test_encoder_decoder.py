@@ -170,7 +170,11 @@ def own_outputs(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize(
     ("name", "layers", "encoder_layers", "kept"),
     [
-        *[(name, [1, 2], [1, 3], ([1, 3], [1, 2])) for name in (*NAMES, *RELATIVES)],
+        *[(name, [1, 2], [1, 3], ([1, 3], [1, 2])) for name in NAMES],
+        *[
+            pytest.param(name, [1, 2], [1, 3], ([1, 3], [1, 2]), marks=() if name == "t5gemma" else pytest.mark.slow)
+            for name in RELATIVES
+        ],
         *[(name, 2, None, ([0, 3], [0, 2])) for name in ("t5", "bart")],
         *[(name, 1, 2, ([0, 3], [2])) for name in ("t5_untied", "mbart")],
     ],

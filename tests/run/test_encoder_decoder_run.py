@@ -137,11 +137,3 @@ def test_what_does_not_go_is_one_line(
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(said) == 1
     assert words in said[0]
-
-
-def test_memory_counts_prompts_and_responses(config_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    monkeypatch.setattr("srd_fast.memory.planner._process_bytes", lambda: 1000)
-    assert run(monkeypatch, "memory", config_file) == 0
-    said = capsys.readouterr().out
-    assert "largest batch: 4 samples, 3072 tokens, 1024 with loss, padded" in said
-    assert "student weights" in said

@@ -145,7 +145,7 @@ def test_rows_of_text_train_from_their_two_texts(tokenizer: PreTrainedTokenizerB
 # Micro-batches.
 
 
-@pytest.mark.parametrize("most", [22, 60])
+@pytest.mark.parametrize("most", [22, pytest.param(60, marks=pytest.mark.slow)])
 def test_micro_batches_count_prompts_and_responses(most: int, tokenizer: PreTrainedTokenizerBase) -> None:
     whole = make(tokenizer, per_device_train_batch_size=12, max_steps=1)
     divided = make(tokenizer, per_device_train_batch_size=12, max_steps=1, max_tokens_per_batch=most)
@@ -229,7 +229,7 @@ def test_a_teacher_of_the_other_kind_is_refused(
 # What a step may run in.
 
 
-@pytest.mark.parametrize("name", ["t5", "bart"])
+@pytest.mark.parametrize("name", ["t5", pytest.param("bart", marks=pytest.mark.slow)])
 def test_gradient_checkpointing_gives_the_same_gradients(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
     plain, checkpointed = (
         make(tokenizer, tiny_model(name), tiny_model(name, seed=1), max_steps=1, gradient_checkpointing=given)
@@ -240,7 +240,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(name: str, tokenizer: P
     assert_gradients(checkpointed.gradients[0], plain.gradients[0], 1e-5)
 
 
-@pytest.mark.parametrize("name", ["t5", "bart"])
+@pytest.mark.parametrize("name", ["t5", pytest.param("bart", marks=pytest.mark.slow)])
 def test_mixed_precision_stays_near_float32(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
     single, half = (
         make(tokenizer, tiny_model(name), tiny_model(name, seed=1), max_steps=1, bf16=given) for given in (False, True)
@@ -274,7 +274,7 @@ def test_adapters_are_all_that_is_trained(
         assert_same(own_logits(load_model(str(tmp_path), torch.float64), SAMPLES)[0], expected, 1e-9)
 
 
-@pytest.mark.parametrize("name", ["t5_untied", "bart"])
+@pytest.mark.parametrize("name", ["t5_untied", pytest.param("bart", marks=pytest.mark.slow)])
 def test_a_trained_student_is_saved_whole(name: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     trainer = make(tokenizer, tiny_model(name), tiny_model(name, seed=1))
     trainer.train()
@@ -284,6 +284,7 @@ def test_a_trained_student_is_saved_whole(name: str, tokenizer: PreTrainedTokeni
         assert_same(own_logits(again, SAMPLES)[0], own_logits(trainer.model.eval(), SAMPLES)[0], 1e-6)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_in_the_same_weights(tokenizer: PreTrainedTokenizerBase) -> None:
     options = {"optim": "adamw_torch", "save_strategy": "steps", "save_steps": 2}
     whole = make(tokenizer, **options, output_dir="whole")
@@ -301,7 +302,6 @@ def test_a_resumed_run_ends_in_the_same_weights(tokenizer: PreTrainedTokenizerBa
     "fields",
     [
         {"position_selection": "topk_student_entropy", "position_ratio": 0.5},
-        {"sample_selection": "topk_student_cross_entropy", "sample_ratio": 0.5},
         {"class_sampling": 8, "sft_weight": 0.0},
     ],
     ids=lambda fields: next(iter(fields)),
