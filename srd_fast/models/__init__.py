@@ -18,15 +18,8 @@ from .positions import check_positions
 from .prefix import SharedPrefix, common_prefix, share_prefix, shared_starts
 from .pruning import prune_depth
 from .routing import RouterLoss, router_loss
-from .saving import (
-    check_saved,
-    mend_generation_config,
-    model_without_weights,
-    save_student,
-    try_hub,
-    try_merging,
-    try_saving,
-)
+from .saved_student import check_saved, save_student
+from .saving import mend_generation_config, model_without_weights, try_hub, try_merging, try_saving
 from .text import text_config, text_tower
 from .tokenizers import check_tokenizers, tokenizer_digest
 from .wrapping import call_through

@@ -39,11 +39,14 @@ def with_adapters(model: nn.Module, peft_config: Any) -> nn.Module:
         The model with adapters.
 
     Raises:
-        UserError: peft is not installed, or the configuration is for trained prompts.
+        UserError: peft is not installed, or the configuration is for trained prompts or does not fit the model.
     """
     peft = _peft("peft_config")
     _refuse_prompts(peft_config, "peft_config is")
-    return peft.get_peft_model(model, peft_config)
+    try:
+        return peft.get_peft_model(model, peft_config)
+    except (ValueError, TypeError, KeyError, NotImplementedError) as e:
+        raise UserError(f"peft_config does not fit {type(model).__name__}: {first_line(e)}") from e
 
 
 def refuse_trained_prompts(model: object, name: str) -> None:

@@ -211,7 +211,9 @@ def test_a_folder_that_gives_another_student_is_noticed(
 def test_without_memory_for_a_copy_names_and_shapes_are_compared(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("srd_fast.models.saving.psutil.virtual_memory", lambda: type("", (), {"available": 1000})())
+    monkeypatch.setattr(
+        "srd_fast.models.saved_student.psutil.virtual_memory", lambda: type("", (), {"available": 1000})()
+    )
     model = tiny.tiny_model("llama", layers=3)
     save_student(model, tiny.tiny_tokenizer(), tmp_path)
     tiny.tiny_model("llama", layers=3, width=32).save_pretrained(tmp_path)

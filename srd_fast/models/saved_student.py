@@ -1,0 +1,74 @@
+"""Save a student, and see that its folder gives the same student back."""
+
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..errors import UserError
+from .adapters import merge_adapters, probe_logits
+from .flattening import TOLERANCE, row_error
+from .loading import load_model
+
+
+def save_student(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Save a student with its tokenizer, adapters merged, and compare it with what its folder gives back.
+
+    Args:
+        model: a causal language model, or a PEFT model, which is used up.
+        tokenizer: of the student.
+        folder: where it goes.
+
+    Raises:
+        UserError: the adapters cannot be merged, or the folder gives another model.
+    """
+    student = merge_adapters(model)
+    student.config.use_cache = True
+    student.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    check_saved(student, folder)
+
+
+def check_saved(model: PreTrainedModel, folder: Path) -> None:
+    """Load a saved model again and compare: tensors bit for bit, and logits of a few tokens.
+
+    Without memory for a second copy, names, shapes and dtypes are compared alone, from the files' heads.
+
+    Args:
+        model: as it was saved.
+        folder: where it was.
+
+    Raises:
+        UserError: the two differ.
+    """
+    state = model.state_dict()
+    size = sum(x.numel() * x.element_size() for x in {x.data_ptr(): x for x in state.values()}.values())
+    whole = psutil.virtual_memory().available > 1.5 * size
+    again = load_model(str(folder), model.dtype, "cpu" if whole else "meta")
+    found = again.state_dict()
+    if differing := state.keys() ^ found.keys():
+        raise _another(folder, f"{min(differing)} is in one of them only")
+    for name, x in state.items():
+        y = found[name]
+        if x.shape != y.shape or x.dtype != y.dtype:
+            raise _another(folder, f"{name} is {x.dtype} {tuple(x.shape)} and {y.dtype} {tuple(y.shape)}")
+        if whole and not torch.equal(x.cpu(), y):
+            raise _another(folder, f"{name} has other values")
+    if not whole:
+        return
+    expected = probe_logits(model).cpu()
+    difference = row_error(probe_logits(again).flatten(0, -2), expected.flatten(0, -2))
+    # On a GPU float32 may be TF32, with the fraction of float16.
+    rounding = torch.float16 if model.device.type == "cuda" and model.dtype == torch.float32 else model.dtype
+    if not difference <= TOLERANCE[rounding][0]:
+        raise _another(folder, f"their logits differ by {difference:.1e}")
+
+
+def _another(folder: Path, what: Any) -> UserError:
+    return UserError(
+        f"the student saved in {str(folder)!r} is not the one in memory: {what}; please report it, with the versions "
+        "of transformers and srd-fast"
+    )
