@@ -110,7 +110,7 @@ class TextEncoder:
 
         Some tokenizers treat it unlike one that an encoder reads.
         """
-        first, *others = (piece.replace(2 * _BREAK, _BREAK) for piece in _LONE_BREAK.split(text))
+        first, *others = _pieces(text)
         return [*self._opening, *self._target(first), *(i for piece in others for i in self._behind(piece))]
 
     def _target(self, text: str, special: bool = False) -> list[int]:

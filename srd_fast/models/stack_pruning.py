@@ -1,5 +1,6 @@
 """Depth pruning of an encoder-decoder model: layers of its encoder and of its decoder."""
 
+import copy
 from typing import Any
 
 import torch
@@ -29,15 +30,13 @@ def prune_stacks(model: Any, layers: int | list[int], encoder_layers: int | list
         The indices kept in the decoder.
 
     Raises:
-        UserError: a stack does not have these layers, or the model that is left could not be loaded again.
+        UserError: a stack does not have these layers, or the model that is left could not be loaded again. The model is
+            then as it was.
     """
     wanted = {"encoder": layers if encoder_layers is None else encoder_layers, "decoder": layers}
-    stacks = {"encoder": model.get_encoder(), "decoder": model.get_decoder()}
-    # Both before anything is cut: one that cannot be cut leaves the model whole.
-    found = {name: _layers_of(model, name, stack) for name, stack in stacks.items()}
     kept = {
-        name: chosen_layers(len(members), wanted[name], f"the teacher's {name}'s")
-        for name, (_, members) in found.items()
+        name: chosen_layers(len(_layers_of(model, name)[2]), given, f"the teacher's {name}'s")
+        for name, given in wanted.items()
     }
     fewest = len(kept["decoder"])
     if hasattr(model.config, "num_decoder_layers") and len(kept["encoder"]) < fewest:
@@ -45,22 +44,31 @@ def prune_stacks(model: Any, layers: int | list[int], encoder_layers: int | list
             f"encoder_layers leaves {len(kept['encoder'])} layers and layers {fewest}: transformers cannot generate "
             f"with a {type(model).__name__} whose decoder is deeper; keep at least {fewest} layers of the encoder"
         )
-    for name, stack in stacks.items():
-        place, members = found[name]
-        _cut(stack, place, members, kept[name])
-        _tell(model.config, stack.config, name, len(members), kept[name])
-    _check_config(model)
+    with torch.device("meta"):
+        shell = type(model)(copy.deepcopy(model.config))
+    _prune(shell, kept)
+    _check_config(shell)
+    _prune(model, kept)
     return kept["decoder"]
 
 
-def _layers_of(model: nn.Module, name: str, stack: nn.Module) -> tuple[str, nn.ModuleList]:
+def _prune(model: Any, kept: dict[str, list[int]]) -> None:
+    for name, indices in kept.items():
+        stack, place, members = _layers_of(model, name)
+        _cut(stack, place, members, indices)
+        _tell(model.config, stack.config, name, len(members), indices)
+
+
+def _layers_of(model: Any, name: str) -> tuple[Any, str, nn.ModuleList]:
+    """The encoder or decoder, the name of its list of layers, and that list."""
+    stack = model.get_encoder() if name == "encoder" else model.get_decoder()
     lists = [(n, m) for n, m in stack.named_children() if isinstance(m, nn.ModuleList)]
     if len(lists) != 1:
         raise UserError(
             f"cannot prune {type(model).__name__}: expected one list of layers in its {name}, found "
             f"{[n for n, _ in lists]}; make the student yourself and give it as student=DIR"
         )
-    return lists[0]
+    return stack, *lists[0]
 
 
 def _cut(stack: nn.Module, place: str, members: nn.ModuleList, kept: list[int]) -> None:

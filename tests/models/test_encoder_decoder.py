@@ -92,6 +92,13 @@ def test_a_factor_that_is_not_known_is_found_out() -> None:
         check_head(model, "student")
 
 
+def test_a_decoder_that_sees_its_labels_is_found_out() -> None:
+    model: Any = tiny_model("t5")
+    model.decoder.config.is_decoder = False  # its masks are then those of an encoder
+    with pytest.raises(UserError, match="student T5ForConditionalGeneration is not causal"):
+        check_head(model, "student")
+
+
 def test_a_mask_of_the_prompt_that_does_nothing_is_found_out() -> None:
     model: Any = tiny_model("bart")
     forward = model.forward
@@ -272,3 +279,5 @@ def test_layers_whose_kind_follows_from_their_place_are_refused() -> None:
     model = make_model(config, torch.float32)
     with pytest.raises(UserError, match=r"cannot prune Switch.*follows from their places.*coder\.block"):
         prune_depth(model, [0, 2, 4])
+    assert [len(stack.block) for stack in _stacks(model)] == [6, 6]
+    assert (model.config.num_layers, model.config.num_decoder_layers) == (6, 6)
