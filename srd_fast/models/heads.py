@@ -1,4 +1,4 @@
-"""Take a causal language model apart into body and head, and prove on real tokens that both give its logits."""
+"""Take a language model apart into body and head, and prove on real tokens that both give its logits."""
 
 import math
 from collections.abc import Mapping
