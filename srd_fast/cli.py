@@ -149,6 +149,9 @@ def init_student(
     layers: Annotated[
         str, typer.Option(help="How many layers to keep (first and last ones), or a list such as 0,1,2,27,28,29.")
     ],
+    encoder_layers: Annotated[
+        str | None, typer.Option(help="Of an encoder-decoder model's encoder; default: as --layers.")
+    ] = None,
     data: Annotated[str | None, typer.Option(help="Rows for the warm-up; required with --warmup-steps.")] = None,
     warmup_steps: Annotated[int, typer.Option(min=0, help="Steps of forward-KL distillation after the cut.")] = 0,
     learning_rate: Annotated[float, typer.Option(help="Of the warm-up.")] = 4e-4,
@@ -157,24 +160,24 @@ def init_student(
     seed: Annotated[int, typer.Option(help="Of the warm-up's order.")] = 0,
 ) -> None:
     """Cut a student out of a teacher by keeping some of its layers, and warm it up."""
-    try:
-        kept: list[int] | int = [int(x) for x in layers.split(",")] if "," in layers else int(layers)
-    except ValueError:
-        raise UserError(f"layers must be a number or a list of numbers, got {layers!r}") from None
+    kept = _layers("layers", layers)
     if bool(data) != bool(warmup_steps):
         raise UserError("--data and --warmup-steps go together: give both for a warm-up, or neither")
 
     from .data import Tokenisation, prepare_dataset, read_rows
-    from .models import load_tokenizer
+    from .models import is_encoder_decoder, load_config, load_tokenizer
     from .training.student import prune_and_warm_up
 
     rows = None
     if data:
-        rows = prepare_dataset(read_rows(data), Tokenisation(load_tokenizer(teacher), template)).dataset
+        encoder_decoder = is_encoder_decoder(load_config(teacher))
+        tokenisation = Tokenisation(load_tokenizer(teacher), template, encoder_decoder=encoder_decoder)
+        rows = prepare_dataset(read_rows(data), tokenisation).dataset
     prune_and_warm_up(
         teacher,
         output,
         layers=kept,
+        encoder_layers=None if encoder_layers is None else _layers("encoder-layers", encoder_layers),
         rows=rows,
         warmup_steps=warmup_steps,
         learning_rate=learning_rate,
@@ -183,6 +186,13 @@ def init_student(
         template=template,
     )
     typer.echo(f"student: {output}")
+
+
+def _layers(name: str, given: str) -> int | list[int]:
+    try:
+        return [int(x) for x in given.split(",")] if "," in given else int(given)
+    except ValueError:
+        raise UserError(f"{name} must be a number or a list of numbers, got {given!r}") from None
 
 
 def _quiet() -> None:

@@ -39,18 +39,25 @@ class DistillationCollator:
     a beginning as a sample of its own; continues, a list [B], says with which beginning each sample begins, or -1. A
     beginning ends before the token that predicts a first label, so no loss belongs to it.
 
+    With `decoder_start`, a padded batch has the prompts as input_ids and attention_mask [B, P], and the responses
+    behind that token as decoder_input_ids, decoder_attention_mask and labels [B, L].
+
     Args:
         pad_token_id: fills padded input_ids, which the mask hides from the model; any id that it has an embedding for.
         flatten: join samples instead of padding them.
         share_prefix: with `flatten`, store common beginnings once.
+        decoder_start: of an encoder-decoder model, `models.decoder_start`; None for a causal language model.
     """
 
     pad_token_id: int = 0
     flatten: bool = False
     share_prefix: bool = False
+    decoder_start: int | None = None
 
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """Make a batch of tokenised samples."""
+        if self.decoder_start is not None:
+            return self._of_two_parts(samples, self.decoder_start)
         ids = [s["input_ids"] for s in samples]
         if self.flatten:
             return self._flattened([np.asarray(x, np.int64) for x in ids], [s["labels"] for s in samples])
@@ -58,6 +65,22 @@ class DistillationCollator:
             "input_ids": pad_right(ids, self.pad_token_id),
             "attention_mask": pad_right([[1] * len(x) for x in ids], 0),
             "labels": pad_right([s["labels"] for s in samples], IGNORE_INDEX),
+        }
+
+    def _of_two_parts(self, samples: Sequence[Mapping[str, Any]], start: int) -> dict[str, torch.Tensor]:
+        prompts, responses, labels = [], [], []
+        for sample in samples:
+            ids, of_sample = sample["input_ids"], sample["labels"]
+            length = first_label(of_sample)
+            prompts.append(ids[:length])
+            responses.append([start, *ids[length:]])
+            labels.append([IGNORE_INDEX, *of_sample[length:]])
+        return {
+            "input_ids": pad_right(prompts, self.pad_token_id),
+            "attention_mask": pad_right([[1] * len(x) for x in prompts], 0),
+            "decoder_input_ids": pad_right(responses, self.pad_token_id),
+            "decoder_attention_mask": pad_right([[1] * len(x) for x in responses], 0),
+            "labels": pad_right(labels, IGNORE_INDEX),
         }
 
     def _flattened(self, ids: list[np.ndarray], labels: list[Sequence[int]]) -> dict[str, Any]:
@@ -151,34 +174,57 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
 
-def divide_by_tokens(lengths: Sequence[int], max_tokens: int, flattened: bool) -> list[list[int]]:
+def sequence_lengths(sample: Mapping[str, Any], encoder_decoder: bool) -> tuple[int, ...]:
+    """Tokens of the sequences that a model makes of a sample.
+
+    Args:
+        sample: tokenised, with input_ids and labels.
+        encoder_decoder: whether the model has an encoder and a decoder.
+
+    Returns:
+        One length; of an encoder-decoder model two: of the prompt, and of the response with the start token.
+    """
+    length = len(sample["input_ids"])
+    if not encoder_decoder:
+        return (length,)
+    prompt = first_label(sample["labels"])
+    return prompt, 1 + length - prompt
+
+
+def padded_tokens(lengths: Sequence[Sequence[int]]) -> int:
+    """Tokens of a padded batch, padding included. lengths: of each sample's sequences, padded by themselves."""
+    return len(lengths) * sum(map(max, zip(*lengths)))
+
+
+def divide_by_tokens(lengths: Sequence[int | Sequence[int]], max_tokens: int, flattened: bool) -> list[list[int]]:
     """Divide samples into few batches of similar size with at most `max_tokens` tokens each.
 
     Args:
-        lengths: tokens of each sample, none above max_tokens.
+        lengths: tokens of each sample, or its `sequence_lengths`; none has more than max_tokens together.
         max_tokens: of a batch.
-        flattened: a batch has the sum of its lengths. Otherwise it is padded, and has the longest length times their
-            number.
+        flattened: a batch has the sum of its lengths. Otherwise it is padded, see `padded_tokens`.
 
     Returns:
         Indices of the samples of each batch, ascending within it.
     """
-    longest_first = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    sequences = [(x,) if isinstance(x, int) else x for x in lengths]
+    totals = [sum(x) for x in sequences]
+    longest_first = sorted(range(len(lengths)), key=lambda i: (-totals[i], i))
     if not flattened:
         batches: list[list[int]] = []
         for i in longest_first:
-            if not batches or lengths[batches[-1][0]] * (len(batches[-1]) + 1) > max_tokens:
+            if not batches or padded_tokens([sequences[j] for j in (*batches[-1], i)]) > max_tokens:
                 batches.append([])
             batches[-1].append(i)
         return [sorted(batch) for batch in batches]
-    count = max(1, -(-sum(lengths) // max_tokens))
+    count = max(1, -(-sum(totals) // max_tokens))
     while True:
         # The longest sample that is left goes where there is most room.
         batches, filled = [[] for _ in range(count)], [0] * count
         for i in longest_first:
             least = min(range(count), key=filled.__getitem__)
             batches[least].append(i)
-            filled[least] += lengths[i]
+            filled[least] += totals[i]
         if max(filled) <= max_tokens or count >= len(lengths):
             return [sorted(batch) for batch in batches if batch]
         count += 1

@@ -105,6 +105,23 @@ class TextEncoder:
         """Ids of a guarded text that goes on behind other tokens."""
         return [i for piece in _pieces(text) for i in self._behind(piece)]
 
+    def target_ids(self, text: str) -> list[int]:
+        """Ids of a guarded text that a decoder writes, and before them what the tokenizer begins such texts with.
+
+        Some tokenizers treat it unlike one that an encoder reads.
+        """
+        first, *others = _pieces(text)
+        return [*self._opening, *self._target(first), *(i for piece in others for i in self._behind(piece))]
+
+    def _target(self, text: str, special: bool = False) -> list[int]:
+        return list(self.tokenizer(text_target=text, add_special_tokens=special).input_ids)
+
+    @cached_property
+    def _opening(self) -> list[int]:
+        """The ids that the tokenizer puts before a target: BART's <s>, a code of the language."""
+        alone, whole = self._target("a"), self._target("a", special=True)
+        return whole[: next((i for i in range(len(whole)) if whole[i : i + len(alone)] == alone), 0)]
+
     def _whole(self, text: str, special: bool = False) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=special).input_ids)
 

@@ -39,6 +39,8 @@ class Tokenisation:
             the date that a template gets when it asks for today; default: 2025-01-01, on every day.
         parse_special_tokens: whether the text of a special token in the data is that token. Default: in
             prompt/completion rows, which may be rendered already, but not with template "chat", nor in other rows.
+        encoder_decoder: the model reads the prompt with an encoder. Prompt and response are then texts of their own,
+            with the special tokens that the tokenizer gives to each.
 
     Raises:
         UserError: a length is below 1, the tokenizer has no end-of-sequence token, the template or its variables cannot
@@ -53,6 +55,7 @@ class Tokenisation:
         max_response_length: int = 512,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         parse_special_tokens: bool | None = None,
+        encoder_decoder: bool = False,
     ) -> None:
         if max_prompt_length < 1 or max_response_length < 1:
             raise UserError(
@@ -73,6 +76,7 @@ class Tokenisation:
         self.max_prompt_length = max_prompt_length
         self.max_response_length = max_response_length
         self._parse = parse_special_tokens
+        self.encoder_decoder = encoder_decoder
 
     @cached_property
     def chat(self) -> ChatTemplate:
@@ -140,7 +144,8 @@ class Tokenisation:
         """
         most = self.max_response_length
         kept = text[: most * _LONGEST_TOKEN]
-        ids = self.encoder.continuation_ids(kept) + ([] if ended else [self.tokenizer.eos_token_id])
+        begun = self.encoder.target_ids(kept) if self.encoder_decoder else self.encoder.continuation_ids(kept)
+        ids = begun + ([] if ended else [self.tokenizer.eos_token_id])
         if cuts is not None and (len(ids) > most or kept != text):
             cuts[RESPONSES_CUT] += 1
         return ids[:most]
@@ -191,8 +196,10 @@ class Tokenisation:
         )
 
     def _text_prompt_ids(self, text: str) -> list[int]:
-        """Ids of a guarded prompt, with the tokenizer's special tokens but none twice and no end."""
+        """Ids of a guarded prompt, with the tokenizer's special tokens but none twice; only an encoder's has an end."""
         ids, bos, eos = self.encoder.ids(text, special=True), self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        if self.encoder_decoder:
+            return ids[1:] if ids[:2] == [bos, bos] else ids
         if ids[:2] == [bos, bos]:  # rendered already
             return self.encoder.ids(text)
         # Some tokenizers end every text; between prompt and response that would end the sample.

@@ -1,10 +1,11 @@
 """Which micro-batches a run's training will have: from its prepared samples, else from the limits of its config."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import yaml
+from pydantic import ValidationError
 
 from ..curriculum import CurriculumPlan
 from ..data import IGNORE_INDEX, divide_by_tokens
@@ -36,14 +37,10 @@ _PLAN_KEYS = ("student", "init_student", "reflect", "curate")
 def _same(config: RunConfig, folder: Path, keys: Sequence[str]) -> bool:
     """Whether the run folder was made with the same values of these keys."""
     try:
-        there = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        there = RunConfig(**yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError, ValidationError):
         return False
-    wanted = config.model_dump()
-    if not isinstance(there, dict):
-        return False
-    there = {**{k: RunConfig.model_fields[k].default for k in _SPEECH}, **there}  # older runs have none
-    return all(k in there and there[k] == wanted[k] for k in keys)
+    return all(getattr(there, k) == getattr(config, k) for k in keys)
 
 
 def read_lengths(config: RunConfig, args: SRDConfig) -> Lengths | None:
@@ -78,50 +75,60 @@ def read_lengths(config: RunConfig, args: SRDConfig) -> Lengths | None:
 Sizes = Sequence[tuple[int, int]]  # of samples: tokens, and tokens with loss
 
 
-def count_tokens(batch: Sizes, flattened: bool) -> int:
-    """Of a batch, padding included."""
-    lengths = [n for n, _ in batch]
-    return sum(lengths) if flattened else max(lengths) * len(lengths)
+def _batch(sizes: Sizes, encoder_decoder: bool) -> Batch:
+    """A batch of samples whose tokens before those with loss are prompts."""
+    prompts = tuple(n - rows for n, rows in sizes) if encoder_decoder else None
+    return Batch(tuple(n for n, _ in sizes), sum(rows for _, rows in sizes), prompts)
 
 
-def _largest(batches: Sequence[Sizes], flattened: bool) -> Batch:
+def _largest(batches: Sequence[Sizes], flattened: bool, encoder_decoder: bool) -> Batch:
     """The batch with the most tokens, padding included, and with the most rows of any batch."""
-    chosen = max(batches, key=lambda batch: count_tokens(batch, flattened))
-    return Batch(tuple(n for n, _ in chosen), max(sum(rows for _, rows in batch) for batch in batches))
+    made = [_batch(sizes, encoder_decoder) for sizes in batches]
+    chosen = max(made, key=lambda batch: batch.tokens(flattened))
+    return replace(chosen, rows=max(batch.rows for batch in made))
 
 
-def _divided(batch: Sizes, most: int, flattened: bool) -> list[Sizes]:
+def _divided(batch: Sizes, most: int, flattened: bool, encoder_decoder: bool) -> list[Sizes]:
     """The micro-batches that `max_tokens_per_batch` makes of a batch. A longer sample is a micro-batch of its own."""
     if not most:
         return [batch]
-    lengths = [n for n, _ in batch]
-    return [[batch[i] for i in part] for part in divide_by_tokens(lengths, max(most, *lengths), flattened)]
+    lengths = _batch(batch, encoder_decoder).sequences
+    parts = divide_by_tokens(lengths, max(most, *map(sum, lengths)), flattened)
+    return [[batch[i] for i in part] for part in parts]
 
 
-def train_batches(lengths: Lengths | None, config: RunConfig, size: int) -> list[Sizes]:
+def train_batches(lengths: Lengths | None, config: RunConfig, size: int, encoder_decoder: bool = False) -> list[Sizes]:
     """The batches of the run, or the largest that are possible."""
     if lengths is None:
         return [[(config.max_prompt_length + config.max_response_length, config.max_response_length)] * size]
     if lengths.train_order is None:
         longest = sorted(lengths.train, key=lambda x: -x[0])[:size]
         most_rows = sorted((rows for _, rows in lengths.train), reverse=True)
+        if encoder_decoder:
+            prompts = sorted((n - rows for n, rows in lengths.train), reverse=True)[:size]
+            return [[(n + rows, rows) for n, rows in zip(prompts, most_rows)]]
         return [[(n, rows) for (n, _), rows in zip(longest, most_rows)]]
     order = [lengths.train[i] for i in lengths.train_order]
     return [order[i : i + size] for i in range(0, len(order), size)]
 
 
-def train_batch(lengths: Lengths | None, config: RunConfig, args: SRDConfig, flattened: bool) -> Batch:
+def train_batch(
+    lengths: Lengths | None, config: RunConfig, args: SRDConfig, flattened: bool, encoder_decoder: bool
+) -> Batch:
     """The largest micro-batch of training."""
-    batches = train_batches(lengths, config, args.per_device_train_batch_size)
+    batches = train_batches(lengths, config, args.per_device_train_batch_size, encoder_decoder)
     most = args.max_tokens_per_batch
-    return _largest([part for batch in batches for part in _divided(batch, most, flattened)], flattened)
+    parts = [part for batch in batches for part in _divided(batch, most, flattened, encoder_decoder)]
+    return _largest(parts, flattened, encoder_decoder)
 
 
-def evaluation_batch(lengths: Lengths | None, config: RunConfig, size: int, flattened: bool) -> Batch:
+def evaluation_batch(
+    lengths: Lengths | None, config: RunConfig, size: int, flattened: bool, encoder_decoder: bool
+) -> Batch:
     """The largest batch of an evaluation."""
     if lengths is None:
         if isinstance(config.validation, int):
             size = min(size, config.validation)
-        return _largest(train_batches(None, config, size), flattened)
+        return _largest(train_batches(None, config, size), flattened, encoder_decoder)
     rows = lengths.validation
-    return _largest([rows[i : i + size] for i in range(0, len(rows), size)], flattened)
+    return _largest([rows[i : i + size] for i in range(0, len(rows), size)], flattened, encoder_decoder)

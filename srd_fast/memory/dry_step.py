@@ -12,9 +12,11 @@ from typing import Any
 from unittest import mock
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import Trainer
 
+from ..data import padded_tokens
 from ..errors import UserError, first_line
 from ..kernels import ALIGNMENT, EAGER_BUFFERS, block_bytes
 from ..losses import Head, get_divergence
@@ -24,9 +26,11 @@ from ..models import (
     find_head,
     flattening,
     hidden_states,
+    is_encoder_decoder,
     load_config,
     make_model,
     prune_depth,
+    resolve_model,
     text_tower,
     unwrap,
     varlen,
@@ -48,10 +52,23 @@ class Batch:
     Args:
         lengths: of its samples, in tokens.
         rows: how many tokens have a loss.
+        prompts: tokens of each prompt, for encoder-decoder models.
     """
 
     lengths: tuple[int, ...]
     rows: int
+    prompts: tuple[int, ...] | None = None
+
+    @property
+    def sequences(self) -> list[tuple[int, ...]]:
+        """Tokens of the sequences that a model makes of each sample, as `data.sequence_lengths` says them."""
+        if self.prompts is None:
+            return [(n,) for n in self.lengths]
+        return [(prompt, 1 + n - prompt) for n, prompt in zip(self.lengths, self.prompts)]
+
+    def tokens(self, flattened: bool) -> int:
+        """Of the batch, padding included."""
+        return sum(map(sum, self.sequences)) if flattened else padded_tokens(self.sequences)
 
 
 # The models, without weights
@@ -61,9 +78,24 @@ def _make_model(source: str, dtype: torch.dtype, device: torch.device) -> Any:
     config = load_config(source)
     try:
         with device:
-            return make_model(config, dtype)
+            model = make_model(config, dtype)
+            if is_encoder_decoder(model) and _has_own_head(source):
+                head: Any = model.get_output_embeddings()
+                head.weight = nn.Parameter(torch.empty_like(head.weight))
+            return model
     except ValueError as e:
-        raise UserError(f"model {source!r} is not a causal language model: {first_line(e)}") from e
+        raise UserError(f"model {source!r} is not a language model: {first_line(e)}") from e
+
+
+def _has_own_head(source: str) -> bool:
+    """Whether a folder's files have a head beside T5's embeddings, which its configuration calls tied in any case."""
+    names = {name for file in Path(resolve_model(source)).glob("*.safetensors") for name in _names_in(file)}
+    return {"lm_head.weight", "shared.weight"} <= names
+
+
+def _names_in(file: Path) -> list[str]:
+    with safe_open(file, "pt") as weights:
+        return list(weights.keys())
 
 
 def _make_student(config: RunConfig, device: torch.device, live: LiveBytes, args: SRDConfig) -> Any:
@@ -71,7 +103,7 @@ def _make_student(config: RunConfig, device: torch.device, live: LiveBytes, args
         source = config.teacher if config.student == PRUNE else config.student
         model = _make_model(source, torch.float32, device)
         if config.student == PRUNE:
-            prune_depth(model, config.init_student.layers)
+            prune_depth(model, config.init_student.layers, config.init_student.encoder_layers)
     peft_config = lora_config(config)
     inner: Any = unwrap(model)
     if peft_config is not None:
@@ -118,8 +150,12 @@ def _flattens(models: Sequence[Any], wanted: Any) -> bool:
 def _forward(model: Any, batch: Batch, device: torch.device, flattened: bool) -> Tensor:
     """Hidden states such as `srd_fast.models.hidden_states` would give."""
     if not flattened:
-        ids = torch.zeros(len(batch.lengths), max(batch.lengths), dtype=torch.long, device=device)
-        return hidden_states(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+        names = ("input_ids", "attention_mask"), ("decoder_input_ids", "decoder_attention_mask")
+        padded: dict[str, Tensor] = {}
+        for (of_ids, of_mask), longest in zip(names, map(max, zip(*batch.sequences))):
+            ids = torch.zeros(len(batch.lengths), longest, dtype=torch.long, device=device)
+            padded |= {of_ids: ids, of_mask: torch.ones_like(ids)}
+        return hidden_states(model, padded)
     inner: Any = unwrap(model)
     lengths = list(batch.lengths)
     text = inner.config.get_text_config()
@@ -344,7 +380,7 @@ def simulate(config: RunConfig, args: SRDConfig, largest: Callable[[bool, bool],
         flattened = _flattens([student, *([teacher] if teacher is not None else [])], args.padding_free)
         batch, evaluation = largest(True, flattened), largest(False, flattened)
         # Fake masks are never whole unless no batch needs padding.
-        live.masks_are_whole = len(set(batch.lengths)) == 1
+        live.masks_are_whole = len(set(batch.sequences)) == 1
         evaluates = args.eval_strategy != "no"
         loss = _loss_sizes(config, args, run, student, teacher_classes, batch.rows, True)
         of_evaluation = _loss_sizes(config, args, run, student, teacher_classes, evaluation.rows, False)

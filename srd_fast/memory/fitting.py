@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from ..errors import UserError
+from ..models import is_encoder_decoder, load_config
 from ..run.config import RunConfig
 from ..run.steps import LIVE, Run
 from ..training.config import SRDConfig
-from .batches import count_tokens, read_lengths, train_batches
+from .batches import read_lengths, train_batches
 from .planner import MemoryPlan, plan
 
 _EVALUATION = "distill.per_device_eval_batch_size"
@@ -101,14 +102,15 @@ class _Search:
 
 def _longest(config: RunConfig, args: SRDConfig) -> int:
     """Tokens of the longest sample, the least that a micro-batch must hold."""
-    batches = train_batches(read_lengths(config, args), config, args.per_device_train_batch_size)
-    return max(n for batch in batches for n, _ in batch)
+    two = is_encoder_decoder(load_config(config.teacher))
+    batches = train_batches(read_lengths(config, args), config, args.per_device_train_batch_size, two)
+    return max(n for batch in batches for n, _ in batch) + two
 
 
 def _smaller(whole: MemoryPlan, args: SRDConfig, longest: int) -> list[dict[str, Any]]:
     """Changes to smaller and smaller micro-batches, beginning with none."""
     sizes: list[dict[str, Any]] = [{}]
-    tokens = count_tokens([(n, 0) for n in whole.batch.lengths], whole.flattened)
+    tokens = whole.batch.tokens(whole.flattened)
     for parts in range(2, tokens + 1):
         most = max(longest, -(-tokens // parts // _ROUND) * _ROUND)
         if most < sizes[-1].get(_MICRO_BATCH, tokens):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ..data import read_source
 from ..losses import expect_logits
+from ..models import is_encoder_decoder, load_config
 from ..run.config import RunConfig
 from ..run.steps import LIVE, Run
 from ..run.steps.cache import check_cache
@@ -171,12 +172,13 @@ def plan(config: RunConfig) -> MemoryPlan:
     run = Run(config, Path(config.output_dir), {}, {})
     args = run.args
     check_cache(config, args)
+    encoder_decoder = is_encoder_decoder(load_config(config.teacher))
     lengths = read_lengths(config, args)
 
     def largest(training: bool, flattened: bool) -> Batch:
         if training:
-            return train_batch(lengths, config, args, flattened)
-        return evaluation_batch(lengths, config, args.per_device_eval_batch_size, flattened)
+            return train_batch(lengths, config, args, flattened, encoder_decoder)
+        return evaluation_batch(lengths, config, args.per_device_eval_batch_size, flattened, encoder_decoder)
 
     with expect_logits(run.expected_logits() or math.inf):
         made = simulate(config, args, largest)

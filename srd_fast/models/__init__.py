@@ -1,7 +1,8 @@
-"""Causal language models as distillation sees them: a body that gives hidden states, a head that gives logits."""
+"""Language models as distillation sees them: a body that gives hidden states, a head that gives logits."""
 
 from .adapters import merge_adapters, refuse_trained_prompts, untie_adapted_embeddings, with_adapters
 from .compilation import compile_layers, uncompile_layers
+from .encoder_decoder import check_same_kind, decoder_start, is_encoder_decoder
 from .flattening import enable_flattening, unfit_for_shared_prefix
 from .heads import body_output, check_head, embeddings_of, find_head, hidden_states, unwrap
 from .loading import (
@@ -30,15 +31,18 @@ __all__ = [
     "call_through",
     "check_head",
     "check_positions",
+    "check_same_kind",
     "check_saved",
     "check_tokenizers",
     "common_prefix",
     "compile_layers",
+    "decoder_start",
     "embeddings_of",
     "enable_flattening",
     "find_head",
     "fingerprint",
     "hidden_states",
+    "is_encoder_decoder",
     "load_config",
     "load_model",
     "load_tokenizer",

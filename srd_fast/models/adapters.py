@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.utils import find_adapter_config_file
 
 from ..errors import UserError, first_line
+from .encoder_decoder import with_decoder
 from .flattening import TOLERANCE, row_error
 from .heads import unwrap
 
@@ -231,10 +232,11 @@ def probe_logits(model: nn.Module) -> Tensor:
     inner: Any = unwrap(model)
     device = next(inner.parameters()).device
     ids = (torch.arange(1, 13, device=device) * 7919 % inner.get_input_embeddings().weight.shape[0]).view(2, 6)
+    batch = with_decoder(inner, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
     modes = [(m, m.training) for m in model.modules()]
     model.eval()
     try:
-        return inner(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+        return inner(**batch, use_cache=False).logits
     finally:
         for module, training in modes:
             module.training = training

@@ -20,6 +20,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..errors import first_line
+from .encoder_decoder import is_encoder_decoder, with_decoder
 from .flattening import TOLERANCE, captured, probe_batches, row_error
 from .heads import hidden_states, unwrap
 
@@ -181,6 +182,8 @@ class _Proof:
         padded, flat = probe_batches(weight.shape[0], self.device)
         # Without padding no mask is made, which is a graph of its own.
         self.batches = [flat] if flattened else [padded, {n: x[::2, :7].clone() for n, x in padded.items()}]
+        if is_encoder_decoder(inner):
+            self.batches = [with_decoder(inner, batch) for batch in self.batches]
         self.frozen = not any(p.requires_grad for p in model.parameters())
         self.layers: dict[type[nn.Module], list[nn.Module]] = {}
         self.ways: list[_Way] = []
@@ -241,7 +244,8 @@ class _Proof:
             outputs = stack.enter_context(captured(self.embedding, as_it_is=True))
             with self.autocast():
                 hidden_BLD = hidden_states(self.model, way.batch)
-            mask = way.batch.get("attention_mask", torch.ones_like(way.batch["input_ids"])).bool()
+            masks = [way.batch[n] for n in ("decoder_attention_mask", "attention_mask") if n in way.batch]
+            mask = masks[0].bool() if masks else torch.ones_like(way.batch["input_ids"], dtype=torch.bool)
             hidden_ND = hidden_BLD[mask]
             if not way.gradients:
                 return [hidden_ND.clone()]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import first_line
+from .encoder_decoder import is_encoder_decoder
 from .heads import hidden_states, unwrap
 from .text import text_config, text_tower
 from .varlen import IMPLEMENTATION
@@ -125,6 +126,8 @@ def unfit(inner: Any) -> str | None:
 
     What the numbers show, with each sample's gradients kept to itself, is left to them (`_switch_and_compare`).
     """
+    if is_encoder_decoder(inner):
+        return "it has an encoder and a decoder"
     body = inner.base_model
     parameters = inspect.signature(body.forward).parameters
     if "position_ids" not in parameters:

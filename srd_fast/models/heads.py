@@ -1,4 +1,4 @@
-"""Take a causal language model apart into body and head, and prove on real tokens that both give its logits."""
+"""Take a language model apart into body and head, and prove on real tokens that both give its logits."""
 
 import math
 from collections.abc import Mapping
@@ -9,6 +9,14 @@ from torch import Tensor, nn
 
 from ..errors import UserError, first_line
 from ..losses import Head
+from .encoder_decoder import (
+    OF_DECODERS,
+    decoder_output,
+    decoder_scale,
+    is_encoder_decoder,
+    logits_bias,
+    with_decoder,
+)
 from .varlen import IMPLEMENTATION, flattened_forward, varlen_keywords
 
 # What configs call a factor of the logits, a divisor and a softcap, with a model of each.
@@ -51,18 +59,21 @@ def body_output(model: nn.Module, batch: Mapping[str, Any]) -> Any:
     """Run a model without its head.
 
     Args:
-        model: a causal language model. `enable_flattening` says whether it takes flattened batches.
+        model: a language model. `enable_flattening` says whether it takes flattened batches.
         batch: input_ids and attention_mask, each [B, L]; or a flattened batch: input_ids and position_ids, each [1, L],
             and cu_seq_lens [B + 1] int32, where each sample begins, then L. With sample_lengths, a list of B numbers,
             nothing waits for cu_seq_lens on a device. With continues, a list, the last len(continues) samples continue
-            earlier ones: sample number continues[i], or none for -1 (see `unfit_for_shared_prefix`). Other keys are not
-            used.
+            earlier ones: sample number continues[i], or none for -1 (see `unfit_for_shared_prefix`). For an
+            encoder-decoder model input_ids and attention_mask of the prompts, and decoder_input_ids and
+            decoder_attention_mask, each [B, L]. Other keys are not used.
 
     Returns:
         What the model's body returns. Its `last_hidden_state` is [B, L, D], of a flattened batch [1, L, D]; with
         `output_router_logits` in the model's config it has `router_logits`.
     """
     inner: Any = unwrap(model)
+    if is_encoder_decoder(inner):
+        return decoder_output(inner, batch)
     ids, options = batch["input_ids"], {"use_cache": False, "return_dict": True}
     if "cu_seq_lens" not in batch:
         return inner.base_model(input_ids=ids, attention_mask=batch["attention_mask"], **options)
@@ -104,12 +115,17 @@ def find_head(model: nn.Module, name: str = "model") -> Head:
             f"{name} {type(inner).__name__}: its head carries an adapter ({type(module).__name__}), which a loss from "
             "hidden states and the head's weight would miss; take it out of target_modules, or use modules_to_save"
         )
-    config = inner.config.get_text_config() if hasattr(inner.config, "get_text_config") else inner.config
+    scale, bias = 1.0, getattr(module, "bias", None)
+    if is_encoder_decoder(inner):
+        config = getattr(inner.get_decoder(), "config", inner.config)
+        scale, bias = decoder_scale(inner.config), logits_bias(inner) if bias is None else bias
+    else:
+        config = inner.config.get_text_config() if hasattr(inner.config, "get_text_config") else inner.config
     factors, divisors = _numbers(config, _FACTORS), _numbers(config, _DIVISORS)
     if config.model_type in _DIVISOR_IS_FACTOR:
         factors, divisors = [*factors, *divisors], []
     softcap = next(iter(_numbers(config, _SOFTCAPS)), None)
-    return Head(module.weight, getattr(module, "bias", None), softcap, math.prod(factors) / math.prod(divisors))
+    return Head(module.weight, bias, softcap, scale * math.prod(factors) / math.prod(divisors))
 
 
 def _numbers(config: Any, names: tuple[str, ...]) -> list[float]:
@@ -142,6 +158,10 @@ def check_head(model: nn.Module, name: str) -> None:
     # Two rows that begin alike and go on differently.
     input_ids = torch.stack((ids[:8], torch.cat((ids[:_ALIKE], ids[-(8 - _ALIKE) :]))))
     batch = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+    if is_encoder_decoder(inner):
+        # One prompt with padding: a model that wants its mask in another form is found out too.
+        batch = {**with_decoder(inner, batch), "input_ids": ids[:8].expand(2, 8)}
+        batch["attention_mask"] = (torch.arange(8, device=device) < 6).long().expand(2, 8)
     model.eval()
     try:
         own = inner(**batch, use_cache=False).logits
@@ -169,7 +189,7 @@ def check_head(model: nn.Module, name: str) -> None:
     difference = ((own - rebuilt).abs().max() / own.abs().max().clamp(min=1e-6)).item()
     if not difference <= tolerance:
         ratio = (own.flatten() @ rebuilt.flatten() / rebuilt.flatten().square().sum()).item()
-        known = ", ".join(("bias", *_SOFTCAPS, *_FACTORS, *_DIVISORS))
+        known = ", ".join(("bias", *_SOFTCAPS, *_FACTORS, *_DIVISORS, *OF_DECODERS))
         raise UserError(
             f"{who}: its hidden states times its head differ from its own logits by {difference:.1e} of the largest "
             f"logit (best single factor between them: {ratio:.4g}). It changes its logits in a way not known here "

@@ -21,6 +21,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -30,6 +31,7 @@ from transformers import (
 from ..errors import UserError, first_line
 from ..files import content_digest
 from .adapters import adapter_base, load_merged
+from .encoder_decoder import is_encoder_decoder
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +128,7 @@ _SAFELY: dict[str, Any] = {"trust_remote_code": False}
 
 
 def load_model(source: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> PreTrainedModel:
-    """Load a causal language model in eval mode, from safetensors.
+    """Load a causal language model or an encoder-decoder model in eval mode, from safetensors.
 
     Args:
         source: a folder or hub id; of a model, with other towers than the text's too, or of an adapter, which is merged
@@ -138,7 +140,7 @@ def load_model(source: str, dtype: torch.dtype = torch.float32, device: str | to
         The model.
 
     Raises:
-        UserError: it cannot be loaded as a causal language model, its weights are not all there, or it is quantised.
+        UserError: it cannot be loaded as a language model, its weights are not all there, or it is quantised.
     """
     path = resolve_model(source)
     base = adapter_base(path)
@@ -150,7 +152,7 @@ def load_model(source: str, dtype: torch.dtype = torch.float32, device: str | to
             path, dtype=dtype, use_safetensors=True, output_loading_info=True, **place, **_SAFELY
         )
     except Exception as e:  # damaged weights, configs and archives raise errors of many libraries
-        raise UserError(f"model {source!r} cannot be loaded as a causal language model: {_why(e)}") from e
+        raise UserError(f"model {source!r} cannot be loaded as a language model: {_why(e)}") from e
     if getattr(model, "hf_quantizer", None) is not None:
         raise UserError(f"model {source!r} is quantised; distillation needs the full weights of teacher and student")
     for kind in ("missing", "unexpected"):
@@ -175,7 +177,7 @@ def make_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
         An object of the class that `load_model` would choose.
 
     Raises:
-        ValueError: transformers has no causal language model for the configuration.
+        ValueError: transformers has no language model for the configuration.
     """
     kind = _class_of(config)
     make = getattr(kind, "from_config", None) or kind._from_config
@@ -191,6 +193,8 @@ def _class_for(path: str) -> Any:
 
 def _class_of(config: PretrainedConfig) -> Any:
     """The class, or auto class, of a whole model that gives logits of text."""
+    if is_encoder_decoder(config):
+        return AutoModelForSeq2SeqLM
     named = (config.architectures or [""])[0]
     mappings = {a: getattr(a, "_model_mapping") for a in (AutoModelForCausalLM, AutoModelForImageTextToText)}  # noqa: B009
     kinds = {auto: mapping[type(config)].__name__ for auto, mapping in mappings.items() if type(config) in mapping}

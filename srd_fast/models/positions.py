@@ -8,29 +8,33 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from ..errors import UserError
+from .encoder_decoder import is_encoder_decoder
 from .loading import load_config
 
 logger = logging.getLogger(__name__)
 
 # Models that compute further positions where they need them.
-_GROWING = {"xglm"}
+_GROWING = {"xglm", "m2m_100", "nllb-moe", "pegasus_x"}
+STACKS = ("encoder", "decoder")
 
 
-def max_positions(model: object) -> tuple[int | None, bool]:
-    """Positions of a causal language model.
+def max_positions(model: object, stack: str | None = None) -> tuple[int | None, bool]:
+    """Positions of a causal language model, or of a stack of an encoder-decoder model.
 
     Args:
         model: the model, its configuration, or its folder or hub id.
+        stack: "encoder" or "decoder"; None for a causal language model.
 
     Returns:
         How many tokens it has positions for, None where that is unknown or without end; and whether it fails on more,
         as models with a table of positions do. Rotary embeddings go on, beyond what the model was trained for.
     """
     config = _config(model)
-    if config is None or getattr(config, "is_encoder_decoder", False):
+    if config is None or is_encoder_decoder(config) != (stack is not None):
         return None, False
-    text: Any = config.get_text_config()
-    count = getattr(text, "max_position_embeddings", None) or getattr(text, "max_seq_len", None)
+    text: Any = config.get_text_config() if stack is None else getattr(config, stack, config)
+    names = (f"max_{stack}_position_embeddings", "max_position_embeddings", "max_seq_len")
+    count = next((n for n in (getattr(text, name, None) for name in names) if n), None)
     if not isinstance(count, int) or count < 1 or text.model_type in _GROWING:
         return None, False
     return count, not (getattr(text, "rope_parameters", None) or getattr(text, "rope_theta", None))
@@ -46,7 +50,13 @@ def _config(model: object) -> PretrainedConfig | None:
     return config if isinstance(config, PretrainedConfig) else None
 
 
-def check_positions(needed: Sequence[int], ids: Sequence[str], models: Mapping[str, object], way_out: str) -> None:
+def check_positions(
+    needed: Sequence[int],
+    ids: Sequence[str],
+    models: Mapping[str, object],
+    way_out: str,
+    prompts: Sequence[int] | None = None,
+) -> None:
     """Name rows that need more positions than a model has, before anything runs.
 
     Args:
@@ -54,20 +64,26 @@ def check_positions(needed: Sequence[int], ids: Sequence[str], models: Mapping[s
         ids: of the rows.
         models: what `max_positions` takes, by what they are called. Others, such as a cache, are not looked at.
         way_out: what the user can do.
+        prompts: tokens of each row's prompt. With them an encoder-decoder model is looked at too.
 
     Raises:
         UserError: a model fails on such rows. Where it does not, a warning is logged.
     """
+    demands: list[tuple[str | None, Sequence[int]]] = [(None, needed)]
+    if prompts is not None:
+        demands += zip(STACKS, (prompts, [1 + n - prompt for n, prompt in zip(needed, prompts)]))
     for name, model in models.items():
-        most, fails = max_positions(model)
-        longer = [i for i, n in enumerate(needed) if most is not None and n > most]
-        if not longer:
-            continue
-        longest = max(longer, key=needed.__getitem__)
-        message = (
-            f"{len(longer)} of {len(needed)} rows do not fit the {most} positions of the {name}; the longest, "
-            f"{ids[longest]!r}, needs {needed[longest]}: {way_out}"
-        )
-        if fails:
-            raise UserError(message)
-        logger.warning("%s. The model was not trained for more", message)
+        for stack, counts in demands:
+            most, fails = max_positions(model, stack)
+            longer = [i for i, n in enumerate(counts) if most is not None and n > most]
+            if not longer:
+                continue
+            longest = max(longer, key=counts.__getitem__)
+            whose = name if stack is None else f"{name}'s {stack}"
+            message = (
+                f"{len(longer)} of {len(needed)} rows do not fit the {most} positions of the {whose}; the longest, "
+                f"{ids[longest]!r}, needs {counts[longest]}: {way_out}"
+            )
+            if fails:
+                raise UserError(message)
+            logger.warning("%s. The model was not trained for more", message)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .encoder_decoder import is_encoder_decoder
 from .heads import hidden_states, unwrap
 
 logger = logging.getLogger(__name__)
@@ -104,9 +105,9 @@ def share_prefix(model: nn.Module, ids: Sequence[int], batch: Mapping[str, Tenso
         batch: a padded batch of whole samples that all begin with `ids`, on which the two ways are compared.
 
     Returns:
-        The beginning, or None.
+        The beginning, or None. An encoder has none: what it makes of a prompt's first tokens depends on the last.
     """
-    if len(ids) < LEAST_TOKENS:
+    if len(ids) < LEAST_TOKENS or is_encoder_decoder(model):
         return None
     n = len(ids)
     try:

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi
 from torch import nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ..errors import UserError, first_line
 from .heads import unwrap
-from .loading import load_config, resolve_model
+from .loading import load_config, make_model, resolve_model
 
 logger = logging.getLogger(__name__)
 
@@ -193,7 +193,7 @@ def model_without_weights(source: str) -> nn.Module | None:
         return None  # an adapter
     try:
         with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(load_config(source))
+            model: Any = make_model(load_config(source), torch.float32)
     except UserError:
         raise
     except Exception:  # what loading says is clearer

@@ -14,7 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from ..data import batches_by_length, pad_id
 from ..errors import UserError
-from ..models import load_model, unwrap
+from ..models import decoder_start, load_model, unwrap
 from ..registry import Registry
 
 logger = logging.getLogger(__name__)
@@ -135,12 +135,14 @@ def until_end(ids: Sequence[int], ends: set[int]) -> list[int]:
 
 
 class TransformersEngine:
-    """`transformers` generation in batches of like length, longest first, padded at the left.
+    """`transformers` generation in batches of like length, longest first.
+
+    Prompts are padded at the left; those of an encoder-decoder model at the right, as they are in training.
 
     `Sampling` alone says how. Of the student's generation config only the tokens that begin and end an answer count.
 
     Args:
-        student: a causal language model, or where to load one from (float32).
+        student: a language model, or where to load one from (float32).
         tokenizer: for the pad and end-of-sequence ids only.
         batch_size: prompts at a time.
     """
@@ -152,10 +154,14 @@ class TransformersEngine:
             raise UserError(f"batch_size must be at least 1, got {batch_size}")
         self.model: Any = load_model(student) if isinstance(student, str) else student
         self.batch_size, self.shard_size = batch_size, 4 * batch_size
-        self.pad = pad_id(tokenizer)
+        self.pad, self.start = pad_id(tokenizer), decoder_start(self.model)
         own = getattr(self.model, "generation_config", None)
         self.ends = end_ids(tokenizer, own)
         self.starts = {name: getattr(own, name, None) for name in ("bos_token_id", "decoder_start_token_id")}
+        if self.start is not None:
+            self.starts["decoder_start_token_id"] = self.start
+            # The language that a multilingual model is to write.
+            self.starts["forced_bos_token_id"] = getattr(own, "forced_bos_token_id", None)
 
     def _config(self, sampling: Sampling) -> GenerationConfig:
         options: dict[str, Any] = {"do_sample": sampling.temperature > 0}
@@ -191,9 +197,9 @@ class TransformersEngine:
         ids = torch.full((len(prompts), width), self.pad, dtype=torch.long)
         mask = torch.zeros_like(ids)
         for row, prompt in enumerate(prompts):
-            if prompt:
-                ids[row, -len(prompt) :] = torch.tensor(prompt)
-                mask[row, -len(prompt) :] = 1
+            place = slice(width - len(prompt), width) if self.start is None else slice(len(prompt))
+            ids[row, place] = torch.tensor(prompt, dtype=torch.long)
+            mask[row, place] = 1
         device = self.model.device
         with torch.random.fork_rng(enabled=sampling.temperature > 0), nothing_shipped(self.model):
             if sampling.temperature > 0:
@@ -201,7 +207,8 @@ class TransformersEngine:
             out = self.model.generate(
                 input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config
             )
-        return [until_end(row, {*self.ends, *sampling.stop_ids}) for row in out[:, width:].tolist()]
+        begun = width if self.start is None else 1  # what generate returns begins with the prompt, or the start token
+        return [until_end(row, {*self.ends, *sampling.stop_ids}) for row in out[:, begun:].tolist()]
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import Answers, Tokenisation, first_label, prepare_dataset, token_counts
 from ..errors import UserError
-from ..models import check_head, check_positions, fingerprint, load_model, model_digest
+from ..models import (
+    check_head,
+    check_positions,
+    fingerprint,
+    is_encoder_decoder,
+    load_config,
+    load_model,
+    model_digest,
+)
 from ..rouge import choose_tokenizer
 from ..suggest import unknown_name
 from .engines import AUTO, ENGINES, GenerationEngine, Sampling, engine_settings, open_engine, stopping_at
@@ -101,7 +109,11 @@ def reflect(
     if cross_entropy_by not in CROSS_ENTROPY_BY:
         raise UserError(unknown_name("cross_entropy_by", cross_entropy_by, CROSS_ENTROPY_BY))
     tokenisation = Tokenisation(
-        tokenizer, template, chat_template_kwargs=chat_template_kwargs, parse_special_tokens=parse_special_tokens
+        tokenizer,
+        template,
+        chat_template_kwargs=chat_template_kwargs,
+        parse_special_tokens=parse_special_tokens,
+        encoder_decoder=is_encoder_decoder(load_config(student) if isinstance(student, str) else student),
     )
     samples = prepare_dataset(dataset, tokenisation).dataset
     rouge_tokenizer = choose_tokenizer(rouge_tokenizer, samples["references"])  # the same for all shards
@@ -115,7 +127,7 @@ def reflect(
     prompts, counts = prompt_lengths(samples), token_counts(samples)
     length = max(prompts) + sampling.max_new_tokens
     needed = [max(n, prompt + sampling.max_new_tokens - 1) for n, prompt in zip(counts, prompts)]
-    check_positions(needed, ids, {"student": student}, "lower max_new_tokens, or shorten them")
+    check_positions(needed, ids, {"student": student}, "lower max_new_tokens, or shorten them", prompts)
     if cross_entropy_by == "engine":
         length = max(length, 1 + max(counts))
     with open_engine(

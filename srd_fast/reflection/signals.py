@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from ..data import IGNORE_INDEX, DistillationCollator, answer_ends, first_label, pad_id
 from ..errors import UserError, first_line
 from ..losses import token_cross_entropy
-from ..models import common_prefix, find_head, hidden_states, share_prefix
+from ..models import common_prefix, decoder_start, find_head, hidden_states, share_prefix
 from ..registry import Registry
 from ..rouge import RougeL, normal_form
 from ..suggest import unknown_name
@@ -92,7 +92,8 @@ def cross_entropy(reflected: Reflected) -> list[float]:
         labels = (scored(y) for batch in rows.iter(1000) for y in batch["labels"])
         return [_mean_loss(y, log_probs) for y, log_probs in zip(labels, reflected.log_probs)]
     model = reflected.student
-    collate, head = DistillationCollator(pad_id(reflected.tokenizer)), find_head(model)
+    collate = DistillationCollator(pad_id(reflected.tokenizer), decoder_start=decoder_start(model))
+    head = find_head(model)
     assert head.weight is not None
     device = head.weight.device
     lengths = [len(x) for batch in rows.iter(1000) for x in batch["input_ids"]]

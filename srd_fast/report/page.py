@@ -14,6 +14,8 @@ from srd_fast.report.read import Evaluation, Run
 from srd_fast.report.samples import examples_view, samples_view, selection_view, unscored_view
 
 MODELS = (("teacher", "Teacher"), ("start", "Starting student"), ("student", "Distilled student"))
+# Metrics of answers beside ROUGE-L, where they were asked for.
+_METRICS = {"bleu": "BLEU", "chrf": "chrF"}
 STEPS = ("prepare", "init-student", "reflect", "curate", "cache", "distill", "evaluate")
 
 
@@ -151,19 +153,26 @@ def _scores(run: Run) -> dict[str, Any]:
     """The table of scores before and after. A cell is its text, and whether it is that of the better student."""
     absent = missing(run, "summary.json")
     if absent or run.summary is None:
-        return {"missing": absent, "rows": [], "note": ""}
+        return {"missing": absent, "rows": [], "note": "", "metrics": []}
     evaluations = {name: _evaluation(run, name) for name, _ in MODELS}
     rouge = {name: points(e.rouge_l) for name, e in evaluations.items()}
     entropy = {name: number(e.cross_entropy) for name, e in evaluations.items()}
     kl = {name: number(e.kl) for name, e in evaluations.items()}
-    best = [_best(rouge, max), _best(entropy, min), _best(kl, min)]
+    others = {
+        title: {name: points(getattr(e, field)) for name, e in evaluations.items()}
+        for field, title in _METRICS.items()
+        if any(not math.isnan(getattr(e, field)) for e in evaluations.values())
+    }
+    of_answers = [rouge, *others.values()]
+    best = [*(_best(texts, max) for texts in of_answers), _best(entropy, min), _best(kl, min)]
     rows = []
     for name, label in MODELS:
         spread = evaluations[name].rouge_l_std
         spread_text = "" if math.isnan(spread) else f" ± {100 * spread:.1f}"
-        texts = (rouge[name] + spread_text, entropy[name], kl[name])
+        texts = (rouge[name] + spread_text, *(x[name] for x in others.values()), entropy[name], kl[name])
         rows.append((label, [(text, name == winner) for text, winner in zip(texts, best, strict=True)]))
-    return {"missing": "", "rows": rows, "note": _scores_note(run, list(evaluations.values()))}
+    note = _scores_note(run, list(evaluations.values()))
+    return {"missing": "", "rows": rows, "note": note, "metrics": list(others)}
 
 
 def _best(texts: dict[str, str], pick: Any) -> str | None:

@@ -88,12 +88,14 @@ class Example:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One model on the validation rows: ROUGE-L in 0..1, the rest in nats per token, NaN if not measured."""
+    """One model on the validation rows: scores of answers in 0..1, the rest in nats per token, NaN if not measured."""
 
     rouge_l: float = math.nan
     rouge_l_std: float = math.nan
     cross_entropy: float = math.nan
     kl: float = math.nan
+    bleu: float = math.nan
+    chrf: float = math.nan
     num_samples: float = math.nan
     num_tokens: float = math.nan
     examples: tuple[Example, ...] = ()
@@ -312,6 +314,8 @@ def _evaluation(fields: Fields) -> Evaluation:
         rouge_l_std=fields.number("rouge_l_std"),
         cross_entropy=fields.number("cross_entropy"),
         kl=fields.number("kl"),
+        bleu=fields.number("bleu"),
+        chrf=fields.number("chrf"),
         num_samples=fields.number("num_samples"),
         num_tokens=fields.number("num_tokens"),
         examples=examples,

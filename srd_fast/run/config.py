@@ -35,9 +35,13 @@ class _Section(BaseModel):
 
 
 class InitStudent(_Section):
-    """How the student is cut out of the teacher and warmed up (only with `student: prune`)."""
+    """How the student is cut out of the teacher and warmed up (only with `student: prune`).
+
+    `layers`: of an encoder-decoder model those of the decoder, and of the encoder without `encoder_layers`.
+    """
 
     layers: int | list[int] = 15
+    encoder_layers: int | list[int] | None = None
     warmup_steps: int = Field(default=25, ge=0)
     warmup_learning_rate: float = Field(default=4e-4, gt=0)
     warmup_batch_size: int = Field(default=16, ge=1)
@@ -96,12 +100,16 @@ class Cache(_Section):
 
 
 class Evaluate(_Section):
-    """How models are evaluated on the validation rows. With `seeds`, answers are sampled once for each."""
+    """How models are evaluated on the validation rows. With `seeds`, answers are sampled once for each.
+
+    `metrics`: of the answers, besides ROUGE-L.
+    """
 
     batch_size: int = Field(default=32, ge=1)
     max_new_tokens: int = Field(default=128, ge=1)
     seeds: list[int] = []
     temperature: float = Field(default=1.0, gt=0)
+    metrics: list[Literal["bleu", "chrf"]] = []
 
 
 class RunConfig(_Section):

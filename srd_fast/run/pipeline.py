@@ -90,7 +90,7 @@ STEPS = (
     Step(
         "evaluate",
         lambda c: ["summary.json"],
-        lambda c: [c.evaluate.model_dump(), c.reflect.rouge_tokenizer, c.dtype],
+        steps.evaluate_inputs,
         ("distill",),
         steps.evaluate_step,
         ("evaluation.json",),

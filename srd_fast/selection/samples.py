@@ -13,7 +13,7 @@ from ..curriculum import CurriculumPlan
 from ..data import DistillationCollator, batches_by_length, pad_id
 from ..errors import UserError
 from ..losses import token_values
-from ..models import find_head, hidden_states
+from ..models import decoder_start, find_head, hidden_states
 from ..registry import Registry
 from ..teacher import labels_with_loss, rows_with_loss
 from .positions import ALL, rows_of_samples, share_of
@@ -27,7 +27,8 @@ def sample_means(
     student: nn.Module, samples: Dataset, tokenizer: Any, signal: str, batch_size: int = 32
 ) -> list[float]:
     """Mean of a student's signal over the positions of each sample; NaN for a sample without any."""
-    collate, head = DistillationCollator(pad_id(tokenizer)), find_head(student)
+    collate = DistillationCollator(pad_id(tokenizer), decoder_start=decoder_start(student))
+    head = find_head(student)
     assert head.weight is not None
     found = [math.nan] * len(samples)
     was_training = student.training

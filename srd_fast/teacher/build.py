@@ -21,9 +21,11 @@ from ..errors import UserError
 from ..losses import Head
 from ..models import (
     SharedPrefix,
+    decoder_start,
     embeddings_of,
     find_head,
     hidden_states,
+    is_encoder_decoder,
     model_digest,
     share_prefix,
     shared_starts,
@@ -97,6 +99,7 @@ def describe(
         "num_classes": head.weight.shape[0],
         "softcap": head.softcap,
         "scale": head.scale,
+        **({"encoder_decoder": True} if is_encoder_decoder(teacher) else {}),
     }
 
 
@@ -182,6 +185,7 @@ class _Maker:
     def __init__(self, teacher: nn.Module, head: Head, store: Store, batch_tokens: int) -> None:
         self.teacher, self.head, self.store, self.batch_tokens = teacher, head, store, batch_tokens
         self.device = next(teacher.parameters()).device
+        self.collate = DistillationCollator(0, decoder_start=decoder_start(teacher))
 
     @torch.inference_mode()
     def make(self, group: Sequence[_Request]) -> dict[str, Tensor]:
@@ -206,7 +210,7 @@ class _Maker:
         return made
 
     def _batch(self, some: Sequence[_Request]) -> dict[str, Tensor]:
-        batch = DistillationCollator(0)([{"input_ids": r.input_ids, "labels": r.labels} for r in some])
+        batch = self.collate([{"input_ids": r.input_ids, "labels": r.labels} for r in some])
         return {name: x.to(self.device) for name, x in batch.items()}
 
     def _shared(self, start: list[int], some: Sequence[_Request]) -> SharedPrefix | None:

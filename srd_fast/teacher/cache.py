@@ -67,6 +67,7 @@ class TeacherCache:
             store = HiddenStore()
         self.store = store
         self.num_classes: int = self.meta["num_classes"]
+        self.is_encoder_decoder: bool = self.meta.get("encoder_decoder", False)  # of the teacher
         self.head: Head | None = None
         if HEAD in index:
             parts = load_file(self.folder / HEAD)

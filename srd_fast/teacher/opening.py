@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PretrainedConfig
 
 from ..errors import DamagedFileError, UserError
-from ..models import find_head, fingerprint, load_model, model_digest
+from ..models import check_same_kind, find_head, fingerprint, load_model, model_digest
 from .build import build_teacher_cache, dtype_name, revision_of
 from .cache import TeacherCache
 from .index import compare_meta, read_index, read_meta
@@ -78,6 +79,8 @@ def open_teacher_cache(
         elif named:
             wanted["dtype"] = str(dtype).removeprefix("torch.")
         compare_meta(folder, meta, wanted)
+        if student is not None:
+            check_same_kind(student, PretrainedConfig(is_encoder_decoder=meta.get("encoder_decoder", False)))
         store = make_store(kind, _common(meta["num_classes"], student), k, temperatures, student)
         compare_meta(folder, meta, {"options": store.options})
         try:

@@ -11,7 +11,7 @@ from datasets import Dataset
 from torch.utils.data import Sampler
 
 from ..curriculum import Curriculum, CurriculumPlan
-from ..data import IGNORE_INDEX, divide_by_tokens, token_counts
+from ..data import IGNORE_INDEX, divide_by_tokens, first_label, sequence_lengths, token_counts
 from ..errors import UserError
 from ..models import check_positions
 from ..teacher import StepCollator, TeacherCache
@@ -80,13 +80,15 @@ class TokenBatches:
         collate: makes one micro-batch.
         max_tokens: of a micro-batch, padding included.
         flattened: whether batches have no padding.
+        encoder_decoder: whether the models are.
     """
 
-    def __init__(self, collate: StepCollator, max_tokens: int, flattened: bool) -> None:
+    def __init__(self, collate: StepCollator, max_tokens: int, flattened: bool, encoder_decoder: bool = False) -> None:
         self.collate, self.max_tokens, self.flattened = collate, max_tokens, flattened
+        self.encoder_decoder = encoder_decoder
 
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        lengths = [len(s["input_ids"]) for s in samples]
+        lengths = [sequence_lengths(s, self.encoder_decoder) for s in samples]
         parts = divide_by_tokens(lengths, self.max_tokens, self.flattened)
         return {MICRO_BATCHES: [self.collate([samples[i] for i in part]) for part in parts]}
 
@@ -155,21 +157,23 @@ def check_fit(train: Dataset, evaluation: Dataset | None, curriculum: Curriculum
     for samples in (used, evaluation):
         if samples is not None:
             way_out = "lower max_prompt_length or max_response_length"
-            check_positions(token_counts(samples), samples["sample_id"], models, way_out)
+            prompts = [first_label(y) for batch in samples.iter(1000) for y in batch["labels"]]
+            check_positions(token_counts(samples), samples["sample_id"], models, way_out, prompts)
 
 
-def check_lengths(most: int, curriculum: Curriculum, train: Dataset) -> None:
+def check_lengths(most: int, curriculum: Curriculum, train: Dataset, encoder_decoder: bool = False) -> None:
     """Refuse a sample that no micro-batch can hold.
 
     Args:
         most: tokens of a micro-batch, `max_tokens_per_batch`.
         curriculum: of `train`.
         train: tokenised samples.
+        encoder_decoder: whether the models are; a response then has a start token.
 
     Raises:
         UserError: naming the longest sample.
     """
-    lengths = [len(ids) for ids in train["input_ids"]]
+    lengths = [len(ids) + encoder_decoder for ids in train["input_ids"]]
     longest = max((i for stage in curriculum.stages for i in stage.samples.tolist()), key=lengths.__getitem__)
     if lengths[longest] > most:
         raise UserError(

@@ -23,10 +23,11 @@ from ..data import (
 )
 from ..errors import UserError
 from ..losses import token_cross_entropy
-from ..models import check_head, check_positions, load_model
+from ..models import check_head, check_positions, check_same_kind, decoder_start, is_encoder_decoder, load_model
 from ..reflection import Sampling, open_engine, stopping_at
 from ..rouge import RougeL, choose_tokenizer
 from ..teacher import HiddenRows, LiveTeacher, TeacherCache, TeacherSource
+from .corpus_metrics import check_metrics, corpus_score
 from .measure import Divergences, measure_batch
 
 
@@ -40,6 +41,7 @@ def evaluate(
     engine: str = "transformers",
     sampling: Sampling | None = None,
     seeds: Sequence[int] = (),
+    metrics: Sequence[str] = (),
     batch_size: int = 32,
     template: str = "alpaca",
     chat_template_kwargs: Mapping[str, Any] | None = None,
@@ -51,7 +53,7 @@ def evaluate(
     """Evaluate a model on rows of any format of `srd_fast.data`, or on tokenised samples.
 
     Args:
-        model: a causal language model, or a folder or hub id to load one from, in float32 on the CPU.
+        model: a language model, or a folder or hub id to load one from, in float32 on the CPU.
         dataset: the rows.
         tokenizer: the model's.
         teacher: gives `kl`, the mean of KL(teacher, model) at T = 1 over the tokens of the responses. A model, a
@@ -61,7 +63,9 @@ def evaluate(
         engine: what generates the answers, a name from `engine_names()`, or "auto": vllm where it is installed and
             starts, else transformers.
         sampling: how answers are generated. Default: greedy, at most 128 new tokens.
-        seeds: generate once for each seed, at `sampling.temperature`, which must be above 0. ROUGE-L is their mean.
+        seeds: generate once for each seed, at `sampling.temperature`, which must be above 0. ROUGE-L is their mean, as
+            are the other metrics of answers.
+        metrics: of the answers besides ROUGE-L, names from `CORPUS_METRICS`: "bleu" and "chrf", by sacrebleu.
         batch_size: samples of a forward pass, at least 1.
         template: prompt template of rows that are not tokenised yet: "alpaca", "chat", or text with {instruction} and
             {input}.
@@ -74,25 +78,33 @@ def evaluate(
 
     Returns:
         A dict: rouge_l, 0 to 1, the best over a sample's references, mean over samples; rouge_l_std, its standard
-        deviation over seeds, or None with fewer than two; cross_entropy in nats per token; kl in nats per token, or
-        None; num_samples; num_tokens; and examples, each with sample_id, prompt, reference and generation.
+        deviation over seeds, or None with fewer than two; each of `metrics`, 0 to 1, of all answers together;
+        cross_entropy in nats per token; kl in nats per token, or None; num_samples; num_tokens; and examples, each with
+        sample_id, prompt, reference and generation.
 
     Raises:
-        UserError: `states` and `teacher` are both given, `seeds` are given at temperature 0, or the rows, the model or
-            the engine cannot be used.
+        UserError: `states` and `teacher` are both given, `seeds` are given at temperature 0, a metric is unknown or its
+            package missing, or the rows, the model or the engine cannot be used.
     """
     sampling = sampling or Sampling()
     if states is not None and teacher is not None:
         raise UserError("states are those of a model that is evaluated without a teacher; leave one of the two out")
     if seeds and sampling.temperature <= 0:
         raise UserError("evaluation seeds need a sampling temperature above 0 (the paper's is 1.0)")
+    check_metrics(metrics)
     model = load_model(model) if isinstance(model, str) else model
     check_head(model, "model")
+    if isinstance(teacher, (torch.nn.Module, TeacherCache)):
+        check_same_kind(model, teacher)
     watched = [m for m in (model, teacher) if isinstance(m, torch.nn.Module)]
     modes = [m.training for m in watched]
     source = LiveTeacher(teacher, freeze=False) if isinstance(teacher, torch.nn.Module) else teacher
     tokenisation = Tokenisation(
-        tokenizer, template, chat_template_kwargs=chat_template_kwargs, parse_special_tokens=parse_special_tokens
+        tokenizer,
+        template,
+        chat_template_kwargs=chat_template_kwargs,
+        parse_special_tokens=parse_special_tokens,
+        encoder_decoder=is_encoder_decoder(model),
     )
     samples = prepare_dataset(dataset, tokenisation).dataset
     reader = Answers(samples, tokenizer)
@@ -103,18 +115,22 @@ def evaluate(
     length = max(map(len, prompts)) + sampling.max_new_tokens
     lengths, ids, way_out = [*map(len, input_ids)], samples["sample_id"], "lower max_new_tokens, or shorten them"
     needed = [max(n, len(prompt) + sampling.max_new_tokens - 1) for n, prompt in zip(lengths, prompts)]
-    check_positions(needed, ids, {"model": model}, way_out)
-    check_positions(lengths, ids, {"teacher": teacher}, way_out)
+    of_prompts = [*map(len, prompts)]
+    check_positions(needed, ids, {"model": model}, way_out, of_prompts)
+    check_positions(lengths, ids, {"teacher": teacher}, way_out, of_prompts)
     scorer = RougeL(choose_tokenizer(rouge_tokenizer, references))
     means, generations = [], [""] * len(samples)
+    of_corpus: dict[str, list[float]] = {name: [] for name in metrics}
     with open_engine(engine, model, tokenizer, length=length, sampling=sampling, batch_size=batch_size) as runner:
         for seed in seeds or (sampling.seed,):
             answers = runner.generate(prompts, replace(sampling, seed=seed))
             for i, generated in tqdm(answers, "generate", len(prompts), unit="sample", disable=not progress):
                 generations[i] = reader.text(i, generated)
             means.append(statistics.fmean(scorer.score_all(generations, references)))
+            for name in metrics:
+                of_corpus[name].append(corpus_score(name, generations, references))
 
-    collate = DistillationCollator(pad_id(tokenizer))
+    collate = DistillationCollator(pad_id(tokenizer), decoder_start=decoder_start(model))
     totals = torch.zeros(3, dtype=torch.float64)
     model.eval()
     for indices in batches_by_length([len(x) for x in input_ids], batch_size):
@@ -137,6 +153,7 @@ def evaluate(
     return {
         "rouge_l": statistics.fmean(means),
         "rouge_l_std": statistics.stdev(means) if len(means) > 1 else None,
+        **{name: statistics.fmean(scores) for name, scores in of_corpus.items()},
         "cross_entropy": cross_entropy / tokens,
         "kl": kl / tokens if source is not None else None,
         "num_samples": len(samples),

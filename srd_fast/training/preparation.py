@@ -15,9 +15,11 @@ from ..curriculum import Curriculum
 from ..data import template_key
 from ..errors import UserError, first_line
 from ..models import (
+    check_same_kind,
     compile_layers,
     enable_flattening,
     hidden_states,
+    load_config,
     load_model,
     router_loss,
     text_tower,
@@ -67,7 +69,12 @@ def teacher_source(
 
     Returns:
         The source.
+
+    Raises:
+        UserError: the teacher is not of the student's kind, or the cache cannot be used.
     """
+    if isinstance(teacher, (str, nn.Module, TeacherCache)):
+        check_same_kind(student, load_config(teacher) if isinstance(teacher, str) else teacher)
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     if args.teacher_cache is not None:
         kept = sorted({i for stage in curriculum.stages for i in stage.samples.tolist()})

@@ -48,6 +48,7 @@ def prune_and_warm_up(
     output: Path,
     *,
     layers: int | list[int],
+    encoder_layers: int | list[int] | None = None,
     rows: Dataset | None = None,
     warmup_steps: int = 0,
     learning_rate: float = 4e-4,
@@ -65,7 +66,8 @@ def prune_and_warm_up(
     Args:
         teacher: a model's folder or hub id.
         output: the student's folder; it is replaced.
-        layers: how many layers to keep, or the indices to keep.
+        layers: how many layers to keep, or the indices to keep; of an encoder-decoder model, in the decoder.
+        encoder_layers: the same for its encoder. Default: as `layers`.
         rows: tokenised samples of the warm-up.
         warmup_steps: optimizer steps of the warm-up; 0: none.
         learning_rate: peak of the warm-up.
@@ -80,7 +82,7 @@ def prune_and_warm_up(
     student = load_model(teacher, torch.float32, device)
     check_head(student, "teacher")
     mend_generation_config(student, "student")
-    kept = prune_depth(student, layers)
+    kept = prune_depth(student, layers, encoder_layers)
     logger.info("kept layers %s", kept)
     work = temporary_path(output)
     shutil.rmtree(work, ignore_errors=True)

@@ -32,9 +32,11 @@ from ..models import (
     body_output,
     call_through,
     check_head,
+    decoder_start,
     embeddings_of,
     find_head,
     hidden_states,
+    is_encoder_decoder,
     mend_generation_config,
     refuse_trained_prompts,
     router_loss,
@@ -90,8 +92,9 @@ class SRDTrainer(Trainer):
     """A `transformers.Trainer` that distils `teacher_model` into `model` along a curriculum.
 
     Args:
-        model: the student, a causal language model in the dtype to train in (float32, also with bf16=True).
-        teacher_model: a causal language model with the same tokenizer, or any object with the methods of
+        model: the student, a causal language model or an encoder-decoder model, in the dtype to train in (float32, also
+            with bf16=True).
+        teacher_model: a model of the same kind with the same tokenizer, or any object with the methods of
             `TeacherSource`. It is never trained. A folder or hub id is loaded where it is needed: with
             `args.teacher_cache` only to fill the cache, so that the teacher takes no memory while the student trains.
             None: read the cache that is there.
@@ -147,6 +150,12 @@ class SRDTrainer(Trainer):
             model = with_adapters(model, peft_config)
         untie_adapted_embeddings(model)
         check_no_shared_weights(model, teacher_model)
+        encoder_decoder = is_encoder_decoder(model)
+        if encoder_decoder and args.neftune_noise_alpha is not None:
+            raise UserError(
+                f"neftune_noise_alpha is {args.neftune_noise_alpha}, but an encoder-decoder model embeds its tokens "
+                "where transformers adds no noise; leave it out"
+            )
         mend_generation_config(model, "student")
         check_best_metric(args.metric_for_best_model)
         if args.push_to_hub and args.process_index == 0:
@@ -158,6 +167,7 @@ class SRDTrainer(Trainer):
             args.max_response_length,
             args.chat_template_kwargs,
             args.parse_special_tokens,
+            encoder_decoder,
         )
         train = prepare_dataset(train_dataset, tokenisation, "train_dataset").dataset
         evaluation = None
@@ -174,7 +184,7 @@ class SRDTrainer(Trainer):
             train_dataset=train,
             eval_dataset=evaluation,
             processing_class=processing_class,
-            data_collator=data_collator or DistillationCollator(),
+            data_collator=data_collator or DistillationCollator(decoder_start=decoder_start(model)),
             callbacks=callbacks,
             optimizers=optimizers,
         )
@@ -207,7 +217,7 @@ class SRDTrainer(Trainer):
             if self.is_deepspeed_enabled:
                 most = args.max_tokens_per_batch
                 raise UserError(f"max_tokens_per_batch is {most}, but DeepSpeed steps after each backward; set it to 0")
-            check_lengths(args.max_tokens_per_batch, self.curriculum, train)
+            check_lengths(args.max_tokens_per_batch, self.curriculum, train, encoder_decoder)
         check_fit(train, evaluation, self.curriculum, {"student": model, "teacher": teacher_model})
         self.teacher = teacher_source(teacher_model, model, args, self.curriculum, train, evaluation)
         check_vocabularies(head_S.shape[0], self.teacher.num_classes)
@@ -231,7 +241,7 @@ class SRDTrainer(Trainer):
         ahead = StepCollator(self.data_collator, cache, ahead=True)
         self.data_collator = ahead
         if args.max_tokens_per_batch:
-            self.data_collator = TokenBatches(ahead, args.max_tokens_per_batch, layout.flattened)
+            self.data_collator = TokenBatches(ahead, args.max_tokens_per_batch, layout.flattened, encoder_decoder)
         self._hooks = StepHooks(self.curriculum, args.reset_optimizer)
         self.add_callback(self._hooks)
         self._loss_options = LossOptions(

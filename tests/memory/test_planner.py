@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import encoder_decoders
 import pytest
 import tiny
 import torch
@@ -17,6 +18,7 @@ from typer.testing import CliRunner
 
 from srd_fast import UserError
 from srd_fast.cli import app
+from srd_fast.data import DistillationCollator
 from srd_fast.memory import fitting, planner
 from srd_fast.memory.dry_step import Batch, _forward
 from srd_fast.memory.live_bytes import LiveBytes
@@ -108,7 +110,50 @@ def test_fake_forward_passes_save_what_real_ones_do(architecture: str, flattened
         del out
 
 
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_fake_passes_through_two_stacks_save_what_real_ones_do(name: str) -> None:
+    real = encoder_decoders.tiny_model(name, width=32).train()
+    prompts = (5, 2, 4)
+    samples = [{"input_ids": [1] * n, "labels": [-100] * p + [1] * (n - p)} for n, p in zip(LENGTHS, prompts)]
+    batch = DistillationCollator(0, decoder_start=0)(samples)
+    saved = Saved(real)
+    with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda x: x):
+        hidden_states(real, batch)
+    with LiveBytes() as live:
+        fake = type(real)(real.config).train()
+        counted, before = Saved(fake), sum(live.live.values())
+        with torch.autograd.graph.saved_tensors_hooks(counted.pack, lambda x: x):
+            out = _forward(fake, Batch(LENGTHS, 5, prompts), torch.device("cpu"), False)
+        alive = sum(live.live.values()) - before
+        assert counted.total > 10_000
+        assert counted.total == pytest.approx(saved.total, rel=0.005)
+        assert counted.total <= alive <= 1.25 * counted.total
+        assert out.shape == (3, 5, 32)  # a start token and the longest response
+
+
 # Plans
+
+
+def test_a_plan_of_two_stacks(tmp_path: Path) -> None:
+    tokenizer = encoder_decoders.tiny_tokenizer("t5")
+    for name in ("t5", "t5_untied"):
+        encoder_decoders.tiny_model(name, layers=(3, 3), width=32).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    made, own_head = (
+        planner.plan(made_config(tmp_path / n, tmp_path / "run", "init_student.encoder_layers=2"))
+        for n in ("t5", "t5_untied")
+    )
+    assert made.batch == Batch((60,) * 16, 16 * 20, (40,) * 16)
+    assert made.batch.tokens(False) == 16 * (40 + 21)
+    student: Any = encoder_decoders.tiny_model("t5", width=32)
+    assert made.parts["student weights"] == sum(p.numel() for p in student.parameters()) * 4
+    untied: Any = encoder_decoders.tiny_model("t5_untied", width=32)
+    assert own_head.parts["student weights"] == sum(p.numel() for p in untied.parameters()) * 4
+    fitted = fitting.fit(
+        made_config(tmp_path / "t5", tmp_path / "run", "init_student.encoder_layers=2"), made.total - 1
+    )
+    assert fitted.total < made.total
+    assert fitted.batch.tokens(False) < made.batch.tokens(False)
 
 
 def test_the_table_adds_up(tiny_teacher_folder: Path, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from srd_fast.models import (
     prune_depth,
     unwrap,
 )
-from srd_fast.models.pruning import layers_to_keep
+from srd_fast.models.layer_choice import layers_to_keep
 
 BATCH = tiny.collate(tiny.tiny_samples(4))
 

@@ -2,11 +2,14 @@
 
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import encoder_decoders
 import pytest
 import tiny
+import torch
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from srd_fast import SRDConfig, SRDTrainer, UserError, evaluate, reflect
@@ -31,6 +34,33 @@ def test_who_fails_beyond_its_positions_and_who_goes_on(architecture: str, expec
 def test_models_without_such_an_end_have_none(kind: str) -> None:
     assert max_positions(AutoConfig.for_model(kind)) == (None, False)
     assert max_positions(object()) == (None, False)
+
+
+@pytest.mark.parametrize(
+    ("name", "fails"),
+    [("bart", True), ("pegasus", True), ("led", True), ("m2m_100", None), ("t5gemma", False), ("t5", None)],
+)
+def test_encoder_and_decoder_have_positions_of_their_own(name: str, fails: bool | None) -> None:
+    model = encoder_decoders.tiny_model(name)
+    for stack in ("encoder", "decoder"):
+        assert max_positions(model, stack) == ((None, False) if fails is None else (64, fails))
+    tokens = torch.full((1, 65), 5)
+    with pytest.raises(IndexError) if fails else nullcontext():
+        model(input_ids=tokens, decoder_input_ids=tokens)
+    assert max_positions(tiny.tiny_model("gpt2"), "decoder") == (None, False)
+
+
+def test_a_prompt_and_a_response_are_counted_apart() -> None:
+    models = {"student": encoder_decoders.tiny_model("bart")}
+    check_positions([64 + 63], ["a"], models, "shorten them", [64])
+    with pytest.raises(
+        UserError, match=r"1 of 1 rows do not fit the 64 positions of the student's encoder; .* needs 65"
+    ):
+        check_positions([66], ["a"], models, "shorten them", [65])
+    with pytest.raises(
+        UserError, match=r"1 of 1 rows do not fit the 64 positions of the student's decoder; .* needs 65"
+    ):
+        check_positions([65], ["a"], models, "shorten them", [1])
 
 
 def test_the_longest_row_is_named(caplog: pytest.LogCaptureFixture) -> None:

@@ -199,6 +199,18 @@ def test_result_sentence_and_table(full: tuple[Path, str]) -> None:
     assert "1 h 06 min" in page
 
 
+def test_metrics_of_answers_have_columns_of_their_own(tmp_path: Path) -> None:
+    write_summary(tmp_path)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    for name, bleu in (("teacher", 0.31), ("start", 0.042), ("student", 0.2)):
+        summary["evaluation"][name]["bleu"] = bleu
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    page = write_report(tmp_path).read_text()
+    assert re.findall(r'<th scope="col">(ROUGE-L|BLEU|chrF) <span class="unit">points', page) == ["ROUGE-L", "BLEU"]
+    assert re.findall(r"<strong>([^<]+)</strong>", page) == ["39.8 ± 1.0", "20.0", "2.341", "0.931"]
+    assert "<td>31.0</td>" in page
+
+
 def test_labels_of_small_numbers_survive_in_the_plots(full: tuple[Path, str]) -> None:
     assert any(">0.0004<" in svg for svg in pictures(full[1]))
 

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import encoder_decoders
 import pytest
 import tiny
 import torch
@@ -30,6 +31,7 @@ CASES: dict[str, dict[str, Any]] = {
         "position_selection": "topk_student_entropy",
         "position_ratio": 0.3,
     },
+    "encoder and decoder": {"architecture": "bart"},
     "frozen embeddings": {"architecture": "llama_untied", "freeze": "embed_tokens"},
     "micro-batches": {"architecture": "llama", "max_tokens_per_batch": 48},
     "compiled layers": {"architecture": "llama", "torch_compile": True, "torch_compile_backend": "eager"},
@@ -75,14 +77,15 @@ def train(
         gradient_accumulation_steps=accumulation,
         **fields,
     )
-    student = tiny.tiny_model(architecture)
+    family: Any = encoder_decoders if architecture in encoder_decoders.NAMES else tiny
+    student = family.tiny_model(architecture)
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(not freeze or freeze not in name)
     torch.manual_seed(0)  # of the adapters
     ids = [s["sample_id"] for s in SAMPLES]
     trainer = SRDTrainer(
         model=student,
-        teacher_model=tiny.tiny_model(architecture, seed=1, width=24, vocab=TEACHER),
+        teacher_model=family.tiny_model(architecture, seed=1, width=24, vocab=TEACHER),
         args=args,
         train_dataset=SAMPLES,
         curriculum=CurriculumPlan(subsets=[ids[:16], ids[16:]]),

@@ -3,7 +3,7 @@
 from .cache import cache_inputs, cache_teacher
 from .data import prepare, prepare_inputs
 from .inputs import check_inputs
-from .outcome import evaluate_step, report
+from .outcome import evaluate_inputs, evaluate_step, report
 from .run import LIVE, PRUNE, Run
 from .selection import (
     PARTS,
@@ -29,6 +29,7 @@ __all__ = [
     "curate_inputs",
     "curate_step",
     "distill",
+    "evaluate_inputs",
     "evaluate_step",
     "init_student",
     "prepare",

@@ -14,7 +14,14 @@ from ...data.quickstart import make_quickstart_splits
 from ...data.tokenisation import PROMPTS_CUT, RESPONSES_CUT, TURNS_DROPPED
 from ...errors import UserError
 from ...files import content_digest, write_text
-from ...models import check_positions, fingerprint, load_tokenizer, tokenizer_digest
+from ...models import (
+    check_positions,
+    fingerprint,
+    is_encoder_decoder,
+    load_config,
+    load_tokenizer,
+    tokenizer_digest,
+)
 from ..config import RunConfig
 from .run import PRUNE, QUICKSTART, Run, json_text, write_parquet
 
@@ -63,6 +70,7 @@ def tokenisation_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> To
         config.max_response_length,
         config.chat_template_kwargs,
         config.parse_special_tokens,
+        is_encoder_decoder(load_config(config.teacher)),
     )
 
 
@@ -116,7 +124,7 @@ def _check_positions(config: RunConfig, train: Dataset, validation: Dataset) -> 
         prompts = [first_label(y) for batch in samples.iter(1000) for y in batch["labels"]]
         needed = [max(n, prompt + new_tokens - 1) for n, prompt in zip(token_counts(samples), prompts)]
         way_out = "lower max_prompt_length, max_response_length or max_new_tokens"
-        check_positions(needed, samples["sample_id"], models, way_out)
+        check_positions(needed, samples["sample_id"], models, way_out, prompts)
 
 
 def _hold_out(samples: Dataset, count: int, seed: int) -> tuple[Dataset, Dataset]:

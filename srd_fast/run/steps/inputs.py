@@ -6,7 +6,10 @@ from transformers import PreTrainedTokenizerBase
 from ...data import source_path
 from ...errors import UserError, first_line
 from ...models import (
+    check_same_kind,
     check_tokenizers,
+    is_encoder_decoder,
+    load_config,
     load_tokenizer,
     model_without_weights,
     try_hub,
@@ -62,6 +65,9 @@ def check_inputs(config: RunConfig) -> None:
     if config.student != PRUNE:
         tokenizer, teachers = load_tokenizer(config.student), tokenizer
         check_tokenizers(tokenizer, teachers, args.shared_vocabulary)
+        check_same_kind(load_config(config.student), load_config(config.teacher))
+    elif config.init_student.encoder_layers is not None and not is_encoder_decoder(load_config(config.teacher)):
+        raise UserError("config: init_student.encoder_layers is given, but the teacher has no encoder; leave it out")
     tokenisation_of(config, tokenizer)
     check_best_metric(args.metric_for_best_model)
     if args.push_to_hub:

@@ -16,9 +16,18 @@ from ...reflection import Sampling
 from ...report import write_report
 from ...training.config import SRDConfig
 from ...training.evaluation import evaluate
+from ..config import RunConfig
 from .cache import validation_cache
 from .data import COUNTS
 from .run import PRUNE, Run, json_text
+
+
+def evaluate_inputs(config: RunConfig) -> Any:
+    """What an evaluation depends on, besides the model: its settings, those of ROUGE, and the dtype."""
+    settings = config.evaluate.model_dump()
+    if not settings["metrics"]:  # evaluations from before there were any stay valid
+        del settings["metrics"]
+    return [settings, config.reflect.rouge_tokenizer, config.dtype]
 
 
 def evaluate_step(run: Run) -> None:
@@ -66,7 +75,7 @@ def _evaluations(run: Run) -> dict[str, Any]:
         "student": ("distill", str(run.folder / "student")),
     }
     for name, (made_by, source) in models.items():
-        settings = [c.model_dump(), run.config.reflect.rouge_tokenizer, run.config.dtype, *run.rouge_stamp]
+        settings = [*evaluate_inputs(run.config), *run.rouge_stamp]
         key = json.dumps([run.fingerprints[made_by], run.fingerprints["prepare"], settings])
         if kept.get(name, {}).get("key") == key:
             continue
@@ -84,6 +93,7 @@ def _evaluations(run: Run) -> dict[str, Any]:
             seeds=c.seeds,
             batch_size=c.batch_size,
             rouge_tokenizer=run.rouge_tokenizer,
+            metrics=c.metrics,
         )
         kept[name] = {"key": key, **result}
         write_text(path, json_text(kept))

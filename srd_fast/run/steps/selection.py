@@ -23,7 +23,8 @@ from .run import PRUNE, Run, write_parquet
 def student_inputs(config: RunConfig) -> Any:
     """What the starting student depends on: how it is cut and warmed up, or the model that is given."""
     if config.student == PRUNE:
-        return [config.init_student.model_dump(), config.dtype, config.seed]
+        # Without what is not given, so that students of configs from before a field stay valid.
+        return [config.init_student.model_dump(exclude_none=True), config.dtype, config.seed]
     return fingerprint(config.student)
 
 
@@ -36,6 +37,7 @@ def init_student(run: Run) -> None:
         run.config.teacher,
         run.folder / "start",
         layers=c.layers,
+        encoder_layers=c.encoder_layers,
         rows=run.data("train") if c.warmup_steps else None,
         warmup_steps=c.warmup_steps,
         learning_rate=c.warmup_learning_rate,

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ...errors import UserError
+from ...models import is_encoder_decoder, load_config
 from ...selection import ALL
 from ...suggest import unknown_name
 from ...training.config import SRDConfig
@@ -73,6 +74,7 @@ def lora_config(config: RunConfig) -> Any:
         if name not in known:
             raise UserError("config: " + unknown_name("key in lora", name, known, listed=False))
     try:
-        return LoraConfig(**{"task_type": "CAUSAL_LM", **config.lora})
+        task = "SEQ_2_SEQ_LM" if is_encoder_decoder(load_config(config.teacher)) else "CAUSAL_LM"
+        return LoraConfig(**{"task_type": task, **config.lora})
     except (TypeError, ValueError) as e:
         raise UserError(f"config: lora: {e}") from e

@@ -1,0 +1,35 @@
+"""Which layers a student keeps of its teacher's."""
+
+from ..errors import UserError
+
+
+def layers_to_keep(total: int, keep: int, of: str = "the teacher's") -> list[int]:
+    """Choose the first and the last layers, leaving out one block in between.
+
+    Two fifths of `keep` are in front, the rest at the end. Dropping one block disturbs the residual stream once, even
+    spacing at every cut (SmolLM2-135M cut from 30 to 15 layers: cross-entropy 6.5 against 13.5).
+    """
+    if not 1 <= keep <= total:
+        raise UserError(f"layers must be from 1 to {of} {total}, got {keep}")
+    front = max(1, keep * 2 // 5) if keep > 1 else 0
+    return [*range(front), *range(total - (keep - front), total)]
+
+
+def chosen_layers(total: int, layers: int | list[int], of: str = "the teacher's") -> list[int]:
+    """The indices to keep of `total` layers: the given ones, or `layers_to_keep` of a number.
+
+    Args:
+        total: how many there are.
+        layers: how many to keep, or their indices.
+        of: whose they are, for the message.
+
+    Returns:
+        The indices.
+
+    Raises:
+        UserError: there are not so many layers, or no such index.
+    """
+    kept = layers_to_keep(total, layers, of) if isinstance(layers, int) else list(layers)
+    if not kept or any(not 0 <= i < total for i in kept) or len(set(kept)) != len(kept):
+        raise UserError(f"layers must be different indices of {of} {total}, from 0 to {total - 1}, got {kept}")
+    return kept

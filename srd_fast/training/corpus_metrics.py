@@ -1,0 +1,45 @@
+"""BLEU and chrF of all answers together, as translations and summaries are compared (sacrebleu's)."""
+
+import importlib.util
+from collections.abc import Sequence
+from itertools import zip_longest
+
+from ..errors import UserError
+from ..suggest import unknown_name
+
+CORPUS_METRICS = ("bleu", "chrf")
+
+
+def check_metrics(names: Sequence[str]) -> None:
+    """Refuse names of metrics that cannot be computed.
+
+    Args:
+        names: the names.
+
+    Raises:
+        UserError: a name is not in `CORPUS_METRICS`, or sacrebleu is not installed.
+    """
+    for name in names:
+        if name not in CORPUS_METRICS:
+            raise UserError(unknown_name("metric", name, CORPUS_METRICS))
+    if names and importlib.util.find_spec("sacrebleu") is None:
+        raise UserError(f"metric {names[0]!r} needs the sacrebleu package: pip install 'srd-fast[metrics]'")
+
+
+def corpus_score(name: str, answers: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """Score all answers together.
+
+    Args:
+        name: "bleu" (BLEU-4 of 13a tokens) or "chrf" (chrF2 of characters, for languages without spaces too).
+        answers: one a sample.
+        references: of each sample, at least one.
+
+    Returns:
+        0 to 1.
+    """
+    from sacrebleu.metrics import BLEU, CHRF
+
+    metric = BLEU() if name == "bleu" else CHRF()
+    # Stream i has each sample's reference i; None where a sample has fewer.
+    streams = [list(stream) for stream in zip_longest(*(r or [""] for r in references))]
+    return float(metric.corpus_score(list(answers), streams).score) / 100
