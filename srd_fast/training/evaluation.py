@@ -92,7 +92,7 @@ def evaluate(
     if seeds and sampling.temperature <= 0:
         raise UserError("evaluation seeds need a sampling temperature above 0 (the paper's is 1.0)")
     check_metrics(metrics)
-    model = load_model(model) if isinstance(model, str) else model
+    model = load_model(model, quantised=True) if isinstance(model, str) else model
     check_head(model, "model")
     if isinstance(teacher, (torch.nn.Module, TeacherCache)):
         check_same_kind(model, teacher)
