@@ -15,6 +15,8 @@ from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
     Gemma2Config,
+    Gemma3Config,
+    Gemma3TextConfig,
     GPT2Config,
     GPTJConfig,
     GraniteConfig,
@@ -25,6 +27,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    SiglipVisionConfig,
 )
 
 IGNORE = -100
@@ -98,6 +101,11 @@ def _config(architecture: str, layers: int, width: int, vocab: int) -> PreTraine
         return GraniteConfig(**grouped, logits_scaling=3.0, embedding_multiplier=2.0, residual_multiplier=0.7)
     if architecture == "qwen2":
         return Qwen2Config(**grouped, tie_word_embeddings=True)
+    if architecture == "gemma3_vision":  # a text tower beside one for images
+        text = Gemma3TextConfig(**grouped, head_dim=width // 2, sliding_window=4)
+        sight = SiglipVisionConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+                                   image_size=8, patch_size=4)  # fmt: skip
+        return Gemma3Config(text_config=text, vision_config=sight, mm_tokens_per_image=4, image_token_index=vocab - 1)
     if architecture == "opt":
         return OPTConfig(**sizes, ffn_dim=2 * width, word_embed_proj_dim=width)
     raise ValueError(architecture)

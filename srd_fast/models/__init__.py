@@ -1,6 +1,6 @@
 """Language models as distillation sees them: a body that gives hidden states, a head that gives logits."""
 
-from .adapters import merge_adapters, refuse_trained_prompts, with_adapters
+from .adapters import merge_adapters, refuse_trained_prompts, untie_adapted_embeddings, with_adapters
 from .compilation import compile_layers, uncompile_layers
 from .encoder_decoder import check_same_kind, decoder_start, is_encoder_decoder
 from .flattening import enable_flattening, unfit_for_shared_prefix
@@ -66,6 +66,7 @@ __all__ = [
     "try_saving",
     "uncompile_layers",
     "unfit_for_shared_prefix",
+    "untie_adapted_embeddings",
     "unwrap",
     "with_adapters",
 ]

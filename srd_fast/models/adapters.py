@@ -49,6 +49,18 @@ def with_adapters(model: nn.Module, peft_config: Any) -> nn.Module:
         raise UserError(f"peft_config does not fit {type(model).__name__}: {first_line(e)}") from e
 
 
+def untie_adapted_embeddings(model: nn.Module) -> None:
+    """Untie input embeddings that are tied to the head and are trained apart from it, by an adapter or as a whole.
+
+    Training stays what it is. peft's own `merge_and_unload` would otherwise change the head with the embeddings.
+
+    Args:
+        model: a PEFT model; any other model stays as it is.
+    """
+    if hasattr(model, "merge_and_unload") and _untie_if_adapted(unwrap(model)):
+        _set_tied(unwrap(model), False)
+
+
 def refuse_trained_prompts(model: object, name: str) -> None:
     """Refuse a PEFT model whose adapter is a trained prompt or prefix: its hidden states are not those of its body.
 

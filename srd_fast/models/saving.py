@@ -4,6 +4,7 @@ import copy
 import errno
 import logging
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,14 @@ def try_merging(model: nn.Module) -> None:
         raise UserError(
             f"the student's adapters ({type(model).__name__}) cannot be merged into its weights, which saving it "
             "needs; use LoRA"
+        )
+    adapters: list[Any] = [m for m in model.modules() if hasattr(m, "base_layer") and hasattr(m, "merge")]
+    changed = Counter(id(getattr(m.base_layer, "weight", m)) for m in adapters)
+    if changed.most_common(1)[0][1] > 1:
+        raise UserError(
+            f"the student's adapters cannot be merged into its weights, which saving it needs: layers of "
+            f"{type(unwrap(model)).__name__} share weights, and each has an adapter of its own; leave those layers out "
+            "of target_modules (exclude_modules), or train without lora"
         )
     for name, layer in kinds.values():
         try:

@@ -18,10 +18,13 @@ from ..models import (
     check_same_kind,
     compile_layers,
     enable_flattening,
+    hidden_states,
     load_config,
     load_model,
     router_loss,
+    text_tower,
     unfit_for_shared_prefix,
+    unwrap,
 )
 from ..teacher import LiveTeacher, StepCollator, TeacherCache, TeacherSource, open_teacher_cache
 from .batching import READ
@@ -95,6 +98,31 @@ def teacher_source(
     if isinstance(teacher, nn.Module):
         return LiveTeacher(teacher, args.device, offload=args.teacher_offload)
     return teacher.to(args.device) if isinstance(teacher, TeacherCache) else teacher
+
+
+def freeze_what_text_never_reaches(student: nn.Module) -> None:
+    """Switch off the gradients of weights that a step over text does not use, such as those of a vision tower.
+
+    Only weights outside of the text part are looked at, so for a language model alone nothing is done. Processes that
+    train together would wait for these gradients.
+
+    Args:
+        student: the model that is trained.
+    """
+    inner: Any = unwrap(student)
+    used = {id(p) for part in (text_tower(inner), inner.get_output_embeddings()) for p in part.parameters()}
+    beside = {n: p for n, p in student.named_parameters() if p.requires_grad and id(p) not in used}
+    if not beside:
+        return
+    ids = torch.zeros(1, 2, dtype=torch.long, device=next(iter(beside.values())).device)
+    with torch.enable_grad():
+        states = hidden_states(student, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+        found = torch.autograd.grad(states.float().sum(), list(beside.values()), allow_unused=True)
+    never = [name for name, gradient in zip(beside, found) if gradient is None]
+    for name in never:
+        beside[name].requires_grad_(False)
+    if never:
+        logger.info("%d weights that text never reaches are not trained, such as %s", len(never), never[0])
 
 
 def check_optimizer(args: SRDConfig) -> None:

@@ -42,6 +42,7 @@ from ..models import (
     router_loss,
     try_hub,
     try_saving,
+    untie_adapted_embeddings,
     with_adapters,
 )
 from ..selection import BatchSelection, Signals, items_of, select_samples
@@ -71,7 +72,15 @@ from .config import SRDConfig
 from .health import BadStep, DivergenceTrend, StepCheck, not_finite, skips_on_the_device
 from .measure import METRICS, check_best_metric, measure_batch, peak_memory_mb
 from .pair import check_no_shared_weights, check_teachers_tokenizer, uncompiled, widen_trained_weights
-from .preparation import batch_layout, check_optimizer, compile_models, compiles, layout_of, teacher_source
+from .preparation import (
+    batch_layout,
+    check_optimizer,
+    compile_models,
+    compiles,
+    freeze_what_text_never_reaches,
+    layout_of,
+    teacher_source,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -139,6 +148,7 @@ class SRDTrainer(Trainer):
         check_teachers_tokenizer(processing_class, teacher_tokenizer, teacher_model, args)
         if peft_config is not None:
             model = with_adapters(model, peft_config)
+        untie_adapted_embeddings(model)
         check_no_shared_weights(model, teacher_model)
         encoder_decoder = is_encoder_decoder(model)
         if encoder_decoder and args.neftune_noise_alpha is not None:
@@ -187,6 +197,7 @@ class SRDTrainer(Trainer):
         self._tokenisation = tokenisation
 
         check_head(model, "student")
+        freeze_what_text_never_reaches(model)
         widen_trained_weights(model, args)
         given = [train, *([] if evaluation is None else [evaluation])]
         for samples in given:

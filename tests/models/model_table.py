@@ -29,7 +29,9 @@ COLUMNS = ("without padding", "padded", "reflect", "cache", "prune", "LoRA", "sa
 YES = "yes"
 _ROWS = [{"instruction": f"Name colour {i}.", "output": "Red and green."} for i in range(4)]
 # What differs from machine to machine: numbers of a difference, and a path.
-_VARYING = re.compile(r" by \d[\d.e+-]*( \(torch\.\w+\)| of the largest logit)?|\(best single factor[^)]*\)|'/[^']*'")
+_VARYING = re.compile(
+    r",? by \d[\d.e+-]*( \(torch\.\w+\)| of the largest logit| of their size)?| ?\(best single factor[^)]*\)|'/[^']*'"
+)
 
 
 def _words(action: Callable[[], Any]) -> str:

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from architectures import make_architecture
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from srd_fast import SRDConfig, SRDTrainer, UserError
-from srd_fast.models import fingerprint, load_config, load_model, load_tokenizer, save_student
+from srd_fast.models import fingerprint, load_config, load_model, load_tokenizer, save_student, try_merging
 from srd_fast.training.student import prune_and_warm_up
 
 peft = pytest.importorskip("peft")
@@ -81,6 +82,26 @@ def test_embeddings_stay_tied_where_they_are_one(place: str, tied: bool, tmp_pat
     student = load_model(str(tmp_path))
     assert (student.get_input_embeddings().weight is student.get_output_embeddings().weight) == tied
     assert student.config.tie_word_embeddings == tied
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "embed_tokens"], ["embed_tokens"]], ids="+".join)
+@pytest.mark.parametrize("made_by", ["the trainer", "the user"])
+def test_a_trained_model_merges_by_pefts_own_method(made_by: str, targets: list[str], tmp_path: Path) -> None:
+    args = SRDConfig(output_dir=str(tmp_path / "run"), max_steps=4, per_device_train_batch_size=4, learning_rate=1e-2,
+                     save_strategy="no", report_to=[], use_cpu=True, disable_tqdm=True)  # fmt: skip
+    config = peft.LoraConfig(r=4, task_type="CAUSAL_LM", target_modules=targets)
+    student: Any = tiny.tiny_model("llama")
+    given = {"peft_config": config} if made_by == "the trainer" else {}
+    student = student if given else peft.get_peft_model(student, config)
+    trainer = SRDTrainer(student, tiny.tiny_model("llama", seed=3), args, tiny.tiny_samples(16),
+                         processing_class=tiny.tiny_tokenizer(), **given)  # fmt: skip
+    trainer.train()
+    expected = logits(trainer.model)
+    merged = trainer.model.merge_and_unload()
+    tiny.assert_same(logits(merged), expected, 1e-5)
+    merged.save_pretrained(tmp_path / "merged")
+    tiny.assert_same(logits(load_model(str(tmp_path / "merged"))), expected, 1e-5)
 
 
 def test_training_tied_embeddings_saves_what_was_measured(tmp_path: Path) -> None:
@@ -172,3 +193,11 @@ def test_trained_prompts_are_refused(kind: str, side: str, tmp_path: Path) -> No
     given.save_pretrained(tmp_path / "adapter")
     with pytest.raises(UserError, match=rf"is of {kind}: trained prompts"):
         load_model(str(tmp_path / "adapter"))
+
+
+def test_adapters_of_layers_that_share_weights_are_refused_before_training() -> None:
+    """Each hybrid layer of Zamba 2 would add its own change to the one block that all of them have."""
+    model = make_architecture("zamba2")
+    adapters = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["gate_up_proj"])
+    with pytest.raises(UserError, match="layers of Zamba2ForCausalLM share weights"):
+        try_merging(peft.get_peft_model(model, adapters))

@@ -299,3 +299,22 @@ def test_a_schedule_free_optimizer_shows_its_weights_for_evaluation_checkpoints_
     logged = [e["eval_kl"] for e in trainer.state.log_history if "eval_kl" in e]
     assert trainer.evaluate()["eval_kl"] == logged[-1]
     assert len(set(logged)) == len(logged)
+
+
+def test_towers_that_text_never_reaches_are_not_trained_and_stay_as_they_are(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    student = tiny.tiny_model("gemma3_vision")
+    before = {n: p.clone() for n, p in student.named_parameters()}
+    trainer = make(student, tiny.tiny_model("llama", seed=1))
+    trained = {n for n, p in student.named_parameters() if p.requires_grad}
+    assert {n.split(".")[1] for n in trained} == {"language_model"}
+    assert {n.split(".")[1] for n in before} == {"language_model", "vision_tower", "multi_modal_projector"}
+    trainer.train()
+    assert {n for n, p in student.named_parameters() if not torch.equal(p, before[n])} == trained
+    student.save_pretrained(tmp_path)
+    assert all(
+        torch.equal(p, dict(student.named_parameters())[n]) for n, p in load_model(str(tmp_path)).named_parameters()
+    )
+    adapters = peft.LoraConfig(r=2, task_type="CAUSAL_LM", target_modules=["q_proj"])
+    adapted = make(tiny.tiny_model("gemma3_vision"), tiny.tiny_model("llama", seed=1), peft_config=adapters).model
+    assert all("language_model" in n for n, p in adapted.named_parameters() if p.requires_grad)
