@@ -23,6 +23,7 @@ from ..losses import Head, get_divergence
 from ..losses.backends import compact_backend, row_backend
 from ..losses.buffers import chunk_rows
 from ..models import (
+    body_of,
     find_head,
     flattening,
     hidden_states,
@@ -170,7 +171,7 @@ def _forward(model: Any, batch: Batch, device: torch.device, flattened: bool) ->
         keywords["sample_lengths"] = lengths
     ids = torch.zeros(1, total, dtype=torch.long, device=device)
     with varlen.flattened_forward():
-        out = inner.base_model(
+        out = body_of(inner)(
             input_ids=ids, position_ids=torch.zeros_like(ids), use_cache=False, return_dict=True, **keywords
         )
     return out.last_hidden_state

@@ -4,7 +4,7 @@ from .adapters import merge_adapters, refuse_trained_prompts, untie_adapted_embe
 from .compilation import compile_layers, uncompile_layers
 from .encoder_decoder import check_same_kind, decoder_start, is_encoder_decoder, with_decoder
 from .flattening import enable_flattening, unfit_for_shared_prefix
-from .heads import body_output, check_head, embeddings_of, find_head, hidden_states, unwrap
+from .heads import body_of, body_output, check_head, embeddings_of, find_head, hidden_states, unwrap
 from .loading import (
     fingerprint,
     load_config,
@@ -27,6 +27,7 @@ from .wrapping import call_through
 __all__ = [
     "RouterLoss",
     "SharedPrefix",
+    "body_of",
     "body_output",
     "call_through",
     "check_head",

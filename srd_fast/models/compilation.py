@@ -22,7 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ..errors import first_line
 from .encoder_decoder import is_encoder_decoder, with_decoder
 from .flattening import TOLERANCE, captured, probe_batches, row_error
-from .heads import hidden_states, unwrap
+from .heads import body_of, hidden_states, unwrap
 
 try:
     from torch.utils._python_dispatch import is_in_any_mode_without_ignore_compile_internals as _is_watched
@@ -175,7 +175,7 @@ class _Proof:
     def __init__(self, model: nn.Module, autocast: Callable[[], AbstractContextManager[Any]], flattened: bool) -> None:
         self.model, self.autocast = model, autocast
         inner: Any = unwrap(model)
-        self.body = inner.base_model
+        self.body = body_of(inner)
         self.embedding = inner.get_input_embeddings()
         weight = self.embedding.weight
         self.device, self.dtype = weight.device, weight.dtype

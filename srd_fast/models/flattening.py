@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import first_line
 from .encoder_decoder import is_encoder_decoder
-from .heads import hidden_states, unwrap
+from .heads import body_of, hidden_states, unwrap
 from .text import text_config, text_tower
 from .varlen import IMPLEMENTATION
 
@@ -59,7 +59,7 @@ def enable_flattening(model: nn.Module) -> str | None:
         return None
     for config, implementation in before:
         config._attn_implementation_internal = implementation
-    if mixes is None and any(_asks_for_sdpa(kind) for kind in {type(m) for m in inner.base_model.modules()}):
+    if mixes is None and any(_asks_for_sdpa(kind) for kind in {type(m) for m in body_of(inner).modules()}):
         mixes = "its layers treat the sdpa implementation by its name"
     return reason if mixes is None else f"{mixes}: {reason}"
 
@@ -128,7 +128,7 @@ def unfit(inner: Any) -> str | None:
     """
     if is_encoder_decoder(inner):
         return "it has an encoder and a decoder"
-    body = inner.base_model
+    body = body_of(inner)
     parameters = inspect.signature(body.forward).parameters
     if "position_ids" not in parameters:
         return "it takes no position_ids"

@@ -36,6 +36,12 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
 
 
+def body_of(model: nn.Module) -> nn.Module:
+    """The model without its head. Some name a base model that they do not have (Llama 4), and are it themselves."""
+    inner: Any = unwrap(model)
+    return inner.base_model if inner.base_model is not inner else getattr(inner, "model", inner)
+
+
 def embeddings_of(model: nn.Module) -> int:
     """How many tokens a model has input embeddings for."""
     inner: Any = unwrap(model)
@@ -76,7 +82,7 @@ def body_output(model: nn.Module, batch: Mapping[str, Any]) -> Any:
         return decoder_output(inner, batch)
     ids, options = batch["input_ids"], {"use_cache": False, "return_dict": True}
     if "cu_seq_lens" not in batch:
-        return inner.base_model(input_ids=ids, attention_mask=batch["attention_mask"], **options)
+        return body_of(inner)(input_ids=ids, attention_mask=batch["attention_mask"], **options)
     implementation = inner.config._attn_implementation
     lengths, continues = batch.get("sample_lengths"), batch.get("continues")
     keywords = varlen_keywords(batch["cu_seq_lens"], ids.device, implementation, lengths, continues)
@@ -84,7 +90,7 @@ def body_output(model: nn.Module, batch: Mapping[str, Any]) -> Any:
         # transformers looks in position_ids for samples, and waits for the answer, unless it gets a mask.
         keywords["attention_mask"] = torch.ones(1, 1, dtype=torch.bool, device=ids.device).expand_as(ids)
     with flattened_forward():
-        return inner.base_model(input_ids=ids, position_ids=batch["position_ids"], **options, **keywords)
+        return body_of(inner)(input_ids=ids, position_ids=batch["position_ids"], **options, **keywords)
 
 
 def find_head(model: nn.Module, name: str = "model") -> Head:

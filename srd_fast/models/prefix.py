@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .encoder_decoder import is_encoder_decoder
-from .heads import hidden_states, unwrap
+from .heads import body_of, hidden_states, unwrap
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ class SharedPrefix:
         inner: Any = unwrap(model)
         self.model, self.length = inner, len(ids)
         device = inner.get_input_embeddings().weight.device
-        out = inner.base_model(torch.tensor([list(ids)], device=device), use_cache=True, return_dict=True)
+        out = body_of(inner)(torch.tensor([list(ids)], device=device), use_cache=True, return_dict=True)
         self._cache = out.past_key_values
 
     @torch.no_grad()
@@ -85,7 +85,7 @@ class SharedPrefix:
         mask = batch["attention_mask"]
         cache = copy.deepcopy(self._cache)
         cache.batch_repeat_interleave(len(mask))
-        out = self.model.base_model(
+        out = body_of(self.model)(
             input_ids=batch["input_ids"],
             attention_mask=torch.cat((mask.new_ones(len(mask), self.length), mask), 1),
             past_key_values=cache,
