@@ -67,7 +67,7 @@ def _config(name: str, layers: tuple[int, int], width: int, vocab: int) -> PreTr
         return LEDConfig(**of_bart, **positions, attention_window=4)
     if name == "t5gemma":
         stack: dict[str, Any] = {"vocab_size": vocab, "hidden_size": width, "intermediate_size": 2 * width}
-        stack |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "sliding_window": 4}
+        stack |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "sliding_window": 12}
         stack |= {"query_pre_attn_scalar": 8, "max_position_embeddings": 64, "final_logit_softcapping": 4.0}
         stack |= {"bos_token_id": 2, "pad_token_id": 0, "eos_token_id": 1}
         kinds = ["sliding_attention", "full_attention"] * max(layers)

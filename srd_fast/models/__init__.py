@@ -2,7 +2,7 @@
 
 from .adapters import merge_adapters, refuse_trained_prompts, untie_adapted_embeddings, with_adapters
 from .compilation import compile_layers, uncompile_layers
-from .encoder_decoder import check_same_kind, decoder_start, is_encoder_decoder
+from .encoder_decoder import check_same_kind, decoder_start, is_encoder_decoder, with_decoder
 from .flattening import enable_flattening, unfit_for_shared_prefix
 from .heads import body_of, body_output, check_head, embeddings_of, find_head, hidden_states, unwrap
 from .loading import (
@@ -72,4 +72,5 @@ __all__ = [
     "untie_adapted_embeddings",
     "unwrap",
     "with_adapters",
+    "with_decoder",
 ]

@@ -25,6 +25,7 @@ from ..models import (
     text_tower,
     unfit_for_shared_prefix,
     unwrap,
+    with_decoder,
 )
 from ..teacher import LiveTeacher, StepCollator, TeacherCache, TeacherSource, open_teacher_cache
 from .batching import READ
@@ -116,7 +117,8 @@ def freeze_what_text_never_reaches(student: nn.Module) -> None:
         return
     ids = torch.zeros(1, 2, dtype=torch.long, device=next(iter(beside.values())).device)
     with torch.enable_grad():
-        states = hidden_states(student, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+        batch = with_decoder(inner, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+        states = hidden_states(student, batch)
         found = torch.autograd.grad(states.float().sum(), list(beside.values()), allow_unused=True)
     never = [name for name, gradient in zip(beside, found) if gradient is None]
     for name in never:

@@ -46,13 +46,12 @@ def logits_of(model: Any, samples: list[dict[str, Any]], pad: int = 0) -> tuple[
 @pytest.mark.parametrize("name", [*NAMES, *RELATIVES])
 @torch.no_grad()
 def test_logits_of_the_responses_are_the_models_own(name: str) -> None:
-    # In float64 T5Gemma's windows give NaN for padding that sees padding alone.
-    model = tiny_model(name).to(torch.float32 if name == "t5gemma" else torch.float64)
+    model = tiny_model(name).double()
     check_head(model, "student")
     expected, labels = own_logits(model, SAMPLES)
     found, found_labels = logits_of(model, SAMPLES)
     assert torch.equal(found_labels, labels)
-    assert_same(found, expected, 1e-5 if name == "t5gemma" else 1e-9)
+    assert_same(found, expected, 1e-6 if name == "t5gemma" else 1e-9)  # whose norms are in float32
 
 
 @pytest.mark.parametrize("name", NAMES)

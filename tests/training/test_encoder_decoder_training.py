@@ -98,7 +98,7 @@ def assert_gradients(found: dict[str, Tensor], wanted: dict[str, Tensor], tolera
     ("name", "divergence", "options"),
     [
         *[(name, "forward_kl", {}) for name in NAMES],
-        ("t5", "skew_reverse_kl", {"skew": 0.2}),
+        ("t5gemma", "skew_reverse_kl", {"skew": 0.2}),  # softcap, two configs
         ("bart", "jsd", {"beta": 0.3}),
     ],
 )
@@ -112,8 +112,9 @@ def test_a_step_is_that_of_a_plain_loop(
     assert len({len(s["input_ids"]) for s in batch}) > 1
     loss, wanted = naive_step(copy.deepcopy(student), teacher, batch, divergence=divergence, **options)
     trainer.train()
-    assert trainer.losses[0] == pytest.approx(loss.item(), rel=1e-9)
-    assert_gradients(trainer.gradients[0], wanted, 1e-8)
+    exact = name != "t5gemma"  # whose norms are in float32
+    assert trainer.losses[0] == pytest.approx(loss.item(), rel=1e-9 if exact else 1e-6)
+    assert_gradients(trainer.gradients[0], wanted, 1e-8 if exact else 1e-5)
 
 
 def test_batches_are_padded_and_it_is_said_once(
