@@ -169,9 +169,19 @@ def with_loss_rows(batch: Mapping[str, Any]) -> dict[str, Any]:
     return {**batch, **added, "loss_counts": counts.tolist(), "sample_lengths": np.diff(starts).tolist()}
 
 
-def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id to pad with: the tokenizer's pad id, or its EOS id if it has none."""
-    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+def pad_id(tokenizer: PreTrainedTokenizerBase, embeddings: int | None = None) -> int:
+    """The id to pad with.
+
+    Args:
+        tokenizer: of the model.
+        embeddings: how many tokens the model has embeddings for; a pad token may have been added without one.
+
+    Returns:
+        The tokenizer's pad id, or its EOS id if it has none that the model can take.
+    """
+    pad = tokenizer.pad_token_id
+    usable = pad is not None and (embeddings is None or pad < embeddings)
+    return pad if usable else tokenizer.eos_token_id
 
 
 def sequence_lengths(sample: Mapping[str, Any], encoder_decoder: bool) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ from .loading import (
     load_tokenizer,
     make_model,
     model_digest,
+    quantisation_of,
     resolve_model,
 )
 from .positions import check_positions
@@ -53,6 +54,7 @@ __all__ = [
     "model_digest",
     "model_without_weights",
     "prune_depth",
+    "quantisation_of",
     "refuse_trained_prompts",
     "resolve_model",
     "router_loss",

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -127,7 +128,12 @@ def _convert_gguf(gguf: Path, target: Path) -> None:
 _SAFELY: dict[str, Any] = {"trust_remote_code": False}
 
 
-def load_model(source: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> PreTrainedModel:
+def load_model(
+    source: str,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    quantised: bool = False,
+) -> PreTrainedModel:
     """Load a causal language model or an encoder-decoder model in eval mode, from safetensors.
 
     Args:
@@ -135,6 +141,7 @@ def load_model(source: str, dtype: torch.dtype = torch.float32, device: str | to
             into its model.
         dtype: of its weights.
         device: where it goes. On "meta" no weights are read, and what there is of them is checked.
+        quantised: take a quantised model too, as its files have it. It can teach, and cannot be trained or cut.
 
     Returns:
         The model.
@@ -146,24 +153,53 @@ def load_model(source: str, dtype: torch.dtype = torch.float32, device: str | to
     base = adapter_base(path)
     if base is not None:
         return load_merged(load_model(base, dtype, device), path).eval()
-    place: dict[str, Any] = {"device_map": "meta"} if str(device) == "meta" else {}
+    kind = quantisation_of(source)
+    if kind is not None and not quantised:
+        raise UserError(
+            f"model {source!r} is quantised ({kind}): it can teach, but a student is trained, or cut out of its "
+            "teacher, with full weights; take the checkpoint that it was made from"
+        )
+    # A quantiser puts each weight where it belongs as it is loaded; some cannot be moved afterwards.
+    place: dict[str, Any] = {"device_map": str(device)} if kind is not None or str(device) == "meta" else {}
     try:
         model, found = _class_for(path).from_pretrained(
             path, dtype=dtype, use_safetensors=True, output_loading_info=True, **place, **_SAFELY
         )
     except Exception as e:  # damaged weights, configs and archives raise errors of many libraries
         raise UserError(f"model {source!r} cannot be loaded as a language model: {_why(e)}") from e
-    if getattr(model, "hf_quantizer", None) is not None:
-        raise UserError(f"model {source!r} is quantised; distillation needs the full weights of teacher and student")
-    for kind in ("missing", "unexpected"):
-        names = sorted(found[f"{kind}_keys"])
+    for what in ("missing", "unexpected"):
+        names = sorted(found[f"{what}_keys"])
         if names:
             some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
             raise UserError(
-                f"model {source!r} does not match its config.json: its files have {kind} weights ({some}); a model "
+                f"model {source!r} does not match its config.json: its files have {what} weights ({some}); a model "
                 "loaded from it would be another one. Save it anew from where it was made"
             )
+    if kind is not None:
+        logger.warning("model %s is quantised (%s): its hidden states are those of the quantised weights", source, kind)
+        return model.eval()
     return model.to(device).eval()
+
+
+def quantisation_of(source: str) -> str | None:
+    """How a model's weights are quantised, by the name that transformers has for it.
+
+    Args:
+        source: a folder or hub id.
+
+    Returns:
+        Such as "bitsandbytes", "gptq", "awq", "fp8" or "compressed-tensors"; None for full weights.
+    """
+    try:
+        config: Any = AutoConfig.from_pretrained(resolve_model(source), **_SAFELY)
+    except Exception:  # whoever loads the model says what is wrong
+        return None
+    for part in (config, config.get_text_config()):
+        given = getattr(part, "quantization_config", None)
+        if given:
+            told = given if isinstance(given, dict) else given.to_dict()
+            return str(told.get("quant_method") or "of a kind that it does not name")
+    return None
 
 
 def make_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
@@ -295,7 +331,7 @@ _NOT_OF_THE_MODEL = {"_name_or_path", "architectures", "dtype", "torch_dtype", "
 
 def model_digest(model: nn.Module) -> str:
     """Hash of a model's parameters and buffers as they are in memory, with their dtypes, and of its configuration."""
-    state = model.state_dict()
+    state = {name: x for key, value in model.state_dict().items() for name, x in _plain_tensors(key, value)}
 
     def digest(x: torch.Tensor) -> str:
         content = x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
@@ -309,3 +345,12 @@ def model_digest(model: nn.Module) -> str:
     told = {} if config is None else {k: v for k, v in config.to_dict().items() if k not in _NOT_OF_THE_MODEL}
     listed.append(json.dumps(told, sort_keys=True, default=str))
     return hashlib.blake2b("\n".join(listed).encode(), digest_size=16).hexdigest()
+
+
+def _plain_tensors(name: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """A state's tensors; those inside of a quantised tensor, each with a name of its own."""
+    if hasattr(value, "__tensor_flatten__"):
+        for part in value.__tensor_flatten__()[0]:
+            yield from _plain_tensors(f"{name}.{part}", getattr(value, part))
+    elif isinstance(value, torch.Tensor):
+        yield name, value

@@ -14,7 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from ..data import batches_by_length, pad_id
 from ..errors import UserError
-from ..models import decoder_start, load_model, unwrap
+from ..models import decoder_start, embeddings_of, load_model, unwrap
 from ..registry import Registry
 
 logger = logging.getLogger(__name__)
@@ -154,7 +154,7 @@ class TransformersEngine:
             raise UserError(f"batch_size must be at least 1, got {batch_size}")
         self.model: Any = load_model(student) if isinstance(student, str) else student
         self.batch_size, self.shard_size = batch_size, 4 * batch_size
-        self.pad, self.start = pad_id(tokenizer), decoder_start(self.model)
+        self.pad, self.start = pad_id(tokenizer, embeddings_of(self.model)), decoder_start(self.model)
         own = getattr(self.model, "generation_config", None)
         self.ends = end_ids(tokenizer, own)
         self.starts = {name: getattr(own, name, None) for name in ("bos_token_id", "decoder_start_token_id")}

@@ -12,11 +12,12 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data import Answers, Tokenisation, first_label, prepare_dataset, token_counts
+from ..data import Answers, Tokenisation, check_token_ids, first_label, prepare_dataset, token_counts
 from ..errors import UserError
 from ..models import (
     check_head,
     check_positions,
+    embeddings_of,
     fingerprint,
     is_encoder_decoder,
     load_config,
@@ -141,6 +142,7 @@ def reflect(
         if model is None:  # in the host's memory, beside an engine that may fill the device's
             model = load_model(student, dtype)  # type: ignore[arg-type]
         check_head(model, "student")
+        check_token_ids(samples, {"student": embeddings_of(model)})
         made_by: dict[str, Any] = {}
         if parts_folder is not None:
             given = [fingerprint(student), str(dtype)] if isinstance(student, str) else model_digest(student)

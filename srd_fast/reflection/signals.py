@@ -18,7 +18,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ..data import IGNORE_INDEX, DistillationCollator, answer_ends, first_label, pad_id
+from ..data import IGNORE_INDEX, DistillationCollator, answer_ends, first_label
 from ..errors import UserError, first_line
 from ..losses import token_cross_entropy
 from ..models import common_prefix, decoder_start, find_head, hidden_states, share_prefix
@@ -92,7 +92,7 @@ def cross_entropy(reflected: Reflected) -> list[float]:
         labels = (scored(y) for batch in rows.iter(1000) for y in batch["labels"])
         return [_mean_loss(y, log_probs) for y, log_probs in zip(labels, reflected.log_probs)]
     model = reflected.student
-    collate = DistillationCollator(pad_id(reflected.tokenizer), decoder_start=decoder_start(model))
+    collate = DistillationCollator(decoder_start=decoder_start(model))
     head = find_head(model)
     assert head.weight is not None
     device = head.weight.device

@@ -10,7 +10,7 @@ from datasets import Dataset
 from torch import nn
 
 from ..curriculum import CurriculumPlan
-from ..data import DistillationCollator, batches_by_length, pad_id
+from ..data import DistillationCollator, batches_by_length
 from ..errors import UserError
 from ..losses import token_values
 from ..models import decoder_start, find_head, hidden_states
@@ -27,7 +27,7 @@ def sample_means(
     student: nn.Module, samples: Dataset, tokenizer: Any, signal: str, batch_size: int = 32
 ) -> list[float]:
     """Mean of a student's signal over the positions of each sample; NaN for a sample without any."""
-    collate = DistillationCollator(pad_id(tokenizer), decoder_start=decoder_start(student))
+    collate = DistillationCollator(decoder_start=decoder_start(student))
     head = find_head(student)
     assert head.weight is not None
     found = [math.nan] * len(samples)

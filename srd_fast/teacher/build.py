@@ -158,7 +158,7 @@ def build_teacher_cache(
     index = begin(folder, meta)
     drop_damaged(folder, index)
     missing = _missing(folder, index, requests)
-    per_row = store.bytes_per_row(head, next(teacher.parameters()).dtype)
+    per_row = store.bytes_per_row(head, _dtype(teacher))
     groups = _groups(missing, per_row, shard_bytes, meta)
     _check_disk(folder, [g for name, g in groups.items() if not (folder / name).exists()], per_row, head, kind)
     if keeps_head(kind):
@@ -284,4 +284,9 @@ def revision_of(model: nn.Module) -> str | None:
 
 def dtype_name(model: nn.Module) -> str:
     """Of a model's weights, such as "bfloat16"."""
-    return str(next(model.parameters()).dtype).removeprefix("torch.")
+    return str(_dtype(model)).removeprefix("torch.")
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    """The dtype of a model's first parameter that is not quantised."""
+    return next(p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype.itemsize > 1)

@@ -12,6 +12,22 @@ from ..models import check_head, compile_layers, find_head, hidden_states, unwra
 from .source import HiddenRows, TeacherRows, rows_with_loss
 
 
+def _check_quantised(model: nn.Module, device: torch.device | str | None) -> None:
+    """Refuse a quantised teacher whose logits would not be those of its hidden states, or that is elsewhere."""
+    weight = find_head(model, "teacher").weight
+    assert weight is not None
+    if not weight.is_floating_point() or weight.dtype.itemsize < 2:
+        raise UserError(
+            f"the teacher's head is quantised ({str(weight.dtype).removeprefix('torch.')}), and the loss needs its "
+            "full weight: quantise the teacher without it (modules_to_not_convert, llm_int8_skip_modules: ['lm_head'])"
+        )
+    if device is not None and torch.device(device).type != weight.device.type:
+        raise UserError(
+            f"the teacher is quantised and on {weight.device}, from where it cannot be moved to {device}: load it "
+            "there (device_map)"
+        )
+
+
 class LiveTeacher:
     """A teacher that runs beside the student, in eval mode and its own dtype, outside autocast.
 
@@ -22,7 +38,8 @@ class LiveTeacher:
         freeze: switch off the gradients of its parameters, so that no optimizer can train it.
 
     Raises:
-        UserError: the teacher is quantised, or its logits cannot be rebuilt from its hidden states and head.
+        UserError: the teacher's head is quantised, a quantised teacher would have to be moved, or its logits cannot be
+            rebuilt from its hidden states and head.
     """
 
     def __init__(
@@ -32,9 +49,12 @@ class LiveTeacher:
         offload: bool = False,
         freeze: bool = True,
     ) -> None:
-        if getattr(unwrap(model), "hf_quantizer", None) is not None:
-            raise UserError("the teacher is quantised; distillation needs its full weights (bfloat16 is fine)")
-        self.model = model.to(device) if device is not None and not offload else model
+        quantised = getattr(unwrap(model), "hf_quantizer", None) is not None
+        if quantised and offload:
+            raise UserError("teacher_offload is true, but a quantised teacher cannot be moved; set it to false")
+        if quantised:
+            _check_quantised(model, device)
+        self.model = model.to(device) if device is not None and not offload and not quantised else model
         self.model.eval()
         if freeze:
             self.model.requires_grad_(False)

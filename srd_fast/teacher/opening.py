@@ -68,7 +68,7 @@ def open_teacher_cache(
         index = {}
     if index:
         if isinstance(teacher, str) and meta.get("source") is None:
-            teacher, source = load_model(teacher, dtype, device), None
+            teacher, source = load_model(teacher, dtype, device, quantised=True), None
         wanted: dict[str, Any] = {"kind": kind, "template": template, "source": source}
         if isinstance(teacher, nn.Module):
             wanted |= {
@@ -93,7 +93,7 @@ def open_teacher_cache(
                 return cache
     if teacher is None:
         raise UserError(f"teacher_cache {str(folder)!r} lacks samples of this data; pass the teacher, to fill it")
-    model = load_model(teacher, dtype, device) if isinstance(teacher, str) else teacher
+    model = load_model(teacher, dtype, device, quantised=True) if isinstance(teacher, str) else teacher
     head = find_head(model, "teacher").weight
     assert head is not None
     return build_teacher_cache(

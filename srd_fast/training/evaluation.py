@@ -17,13 +17,21 @@ from ..data import (
     DistillationCollator,
     Tokenisation,
     batches_by_length,
+    check_token_ids,
     first_label,
-    pad_id,
     prepare_dataset,
 )
 from ..errors import UserError
 from ..losses import token_cross_entropy
-from ..models import check_head, check_positions, check_same_kind, decoder_start, is_encoder_decoder, load_model
+from ..models import (
+    check_head,
+    check_positions,
+    check_same_kind,
+    decoder_start,
+    embeddings_of,
+    is_encoder_decoder,
+    load_model,
+)
 from ..reflection import Sampling, open_engine, stopping_at
 from ..rouge import RougeL, choose_tokenizer
 from ..teacher import HiddenRows, LiveTeacher, TeacherCache, TeacherSource
@@ -92,7 +100,7 @@ def evaluate(
     if seeds and sampling.temperature <= 0:
         raise UserError("evaluation seeds need a sampling temperature above 0 (the paper's is 1.0)")
     check_metrics(metrics)
-    model = load_model(model) if isinstance(model, str) else model
+    model = load_model(model, quantised=True) if isinstance(model, str) else model
     check_head(model, "model")
     if isinstance(teacher, (torch.nn.Module, TeacherCache)):
         check_same_kind(model, teacher)
@@ -107,6 +115,7 @@ def evaluate(
         encoder_decoder=is_encoder_decoder(model),
     )
     samples = prepare_dataset(dataset, tokenisation).dataset
+    check_token_ids(samples, {n: embeddings_of(m) for n, m in (("model", model), ("teacher", teacher)) if m in watched})
     reader = Answers(samples, tokenizer)
     sampling = stopping_at(sampling, reader.stop_ids)
     references = list(samples["references"])
@@ -130,7 +139,7 @@ def evaluate(
             for name in metrics:
                 of_corpus[name].append(corpus_score(name, generations, references))
 
-    collate = DistillationCollator(pad_id(tokenizer), decoder_start=decoder_start(model))
+    collate = DistillationCollator(decoder_start=decoder_start(model))
     totals = torch.zeros(3, dtype=torch.float64)
     model.eval()
     for indices in batches_by_length([len(x) for x in input_ids], batch_size):

@@ -108,7 +108,8 @@ def check_no_shared_weights(student: nn.Module, teacher: Any) -> None:
 
 
 def _place(x: Tensor) -> int:
-    return x.untyped_storage().data_ptr()
+    """Where a weight is; 0 for a quantised one of several tensors, which nobody trains."""
+    return 0 if hasattr(x, "__tensor_flatten__") else x.untyped_storage().data_ptr()
 
 
 def _is_trained(parameter: Tensor, student: nn.Module, teacher: Any) -> bool:

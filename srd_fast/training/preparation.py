@@ -95,7 +95,7 @@ def teacher_source(
             progress=not args.disable_tqdm and args.process_index == 0,
         )
     if isinstance(teacher, str):
-        teacher = load_model(teacher, dtype, "cpu" if args.teacher_offload else args.device)
+        teacher = load_model(teacher, dtype, "cpu" if args.teacher_offload else args.device, quantised=True)
     if isinstance(teacher, nn.Module):
         return LiveTeacher(teacher, args.device, offload=args.teacher_offload)
     return teacher.to(args.device) if isinstance(teacher, TeacherCache) else teacher

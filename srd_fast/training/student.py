@@ -102,7 +102,7 @@ def prune_and_warm_up(
             template=template,
             **trainer_basics(torch.device(device), dtype),
         )
-        live_or_cache = load_model(teacher, dtype, device) if source is None else source
+        live_or_cache = load_model(teacher, dtype, device, quantised=True) if source is None else source
         SRDTrainer(student, live_or_cache, args, rows, processing_class=tokenizer).train()
     save_student(student, tokenizer, work / "model")
     replace_folder(work / "model", output)

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from torch import nn
 from torch.optim import SGD
 from transformers import DataCollatorWithFlattening, PreTrainedModel, PreTrainedTokenizerFast
 
-from srd_fast import SRDConfig, SRDTrainer, UserError
+from srd_fast import SRDConfig, SRDTrainer, UserError, evaluate, reflect
 from srd_fast.data import DistillationCollator
 from srd_fast.models import load_model
+from srd_fast.reflection import Sampling
 from srd_fast.teacher import LiveTeacher, build_teacher_cache
 
 SAMPLES = tiny.tiny_samples(12)
@@ -90,6 +92,32 @@ def test_a_token_without_embedding_is_named_before_the_first_step(who: str, tmp_
     with pytest.raises(UserError, match=message):
         make(student, given, args, train_dataset=samples[:3], eval_dataset=samples)
     make(student, given, args, train_dataset=samples[:3])
+
+
+@pytest.mark.parametrize("who", ["reflect", "evaluate", "teacher"])
+def test_reflection_and_evaluation_name_it_too(who: str) -> None:
+    samples = [s for s in SAMPLES if max(s["input_ids"]) < 298][:3]
+    samples.append({"sample_id": "high", "input_ids": [3, 299, 5], "labels": [-100, 299, 5]})
+    full, few = tiny.tiny_model("llama_untied"), tiny.tiny_model("llama_untied", vocab=298)
+    options: dict[str, Any] = {"sampling": Sampling(max_new_tokens=2)}
+    name = {"reflect": "student", "evaluate": "model", "teacher": "teacher"}[who]
+    tokenizer = tiny.tiny_tokenizer()
+    ways: dict[str, Callable[[], Any]] = {
+        "reflect": lambda: reflect(few, samples, tokenizer, engine="transformers", **options),
+        "evaluate": lambda: evaluate(few, samples, tokenizer, **options),
+        "teacher": lambda: evaluate(full, samples, tokenizer, teacher=few, **options),
+    }
+    with pytest.raises(UserError, match=f"sample 'high' has token 299, and the {name} has embeddings for 298 tokens"):
+        ways[who]()
+
+
+def test_an_added_pad_token_without_embedding_pads_nothing_that_is_seen() -> None:
+    student, options = tiny.tiny_model("llama"), {"sampling": Sampling(max_new_tokens=3)}
+    both = [tiny.tiny_tokenizer(), with_pad()]
+    scores = [reflect(student, SAMPLES, t, engine="transformers", **options).to_list() for t in both]
+    assert scores[0] == scores[1]
+    found = [evaluate(student, SAMPLES, t, teacher=tiny.tiny_model("llama", seed=1), **options) for t in both]
+    assert found[0] == found[1]
 
 
 def test_a_loaded_teacher_is_compared_with_the_tokenizer_beside_it(
@@ -240,7 +268,7 @@ def test_a_collator_without_mask_or_positions_has_no_padding() -> None:
 # Optimizers.
 
 
-@pytest.mark.parametrize("optim", ["adamw_bnb_8bit", "schedule_free_adamw", "grokadamw", "lomo", "adamw_torch_4bit"])
+@pytest.mark.parametrize("optim", ["adamw_bnb_8bit", "schedule_free_adamw", "grokadamw", "lomo", "adamw_anyprecision"])
 def test_an_optimizer_without_its_package_is_refused_with_its_name(optim: str) -> None:
     with pytest.raises(UserError, match=rf"optim is .*{optim}.*nstall"):
         make(tiny.tiny_model("llama"), tiny.tiny_model("llama", seed=1), config(optim=optim))

@@ -771,13 +771,6 @@ def test_a_tokenizer_in_the_current_folder_is_not_the_teachers(
     make(tokenizer)
 
 
-def test_a_quantised_teacher_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
-    teacher = tiny.tiny_model("llama")
-    teacher.hf_quantizer = object()
-    with pytest.raises(UserError, match="teacher is quantised"):
-        make(tokenizer, teacher=teacher)
-
-
 @pytest.mark.parametrize("side", ["student", "teacher"])
 def test_heads_that_are_not_understood_are_refused(side: str, tokenizer: PreTrainedTokenizerFast) -> None:
     model = tiny.tiny_model("llama", final_logit_softcapping=1.0)

@@ -12,6 +12,7 @@ from ...models import (
     load_config,
     load_tokenizer,
     model_without_weights,
+    quantisation_of,
     try_hub,
     try_merging,
     try_saving,
@@ -61,6 +62,10 @@ def check_inputs(config: RunConfig) -> None:
         _must_exist("validation", config.validation)
     if config.data != QUICKSTART:
         _must_exist("data", config.data)
+    kind = quantisation_of(config.teacher) if config.student == PRUNE else quantisation_of(config.student)
+    if kind is not None:
+        which = "teacher, out of which the student is cut," if config.student == PRUNE else "student"
+        raise UserError(f"config: the {which} is quantised ({kind}); it needs full weights")
     tokenizer = load_tokenizer(config.teacher)
     if config.student != PRUNE:
         tokenizer, teachers = load_tokenizer(config.student), tokenizer

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...data import IGNORE_INDEX, TOKENISED_FEATURES
 from ...files import temporary_path
-from ...models import check_head, load_model, load_tokenizer
+from ...models import check_head, load_model, load_tokenizer, quantisation_of
 from ...rouge import choose_tokenizer
 from ...training.config import SRDConfig
 from ..config import RunConfig
@@ -70,7 +70,7 @@ class Run:
     @cached_property
     def teacher(self) -> PreTrainedModel:
         """The teacher, loaded once in a process."""
-        return load_model(self.config.teacher, self.dtype, self.device)
+        return load_model(self.config.teacher, self.dtype, self.device, quantised=True)
 
     def check_teacher(self) -> None:
         """Try the teacher before hours of work for which it is not needed yet.
@@ -78,7 +78,8 @@ class Run:
         A student that was cut out of it has shown already that it is understood.
         """
         if self.config.student != PRUNE:
-            check_head(load_model(self.config.teacher, self.dtype), "teacher")
+            place = "cpu" if quantisation_of(self.config.teacher) is None else self.device
+            check_head(load_model(self.config.teacher, self.dtype, place, quantised=True), "teacher")
 
     @property
     def start(self) -> str:
