@@ -14,7 +14,7 @@ from ..run.config import RunConfig
 from ..run.steps import Run
 from ..training.batching import make_curriculum
 from ..training.config import SRDConfig
-from .dry_step import Batch
+from .batch import Batch
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import Trainer
 
-from ..data import padded_tokens
 from ..errors import UserError, first_line
 from ..kernels import ALIGNMENT, EAGER_BUFFERS, block_bytes
 from ..losses import Head, get_divergence
@@ -43,34 +42,8 @@ from ..run.steps.settings import lora_config
 from ..teacher.stores import ProjectedStore, Store, make_store
 from ..training.batching import casts_kept
 from ..training.config import SRDConfig
+from .batch import Batch
 from .live_bytes import LiveBytes
-
-
-@dataclass(frozen=True)
-class Batch:
-    """A micro-batch.
-
-    Args:
-        lengths: of its samples, in tokens.
-        rows: how many tokens have a loss.
-        prompts: tokens of each prompt, for encoder-decoder models.
-    """
-
-    lengths: tuple[int, ...]
-    rows: int
-    prompts: tuple[int, ...] | None = None
-
-    @property
-    def sequences(self) -> list[tuple[int, ...]]:
-        """Tokens of the sequences that a model makes of each sample, as `data.sequence_lengths` says them."""
-        if self.prompts is None:
-            return [(n,) for n in self.lengths]
-        return [(prompt, 1 + n - prompt) for n, prompt in zip(self.lengths, self.prompts)]
-
-    def tokens(self, flattened: bool) -> int:
-        """Of the batch, padding included."""
-        return sum(map(sum, self.sequences)) if flattened else padded_tokens(self.sequences)
-
 
 # The models, without weights
 

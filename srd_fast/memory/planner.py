@@ -21,8 +21,9 @@ from ..run.steps.cache import check_cache
 from ..run.steps.data import QUICKSTART_ROWS
 from ..run.steps.run import QUICKSTART
 from ..teacher.index import KEY_BYTES
+from .batch import Batch
 from .batches import Lengths, evaluation_batch, read_lengths, train_batch
-from .dry_step import Batch, Simulated, simulate
+from .dry_step import Simulated, simulate
 
 # What allocators keep beside tensors in use, as a part of activations and cast weights. On Linux glibc's malloc takes
 # blocks of up to 32 MB from a heap whose gaps later tensors fill only in part: 0.52 to 0.68 measured (SmolLM2-135M at

@@ -128,7 +128,7 @@ def find_head(model: nn.Module, name: str = "model") -> Head:
     else:
         config = inner.config.get_text_config() if hasattr(inner.config, "get_text_config") else inner.config
     factors, divisors = _numbers(config, _FACTORS), _numbers(config, _DIVISORS)
-    if config.model_type in _DIVISOR_IS_FACTOR:
+    if getattr(config, "model_type", None) in _DIVISOR_IS_FACTOR:
         factors, divisors = [*factors, *divisors], []
     softcap = next(iter(_numbers(config, _SOFTCAPS)), None)
     return Head(module.weight, bias, softcap, scale * math.prod(factors) / math.prod(divisors))

@@ -20,7 +20,8 @@ from srd_fast import UserError
 from srd_fast.cli import app
 from srd_fast.data import DistillationCollator
 from srd_fast.memory import fitting, planner
-from srd_fast.memory.dry_step import Batch, _forward
+from srd_fast.memory.batch import Batch
+from srd_fast.memory.dry_step import _forward
 from srd_fast.memory.live_bytes import LiveBytes
 from srd_fast.models import enable_flattening, hidden_states
 from srd_fast.models.varlen import IMPLEMENTATION
