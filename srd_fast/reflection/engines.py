@@ -4,7 +4,7 @@ import hashlib
 import inspect
 import logging
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
@@ -255,6 +255,20 @@ def register_engine(
         UserError: for a name that is taken, or is no text.
     """
     ENGINES.register(name, _Entry(factory, from_source), replace=replace)
+
+
+def check_engine_options(options: Mapping[str, Any] | None) -> None:
+    """Refuse, among the options of an engine, what every engine is given anyway.
+
+    Raises:
+        UserError: naming the option and its place.
+    """
+    for name in options or ():
+        if name in ("batch_size", "length", "sampling", "device"):
+            given = {"length": "follows from the data", "sampling": "is an argument of its own, or the keys beside it"}
+            raise UserError(
+                f"engine_options holds {name!r}, which {given.get(name, 'is an argument of its own, beside them')}"
+            )
 
 
 def make_engine(

@@ -26,7 +26,16 @@ from ..models import (
 )
 from ..rouge import choose_tokenizer
 from ..suggest import unknown_name
-from .engines import AUTO, ENGINES, GenerationEngine, Sampling, engine_settings, open_engine, stopping_at
+from .engines import (
+    AUTO,
+    ENGINES,
+    GenerationEngine,
+    Sampling,
+    check_engine_options,
+    engine_settings,
+    open_engine,
+    stopping_at,
+)
 from .parts import compute_parts, cut, part_name, read_part, write_part
 from .shards import samples_of_shard
 from .signals import Reflected, get_difficulties
@@ -107,6 +116,7 @@ def reflect(
     """
     functions = list(get_difficulties(signals).values())
     ENGINES.check(engine)
+    check_engine_options(engine_options)
     if cross_entropy_by not in CROSS_ENTROPY_BY:
         raise UserError(unknown_name("cross_entropy_by", cross_entropy_by, CROSS_ENTROPY_BY))
     tokenisation = Tokenisation(

@@ -675,6 +675,7 @@ MISTAKES: dict[str, tuple[str, str]] = {
     ),
     "cache set under distill": ("distill.teacher_cache=there", "teacher_cache is set at the top level of the config"),
     "unknown engine": ("reflect.engine=transformer", "unknown engine 'transformer'; did you mean 'transformers'?"),
+    "engine option of its own": ("reflect.engine_options={batch_size: 4}", "engine_options holds 'batch_size'"),
     "unknown signal": ("reflect.signals=[rouge]", "unknown difficulty signal 'rouge'; did you mean 'rouge_l'?"),
     "no signals": ("reflect.signals=[]", "signal"),
     "signal that is not made": ("curate.signals={entropy: 1}", "entropy"),

@@ -19,7 +19,7 @@ from ...models import (
     with_adapters,
 )
 from ...reflection import get_difficulties
-from ...reflection.engines import ENGINES
+from ...reflection.engines import ENGINES, check_engine_options
 from ...selection import SAMPLE_POLICIES
 from ...training.measure import check_best_metric
 from ...training.preparation import check_optimizer
@@ -45,6 +45,7 @@ def check_inputs(config: RunConfig) -> None:
     SAMPLE_POLICIES.check(sample_policy(config)[0])
     check_cache(config, args)
     ENGINES.check(config.reflect.engine)
+    check_engine_options(config.reflect.engine_options)
     if config.curate.reflect_again and config.curate.method != "srd":
         raise UserError(
             f"config: curate.reflect_again ranks by reflection, but curate.method is {config.curate.method!r}"
