@@ -656,7 +656,7 @@ MISTAKES: dict[str, tuple[str, str]] = {
     ),
     "adapters on layers that are not there": (
         "lora={target_modules: [nowhere]}",
-        "config: lora: Target modules {'nowhere'} not found",
+        "config: lora: peft_config does not fit LlamaForCausalLM: Target modules {'nowhere'} not found",
     ),
     "misspelt key": ("curate.stagse=3", "unknown key in curate 'stagse'; did you mean 'stages'?"),
     "misspelt key of distill": ("distill.leraning_rate=1", "did you mean 'learning_rate'?"),

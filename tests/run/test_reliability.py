@@ -625,7 +625,8 @@ def test_the_command_ends_with_the_sample_ids(untrained: Path, config_file: Path
 def test_a_clean_run_raises_and_warns_nothing(
     tokenizer: PreTrainedTokenizerFast, warned: pytest.LogCaptureFixture
 ) -> None:
-    trainer = make(tokenizer, plan=three_stages(), args=config(epochs_per_stage=6, learning_rate=0.01))
+    args = config(epochs_per_stage=6, learning_rate=0.01)
+    trainer = make(tokenizer, plan=three_stages(), args=args, teacher_tokenizer=tokenizer)
     trainer.train()
     assert trainer.state.global_step == trainer.curriculum.total_steps
     assert all(s.steps >= 8 for s in trainer.curriculum.stages), "too short to be judged"
