@@ -2,8 +2,10 @@
 
 from ..errors import UserError
 
+_TEACHERS = "the teacher's"
 
-def layers_to_keep(total: int, keep: int, of: str = "the teacher's") -> list[int]:
+
+def layers_to_keep(total: int, keep: int, of: str = _TEACHERS) -> list[int]:
     """Choose the first and the last layers, leaving out one block in between.
 
     Two fifths of `keep` are in front, the rest at the end. Dropping one block disturbs the residual stream once, even
@@ -15,7 +17,7 @@ def layers_to_keep(total: int, keep: int, of: str = "the teacher's") -> list[int
     return [*range(front), *range(total - (keep - front), total)]
 
 
-def chosen_layers(total: int, layers: int | list[int], of: str = "the teacher's") -> list[int]:
+def chosen_layers(total: int, layers: int | list[int], of: str = _TEACHERS) -> list[int]:
     """The indices to keep of `total` layers: the given ones, or `layers_to_keep` of a number.
 
     Args:
@@ -31,5 +33,6 @@ def chosen_layers(total: int, layers: int | list[int], of: str = "the teacher's"
     """
     kept = layers_to_keep(total, layers, of) if isinstance(layers, int) else list(layers)
     if not kept or any(not 0 <= i < total for i in kept) or len(set(kept)) != len(kept):
-        raise UserError(f"layers must be different indices of {of} {total}, from 0 to {total - 1}, got {kept}")
+        whose = "" if of == _TEACHERS else f" of {of} {total}"
+        raise UserError(f"layers must be different indices from 0 to {total - 1}{whose}, got {kept}")
     return kept

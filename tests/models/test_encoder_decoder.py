@@ -259,7 +259,7 @@ def test_windows_in_the_config_follow_the_layers(tmp_path: Path) -> None:
     [
         (4, None, "from 1 to the teacher's decoder's 3, got 4"),
         (2, 6, "from 1 to the teacher's encoder's 5, got 6"),
-        ([0, 4], None, r"indices of the teacher's decoder's 3, from 0 to 2, got \[0, 4\]"),
+        ([0, 4], None, r"indices from 0 to 2 of the teacher's decoder's 3, got \[0, 4\]"),
         (0, 2, "from 1 to the teacher's decoder's 3, got 0"),
     ],
 )

@@ -109,7 +109,8 @@ def test_adapters_are_made_for_two_stacks(config_file: Path, teacher: Path) -> N
 def test_a_run_with_adapters(config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("peft")
     folder = tmp_path / "run"
-    quick = ("lora={r: 2}", "cache.kind=live", "init_student.warmup_steps=0")
+    quick = ("lora={r: 8}", "cache.kind=live", "init_student.warmup_steps=0")
+    quick += ("distill.epochs_per_stage=10", "distill.learning_rate=0.02", "distill.sft_weight=0")
     assert run(monkeypatch, "run", config_file, f"output_dir={folder}", *quick) == 0
     summary = json.loads((folder / "summary.json").read_text())["evaluation"]
     assert summary["student"]["kl"] < summary["start"]["kl"]
