@@ -9,13 +9,65 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..errors import UserError
-from ..models import check_tokenizers, load_tokenizer, unwrap
+from ..models import (
+    check_tokenizers,
+    is_encoder_decoder,
+    load_tokenizer,
+    mend_generation_config,
+    refuse_trained_prompts,
+    untie_adapted_embeddings,
+    unwrap,
+    with_adapters,
+)
 from ..teacher import LiveTeacher
 from .config import SRDConfig
 
 logger = logging.getLogger(__name__)
 
 _NARROW = (torch.bfloat16, torch.float16)
+
+
+def ready_pair(
+    student: nn.Module,
+    teacher: Any,
+    args: SRDConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    teacher_tokenizer: PreTrainedTokenizerBase | None,
+    peft_config: Any,
+) -> tuple[nn.Module, Any]:
+    """Look at everything about the two that can be wrong without a forward pass, and put adapters into the student.
+
+    Args:
+        student: the model that is trained.
+        teacher: a model, its folder or hub id, a source of rows, or None to read a cache that is there.
+        args: of the training.
+        tokenizer: the student's.
+        teacher_tokenizer: the teacher's. Default: the one beside it.
+        peft_config: of the adapters, or None.
+
+    Returns:
+        The student and the teacher, without what compiled them.
+
+    Raises:
+        UserError: one of the two is of a kind that does not fit, alone or beside the other.
+    """
+    student, teacher = uncompiled(student, "student"), uncompiled(teacher, "teacher")
+    if teacher is None and args.teacher_cache is None:
+        raise UserError("teacher_model is missing: pass a model, its folder or name, or name a teacher_cache")
+    for name, model in (("student", student), ("teacher", teacher)):
+        refuse_trained_prompts(model, name)
+    check_teachers_tokenizer(tokenizer, teacher_tokenizer, teacher, args)
+    if peft_config is not None:
+        student = with_adapters(student, peft_config)
+    untie_adapted_embeddings(student)
+    check_no_shared_weights(student, teacher)
+    if is_encoder_decoder(student) and args.neftune_noise_alpha is not None:
+        raise UserError(
+            f"neftune_noise_alpha is {args.neftune_noise_alpha}, but an encoder-decoder model embeds its tokens where "
+            "transformers adds no noise; leave it out"
+        )
+    mend_generation_config(student, "student")
+    return student, teacher
 
 
 def uncompiled(model: Any, name: str) -> Any:

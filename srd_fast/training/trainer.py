@@ -38,12 +38,9 @@ from ..models import (
     hidden_states,
     is_encoder_decoder,
     mend_generation_config,
-    refuse_trained_prompts,
     router_loss,
     try_hub,
     try_saving,
-    untie_adapted_embeddings,
-    with_adapters,
 )
 from ..selection import BatchSelection, Signals, items_of, select_samples
 from ..teacher import (
@@ -71,7 +68,7 @@ from .checkpoints import last_whole_checkpoint
 from .config import SRDConfig
 from .health import BadStep, DivergenceTrend, StepCheck, not_finite, skips_on_the_device
 from .measure import METRICS, check_best_metric, measure_batch, peak_memory_mb
-from .pair import check_no_shared_weights, check_teachers_tokenizer, uncompiled, widen_trained_weights
+from .pair import ready_pair, widen_trained_weights
 from .preparation import (
     batch_layout,
     check_optimizer,
@@ -134,32 +131,17 @@ class SRDTrainer(Trainer):
         optimizers: tuple[Any, Any] = (None, None),
         data_collator: Callable[..., Any] | None = None,
     ) -> None:
-        model, teacher_model = uncompiled(model, "student"), uncompiled(teacher_model, "teacher")
         if processing_class is None:
             raise UserError("processing_class is missing: pass the student's tokenizer")
         if not isinstance(args, SRDConfig):
             raise UserError(f"args must be an SRDConfig, got {type(args).__name__}")
-        if teacher_model is None and args.teacher_cache is None:
-            raise UserError("teacher_model is missing: pass a model, its folder or name, or name a teacher_cache")
-        for name, given in (("student", model), ("teacher", teacher_model)):
-            refuse_trained_prompts(given, name)
         if optimizers[0] is None:
             check_optimizer(args)
-        check_teachers_tokenizer(processing_class, teacher_tokenizer, teacher_model, args)
-        if peft_config is not None:
-            model = with_adapters(model, peft_config)
-        untie_adapted_embeddings(model)
-        check_no_shared_weights(model, teacher_model)
-        encoder_decoder = is_encoder_decoder(model)
-        if encoder_decoder and args.neftune_noise_alpha is not None:
-            raise UserError(
-                f"neftune_noise_alpha is {args.neftune_noise_alpha}, but an encoder-decoder model embeds its tokens "
-                "where transformers adds no noise; leave it out"
-            )
-        mend_generation_config(model, "student")
         check_best_metric(args.metric_for_best_model)
         if args.push_to_hub and args.process_index == 0:
             try_hub(args.hub_token)
+        model, teacher_model = ready_pair(model, teacher_model, args, processing_class, teacher_tokenizer, peft_config)
+        encoder_decoder = is_encoder_decoder(model)
         tokenisation = Tokenisation(
             processing_class,
             args.template,

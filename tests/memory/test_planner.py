@@ -135,6 +135,7 @@ def test_fake_passes_through_two_stacks_save_what_real_ones_do(name: str) -> Non
 # Plans
 
 
+@pytest.mark.slow
 def test_a_plan_of_two_stacks(tmp_path: Path) -> None:
     tokenizer = encoder_decoders.tiny_tokenizer("t5")
     for name in ("t5", "t5_untied"):
