@@ -28,8 +28,9 @@ MAX_WORDS = 2**17  # distinct words of which a scorer remembers the stem
 # Two processes, each with a core to itself, pay from 60,000 pairs of 34 words on (python -m benchmarks.rouge).
 PAIRS_PER_PROCESS = 50_000
 # Shares of the letters that rouge-score's tokenizer may lose: of a data set (Western European languages lose 2 to 5 %
-# to accents, Czech 14 %, Vietnamese 27 %), and of one sample, where a short English answer may be a name with accents.
-LOST_IN_DATA, LOST_IN_SAMPLE = 0.1, 0.5
+# to accents, Czech 14 %, Vietnamese 27 %), and of one reference, where a short English answer may be a name with
+# accents. Of a reference's words it may leave out a fifth that are of another script than the Latin one.
+LOST_IN_DATA, LOST_IN_SAMPLE, LOST_WORDS = 0.1, 0.5, 0.2
 
 _ALPHANUMERIC = bytes(c if chr(c).isalnum() else ord(" ") for c in range(128)).ljust(256)
 _NO_LETTERS = bytes(c for c in range(128) if not chr(c).isalpha())
@@ -38,6 +39,7 @@ _NOT_ASCII = dict.fromkeys(range(128))
 _UNSPACED = r"[[\p{Han}\p{Hiragana}\p{Katakana}\p{Bopomofo}\p{Yi}\u30fc\p{Line_Break=SA}]--[\p{Nd}\p{M}]]"
 _WORD = r"[\p{L}\p{N}\p{M}]"
 _UNICODE_TOKEN = regex.compile(rf"(?V1){_UNSPACED}\p{{M}}*|(?:(?!{_UNSPACED}){_WORD})+|[^\s{_WORD}]")
+_OTHER_SCRIPT = regex.compile(r"(?V1)[\p{L}--[\p{Latin}\p{Common}\p{Inherited}]]")
 _IGNORABLE = regex.compile(r"\p{Default_Ignorable_Code_Point}+")
 _PORTER = PorterStemmer()
 
@@ -117,8 +119,18 @@ def _unreadable(references: Sequence[str], words: Sequence[Sequence[int]]) -> bo
     nothing = not any(words)
     if nothing or all(map(str.isascii, references)):
         return nothing and any(r.strip() for r in references)
-    letters, lost = _letters(references)
-    return lost > LOST_IN_SAMPLE * letters
+    return any(map(_mostly_lost, references))
+
+
+def _mostly_lost(reference: str) -> bool:
+    """Whether rouge-score's tokenizer loses most letters of a reference, or too many of its words of other scripts."""
+    if reference.isascii():
+        return False
+    letters, lost = _letters([reference])
+    if lost > LOST_IN_SAMPLE * letters:
+        return True
+    words = [token for token in unicode_tokens(reference) if token[0].isalnum()]
+    return sum(_OTHER_SCRIPT.search(word) is not None for word in words) > LOST_WORDS * len(words)
 
 
 def _stem(word: bytes) -> str:

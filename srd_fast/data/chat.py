@@ -109,7 +109,7 @@ class ChatTemplate:
         self._kwargs = check_chat_template_kwargs(kwargs, self.tokenizer)
         given = self._kwargs.pop(_DATE, None)
         self._today = datetime.combine(FIXED_DATE if given is None else date.fromisoformat(str(given)), time())
-        self._told = False
+        self._told = self._told_tools = False
         self._tells_date = given is None and "date_string" not in self._kwargs
 
     def split(self, conversation: Conversation, parse: bool = False) -> tuple[str, str]:
@@ -131,6 +131,7 @@ class ChatTemplate:
         tools = self.encoder.guard(conversation.tools, parse, others)
         prompt, _ = self._render(turns, tools, add_generation_prompt=True)
         whole, marked = self._render([*turns, answer], tools)
+        self._check_shown([*turns, answer], tools, whole)
         if not whole.startswith(prompt):
             prompt = self._beginning(turns, answer, tools, prompt, whole)
         start = len(prompt)
@@ -139,6 +140,27 @@ class ChatTemplate:
                 raise UserError("the chat template's {% generation %} marks leave the answer out")
             start = max(start, marked[-1][0])
         return whole[:start], whole[start:]
+
+    def _check_shown(self, turns: list[dict[str, Any]], tools: Any, whole: str) -> None:
+        """Refuse tool calls and results of tools that the rendering does not have: what is left would be false."""
+        for number, turn in enumerate(turns):
+            lost = [{**turn, "tool_calls": []}] if turn.get("tool_calls") else []
+            lost += [{**turn, "content": ""}] if turn.get("role") == "tool" and turn.get("content") else []
+            for without in lost:
+                try:
+                    same = self._render([*turns[:number], without, *turns[number + 1 :]], tools)[0] == whole
+                except UserError:
+                    continue
+                if same:
+                    what = "the result of a tool" if turn["role"] == "tool" else "the tool_calls of a turn"
+                    raise UserError(
+                        f"the chat template leaves out {what}; take a tokenizer whose template has it, or render the "
+                        "rows yourself as prompt/completion"
+                    )
+        if tools and not self._told_tools:
+            self._told_tools = True
+            if self._render(turns, None)[0] == whole:
+                logger.warning("the chat template leaves out tools: no prompt says which there are")
 
     def _beginning(
         self, turns: list[dict[str, Any]], answer: dict[str, Any], tools: Any, prompt: str, whole: str

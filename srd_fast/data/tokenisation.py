@@ -113,8 +113,10 @@ class Tokenisation:
             conversation, references = self._conversation(row, columns)
             prompt, prompt_ids, answer = self._chat_prompt(conversation, counted)
             answer, ended = self.chat.ended(answer)
-            if conversation.does_more_than_say:  # its content is a part of what there is to score
-                references = [self.encoder.without_special(self.encoder.plain(answer)).strip()]
+            said = self.encoder.plain(answer)
+            # With a tool call the content is a part of what there is to score; thoughts may be gone from the rendering.
+            if conversation.does_more_than_say or references[0].strip() not in said:
+                references = [self.encoder.without_special(said).strip()]
         else:
             fields, references, template = self._fields(row, columns)
             parse = "prompt" in columns if self._parse is None else self._parse

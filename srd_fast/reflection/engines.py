@@ -120,13 +120,20 @@ def nothing_shipped(model: PreTrainedModel) -> Iterator[None]:
     """
     holders: list[Any] = [m for m in (model, unwrap(model)) if "generation_config" in vars(m)]
     own = [holder.generation_config for holder in holders]
+    config: Any = unwrap(model).config
+    # A balancing loss is for whole batches: with a cache of keys, generation ends in an error over it.
+    routed = [c for c in (config, config.get_text_config()) if getattr(c, "output_router_logits", False)]
     try:
         for holder in holders:
             holder.generation_config = GenerationConfig()
+        for part in routed:
+            part.output_router_logits = False
         yield
     finally:
-        for holder, config in zip(holders, own):
-            holder.generation_config = config
+        for holder, shipped in zip(holders, own):
+            holder.generation_config = shipped
+        for part in routed:
+            part.output_router_logits = True
 
 
 def until_end(ids: Sequence[int], ends: set[int]) -> list[int]:

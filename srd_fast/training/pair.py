@@ -12,6 +12,7 @@ from ..errors import UserError
 from ..models import (
     check_tokenizers,
     is_encoder_decoder,
+    load_model,
     load_tokenizer,
     mend_generation_config,
     refuse_trained_prompts,
@@ -28,7 +29,7 @@ _NARROW = (torch.bfloat16, torch.float16)
 
 
 def ready_pair(
-    student: nn.Module,
+    student: nn.Module | str,
     teacher: Any,
     args: SRDConfig,
     tokenizer: PreTrainedTokenizerBase,
@@ -38,7 +39,7 @@ def ready_pair(
     """Look at everything about the two that can be wrong without a forward pass, and put adapters into the student.
 
     Args:
-        student: the model that is trained.
+        student: the model that is trained, or its folder or hub id, which is loaded in float32.
         teacher: a model, its folder or hub id, a source of rows, or None to read a cache that is there.
         args: of the training.
         tokenizer: the student's.
@@ -51,23 +52,24 @@ def ready_pair(
     Raises:
         UserError: one of the two is of a kind that does not fit, alone or beside the other.
     """
-    student, teacher = uncompiled(student, "student"), uncompiled(teacher, "teacher")
+    given: nn.Module = load_model(student) if isinstance(student, str) else student
+    trained, teacher = uncompiled(given, "student"), uncompiled(teacher, "teacher")
     if teacher is None and args.teacher_cache is None:
         raise UserError("teacher_model is missing: pass a model, its folder or name, or name a teacher_cache")
-    for name, model in (("student", student), ("teacher", teacher)):
+    for name, model in (("student", trained), ("teacher", teacher)):
         refuse_trained_prompts(model, name)
     check_teachers_tokenizer(tokenizer, teacher_tokenizer, teacher, args)
     if peft_config is not None:
-        student = with_adapters(student, peft_config)
-    untie_adapted_embeddings(student)
-    check_no_shared_weights(student, teacher)
-    if is_encoder_decoder(student) and args.neftune_noise_alpha is not None:
+        trained = with_adapters(trained, peft_config)
+    untie_adapted_embeddings(trained)
+    check_no_shared_weights(trained, teacher)
+    if is_encoder_decoder(trained) and args.neftune_noise_alpha is not None:
         raise UserError(
             f"neftune_noise_alpha is {args.neftune_noise_alpha}, but an encoder-decoder model embeds its tokens where "
             "transformers adds no noise; leave it out"
         )
-    mend_generation_config(student, "student")
-    return student, teacher
+    mend_generation_config(trained, "student")
+    return trained, teacher
 
 
 def uncompiled(model: Any, name: str) -> Any:

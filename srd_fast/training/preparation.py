@@ -139,10 +139,10 @@ def check_optimizer(args: SRDConfig) -> None:
     try:
         Trainer.get_optimizer_cls_and_kwargs(args)
     except ImportError as e:
-        raise UserError(f"optim is {args.optim!r}: {first_line(e)}") from e
+        raise UserError(f"optim is {getattr(args.optim, 'value', args.optim)!r}: {first_line(e)}") from e
     except ValueError as e:  # others are about the model, which is not there yet
         if "install" in str(e) or "import" in str(e):
-            raise UserError(f"optim is {args.optim!r}: {first_line(e)}") from e
+            raise UserError(f"optim is {getattr(args.optim, 'value', args.optim)!r}: {first_line(e)}") from e
 
 
 def layout_of(

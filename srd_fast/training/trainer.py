@@ -90,7 +90,7 @@ class SRDTrainer(Trainer):
 
     Args:
         model: the student, a causal language model or an encoder-decoder model, in the dtype to train in (float32, also
-            with bf16=True).
+            with bf16=True). A folder or hub id is loaded in float32.
         teacher_model: a model of the same kind with the same tokenizer, or any object with the methods of
             `TeacherSource`. It is never trained. A folder or hub id is loaded where it is needed: with
             `args.teacher_cache` only to fill the cache, so that the teacher takes no memory while the student trains.
@@ -118,7 +118,7 @@ class SRDTrainer(Trainer):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | str,
         teacher_model: nn.Module | TeacherSource | str | None,
         args: SRDConfig,
         train_dataset: Any,

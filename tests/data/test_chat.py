@@ -379,3 +379,39 @@ def test_a_perfect_answer_scores_one(chat: str, tokenizer: PreTrainedTokenizerFa
     texts = [answers.text(i, [x for x in y if x != -100] + [70, 71]) for i, y in enumerate(samples["labels"])]
     assert RougeL().score_all(texts, samples["references"][:]) == [1.0] * 3
     assert texts[0] == "red"
+
+
+@pytest.mark.parametrize(
+    "turns",
+    [
+        [user("w?"), assistant("", tool_calls=[{"type": "function", "function": {"name": "f", "arguments": {}}}])],
+        [user("w?"), assistant("so", tool_calls=[{"type": "function", "function": {"name": "f", "arguments": {}}}])],
+        [user("w?"), {"role": "tool", "content": "SUNNY"}, assistant("fine")],
+    ],
+    ids=["a call", "a call beside words", "a result"],
+)
+def test_calls_and_results_that_the_template_leaves_out_reject_the_row(
+    turns: list[Row], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    plain = (
+        "{% for m in messages if m.role != 'tool' %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    rows = [{"messages": turns}, {"messages": [user("hi"), assistant("hello")]}]
+    found = prepare(rows, tokenizer, plain)
+    assert len(found.dataset) == 1
+    assert "the chat template leaves out" in found.rejected[0][1]
+
+
+def test_thoughts_that_the_template_takes_out_are_no_part_of_the_reference(tokenizer: PreTrainedTokenizerFast) -> None:
+    chat = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content.split('</think>')[-1].strip() }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    rows = [{"messages": [user("a"), assistant(f"<think>\nhmm {i}\n</think>\n\nfour {i}")]} for i in range(3)]
+    made = prepare(rows, tokenizer, chat).dataset
+    assert made["references"][:] == [[f"four {i}"] for i in range(3)]
+    answers = Answers(made, tokenizer)
+    labels = [[x for x in row if x != -100] for row in made["labels"]]
+    scores = [RougeL().score(answers.text(i, ids), made[i]["references"]) for i, ids in enumerate(labels)]
+    assert scores == [1.0, 1.0, 1.0]

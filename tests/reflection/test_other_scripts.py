@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from srd_fast import Sampling, UserError, evaluate, reflect, register_engine
 from srd_fast.reflection import RougeL, get_difficulty
+from srd_fast.rouge import choose_tokenizer
 from srd_fast.run.config import load_run_config
 from srd_fast.run.pipeline import execute
 
@@ -147,3 +148,28 @@ def test_a_teacher_that_is_not_understood_is_found_before_reflecting(
     with pytest.raises(UserError, match=said):
         execute(config, say=lambda _: None)
     assert not list((tmp_path / "run").glob("reflections*"))
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference"),
+    [
+        ("Нет, Kubernetes", "Да, Kubernetes"),
+        ("海港是 Washington", "首都是 Washington"),
+        ("いいえ、iPhone 15", "はい、iPhone 15"),
+        ("خطأ: TensorFlow", "صح: TensorFlow"),
+        ("删除 pandas DataFrame 或 numpy array 文件", "使用 pandas DataFrame 和 numpy array 排序"),
+    ],
+)
+def test_a_latin_word_is_not_the_whole_answer_in_english_data(answer: str, reference: str) -> None:
+    english = ["The quick brown fox jumps over the lazy dog."] * 30
+    scorer = RougeL(choose_tokenizer("auto", [[x] for x in [*english, reference]]))
+    *others, score = scorer.score_all([*english, answer], [[x] for x in [*english, reference]])
+    assert others == [1.0] * 30
+    assert score < 0.8
+    assert scorer.score(reference, [reference, "an English reference"]) == 1
+    assert scorer.score(answer, [reference, "this English reference is a good deal longer than that one"]) < 0.8
+
+
+def test_a_sign_of_another_script_leaves_english_as_it_was() -> None:
+    text = "the value of π is nearly three and the value of e is nearly that too"
+    assert RougeL("by_sample").score("the value of e", [text]) == RougeL("rouge").score("the value of e", [text])

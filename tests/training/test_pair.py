@@ -137,6 +137,14 @@ def test_a_loaded_teacher_is_compared_with_the_tokenizer_beside_it(
     assert "is not known" not in caplog.text
 
 
+def test_a_student_may_be_a_folder(tmp_path: Path) -> None:
+    student, teacher = tiny.tiny_model("llama"), tiny.tiny_model("llama", seed=1)
+    student.bfloat16().save_pretrained(tmp_path)
+    trainer = make(str(tmp_path), teacher)  # type: ignore[arg-type]
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+    assert trainer.train().training_loss == make(load_model(str(tmp_path)), teacher).train().training_loss
+
+
 # Weights.
 
 

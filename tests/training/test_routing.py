@@ -18,8 +18,9 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from srd_fast import UserError
+from srd_fast import UserError, evaluate, reflect
 from srd_fast.models import router_loss
+from srd_fast.reflection import Sampling
 
 SAMPLES = tiny.tiny_samples(8)
 SIZES: dict[str, Any] = {"vocab_size": tiny.VOCAB, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -131,6 +132,18 @@ def test_without_it_nothing_is_added() -> None:
     assert "router_loss" not in first.logs[0]
     on = trained(mixture(coefficient=10.0))
     assert not torch.equal(next(on.model.parameters()), next(off.parameters()))
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_such_a_student_answers_and_is_measured_as_without_it(name: str) -> None:
+    options: dict[str, Any] = {"sampling": Sampling(max_new_tokens=3), "progress": False}
+    found = []
+    for asked in (True, False):
+        student = mixture(name, output_router_logits=asked)
+        scores = reflect(student, SAMPLES, tiny.tiny_tokenizer(), engine="transformers", **options).to_list()
+        found.append((scores, evaluate(student, SAMPLES, tiny.tiny_tokenizer(), **options)))
+        assert student.config.output_router_logits is asked
+    assert found[0] == found[1]
 
 
 def test_its_layers_are_not_compiled(caplog: pytest.LogCaptureFixture) -> None:
