@@ -251,3 +251,8 @@ def batches_by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     for start in range(0, len(order), batch_size):
         yield order[start : start + batch_size]
+
+
+def prompt_lengths(samples: Dataset) -> list[int]:
+    """Tokens of each sample's prompt."""
+    return [first_label(labels) for batch in samples.iter(1000) for labels in batch["labels"]]

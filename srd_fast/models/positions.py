@@ -51,38 +51,40 @@ def _config(model: object) -> PretrainedConfig | None:
 
 
 def check_positions(
-    needed: Sequence[int],
+    counts: Sequence[int],
+    prompts: Sequence[int],
     ids: Sequence[str],
     models: Mapping[str, object],
     way_out: str,
-    prompts: Sequence[int] | None = None,
+    new_tokens: int = 0,
 ) -> None:
     """Name rows that need more positions than a model has, before anything runs.
 
     Args:
-        needed: tokens of each row, with those that are generated.
+        counts: tokens of each row.
+        prompts: tokens of each row's prompt.
         ids: of the rows.
         models: what `max_positions` takes, by what they are called. Others, such as a cache, are not looked at.
         way_out: what the user can do.
-        prompts: tokens of each row's prompt. With them an encoder-decoder model is looked at too.
+        new_tokens: how many are generated behind each prompt; the last one needs no position.
 
     Raises:
         UserError: a model fails on such rows. Where it does not, a warning is logged.
     """
-    demands: list[tuple[str | None, Sequence[int]]] = [(None, needed)]
-    if prompts is not None:
-        demands += zip(STACKS, (prompts, [1 + n - prompt for n, prompt in zip(needed, prompts)]))
+    needed = [max(n, prompt + new_tokens - 1) for n, prompt in zip(counts, prompts)]
+    of_decoder = [1 + n - prompt for n, prompt in zip(needed, prompts)]
+    demands: list[tuple[str | None, Sequence[int]]] = [(None, needed), *zip(STACKS, (prompts, of_decoder))]
     for name, model in models.items():
-        for stack, counts in demands:
+        for stack, tokens in demands:
             most, fails = max_positions(model, stack)
-            longer = [i for i, n in enumerate(counts) if most is not None and n > most]
+            longer = [i for i, n in enumerate(tokens) if most is not None and n > most]
             if not longer:
                 continue
-            longest = max(longer, key=counts.__getitem__)
+            longest = max(longer, key=tokens.__getitem__)
             whose = name if stack is None else f"{name}'s {stack}"
             message = (
                 f"{len(longer)} of {len(needed)} rows do not fit the {most} positions of the {whose}; the longest, "
-                f"{ids[longest]!r}, needs {counts[longest]}: {way_out}"
+                f"{ids[longest]!r}, needs {tokens[longest]}: {way_out}"
             )
             if fails:
                 raise UserError(message)

@@ -136,21 +136,22 @@ def try_merging(model: nn.Module) -> None:
     Raises:
         UserError: its adapters cannot be merged.
     """
-    kinds = {type(m): (n, m) for n, m in model.named_modules() if hasattr(m, "base_layer") and hasattr(m, "merge")}
-    if not hasattr(model, "merge_and_unload") or not kinds:
+    adapters: dict[str, Any] = {
+        n: m for n, m in model.named_modules() if hasattr(m, "base_layer") and hasattr(m, "merge")
+    }
+    if not hasattr(model, "merge_and_unload") or not adapters:
         raise UserError(
             f"the student's adapters ({type(model).__name__}) cannot be merged into its weights, which saving it "
             "needs; use LoRA"
         )
-    adapters: list[Any] = [m for m in model.modules() if hasattr(m, "base_layer") and hasattr(m, "merge")]
-    changed = Counter(id(getattr(m.base_layer, "weight", m)) for m in adapters)
+    changed = Counter(id(getattr(m.base_layer, "weight", m)) for m in adapters.values())
     if changed.most_common(1)[0][1] > 1:
         raise UserError(
             f"the student's adapters cannot be merged into its weights, which saving it needs: layers of "
             f"{type(unwrap(model)).__name__} share weights, and each has an adapter of its own; leave those layers out "
             "of target_modules (exclude_modules), or train without lora"
         )
-    for name, layer in kinds.values():
+    for name, layer in {type(m): (n, m) for n, m in adapters.items()}.values():
         try:
             copy.deepcopy(layer).merge()
         except Exception as e:  # of any kind of adapter

@@ -12,7 +12,7 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data import Answers, Tokenisation, check_token_ids, first_label, prepare_dataset, token_counts
+from ..data import Answers, Tokenisation, check_token_ids, prepare_dataset, prompt_lengths, token_counts
 from ..errors import UserError
 from ..models import (
     check_head,
@@ -137,8 +137,8 @@ def reflect(
     sampling = stopping_at(sampling or Sampling(), answers.stop_ids)
     prompts, counts = prompt_lengths(samples), token_counts(samples)
     length = max(prompts) + sampling.max_new_tokens
-    needed = [max(n, prompt + sampling.max_new_tokens - 1) for n, prompt in zip(counts, prompts)]
-    check_positions(needed, ids, {"student": student}, "lower max_new_tokens, or shorten them", prompts)
+    way_out = "lower max_new_tokens, or shorten them"
+    check_positions(counts, prompts, ids, {"student": student}, way_out, sampling.max_new_tokens)
     if cross_entropy_by == "engine":
         length = max(length, 1 + max(counts))
     with open_engine(
@@ -260,11 +260,6 @@ def _log_probs(engine: Any, samples: Dataset, progress: bool) -> list[list[float
                 found[i] = of_sample
             bar.update(len(values))
     return found
-
-
-def prompt_lengths(samples: Dataset) -> list[int]:
-    """Tokens of each sample's prompt."""
-    return [first_label(labels) for batch in samples.iter(1000) for labels in batch["labels"]]
 
 
 def warn_of_answers_alike(answers: Sequence[str]) -> None:

@@ -11,7 +11,7 @@ from datasets import Dataset
 from torch.utils.data import Sampler
 
 from ..curriculum import Curriculum, CurriculumPlan
-from ..data import IGNORE_INDEX, divide_by_tokens, first_label, sequence_lengths, token_counts
+from ..data import IGNORE_INDEX, divide_by_tokens, prompt_lengths, sequence_lengths, token_counts
 from ..errors import UserError
 from ..models import check_positions
 from ..teacher import StepCollator, TeacherCache
@@ -157,8 +157,7 @@ def check_fit(train: Dataset, evaluation: Dataset | None, curriculum: Curriculum
     for samples in (used, evaluation):
         if samples is not None:
             way_out = "lower max_prompt_length or max_response_length"
-            prompts = [first_label(y) for batch in samples.iter(1000) for y in batch["labels"]]
-            check_positions(token_counts(samples), samples["sample_id"], models, way_out, prompts)
+            check_positions(token_counts(samples), prompt_lengths(samples), samples["sample_id"], models, way_out)
 
 
 def check_lengths(most: int, curriculum: Curriculum, train: Dataset, encoder_decoder: bool = False) -> None:

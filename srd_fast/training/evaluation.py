@@ -123,10 +123,9 @@ def evaluate(
     prompts = [x[: first_label(y)] for x, y in zip(input_ids, labels)]
     length = max(map(len, prompts)) + sampling.max_new_tokens
     lengths, ids, way_out = [*map(len, input_ids)], samples["sample_id"], "lower max_new_tokens, or shorten them"
-    needed = [max(n, len(prompt) + sampling.max_new_tokens - 1) for n, prompt in zip(lengths, prompts)]
     of_prompts = [*map(len, prompts)]
-    check_positions(needed, ids, {"model": model}, way_out, of_prompts)
-    check_positions(lengths, ids, {"teacher": teacher}, way_out, of_prompts)
+    check_positions(lengths, of_prompts, ids, {"model": model}, way_out, sampling.max_new_tokens)
+    check_positions(lengths, of_prompts, ids, {"teacher": teacher}, way_out)
     scorer = RougeL(choose_tokenizer(rouge_tokenizer, references))
     means, generations = [], [""] * len(samples)
     of_corpus: dict[str, list[float]] = {name: [] for name in metrics}

@@ -52,24 +52,24 @@ def test_encoder_and_decoder_have_positions_of_their_own(name: str, fails: bool 
 
 def test_a_prompt_and_a_response_are_counted_apart() -> None:
     models = {"student": encoder_decoders.tiny_model("bart")}
-    check_positions([64 + 63], ["a"], models, "shorten them", [64])
+    check_positions([64 + 63], [64], ["a"], models, "shorten them")
     with pytest.raises(
         UserError, match=r"1 of 1 rows do not fit the 64 positions of the student's encoder; .* needs 65"
     ):
-        check_positions([66], ["a"], models, "shorten them", [65])
+        check_positions([66], [65], ["a"], models, "shorten them")
     with pytest.raises(
         UserError, match=r"1 of 1 rows do not fit the 64 positions of the student's decoder; .* needs 65"
     ):
-        check_positions([65], ["a"], models, "shorten them", [1])
+        check_positions([65], [1], ["a"], models, "shorten them")
 
 
 def test_the_longest_row_is_named(caplog: pytest.LogCaptureFixture) -> None:
-    check_positions([64, 3], ["a", "b"], {"student": tiny.tiny_model("gpt2")}, "shorten them")
+    check_positions([64, 3], [2, 2], ["a", "b"], {"student": tiny.tiny_model("gpt2")}, "shorten them")
     message = "2 of 3 rows do not fit the 64 positions of the student; the longest, 'c', needs 70: shorten them"
     with pytest.raises(UserError, match=message):
-        check_positions([65, 3, 70], ["a", "b", "c"], {"student": tiny.tiny_model("gpt2")}, "shorten them")
+        check_positions([65, 3, 70], [2, 2, 2], ["a", "b", "c"], {"student": tiny.tiny_model("gpt2")}, "shorten them")
     assert not caplog.records
-    check_positions([65, 3, 70], ["a", "b", "c"], {"teacher": tiny.tiny_model("llama")}, "shorten them")
+    check_positions([65, 3, 70], [2, 2, 2], ["a", "b", "c"], {"teacher": tiny.tiny_model("llama")}, "shorten them")
     assert "2 of 3 rows do not fit the 64 positions of the teacher" in caplog.text
 
 

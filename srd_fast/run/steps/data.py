@@ -9,7 +9,16 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from ...data import Tokenisation, content_id, first_label, prepare_dataset, read_source, source_path, token_counts
+from ...data import (
+    Tokenisation,
+    content_id,
+    first_label,
+    prepare_dataset,
+    prompt_lengths,
+    read_source,
+    source_path,
+    token_counts,
+)
 from ...data.quickstart import make_quickstart_splits
 from ...data.tokenisation import PROMPTS_CUT, RESPONSES_CUT, TURNS_DROPPED
 from ...errors import UserError
@@ -121,10 +130,8 @@ def _check_positions(config: RunConfig, train: Dataset, validation: Dataset) -> 
     """Refuse rows that a model would fail on, in a forward pass or when it answers."""
     models = {"teacher": config.teacher, **({} if config.student == PRUNE else {"student": config.student})}
     for samples, new_tokens in ((train, config.reflect.max_new_tokens), (validation, config.evaluate.max_new_tokens)):
-        prompts = [first_label(y) for batch in samples.iter(1000) for y in batch["labels"]]
-        needed = [max(n, prompt + new_tokens - 1) for n, prompt in zip(token_counts(samples), prompts)]
-        way_out = "lower max_prompt_length, max_response_length or max_new_tokens"
-        check_positions(needed, samples["sample_id"], models, way_out, prompts)
+        way_out, ids = "lower max_prompt_length, max_response_length or max_new_tokens", samples["sample_id"]
+        check_positions(token_counts(samples), prompt_lengths(samples), ids, models, way_out, new_tokens)
 
 
 def _hold_out(samples: Dataset, count: int, seed: int) -> tuple[Dataset, Dataset]:
