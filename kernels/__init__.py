@@ -6,16 +6,8 @@ row's divergence, cross-entropy and entropy, and writes the gradient on the stud
 
 from .divergences import FORMULAS, Formula, RowDivergence
 from .passes import LOGIT_FLOOR
-from .rows import (
-    ALIGNMENT,
-    EAGER_BUFFERS,
-    RowCoefficients,
-    RowValues,
-    SparseDivergence,
-    block_bytes,
-    compact_rows,
-    distillation_rows,
-)
+from .pieces import ALIGNMENT, EAGER_BUFFERS, block_bytes
+from .rows import RowCoefficients, RowValues, SparseDivergence, compact_rows, distillation_rows
 
 __all__ = [
     "ALIGNMENT",

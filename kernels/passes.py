@@ -77,6 +77,39 @@ def _at_temperature_1(q: Tensor, z: Tensor, maximum: Tensor, log_sum_1: Tensor, 
     return q * q if temperature_kind == "two" else torch.exp((z - maximum) - log_sum_1)
 
 
+class Origins(NamedTuple):
+    """The logits of one class, from which one-read divergences measure all others: each [R, 1].
+
+    With the same class for both sides, equal rows have terms that are exactly 0.
+
+    Attributes:
+        of_S: the student's logit.
+        of_T: the teacher's.
+    """
+
+    of_S: Tensor
+    of_T: Tensor
+
+
+def crossed_statistics(
+    student: Tensor,
+    teacher: Tensor,
+    origins: Origins,
+    caps: Caps,
+    inverse_t: Tensor,
+    temperature_kind: str,
+    of_teacher: bool,
+) -> tuple[Tensor, ...]:
+    """`statistics`, and the sum of e ((z_S - o_S) - (z_T - o_T)), with e of the teacher or of the student, at T."""
+    z_S, z_T = logits(student, caps[0]), logits(teacher, caps[1])
+    maximum_S, s, a, s_t = _student_sums(z_S, inverse_t, temperature_kind)
+    maximum_T = z_T.amax(-1, keepdim=True)
+    e_T = torch.exp((z_T - maximum_T) * inverse_t)
+    e = e_T if of_teacher else torch.exp((z_S - maximum_S[..., None]) * inverse_t)
+    apart = (z_S - origins.of_S[..., None]) - (z_T - origins.of_T[..., None])
+    return maximum_S, s, a, s_t, maximum_T.squeeze(-1), e_T.sum(-1), (e * apart).sum(-1)
+
+
 class Normalisers(NamedTuple):
     """What turns a row's logits into log-probabilities at the temperature: each [R, 1].
 

@@ -8,14 +8,14 @@ One file, because a teacher with logits and one known at few classes share block
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .compiler import Compiler, eager, layout
+from .compiler import eager, layout
 from .divergences import RowDivergence
 from .passes import (
     Caps,
@@ -31,18 +31,7 @@ from .passes import (
     tempered_gradient,
     tempered_statistics,
 )
-
-# Bytes of V-wide tensors that a block of rows may hold: logits alone where compiled, temporaries too in eager mode.
-_BLOCK_BYTES = {"cpu": 24 << 20}
-_BLOCK_BYTES_ELSEWHERE = 256 << 20
-EAGER_BUFFERS = 10
-"""V-wide tensors of the compute dtype that are alive at once in eager mode."""
-# Classes that compiled code may add up in a row.
-_PIECE = 2048
-ALIGNMENT = 16
-"""Rows whose stride is a multiple of this many elements can be read and written 128 bits at a time."""
-
-_compile = Compiler()
+from .pieces import Pieces, row_blocks
 
 
 class RowCoefficients(NamedTuple):
@@ -71,26 +60,6 @@ class RowValues(NamedTuple):
     divergence: Tensor
     cross_entropy: Tensor
     entropy: Tensor
-
-
-def block_bytes(device: torch.device) -> int:
-    """Bytes that the V-wide tensors of a block of rows may take.
-
-    Args:
-        device: where the rows are.
-
-    Returns:
-        24 MiB on a CPU, 256 MiB elsewhere.
-    """
-    return _BLOCK_BYTES.get(device.type, _BLOCK_BYTES_ELSEWHERE)
-
-
-def _blocks(rows: int, bytes_per_row: int, device: torch.device) -> Iterator[slice]:
-    """Slices of nearly equal length that cover the rows. None has a single row, unless there is only one."""
-    fitting = max(2, block_bytes(device) // bytes_per_row)
-    count = min(-(-rows // fitting), max(1, rows // 2))
-    bounds = [rows * i // count for i in range(count + 1)] if rows else []
-    return map(slice, bounds[:-1], bounds[1:])
 
 
 def distillation_rows(
@@ -241,15 +210,9 @@ class _RowLoss:
         )
         if divergence is not None:
             self.skew, self.beta = number(divergence.skew), number(divergence.beta)
-        # One row would compile once more: sizes 0 and 1 are never symbolic.
-        compiled = compiled and student.shape[0] > 1 and classes > 3
-        self.run = _compile if compiled else eager
-        # Of the numbers of pieces with a few thousand classes each, the one that leaves the fewest classes over.
-        numbers = range(max(2, classes // (2 * _PIECE)), max(3, classes // _PIECE))
-        self.num_pieces = min(numbers, key=lambda n: (classes % n, classes // n % ALIGNMENT)) if compiled else 1
-        stored = student.element_size() + (0 if teacher is None else teacher.element_size())
-        row = student.shape[1] * (stored if compiled else EAGER_BUFFERS * self.compute.itemsize)
-        self.blocks = functools.partial(_blocks, student.shape[0], row, student.device)
+        self.pieces = Pieces(student.shape[0], classes, compiled)
+        self.run = self.pieces.run
+        self.blocks = functools.partial(row_blocks, student, teacher, self.pieces.compiled)
 
     def run_blocks(
         self,
@@ -274,30 +237,6 @@ class _RowLoss:
             return RowValues(*(labels_C.new_empty(0, dtype=self.compute) for _ in range(3)))
         return RowValues(*(torch.cat(values).squeeze(1) for values in zip(*pieces)))
 
-    def _pieces(self, x: Tensor) -> Iterator[Tensor]:
-        """[R, K] as [R, P, W], then the classes that are left over."""
-        whole = x.shape[1] - x.shape[1] % self.num_pieces
-        yield x[:, :whole].unflatten(1, (self.num_pieces, -1))
-        if whole < x.shape[1]:
-            yield x[:, None, whole:]
-
-    def _reduce(
-        self,
-        key: Any,
-        function: Callable[..., Any],
-        sides: tuple[Tensor, ...],
-        *args: Any,
-        normalisers: Normalisers | None = None,
-    ) -> list[Tensor]:
-        """Reduce all pieces with `function`; each result is [R, P]."""
-        main, *left = zip(*map(self._pieces, sides))
-        rest = (normalisers, *args) if normalisers else args
-        parts = [function(*x, *rest) for x in left]
-        if normalisers:
-            rest = (Normalisers(*(x.repeat(1, self.num_pieces) for x in normalisers)), *args)
-        parts.append(self.run((key, layout(*main)), function, *main, *rest))
-        return [torch.cat(x, 1) for x in zip(*parts)]
-
     def block(
         self,
         student_RV: Tensor,
@@ -313,7 +252,7 @@ class _RowLoss:
         student, teacher, tail = student_RV[:, :classes], teacher_RV[:, :classes], student_RV[:, classes:]
         target = None if self.in_place or out is None else out[:, :classes]
         key = (layout(student, teacher, target), *(c is None for c in self.caps), self.temperature_kind)
-        max_RP, s_RP, a_RP, s_t_RP, max_T_RP, s_T_RP = self._reduce(
+        max_RP, s_RP, a_RP, s_t_RP, max_T_RP, s_T_RP = self.pieces.reduce(
             key, statistics, (student, teacher), self.caps, self.inverse_t, self.temperature_kind
         )
         max_S, s_t = merge(max_RP, self.inverse_t, s_t_RP)
@@ -333,8 +272,8 @@ class _RowLoss:
             run, terms = self.run, self.divergence.formula.terms
             label_terms = terms
             parameters = (self.inverse_t, self.skew, self.beta)
-            both_RP = self._reduce(
-                (key, terms), reduction, (student, teacher), self.caps, *parameters, terms, normalisers=n
+            both_RP = self.pieces.reduce(
+                (key, terms), reduction, (student, teacher), self.caps, *parameters, terms, of_rows=n
             )
             value, sum_w = (x.sum(1, keepdim=True) for x in both_RP)
         else:
@@ -369,7 +308,7 @@ class _RowLoss:
         cap = self.caps[0]
         target = None if self.in_place else out
         key = (layout(student_RV, target), cap is None)
-        maxima_RP, *sums_RP = self._reduce(key, student_statistics, (student_RV,), cap)
+        maxima_RP, *sums_RP = self.pieces.reduce(key, student_statistics, (student_RV,), cap)
         max_1, s, a = merge(maxima_RP, 1.0, *sums_RP)
         log_sum_1 = s.log()
         label_S = student_RV.gather(1, labels_R1)
@@ -400,7 +339,7 @@ class _RowLoss:
         if apart and ids_RK is not None:
             # The rest's mass is then a sum of its own: 1 minus the mass of the others has no digits where it is small.
             student_RV.scatter_(1, ids_RK, -math.inf)
-        max_RP, s_RP, a_RP, s_t_RP = self._reduce(key, tempered_statistics, (student_RV,), *options, apart)
+        max_RP, s_RP, a_RP, s_t_RP = self.pieces.reduce(key, tempered_statistics, (student_RV,), *options, apart)
         max_rest, s_t = merge(max_RP, self.inverse_t, s_t_RP)
         log_sum_rest = s_t.log()
         if apart:

@@ -28,7 +28,8 @@ from torch import Tensor
 
 from .divergences import FORMULAS, LN2, LOG2E, RowDivergence
 from .passes import LOGIT_FLOOR
-from .rows import ALIGNMENT, RowCoefficients, RowValues
+from .pieces import ALIGNMENT
+from .rows import RowCoefficients, RowValues
 
 FLOOR = tl.constexpr(LOGIT_FLOOR)
 INTERPRETED = triton.knobs.runtime.interpret

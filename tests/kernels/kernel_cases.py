@@ -7,6 +7,7 @@ import functools
 import math
 import os
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ KINDS = ("random", "peaked", "identical", "masked", "one_hot")
 TEMPERATURES = (0.5, 1.0, 2.0, 4.0)
 SKEW, BETA = 0.1, 0.3
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+BY_CLASSES = " classes"
 # Of the largest value: what a backend may be worse by than plain PyTorch where its result has that dtype.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2e-3, torch.float16: 2e-3}
 # Rounding falls either way where terms of tens of nats cancel (reverse KL and a teacher that is certain): there the
@@ -137,8 +139,13 @@ def textbook(rows: Rows, divergence: str, temperature: float, dtype: torch.dtype
     return Result(d.detach(), ce.detach(), -(log_q_1.exp() * log_q_1).sum(-1), loss.detach(), gradient)
 
 
-def by_backend(backend: str, rows: Rows, divergence: str, temperature: float, **options: bool) -> Result:
-    """By a row function, the gradient written over the logits as the chunked loss does it."""
+def by_backend(backend: str, rows: Rows, divergence: str, temperature: float, **options: Any) -> Result:
+    """By a row function, the gradient written over the logits as the chunked loss does it.
+
+    backend: "eager", "compile" or "triton", for blocks of classes followed by " classes".
+    """
+    if backend.endswith(BY_CLASSES):
+        return by_class_blocks(backend.removesuffix(BY_CLASSES), rows, divergence, temperature, **options)
     z, k = rows.student_CV.clone(memory_format=torch.preserve_format), coefficients(temperature)
     gradient = z
     if backend == "triton" and INTERPRETED and z.dtype == torch.bfloat16:
@@ -155,6 +162,65 @@ def by_backend(backend: str, rows: Rows, divergence: str, temperature: float, **
         values = distillation_rows(*arguments, **keywords, compiled=backend == "compile")
     loss = k.cross_entropy * values.cross_entropy + k.divergence * values.divergence
     return Result(*values, loss, gradient.to(z.dtype))
+
+
+def class_slices(common: int, classes: int, width: int) -> list[slice]:
+    """Blocks of classes, none with some on both sides of `common`."""
+    ends = sorted({*range(width, classes, width), common, classes} - {0})
+    return [slice(a, b) for a, b in zip([0, *ends], ends)]
+
+
+def by_class_blocks(
+    backend: str,
+    rows: Rows,
+    divergence: str,
+    temperature: float,
+    *,
+    width: int | None = None,
+    teacher_lse: bool = False,
+    writes: bool = True,
+) -> Result:
+    """By blocks of classes, the rows in two parts, the gradient written over the logits where their dtype has room.
+
+    width: classes of a block; default: three or four blocks. teacher_lse: the teacher's log-sum-exp is given.
+    """
+    from srd_fast.kernels.class_blocks import ClassBlocks
+
+    kind: type[ClassBlocks] = ClassBlocks
+    if backend == "triton":
+        from srd_fast.kernels.triton_class_blocks import TritonClassBlocks as kind
+    z_S, z_T, k = rows.student_CV.clone(), rows.teacher_CV, coefficients(temperature)
+    common, classes, count = min(z_S.shape[1], z_T.shape[1]), z_S.shape[1], len(rows.labels_C)
+    lse_C = None
+    if teacher_lse:
+        exact = z_T[:, :common].double().clamp(min=-1e30)
+        exact = exact if rows.softcap is None else rows.softcap * torch.tanh(exact / rows.softcap)
+        lse_C = (exact / temperature).logsumexp(1).float()
+    loss = kind(
+        rows.labels_C, RowDivergence.of(divergence, SKEW, BETA), k,
+        student_softcap=rows.softcap, teacher_softcap=rows.softcap, row_weights_N=rows.weights_C,
+        teacher_lse_N=lse_C, writes=writes, compiled=backend == "compile",
+    )  # fmt: skip
+    interpreted = backend == "triton" and INTERPRETED and z_S.dtype == torch.bfloat16
+    gradient = torch.empty_like(z_S, dtype=torch.float32) if interpreted else z_S
+    parts = [slice(0, count // 2), slice(count // 2, count)] if count > 3 else [slice(0, count)]
+    blocks = class_slices(common, classes, width or -(-classes // 3))
+
+    def teacher(part: slice, block: slice) -> Tensor | None:
+        return z_T[part, block] if block.start < common else None
+
+    for block, part in product(blocks, parts):
+        of_teacher = teacher(part, block) if loss.reads_teacher else None
+        loss.read(part, block.start, z_S[part, block], of_teacher, common=block.start < common)
+    loss.normalise()
+    for block, part in product(blocks if loss.weighs else [], parts):
+        if block.start < common:
+            loss.weigh(part, block.start, z_S[part, block], z_T[part, block])
+    for block, part in product(blocks if writes else [], parts):
+        loss.write(part, block.start, z_S[part, block], teacher(part, block), gradient[part, block])
+    values = loss.values()
+    total = k.cross_entropy * values.cross_entropy + k.divergence * values.divergence
+    return Result(*values, total, gradient.to(z_S.dtype))
 
 
 @functools.lru_cache(maxsize=len(KINDS))
@@ -202,7 +268,8 @@ def assert_accurate(
             tolerance += TOLERANCE[x.dtype] * coefficients(temperature).divergence
         if name == "gradient" and divergence == "tvd":
             tolerance += at_kinks(rows, temperature)
-        if backend == "triton" and name == "gradient" and divergence == "reverse_kl":
+        one_read = backend.startswith("triton") or backend.endswith(BY_CLASSES)
+        if one_read and name == "gradient" and divergence == "reverse_kl":
             # sum(w) is D there, from another sum than each w: the gradient is off by some of D's last digit.
             tolerance += 2**-22 * truth.divergence.max().item() * coefficients(temperature).divergence / temperature
         worst, allowed = error.abs().max().item(), LUCK * of_rival.abs().max().item() + tolerance

@@ -41,7 +41,7 @@ from torch._dynamo.utils import counters
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from srd_fast import UserError, distillation_loss, distillation_loss_from_logits, register_divergence
-from srd_fast.kernels import RowCoefficients, RowDivergence, distillation_rows, rows
+from srd_fast.kernels import RowCoefficients, RowDivergence, distillation_rows, pieces
 from srd_fast.losses import free_workspace
 from srd_fast.losses.buffers import workspace
 
@@ -256,7 +256,7 @@ def test_blocks_of_rows_are_independent(backend: str, monkeypatch: pytest.Monkey
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     sample = make_rows("random", 9, (97, 97))
     whole = by_backend("eager", sample, "jsd", 4.0)
-    monkeypatch.setitem(rows._BLOCK_BYTES, "cpu", 97 * 4 * (40 if backend == "eager" else 8))
+    monkeypatch.setitem(pieces._BLOCK_BYTES, "cpu", 97 * 4 * (40 if backend == "eager" else 8))
     for x, y in zip(by_backend(backend, sample, "jsd", 4.0), whole):
         assert_same(x, y, 2e-6)
 
@@ -386,9 +386,9 @@ def test_loss_of_many_blocks_in_a_large_vocabulary(backend: str) -> None:
     """As a user on a CPU gets it, by default: compiled, several blocks of rows in a chunk."""
     exact = problem(shape=(200,), widths=(4, 4), classes=(20000, 20000), bias=False, ignored=0.0)
     quick = exact.to(torch.float32)
-    assert rows.block_bytes(torch.device("cpu")) < 200 * 20000 * 8
+    assert pieces.block_bytes(torch.device("cpu")) < 200 * 20000 * 8
     out, expected = (p.run(backend=b, divergence="jsd") for p, b in ((quick, backend), (exact, "eager")))
-    tolerance = rounding(rows._PIECE)  # no sum over classes is longer
+    tolerance = rounding(pieces._PIECE)  # no sum over classes is longer
     assert_same(out.loss, expected.loss, tolerance)
     found, wanted = gradients(quick, out.loss), gradients(exact, expected.loss)
     for name in wanted:
@@ -512,7 +512,7 @@ def test_a_second_call_makes_no_tensor_of_the_size_of_a_chunk(backend: str, monk
     count = 12 if backend == "triton" else 60
     p = problem(shape=(count,), widths=(2, 2), classes=(97, 97), ignored=0.0).to(torch.float32)
     chunk = count * 112 * 4
-    monkeypatch.setitem(rows._BLOCK_BYTES, "cpu", 2 * 97 * 4 * 10)  # so that eager mode's temporaries are smaller
+    monkeypatch.setitem(pieces._BLOCK_BYTES, "cpu", 2 * 97 * 4 * 10)  # so that eager mode's temporaries are smaller
 
     def train() -> None:
         p.run(backend=backend, divergence="jsd").loss.backward()
@@ -647,9 +647,9 @@ def test_other_sizes_compile_nothing_more() -> None:
 def test_any_mix_of_layouts_runs_in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """What Dynamo compiles again for: rows packed, padded, of two lengths, in blocks; gradients apart or in place."""
     usual = torch.compile
-    monkeypatch.setattr(rows, "_compile", rows.Compiler())
+    monkeypatch.setattr(pieces, "_compile", pieces.Compiler())
     monkeypatch.setattr(torch, "compile", lambda function, **options: usual(function, **options, backend="eager"))
-    monkeypatch.setitem(rows._BLOCK_BYTES, "cpu", 4 * 300 * 8)
+    monkeypatch.setitem(pieces._BLOCK_BYTES, "cpu", 4 * 300 * 8)
     for dtype, count, (v_S, v_T) in product(DTYPES, (3, 20), ((300, 300), (304, 304), (300, 307), (304, 320))):
         p = problem(shape=(count,), classes=(v_S, v_T), bias=False, ignored=0.0).to(dtype)
         options: dict[str, Any] = {"backend": "compile", "divergence": "forward_kl"}
