@@ -4,6 +4,7 @@ A *row* is one token position: its student logits, its teacher logits and its la
 row's divergence, cross-entropy and entropy, and writes the gradient on the student's logits.
 """
 
+from .class_blocks import ClassBlocks, ClassPasses
 from .divergences import FORMULAS, Formula, RowDivergence
 from .passes import LOGIT_FLOOR
 from .pieces import ALIGNMENT, EAGER_BUFFERS, block_bytes
@@ -14,6 +15,8 @@ __all__ = [
     "EAGER_BUFFERS",
     "FORMULAS",
     "LOGIT_FLOOR",
+    "ClassBlocks",
+    "ClassPasses",
     "Formula",
     "RowCoefficients",
     "RowDivergence",

@@ -16,7 +16,7 @@ which one-read divergences measure.
 
 import functools
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,6 +40,40 @@ from .passes import (
 )
 from .pieces import Pieces, row_blocks
 from .rows import RowCoefficients, RowValues
+
+
+class ClassPasses(NamedTuple):
+    """Which passes rows go through.
+
+    Attributes:
+        reads_teacher: whether `read` takes the teacher's logits.
+        weighs: whether there is a pass for D and sum(w).
+        crosses: whether `read` finds D.
+    """
+
+    reads_teacher: bool
+    weighs: bool
+    crosses: bool
+
+    @staticmethod
+    def of(divergence: RowDivergence | None, lse_is_known: bool, writes: bool) -> "ClassPasses":
+        """Find the fewest passes.
+
+        Args:
+            divergence: D, one with a formula, or None.
+            lse_is_known: whether the teacher's log-sum-exp is.
+            writes: whether a gradient follows.
+
+        Returns:
+            The passes.
+        """
+        if divergence is None or divergence.formula is None:
+            return ClassPasses(False, False, False)
+        side = divergence.formula.one_read
+        # Reverse KL measures the teacher's logits by the student's sums; and without a gradient one pass is enough for
+        # forward KL, which then needs the teacher's logits in it.
+        known = lse_is_known and side != "student" and (writes or side is None)
+        return ClassPasses(not known, side is None, not known and side is not None)
 
 
 class ClassBlocks:
@@ -86,11 +120,7 @@ class ClassBlocks:
         self.row_weights_N = None if row_weights_N is None else row_weights_N.to(compute)
         formula = None if divergence is None else divergence.formula
         self.side = None if formula is None else formula.one_read
-        self.weighs = divergence is not None and self.side is None
-        # Reverse KL measures the teacher's logits by the student's sums, and forward KL alone comes with its own.
-        known = teacher_lse_N is not None and self.side != "student" and (writes or self.weighs)
-        self.reads_teacher = divergence is not None and not known
-        self.crosses = self.reads_teacher and self.side is not None
+        self.reads_teacher, self.weighs, self.crosses = ClassPasses.of(divergence, teacher_lse_N is not None, writes)
         # Forward KL's sum(w) is -1, so its D may come as late as the gradient.
         self.values_on_writing = divergence is not None and not self.crosses and not self.weighs
         device, t = labels_N.device, coefficients.temperature

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Protocol
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..kernels import RowCoefficients, RowDivergence, RowValues, distillation_rows
+from ..kernels import ClassBlocks, RowCoefficients, RowDivergence, RowValues, distillation_rows
 from ..suggest import unknown_name
 
 BACKENDS = ("auto", "triton", "compile", "eager")
@@ -79,19 +79,16 @@ def _why_no_formula(divergence: RowDivergence | None) -> str | None:
     return None
 
 
-def row_backend(
-    name: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    num_classes: int,
-    divergence: RowDivergence | None,
-    padding_is_scratch: bool,
-) -> tuple[RowBackend, str]:
-    """The row function for `name`, and its name where that was "auto". Raises UserError where it cannot run.
+def chosen_backend(
+    name: str, device: torch.device, dtype: torch.dtype, num_classes: int, divergence: RowDivergence | None
+) -> str:
+    """What runs the row function: `name`, or what "auto" means here.
 
     Args:
         dtype: of the logits. num_classes: V.
-        padding_is_scratch: whether a row's stride beyond its classes may be read and written.
+
+    Raises:
+        UserError: it cannot run.
     """
     why_not_triton = _why_not_triton(device, dtype, divergence)
     why_not_compile = _why_no_formula(divergence)
@@ -100,15 +97,34 @@ def row_backend(
         enough = enough and _logits_to_come.get() >= _COMPILE_FROM_LOGITS * torch.get_num_threads()
         compile_pays = device.type == "cpu" and enough and why_not_compile is None
         name = "triton" if device.type == "cuda" and why_not_triton is None else "compile" if compile_pays else "eager"
-    if name == "triton":
-        if why_not_triton is not None:
-            raise UserError(f"backend 'triton' cannot run: {why_not_triton}; use backend='auto'")
-        from ..kernels.triton_rows import distillation_rows_triton
-
-        return functools.partial(distillation_rows_triton, padding_is_scratch=padding_is_scratch), name
+    if name == "triton" and why_not_triton is not None:
+        raise UserError(f"backend 'triton' cannot run: {why_not_triton}; use backend='auto'")
     if name == "compile" and why_not_compile is not None:
         raise UserError(f"backend 'compile' cannot run: {why_not_compile}; use backend='auto' or 'eager'")
-    return functools.partial(distillation_rows, compiled=name == "compile"), name
+    return name
+
+
+def row_backend(name: str, padding_is_scratch: bool) -> RowBackend:
+    """The row function of a chosen backend.
+
+    Args:
+        name: what `chosen_backend` gave.
+        padding_is_scratch: whether a row's stride beyond its classes may be read and written.
+    """
+    if name == "triton":
+        from ..kernels.triton_rows import distillation_rows_triton
+
+        return functools.partial(distillation_rows_triton, padding_is_scratch=padding_is_scratch)
+    return functools.partial(distillation_rows, compiled=name == "compile")
+
+
+def class_backend(name: str) -> Callable[..., ClassBlocks]:
+    """The same rows over blocks of classes: what makes their state."""
+    if name == "triton":
+        from ..kernels.triton_class_blocks import TritonClassBlocks
+
+        return TritonClassBlocks
+    return functools.partial(ClassBlocks, compiled=name == "compile")
 
 
 def compact_backend(name: str, device: torch.device, dtype: torch.dtype, num_classes: int) -> str:
@@ -117,4 +133,4 @@ def compact_backend(name: str, device: torch.device, dtype: torch.dtype, num_cla
         raise UserError("backend 'triton' cannot run: it has no kernel for compact teachers; use backend='auto'")
     if name == "auto" and device.type != "cpu":
         return "eager"
-    return row_backend(name, device, dtype, num_classes, None, True)[1]
+    return chosen_backend(name, device, dtype, num_classes, None)

@@ -3,6 +3,7 @@
 Shape letters: C rows of a chunk, D width, V classes.
 """
 
+import functools
 import threading
 
 import torch
@@ -10,11 +11,12 @@ from torch import Tensor
 
 from ..kernels import ALIGNMENT, block_bytes
 
-_DEFAULT_BUDGET = {"cuda": 1 << 30}
-_DEFAULT_BUDGET_ELSEWHERE = 512 << 20
+# The default budget: of a GPU's memory this part, up to so many bytes, and on a CPU so many.
+_SHARE_OF_GPU, _MOST_ON_GPU = 20, 4 << 30
+_DEFAULT_ELSEWHERE = 512 << 20
 # A matrix product's rows on a GPU come in tiles of this many.
 _GPU_TILE = 128
-_CLASSES_AT_ONCE = 8192
+CLASSES_AT_ONCE = 8192
 
 
 class Workspace(threading.local):
@@ -69,16 +71,28 @@ def halve_budget(device: torch.device, budget: int | None) -> int:
 
 def class_slices(num_classes: int) -> list[slice]:
     """Slices of a few thousand classes each, for products in another dtype than the tensor they are written to."""
-    return [slice(v, min(v + _CLASSES_AT_ONCE, num_classes)) for v in range(0, num_classes, _CLASSES_AT_ONCE)]
+    return [slice(v, min(v + CLASSES_AT_ONCE, num_classes)) for v in range(0, num_classes, CLASSES_AT_ONCE)]
+
+
+@functools.cache
+def _default_budget(device: torch.device) -> int:
+    if device.type != "cuda":
+        return _DEFAULT_ELSEWHERE
+    if not torch.cuda.is_available():  # a plan for a machine with one
+        return 1 << 30
+    return min(_MOST_ON_GPU, torch.cuda.get_device_properties(device).total_memory // _SHARE_OF_GPU)
 
 
 def budget_of(device: torch.device, budget: int | None) -> int:
-    """Bytes of a chunk's buffers. None means 1 GiB on CUDA and 512 MiB elsewhere. Less if memory ran out before."""
-    wanted = budget or _DEFAULT_BUDGET.get(device.type, _DEFAULT_BUDGET_ELSEWHERE)
+    """Bytes that a loss may allocate beyond its inputs and gradients; less than asked for if memory ran out before.
+
+    None means a twentieth of a GPU's memory, at most 4 GiB, and 512 MiB elsewhere.
+    """
+    wanted = budget or _default_budget(device)
     return min(wanted, _most.get(device.type, wanted))
 
 
-def chunk_rows(num_rows: int, logits_bytes: int, temporary_bytes: int, device: torch.device, budget: int | None) -> int:
+def chunk_rows(num_rows: int, logits_bytes: int, temporary_bytes: int, device: torch.device, budget: int) -> int:
     """Rows of a chunk, at least 1: as many as fit in the budget, then spread evenly over the chunks.
 
     Args:
@@ -86,12 +100,11 @@ def chunk_rows(num_rows: int, logits_bytes: int, temporary_bytes: int, device: t
         logits_bytes: bytes that a row keeps in buffers for the whole chunk.
         temporary_bytes: further bytes that a row needs while its block of rows is worked on.
         device: where the loss runs.
-        budget: bytes, or None for the device's default; see `budget_of`.
+        budget: bytes.
 
     Returns:
         The number of rows.
     """
-    budget = budget_of(device, budget)
     block = block_bytes(device) if temporary_bytes else 0
     fitting = (budget - block) // logits_bytes if budget >= 2 * block else budget // (logits_bytes + temporary_bytes)
     if device.type == "cuda" and fitting > _GPU_TILE:
@@ -103,34 +116,54 @@ def chunk_rows(num_rows: int, logits_bytes: int, temporary_bytes: int, device: t
     return max(1, rows)
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor, scale: float, first: bool) -> None:
-    """total += scale * a @ b, or = if `first`, in one product that rounds only to `total`'s dtype."""
-    beta = 0 if first else 1
+def _reaches(total: Tensor, factors: torch.dtype) -> bool:
+    """Whether one product of matrices of this dtype can be added to `total` without being rounded before."""
+    return total.dtype == factors or (total.is_cuda and factors.itemsize == 2 and total.dtype == torch.float32)
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor, scale: float = 1.0, first: bool = False) -> None:
+    """total += scale * a @ b, or = if `first`: rounded to `total`'s dtype alone where a product can do so."""
     if a.dtype == total.dtype:
-        torch.addmm(total, a, b, beta=beta, alpha=scale, out=total)
+        torch.addmm(total, a, b, beta=0 if first else 1, alpha=scale, out=total)
+    elif _reaches(total, a.dtype):
+        torch.addmm(total, a, b, out_dtype=total.dtype, beta=0 if first else 1, alpha=scale, out=total)
     else:
-        torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, alpha=scale, out=total)
+        for part in class_slices(len(total)):
+            _add(total[part], torch.mm(a[part], b), scale, first, total[part])
+
+
+def _add(total: Tensor, product: Tensor, scale: float, first: bool, target: Tensor) -> None:
+    """Write total + scale * product to `target`."""
+    if scale != 1.0:
+        product *= scale
+    # Widened first: an addition of two dtypes takes three times as long.
+    if not first:
+        product = product.to(total.dtype).add_(total)
+    target.copy_(product)
 
 
 class GradientSum:
-    """The gradient of a weight [V, D] or bias [V], summed over chunks in at least float32 and rounded once."""
+    """The gradient of a weight [V, D] or bias [V], summed over chunks of rows in at least float32 and rounded once.
 
-    def __init__(self, x: Tensor, name: str, gemm_dtype: torch.dtype, several: bool, anything: bool) -> None:
-        # Without rows nothing is ever added.
-        self.total = torch.empty_like(x) if anything else torch.zeros_like(x)
-        wide = torch.promote_types(x.dtype, torch.float32)
-        self.partial = self.total
-        if several and wide != x.dtype:
-            self.partial = workspace.take(name, 1, x.numel(), wide, x.device).view(x.shape)
-        # A product goes straight onto a sum of its own dtype; on a GPU one of 16-bit factors onto a sum in float32 too.
-        narrow_on_gpu = x.is_cuda and gemm_dtype.itemsize == 2 and self.partial.dtype == torch.float32
-        self.direct = x.dim() == 2 and (self.partial.dtype == gemm_dtype or narrow_on_gpu)
+    Args:
+        total: receives it; the gradient's dtype.
+        name: of the buffer in which it is summed where `total` is too narrow.
+        gemm_dtype: dtype of the products.
+        several: whether there is more than one chunk.
+    """
+
+    def __init__(self, total: Tensor, name: str, gemm_dtype: torch.dtype, several: bool) -> None:
+        self.total = self.partial = total
+        wide = torch.promote_types(total.dtype, torch.float32)
+        if several and wide != total.dtype:
+            self.partial = workspace.take(name, 1, total.numel(), wide, total.device).view(total.shape)
+        self.direct = total.dim() == 2 and _reaches(self.partial, gemm_dtype)
 
     def add(self, g_CV: Tensor, hidden_CD: Tensor, scale: float, first: bool, last: bool) -> None:
         """Add scale * g.T @ hidden; for a bias, scale times the sum of g over its rows."""
         hidden_CD = hidden_CD.to(g_CV.dtype)
         if self.direct:
-            _add_product(self.partial, g_CV.t(), hidden_CD, scale, first)
+            add_product(self.partial, g_CV.t(), hidden_CD, scale, first)
             if last and self.partial is not self.total:
                 self.total.copy_(self.partial)
             return
@@ -140,12 +173,7 @@ class GradientSum:
                 product = torch.mm(g_CV[:, part].t(), hidden_CD)
             else:
                 product = g_CV[:, part].sum(0, dtype=self.partial.dtype)
-            if scale != 1.0:
-                product *= scale
-            # Widened first: an addition of two dtypes takes three times as long.
-            if not first:
-                product = product.to(self.partial.dtype).add_(self.partial[part])
-            target[part] = product
+            _add(self.partial[part], product, scale, first, target[part])
 
 
 def scale_in_place(x: Tensor, factor: Tensor) -> None:

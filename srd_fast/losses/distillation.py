@@ -20,17 +20,21 @@ from .packing import (
     check_head_numbers,
     check_num_items,
     check_side,
+    check_teacher_lse,
     check_vocabularies,
 )
 
 
-def loss_beside_head(student: StudentRows, teacher: Tensor, teacher_head: Head) -> DistillationOutput:
+def loss_beside_head(
+    student: StudentRows, teacher: Tensor, teacher_head: Head, teacher_lse: Tensor | None = None
+) -> DistillationOutput:
     """Compute the loss of a student beside a teacher of which the hidden states or logits are there.
 
     Args:
         student: its rows with loss, with the labels and options.
         teacher: [..., D_T] hidden states in the shape of the labels, or [..., V_T] logits where its head has no weight.
         teacher_head: turns them into logits.
+        teacher_lse: [...] what `distillation_loss` takes under this name.
 
     Returns:
         The loss and its parts.
@@ -40,8 +44,16 @@ def loss_beside_head(student: StudentRows, teacher: Tensor, teacher_head: Head) 
     """
     check_side("teacher", teacher, teacher_head, student.labels)
     check_vocabularies(student.num_classes, teacher_head.num_classes(teacher))
+    lse_N = None
+    if teacher_lse is not None:
+        check_teacher_lse(teacher_lse, student.labels)
+        if teacher_head.weight is not None and student.gemm_dtype in (None, teacher_head.weight.dtype):
+            lse_N = student.of_rows(teacher_lse)
     return student.loss(
-        teacher_ND=student.of_rows(teacher), teacher_head=teacher_head, divergence=student.options.row_divergence
+        teacher_ND=student.of_rows(teacher),
+        teacher_head=teacher_head,
+        divergence=student.options.row_divergence,
+        teacher_lse_N=lse_N,
     )
 
 
@@ -72,6 +84,8 @@ def distillation_loss(
     memory_budget: int | None = None,
     logits_dtype: torch.dtype | None = None,
     student_logits: Tensor | None = None,
+    teacher_lse: Tensor | None = None,
+    order: str = "auto",
 ) -> DistillationOutput:
     """Distillation loss from last hidden states; the gradient flows into the student's hidden states, weight and bias.
 
@@ -106,11 +120,19 @@ def distillation_loss(
         ignore_index: the label that has no loss. None: every label has one, so a GPU need not be asked how many do.
         backend: "triton" (on a GPU), "compile" (`torch.compile`, on a CPU), "eager", or "auto": Triton on a GPU,
             compile on a CPU from 16,384 classes on, else eager.
-        memory_budget: bytes of working memory of a chunk. Default: 1 GiB on CUDA, 512 MiB elsewhere.
+        memory_budget: bytes that the loss may allocate beyond its inputs and gradients, above 0; the least that it can
+            do with where that is more. Default: a twentieth of a GPU's memory, at most 4 GiB, and 512 MiB elsewhere.
         logits_dtype: dtype of the logits: None for that of the matrix products, or torch.float32. With heads in a
             narrower dtype, float32 logits take twice the memory and make the gradient ten times more exact.
         student_logits: [..., V_S] the student's logits before the softcap, in the dtype of the matrix products, where
             they were computed already. That saves a product. They are overwritten.
+        teacher_lse: [...] log sum_v e^(z_v / T) of the teacher's logits z, after scale, bias and softcap, over the
+            classes that both have: known for a teacher that ran before. With classes outside it saves a product. The
+            logits it comes from must be products in the dtype of the teacher's head, not rounded to it. Where autocast
+            has the products in another dtype, it is not used.
+        order: "rows": a chunk of rows sees all classes, with the logits of the chunk as working memory. "classes": a
+            block of classes is seen for all rows, more than once, with next to no working memory. "auto": whichever is
+            predicted to be faster within `memory_budget`.
 
     Returns:
         The loss and its parts.
@@ -130,11 +152,12 @@ def distillation_loss(
     """
     options = LossOptions(
         divergence, temperature, skew, beta, sft_weight, temperature_scaling, reduction, ignore_index, backend,
-        memory_budget, logits_dtype,
+        memory_budget, logits_dtype, order,
     )  # fmt: skip
     head = Head(student_weight, student_bias, student_softcap, student_scale)
     student = StudentRows(student_hidden, head, labels, options, token_weights, num_items, student_logits)
-    return loss_beside_head(student, teacher_hidden, Head(teacher_weight, teacher_bias, teacher_softcap, teacher_scale))
+    teacher_head = Head(teacher_weight, teacher_bias, teacher_softcap, teacher_scale)
+    return loss_beside_head(student, teacher_hidden, teacher_head, teacher_lse)
 
 
 def distillation_loss_from_logits(
@@ -181,7 +204,8 @@ def distillation_loss_from_logits(
         ignore_index: the label that has no loss. None: every label has one, so a GPU need not be asked how many do.
         backend: "triton" (on a GPU), "compile" (`torch.compile`, on a CPU), "eager", or "auto": Triton on a GPU,
             compile on a CPU from 16,384 classes on, else eager.
-        memory_budget: bytes of working memory of a chunk. Default: 1 GiB on CUDA, 512 MiB elsewhere.
+        memory_budget: bytes that the loss may allocate beyond its inputs and gradients, above 0; the least that it can
+            do with where that is more. Default: a twentieth of a GPU's memory, at most 4 GiB, and 512 MiB elsewhere.
 
     Returns:
         The loss and its parts.

@@ -11,6 +11,7 @@ from ..kernels import RowCoefficients, RowDivergence
 from ..suggest import unknown_name
 from .backends import check_backend
 from .divergences import get_divergence
+from .order import ORDERS
 
 REDUCTIONS = ("mean", "sum", "none")
 # Of temperatures, softcaps and scales: beyond, their squares and products leave float32.
@@ -50,8 +51,9 @@ class LossOptions:
         reduction: "mean", "sum" or "none".
         ignore_index: the label that has no loss. None: every label has one.
         backend: "triton", "compile", "eager" or "auto".
-        memory_budget: bytes of working memory of a chunk. None: the device's default.
+        memory_budget: bytes that the loss may allocate beyond its inputs and gradients. None: the device's default.
         logits_dtype: torch.float32, or None for the dtype of the matrix products.
+        order: "rows" or "classes" to have that outside, "auto" for the faster of the two within the budget.
 
     Raises:
         UserError: an option is wrong. The message names it, its value and what it should be.
@@ -68,6 +70,7 @@ class LossOptions:
     backend: str = "auto"
     memory_budget: int | None = None
     logits_dtype: torch.dtype | None = None
+    order: str = "auto"
 
     def __post_init__(self) -> None:
         check_in_range("temperature", self.temperature)
@@ -79,6 +82,8 @@ class LossOptions:
         check_backend(self.backend)
         if self.reduction not in REDUCTIONS:
             raise UserError(unknown_name("reduction", self.reduction, REDUCTIONS))
+        if self.order not in ORDERS:
+            raise UserError(unknown_name("order", self.order, ORDERS))
         ignored, budget = self.ignore_index, self.memory_budget
         require(
             ignored is None or (isinstance(ignored, int) and -(2**31) <= ignored < 2**31),

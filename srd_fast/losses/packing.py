@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .chunked import ChunkedLoss, PackedRows
+from .chunked import ChunkedLoss
 from .head import Head
 from .options import LossOptions, check_in_range, in_range, require
+from .packed import PackedRows
 
 # Vocabularies are padded to a multiple that suits the hardware: 943 unused classes (Phi-2) is the most in the wild.
 _MOST_PADDING = 1024
@@ -98,6 +99,16 @@ def check_side(side: str, hidden: Tensor, head: Head, labels: Tensor) -> None:
         head.bias is None or tuple(head.bias.shape) == (head.weight.shape[0],),
         f"{side}_bias must have shape ({head.weight.shape[0]},), got "
         f"{None if head.bias is None else tuple(head.bias.shape)}",
+    )
+
+
+def check_teacher_lse(lse: Any, labels: Tensor) -> None:
+    """Refuse a log-sum-exp that does not fit the labels."""
+    check_tensor("teacher_lse", lse)
+    require(
+        lse.shape == labels.shape and lse.device == labels.device and lse.dtype in (torch.float32, torch.float64),
+        f"teacher_lse must be float32 or float64 in the shape of labels, {tuple(labels.shape)} on {labels.device}, got "
+        f"{tuple(lse.shape)} {lse.dtype} on {lse.device}",
     )
 
 
@@ -248,6 +259,7 @@ class StudentRows:
             logits_dtype=options.logits_dtype,
             backend=options.backend,
             memory_budget=options.memory_budget,
+            order=options.order,
             student_NV=self.logits_NV,
             **{"teacher_ND": None, "teacher_head": None, "divergence": None, **teacher},
         )

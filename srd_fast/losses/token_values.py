@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from ..kernels import RowCoefficients, RowValues
-from .chunked import PackedRows, Visitor, run_or_halve
+from .chunked import run_or_halve
 from .head import Head
+from .packed import PackedRows
 from .packing import autocast_dtype
+from .row_order import Visitor
 
 
 @torch.no_grad()
@@ -29,7 +31,7 @@ def token_values(
         hidden_ND: [N, D] last hidden states of the rows to score.
         head: turns them into logits.
         labels_N: [N] int64 class indices.
-        memory_budget: bytes of working memory of a chunk. Default: 1 GiB on CUDA, 512 MiB elsewhere.
+        memory_budget: bytes that it may allocate. Default: that of `distillation_loss`.
         counts: rows of each sample, N in all. No sample is then divided between chunks.
         visit: with `counts`, called after each chunk with the samples and rows of the chunk, its logits before the
             softcap, which are overwritten afterwards, and its values. Where memory runs out, the chunk is halved and

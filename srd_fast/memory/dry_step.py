@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from ..errors import UserError, first_line
-from ..kernels import ALIGNMENT, EAGER_BUFFERS, block_bytes
+from ..kernels import ClassPasses
 from ..losses import Head, get_divergence
-from ..losses.backends import compact_backend, row_backend
-from ..losses.buffers import chunk_rows
+from ..losses.backends import chosen_backend, compact_backend
+from ..losses.buffers import budget_of
+from ..losses.order import HeadWork, LossWork, plan_loss
 from ..models import (
     body_of,
     find_head,
@@ -155,9 +156,9 @@ def _forward(model: Any, batch: Batch, device: torch.device, flattened: bool) ->
 
 @dataclass(frozen=True)
 class _LossSizes:
-    """What `ChunkedLoss` allocates, in bytes; see `losses.chunked.run_chunks`.
+    """What `ChunkedLoss` allocates, in bytes, as `plan_loss` plans it.
 
-    kept: the workspace. working: copies of heads in another dtype, eager temporaries and slices of products.
+    kept: the workspace. working: everything else.
     """
 
     kept: int
@@ -165,34 +166,42 @@ class _LossSizes:
 
 
 def _loss_sizes(
-    config: RunConfig, args: SRDConfig, run: Run, student: Any, teacher_classes: int, rows: int, training: bool
+    config: RunConfig, args: SRDConfig, run: Run, student: Any, head_T: Head, rows: int, training: bool
 ) -> _LossSizes:
-    head = find_head(student).weight
-    assert head is not None
-    classes, width = head.shape
+    head = find_head(student)
+    assert head.weight is not None
+    assert head_T.weight is not None
     autocast = args.bf16 or args.fp16
     # The products run in autocast's dtype; a float32 loss gets a teacher in float32.
-    gemm = run.dtype if autocast else head.dtype
-    logits = args.logits or gemm
-    sides = [classes, *([teacher_classes] if config.cache.kind in (LIVE, "hidden") else [])]
-    if len(sides) == 1:
-        backend = compact_backend(args.backend, run.device, logits, classes)
-    else:
+    products = run.dtype if autocast else head.weight.dtype
+
+    def side(head: Head, weight: Tensor, hidden: torch.dtype) -> HeadWork:
+        scaled = head.scale != 1.0
+        classes, width = weight.shape
+        return HeadWork(classes, width, hidden, weight.dtype, products, args.logits or products, scaled)
+
+    of_student = side(head, head.weight, run.dtype if autocast else head.weight.dtype)
+    of_teacher, divergence = None, None
+    if config.cache.kind in (LIVE, "hidden"):
+        of_teacher = side(head_T, head_T.weight, run.dtype)
         divergence = get_divergence(args.divergence).bind(args.skew, args.beta)
-        backend = row_backend(args.backend, run.device, logits, max(sides), divergence, True)[1]
-    temporary = EAGER_BUFFERS * max(sides) * 4 if backend == "eager" else 0
-    # The gradient replaces the student's logits unless those are wider.
-    buffers = [(s, logits) for s in sides]
-    buffers += [(classes, gemm)] if training and logits != gemm else []
-    chunk = chunk_rows(rows, sum(s * d.itemsize for s, d in buffers), temporary, run.device, args.memory_budget)
-    casts = classes * width * gemm.itemsize if gemm != head.dtype else 0
-    working = casts + (min(chunk * temporary, block_bytes(run.device)) if temporary else 0)
-    if training and head.requires_grad and gemm != head.dtype:
-        working += min(classes, 8192) * width * (gemm.itemsize + 4)
-    if run.device.type == "cpu":
-        working += max(classes, *sides) * width * gemm.itemsize  # the head as the product packs it
-    kept = sum(-(-s // ALIGNMENT) * ALIGNMENT * d.itemsize for s, d in buffers)
-    return _LossSizes(chunk * kept, working)
+        most = max(of_student.classes, of_teacher.classes)
+        backend = chosen_backend(args.backend, run.device, of_student.logits, most, divergence)
+    else:
+        backend = compact_backend(args.backend, run.device, of_student.logits, of_student.classes)
+    whole_rows = of_teacher is None or divergence is None or divergence.formula is None
+    passes = ClassPasses.of(divergence, lse_is_known=False, writes=training)
+    plan = plan_loss(
+        LossWork(
+            rows, of_student, of_teacher, run.device, training, training and head.weight.requires_grad,
+            backend == "eager", passes, rows_only=whole_rows,
+        ),
+        budget_of(run.device, args.memory_budget),
+    )  # fmt: skip
+    packed = 0
+    if run.device.type == "cpu":  # a block of the head as the product packs it
+        packed = max(s.width * s.products.itemsize for s in (of_student, of_teacher or of_student)) * plan.classes
+    return _LossSizes(plan.workspace, plan.bytes - plan.workspace + packed)
 
 
 class _Loss(torch.autograd.Function):
@@ -356,8 +365,8 @@ def simulate(config: RunConfig, args: SRDConfig, largest: Callable[[bool, bool],
         # Fake masks are never whole unless no batch needs padding.
         live.masks_are_whole = len(set(batch.sequences)) == 1
         evaluates = args.eval_strategy != "no"
-        loss = _loss_sizes(config, args, run, student, teacher_classes, batch.rows, True)
-        of_evaluation = _loss_sizes(config, args, run, student, teacher_classes, evaluation.rows, False)
+        loss = _loss_sizes(config, args, run, student, head_T, batch.rows, True)
+        of_evaluation = _loss_sizes(config, args, run, student, head_T, evaluation.rows, False)
         step = _Step(config, args, run, live, student, teacher, flattened)
         with live.labelled("loss"):
             kept = max(loss.kept, of_evaluation.kept if evaluates else 0)

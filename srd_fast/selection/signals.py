@@ -14,7 +14,7 @@ from ..errors import UserError
 from ..kernels import RowValues
 from ..losses import Head, LossOptions, Sampled, StudentRows, products_dtype, token_values
 from ..losses.buffers import budget_of, workspace
-from ..losses.chunked import Visitor
+from ..losses.row_order import Visitor
 from ..suggest import unknown_name
 from ..teacher import HiddenRows, TeacherRows, distillation_loss_of_rows
 from ..teacher.stores import draw_rows, logit_chunks

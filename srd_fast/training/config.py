@@ -152,7 +152,7 @@ class SRDConfig(TrainingArguments):
         None, "Whether special tokens in the data's text are parsed; null: in prompt/completion rows alone."
     )
     backend: str = _described("auto", "Loss backend.")
-    memory_budget: int | None = _described(None, "Bytes for a chunk of the loss.")
+    memory_budget: int | None = _described(None, "Bytes that the loss may allocate beyond its inputs and gradients.")
     logits_dtype: str | None = _described(
         None, "Of the loss's logits: None for that of the training (bf16, fp16), or 'float32', unrounded."
     )

@@ -188,7 +188,9 @@ def by_class_blocks(
 
     kind: type[ClassBlocks] = ClassBlocks
     if backend == "triton":
-        from srd_fast.kernels.triton_class_blocks import TritonClassBlocks as kind
+        from srd_fast.kernels.triton_class_blocks import TritonClassBlocks
+
+        kind = TritonClassBlocks
     z_S, z_T, k = rows.student_CV.clone(), rows.teacher_CV, coefficients(temperature)
     common, classes, count = min(z_S.shape[1], z_T.shape[1]), z_S.shape[1], len(rows.labels_C)
     lse_C = None

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from srd_fast.kernels import RowCoefficients, RowDivergence
 from srd_fast.losses import Head
-from srd_fast.losses.chunked import PackedRows, run_chunks
+from srd_fast.losses.chunked import PackedRows, run_packed
 
 DEVICE = "cuda"
 pytestmark = [
@@ -123,7 +123,7 @@ def test_loss_and_gradients_are_those_of_float64(divergence: str, dtype: torch.d
 
 
 def packed(dtype: torch.dtype, rows: int, classes: int, budget: int | None = None) -> tuple[Tensor, Head, PackedRows]:
-    """Rows of a loss that are packed already: what `run_chunks` takes."""
+    """Rows of a loss that are packed already: what `run_packed` takes."""
     g = torch.Generator(DEVICE).manual_seed(0)
     h_S, w_S, h_T, w_T = (
         torch.randn(n, 64, generator=g, device=DEVICE).mul_(0.3).to(dtype) for n in (rows, classes, rows, classes)
@@ -139,10 +139,10 @@ def test_chunks_never_wait_for_the_gpu(dtype: torch.dtype, backend: str) -> None
     hidden, head, rows = packed(dtype, 700, 4999, 1 << 22)
     rows = PackedRows(**{**vars(rows), "backend": backend})
     needs = (True, True, False)
-    run_chunks(hidden, head, rows, None, needs)  # compiles
+    run_packed(hidden, head, rows, None, needs)  # compiles
     torch.cuda.set_sync_debug_mode("error")
     try:
-        values, grads = run_chunks(hidden, head, rows, None, needs)
+        values, grads = run_packed(hidden, head, rows, None, needs)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert values.divergence.isfinite().all()
@@ -181,11 +181,11 @@ def test_a_factor_on_the_loss_is_one_on_the_gradients(dtype: torch.dtype, factor
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_peak_memory_stays_within_the_budget(dtype: torch.dtype, budget: int | None) -> None:
     hidden, head, rows = packed(dtype, 4096, 151936, budget)
-    run_chunks(hidden[:256], head, rows_of(rows, 256), None, (True, True, False))
+    run_packed(hidden[:256], head, rows_of(rows, 256), None, (True, True, False))
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    values, grads = run_chunks(hidden, head, rows, None, (True, True, False))
+    values, grads = run_packed(hidden, head, rows, None, (True, True, False))
     torch.cuda.synchronize()
     # Beside the chunk: the gradients, the sum of the weight's in float32, values of each row, and cuBLAS.
     fixed = 2 * head.weight.numel() * 4 + hidden.numel() * 4 + 4096 * 64 + (64 << 20)

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from srd_fast import DistillationLoss, DistillationOutput, UserError, distillation_loss, distillation_loss_from_logits
 from srd_fast.losses import Head, expect_logits, free_workspace, token_cross_entropy
-from srd_fast.losses.backends import row_backend
+from srd_fast.losses.backends import chosen_backend
 
 TEMPERATURES = (0.5, 1.0, 2.0, 4.0)
 VARIANTS = [
@@ -581,9 +581,13 @@ def test_no_tensor_is_larger_than_a_chunk_of_logits(reduction: str) -> None:
 def test_the_smallest_budget_takes_one_row_at_a_time() -> None:
     p = problem(shape=(6,), widths=(2, 2), classes=(400, 400), bias=False, ignored=0.0).to(torch.float32)
     with Watch() as watch:
-        p.run(memory_budget=1)
+        p.run(memory_budget=1, order="rows")
     assert (1, 400) in watch.shapes
     assert not any(len(shape) == 2 and shape[1] == 400 and shape[0] > 1 for shape in watch.shapes - {(2, 400)})
+
+
+# Bytes of ten rows of 23 classes: the aligned logits of both sides and eager mode's temporaries, all float64.
+TEN_ROWS = 10 * (2 * 32 + 10 * 23) * 8
 
 
 @pytest.mark.parametrize(
@@ -601,7 +605,7 @@ def test_no_matrix_product_that_nobody_asked_for(trained: tuple[str, ...], produ
     for name in ("student_hidden", "student_weight", "student_bias"):
         getattr(p, name).requires_grad_(name in trained)
     with Watch() as watch:
-        out = p.run(memory_budget=10 * 23 * 8 * 12)
+        out = p.run(memory_budget=TEN_ROWS, order="rows")
         if trained:
             out.loss.backward()
     assert watch.gemms == 4 * products
@@ -613,7 +617,7 @@ def test_no_matrix_product_that_nobody_asked_for(trained: tuple[str, ...], produ
 def test_without_gradients_there_is_no_work_for_them(context: type, reduction: str) -> None:
     p = problem(shape=(40,), widths=(6, 7), ignored=0.0)
     with context(), Watch() as watch:
-        out = p.run(memory_budget=10 * 23 * 8 * 12, reduction=reduction)
+        out = p.run(memory_budget=TEN_ROWS, order="rows", reduction=reduction)
     assert not out.loss.requires_grad
     assert_same(out.loss.mean(), plain(p).loss.mean(), 1e-10)
     assert watch.gemms == 4 * 2
@@ -912,7 +916,7 @@ def test_bad_option_is_named(name: str, value: object) -> None:
 
 def test_few_logits_are_not_compiled_for() -> None:
     def chosen(name: str = "auto", classes: int = 49152) -> str:
-        return row_backend(name, torch.device("cpu"), torch.float32, classes, None, True)[1]
+        return chosen_backend(name, torch.device("cpu"), torch.float32, classes, None)
 
     assert chosen() == "compile"
     with expect_logits(1e9):

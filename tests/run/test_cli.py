@@ -432,13 +432,13 @@ def test_how_many_logits_a_run_will_see(
     config_file: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A guess, but of the right size: whether compilation pays hangs on it."""
-    seen, run_chunks = [0], chunked.run_chunks
+    seen, run_chunks = [0], chunked.run_packed
 
     def counted(hidden_ND: Any, head: Any, *args: Any, **options: Any) -> Any:
         seen[0] += hidden_ND.shape[0] * head.num_classes(hidden_ND)
         return run_chunks(hidden_ND, head, *args, **options)
 
-    monkeypatch.setattr(chunked, "run_chunks", counted)
+    monkeypatch.setattr(chunked, "run_packed", counted)
     assert srd_fast("run", config_file, f"output_dir={tmp_path / 'run'}").status == 0
     config = load_run_config(str(config_file), [f"output_dir={finished}"])
     assert 0.5 < Run(config, finished, {}, {}).expected_logits() / seen[0] < 2

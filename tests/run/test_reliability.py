@@ -719,11 +719,11 @@ def whole_budgets() -> Iterator[None]:
 
 
 class Failing:
-    """`run_chunks` that raises on the first calls; keeps the budgets that it was asked for."""
+    """`run_packed` that raises on the first calls; keeps the budgets that it was asked for."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *errors: Exception) -> None:
-        self.run, self.errors, self.budgets = chunked.run_chunks, list(errors), list[int]()
-        monkeypatch.setattr(chunked, "run_chunks", self)
+        self.run, self.errors, self.budgets = chunked.run_packed, list(errors), list[int]()
+        monkeypatch.setattr(chunked, "run_packed", self)
 
     def __call__(self, hidden_ND: Tensor, head: Any, rows: Any, *rest: Any, **options: Any) -> Any:
         self.budgets.append(budget_of(hidden_ND.device, rows.memory_budget))

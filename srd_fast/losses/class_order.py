@@ -1,0 +1,186 @@
+"""Loss and gradient with the classes outside: a block of them is seen for all rows, so nothing grows with V.
+
+Shape letters: N packed rows, R rows and B classes of a block, D width, V classes, K classes that student and teacher
+both have, S student, T teacher.
+
+The head's gradient is written block by block in its own dtype, rounded once; that of the hidden states is summed over
+the blocks in at least float32.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..kernels import RowValues
+from .backends import class_backend
+from .buffers import GradientSum, add_product, workspace
+from .head import Head
+from .packed import Gradients, PackedRows
+
+_ROWS_AT_ONCE = 1024
+
+
+class _Side:
+    """One model's rows in the dtype of the products, and its head a block of classes at a time."""
+
+    def __init__(self, name: str, hidden_ND: Tensor, head: Head, products: torch.dtype, logits: torch.dtype) -> None:
+        assert head.weight is not None
+        self.name, self.head, self.products, self.dtype = name, head, products, logits
+        self.hidden_ND = hidden_ND.to(products)
+        self.classes = len(head.weight)
+
+    def of(self, classes: slice) -> Head:
+        """The head of a block of classes, [B, D], in the dtype of the products."""
+        assert self.head.weight is not None
+        bias = None if self.head.bias is None else self.head.bias[classes]
+        return Head(self.head.weight[classes], bias, None, self.head.scale).to(self.products)
+
+    def logits(self, rows: slice, head: Head) -> Tensor:
+        """[R, B] before the softcap, in the workspace."""
+        hidden_RD = self.hidden_ND[rows]
+        classes = head.num_classes(hidden_RD)
+        out = workspace.take(self.name, len(hidden_RD), classes, self.dtype, hidden_RD.device)
+        return head.project(hidden_RD, out)
+
+
+def run_class_blocks(
+    hidden_ND: Tensor,
+    head: Head,
+    rows: PackedRows,
+    weights_N: Tensor | None,
+    size: tuple[int, int],
+    backend: str,
+    needs: tuple[bool, bool, bool] = (False, False, False),
+) -> tuple[RowValues, Gradients]:
+    """Compute the values of all rows, and the gradients of sum(weights * loss).
+
+    Args:
+        hidden_ND: [N, D] the student's hidden states.
+        head: the student's, with a weight.
+        rows: everything else about the rows. The teacher, if there is one, has a head with a weight.
+        weights_N: [N] factor on each row in the gradients, or None for 1.
+        size: R and B, each at least 1.
+        backend: what runs the row function, "auto" no more.
+        needs: whether the gradients of hidden states, weight and bias are computed.
+
+    Returns:
+        Unweighted values of each row, and the gradients, None where not asked for.
+    """
+    assert head.weight is not None
+    n, device, writes = len(hidden_ND), hidden_ND.device, any(needs)
+    products = rows.gemm_dtype or head.weight.dtype
+    student = _Side("student", hidden_ND, head, products, rows.logits_dtype or products)
+    wide = torch.promote_types(student.dtype, torch.float32)
+    loss = class_backend(backend)(
+        rows.labels_N, rows.divergence, rows.coefficients,
+        compute=wide, student_softcap=head.softcap, row_weights_N=weights_N, teacher_lse_N=rows.teacher_lse_N,
+        teacher_softcap=None if rows.teacher_head is None else rows.teacher_head.softcap, writes=writes,
+    )  # fmt: skip
+    teacher = None
+    if rows.teacher_ND is not None and rows.teacher_head is not None and rows.teacher_head.weight is not None:
+        of_teacher = rows.gemm_dtype or rows.teacher_head.weight.dtype
+        logits = rows.logits_dtype or of_teacher
+        if not loss.reads_teacher:
+            # A sum that was found elsewhere holds for unrounded logits: rounding moves a certain class by percents.
+            logits = torch.promote_types(logits, torch.float32)
+        teacher = _Side("teacher", rows.teacher_ND, rows.teacher_head, of_teacher, logits)
+    tiles = _Tiles(student, teacher, n, size)
+    for tile in tiles.walk(teacher_is_read=loss.reads_teacher):
+        loss.read(tile.rows, tile.classes.start, tile.student_RB, tile.teacher_RB, tile.common)
+    loss.normalise()
+    for tile in tiles.walk() if loss.weighs else []:
+        if tile.teacher_RB is not None:
+            loss.weigh(tile.rows, tile.classes.start, tile.student_RB, tile.teacher_RB)
+    if not writes:
+        return loss.values(), Gradients(None, None, None)
+    gradients = _Sums(hidden_ND, student, needs, wide)
+    for tile in tiles.walk():
+        g_RB = tile.student_RB
+        if student.dtype != products:
+            g_RB = workspace.take("gradient", len(g_RB), g_RB.shape[1], products, device)
+        loss.write(tile.rows, tile.classes.start, tile.student_RB, tile.teacher_RB, g_RB)
+        gradients.add(tile, g_RB, several=size[0] < n)
+    return loss.values(), gradients.finish(rows, weights_N)
+
+
+@dataclass
+class _Tile:
+    """The logits of some rows and classes.
+
+    head: the student's, of these classes. teacher_RB: None where there is no teacher, or it is not wanted, and from K
+    on. common: whether the classes are below K. last: whether the rows are the last.
+    """
+
+    rows: slice
+    classes: slice
+    head: Head
+    student_RB: Tensor
+    teacher_RB: Tensor | None
+    common: bool
+    last: bool
+
+
+class _Tiles:
+    """All rows and classes, the classes outside. size: R and B."""
+
+    def __init__(self, student: _Side, teacher: _Side | None, num_rows: int, size: tuple[int, int]) -> None:
+        self.student, self.teacher = student, teacher
+        self.parts = [slice(i, min(i + size[0], num_rows)) for i in range(0, num_rows, size[0])]
+        self.common = 0 if teacher is None else min(student.classes, teacher.classes)
+        # No block has classes on both sides of K.
+        ends = (0, self.common), (self.common, student.classes)
+        self.blocks = [slice(i, min(i + size[1], end)) for begin, end in ends for i in range(begin, end, size[1])]
+
+    def walk(self, teacher_is_read: bool = True) -> Iterator[_Tile]:
+        """Each tile in turn; the next one overwrites its logits."""
+        for block in self.blocks:
+            common = block.start < self.common
+            teacher = self.teacher if teacher_is_read and common else None
+            head_S, head_T = self.student.of(block), None if teacher is None else teacher.of(block)
+            for part in self.parts:
+                teacher_RB = None if teacher is None or head_T is None else teacher.logits(part, head_T)
+                student_RB = self.student.logits(part, head_S)
+                yield _Tile(part, block, head_S, student_RB, teacher_RB, common, part is self.parts[-1])
+
+
+class _Sums:
+    """The gradients while blocks of classes pass by."""
+
+    def __init__(self, hidden_ND: Tensor, student: _Side, needs: tuple[bool, bool, bool], wide: torch.dtype) -> None:
+        weight, bias = student.head.weight, student.head.bias
+        assert weight is not None
+        self.student, self.hidden_ND = student, hidden_ND
+        self.sum_ND: Tensor | None = None
+        if needs[0]:
+            dtype = torch.promote_types(hidden_ND.dtype, wide)
+            self.sum_ND = torch.zeros(hidden_ND.shape, dtype=dtype, device=hidden_ND.device)
+        fresh = torch.empty_like if len(hidden_ND) else torch.zeros_like
+        self.weight_VD = fresh(weight) if needs[1] else None
+        self.bias_V = fresh(bias) if bias is not None and needs[2] else None
+
+    def add(self, tile: _Tile, g_RB: Tensor, several: bool) -> None:
+        """Add what a tile gives. several: whether there are several parts of the rows."""
+        weight = tile.head.weight
+        assert weight is not None
+        if self.sum_ND is not None:
+            add_product(self.sum_ND[tile.rows], g_RB, weight)
+        for x, name in ((self.weight_VD, "d_weight"), (self.bias_V, "d_bias")):
+            if x is not None:
+                of_block = GradientSum(x[tile.classes], name, g_RB.dtype, several)
+                hidden_RD = self.student.hidden_ND[tile.rows]
+                of_block.add(g_RB, hidden_RD, tile.head.scale, first=tile.rows.start == 0, last=tile.last)
+
+    def finish(self, rows: PackedRows, weights_N: Tensor | None) -> Gradients:
+        """The gradients, once all blocks were seen."""
+        d_hidden_ND = self.sum_ND
+        if d_hidden_ND is not None:
+            if self.student.head.scale != 1.0:
+                d_hidden_ND *= self.student.head.scale
+            if rows.projection_ND is not None:
+                for i in range(0, len(d_hidden_ND), _ROWS_AT_ONCE):
+                    part = slice(i, i + _ROWS_AT_ONCE)
+                    d_hidden_ND[part] -= rows.missing(part, weights_N, d_hidden_ND.dtype)
+            d_hidden_ND = d_hidden_ND.to(self.hidden_ND.dtype)
+        return Gradients(d_hidden_ND, self.weight_VD, self.bias_V)
