@@ -17,6 +17,7 @@ import tiny
 import torch
 from safetensors.torch import load_file
 from test_teacher_cache import (
+    FORK,
     SAMPLES,
     VALIDATION,
     Samples,
@@ -289,6 +290,21 @@ def test_a_kill_at_any_touch_of_a_file_changes_nothing(tmp_path: Path, monkeypat
         assert files(folder) == expected, f"killed at touch {moment}"
     assert begun >= kept >= 2
     assert 4 * (len(expected) + 1) <= moment < 4 * (len(expected) + 1) + 3  # the index is written twice
+
+
+def test_several_processes_add_them_to_one_folder(whole: Path, plain: Path, copied: Any) -> None:
+    folder, ready = copied(plain), FORK.Barrier(3)
+
+    def work() -> None:
+        ready.wait()
+        options = {"temperatures": TEMPERATURES, "progress": False, "log_sum_exp": True}
+        assert_kept(open_teacher_cache(folder, None, SAMPLES, **options), SAMPLES, tiny.VOCAB)
+
+    processes = [FORK.Process(target=work) for _ in range(3)]
+    for process in processes:
+        process.start()
+    assert [ended(p) for p in processes] == [0, 0, 0]
+    assert files(folder) == files(whole)
 
 
 # Damaged.
