@@ -40,7 +40,7 @@ from ..run.config import RunConfig
 from ..run.steps import LIVE, PRUNE, Run
 from ..run.steps.cache import cache_temperatures
 from ..run.steps.settings import lora_config
-from ..teacher.stores import ProjectedStore, Store, make_store
+from ..teacher.stores import HiddenStore, ProjectedStore, Store, make_store
 from ..training.batching import casts_kept
 from ..training.config import SRDConfig
 from .batch import Batch
@@ -333,7 +333,7 @@ def _store(config: RunConfig, args: SRDConfig, student: Any, classes: int) -> St
     kind, temperatures = config.cache.kind, tuple(sorted(set(cache_temperatures(config, args))))
     if kind == "projected":
         return ProjectedStore(find_head(student), "", temperatures)
-    return make_store(kind, classes, config.cache.k, temperatures)
+    return make_store(kind, classes, config.cache.k, temperatures, log_sum_exp=config.cache.log_sum_exp)
 
 
 def simulate(config: RunConfig, args: SRDConfig, largest: Callable[[bool, bool], Batch]) -> Simulated:
@@ -394,7 +394,9 @@ def simulate(config: RunConfig, args: SRDConfig, largest: Callable[[bool, bool],
         row_bytes = head_bytes = 0
         if config.cache.kind != LIVE:
             common = min(teacher_classes, find_head(student).num_classes(workspace))
-            row_bytes = _store(config, args, student, common).bytes_per_row(head_T, run.dtype)
+            store = _store(config, args, student, common)
+            beside = store.bytes_beside(head_T) if isinstance(store, HiddenStore) else 0
+            row_bytes = store.bytes_per_row(head_T, run.dtype) + beside
             if config.cache.kind == "hidden":
                 head_bytes = sum(x.numel() * x.element_size() for x in head_T.tensors().values())
     return Simulated(live.peak, live.peak_moment, batch, flattened, host, row_bytes, head_bytes)

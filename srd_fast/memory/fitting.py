@@ -67,7 +67,8 @@ def _variants(config: RunConfig, args: SRDConfig, device: torch.device) -> Itera
     if recompute:
         yield from ({**teacher, **recompute} for teacher in teachers)
     if config.cache.kind in (LIVE, "hidden"):
-        yield {"cache.kind": "topk", **recompute}
+        without = {"cache.log_sum_exp": False} if config.cache.log_sum_exp else {}
+        yield {"cache.kind": "topk", **without, **recompute}
 
 
 class _Search:

@@ -93,10 +93,16 @@ class Curate(_Section):
 
 
 class Cache(_Section):
-    """Where teacher rows come from. `kind` live runs the teacher at every step, the other kinds run it once."""
+    """Where teacher rows come from. `kind` live runs the teacher at every step, the other kinds run it once.
+
+    `log_sum_exp`: kind hidden keeps, beside the hidden states, the log-sum-exp of each row's teacher logits at each
+    temperature of the run, 4 bytes, which spares the loss a pass over the teacher's head. A cache that is there gets
+    what it lacks of them, and keeps its hidden states.
+    """
 
     kind: Literal["hidden", "topk", "sampled", "projected", "live"] = "hidden"
     k: int = Field(default=64, ge=1)
+    log_sum_exp: bool = False
 
 
 class Evaluate(_Section):

@@ -9,6 +9,7 @@ import logging
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from ..models import (
 )
 from . import shards
 from .cache import TeacherCache
-from .folder import add_to_index, begin, drop_damaged, drop_unfinished
+from .folder import add_to_index, begin, drop_damaged, drop_unfinished, write_all
 from .index import (
     FORMAT,
     HEAD,
@@ -42,8 +43,9 @@ from .index import (
     sample_key,
 )
 from .live import LiveTeacher
+from .log_sum_exp import keep_log_sum_exps
 from .source import rows_with_loss
-from .stores import CACHE_KINDS, Store, keeps_head, make_store
+from .stores import CACHE_KINDS, HiddenStore, Store, keeps_head, make_store
 
 logger = logging.getLogger(__name__)
 
@@ -129,6 +131,8 @@ def build_teacher_cache(
         kind: what a row keeps, a name from `srd_fast.cache_kind_names()`: "hidden" (hidden states), "topk" (the
             likeliest classes), "sampled" (drawn classes), "projected" (the student's head, averaged), or your own.
         store: the kind's, from `srd_fast.teacher.make_store`. Default: the one with the kind's default options.
+            `make_store("hidden", classes, temperatures=..., log_sum_exp=True)` keeps log-sum-exps beside the hidden
+            states, which a cache that is there gets too.
         template: the prompt template of the samples. It is written down, and a cache of another template is refused.
         source: a fingerprint of where the teacher was loaded from (`srd_fast.models.fingerprint`). With it the cache
             can later be checked without the teacher's weights.
@@ -160,23 +164,21 @@ def build_teacher_cache(
     missing = _missing(folder, index, requests)
     per_row = store.bytes_per_row(head, _dtype(teacher))
     groups = _groups(missing, per_row, shard_bytes, meta)
-    _check_disk(folder, [g for name, g in groups.items() if not (folder / name).exists()], per_row, head, kind)
+    beside = store.bytes_beside(head) if isinstance(store, HiddenStore) else 0
+    new = [g for name, g in groups.items() if not (folder / name).exists()]
+    _check_disk(folder, new, per_row + beside, head, kind)
     if keeps_head(kind):
         shards.write_once(folder / HEAD, head.tensors, wait=True)
     maker = _Maker(teacher, head, store, batch_tokens)
     with tqdm(total=sum(r.num_rows for r in missing), unit="row", desc="teacher", disable=not progress) as bar:
-        waiting = []
-        for name, group in groups.items():
-            if not shards.write_once(folder / name, lambda g=group: maker.make(g), wait=False):  # type: ignore[misc]
-                waiting.append((name, group))
-                continue
-            bar.update(sum(r.num_rows for r in group))
-        for name, group in waiting:
-            shards.write_once(folder / name, lambda g=group: maker.make(g), wait=True)  # type: ignore[misc]
-            bar.update(sum(r.num_rows for r in group))
+        write_all(
+            folder,
+            {name: partial(maker.make, group) for name, group in groups.items()},
+            lambda name: bar.update(sum(r.num_rows for r in groups[name])),
+        )
     add_to_index(folder, [*groups, *([HEAD] if keeps_head(kind) else [])])
     drop_unfinished(folder)
-    return TeacherCache(folder, store, verify=False)
+    return keep_log_sum_exps(TeacherCache(folder, store, verify=False), samples, head, live.device, progress)
 
 
 class _Maker:

@@ -1,21 +1,24 @@
 """A teacher that was run once: its rows with loss, read from disk by the content of a sample."""
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import get_worker_info
 
 from ..data import IGNORE_INDEX
 from ..errors import UserError
 from ..losses import Head
+from ..models import find_head
 from . import shards
-from .index import HEAD, OF_SAMPLES, contents, read_index, read_meta, sample_key, verify_files
+from .index import HEAD, OF_SAMPLES, contents, lse_files, read_index, read_meta, sample_key, verify_files
 from .source import TeacherRows
 from .stores import CACHE_KINDS, HiddenStore, Store
 
@@ -72,15 +75,17 @@ class TeacherCache:
         if HEAD in index:
             parts = load_file(self.folder / HEAD)
             self.head = Head(parts["weight"], parts.get("bias"), self.meta["softcap"], self.meta["scale"])
-        self._files = sorted(name for name in index if name.startswith("rows-"))
+        self.files = sorted(name for name in index if name.startswith("rows-"))
+        kept = lse_files(self.folder, index)
+        self._lse_files = [kept.get(index[name], {}) for name in self.files]
         # Key -> file, first row, rows.
         self._places: dict[bytes, tuple[int, int, int]] = {}
-        for number, name in enumerate(self._files):
+        for number, name in enumerate(self.files):
             start = 0
             for key, count in contents(self.folder / name):
                 self._places[key] = number, start, count
                 start += count
-        self._open: dict[int, shards.OpenFile] = {}
+        self._open: dict[str, shards.OpenFile] = {}
         self._reader: ThreadPoolExecutor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -111,6 +116,22 @@ class TeacherCache:
         """
         self.head = self.head and self.head.on(device)
         return self
+
+    def for_student(self, student: nn.Module) -> "TeacherCache":
+        """Say which student the rows are for: those of kind "hidden" then come with the log-sum-exps kept for it.
+
+        Args:
+            student: whose number of classes decides over which of the teacher's a log-sum-exp must be.
+
+        Returns:
+            A cache that shares this one's files and head; the cache itself where that makes no difference.
+        """
+        classes = common_classes(self.num_classes, student)
+        if not isinstance(self.store, HiddenStore) or self.store.classes == classes or not any(self._lse_files):
+            return self
+        found = copy.copy(self)
+        found.store = replace(self.store, classes=classes)
+        return found
 
     def collate(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Read the rows of a batch's samples, one sample after the other.
@@ -157,21 +178,32 @@ class TeacherCache:
         total = sum(count for _, _, count in places)
         # A GPU copies from page-locked memory without waiting. Allocating new memory costs more than reading into it.
         pinned = torch.cuda.is_initialized() and get_worker_info() is None
+        columns = {number: self._columns(number) for number in {number for number, _, _ in places} or {0}}
         found, reads = {}, list[Callable[[], None]]()
-        for name, column in self._file(places[0][0] if places else 0).columns.items():
-            if name in OF_SAMPLES:
-                continue
+        for name, file in next(iter(columns.values())).items():
+            if not all(name in of_file for of_file in columns.values()):
+                continue  # log-sum-exps that only some files have
+            column = self._file(file).columns[name]
             rows = found[name] = torch.empty((total, *column.row_shape), dtype=column.dtype, pin_memory=pinned)
             end = 0
             for number, start, count in places:
-                reads.append(partial(self._file(number).read, name, start, rows[end : end + count]))
+                read = self._file(columns[number][name]).read
+                reads.append(partial(read, name, start, rows[end : end + count]))
                 end += count
         return found, reads
 
-    def _file(self, number: int) -> shards.OpenFile:
-        if number not in self._open:
-            self._open[number] = shards.OpenFile(self.folder / self._files[number])
-        return self._open[number]
+    def _columns(self, number: int) -> dict[str, str]:
+        """Name of each tensor that has the rows of a file's samples -> the file that it is in."""
+        own = self.files[number]
+        columns = {name: own for name in self._file(own).columns if name not in OF_SAMPLES}
+        if isinstance(self.store, HiddenStore) and self.store.classes is not None:
+            columns |= self._lse_files[number].get(self.store.classes, {})
+        return columns
+
+    def _file(self, name: str) -> shards.OpenFile:
+        if name not in self._open:
+            self._open[name] = shards.OpenFile(self.folder / name)
+        return self._open[name]
 
     def place(self, sample: Mapping[str, Any]) -> tuple[int, int, int]:
         """Find a sample's rows.
@@ -200,10 +232,8 @@ class TeacherCache:
             place: from `place`.
         """
         number, start, count = place
-        file = self._file(number)
-        for name in file.columns:
-            if name not in OF_SAMPLES:
-                file.will_need(name, start, count)
+        for name, file in self._columns(number).items():
+            self._file(file).will_need(name, start, count)
 
     def rows(self, batch: Mapping[str, Any], temperature: float) -> TeacherRows:
         """Return the teacher's rows of a batch, as a loss takes them.
@@ -213,9 +243,16 @@ class TeacherCache:
             temperature: T of the loss. A compact kind must hold rows for it.
 
         Returns:
-            `HiddenRows`, or `TopK`, `Sampled` or `Projected`, by the kind of the cache.
+            `HiddenRows`, or `TopK`, `Sampled` or `Projected`, by the kind of the cache. Hidden states come with their
+            log-sum-exps if the files of all samples have them for `temperature` and the student of `for_student`.
         """
         return self.store.decode(batch["teacher"], self.head, temperature)
+
+
+def common_classes(teacher_classes: int, student: nn.Module | None) -> int:
+    """The number of classes that teacher and student both have."""
+    head = None if student is None else find_head(student, "student").weight
+    return teacher_classes if head is None else min(teacher_classes, head.shape[0])
 
 
 def _run(calls: Iterable[Callable[[], None]]) -> None:

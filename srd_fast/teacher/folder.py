@@ -1,9 +1,11 @@
 """A teacher cache's folder while it is filled: begun, freed of what is damaged or unfinished, and its index kept."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from ..errors import DamagedFileError, UserError
 from ..files import temporary_path
@@ -68,8 +70,34 @@ def drop_damaged(folder: Path, index: dict[str, str]) -> None:
         _say_again(error)
         (folder / name).unlink(missing_ok=True)
         index.pop(name, None)
-    if damaged:
-        write_index(folder, lambda files: {n: d for n, d in files.items() if n not in dict(damaged)})
+    drop_from_index(folder, dict(damaged))
+
+
+def drop_from_index(folder: Path, names: Collection[str]) -> None:
+    """Say in the index that files are no longer there."""
+    if names:
+        write_index(folder, lambda files: {n: d for n, d in files.items() if n not in names})
+
+
+def write_all(
+    folder: Path, makers: Mapping[str, Callable[[], Mapping[str, Tensor]]], done: Callable[[str], None]
+) -> None:
+    """Write files that are not there. Those that another process is writing are waited for at the end.
+
+    Args:
+        folder: of the cache.
+        makers: name of each file, and what makes its tensors.
+        done: called with the name of each file that is there.
+    """
+    waiting = []
+    for name, make in makers.items():
+        if shards.write_once(folder / name, make, wait=False):
+            done(name)
+        else:
+            waiting.append(name)
+    for name in waiting:
+        shards.write_once(folder / name, makers[name], wait=True)
+        done(name)
 
 
 def drop_unfinished(folder: Path) -> None:

@@ -3,15 +3,21 @@
     meta.json               what made it: teacher, dtype, template, kind of store
     head.safetensors        the teacher's head (only for kind "hidden")
     rows-<hash>.safetensors keys [S, 16], num_rows [S] and the rows of S samples, one sample after the other
+    lse-<hash>.safetensors  log-sum-exps of another file's rows, see below (kind "hidden", not always there)
     index.json              its finished files and the digest of each
 
 A sample's key is a hash of its token ids and of which of them have loss. The same text is therefore stored once,
 whatever data set and order it comes in.
+
+Log-sum-exps have files of their own: those with hidden states are then the same with and without them, and more
+temperatures are added later. Such a file holds `rows` [16], the digest of the file whose rows it is about, `classes`
+[1], how many of the first classes the sums are over, and for each temperature T an [N] tensor "lse@T".
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -29,6 +35,7 @@ KEY_BYTES = 16
 # Tensors of a file whose first dimension is the sample, not the row.
 OF_SAMPLES = ("keys", "num_rows")
 META, HEAD, INDEX = "meta.json", "head.safetensors", "index.json"
+_LSE = "lse@"
 # Names of meta.json's fields in messages, in the order in which they are compared: the likeliest difference first.
 _FIELDS = {
     "format": "format",
@@ -141,6 +148,30 @@ def verify_files(folder: Path, files: Mapping[str, str | None]) -> list[tuple[st
 
     with ThreadPoolExecutor() as pool:
         return [(name, error) for name, error in zip(files, pool.map(check, files)) if error is not None]
+
+
+def lse_name(temperature: float) -> str:
+    """The name of the tensor with log-sum-exps at a temperature."""
+    return f"{_LSE}{temperature!r}"
+
+
+def lse_at(temperature: float, names: Iterable[str]) -> str | None:
+    """Which of the names is that of the log-sum-exps at a temperature, or None."""
+    of_lse = (name for name in names if name.startswith(_LSE))
+    return next((name for name in of_lse if math.isclose(float(name[len(_LSE) :]), temperature, rel_tol=1e-9)), None)
+
+
+def lse_files(folder: Path, index: Mapping[str, str]) -> dict[str, dict[int, dict[str, str]]]:
+    """Where log-sum-exps are: digest of a file with rows -> number of classes -> name of a tensor -> file."""
+    found: dict[str, dict[int, dict[str, str]]] = {}
+    for name in index:
+        if name.startswith("lse-"):
+            with safe_open(folder / name, "pt") as f:
+                of_rows, classes = f.get_tensor("rows").numpy().tobytes().hex(), int(f.get_tensor("classes"))
+                names = list(f.keys())
+            tensors = dict.fromkeys((x for x in names if x.startswith(_LSE)), name)
+            found.setdefault(of_rows, {}).setdefault(classes, {}).update(tensors)
+    return found
 
 
 def contents(path: Path) -> list[tuple[bytes, int]]:

@@ -11,8 +11,9 @@ from transformers import PretrainedConfig
 from ..errors import DamagedFileError, UserError
 from ..models import check_same_kind, find_head, fingerprint, load_model, model_digest
 from .build import build_teacher_cache, dtype_name, revision_of
-from .cache import TeacherCache
+from .cache import TeacherCache, common_classes
 from .index import compare_meta, read_index, read_meta
+from .log_sum_exp import keep_log_sum_exps
 from .stores import make_store
 
 
@@ -28,6 +29,7 @@ def open_teacher_cache(
     template: str | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    log_sum_exp: bool = False,
     repair: bool = False,
     progress: bool = True,
 ) -> "TeacherCache":
@@ -41,11 +43,16 @@ def open_teacher_cache(
         kind: what a row keeps, a name from `srd_fast.cache_kind_names()`: "hidden" (hidden states), "topk" (the
             likeliest classes), "sampled" (drawn classes), "projected" (the student's head, averaged), or your own.
         k: classes, or draws, that a row of "topk" or "sampled" keeps; at least 1 and below the number of classes.
-        temperatures: for which a compact kind holds rows, each above 0. Evaluation needs 1.
-        student: the model that will be trained. "projected" needs it, and its head must not change.
+        temperatures: for which a compact kind holds rows, or at which log-sum-exps are kept, each above 0. Evaluation
+            needs 1.
+        student: the model that will be trained. "projected" needs it, and its head must not change. Log-sum-exps are
+            over the classes that it shares with the teacher; without it, over all of the teacher's.
         template: prompt template of the samples, compared with the cache's. None: not compared.
         dtype: in which a teacher given by name is loaded.
         device: where the teacher runs when it fills the cache.
+        log_sum_exp: of kind "hidden": keep the log-sum-exp of each row's logits at each temperature, 4 bytes, which
+            spares the loss a pass over the teacher's head. A cache that lacks them gets them, without its teacher;
+            those that are there are used in any case.
         repair: make damaged files again instead of refusing the cache.
         progress: show a progress bar.
 
@@ -81,7 +88,7 @@ def open_teacher_cache(
         compare_meta(folder, meta, wanted)
         if student is not None:
             check_same_kind(student, PretrainedConfig(is_encoder_decoder=meta.get("encoder_decoder", False)))
-        store = make_store(kind, _common(meta["num_classes"], student), k, temperatures, student)
+        store = make_store(kind, common_classes(meta["num_classes"], student), k, temperatures, student, log_sum_exp)
         compare_meta(folder, meta, {"options": store.options})
         try:
             cache = TeacherCache(folder, store)
@@ -90,26 +97,23 @@ def open_teacher_cache(
                 raise
         else:
             if not cache.missing(samples):
-                return cache
+                if cache.head is not None:
+                    cache = keep_log_sum_exps(cache, samples, cache.head, device, progress)
+                return cache if student is None else cache.for_student(student)
     if teacher is None:
         raise UserError(f"teacher_cache {str(folder)!r} lacks samples of this data; pass the teacher, to fill it")
     model = load_model(teacher, dtype, device, quantised=True) if isinstance(teacher, str) else teacher
     head = find_head(model, "teacher").weight
     assert head is not None
-    return build_teacher_cache(
+    cache = build_teacher_cache(
         model,
         samples,
         folder,
         kind=kind,
-        store=make_store(kind, _common(head.shape[0], student), k, temperatures, student),
+        store=make_store(kind, common_classes(head.shape[0], student), k, temperatures, student, log_sum_exp),
         template=template,
         source=source,
         device=device,
         progress=progress,
     )
-
-
-def _common(teacher_classes: int, student: nn.Module | None) -> int:
-    """The number of classes that teacher and student both have."""
-    head = None if student is None else find_head(student, "student").weight
-    return teacher_classes if head is None else min(teacher_classes, head.shape[0])
+    return cache if student is None else cache.for_student(student)

@@ -24,10 +24,14 @@ class HiddenRows(NamedTuple):
     Attributes:
         hidden_ND: [N, D_T] last hidden states of the rows with loss.
         head: turns them into logits.
+        lse_N: [N] log sum_v exp(z_v / T) at the temperature asked for, or None where the source does not keep it. z are
+            the logits after scale, bias and softcap, not rounded; v is over the classes that student and teacher share.
+            Float32, or float64 beside a head of it.
     """
 
     hidden_ND: Tensor
     head: Head
+    lse_N: Tensor | None = None
 
 
 TeacherRows = HiddenRows | TopK | Sampled | Projected
@@ -50,7 +54,8 @@ class TeacherSource(Protocol):
             temperature: T of the softmax that the rows are for.
 
         Returns:
-            N rows in the order of `rows_with_loss`, which is that of the labels with loss.
+            N rows in the order of `rows_with_loss`, which is that of the labels with loss. A source that knows the
+            log-sum-exp of each row at T may give it as `HiddenRows.lse_N`; the loss then applies the head less often.
         """
 
 

@@ -3,7 +3,8 @@
 A kind turns last hidden states into tensors whose first dimension is the row, and such tensors into what the loss
 takes. Shape letters: N rows, K kept classes, M temperatures, D width, V classes, B bytes.
 
-    hidden      the hidden states: exact for every divergence and temperature; 2 D_T bytes in bfloat16
+    hidden      the hidden states: exact for every divergence and temperature; 2 D_T bytes in bfloat16; beside them, if
+                wanted, the log-sum-exp of the logits at some temperatures
     topk        the K likeliest classes and the mass of the rest: every divergence, over K + 1 buckets
     sampled     K draws from the teacher's distribution: forward KL, its estimate and gradient unbiased
     projected   the mean of the student's head under that distribution: forward KL, exact, for a frozen head
@@ -24,6 +25,7 @@ from ..kernels import LOGIT_FLOOR
 from ..losses import Head, Projected, Sampled, TopK, products_dtype
 from ..models import find_head
 from ..registry import Registry
+from .index import lse_at
 from .shards import payload_digest
 from .source import HiddenRows, TeacherRows
 
@@ -49,7 +51,14 @@ class Store(Protocol):
 
 @dataclass(frozen=True)
 class HiddenStore:
-    """Last hidden states in the teacher's dtype."""
+    """Last hidden states in the teacher's dtype.
+
+    `classes`: how many the student shares with the teacher, or None: not known, and no log-sum-exp is given. `lse`:
+    temperatures at which log-sum-exps over these classes are kept, in files beside those with hidden states.
+    """
+
+    classes: int | None = None
+    lse: tuple[float, ...] = ()
 
     @property
     def options(self) -> dict[str, Any]:
@@ -61,14 +70,21 @@ class HiddenStore:
         assert head.weight is not None
         return head.weight.shape[1] * hidden_dtype.itemsize
 
+    def bytes_beside(self, head: Head) -> int:
+        """What a row takes in other files: a number for each temperature."""
+        return unrounded_dtype(head).itemsize * len(self.lse)
+
     def encode(self, hidden_ND: Tensor, head: Head, keys: Sequence[bytes], counts: Sequence[int]) -> dict[str, Tensor]:
         """As they are."""
         return {"hidden": hidden_ND}
 
     def decode(self, stored: Mapping[str, Tensor], head: Head | None, temperature: float) -> TeacherRows:
-        """With the head that the cache holds."""
+        """With the head that the cache holds, and the log-sum-exps if they are there."""
         assert head is not None
-        return HiddenRows(stored["hidden"], head)
+        name = lse_at(temperature, stored)
+        # DeepSpeed's trainer casts every tensor of a batch to bfloat16, in which a log-sum-exp is worth nothing.
+        exact = name is not None and stored[name].dtype == unrounded_dtype(head)
+        return HiddenRows(stored["hidden"], head, stored[name] if name is not None and exact else None)
 
 
 def bits_for(classes: int) -> int:
@@ -97,8 +113,24 @@ def logit_chunks(hidden_ND: Tensor, head: Head, classes: int) -> Iterator[Tensor
     head = head.to(products_dtype(hidden_ND, head))
     rows = max(1, _CHUNK_BYTES // (head.num_classes(hidden_ND) * 4))
     for part in hidden_ND.split(rows):
-        z = head.project(part)[:, :classes].float()
-        yield z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
+        yield _capped(head.project(part)[:, :classes].float(), head)
+
+
+def unrounded_dtype(head: Head) -> torch.dtype:
+    """The dtype that products with a head are summed in: float32, or float64 beside a head of it."""
+    assert head.weight is not None
+    return torch.promote_types(head.weight.dtype, torch.float32)
+
+
+def unrounded_chunks(hidden_ND: Tensor, head: Head, classes: int) -> Iterator[Tensor]:
+    """As `logit_chunks`, but of products in the head's own dtype, and in `unrounded_dtype`."""
+    dtype, V = unrounded_dtype(head), head.num_classes(hidden_ND)
+    for part in hidden_ND.split(max(1, _CHUNK_BYTES // (V * dtype.itemsize))):
+        yield _capped(head.project(part, part.new_empty(len(part), V, dtype=dtype))[:, :classes], head)
+
+
+def _capped(z: Tensor, head: Head) -> Tensor:
+    return z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
 
 
 def _index(temperatures: Sequence[float], wanted: float) -> int:
@@ -199,7 +231,10 @@ def draw_classes(p_NV: Tensor, count: int, generator: torch.Generator) -> Tensor
 
 @dataclass(frozen=True)
 class ProjectedStore:
-    """p @ W_S at each temperature, float32, with the entropy and p @ bias_S: the loss then needs no teacher's head."""
+    """p @ W_S at each temperature, float32, with the entropy and p @ bias_S: the loss then needs no teacher's head.
+
+    Nor does it need the log-sum-exp of the teacher's logits, which the entropy has in it; none is kept.
+    """
 
     student_head: Head
     student_digest: str
@@ -255,6 +290,10 @@ def _few_classes(store: type[TopKStore] | type[SampledStore]) -> Callable[..., S
     return make
 
 
+def _hidden(classes: int, *, temperatures: tuple[float, ...], log_sum_exp: bool = False, **_: Any) -> Store:
+    return HiddenStore(classes, temperatures) if log_sum_exp else HiddenStore()
+
+
 def _projected(classes: int, *, temperatures: tuple[float, ...], student: nn.Module | None, **_: Any) -> Store:
     if student is None:
         raise UserError('teacher cache kind "projected" needs the student, whose head must not change')
@@ -265,7 +304,7 @@ def _projected(classes: int, *, temperatures: tuple[float, ...], student: nn.Mod
 CACHE_KINDS = Registry(
     "teacher cache kind",
     {
-        "hidden": CacheKind(lambda classes, **_: HiddenStore(), HiddenRows),
+        "hidden": CacheKind(_hidden, HiddenRows),
         "topk": CacheKind(_few_classes(TopKStore), TopK),
         "sampled": CacheKind(_few_classes(SampledStore), Sampled),
         "projected": CacheKind(_projected, Projected),
@@ -319,6 +358,7 @@ def make_store(
     k: int = 64,
     temperatures: Sequence[float] = (1.0,),
     student: nn.Module | None = None,
+    log_sum_exp: bool = False,
 ) -> Store:
     """The store of a kind.
 
@@ -326,13 +366,21 @@ def make_store(
         kind: from `cache_kind_names()`.
         classes: V that teacher and student have in common.
         k: classes, or draws, that a compact store keeps of a row.
-        temperatures: that a compact store holds rows for. Evaluation needs 1.
+        temperatures: that a compact store holds rows for, or that log-sum-exps are kept at; each above 0. Evaluation
+            needs 1.
         student: for "projected", the model whose head does not change.
+        log_sum_exp: of kind "hidden": keep the log-sum-exp of each row's logits over `classes` at each temperature, 4
+            bytes, beside the hidden states, which spares the loss a pass over the teacher's head.
 
     Raises:
         UserError: for an unknown kind, with the list of kinds, and for what the kind cannot do.
     """
     found = CACHE_KINDS.get(kind)
+    if log_sum_exp and kind != "hidden":
+        raise UserError(f'teacher cache kind {kind!r} keeps no log-sum-exps: set log_sum_exp to false, or use "hidden"')
+    for t in temperatures:
+        if not 0 < t < math.inf:
+            raise UserError(f"teacher cache: temperatures must be above 0 and finite, got {t}")
     if not keeps_head(kind) and student is not None:
         weight = find_head(student, "student").weight
         if weight is not None and weight.shape[0] > classes:
@@ -341,4 +389,5 @@ def make_store(
                 'a compact kind needs a teacher with all of the student\'s classes, use "hidden"'
             )
     ordered = tuple(sorted({float(t) for t in temperatures}))
-    return found.make(classes, k=k, temperatures=ordered, student=student)
+    kept = {"log_sum_exp": True} if log_sum_exp else {}  # a kind of a user's own need not know of it
+    return found.make(classes, k=k, temperatures=ordered, student=student, **kept)

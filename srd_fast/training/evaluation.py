@@ -107,6 +107,8 @@ def evaluate(
     watched = [m for m in (model, teacher) if isinstance(m, torch.nn.Module)]
     modes = [m.training for m in watched]
     source = LiveTeacher(teacher, freeze=False) if isinstance(teacher, torch.nn.Module) else teacher
+    if isinstance(source, TeacherCache):
+        source = source.for_student(model)
     tokenisation = Tokenisation(
         tokenizer,
         template,

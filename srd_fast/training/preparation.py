@@ -98,7 +98,7 @@ def teacher_source(
         teacher = load_model(teacher, dtype, "cpu" if args.teacher_offload else args.device, quantised=True)
     if isinstance(teacher, nn.Module):
         return LiveTeacher(teacher, args.device, offload=args.teacher_offload)
-    return teacher.to(args.device) if isinstance(teacher, TeacherCache) else teacher
+    return teacher.to(args.device).for_student(student) if isinstance(teacher, TeacherCache) else teacher
 
 
 def freeze_what_text_never_reaches(student: nn.Module) -> None:

@@ -208,6 +208,13 @@ def test_what_each_teacher_keeps(tiny_teacher_folder: Path, tmp_path: Path) -> N
     assert kinds["live"].disk == 0
     # 256 rows of the quickstart, at most 20 tokens of 32 float32 each.
     assert kinds["hidden"].disk == 256 * (20 * 32 * 4 + 24) + head
+    # The stages have the temperatures 1, 1.5 and 2, and evaluation has 1.
+    keeping = planner.plan(made_config(tiny_teacher_folder, tmp_path, "cache.log_sum_exp=true"))
+    assert keeping.disk == 256 * (20 * (32 * 4 + 3 * 4) + 24) + head
+    one = made_config(tiny_teacher_folder, tmp_path, "cache.log_sum_exp=true", "distill.temperature=1")
+    assert planner.plan(one).disk == 256 * (20 * (32 * 4 + 4) + 24) + head
+    with pytest.raises(UserError, match=r"config: cache\.log_sum_exp is true, and cache\.kind is 'topk'"):
+        planner.plan(made_config(tiny_teacher_folder, tmp_path, "cache.log_sum_exp=true", "cache.kind=topk"))
 
 
 def test_checkpointing_and_smaller_batches_keep_fewer_activations(tiny_teacher_folder: Path, tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ from srd_fast.losses import chunked
 from srd_fast.run.config import load_run_config
 from srd_fast.run.pipeline import STEP_NAMES, fingerprints
 from srd_fast.run.steps import Run
-from srd_fast.teacher import LiveTeacher, build
+from srd_fast.teacher import LiveTeacher, TeacherCache, build
 
 CONTRACT = (
     "config.yaml", "reflections.parquet", "plan.json", "teacher_cache", "checkpoints", "student", "metrics.jsonl",
@@ -281,6 +281,8 @@ def test_a_damaged_ledger_means_doing_it_again(content: str, copy: Path, config_
         ("cache.kind=topk", "cache"),
         ("cache.kind=live", "cache"),
         ("cache.k=32", None),  # of hidden states there is no choice
+        ("cache.log_sum_exp=false", None),
+        ("cache.log_sum_exp=true", "cache"),
         ("distill.skew=0.2", "distill"),
         ("evaluate.max_new_tokens=5", "evaluate"),
         ("output_dir=elsewhere", None),
@@ -511,6 +513,53 @@ def test_a_cache_of_something_else_is_replaced(copy: Path, config_file: Path) ->
     assert json.loads((copy / "steps.json").read_text())["cache"]["outputs"] == entries["cache"]["outputs"]
 
 
+def test_log_sum_exps_are_added_to_a_cache_that_is_there(
+    copy: Path, finished: Path, config_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without running the teacher, and they are there for every loss. Then nothing is left to do; and off again."""
+    config = (config_file, f"output_dir={copy}", *QUICK)
+    keeping = (*config, "cache.log_sum_exp=true")
+    before = cached(copy)
+    monkeypatch.setattr(build, "hidden_states", lambda *args: pytest.fail("the teacher ran"))
+    assert srd_fast("cache", *keeping).steps("done in") == ["cache"]
+    assert srd_fast("cache", *keeping).steps("unchanged, skipped") == ["cache"]
+    after = cached(copy)
+    assert {n: x for n, x in after.items() if not n.startswith("lse-")}.keys() == before.keys()
+    assert {n for n in before if after[n] != before[n]} == {"index.json"}
+    (kept,) = (load_file(p) for p in (copy / "teacher_cache").glob("lse-*.safetensors"))
+    assert sorted(kept) == ["classes", "lse@1.0", "lse@1.5", "lse@2.0", "rows"]
+    seen, get = list[tuple[float, bool]](), TeacherCache.rows
+
+    def watched(self: TeacherCache, batch: Any, temperature: float) -> Any:
+        rows = get(self, batch, temperature)
+        seen.append((temperature, rows.lse_N is not None))  # type: ignore[union-attr]
+        return rows
+
+    monkeypatch.setattr(TeacherCache, "rows", watched)
+    assert srd_fast("distill", *keeping, "distill.eval_strategy=epoch").steps("done in") == ["distill"]
+    assert set(seen) == {(1.0, True), (1.5, True), (2.0, True)}
+    seen.clear()
+    assert srd_fast("evaluate", *keeping, "distill.eval_strategy=epoch").steps("done in") == ["evaluate"]
+    assert (1.0, True) in seen
+    assert srd_fast("cache", *config).steps("done in") == ["cache"]
+    assert cached(copy) == after
+
+
+@pytest.mark.parametrize("student", ["prune", "given"])
+def test_log_sum_exps_are_kept_from_the_start(
+    student: str, config_file: Path, tiny_teacher_folder: Path, tmp_path: Path
+) -> None:
+    """A given student's classes are counted without its weights; the warm-up of a pruned one fills the cache."""
+    name = "prune" if student == "prune" else tiny_teacher_folder
+    extra = ("curate.method=random", "init_student.warmup_steps=20", "cache.log_sum_exp=true", f"student={name}")
+    config = (config_file, f"output_dir={tmp_path / 'run'}", *QUICK, *extra)
+    for verb in ("prepare", "reflect", "curate", "cache"):
+        assert srd_fast(verb, *config).status == 0
+    folder = tmp_path / "run" / "teacher_cache"
+    assert len([*folder.glob("lse-*")]) == len([*folder.glob("rows-*")]) > 0
+    assert {int(load_file(p)["classes"]) for p in folder.glob("lse-*")} == {400}
+
+
 def test_a_live_teacher_leaves_no_cache(copy: Path, finished: Path, config_file: Path) -> None:
     shutil.rmtree(copy / "teacher_cache")
     config = (config_file, f"output_dir={copy}", "cache.kind=live")
@@ -665,6 +714,13 @@ MISTAKES: dict[str, tuple[str, str]] = {
     "template too long": ("max_prompt_length=9", "the prompt template alone is"),
     "unknown kind of cache": ("cache.kind=top_k", "config: cache.kind: input should be 'hidden', 'topk'"),
     "cache that keeps nothing": ("cache.k=0", "config: cache.k: "),
+    **{
+        f"log-sum-exps beside {kind}": (
+            f"cache={{kind: {kind}, log_sum_exp: true}}",
+            f"config: cache.log_sum_exp is true, and cache.kind is '{kind}': only hidden keeps it; set it to false",
+        )
+        for kind in ("topk", "live")
+    },
     "drawn classes and another divergence": (
         "cache.kind=sampled",
         "cache.kind 'sampled' gives forward_kl alone, and distill.divergence is 'skew_reverse_kl'; use hidden or topk",

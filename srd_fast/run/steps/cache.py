@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 from datasets import Dataset, concatenate_datasets
-from transformers import PreTrainedModel
+from torch import nn
 
 from ...curriculum import CurriculumPlan
 from ...data import template_key
 from ...errors import UserError
 from ...files import remove
-from ...models import load_model
+from ...models import load_model, model_without_weights
 from ...teacher import StaleCacheError, TeacherCache, open_teacher_cache
 from ...training.config import SRDConfig, check_cache_kind
 from ..config import RunConfig
@@ -29,18 +29,24 @@ def check_cache(config: RunConfig, args: SRDConfig) -> None:
         check_cache_kind(kind, args.divergence, ("config: cache.kind", "distill.divergence"))
     if kind == "projected" and config.lora is None:
         raise UserError("config: cache.kind 'projected' needs a student whose head is frozen: set lora, or use hidden")
+    if config.cache.log_sum_exp and kind != "hidden":
+        raise UserError(
+            f"config: cache.log_sum_exp is true, and cache.kind is {kind!r}: only hidden keeps it; set it to false"
+        )
 
 
 def cache_inputs(config: RunConfig) -> Any:
     """What the cache depends on, besides the plan."""
     c = config.cache
+    if c.log_sum_exp:
+        return [c.kind, config.dtype, "log_sum_exp", cache_temperatures(config, training_config(config))]
     if c.kind in (LIVE, "hidden"):
         return [c.kind, config.dtype]  # what is kept, and reflect_again, come with the plan
     return [c.kind, config.dtype, c.k, cache_temperatures(config, training_config(config))]
 
 
 def cache_temperatures(config: RunConfig, args: SRDConfig) -> list[float]:
-    """Temperatures for which a compact cache must hold rows: that of evaluation, then that of each stage."""
+    """Temperatures for which a cache keeps what depends on them: that of evaluation, then that of each stage."""
     return [1.0, *args.of_stages(config.curate.stages).temperatures]
 
 
@@ -49,12 +55,13 @@ def cache_teacher(run: Run) -> None:
     open_cache(run)
 
 
-def open_cache(run: Run, student: PreTrainedModel | None = None) -> TeacherCache | None:
+def open_cache(run: Run, student: nn.Module | None = None) -> TeacherCache | None:
     """Open the run's cache, complete. Missing and damaged parts are made, a cache of another teacher is replaced.
 
     Args:
         run: of which the cache is part.
-        student: the starting student, if it is loaded already. Compact kinds look at its head.
+        student: the starting student, if it is loaded already. Compact kinds look at its head, log-sum-exps at the
+            number of its classes.
 
     Returns:
         The cache, or None with a live teacher.
@@ -66,13 +73,16 @@ def open_cache(run: Run, student: PreTrainedModel | None = None) -> TeacherCache
     if not run.config.curate.reflect_again:  # then a dropped sample may come back
         kept = set(CurriculumPlan.load(run.folder / "plan.json").kept)
         train = train.select([i for i, sample_id in enumerate(train["sample_id"]) if sample_id in kept])
-    if c.kind != "hidden" and student is None:
-        student = load_model(run.start, torch.float32)
+    if student is None and (c.kind != "hidden" or c.log_sum_exp):
+        shape = model_without_weights(run.start) if c.kind == "hidden" else None
+        student = load_model(run.start, torch.float32) if shape is None else shape
     return _filled(run, [train, run.data("validation")], student)
 
 
 def warm_up_cache(run: Run) -> TeacherCache | None:
     """Open the cache for the warm-up of a pruned student, so that the teacher sees each sample once in the whole run.
+
+    The student that is made has all of the teacher's classes.
 
     Returns:
         The cache. None if the warm-up must run the teacher itself: for compact kinds, which look at the student that it
@@ -89,7 +99,7 @@ def validation_cache(run: Run) -> TeacherCache | None:
     return open_cache(run) if run.config.cache.kind == "hidden" else None
 
 
-def _filled(run: Run, samples: Sequence[Dataset], student: PreTrainedModel | None = None) -> TeacherCache:
+def _filled(run: Run, samples: Sequence[Dataset], student: nn.Module | None = None) -> TeacherCache:
     c, folder = run.config.cache, run.folder / "teacher_cache"
 
     def opened() -> TeacherCache:
@@ -101,6 +111,7 @@ def _filled(run: Run, samples: Sequence[Dataset], student: PreTrainedModel | Non
             k=c.k,
             temperatures=cache_temperatures(run.config, run.args),
             student=student,
+            log_sum_exp=c.log_sum_exp,
             template=template_key(run.config.template, run.config.chat_template_kwargs),
             dtype=run.dtype,
             device=run.device,

@@ -1,0 +1,127 @@
+"""Log-sum-exps kept beside the hidden states of a cache: they spare the loss a pass over the teacher's head.
+
+They are computed from the hidden states as stored and the cache's own head, so a cache gets them at any time, without
+its teacher. A file of them is written whole or not at all, as the files with hidden states are.
+"""
+
+import hashlib
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..errors import UserError
+from ..losses import Head
+from .cache import TeacherCache
+from .folder import add_to_index, drop_from_index, drop_unfinished, write_all
+from .index import contents, json_text, lse_at, lse_files, lse_name, read_index
+from .stores import HiddenStore, unrounded_chunks
+
+
+def log_sum_exps(hidden_ND: Tensor, head: Head, classes: int, temperatures: Sequence[float]) -> list[Tensor]:
+    """log sum_v exp(z_v / T) at each temperature, [N] each, z the unrounded logits of the first classes."""
+    chunks = [[torch.logsumexp(z / t, -1) for t in temperatures] for z in unrounded_chunks(hidden_ND, head, classes)]
+    return [torch.cat(of_chunks) for of_chunks in zip(*chunks)]
+
+
+def keep_log_sum_exps(
+    cache: TeacherCache,
+    samples: Iterable[Mapping[str, Any]],
+    head: Head,
+    device: torch.device | str,
+    progress: bool,
+) -> TeacherCache:
+    """Add the log-sum-exps that the cache's store asks for, and that the files of these samples lack.
+
+    Args:
+        cache: that holds the samples.
+        samples: tokenised, with input_ids and labels.
+        head: the cache's.
+        device: that computes.
+        progress: show a progress bar.
+
+    Returns:
+        The cache, opened again if anything was added.
+
+    Raises:
+        UserError: the disk has too little room.
+    """
+    store = cache.store
+    if not isinstance(store, HiddenStore) or store.classes is None or not store.lse:
+        return cache
+    folder, index = cache.folder, read_index(cache.folder)
+    kept = lse_files(folder, index)
+    todo: dict[str, _Lacking] = {}
+    for rows in sorted({cache.files[cache.place(s)[0]] for s in samples}):
+        there = kept.get(index[rows], {}).get(store.classes, {})
+        lacking = tuple(t for t in store.lse if lse_at(t, there) is None)
+        if lacking:
+            file = _Lacking(folder / rows, index[rows], store.classes, lacking)
+            todo[file.name] = file
+    if not todo:
+        return cache
+    _check_disk(folder, list(todo.values()), store.bytes_beside(head) // len(store.lse))
+    head = head.on(device)
+    with tqdm(total=len(todo), unit="file", desc="log-sum-exp", disable=not progress) as bar:
+        makers = {name: partial(file.make, head) for name, file in todo.items()}
+        write_all(folder, makers, lambda name: bar.update())
+    add_to_index(folder, list(todo))
+    _drop_orphans(folder)
+    drop_unfinished(folder)
+    return TeacherCache(folder, store, verify=False)
+
+
+class _Lacking:
+    """Log-sum-exps that a file with hidden states lacks.
+
+    Args:
+        path: of the file with hidden states.
+        digest: of that file.
+        classes: over how many of the first classes.
+        temperatures: at which.
+    """
+
+    def __init__(self, path: Path, digest: str, classes: int, temperatures: tuple[float, ...]) -> None:
+        self.path, self.digest, self.classes, self.temperatures = path, digest, classes, temperatures
+        made_from = json_text([path.name, digest, classes, list(temperatures)]).encode()
+        self.name = f"lse-{hashlib.blake2b(made_from, digest_size=8).hexdigest()}.safetensors"
+
+    @torch.inference_mode()
+    def make(self, head: Head) -> dict[str, Tensor]:
+        """All tensors of the file."""
+        assert head.weight is not None
+        device = head.weight.device
+        with safe_open(self.path, "pt") as f:
+            hidden_ND = f.get_tensor("hidden").to(device)
+        with torch.autocast(device.type, enabled=False):
+            values = log_sum_exps(hidden_ND, head, self.classes, self.temperatures)
+        of_rows = torch.frombuffer(bytearray.fromhex(self.digest), dtype=torch.uint8)
+        named = {lse_name(t): x for t, x in zip(self.temperatures, values)}
+        return {"rows": of_rows, "classes": torch.tensor([self.classes]), **named}
+
+
+def _check_disk(folder: Path, todo: Sequence[_Lacking], size: int) -> None:
+    """size: of a number."""
+    numbers = sum(len(file.temperatures) * sum(count for _, count in contents(file.path)) for file in todo)
+    needed, free = numbers * size + len(todo) * 1024, shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(
+            f"teacher_cache {str(folder)!r}: log-sum-exps need {needed / 1e6:.2f} MB, and {free / 1e6:.2f} MB are "
+            "free; give a folder on a larger disk, or set log_sum_exp to false"
+        )
+
+
+def _drop_orphans(folder: Path) -> None:
+    """Delete log-sum-exps of files with hidden states that were made again and are not the same to the bit."""
+    index = read_index(folder)
+    of_rows = lse_files(folder, index)
+    orphans = {f for d in of_rows.keys() - set(index.values()) for x in of_rows[d].values() for f in x.values()}
+    drop_from_index(folder, orphans)
+    for name in orphans:
+        (folder / name).unlink(missing_ok=True)
