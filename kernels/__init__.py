@@ -5,10 +5,12 @@ row's divergence, cross-entropy and entropy, and writes the gradient on the stud
 """
 
 from .class_blocks import ClassBlocks, ClassPasses
+from .compact import SparseDivergence
+from .compact_class_blocks import CompactClassBlocks
 from .divergences import FORMULAS, Formula, RowDivergence
 from .passes import LOGIT_FLOOR
 from .pieces import ALIGNMENT, EAGER_BUFFERS, block_bytes
-from .rows import RowCoefficients, RowValues, SparseDivergence, compact_rows, distillation_rows
+from .rows import RowCoefficients, RowValues, compact_rows, distillation_rows
 
 __all__ = [
     "ALIGNMENT",
@@ -17,6 +19,7 @@ __all__ = [
     "LOGIT_FLOOR",
     "ClassBlocks",
     "ClassPasses",
+    "CompactClassBlocks",
     "Formula",
     "RowCoefficients",
     "RowDivergence",

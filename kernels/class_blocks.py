@@ -324,17 +324,27 @@ class ClassBlocks:
             n, terms = self._normalisers(rows), self.divergence.formula.terms
             b_R1 = weight * self.coefficients.divergence * self.inverse_t
             log_sum = log_sum_S + (max_S - n.max_S)
-            power = {"one": 1, "two": 2, "other": 0}[self.temperature_kind]
-            factor = a_R1 * (power * n.log_sum_S - log_sum).exp() if power else a_R1
+            factors = (self._factor_of_power(a_R1, n.log_sum_S, log_sum), b_R1)
             of_both = (
-                self.caps, n, self.of("weight", rows), log_sum, (factor, b_R1), self.inverse_t, self.skew, self.beta,
+                self.caps, n, self.of("weight", rows), log_sum, factors, self.inverse_t, self.skew, self.beta,
                 terms, self.temperature_kind,
             )  # fmt: skip
             gradient(label_S, teacher.gather(1, at), *of_both, at_label)
             run((self._key(student, teacher, target), terms), gradient, student, teacher, *of_both, target)
+        self._write_label(out, at, inside, label_S, at_label, a_R1)
+
+    def _factor_of_power(self, a_R1: Tensor, log_sum_t: Tensor, log_sum_1: Tensor) -> Tensor:
+        """a; where q_1 is computed as a power of q, times the ratio of their constants."""
+        power = {"one": 1, "two": 2, "other": 0}[self.temperature_kind]
+        return a_R1 * (power * log_sum_t - log_sum_1).exp() if power else a_R1
+
+    def _write_label(
+        self, out: Tensor, at: Tensor, inside: Tensor, label_S: Tensor, gradient_R1: Tensor, a_R1: Tensor
+    ) -> None:
+        """Write the label's gradient: its gradient like that of any class, minus a for the one-hot label."""
         slope = 1.0 if self.caps[0] is None else 1 - (logits(label_S, self.caps[0]) / self.caps[0]).square()
         # A row whose label is elsewhere gets back what stands at the place.
-        with_label = (at_label - a_R1 * slope).to(out.dtype)
+        with_label = (gradient_R1 - a_R1 * slope).to(out.dtype)
         out.scatter_(1, at, torch.where(inside, with_label, out.gather(1, at)))
 
     def _row_blocks(self, rows: slice, student_RB: Tensor, teacher_RB: Tensor | None) -> Iterator[tuple[slice, slice]]:

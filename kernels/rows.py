@@ -9,12 +9,12 @@ One file, because a teacher with logits and one known at few classes share block
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .compact import SparseDivergence, compact_sums
 from .compiler import eager, layout
 from .divergences import RowDivergence
 from .passes import (
@@ -103,46 +103,6 @@ def distillation_rows(
         return loss.block(student_logits_CV[part], teacher_RK, *rows)
 
     return loss.run_blocks(block, student_logits_CV, labels_C, row_weights_C, gradient_CV)
-
-
-@dataclass(frozen=True)
-class SparseDivergence:
-    """D of C rows whose teacher is known at K classes a row, as a function of the student's probabilities there.
-
-    A subclass sets `apart`: whether D sees each of the K classes, all distinct, as a bucket and all other classes as
-    one more. Otherwise the last bucket is all V classes.
-
-    Args:
-        ids_CK: [C, K] int64, the classes, or None for none.
-    """
-
-    ids_CK: Tensor | None
-    apart: ClassVar[bool]
-
-    def rows(self, part: slice) -> "SparseDivergence":
-        """Take the part of every tensor that belongs to some of the rows.
-
-        Args:
-            part: the rows.
-
-        Returns:
-            The divergence of these rows.
-        """
-        return replace(self, **{name: x[part] for name, x in vars(self).items() if isinstance(x, Tensor)})
-
-    def __call__(self, log_q_CB: Tensor, log_sum_C1: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute D and its gradient on x = z/T, for each class and for the last bucket.
-
-        The last bucket's gradient is the sum over its classes, over which it is spread in proportion to q.
-
-        Args:
-            log_q_CB: [C, K + 1] log-probabilities at T of the classes and of the last bucket.
-            log_sum_C1: [C, 1] logarithm of the sum of e^(z/T) over all V classes.
-
-        Returns:
-            D [C, 1] in nats, and dD/dx [C, K + 1].
-        """
-        raise NotImplementedError
 
 
 def compact_rows(
@@ -339,41 +299,28 @@ class _RowLoss:
         if apart and ids_RK is not None:
             # The rest's mass is then a sum of its own: 1 minus the mass of the others has no digits where it is small.
             student_RV.scatter_(1, ids_RK, -math.inf)
-        max_RP, s_RP, a_RP, s_t_RP = self.pieces.reduce(key, tempered_statistics, (student_RV,), *options, apart)
-        max_rest, s_t = merge(max_RP, self.inverse_t, s_t_RP)
-        log_sum_rest = s_t.log()
-        if apart:
-            known = tempered_statistics(ids_S[:, None], *options, False)
-            rest = max_RP, s_RP, a_RP, s_t_RP
-            max_RP, s_RP, a_RP, s_t_RP = (torch.cat(both, 1) for both in zip(rest, known))
-        _, s_t = merge(max_RP, self.inverse_t, s_t_RP)
-        log_sum_t = s_t.log()
-        max_1, s, a = merge(max_RP, 1.0, s_RP, a_RP)
-        log_sum_1 = s.log()
-        cross_entropy = log_sum_1 - (logits(label_S, cap) - max_1)
-        entropy = log_sum_1 - a / s
-
-        z_ids = logits(ids_S, cap)
-        log_q_RK = (z_ids - max_1) * self.inverse_t - log_sum_t
-        log_q_rest = (max_rest - max_1) * self.inverse_t + (log_sum_rest - log_sum_t)
-        value, g_RB = divergence(torch.cat((log_q_RK, log_q_rest), 1), max_1 * self.inverse_t + log_sum_t)
+        options = (cap, self.inverse_t, self.temperature_kind)
+        pieces_RP = self.pieces.reduce(key, tempered_statistics, (student_RV,), *options, apart)
+        found = compact_sums(pieces_RP, ids_S, divergence, *options)
+        cross_entropy = found.log_sum_1 - (logits(label_S, cap) - found.max_1)
         if out is None:
-            return value, cross_entropy, entropy
+            return found.divergence, cross_entropy, found.entropy
 
-        a_R1, b_R1 = self._factors(weights_R1, s)
-        log_sum = log_sum_1 + (max_1 - max_rest)
-        factors = (self._factor_of_power(a_R1, log_sum_rest, log_sum), b_R1 * g_RB[:, -1:])
-        shared = (cap, max_rest, log_sum_rest, log_sum, factors, self.inverse_t, self.temperature_kind, apart)
-        at_label = torch.empty_like(s)
+        a_R1, b_R1 = self._factors(weights_R1, found.max_1)
+        factor = self._factor_of_power(a_R1, found.log_sum_rest, found.log_sum_beside_rest)
+        factors = (factor, b_R1 * found.gradient_RB[:, -1:])
+        shared = (
+            cap, found.max_rest, found.log_sum_rest, found.log_sum_beside_rest, factors, self.inverse_t,
+            self.temperature_kind, apart,
+        )  # fmt: skip
+        at_label = torch.empty_like(found.max_1)
         tempered_gradient(label_S, *shared, at_label)
         self.run(key, tempered_gradient, student_RV, *shared, target)
         self._write_label(out, labels_R1, label_S, at_label, a_R1)
         if ids_RK is not None:
             # Written, not added: a class that occurs twice gets the same exact value twice, rounded once.
-            g_RK = a_R1 * ((z_ids - max_1 - log_sum_1).exp() - (ids_RK == labels_R1).to(a_R1.dtype))
-            g_RK = (g_RK + b_R1 * g_RB[:, :-1]) * self._slope(z_ids)
-            out.scatter_(1, ids_RK, g_RK.to(out.dtype))
-        return value, cross_entropy, entropy
+            out.scatter_(1, ids_RK, found.gradient_on_ids(ids_RK == labels_R1, a_R1, b_R1, cap).to(out.dtype))
+        return found.divergence, cross_entropy, found.entropy
 
     def _factor_of_power(self, a_R1: Tensor, log_sum_t: Tensor, log_sum_1: Tensor) -> Tensor:
         """a; where q_1 is computed as a power of q, times the ratio of their constants."""

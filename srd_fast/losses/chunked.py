@@ -42,8 +42,6 @@ def _side(hidden_ND: Tensor, head: Head, rows: PackedRows, given: bool = False) 
 def _why_rows(rows: PackedRows, student: HeadWork, teacher: HeadWork | None, visited: bool) -> str | None:
     if visited or student.given or not student.width or (teacher is not None and not teacher.width):
         return "logits are given or asked for, and these are whole rows"
-    if rows.compact is not None:
-        return "a teacher known at few classes sees whole rows"
     if rows.divergence is not None and rows.divergence.formula is None:
         return "a registered divergence sees whole rows"
     return None

@@ -9,11 +9,12 @@ the blocks in at least float32.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..kernels import RowValues
+from ..kernels import ClassBlocks, CompactClassBlocks, RowValues
 from .backends import class_backend
 from .buffers import GradientSum, add_product, workspace
 from .head import Head
@@ -73,11 +74,15 @@ def run_class_blocks(
     products = rows.gemm_dtype or head.weight.dtype
     student = _Side("student", hidden_ND, head, products, rows.logits_dtype or products)
     wide = torch.promote_types(student.dtype, torch.float32)
-    loss = class_backend(backend)(
-        rows.labels_N, rows.divergence, rows.coefficients,
-        compute=wide, student_softcap=head.softcap, row_weights_N=weights_N, teacher_lse_N=rows.teacher_lse_N,
-        teacher_softcap=None if rows.teacher_head is None else rows.teacher_head.softcap, writes=writes,
-    )  # fmt: skip
+    options: dict[str, Any] = {"compute": wide, "student_softcap": head.softcap, "row_weights_N": weights_N}
+    loss: ClassBlocks
+    if rows.compact is not None:
+        options["compiled"] = backend == "compile"
+        loss = CompactClassBlocks(rows.labels_N, rows.compact, rows.coefficients, **options)
+    else:
+        options["teacher_softcap"] = None if rows.teacher_head is None else rows.teacher_head.softcap
+        options |= {"teacher_lse_N": rows.teacher_lse_N, "writes": writes}
+        loss = class_backend(backend)(rows.labels_N, rows.divergence, rows.coefficients, **options)
     teacher = None
     if rows.teacher_ND is not None and rows.teacher_head is not None and rows.teacher_head.weight is not None:
         of_teacher = rows.gemm_dtype or rows.teacher_head.weight.dtype

@@ -205,6 +205,7 @@ def compact_distillation_loss(
     memory_budget: int | None = None,
     logits_dtype: torch.dtype | None = None,
     student_logits: Tensor | None = None,
+    order: str = "auto",
 ) -> DistillationOutput:
     """Distillation loss with a teacher known by a few numbers a row; the gradient is that of `distillation_loss`.
 
@@ -243,6 +244,8 @@ def compact_distillation_loss(
             narrower dtype, float32 logits take twice the memory and make the gradient ten times more exact.
         student_logits: [..., V] the student's logits before the softcap, in the dtype of the matrix products, where
             they were computed already. That saves a product. They are overwritten.
+        order: "rows" or "classes" to have that outside, "auto" for whichever is predicted to be faster within
+            `memory_budget`. See `distillation_loss`.
 
     Returns:
         The loss and its parts.
@@ -264,7 +267,7 @@ def compact_distillation_loss(
     """
     options = LossOptions(
         divergence, temperature, skew, beta, sft_weight, temperature_scaling, reduction, ignore_index, backend,
-        memory_budget, logits_dtype,
+        memory_budget, logits_dtype, order,
     )  # fmt: skip
     head = Head(student_weight, student_bias, student_softcap, student_scale)
     student = StudentRows(student_hidden, head, labels, options, token_weights, num_items, student_logits)

@@ -96,5 +96,5 @@ def distillation_loss_of_rows(student: StudentRows, rows: TeacherRows) -> Distil
         The loss and its parts.
     """
     if isinstance(rows, HiddenRows):
-        return loss_beside_head(student, rows.hidden_ND, rows.head)
+        return loss_beside_head(student, rows.hidden_ND, rows.head, rows.lse_N)
     return loss_beside_compact_teacher(student, rows)
