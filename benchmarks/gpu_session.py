@@ -34,8 +34,8 @@ GIB = (4, 6)
 LAST_SECONDS = 15.0
 # Of a process of losses and of limits, before one was run.
 FIRST_SECONDS = {"loss": 60.0, "limits": 150.0}
-ABOUT = "import json, sys, torch; from benchmarks.rows import device_name; "
-ABOUT += "print(json.dumps([device_name(sys.argv[1]), torch.__version__]))"
+ABOUT = "import json, sys, torch; from benchmarks.rows import device_name, set_threads; "
+ABOUT += "print(json.dumps([device_name(sys.argv[1]), set_threads(), torch.__version__]))"
 
 
 @contextlib.contextmanager
@@ -89,17 +89,17 @@ class Session:
         self.run("benchmarks.train_gpu", *options, "--results", str(self.results), *self.rest)
 
     def rows(self, benchmark: str) -> list[Row]:
-        """Of this device and this version of torch."""
+        """Of this device, as many threads, and this version of torch."""
         with tempfile.TemporaryDirectory() as folder:
             log = Path(folder) / "about"
             run_limited([sys.executable, "-c", ABOUT, self.args.device], self.left, log)
             said = log.read_text("utf-8")
         try:
-            device, torch = json.loads(said.splitlines()[-1])
+            here = tuple(json.loads(said.splitlines()[-1]))
         except (IndexError, ValueError):
             raise SystemExit(f"the device does not answer: {said[-1000:]}") from None
         name = f"{benchmark}_gpu" if self.args.device == "cuda" else benchmark
-        return [r for r in read(self.results / f"{name}.csv") if (r.device, r.torch) == (device, torch)]
+        return [r for r in read(self.results / f"{name}.csv") if (r.device, r.threads, r.torch) == here]
 
     def each(self, benchmark: str, missing: list[list[str]]) -> None:
         """A process for each part that is missing, as long as one like it would end in time."""

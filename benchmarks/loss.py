@@ -4,8 +4,9 @@
     python -m benchmarks.loss --device cuda                  # the same on a GPU, with CUDA events
     python -m benchmarks.loss --shapes smollm2 --dtypes bfloat16 --losses 'jsd + CE'
 
-`providers.py` says who takes part. All run in one process in turn, `--repeats` times after a first run that compiles;
-figures are medians with their 20 % and 80 % quantiles. `srd-fast, 70 % ignored` has that share of its labels ignored.
+`providers.py` says who takes part; who cannot has a row that says why. All run in one process in turn, `--repeats`
+times after a first run that compiles; figures are medians with their 20 % and 80 % quantiles. `srd-fast, 70 % ignored`
+has that share of its labels ignored.
 
 Memory is the peak beyond inputs, weights and their gradients, of one forward and backward: on the CPU resident memory
 of a process of its own, on a GPU what PyTorch's allocator has given out.
@@ -25,20 +26,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .providers import (
-    GPU_ROWS,
-    LOSSES,
-    NOT_THE_LOSS,
-    PACKAGES,
-    PROVIDERS,
-    SHAPES,
-    Loss,
-    Problem,
-    Shape,
-    Step,
-    plain_loss,
-    try_step,
-)
+from .problem import GPU_ROWS, LOSSES, SHAPES, Loss, Problem, Shape, plain_loss
+from .providers import NOT_THE_LOSS, PACKAGES, PROVIDERS, Step, try_step
 from .rows import RESULTS, device_name, make_rows, set_threads, spread, write
 
 IGNORED_SHARE = 0.7
@@ -160,8 +149,8 @@ def peak_in_fresh_process(name: str, shape: Shape, dtype: str, loss: Loss) -> in
     return int(done.stdout.split()[-1]) if done.returncode == 0 else None
 
 
-def print_table(case: str, figures: dict[str, dict[str, float]]) -> None:
-    """One row a provider."""
+def print_table(case: str, figures: dict[str, dict[str, float]], left_out: dict[str, str]) -> None:
+    """One row a provider; left_out: why some have no figures."""
     floor = figures.get("gemms", {}).get("seconds", float("nan"))
     ours = figures.get("srd-fast", {}).get("extra_peak_bytes", float("nan"))
     print(f"\n{case}\n\n| | seconds | 20 % - 80 % | of the GEMMs | extra peak MB | of ours | error |\n|{'---|' * 7}")
@@ -174,6 +163,8 @@ def print_table(case: str, figures: dict[str, dict[str, float]]) -> None:
         memory = " | " if peak is None else f"{peak / 2**20:.0f} | {peak / ours:.1f}x"
         error = f"{f['gradient_error']:.1e}" if "gradient_error" in f else ""
         print(f"| {name} | {times} | {memory} | {error} |", flush=True)
+    for name, reason in left_out.items():
+        print(f"| {name} | left out: {reason} |{' |' * 5}", flush=True)
 
 
 def main() -> None:
@@ -209,13 +200,11 @@ def main() -> None:
                         peak = peak_in_fresh_process(name, shape, dtype, loss)
                         figures[name] |= {} if peak is None else {"extra_peak_bytes": peak}
                 sizes = f"{shape_name} N={shape.N} V={shape.V} D={shape.D_S}/{shape.D_T}"
-                print_table(f"{sizes}, {dtype}, {loss}, {device_name(o.device)}", figures)
-                for name, reason in missing.items():
-                    print(f"{name} left out: {reason}")
+                print_table(f"{sizes}, {dtype}, {loss}, {device_name(o.device)}", figures, missing)
                 options = {"case": str(loss), "shape": sizes, "dtype": dtype, "device": o.device}
                 packages = {**PACKAGES, IGNORED: "srd-fast"}
                 benchmark = "loss_gpu" if o.device == "cuda" else "loss"
-                write(make_rows(benchmark, figures, packages=packages, **options), o.results)
+                write(make_rows(benchmark, figures, packages=packages, left_out=missing, **options), o.results)
 
 
 if __name__ == "__main__":

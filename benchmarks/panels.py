@@ -42,11 +42,6 @@ def natural(text: str) -> str:
     return re.sub(r"\d+", lambda m: m[0].zfill(12), re.sub(r".*(?=V=\d)", "", text))
 
 
-def machine(row: Row) -> str:
-    """Where it was measured."""
-    return f"{row.device}, {row.threads} thread{'s' * (row.threads != 1)}"
-
-
 def split(found: Iterable[Row], key: Callable[[Row], tuple[str, ...]]) -> list[list[Row]]:
     """Rows by a key, in its natural order."""
     parts: dict[tuple[str, ...], list[Row]] = {}
@@ -57,7 +52,7 @@ def split(found: Iterable[Row], key: Callable[[Row], tuple[str, ...]]) -> list[l
 
 def by_dtype(found: Iterable[Row]) -> list[list[Row]]:
     """Rows of one machine and dtype: a row of panels."""
-    return split(found, lambda r: (machine(r), r.dtype))
+    return split(found, lambda r: (r.machine, r.dtype))
 
 
 def by_shape(found: Iterable[Row]) -> list[list[Row]]:
@@ -90,8 +85,8 @@ def spans(found: Iterable[Row], metric: str, *, unit: float = 1.0, base: str | N
 
 def title_of(part: list[Row], found: list[Row]) -> str:
     """What a panel's rows have in common, the machine where it is not in the figure's title alone."""
-    several = len({machine(r) for r in found}) > 1
-    return ", ".join([part[0].shape, part[0].dtype] + [machine(part[0])] * several)
+    several = len({r.machine for r in found}) > 1
+    return ", ".join([part[0].shape, part[0].dtype] + [part[0].machine] * several)
 
 
 def shape_panels(found: list[Row], panel: Callable[[str, list[Row]], Panel]) -> list[list[Panel]]:
