@@ -14,9 +14,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 
-from .panels import Panel, natural
+from .panels import Panel
 from .providers import CE_ONLY, LIGER_CE, LIGER_CUTE, QUACK
-from .rows import Row
+from .rows import Row, natural
 
 WIDTH, PITCH = 9.0, 0.145  # inches: of a figure, of one bar with its name
 PAPER = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # behind text, so that no line crosses it

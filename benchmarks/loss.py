@@ -20,6 +20,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -51,6 +52,11 @@ def timed(step: Step, p: Problem, flush: Tensor | None) -> float:
     return start_event.elapsed_time(end_event) / 1e3
 
 
+def cache_flush(device: str) -> Tensor | None:
+    """What `timed` takes as `flush`."""
+    return torch.empty(256 << 20, dtype=torch.int8, device=device) if device == "cuda" else None
+
+
 def exact_gradient(p: Problem) -> Tensor:
     """[64, D_S] float64: gradient of the mean loss over all rows, of 64 of the hidden states. No label is ignored."""
     rows = torch.arange(0, len(p.h_S), max(1, len(p.h_S) // SAMPLED_ROWS), device=p.h_S.device)[:SAMPLED_ROWS]
@@ -73,7 +79,7 @@ def time_providers(
 ) -> tuple[dict[str, dict[str, float]], dict[str, str], list[dict[str, float]]]:
     """Figures of every provider that runs; why the others do not; seconds of every provider in each repeat."""
     device = p.h_S.device.type
-    flush = torch.empty(256 << 20, dtype=torch.int8, device=device) if device == "cuda" else None
+    flush = cache_flush(device)
     exact = exact_gradient(p)
     steps: dict[str, tuple[Step, Problem]] = {}
     figures: dict[str, dict[str, float]] = {}
@@ -124,27 +130,29 @@ def _resident_bytes(field: str) -> int:
     raise RuntimeError(f"no {field} in /proc/self/status")
 
 
-def peak_bytes(name: str, shape: Shape, dtype: torch.dtype, loss: Loss) -> int:
+def peak_bytes(make: Callable[[Problem], Step], shape: Shape, dtype: torch.dtype, loss: Loss) -> int:
     """Peak beyond inputs, weights and their gradients, of a step on the CPU in this process; call it in a fresh one."""
-    small = Problem.make(replace(shape, N=64, V=32768), dtype, "cpu", loss)
-    PROVIDERS[name](small)()  # imports, thread pools and compiled code are no part of the loss
-    if PACKAGES.get(name) == "srd-fast":
-        from srd_fast.losses import free_workspace
+    from srd_fast.losses import free_workspace
 
-        free_workspace()
+    small = Problem.make(replace(shape, N=64, V=min(shape.V, 32768)), dtype, "cpu", loss)
+    make(small)()  # imports, thread pools and compiled code are no part of the loss
+    free_workspace()
     p = Problem.make(shape, dtype, "cpu", loss)
+    step = make(p)
     before = _resident_bytes("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the most that was ever resident
-    PROVIDERS[name](p)()
+    step()
     return _resident_bytes("VmHWM") - before - gradient_bytes(p)
 
 
-def peak_in_fresh_process(name: str, shape: Shape, dtype: str, loss: Loss) -> int | None:
-    """`peak_bytes`, or None where the provider does not run."""
-    arguments = json.dumps([name, vars(shape), dtype, vars(loss)])
+def peak_in_fresh_process(
+    who: object, shape: Shape, dtype: str, loss: Loss, module: str = "benchmarks.loss"
+) -> int | None:
+    """`peak_bytes` of a provider, or None where it does not run. who: what the module's `--peak` takes, a name here."""
+    arguments = json.dumps([who, vars(shape), dtype, vars(loss)])
     # Large blocks go back to the system when they are freed, so the peak is of what is alive.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1048576"}
-    command = [sys.executable, "-m", "benchmarks.loss", "--peak", arguments]
+    command = [sys.executable, "-m", module, "--peak", arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     return int(done.stdout.split()[-1]) if done.returncode == 0 else None
 
@@ -183,7 +191,7 @@ def main() -> None:
     o = parser.parse_args()
     if o.peak:
         name, sizes, dtype, loss = json.loads(o.peak)
-        print(peak_bytes(name, Shape(**sizes), getattr(torch, dtype), Loss(**loss)))
+        print(peak_bytes(PROVIDERS[name], Shape(**sizes), getattr(torch, dtype), Loss(**loss)))
         return
     set_threads()
     rows = o.rows or (GPU_ROWS if o.device == "cuda" else None)

@@ -1,11 +1,10 @@
 """Rows to panels: which rows a figure is of, how they share panels, and what each panel shows."""
 
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .rows import Row, read
+from .rows import Row, natural, read
 
 Spans = dict[tuple[str, str], tuple[float, float, float]]
 """By case and provider: a value and both ends of its error bar."""
@@ -35,11 +34,6 @@ def rows_of(folder: Path, benchmark: str, *metrics: str) -> list[Row]:
     if not any(r.metric.startswith(metrics) for r in found):
         raise LookupError(f"no {' or '.join(metrics)} in {path.name}")
     return [r for r in found if r.metric.startswith(metrics)]
-
-
-def natural(text: str) -> str:
-    """A sort key: numbers by size, shapes by their vocabulary."""
-    return re.sub(r"\d+", lambda m: m[0].zfill(12), re.sub(r".*(?=V=\d)", "", text))
 
 
 def split(found: Iterable[Row], key: Callable[[Row], tuple[str, ...]]) -> list[list[Row]]:

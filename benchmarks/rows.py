@@ -11,6 +11,7 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -20,6 +21,7 @@ import torch
 
 RESULTS = Path(__file__).parent / "results"
 LEFT_OUT = "left_out"
+PRODUCTS = "products"  # a provider: the bare products, nothing else
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,11 @@ def _version_if_there(package: str) -> str:
         return version_of(package)
     except importlib.metadata.PackageNotFoundError:
         return ""
+
+
+def natural(text: str) -> str:
+    """A sort key: numbers by size, shapes by their vocabulary."""
+    return re.sub(r"\d+", lambda m: m[0].zfill(12), re.sub(r".*(?=V=\d)", "", text))
 
 
 def make_rows(

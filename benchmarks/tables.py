@@ -15,7 +15,7 @@ from pathlib import Path
 
 from .markdown import Figures, Group, Line, groups, reasons, table
 from .providers import NOT_THE_LOSS, PROVIDERS
-from .rows import LEFT_OUT, RESULTS, Row, read
+from .rows import LEFT_OUT, PRODUCTS, RESULTS, Row, natural, read
 from .training_tables import OURS, train, train_gpu, train_memory, train_rivals
 
 README = Path(__file__).parent.parent / "README.md"
@@ -45,8 +45,13 @@ def _where(key: Group) -> list[str]:
 
 
 def _order(key: Group) -> tuple[int, str, str, str]:
-    classes = int(re.search(r"V=(\d+)", key.shape)[1])  # type: ignore[index]
-    return classes, str(key.dtype != "float32"), key.case, key.machine
+    return _sizes(key)[0], str(key.dtype != "float32"), key.case, key.machine
+
+
+def _sizes(key: Group) -> tuple[int, int]:
+    """V and N, 0 where a shape has none."""
+    found = dict(re.findall(r"\b([VN])=(\d+)", key.shape))
+    return int(found.get("V", 0)), int(found.get("N", 0))
 
 
 def _in_order(rows: list[Row], benchmark: str, metric: str) -> dict[Group, Figures]:
@@ -250,6 +255,25 @@ def quickstart(rows: list[Row]) -> str:
     return table(["", "ROUGE-L", "cross-entropy, nats/token", "KL to the teacher, nats/token"], body)
 
 
+def orders(rows: list[Row], benchmark: str = "orders", unit: str = "s") -> str:
+    """Both orders of the loss's work in several budgets."""
+    why = reasons(rows, benchmark)
+    body: list[Line] = []
+    for key, figures in sorted(groups(rows, benchmark).items(), key=lambda x: (_sizes(x[0]), *_order(x[0])[1:])):
+        floor = figures.get(PRODUCTS, {}).get("seconds")
+        where = [_short(key.shape), key.dtype, key.case, "" if floor is None else f"{floor * UNITS[unit]:.2f}"]
+        for name in sorted(figures.keys() - {PRODUCTS}, key=natural):
+            f = figures[name]
+            cells = [why.get((key, name), ""), "", "", ""]
+            if floor and "seconds" in f:
+                ratios = [f"{f['seconds'] / x:.2f}x" for x in (f["own_products_seconds"], floor)]
+                peak = f"{f['extra_peak_bytes'] / 2**20:,.0f}" if "extra_peak_bytes" in f else ""
+                cells = [f"{f['seconds'] * UNITS[unit]:.2f}", *ratios, peak]
+            body.append((key.machine, [*where, name, *cells]))
+    head = ["N x V", "dtype", "loss", f"its four products, {unit}", "order, memory_budget"]
+    return table([*head, unit, "of its own products", "of the four", "extra peak MB"], body)
+
+
 TABLES: dict[str, Callable[[list[Row]], str]] = {
     "quickstart": quickstart,
     "loss-time": loss_time,
@@ -273,6 +297,12 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "quality": quality,
 }
 
+# Of benchmarks whose rows README does not show.
+OTHER_TABLES: dict[str, Callable[[list[Row]], str]] = {
+    "orders": orders,
+    "orders-gpu": partial(orders, benchmark="orders_gpu", unit="ms"),
+}
+
 
 def all_rows(folder: Path) -> list[Row]:
     """Rows of every benchmark in a folder, but of those that write others."""
@@ -281,7 +311,8 @@ def all_rows(folder: Path) -> list[Row]:
 
 def render(text: str, rows: list[Row]) -> str:
     """A text with its tables made from these rows."""
-    return BLOCK.sub(lambda m: f"<!-- table: {m[1]} -->\n{TABLES[m[1]](rows)}<!-- end -->", text)
+    made = {**TABLES, **OTHER_TABLES}
+    return BLOCK.sub(lambda m: f"<!-- table: {m[1]} -->\n{made[m[1]](rows)}<!-- end -->", text)
 
 
 def main() -> None:
@@ -291,7 +322,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.folder:
         rows = all_rows(args.folder)
-        for name, make in TABLES.items():
+        for name, make in {**TABLES, **OTHER_TABLES}.items():
             print(f"\n{name}\n\n{make(rows)}", end="")
         return
     README.write_text(render(README.read_text(encoding="utf-8"), all_rows(RESULTS)), encoding="utf-8")
