@@ -101,8 +101,8 @@ def main() -> None:
             for name, done in tried.items():
                 try:
                     known[name] = done.result()
-                except LookupError as reason:
-                    left_out[name] = str(reason)
+                except LookupError as error:
+                    left_out[name] = str(error)
             figures = {name: {"largest_rows": rows, "searched_to": args.most} for name, rows in known.items()}
             for name, rows in known.items():
                 print(f"{sizes}, {args.dtype}, {gib:g} GiB, {name}: {rows} rows", flush=True)

@@ -27,8 +27,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .problem import GPU_ROWS, LOSSES, SHAPES, Loss, Problem, Shape, plain_loss
-from .providers import NOT_THE_LOSS, PACKAGES, PROVIDERS, Step, try_step
+from .problem import GPU_ROWS, LOSSES, SHAPES, Loss, Problem, Shape, Step, plain_loss
+from .providers import NOT_THE_LOSS, PACKAGES, PROVIDERS, try_step
 from .rows import RESULTS, device_name, make_rows, set_threads, spread, write
 
 IGNORED_SHARE = 0.7

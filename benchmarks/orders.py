@@ -34,8 +34,8 @@ from srd_fast.kernels import FORMULAS
 from srd_fast.losses import free_workspace
 
 from .loss import cache_flush, exact_gradient, gradient_error, peak_bytes, peak_in_fresh_process, peak_on_gpu, timed
-from .problem import GPU_ROWS, LOSSES, SHAPES, Loss, Problem, Shape
-from .providers import Step, srd_fast_in_order, why_not
+from .problem import GPU_ROWS, LOSSES, SHAPES, Loss, Problem, Shape, Step
+from .providers import srd_fast_in_order, why_not
 from .rows import PRODUCTS, RESULTS, Row, device_name, make_rows, read, set_threads, spread, write
 
 MIB = 2**20
@@ -275,14 +275,14 @@ def main() -> None:
     here = device_name(o.device), threads, torch.__version__
     known = [r for r in read(o.results / f"{benchmark}.csv") if (r.device, r.threads, r.torch) == here]
     left = every if o.again else missing(every, known, contestants)
-    slowest = 0.0  # seconds a flop of the runs so far
+    pace = 0.0  # seconds a flop, of the run before: the first one compiles
     for i, run in enumerate(left):
         began = time.monotonic()
-        if began + slowest * run.flops > deadline:
+        if began + pace * run.flops > deadline:
             print(f"no time for {len(left) - i} runs, the first: {run}; call again for the rest", flush=True)
             return
         figures, left_out = compare(run, o.device, contestants, o.repeats, not o.no_memory, deadline)
-        slowest = max(slowest, (time.monotonic() - began) / run.flops)
+        pace = (time.monotonic() - began) / run.flops
         print_table(run, o.device, figures, left_out)
         packages = {str(c): "srd-fast" for c in contestants}
         options = {"case": str(run.loss), "shape": run.sizes, "dtype": run.dtype, "device": o.device}

@@ -3,8 +3,10 @@
 The loss is `sft_weight * CE + (1 - sft_weight) * T^2 * D`, the same for all.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -127,6 +129,10 @@ class Problem:
             for rows, h_T in zip(found.split(_ROWS_AT_ONCE), self.h_T.split(_ROWS_AT_ONCE)):
                 torch.logaddexp(rows, (h_T.float() @ wide).logsumexp(-1), out=rows)
         return found
+
+
+# One forward and backward.
+Step = Callable[[], Any]
 
 
 def _divergence(loss: Loss, z_S: Tensor, z_T: Tensor) -> Tensor:

@@ -343,7 +343,7 @@ def test_limits_and_gradients_say_why_somebody_is_left_out(tmp_path: Path, monke
 
 
 def test_only_this_library_may_not_fail(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(p: Problem) -> providers.Step:
+    def broken(p: Problem) -> problem.Step:
         raise RuntimeError("what is\n wrong")
 
     monkeypatch.setitem(providers.PROVIDERS, "plain", broken)
@@ -355,8 +355,8 @@ def test_only_this_library_may_not_fail(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of a process is Linux's to tell")
 def test_a_peak_is_of_what_a_step_holds() -> None:
-    def of(mib: int) -> Callable[[Problem], providers.Step]:
-        def maker(p: Problem) -> providers.Step:
+    def of(mib: int) -> Callable[[Problem], problem.Step]:
+        def maker(p: Problem) -> problem.Step:
             def step() -> None:
                 (p.h_S.sum() + p.w_S.sum() + 0 * torch.ones(mib << 18).sum()).backward()
 
