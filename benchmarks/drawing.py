@@ -14,9 +14,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 
-from .panels import Panel, machine, natural
-from .providers import CE_ONLY
-from .rows import Row
+from .panels import Panel
+from .providers import CE_ONLY, LIGER_CE, LIGER_CUTE, QUACK
+from .rows import Row, natural
 
 WIDTH, PITCH = 9.0, 0.145  # inches: of a figure, of one bar with its name
 PAPER = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # behind text, so that no line crosses it
@@ -26,6 +26,8 @@ COLOURS = {
     "gemms": "#30363d",
     "srd-fast": "#d55e00",
     "srd-fast, 128 MiB": "#a34700",
+    "srd-fast, classes, 128 MiB": "#7a3e9d",
+    "srd-fast, classes, 128 MiB, lse known": "#a875c6",
     "srd-fast, 70 % ignored": "#eb9c63",
     "se-kd": "#e6a700",
     "plain": "#8b939c",
@@ -34,10 +36,15 @@ COLOURS = {
     "script": "#8b939c",
     "liger-kernel": "#7aa6c8",
     "liger-kernel fused": "#4d7fa8",
+    "liger-kernel fused, CuTe": "#2f5f86",
+    "liger-kernel fused KL": "#9dbfd9",
     "trl chunked": "#4f9a8a",
     "trl gkd": "#9fcfc0",
     "torchtune": "#b08cc0",
     CE_ONLY: "#cdbf6d",
+    QUACK: "#a89a4c",
+    LIGER_CE: "#8fa8c8",
+    LIGER_CUTE: "#5f7896",
     "transformers": "#eb9c63",
     "vllm": "#d55e00",
     "full KD": "#8b939c",
@@ -101,7 +108,7 @@ def place(provider: str) -> tuple[int, str]:
 
 def set_title(figure: Figure, title: str, found: list[Row]) -> None:
     """What is measured, and where and when."""
-    where = "; ".join(dict.fromkeys(machine(r) for r in found))
+    where = "; ".join(dict.fromkeys(r.machine for r in found))
     days = sorted({r.date for r in found})
     when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
     figure.suptitle(textwrap.fill(title, 105) + f"\n{where}; {when}", x=0.01, ha="left", linespacing=1.4)

@@ -1,6 +1,7 @@
 """For a GPU that one has for some minutes: the steps, losses and limits that no row has yet, ended in time.
 
     python -m benchmarks.gpu_session --seconds 840 --results OUT                # call again: it goes on
+    python -m benchmarks.gpu_session --seconds 290 --results OUT --only orders limits loss      # the loss alone
     python -m benchmarks.gpu_session --seconds 840 --results OUT --tests 180    # `pytest -m gpu` before
     python -m benchmarks.gpu_session --seconds 300 --results OUT --only steps --batches 8 16
 
@@ -28,14 +29,16 @@ from .rows import Row, read
 LOSSES = ("forward_kl, T = 1", "jsd", "skew_reverse_kl + CE")
 DTYPES = ("bfloat16", "float32")
 SHAPES = ("qwen2.5", "gemma3", "llama3", "smollm2")
-LIMITED = ("gemma3", "smollm2")
-GIB = (4, 6)
+# GiB under which the largest number of rows is searched.
+LIMITED = {"gemma3-4b": (4, 6, 8), "gemma3": (4, 6), "smollm2": (4, 6)}
+GIB = (4, 6)  # of a shape that is not among these
+PARTS = ["orders", "steps", "loss", "limits"]
 # To end what runs and to leave.
 LAST_SECONDS = 15.0
 # Of a process of losses and of limits, before one was run.
 FIRST_SECONDS = {"loss": 60.0, "limits": 150.0}
-ABOUT = "import json, sys, torch; from benchmarks.rows import device_name; "
-ABOUT += "print(json.dumps([device_name(sys.argv[1]), torch.__version__]))"
+ABOUT = "import json, sys, torch; from benchmarks.rows import device_name, set_threads; "
+ABOUT += "print(json.dumps([device_name(sys.argv[1]), set_threads(), torch.__version__]))"
 
 
 @contextlib.contextmanager
@@ -88,18 +91,24 @@ class Session:
         options = ["--seconds", f"{self.left - LAST_SECONDS:.0f}", "--device", self.args.device]
         self.run("benchmarks.train_gpu", *options, "--results", str(self.results), *self.rest)
 
+    def orders(self) -> None:
+        """`benchmarks.orders`, which ends in time by itself and writes its rows as they come."""
+        options = ["--seconds", f"{self.left - LAST_SECONDS:.0f}", "--device", self.args.device]
+        shapes = ["--shapes", *self.args.shapes] if self.args.shapes else []
+        self.run("benchmarks.orders", *options, *shapes, "--results", str(self.results))
+
     def rows(self, benchmark: str) -> list[Row]:
-        """Of this device and this version of torch."""
+        """Of this device, as many threads, and this version of torch."""
         with tempfile.TemporaryDirectory() as folder:
             log = Path(folder) / "about"
             run_limited([sys.executable, "-c", ABOUT, self.args.device], self.left, log)
             said = log.read_text("utf-8")
         try:
-            device, torch = json.loads(said.splitlines()[-1])
+            here = tuple(json.loads(said.splitlines()[-1]))
         except (IndexError, ValueError):
             raise SystemExit(f"the device does not answer: {said[-1000:]}") from None
         name = f"{benchmark}_gpu" if self.args.device == "cuda" else benchmark
-        return [r for r in read(self.results / f"{name}.csv") if (r.device, r.torch) == (device, torch)]
+        return [r for r in read(self.results / f"{name}.csv") if (r.device, r.threads, r.torch) == here]
 
     def each(self, benchmark: str, missing: list[list[str]]) -> None:
         """A process for each part that is missing, as long as one like it would end in time."""
@@ -125,7 +134,7 @@ class Session:
         known = {(r.shape.split()[0], r.case) for r in self.rows("limits")}
         missing = []
         for shape in self.args.shapes or LIMITED:
-            gib = [str(g) for g in GIB if (shape, f"{g:g} GiB") not in known]
+            gib = [str(g) for g in LIMITED.get(shape, GIB) if (shape, f"{g:g} GiB") not in known]
             if gib:
                 missing.append(["--shapes", shape, "--limits", *gib, "--most", str(self.args.most), "--jobs", "8"])
         self.each("limits", missing)
@@ -137,7 +146,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, required=True, help="everything has ended by then")
     parser.add_argument("--results", type=Path, required=True)
     parser.add_argument("--tests", type=float, default=0.0, help="seconds for `pytest -m gpu`; 0: none")
-    parser.add_argument("--only", nargs="+", choices=["steps", "loss", "limits"], default=["steps", "loss", "limits"])
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda", help="cpu: to try this out")
     parser.add_argument("--shapes", nargs="+", help="of losses and limits, instead of the usual ones")
     parser.add_argument("--most", type=int, default=131072, help="rows at which the search for limits ends")

@@ -23,7 +23,8 @@ from pathlib import Path
 
 import torch
 
-from .providers import LOSSES, NOT_THE_LOSS, PACKAGES, PROVIDERS, SHAPES, Loss, Problem, Shape
+from .problem import LOSSES, SHAPES, Loss, Problem, Shape
+from .providers import NOT_THE_LOSS, PACKAGES, PROVIDERS
 from .rows import RESULTS, make_rows, set_threads, write
 
 LEAST = 64
@@ -56,16 +57,11 @@ def fits(name: str, shape: Shape, dtype: str, device: str, loss: Loss, limit: in
 
 
 def largest(name: str, shape: Shape, dtype: str, device: str, loss: Loss, limit: int, least: int, most: int) -> int:
-    """The largest number of rows that fits: `least` is known to (or 0). -1 where the provider does not take part."""
+    """The largest number of rows that fits: `least` is known to (or 0). Raises LookupError as `fits`."""
     sizes = [n for n in (LEAST << k for k in range(20)) if least < n <= most]
     while sizes:
         middle = len(sizes) // 2
-        try:
-            enough = fits(name, replace(shape, N=sizes[middle]), dtype, device, loss, limit)
-        except LookupError as reason:
-            print(f"{name} left out: {reason}")
-            return -1
-        if enough:
+        if fits(name, replace(shape, N=sizes[middle]), dtype, device, loss, limit):
             least, sizes = sizes[middle], sizes[middle + 1 :]
         else:
             sizes = sizes[:middle]
@@ -95,18 +91,26 @@ def main() -> None:
     loss = LOSSES[args.loss]
     for shape_name in args.shapes:
         shape, known = SHAPES[shape_name], dict.fromkeys(names, 0)
+        left_out: dict[str, str] = {}
         sizes = f"{shape_name} V={shape.V} D={shape.D_S}/{shape.D_T}, {loss}"
         for gib in args.limits:
             search = partial(largest, shape=shape, dtype=args.dtype, device=args.device, loss=loss, most=args.most)
             with ThreadPoolExecutor(args.jobs) as pool:
                 tried = {n: pool.submit(search, n, limit=int(gib * 2**30), least=rows) for n, rows in known.items()}
-            known = {name: done.result() for name, done in tried.items() if done.result() >= 0}
+            known = {}
+            for name, done in tried.items():
+                try:
+                    known[name] = done.result()
+                except LookupError as error:
+                    left_out[name] = str(error)
             figures = {name: {"largest_rows": rows, "searched_to": args.most} for name, rows in known.items()}
             for name, rows in known.items():
                 print(f"{sizes}, {args.dtype}, {gib:g} GiB, {name}: {rows} rows", flush=True)
+            for name, reason in left_out.items():
+                print(f"{sizes}, {args.dtype}, {gib:g} GiB, {name} left out: {reason}", flush=True)
             options = {"case": f"{gib:g} GiB", "shape": sizes, "dtype": args.dtype, "device": args.device}
             benchmark = "limits_gpu" if args.device == "cuda" else "limits"
-            write(make_rows(benchmark, figures, packages=PACKAGES, **options), args.results)
+            write(make_rows(benchmark, figures, packages=PACKAGES, left_out=left_out, **options), args.results)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@
     python -m benchmarks.loss --device cuda                  # the same on a GPU, with CUDA events
     python -m benchmarks.loss --shapes smollm2 --dtypes bfloat16 --losses 'jsd + CE'
 
-`providers.py` says who takes part. All run in one process in turn, `--repeats` times after a first run that compiles;
-figures are medians with their 20 % and 80 % quantiles. `srd-fast, 70 % ignored` has that share of its labels ignored.
+`providers.py` says who takes part; who cannot has a row that says why. All run in one process in turn, `--repeats`
+times after a first run that compiles; figures are medians with their 20 % and 80 % quantiles. `srd-fast, 70 % ignored`
+has that share of its labels ignored.
 
 Memory is the peak beyond inputs, weights and their gradients, of one forward and backward: on the CPU resident memory
 of a process of its own, on a GPU what PyTorch's allocator has given out.
@@ -19,26 +20,15 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .providers import (
-    GPU_ROWS,
-    LOSSES,
-    NOT_THE_LOSS,
-    PACKAGES,
-    PROVIDERS,
-    SHAPES,
-    Loss,
-    Problem,
-    Shape,
-    Step,
-    plain_loss,
-    try_step,
-)
+from .problem import GPU_ROWS, LOSSES, SHAPES, Loss, Problem, Shape, Step, plain_loss
+from .providers import NOT_THE_LOSS, PACKAGES, PROVIDERS, try_step
 from .rows import RESULTS, device_name, make_rows, set_threads, spread, write
 
 IGNORED_SHARE = 0.7
@@ -60,6 +50,11 @@ def timed(step: Step, p: Problem, flush: Tensor | None) -> float:
     end_event.record()
     torch.cuda.synchronize()
     return start_event.elapsed_time(end_event) / 1e3
+
+
+def cache_flush(device: str) -> Tensor | None:
+    """What `timed` takes as `flush`."""
+    return torch.empty(256 << 20, dtype=torch.int8, device=device) if device == "cuda" else None
 
 
 def exact_gradient(p: Problem) -> Tensor:
@@ -84,7 +79,7 @@ def time_providers(
 ) -> tuple[dict[str, dict[str, float]], dict[str, str], list[dict[str, float]]]:
     """Figures of every provider that runs; why the others do not; seconds of every provider in each repeat."""
     device = p.h_S.device.type
-    flush = torch.empty(256 << 20, dtype=torch.int8, device=device) if device == "cuda" else None
+    flush = cache_flush(device)
     exact = exact_gradient(p)
     steps: dict[str, tuple[Step, Problem]] = {}
     figures: dict[str, dict[str, float]] = {}
@@ -135,33 +130,35 @@ def _resident_bytes(field: str) -> int:
     raise RuntimeError(f"no {field} in /proc/self/status")
 
 
-def peak_bytes(name: str, shape: Shape, dtype: torch.dtype, loss: Loss) -> int:
+def peak_bytes(make: Callable[[Problem], Step], shape: Shape, dtype: torch.dtype, loss: Loss) -> int:
     """Peak beyond inputs, weights and their gradients, of a step on the CPU in this process; call it in a fresh one."""
-    small = Problem.make(replace(shape, N=64, V=32768), dtype, "cpu", loss)
-    PROVIDERS[name](small)()  # imports, thread pools and compiled code are no part of the loss
-    if PACKAGES.get(name) == "srd-fast":
-        from srd_fast.losses import free_workspace
+    from srd_fast.losses import free_workspace
 
-        free_workspace()
+    small = Problem.make(replace(shape, N=64, V=min(shape.V, 32768)), dtype, "cpu", loss)
+    make(small)()  # imports, thread pools and compiled code are no part of the loss
+    free_workspace()
     p = Problem.make(shape, dtype, "cpu", loss)
+    step = make(p)
     before = _resident_bytes("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the most that was ever resident
-    PROVIDERS[name](p)()
+    step()
     return _resident_bytes("VmHWM") - before - gradient_bytes(p)
 
 
-def peak_in_fresh_process(name: str, shape: Shape, dtype: str, loss: Loss) -> int | None:
-    """`peak_bytes`, or None where the provider does not run."""
-    arguments = json.dumps([name, vars(shape), dtype, vars(loss)])
+def peak_in_fresh_process(
+    who: object, shape: Shape, dtype: str, loss: Loss, module: str = "benchmarks.loss"
+) -> int | None:
+    """`peak_bytes` of a provider, or None where it does not run. who: what the module's `--peak` takes, a name here."""
+    arguments = json.dumps([who, vars(shape), dtype, vars(loss)])
     # Large blocks go back to the system when they are freed, so the peak is of what is alive.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1048576"}
-    command = [sys.executable, "-m", "benchmarks.loss", "--peak", arguments]
+    command = [sys.executable, "-m", module, "--peak", arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     return int(done.stdout.split()[-1]) if done.returncode == 0 else None
 
 
-def print_table(case: str, figures: dict[str, dict[str, float]]) -> None:
-    """One row a provider."""
+def print_table(case: str, figures: dict[str, dict[str, float]], left_out: dict[str, str]) -> None:
+    """One row a provider; left_out: why some have no figures."""
     floor = figures.get("gemms", {}).get("seconds", float("nan"))
     ours = figures.get("srd-fast", {}).get("extra_peak_bytes", float("nan"))
     print(f"\n{case}\n\n| | seconds | 20 % - 80 % | of the GEMMs | extra peak MB | of ours | error |\n|{'---|' * 7}")
@@ -174,6 +171,8 @@ def print_table(case: str, figures: dict[str, dict[str, float]]) -> None:
         memory = " | " if peak is None else f"{peak / 2**20:.0f} | {peak / ours:.1f}x"
         error = f"{f['gradient_error']:.1e}" if "gradient_error" in f else ""
         print(f"| {name} | {times} | {memory} | {error} |", flush=True)
+    for name, reason in left_out.items():
+        print(f"| {name} | left out: {reason} |{' |' * 5}", flush=True)
 
 
 def main() -> None:
@@ -192,7 +191,7 @@ def main() -> None:
     o = parser.parse_args()
     if o.peak:
         name, sizes, dtype, loss = json.loads(o.peak)
-        print(peak_bytes(name, Shape(**sizes), getattr(torch, dtype), Loss(**loss)))
+        print(peak_bytes(PROVIDERS[name], Shape(**sizes), getattr(torch, dtype), Loss(**loss)))
         return
     set_threads()
     rows = o.rows or (GPU_ROWS if o.device == "cuda" else None)
@@ -209,13 +208,11 @@ def main() -> None:
                         peak = peak_in_fresh_process(name, shape, dtype, loss)
                         figures[name] |= {} if peak is None else {"extra_peak_bytes": peak}
                 sizes = f"{shape_name} N={shape.N} V={shape.V} D={shape.D_S}/{shape.D_T}"
-                print_table(f"{sizes}, {dtype}, {loss}, {device_name(o.device)}", figures)
-                for name, reason in missing.items():
-                    print(f"{name} left out: {reason}")
+                print_table(f"{sizes}, {dtype}, {loss}, {device_name(o.device)}", figures, missing)
                 options = {"case": str(loss), "shape": sizes, "dtype": dtype, "device": o.device}
                 packages = {**PACKAGES, IGNORED: "srd-fast"}
                 benchmark = "loss_gpu" if o.device == "cuda" else "loss"
-                write(make_rows(benchmark, figures, packages=packages, **options), o.results)
+                write(make_rows(benchmark, figures, packages=packages, left_out=missing, **options), o.results)
 
 
 if __name__ == "__main__":

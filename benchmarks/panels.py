@@ -1,11 +1,10 @@
 """Rows to panels: which rows a figure is of, how they share panels, and what each panel shows."""
 
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .rows import Row, read
+from .rows import Row, natural, read
 
 Spans = dict[tuple[str, str], tuple[float, float, float]]
 """By case and provider: a value and both ends of its error bar."""
@@ -37,16 +36,6 @@ def rows_of(folder: Path, benchmark: str, *metrics: str) -> list[Row]:
     return [r for r in found if r.metric.startswith(metrics)]
 
 
-def natural(text: str) -> str:
-    """A sort key: numbers by size, shapes by their vocabulary."""
-    return re.sub(r"\d+", lambda m: m[0].zfill(12), re.sub(r".*(?=V=\d)", "", text))
-
-
-def machine(row: Row) -> str:
-    """Where it was measured."""
-    return f"{row.device}, {row.threads} thread{'s' * (row.threads != 1)}"
-
-
 def split(found: Iterable[Row], key: Callable[[Row], tuple[str, ...]]) -> list[list[Row]]:
     """Rows by a key, in its natural order."""
     parts: dict[tuple[str, ...], list[Row]] = {}
@@ -57,7 +46,7 @@ def split(found: Iterable[Row], key: Callable[[Row], tuple[str, ...]]) -> list[l
 
 def by_dtype(found: Iterable[Row]) -> list[list[Row]]:
     """Rows of one machine and dtype: a row of panels."""
-    return split(found, lambda r: (machine(r), r.dtype))
+    return split(found, lambda r: (r.machine, r.dtype))
 
 
 def by_shape(found: Iterable[Row]) -> list[list[Row]]:
@@ -90,8 +79,8 @@ def spans(found: Iterable[Row], metric: str, *, unit: float = 1.0, base: str | N
 
 def title_of(part: list[Row], found: list[Row]) -> str:
     """What a panel's rows have in common, the machine where it is not in the figure's title alone."""
-    several = len({machine(r) for r in found}) > 1
-    return ", ".join([part[0].shape, part[0].dtype] + [machine(part[0])] * several)
+    several = len({r.machine for r in found}) > 1
+    return ", ".join([part[0].shape, part[0].dtype] + [part[0].machine] * several)
 
 
 def shape_panels(found: list[Row], panel: Callable[[str, list[Row]], Panel]) -> list[list[Panel]]:

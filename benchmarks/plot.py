@@ -17,7 +17,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from .drawing import WIDTH, bar_figure, draw_line, house_style, save, set_title
-from .panels import Panel, by_four, machine, metric_panels, rows_of, shape_panels, spans, split, title_of
+from .panels import Panel, by_four, metric_panels, rows_of, shape_panels, spans, split, title_of
 from .plan import STEP
 from .rows import RESULTS, Row
 
@@ -102,8 +102,10 @@ def reflect(folder: Path) -> Figure:
     """Speed of the generation on the most rows."""
     found = rows_of(folder, "reflect", "tokens_per_second")
     sizes = {r.shape: int(m[1]) for r in found if (m := re.search(r"(\d+) rows", r.shape))}
-    most = max(sizes.values(), default=None)
-    found = [r for r in found if sizes.get(r.shape) == most]
+    most: dict[str, int] = {}
+    for r in found:
+        most[r.machine] = max(most.get(r.machine, 0), sizes.get(r.shape, 0))
+    found = [r for r in found if sizes.get(r.shape) == most[r.machine]]
 
     def panel(title: str, part: list[Row]) -> Panel:
         return Panel(title, "tokens per second", spans(part, "tokens_per_second"), "{:.1f}")
@@ -137,7 +139,7 @@ GROWING = {"N": "N (rows)", "V": "V (classes)", "D": "D (width)", "samples": "sa
 def scale(folder: Path) -> Figure:
     """Seconds and memory against the size that grows."""
     found = rows_of(folder, "scale", "seconds@", "extra_peak_bytes@", "r_squared")
-    parts = split(found, lambda r: (machine(r), r.dtype, str([*GROWING, r.case].index(r.case)), r.case, r.shape))
+    parts = split(found, lambda r: (r.machine, r.dtype, str([*GROWING, r.case].index(r.case)), r.case, r.shape))
     blocks = by_four(parts)
     columns = max(map(len, blocks))
     figure = Figure(figsize=(WIDTH, 1.0 + 4.6 * len(blocks)), layout="constrained")

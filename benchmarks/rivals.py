@@ -22,7 +22,8 @@ from pathlib import Path
 
 import torch
 
-from .providers import IGNORE, LOSSES, NOT_THE_LOSS, PACKAGES, PROVIDERS, Loss, Problem, Shape, plain_loss
+from .problem import IGNORE, LOSSES, Loss, Problem, Shape, plain_loss
+from .providers import NOT_THE_LOSS, PACKAGES, PROVIDERS, why_not
 from .rows import RESULTS, make_rows, write
 
 LEAST_NORM = 1e-6
@@ -90,17 +91,24 @@ def main() -> None:
     names = args.providers or [n for n in PROVIDERS if n not in NOT_THE_LOSS]
     for loss_name in args.losses:
         figures: dict[str, dict[str, float]] = {}
+        left_out: dict[str, str] = {}
         for name in names:
             for example, make in EXAMPLES.items():
                 try:
                     error, text = error_of(name, make(LOSSES[loss_name]))
                 except (ImportError, NotImplementedError) as reason:
-                    print(f"{loss_name}, {example}, {name} left out: {' '.join(str(reason).split())[:120]}")
+                    left_out[name] = why_not(reason)
+                    print(f"{loss_name}, {example}, {name} left out: {left_out[name]}")
                     continue
                 figures.setdefault(name, {})[f"gradient_error, {example}"] = error
                 print(f"{loss_name}, {example}, {name}: {error:.1e} {text}", flush=True)
-        rows = make_rows("rivals", figures, case=loss_name, shape="6 rows, 11 classes", packages=PACKAGES)
-        write(rows, args.results)
+        # Who lacks the loss lacks it in every example; who fails one of them has figures of the others.
+        left_out = {name: reason for name, reason in left_out.items() if name not in figures}
+        shape = "6 rows, 11 classes"
+        write(
+            make_rows("rivals", figures, case=loss_name, shape=shape, packages=PACKAGES, left_out=left_out),
+            args.results,
+        )
 
 
 if __name__ == "__main__":

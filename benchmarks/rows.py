@@ -2,6 +2,8 @@
 
 A *group* is what one interleaved run compares: a benchmark's rows of one case, shape, dtype, device and number of
 threads. Writing a group takes the place of what was there of it, so no ratio is ever of figures from two runs.
+
+Who was asked and could not take part has a row too, `left_out`, whose note is the reason.
 """
 
 import csv
@@ -9,6 +11,7 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -17,12 +20,14 @@ from pathlib import Path
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+LEFT_OUT = "left_out"
+PRODUCTS = "products"  # a provider: the bare products, nothing else
 
 
 @dataclass(frozen=True)
 class Row:
     """One figure. case: what is done, such as a divergence. provider: who does it. metric: what was measured, with
-    its unit where that is not in the name."""
+    its unit where that is not in the name. note: in words, what no number says."""
 
     benchmark: str
     case: str
@@ -36,11 +41,17 @@ class Row:
     value: float
     torch: str
     date: str
+    note: str = ""
 
     @property
     def group(self) -> tuple[str, ...]:
         """What identifies the run that the row comes from."""
         return (self.benchmark, self.case, self.shape, self.dtype, self.device, str(self.threads))
+
+    @property
+    def machine(self) -> str:
+        """Where it was measured."""
+        return f"{self.device}, {self.threads} thread{'s' * (self.threads != 1)}"
 
 
 COLUMNS = tuple(f.name for f in fields(Row))
@@ -67,6 +78,18 @@ def version_of(package: str | None) -> str:
     return importlib.metadata.version(package) if package else ""
 
 
+def _version_if_there(package: str) -> str:
+    try:
+        return version_of(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def natural(text: str) -> str:
+    """A sort key: numbers by size, shapes by their vocabulary."""
+    return re.sub(r"\d+", lambda m: m[0].zfill(12), re.sub(r".*(?=V=\d)", "", text))
+
+
 def make_rows(
     benchmark: str,
     figures: Mapping[str, Mapping[str, float]],
@@ -76,13 +99,18 @@ def make_rows(
     dtype: str = "float32",
     device: str = "cpu",
     packages: Mapping[str, str] | None = None,
+    left_out: Mapping[str, str] | None = None,
 ) -> list[Row]:
-    """Rows of a group. figures: metric -> value by provider; packages: whose version a provider has, else torch's."""
+    """Rows of a group. figures: metric -> value by provider; packages: whose version a provider has, else torch's;
+    left_out: provider -> why it has no figures."""
     today, found = datetime.date.today().isoformat(), []
+    where = (benchmark, case, shape, dtype, device_name(device), torch.get_num_threads())
     for provider, values in figures.items():
-        version = version_of((packages or {}).get(provider, "torch"))
-        who = (benchmark, case, shape, dtype, device_name(device), torch.get_num_threads(), provider, version)
+        who = (*where, provider, version_of((packages or {}).get(provider, "torch")))
         found += [Row(*who, metric, value, torch.__version__, today) for metric, value in values.items()]
+    for provider, reason in (left_out or {}).items():
+        who = (*where, provider, _version_if_there((packages or {}).get(provider, "torch")))
+        found.append(Row(*who, LEFT_OUT, 1.0, torch.__version__, today, reason))
     return found
 
 

@@ -15,12 +15,13 @@ import sys
 import time
 from pathlib import Path
 
-from .tables import TABLES, all_rows, render
+from .tables import OTHER_TABLES, TABLES, all_rows, render
 
 # Arguments of each benchmark: of a full run, and of a quick one. DATA, VALIDATION and FOLDER stand for what is given.
 FULL = {
     "rivals": [""],
     "loss": ["--shapes smollm2 qwen2.5 llama3 gemma3"],
+    "orders": ["--rows 1024"],
     "limits": [""],
     "scale": [""],
     "rouge": ["--data FOLDER"],
@@ -44,6 +45,7 @@ FULL = {
 QUICK = {
     "rivals": [""],
     "loss": ["--shapes smollm2 --dtypes bfloat16 --rows 128 --repeats 2 --losses jsd 'skew_reverse_kl + CE'"],
+    "orders": ["--shapes tiny --rows 512 --dtypes float32 --repeats 2"],
     "limits": ["--limits 4 --shapes smollm2 --most 512 --providers srd-fast plain"],
     "scale": ["--dtype bfloat16 --repeats 2 --no-memory --samples 50 100 200"],
     "rouge": ["--pairs 2000 --processes-up-to 0"],
@@ -80,7 +82,7 @@ def main() -> None:
             print(f"\n[{time.monotonic() - began:.0f} s] python -m benchmarks.{name} {given}", flush=True)
             if subprocess.run(command, check=False).returncode:
                 failed.append(f"{name} {given}")
-    template = "\n".join(f"## {x}\n\n<!-- table: {x} -->\n<!-- end -->\n" for x in TABLES)
+    template = "\n".join(f"## {x}\n\n<!-- table: {x} -->\n<!-- end -->\n" for x in {**TABLES, **OTHER_TABLES})
     tables = folder / "tables.md"
     tables.write_text(render(template, all_rows(folder)), encoding="utf-8")
     figures = [sys.executable, "-m", "benchmarks.plot", "--results", str(folder), "--figures", str(folder / "figures")]

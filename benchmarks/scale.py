@@ -21,7 +21,8 @@ import numpy as np
 import torch
 
 from .loss import peak_in_fresh_process, timed
-from .providers import LOSSES, PROVIDERS, Problem, Shape
+from .problem import LOSSES, Problem, Shape
+from .providers import PROVIDERS
 from .rows import RESULTS, make_rows, set_threads, spread, write
 
 LOSS = LOSSES["skew_reverse_kl + CE"]

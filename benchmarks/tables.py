@@ -9,41 +9,25 @@ row leaves its cell empty.
 
 import argparse
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from .plan import DISTILLATION, GKD, LIVE, PAIRS, PLAIN, SIDES, cell_of
+from .markdown import Figures, Group, Line, groups, reasons, table
 from .providers import NOT_THE_LOSS, PROVIDERS
-from .rows import RESULTS, Row, read
+from .rows import LEFT_OUT, PRODUCTS, RESULTS, Row, natural, read
+from .training_tables import OURS, train, train_gpu, train_memory, train_rivals
 
 README = Path(__file__).parent.parent / "README.md"
 BLOCK = re.compile(r"<!-- table: ([\w-]+) -->\n(.*?)<!-- end -->", re.DOTALL)
-OURS = "srd-fast"
-KL_ALONE = "KL alone"
 NATS = ("cross_entropy", "kl")
 UNITS = {"s": 1, "ms": 1000}  # in a second
-# provider -> metric -> value
-Figures = dict[str, dict[str, float]]
 
 
-def groups(rows: Iterable[Row], benchmark: str, **wanted: str) -> dict[tuple[str, ...], Figures]:
-    """Figures of each group of a benchmark, by (case, shape, dtype), where the wanted fields are as given."""
-    found: dict[tuple[str, ...], Figures] = {}
-    for r in rows:
-        if r.benchmark == benchmark and all(getattr(r, k) == v for k, v in wanted.items()):
-            found.setdefault((r.case, r.shape, r.dtype), {}).setdefault(r.provider, {})[r.metric] = r.value
-    return found
-
-
-def table(head: list[str], body: list[list[str]]) -> str:
-    """Markdown."""
-    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *body)) + "\n"
-
-
-def _present(found: dict[tuple[str, ...], Figures], metric: str) -> list[str]:
-    """Providers that have a figure anywhere, in the order of `PROVIDERS`, others last."""
-    names = {name for figures in found.values() for name, of in figures.items() if metric in of}
+def _present(found: dict[Group, Figures], *metrics: str) -> list[str]:
+    """Providers that have a figure anywhere, or were left out, in the order of `PROVIDERS`, others last."""
+    wanted = {LEFT_OUT, *metrics}
+    names = {name for figures in found.values() for name, of in figures.items() if wanted & of.keys()}
     order = {name: i for i, name in enumerate(PROVIDERS)}
     return sorted(names, key=lambda n: (order.get(n, len(order)), n))
 
@@ -56,73 +40,84 @@ def _short(shape: str) -> str:
     return f"{name} {counts}"
 
 
-def _where(key: tuple[str, ...]) -> list[str]:
-    case, shape, dtype = key
-    return [_short(shape), dtype, case]
+def _where(key: Group) -> list[str]:
+    return [_short(key.shape), key.dtype, key.case]
+
+
+def _order(key: Group) -> tuple[int, str, str, str]:
+    return _sizes(key)[0], str(key.dtype != "float32"), key.case, key.machine
+
+
+def _sizes(key: Group) -> tuple[int, int]:
+    """V and N, 0 where a shape has none."""
+    found = dict(re.findall(r"\b([VN])=(\d+)", key.shape))
+    return int(found.get("V", 0)), int(found.get("N", 0))
+
+
+def _in_order(rows: list[Row], benchmark: str, metric: str) -> dict[Group, Figures]:
+    """Groups in which somebody has the metric, in the order of a table's lines."""
+    found = {k: v for k, v in groups(rows, benchmark).items() if any(metric in of for of in v.values())}
+    return dict(sorted(found.items(), key=lambda x: _order(x[0])))
 
 
 def loss_time(rows: list[Row], benchmark: str = "loss", unit: str = "s") -> str:
     """Times, and how many times the bare products."""
-    found = {k: v for k, v in groups(rows, benchmark).items() if any("seconds" in of for of in v.values())}
+    found, why = _in_order(rows, benchmark, "seconds"), reasons(rows, benchmark)
     per_second = UNITS[unit]
     names = [n for n in _present(found, "seconds") if n not in ("gemms", "se-kd")]
-    body = []
-    for key, figures in sorted(found.items(), key=lambda x: _order(x[0])):
+    body: list[Line] = []
+    for key, figures in found.items():
         floor = figures.get("gemms", {}).get("seconds")
         cells = []
         for name in names:
             s = figures.get(name, {}).get("seconds")
             of = "" if s is None or floor is None else f" ({s / floor:.2f}x)"
-            cells.append("" if s is None else f"{s * per_second:.2f}{of}")
-        body.append([*_where(key), "" if floor is None else f"{floor * per_second:.2f}", *cells])
+            cells.append(why.get((key, name), "") if s is None else f"{s * per_second:.2f}{of}")
+        body.append((key.machine, [*_where(key), "" if floor is None else f"{floor * per_second:.2f}", *cells]))
     return table(["N x V", "dtype", "loss", f"GEMMs alone, {unit}", *names], body)
 
 
-def _order(key: tuple[str, ...]) -> tuple[int, str, str]:
-    case, shape, dtype = key
-    return int(re.search(r"V=(\d+)", shape)[1]), dtype != "float32", case  # type: ignore[index, return-value]
-
-
-def _metric(
-    rows: list[Row], benchmark: str, metric: str, show: Callable[[float], str], skip: tuple[str, ...]
-) -> tuple[list[str], list[list[str]]]:
-    found = {k: v for k, v in groups(rows, benchmark).items() if any(metric in of for of in v.values())}
+def _metric(rows: list[Row], benchmark: str, metric: str, show: Callable[[float], str], skip: tuple[str, ...]) -> str:
+    found, why = _in_order(rows, benchmark, metric), reasons(rows, benchmark)
     names = [n for n in _present(found, metric) if n not in skip]
-    body = []
-    for key, figures in sorted(found.items(), key=lambda x: _order(x[0])):
-        body.append([*_where(key), *(show(figures[n][metric]) if metric in figures.get(n, {}) else "" for n in names)])
-    return ["N x V", "dtype", "loss", *names], body
+    body: list[Line] = []
+    for key, figures in found.items():
+        cells = [show(of[metric]) if metric in (of := figures.get(n, {})) else why.get((key, n), "") for n in names]
+        body.append((key.machine, [*_where(key), *cells]))
+    return table(["N x V", "dtype", "loss", *names], body)
 
 
 def loss_memory(rows: list[Row], benchmark: str = "loss") -> str:
     """Extra peak in MB."""
-    return table(*_metric(rows, benchmark, "extra_peak_bytes", lambda v: f"{v / 2**20:,.0f}", ("gemms", "se-kd")))
+    return _metric(rows, benchmark, "extra_peak_bytes", lambda v: f"{v / 2**20:,.0f}", ("gemms", "se-kd"))
 
 
 def loss_error(rows: list[Row], benchmark: str = "loss") -> str:
     """Gradient against float64."""
-    return table(*_metric(rows, benchmark, "gradient_error", lambda v: f"{v:.1e}", NOT_THE_LOSS))
+    return _metric(rows, benchmark, "gradient_error", lambda v: f"{v:.1e}", NOT_THE_LOSS)
 
 
 def selection(rows: list[Row]) -> str:
     """The loss on the fifth of the positions, of the loss on all."""
-    body = []
-    for key, figures in sorted(groups(rows, "loss").items(), key=lambda x: _order(x[0])):
-        if "se-kd" not in figures or "seconds" not in figures["se-kd"]:
+    body: list[Line] = []
+    for key, figures in _in_order(rows, "loss", "seconds").items():
+        some, every = figures.get("se-kd", {}), figures.get(OURS, {})
+        if "seconds" not in some or "seconds" not in every:
             continue
-        some, every = figures["se-kd"], figures[OURS]
         cells = [f"{some['seconds']:.2f} of {every['seconds']:.2f} ({some['seconds'] / every['seconds']:.2f}x)"]
         if "extra_peak_bytes" in some:
             cells.append(f"{some['extra_peak_bytes'] / 2**20:.0f} of {every['extra_peak_bytes'] / 2**20:.0f}")
-        body.append([*_where(key), *cells, *[""] * (2 - len(cells))])
+        body.append((key.machine, [*_where(key), *cells, *[""] * (2 - len(cells))]))
     return table(["N x V", "dtype", "loss", "seconds", "extra peak MB"], body)
 
 
 def reflect(rows: list[Row]) -> str:
     """Engines beside the script; the group with the most rows first."""
     found = groups(rows, "reflect")
-    body = []
-    for (_, shape, dtype), figures in sorted(found.items(), key=lambda x: -int(re.search(r"(\d+) rows", x[0][1])[1])):  # type: ignore[index]
+    body: list[Line] = []
+    for (_, shape, dtype, machine), figures in sorted(
+        found.items(), key=lambda x: -int(re.search(r"(\d+) rows", x[0][1])[1])
+    ):  # type: ignore[index]
         script = figures["script"]
         for name, f in figures.items():
             speed = f"{f['tokens_per_second']:.0f} ({f['tokens_per_second'] / script['tokens_per_second']:.1f}x)"
@@ -130,124 +125,16 @@ def reflect(rows: list[Row]) -> str:
             whole = f"{f['seconds']:.0f} ({f['seconds'] / script['seconds']:.2f}x)"
             equal = f"{f['equal_answers']:.0%}".replace("%", " %")
             rows_of = re.search(r"(\d+) rows", shape)[1]  # type: ignore[index]
-            body.append([rows_of, dtype, name, speed, *parts, whole, equal])
+            body.append((machine, [rows_of, dtype, name, speed, *parts, whole, equal]))
     head = ["rows", "dtype", "engine", "tokens/s", "start, s", "generate, s", "score, s", "all, s"]
     return table([*head, "answers as the script's"], body)
 
 
-def train(rows: list[Row]) -> str:
-    """A step and whole runs beside the plain loop."""
-    body = []
-    for (case, shape, dtype), figures in groups(rows, "train").items():
-        ours, plain = figures.get(OURS, {}), figures.get("plain loop", {})
-        if "step_seconds" not in ours or KL_ALONE in case:
-            continue
-        steps = re.search(r"(\d+) steps", shape)[1]  # type: ignore[index]
-        step = f"{ours['step_seconds']:.2f} of {plain['step_seconds']:.2f}"
-        cells = [f"{step} ({ours['step_seconds'] / plain['step_seconds']:.2f}x)"]
-        for other in ("plain loop", "plain loop, plain distillation"):
-            theirs = figures.get(other, {}).get("whole_seconds")
-            whole = case.startswith("cache") and theirs
-            of = f"{ours['whole_seconds']:.0f} of {theirs:.0f} ({ours['whole_seconds'] / theirs:.2f}x)" if whole else ""
-            cells.append(of)
-        apart = f"{ours['loss_difference']:.1e}, {ours['weight_difference']:.1e}" if dtype == "float32" else ""
-        body.append([case, dtype, steps, *cells, apart])
-    head = ["", "dtype", "steps", "a step, s", "whole SRD, s", "plain distillation, s", "losses, weights apart"]
-    return table(head, body)
-
-
-def train_rivals(rows: list[Row]) -> str:
-    """A step of plain distillation beside the plain loop and other trainers."""
-    body, every = [], groups(rows, "train")
-    for (case, shape, dtype), figures in every.items():
-        plain = figures.get("plain loop", {})
-        if KL_ALONE not in case or "step_seconds" not in plain:
-            continue
-        memory = every.get((f"{case.split(', learning')[0]}, memory", shape, dtype), {})
-        for name, f in figures.items():
-            if "step_seconds" in f:
-                step = f"{f['step_seconds']:.2f} ({f['step_seconds'] / plain['step_seconds']:.2f}x)"
-                peak = f"{memory[name]['peak_bytes'] / 1e6:,.0f}" if name in memory else ""
-                apart = f"{f['loss_difference']:.1e}" if "loss_difference" in f else ""
-                body.append([name, dtype, step, peak, apart])
-    return table(["", "dtype", "a step, s", "peak resident MB", "losses apart"], body)
-
-
-def train_memory(rows: list[Row]) -> str:
-    """Peak resident memory of whole processes."""
-    body = []
-    for (case, _, dtype), figures in groups(rows, "train").items():
-        peaks = {name: f["peak_bytes"] for name, f in figures.items() if "peak_bytes" in f}
-        plain = peaks.get("plain loop")
-        if plain and KL_ALONE not in case:
-            body += [[case, dtype, n, f"{v / 1e6:,.0f} ({v / plain:.2f}x)"] for n, v in peaks.items()]
-    return table(["", "dtype", "process", "peak resident MB"], body)
-
-
-def train_gpu(rows: list[Row]) -> str:
-    """Each side at each batch of each pair; rows of runs in one process where there are no others."""
-    found: dict[tuple[str, str, int], Figures] = {}
-    for r in rows:
-        if r.benchmark == "train_gpu" and (cell := cell_of(r)):
-            found.setdefault((r.device, cell.pair, cell.batch), {}).setdefault(cell.side, {})[r.metric] = r.value
-    head = ["pair", "batch", "", "a step, ms", "of GKDTrainer's", "GPU busy", "kernels", "synchronisations"]
-    head += ["peak GiB", "tokens/s", "losses apart", "largest batch"]
-    several = len({device for device, *_ in found}) > 1
-    body = []
-    for (device, pair, batch), figures in sorted(found.items(), key=lambda x: (x[0][0], PAIRS.index(x[0][1]), x[0][2])):
-        largest = found.get((device, pair, 0), {})
-        for name in sorted(figures, key=lambda n: (SIDES.index(n) if n in SIDES else len(SIDES), n)) if batch else ():
-            cells = _step_cells(name, figures, largest)
-            body.append([*([device] if several else []), pair, str(batch), name, *cells])
-    if not body and any(r.benchmark == "train_gpu" for r in rows):
-        return _train_gpu_in_turn(rows)
-    return table(["GPU"] * several + head, body)
-
-
-def _step_cells(name: str, figures: Figures, largest: Figures) -> list[str]:
-    """Of one side beside the others of its pair and batch. largest: of the searches, by side."""
-    f, most = figures[name], largest.get(name, {})
-    at_end = most.get("largest_batch") == most.get("searched_to")
-    fitting = f"{most['largest_batch']:.0f}{' or more' if at_end else ''}" if "largest_batch" in most else ""
-    if "step_seconds" not in f:
-        return ["out of memory" if f.get("fits") == 0 else "failed", *[""] * 7, fitting]
-    gkd = figures.get(GKD, {}).get("step_seconds")
-    reference = next((figures[n] for n in (PLAIN, GKD, DISTILLATION, LIVE) if "loss@1" in figures.get(n, {})), f)
-    losses = [m for m in f if m.startswith("loss@") and m in reference]
-    losses = losses[:1] if "LoRA" in name else losses  # which then trains other weights
-    apart = max((abs(f[m] - reference[m]) / abs(reference[m]) for m in losses), default=None)
-    times = f"{1e3 * f['step_seconds_p20']:.0f} to {1e3 * f['step_seconds_p80']:.0f}"
-    return [
-        f"{1e3 * f['step_seconds']:.0f} ({times})",
-        f"{f['step_seconds'] / gkd:.2f}x" if gkd else "",
-        f"{100 * f['gpu_busy_share']:.0f} %" if "gpu_busy_share" in f else "",
-        f"{f['kernels']:,.0f}" if "kernels" in f else "",
-        f"{f['synchronisations']:.1f}" if "synchronisations" in f else "",
-        f"{f['peak_bytes'] / 2**30:.1f}" if "peak_bytes" in f else "",
-        f"{f['tokens_per_second']:,.0f}",
-        "" if apart is None or f is reference else f"{apart:.1e}",
-        fitting,
-    ]
-
-
-def _train_gpu_in_turn(rows: list[Row]) -> str:
-    """Sides that took turns in one process: ours from each run, the others from that with a live teacher."""
-    body = []
-    for (case, shape, _), figures in groups(rows, "train_gpu").items():
-        plain = figures.get("plain loop")
-        for name, f in figures.items() if plain else ():
-            if name.startswith(OURS) or case.endswith("live teacher"):
-                step = f"{1000 * f['step_seconds']:.0f} ({f['step_seconds'] / plain['step_seconds']:.2f}x)"
-                peak = f"{f['peak_bytes'] / 2**30:.1f}" if "peak_bytes" in f else ""
-                body.append([shape.split(",")[0], name, step, peak, f"{f['loss_difference']:.1e}"])
-    return table(["pair", "", "a step, ms", "peak GiB", "losses apart"], body)
-
-
 def large_vocabulary(rows: list[Row]) -> str:
     """Peaks of whole processes."""
-    body = [
-        [name, f"{f['resident_bytes'] / 2**30:.1f}", f"{f['address_bytes'] / 2**30:.1f}"]
-        for figures in groups(rows, "large_vocabulary").values()
+    body: list[Line] = [
+        (group.machine, [name, f"{f['resident_bytes'] / 2**30:.1f}", f"{f['address_bytes'] / 2**30:.1f}"])
+        for group, figures in groups(rows, "large_vocabulary").items()
         for name, f in figures.items()
     ]
     return table(["", "peak resident GiB", "peak address space GiB"], sorted(body, reverse=True))
@@ -256,14 +143,18 @@ def large_vocabulary(rows: list[Row]) -> str:
 def stores(rows: list[Row]) -> str:
     """Bytes a token and errors of compact stores."""
     found = groups(rows, "stores")
-    cases = sorted(found)
-    head = ["store", "bytes a token", *(f"{case}: loss, gradient" for case, *_ in cases)]
-    names = list(next(iter(found.values()), {}))
-    body = []
-    for name in names:
-        size = next(f[name]["bytes_per_token"] for f in found.values() if name in f)
-        errors = [f"{found[c][name]['loss_error']:.1e}, {found[c][name]['gradient_error']:.1e}" for c in cases]
-        body.append([name, f"{size:.0f}", *errors])
+    cases = sorted({group.case for group in found})
+    head = ["store", "bytes a token", *(f"{case}: loss, gradient" for case in cases)]
+    body: list[Line] = []
+    for machine in dict.fromkeys(group.machine for group in found):
+        here = {group.case: figures for group, figures in found.items() if group.machine == machine}
+        for name in next(iter(here.values())):
+            size = next(f[name]["bytes_per_token"] for f in here.values() if name in f)
+            errors = [
+                f"{f['loss_error']:.1e}, {f['gradient_error']:.1e}" if (f := here.get(c, {}).get(name)) else ""
+                for c in cases
+            ]
+            body.append((machine, [name, f"{size:.0f}", *errors]))
     return table(head, body)
 
 
@@ -277,86 +168,110 @@ def quality(rows: list[Row]) -> str:
     def cost(f: dict[str, float], metric: str, factor: float = 1.0, digits: int = 0) -> str:
         return f"{f[metric] * factor:.{digits}f}" if metric in f else ""
 
-    body = []
-    for (case, *_), figures in groups(rows, "quality").items():
+    body: list[Line] = []
+    for (case, _, _, machine), figures in groups(rows, "quality").items():
         first = next(iter(figures.values()))
         begin = [case, "starting student", f"{first['start_kl']:.3f}", "", f"{100 * first['start_rouge_l']:.1f}"]
-        body.append([*begin, *[""] * 4])
+        body.append((machine, [*begin, *[""] * 4]))
         for name, f in figures.items():
             scores = [spread(f, "kl", 3), spread(f, "cross_entropy", 3), spread(f, "rouge_l", 1, 100)]
             costs = [cost(f, "step_seconds", digits=2), cost(f, "cache_seconds"), cost(f, "peak_memory_mb")]
-            body.append(["", name, *scores, *costs, cost(f, "cache_bytes", 1e-6, 1)])
+            body.append((machine, ["", name, *scores, *costs, cost(f, "cache_bytes", 1e-6, 1)]))
     head = ["", "", "KL, nats", "cross-entropy, nats", "ROUGE-L", "a step, s", "cache, s", "peak MB", "cache MB"]
     return table(head, body)
 
 
 def limits(rows: list[Row], benchmark: str = "limits") -> str:
     """Largest batches."""
-    found = groups(rows, benchmark)
+    found, why = groups(rows, benchmark), reasons(rows, benchmark)
     names = _present(found, "largest_rows")
-    body = []
-    for (case, shape, dtype), figures in sorted(found.items(), key=lambda x: (_order(x[0])[0], x[0][0])):
+    body: list[Line] = []
+    for key, figures in sorted(found.items(), key=lambda x: (_order(x[0])[0], x[0].case, x[0].machine)):
         cells = []
         for name in names:
-            f = figures.get(name)
-            at_end = f is not None and f["largest_rows"] == f["searched_to"]
-            cells.append("" if f is None else f"{f['largest_rows']:,.0f}{' or more' if at_end else ''}")
-        body.append([_short(shape).replace(" ", " V = "), dtype, case, *cells])
+            f = figures.get(name, {})
+            at_end = "largest_rows" in f and f["largest_rows"] == f["searched_to"]
+            text = f"{f['largest_rows']:,.0f}{' or more' if at_end else ''}" if "largest_rows" in f else ""
+            cells.append(text or why.get((key, name), ""))
+        body.append((key.machine, [_short(key.shape).replace(" ", " V = "), key.dtype, key.case, *cells]))
     return table(["head", "dtype", "limit", *names], body)
 
 
 def scale(rows: list[Row]) -> str:
     """Growth."""
-    body = []
-    for (case, shape, _), figures in groups(rows, "scale").items():
+    body: list[Line] = []
+    for (case, shape, _, machine), figures in groups(rows, "scale").items():
         f = figures[OURS]
         sizes = [m.removeprefix("seconds@") for m in f if m.startswith("seconds@")]
         seconds = ", ".join(f"{int(s):,}: {f[f'seconds@{s}']:.2f}" for s in sizes)
         peaks = ", ".join(f"{f[f'extra_peak_bytes@{s}'] / 2**20:.0f}" for s in sizes if f"extra_peak_bytes@{s}" in f)
-        body.append([case, shape, seconds, f"{f['r_squared']:.4f}", peaks])
+        body.append((machine, [case, shape, seconds, f"{f['r_squared']:.4f}", peaks]))
     return table(["grows", "fixed", "size: seconds", "R²", "extra peak MB"], body)
 
 
 def rivals(rows: list[Row]) -> str:
     """Errors of gradients on small examples."""
-    found = groups(rows, "rivals")
-    metrics = list(dict.fromkeys(m for f in found.values() for of in f.values() for m in of))
-    names = [n for n in PROVIDERS if any(n in f for f in found.values())]
+    found, why = groups(rows, "rivals"), reasons(rows, "rivals")
+    metrics = list(dict.fromkeys(m for f in found.values() for of in f.values() for m in of if m != LEFT_OUT))
+    names = [n for n in _present(found, *metrics) if n in PROVIDERS]
 
-    def show(f: dict[str, float], metric: str) -> str:
-        value = f.get(metric)
-        return (
-            "" if value is None else "error" if value == float("inf") else "NaN" if value != value else f"{value:.0e}"
-        )
+    def show(value: float | None) -> str:
+        if value is None:
+            return ""
+        return "error" if value == float("inf") else "NaN" if value != value else f"{value:.0e}"
 
-    body = []
-    for (case, *_), figures in found.items():
-        body += [[case, m.split(", ")[1], *(show(figures.get(n, {}), m) for n in names)] for m in metrics]
+    body: list[Line] = []
+    for key, figures in found.items():
+        for m in metrics:
+            cells = [show(figures.get(n, {}).get(m)) or why.get((key, n), "") for n in names]
+            body.append((key.machine, [key.case, m.split(", ")[1], *cells]))
     return table(["loss", "example", *names], body)
 
 
 def scores(rows: list[Row]) -> str:
     """ROUGE-L and curation."""
-    body = []
-    for (_, shape, _), figures in groups(rows, "rouge").items():
+    body: list[Line] = []
+    for (_, shape, _, machine), figures in groups(rows, "rouge").items():
         if "rouge-score" in figures:
             ours, theirs = figures[OURS]["seconds"], figures["rouge-score"]["seconds"]
-            body.append([f"ROUGE-L, {shape}", f"{ours:.2f} ({theirs:.1f} with rouge-score, {theirs / ours:.0f}x)", ""])
-    for (case, shape, _), figures in groups(rows, "curate").items():
+            cell = f"{ours:.2f} ({theirs:.1f} with rouge-score, {theirs / ours:.0f}x)"
+            body.append((machine, [f"ROUGE-L, {shape}", cell, ""]))
+    for (case, shape, _, machine), figures in groups(rows, "curate").items():
         f = figures[OURS]
-        body.append([f"curate, {case}, {shape}", f"{f['seconds']:.1f}", f"{f['peak_bytes'] / 2**30:.2f}"])
+        cells = [f"curate, {case}, {shape}", f"{f['seconds']:.1f}", f"{f['peak_bytes'] / 2**30:.2f}"]
+        body.append((machine, cells))
     return table(["", "seconds", "peak GiB"], body)
 
 
 def quickstart(rows: list[Row]) -> str:
     """Three models of the quickstart."""
     names = {"teacher": "teacher", "start": "starting student", "student": "distilled student"}
-    body = []
-    for figures in groups(rows, "quickstart").values():
+    body: list[Line] = []
+    for group, figures in groups(rows, "quickstart").items():
         for name, words in names.items():
             f = figures[name]
-            body.append([words, f"{100 * f['rouge_l']:.1f}", *(f"{f[k]:.3f}" if k in f else "" for k in NATS)])
+            nats = [f"{f[k]:.3f}" if k in f else "" for k in NATS]
+            body.append((group.machine, [words, f"{100 * f['rouge_l']:.1f}", *nats]))
     return table(["", "ROUGE-L", "cross-entropy, nats/token", "KL to the teacher, nats/token"], body)
+
+
+def orders(rows: list[Row], benchmark: str = "orders", unit: str = "s") -> str:
+    """Both orders of the loss's work in several budgets."""
+    why = reasons(rows, benchmark)
+    body: list[Line] = []
+    for key, figures in sorted(groups(rows, benchmark).items(), key=lambda x: (_sizes(x[0]), *_order(x[0])[1:])):
+        floor = figures.get(PRODUCTS, {}).get("seconds")
+        where = [_short(key.shape), key.dtype, key.case, "" if floor is None else f"{floor * UNITS[unit]:.2f}"]
+        for name in sorted(figures.keys() - {PRODUCTS}, key=natural):
+            f = figures[name]
+            cells = [why.get((key, name), ""), "", "", ""]
+            if floor and "seconds" in f:
+                ratios = [f"{f['seconds'] / x:.2f}x" for x in (f["own_products_seconds"], floor)]
+                peak = f"{f['extra_peak_bytes'] / 2**20:,.0f}" if "extra_peak_bytes" in f else ""
+                cells = [f"{f['seconds'] * UNITS[unit]:.2f}", *ratios, peak]
+            body.append((key.machine, [*where, name, *cells]))
+    head = ["N x V", "dtype", "loss", f"its four products, {unit}", "order, memory_budget"]
+    return table([*head, unit, "of its own products", "of the four", "extra peak MB"], body)
 
 
 TABLES: dict[str, Callable[[list[Row]], str]] = {
@@ -382,6 +297,12 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "quality": quality,
 }
 
+# Of benchmarks whose rows README does not show.
+OTHER_TABLES: dict[str, Callable[[list[Row]], str]] = {
+    "orders": orders,
+    "orders-gpu": partial(orders, benchmark="orders_gpu", unit="ms"),
+}
+
 
 def all_rows(folder: Path) -> list[Row]:
     """Rows of every benchmark in a folder, but of those that write others."""
@@ -390,7 +311,8 @@ def all_rows(folder: Path) -> list[Row]:
 
 def render(text: str, rows: list[Row]) -> str:
     """A text with its tables made from these rows."""
-    return BLOCK.sub(lambda m: f"<!-- table: {m[1]} -->\n{TABLES[m[1]](rows)}<!-- end -->", text)
+    made = {**TABLES, **OTHER_TABLES}
+    return BLOCK.sub(lambda m: f"<!-- table: {m[1]} -->\n{made[m[1]](rows)}<!-- end -->", text)
 
 
 def main() -> None:
@@ -400,7 +322,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.folder:
         rows = all_rows(args.folder)
-        for name, make in TABLES.items():
+        for name, make in {**TABLES, **OTHER_TABLES}.items():
             print(f"\n{name}\n\n{make(rows)}", end="")
         return
     README.write_text(render(README.read_text(encoding="utf-8"), all_rows(RESULTS)), encoding="utf-8")

@@ -64,10 +64,10 @@ class Session:
         return run_task(whole, self.work, self.args.cell_seconds, self.deadline)
 
     def known(self) -> dict[Cell, dict[str, float]]:
-        """Figures of the cells that this device has with this version of torch, from the file of results."""
+        """Figures of the cells that this machine has with this version of torch, from the file of results."""
         found: dict[Cell, dict[str, float]] = {}
         for r in read(self.args.results / f"{BENCHMARK}.csv"):
-            if (r.device, r.torch) != (self.about["device"], self.about["torch"]):
+            if (r.device, r.threads, r.torch) != tuple(self.about[x] for x in ("device", "threads", "torch")):
                 continue
             if cell := plan.cell_of(r):
                 found.setdefault(cell, {})[r.metric] = r.value

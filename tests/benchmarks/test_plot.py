@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from benchmarks import plot, providers, rows
+from benchmarks import panels, plot, problem, providers, rows
 
 SHAPES = ["smollm2 N=1024 V=49152 D=576/960", "gemma3 N=1024 V=262144 D=640/1152"]
 IGNORED = "srd-fast, 70 % ignored"
@@ -24,10 +24,12 @@ METHODS = (
 )
 
 
-def loss_providers(loss: providers.Loss) -> list[str]:
+def loss_providers(loss: problem.Loss) -> list[str]:
     """Who would have figures of a loss."""
     left_out = {"torchtune"} if loss.temperature == 2 else set()
-    left_out |= {"trl chunked", "trl gkd", "liger-kernel fused"} if loss.sft_weight else {providers.CE_ONLY}
+    ce_alone = {name for name in providers.PROVIDERS if name.endswith("(CE alone)")}
+    fused = {name for name in providers.PROVIDERS if name.startswith("liger-kernel fused")}
+    left_out |= {"trl chunked", "trl gkd", *fused} if loss.sft_weight else ce_alone
     left_out |= {"liger-kernel"} if loss.divergence == "skew_reverse_kl" else set()
     return [*(p for p in providers.PROVIDERS if p not in left_out), IGNORED]
 
@@ -39,7 +41,7 @@ def loss_rows() -> list[rows.Row]:
         for dtype in ("float32", "bfloat16"):
             for case in LOSSES:
                 figures = {}
-                for i, name in enumerate(loss_providers(providers.LOSSES[case])):
+                for i, name in enumerate(loss_providers(problem.LOSSES[case])):
                     seconds = 0.3 if name == "se-kd" else 1 + 0.7 * i
                     figures[name] = rows.spread("seconds", [seconds * (0.9 + 0.05 * k) for k in range(7)])
                     figures[name] |= {} if name in ("gemms", IGNORED) else {"extra_peak_bytes": 3e7 * 2.3**i}
@@ -157,3 +159,27 @@ def test_says_why_figures_are_left_out(tmp_path: Path, capsys: pytest.CaptureFix
     assert "train.svg left out: nothing to compare with" in printed
     for name in ("limits", "scale", "reflect", "quality"):
         assert f"{name}.svg left out: no rows in {name}.csv" in printed
+
+
+def test_a_bar_is_divided_by_its_own_machine(tmp_path: Path) -> None:
+    found = [r for r in loss_rows() if r.case == "jsd + CE" and r.dtype == "float32" and r.shape == SHAPES[0]]
+    slower = [replace(r, device="another CPU", value=r.value * (3 if r.provider == "gemms" else 9)) for r in found]
+    rows.write(found + slower, tmp_path)
+    drawn = plot.rows_of(tmp_path, "loss", "seconds")
+    of = {}
+    for part in (p for same in panels.by_dtype(drawn) for p in panels.by_shape(same)):
+        of[part[0].device] = panels.spans(part, "seconds", base="gemms")
+        assert panels.title_of(part, drawn).endswith(part[0].machine)
+    here, there = of[found[0].device], of["another CPU"]
+    assert there["jsd + CE", "plain"] == pytest.approx([3 * x for x in here["jsd + CE", "plain"]])
+    assert here["jsd + CE", "gemms"][0] == there["jsd + CE", "gemms"][0] == 1
+
+
+def test_each_machine_shows_its_own_most_rows_of_a_reflection(tmp_path: Path) -> None:
+    found = [r for r in other_rows() if r.benchmark == "reflect"]
+    fewer = [replace(r, device="another CPU") for r in found if "64 rows" in r.shape]
+    rows.write(found + fewer, tmp_path / "results")
+    plot.draw(tmp_path / "results", tmp_path)
+    svg = (tmp_path / "reflect.svg").read_text(encoding="utf-8")
+    assert "847 rows" in svg
+    assert "64 rows" in svg

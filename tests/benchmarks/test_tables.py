@@ -2,6 +2,7 @@
 
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -93,8 +94,105 @@ def test_steps_on_a_gpu_are_beside_gkd_and_the_plain_loop() -> None:
     ]
     other = rows("srd-fast, cache", device="another", **step(0.3, 2.0))
     head, _, first, *_ = cells(tables.train_gpu(given + other))
-    assert (head[0], first[0]) == ("GPU", "another")
+    assert (head[0], first[0]) == ("machine", "another, 16 threads")
     assert first[5] == ""  # no GKDTrainer of its own
+    assert [line[0] for line in cells(tables.train_gpu(given + other))[3:]] == ["some GPU, 16 threads"] * 5
+
+
+H100, H200 = ("H100", 16), ("H200", 16)
+GEMMA = "gemma3 N=8192 V=262144 D=640/1152"
+
+
+def measured(
+    benchmark: str, machine: tuple[str, int], provider: str, case: str = "jsd", shape: str = GEMMA, **figures: float
+) -> list[Row]:
+    """Rows of one provider on one machine."""
+    who = (benchmark, case, shape, "bfloat16", *machine, provider, "1")
+    return [Row(*who, m.replace("_at_", "@"), x, "2.11", "2026-01-01") for m, x in figures.items()]
+
+
+def lines_of(text: str) -> list[list[str]]:
+    """Cells of a table's head and body."""
+    head, _, *body = [[c.strip() for c in line[1:-1].split("|")] for line in text.strip().split("\n")]
+    return [head, *body]
+
+
+def test_a_loss_is_divided_by_the_products_of_its_own_machine() -> None:
+    rows = measured("loss_gpu", H100, "gemms", seconds=0.020) + measured("loss_gpu", H100, "srd-fast", seconds=0.030)
+    rows += measured("loss_gpu", H200, "gemms", seconds=0.010) + measured("loss_gpu", H200, "srd-fast", seconds=0.020)
+    rows += measured("loss_gpu", ("H100", 8), "srd-fast", seconds=0.040)
+    head, *body = lines_of(tables.loss_time(rows, "loss_gpu", "ms"))
+    assert head[:2] == ["machine", "N x V"]
+    assert [[line[0], *line[-2:]] for line in body] == [
+        ["H100, 16 threads", "20.00", "30.00 (1.50x)"],
+        ["H100, 8 threads", "", "40.00"],  # its run had no products
+        ["H200, 16 threads", "10.00", "20.00 (2.00x)"],
+    ]
+    assert lines_of(tables.loss_time([r for r in rows if r.device == "H200"], "loss_gpu", "ms"))[0][0] == "N x V"
+
+
+def test_other_tables_divide_by_what_their_own_machine_has() -> None:
+    some, other = ("one CPU", 2), ("another CPU", 2)
+    rows = measured("train", some, "plain loop", "cache, KL alone", "x, 6 steps", step_seconds=2.0)
+    rows += measured("train", some, "trl", "cache, KL alone", "x, 6 steps", step_seconds=3.0)
+    rows += measured("train", other, "plain loop", "cache, KL alone", "x, 6 steps", step_seconds=1.0)
+    rows += measured("train", other, "plain loop", "cache, KL alone, memory", "x, 6 steps", peak_bytes=7e6)
+    assert lines_of(tables.train_rivals(rows)) == [
+        ["machine", "", "dtype", "a step, s", "peak resident MB", "losses apart"],
+        ["one CPU, 2 threads", "plain loop", "bfloat16", "2.00 (1.00x)", "", ""],
+        ["one CPU, 2 threads", "trl", "bfloat16", "3.00 (1.50x)", "", ""],
+        ["another CPU, 2 threads", "plain loop", "bfloat16", "1.00 (1.00x)", "7", ""],
+    ]
+    reflected = {"start_seconds": 1, "generate_seconds": 2, "score_seconds": 3, "equal_answers": 1}
+    for machine, speed in ((some, 10.0), (other, 40.0)):
+        for name, times in (("script", 1), ("vllm", 5)):
+            figures = {**reflected, "tokens_per_second": times * speed, "seconds": 60 / times}
+            rows += measured("reflect", machine, name, "greedy", "x, 64 rows", **figures)
+    found = {(line[0], line[3]): line[4] for line in lines_of(tables.reflect(rows))[1:]}
+    assert found["one CPU, 2 threads", "vllm"] == "50 (5.0x)"
+    assert found["another CPU, 2 threads", "vllm"] == "200 (5.0x)"
+    for machine, loss in ((some, 1e-3), (other, 2e-3)):
+        for case in ("T = 1", "T = 2")[: 1 + (machine == some)]:
+            figures = {"bytes_per_token": 96, "loss_error": loss, "gradient_error": 10 * loss}
+            rows += measured("stores", machine, "top 8", case, "x", **figures)
+    assert lines_of(tables.stores(rows))[1:] == [
+        ["one CPU, 2 threads", "top 8", "96", "1.0e-03, 1.0e-02", "1.0e-03, 1.0e-02"],
+        ["another CPU, 2 threads", "top 8", "96", "2.0e-03, 2.0e-02", ""],
+    ]
+
+
+@pytest.mark.parametrize("name", tables.TABLES)
+def test_a_second_machine_doubles_a_table_and_changes_no_cell(name: str) -> None:
+    here = tables.all_rows(RESULTS)
+    both = here + [replace(r, device=f"not {r.device}") for r in here]
+    once, (head, *body) = lines_of(tables.TABLES[name](here)), lines_of(tables.TABLES[name](both))
+    assert head == ["machine", *once[0]]
+    assert len(body) == 2 * (len(once) - 1)
+    for machine in {line[0] for line in body}:
+        assert sorted(line[1:] for line in body if line[0] == machine) == sorted(once[1:])
+
+
+def test_who_was_left_out_says_why_in_its_cell() -> None:
+    reason = "its kernels need a GPU | " + 20 * "long words "
+    rows = measured("loss", ("a CPU", 2), "gemms", seconds=1.0) + measured(
+        "loss", ("a CPU", 2), "srd-fast", seconds=2.0
+    )
+    rows += [replace(r, note=reason) for r in measured("loss", ("a CPU", 2), "quack (CE alone)", left_out=1.0)]
+    rows += measured("loss", ("a CPU", 2), "gemms", "tvd", seconds=1.0)
+    head, first, second = lines_of(tables.loss_time(rows))
+    assert head[-2:] == ["srd-fast", "quack (CE alone)"]
+    assert first[-2] == "2.00 (2.00x)"
+    assert first[-1].startswith("its kernels need a GPU / long words")
+    assert len(first[-1]) <= 80
+    assert second[-2:] == ["", ""]
+    limit = measured(
+        "limits", ("a CPU", 2), "srd-fast", "4 GiB", "gemma3 V=9 D=1/2, jsd", largest_rows=64, searched_to=64
+    )
+    gone = measured("limits", ("a CPU", 2), "torchtune", "4 GiB", "gemma3 V=9 D=1/2, jsd", left_out=1.0)
+    assert lines_of(tables.limits(limit + [replace(r, note="no such loss") for r in gone]))[1][-2:] == [
+        "64 or more",
+        "no such loss",
+    ]
 
 
 def test_no_figure_in_the_measured_part_stands_outside_of_the_tables() -> None:

@@ -161,6 +161,20 @@ def test_another_torch_measures_again_and_again_does_all(tmp_path: Path, monkeyp
     assert [len(m.measured()) for m in call_of] == [2, 2, 0, 2]
 
 
+def test_rows_of_other_threads_are_another_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ("--no-largest", "--pairs", SMALL, "--batches", "8", "--sides", CACHE)
+    Machine(fine, monkeypatch)
+    call(monkeypatch, tmp_path, *options)
+    written = rows.read(tmp_path / "train_gpu.csv")
+    for threads, again in ((1, 0), (4, 1)):
+        folder = tmp_path / str(threads)
+        rows.write_providers([replace(r, threads=threads) for r in written], folder)
+        machine = Machine(fine, monkeypatch)
+        call(monkeypatch, folder, *options)
+        assert len(machine.measured()) == again
+    assert {r.threads for r in rows.read(folder / "train_gpu.csv")} == {1, 4}
+
+
 def test_a_cell_that_fails_stops_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def answer(task: Mapping[str, Any]) -> dict[str, float]:
         if task["side"] == GKD:
@@ -372,7 +386,14 @@ def test_a_session_runs_what_is_missing_and_nothing_beyond_its_end(tmp_path: Pat
     assert [(c[2], c[4], c[6]) for c in parts.calls] == [x for x in every if x not in there]
     parts.calls.clear()
     parts.limits()
-    assert [c[2:6] for c in parts.calls] == [("gemma3", "--limits", "6", "--most"), ("smollm2", "--limits", "4", "6")]
+    assert [c[2 : c.index("--most")] for c in parts.calls] == [
+        ("gemma3-4b", "--limits", "4", "6", "8"),
+        ("gemma3", "--limits", "6"),
+        ("smollm2", "--limits", "4", "6"),
+    ]
+    parts.orders()
+    assert parts.calls[-1][0] == "benchmarks.orders"
+    assert 900 < float(parts.calls[-1][2]) < 1000
     parts.steps()
     assert parts.calls[-1][-2:] == ("--batches", "8")
     assert 900 < float(parts.calls[-1][2]) < 1000
