@@ -238,8 +238,9 @@ def compact_distillation_loss(
         ignore_index: the label that has no loss. None: every label has one, so a GPU need not be asked how many do.
         backend: "compile" (`torch.compile`, on a CPU), "eager", or "auto": compile on a CPU from 16,384 classes on,
             else eager.
-        memory_budget: bytes that the loss may allocate beyond its inputs and gradients, above 0; the least that it can
-            do with where that is more. Default: a twentieth of a GPU's memory, at most 4 GiB, and 512 MiB elsewhere.
+        memory_budget: bytes that the loss may allocate beyond its inputs (the rows with loss, once packed) and their
+            gradients; the least that it can do with where that is more. Default: a twentieth of a GPU's memory, at most
+            4 GiB, and 512 MiB elsewhere.
         logits_dtype: dtype of the logits: None for that of the matrix products, or torch.float32. With a head in a
             narrower dtype, float32 logits take twice the memory and make the gradient ten times more exact.
         student_logits: [..., V] the student's logits before the softcap, in the dtype of the matrix products, where

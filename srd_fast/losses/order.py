@@ -12,6 +12,7 @@ Large chunks make the first faster; where only small ones fit, the second. A pro
 that of the memory that it moves, whichever is longer, and a device is known by the ratio of the two.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -237,6 +238,9 @@ def _plan_classes(work: LossWork, budget: int, block: int) -> LossPlan:
     if work.gradients:
         tiles = parts * student.classes / block
         costs.gradients(rows, block, 8, 8 if parts > 1 else student.weight.itemsize, tiles)
+    if narrow and rows < n and work.device.type != "cuda":
+        # There a part's product is rounded before it reaches the sum, so this is for what fits in no other way.
+        costs.time = math.inf
     return LossPlan("classes", rows, block, size, rows * kept + sums, costs.flops, costs.time)
 
 

@@ -1,0 +1,20 @@
+"""A pytest plugin, `-p classes_outside`: every loss that can has the classes outside, in three blocks and two parts."""
+
+import dataclasses
+from typing import Any
+
+from srd_fast.losses import chunked
+from srd_fast.losses.order import LossPlan, LossWork, plan_loss
+
+
+def plan(work: LossWork, budget: int, order: str = "auto") -> LossPlan:
+    """`plan_loss`, with small blocks."""
+    if work.rows_only or order == "rows":
+        return plan_loss(work, budget, order)
+    planned = plan_loss(work, budget, "classes")
+    most = max(side.classes for side in work.sides)
+    size: dict[str, Any] = {"rows": -(-work.rows // 2), "classes": -(-most // 3)}
+    return dataclasses.replace(planned, **{name: max(1, n) for name, n in size.items()})
+
+
+chunked.plan_loss = plan
