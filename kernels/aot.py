@@ -26,7 +26,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import triton_rows
+from . import triton_rows, triton_sums
 from .disassembly import Resources, resources
 from .divergences import FORMULAS
 
@@ -119,8 +119,8 @@ def constants(configuration: Configuration, target: GPUTarget) -> dict[str, Any]
     narrowest = min(BYTES[configuration.logits], BYTES[configuration.gradient or configuration.logits])
     return {
         "PAIR": formula.triton,
-        "LOG2": triton_rows.approximate_log2 if target.backend == "cuda" else triton_rows.exact_log2,
-        "SIDE": {"teacher": 1, "student": 2, None: 0}[formula.one_read],
+        "LOG2": triton_sums.approximate_log2 if target.backend == "cuda" else triton_sums.exact_log2,
+        "SIDE": triton_sums.SIDES[formula.one_read],
         "TEACHER": configuration.divergence is not None,
         "T_KIND": configuration.temperature,
         "PADDED": configuration.padded,
@@ -269,7 +269,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="three divergences at T = 2 in bf16")
     parser.add_argument("--json", metavar="FILE", help="write the findings as a list of objects too")
     options = parser.parse_args(arguments)
-    if triton_rows.INTERPRETED:
+    if triton_sums.INTERPRETED:
         parser.error("TRITON_INTERPRET is set: the interpreter compiles nothing")
     findings = []
     print(_HEADER, flush=True)
