@@ -38,6 +38,7 @@ from .triton_sums import (
     merged,
 )
 
+
 @triton.jit
 def row_kernel(
     student_ptr,

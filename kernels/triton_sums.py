@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .divergences import LN2, LOG2E
+from .divergences import LOG2E
 from .passes import LOGIT_FLOOR
 
 FLOOR = tl.constexpr(LOGIT_FLOOR)
