@@ -293,10 +293,10 @@ def write_kernel(
 def launch_options(classes: int, warp_size: int = 32 if torch.version.hip is None else 64) -> dict[str, Any]:
     """Lanes, warps of a program, and compile options for blocks of classes.
 
-    A thread reads eight classes at once, 128 bits of a 16-bit type. It has 32 of them where there are enough, so that
-    the sums over a program's threads cost little beside its own.
+    A thread reads eight classes at once, 128 bits of a 16-bit type, and eight times where there are enough: the sums
+    over a program's threads are as many instructions as one of these reads.
     """
-    warps = min(8, max(1, triton.next_power_of_2(classes) // (32 * warp_size)))
+    warps = min(8, max(1, triton.next_power_of_2(classes) // (64 * warp_size)))
     return {"BLOCK": 8 * warp_size * warps, "num_warps": warps, "enable_fp_fusion": True}
 
 
