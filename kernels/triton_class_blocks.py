@@ -351,12 +351,12 @@ class TritonClassBlocks(ClassBlocks):
 
     def read(self, rows: slice, first: int, student_RB: Tensor, teacher_RB: Tensor | None, common: bool) -> None:
         """See `ClassBlocks.read`."""
-        crosses = self.crosses and teacher_RB is not None
-        if crosses:
+        if self.crosses and teacher_RB is not None:
             self._origins(rows, first, student_RB, teacher_RB)
         self._launch(
             read_kernel, rows, first, student_RB, teacher_RB, COMMON=common, TEACHER=teacher_RB is not None,
-            SIDE=SIDES[self.side] if crosses else 0, T_KIND=kind_of_temperature(self.coefficients.temperature),
+            SIDE=SIDES[self.side] if teacher_RB is not None else 0,
+            T_KIND=kind_of_temperature(self.coefficients.temperature),
         )  # fmt: skip
 
     def weigh(self, rows: slice, first: int, student_RB: Tensor, teacher_RB: Tensor) -> None:
