@@ -263,6 +263,7 @@ def block_configurations(quick: bool = False) -> list[BlockConfiguration]:
         changes: list[dict[str, Any]] = [known, {"work": "write", **known}, {"work": "weigh", "divergence": "jsd"}]
         return [BlockConfiguration(**change) for change in changes]
     hardest = {"softcap": True, "temperature": 0}
+    in_fp32 = {"student": "fp32", "teacher": "fp32", "gradient": "fp32"}
     changes = [
         *({"divergence": d} for d in ("forward_kl", "reverse_kl", "jsd")),
         known,
@@ -271,18 +272,17 @@ def block_configurations(quick: bool = False) -> list[BlockConfiguration]:
         *({"work": "write", "divergence": d} for d in FORMULAS),
         {"work": "write", **known},
         {"work": "write", "divergence": None},
-        *({"classes": classes} for classes in (512, 1024, 2048, 16384, 32768)),
-        *({"work": "write", "classes": classes} for classes in (512, 2048)),
+        # One warp serves all widths up to the second.
+        *({"classes": classes} for classes in (512, 2048, 8192, 16384, 32768)),
+        {"work": "write", "classes": 2048},
         {"temperature": 1},
         {"work": "write", "divergence": "forward_kl", "temperature": 1},
         hardest,
         {"work": "weigh", "divergence": "jsd", **hardest},
         {"work": "write", "divergence": "jsd", "weights": True, **hardest},
-        {"work": "write", "divergence": "jsd", "cross_entropy": False},
-        {"student": "fp32", "teacher": "fp32"},
-        {"work": "write", "divergence": "jsd", "student": "fp32", "teacher": "fp32", "gradient": "fp32"},
+        in_fp32,
+        {"work": "write", "divergence": "jsd", **in_fp32},
         {"work": "write", "teacher": "fp32"},
-        {"work": "write", "teacher": "fp32", "gradient": "fp32"},
         {"work": "write", "aligned_rows": False},
     ]
     return [BlockConfiguration(**change) for change in changes]

@@ -26,6 +26,7 @@ from .triton_sums import (
     load_logits,
     log_softmax,
     merged,
+    powers,
 )
 
 LABEL, ORIGIN_S, ORIGIN_T, MAX_S, SUM_S, PRODUCT_S, MAX_K, SUM_K, MAX_T, SUM_T, CROSS, DIVERGENCE, WEIGHT = (
@@ -66,7 +67,7 @@ def read_kernel(
     """`ClassBlocks.read`: classes `first` to `first` + `classes`, the last arguments but for the first three as there.
 
     COMMON: both sides have the classes. TEACHER: its logits are there. SIDE: whose exponentials `cross` has, 1 teacher,
-    2 student, 0 none. T_KIND: as in `add_student`. WIDTH: lanes that take 128 bits in the narrowest tensor. BLOCK:
+    2 student, 0 none. T_KIND: 1 or 2 for these temperatures, 0 for any other. WIDTH: lanes that take 128 bits in the narrowest tensor. BLOCK:
     lanes in all.
     """
     row = tl.program_id(0).to(tl.int64)
@@ -96,8 +97,11 @@ def read_kernel(
     for i in range(0, tl.cdiv(classes, BLOCK)):
         at = i * BLOCK
         z_S = load_logits(student_ptr, at, lanes, classes, classes, student_softcap, STUDENT_SOFTCAP)
+        old = m_S
         m_S, s1, a1, e, shrink = add_student(z_S, m_S, s1, a1, c, T_KIND if COMMON else 1)
         if COMMON:
+            if T_KIND == 0:
+                e, shrink = powers(z_S - m_S[:, None], old - m_S, c)
             s = s * shrink + tl.sum(e, axis=1)
         if TEACHER:
             z_T = load_logits(teacher_ptr, at, lanes, classes, classes, teacher_softcap, TEACHER_SOFTCAP)
@@ -111,10 +115,10 @@ def read_kernel(
     M = tl.max(m_S, axis=0)
     M_S = tl.maximum(M, old_S)
     # A of a row goes with its S as it was.
-    old = tl.load(state_ptr + SUM_S * N)
-    a = tl.load(state_ptr + PRODUCT_S * N) + old * (old_S - M_S)
+    old_sum = tl.load(state_ptr + SUM_S * N)
+    a = tl.load(state_ptr + PRODUCT_S * N) + old_sum * (old_S - M_S)
     join(state_ptr + PRODUCT_S * N, a, a1 + s1 * (m_S - M_S), m_S, old_S, M_S, LOG2E)
-    join(state_ptr + SUM_S * N, old, s1, m_S, old_S, M_S, LOG2E)
+    join(state_ptr + SUM_S * N, old_sum, s1, m_S, old_S, M_S, LOG2E)
     tl.store(state_ptr + MAX_S * N, M_S)
     if COMMON:
         M_K = tl.maximum(M, old_K)

@@ -36,6 +36,7 @@ from .triton_sums import (
     load_logits,
     log_softmax,
     merged,
+    powers,
 )
 
 
@@ -124,6 +125,7 @@ def row_kernel(
     for block in range(0, num_blocks):
         first = block * BLOCK
         z_S = load_logits(student_ptr, first, lanes, V, student_readable, student_softcap, STUDENT_SOFTCAP)
+        old = m_S
         m_S, s1, a1, e, shrink = add_student(z_S, m_S, s1, a1, c, T_KIND if TEACHER else 1)
         if TEACHER:
             z_T = load_logits(teacher_ptr, first, lanes, K, teacher_readable, teacher_softcap, TEACHER_SOFTCAP)
@@ -132,6 +134,8 @@ def row_kernel(
             if PADDED:
                 z_K = tl.where(first + lanes < K, z_S, FLOOR)
                 m_K, e, shrink = exponentials(z_K, m_K, c)
+            elif T_KIND == 0:
+                e, shrink = powers(z_S - m_S[:, None], old - m_S, c)
             if SIDE == 1:
                 b = b * shrink_T + tl.sum(e_T * ((z_K - origin) - (z_T - origin_T)), axis=1)
             if SIDE == 2:

@@ -63,35 +63,37 @@ def log_softmax(z, maximum, log_sum, inverse_t):
 
 
 @triton.jit
+def powers(d, step, c):
+    """2^(d c) of logits less their maximum, and what sums so far shrink by where the maximum rose by -step."""
+    return tl.exp2(d * c), tl.exp2(step * c)
+
+
+@triton.jit
 def exponentials(z, m, c):
-    """The maximum m of each thread with more logits z, 2^((z - m) c), and what the sums so far shrink by."""
+    """The maximum of each thread with more logits z, and `powers` of these."""
     new = tl.maximum(m, tl.max(z, axis=1))
-    return new, tl.exp2((z - new[:, None]) * c), tl.exp2((m - new) * c)
+    step = m - new
+    e, shrink = powers(z - new[:, None], step, c)
+    return new, e, shrink
 
 
 @triton.jit
 def add_student(z, m, s1, a1, c, T_KIND: tl.constexpr):
-    """Add logits z to a thread's sums of e^(z - m) and e^(z - m) (z - m).
+    """Add logits z to a thread's sums of e^(z - m) and e^(z - m) (z - m), relative to its maximum m.
 
-    T_KIND: 1 or 2 for these temperatures, 0 for any other. Returns the maximum, the sums, and 2^((z - m) c), which is
-    the exponential at the temperature, with what sums of it shrink by.
+    Returns the new maximum and sums, and `powers`: those with c where T_KIND is 2, else those at temperature 1.
     """
     new = tl.maximum(m, tl.max(z, axis=1))
     step = m - new
     d = z - new[:, None]
     if T_KIND == 2:
-        e = tl.exp2(d * c)
-        shrink = tl.exp2(step * c)
+        e, shrink = powers(d, step, c)
         e1 = e * e
         shrink1 = shrink * shrink
     else:
-        e1 = tl.exp2(d * LOG2E)
-        shrink1 = tl.exp2(step * LOG2E)
+        e1, shrink1 = powers(d, step, LOG2E)
         e = e1
         shrink = shrink1
-        if T_KIND == 0:
-            e = tl.exp2(d * c)
-            shrink = tl.exp2(step * c)
     a1 = (a1 + s1 * step) * shrink1 + tl.sum(e1 * d, axis=1)
     return new, s1 * shrink1 + tl.sum(e1, axis=1), a1, e, shrink
 
