@@ -67,8 +67,8 @@ def read_kernel(
     """`ClassBlocks.read`: classes `first` to `first` + `classes`, the last arguments but for the first three as there.
 
     COMMON: both sides have the classes. TEACHER: its logits are there. SIDE: whose exponentials `cross` has, 1 teacher,
-    2 student, 0 none. T_KIND: 1 or 2 for these temperatures, 0 for any other. WIDTH: lanes that take 128 bits in the narrowest tensor. BLOCK:
-    lanes in all.
+    2 student, 0 none. T_KIND: 1 or 2 for these temperatures, 0 for any other. WIDTH: lanes that take 128 bits in the
+    narrowest tensor. BLOCK: lanes in all.
     """
     row = tl.program_id(0).to(tl.int64)
     state_ptr += first_row + row
