@@ -28,9 +28,10 @@ from srd_fast.kernels.class_blocks import ClassBlocks
 
 BACKEND = ("triton" if INTERPRETED else "eager") + BY_CLASSES
 COUNT = 2 if INTERPRETED else 7
-# Interpreted programs take a tenth of a second each: there the others of six are slow tests.
-BY_DEFAULT = ("forward_kl", "jsd") if INTERPRETED else DIVERGENCES
-FEW = [pytest.param(d, marks=() if d in BY_DEFAULT else pytest.mark.slow, id=f"{BACKEND}-{d}") for d in DIVERGENCES]
+# Interpreted, what takes a moment in PyTorch takes seconds: most of it is marked slow there.
+SLOW = pytest.mark.slow if INTERPRETED else ()
+BY_DEFAULT = ("forward_kl", "jsd")
+FEW = [pytest.param(d, marks=() if d in BY_DEFAULT else SLOW, id=f"{BACKEND}-{d}") for d in DIVERGENCES]
 
 
 def blocks(*args: Any, **options: Any) -> ClassBlocks:
@@ -47,13 +48,13 @@ def assert_equal(found: Result, expected: Result, tolerance: float, but: tuple[s
             assert_same(x, y, tolerance, name)
 
 
-@pytest.mark.parametrize("classes", [(97, 97), (97, 80), (80, 97)])
+@pytest.mark.parametrize("classes", [pytest.param((97, 97), marks=SLOW), (97, 80), pytest.param((80, 97), marks=SLOW)])
 @pytest.mark.parametrize("divergence", FEW)
 def test_the_width_of_blocks_does_not_matter(divergence: str, classes: tuple[int, int]) -> None:
     """One block or two, several uneven ones, a last one of a single class."""
-    sample = make_rows("random", COUNT, classes)
+    sample = make_rows("random", 1 if INTERPRETED else COUNT, classes)
     expected = by_backend(BACKEND, sample, divergence, 2.0, width=1000)
-    for width in (40, max(classes) - 1, *((7,) if not INTERPRETED else ())):
+    for width in (40, max(classes) - 1, *(() if INTERPRETED else (7,))):
         assert_equal(by_backend(BACKEND, sample, divergence, 2.0, width=width), expected, 3e-6)
 
 
@@ -64,19 +65,19 @@ def test_the_rows_of_a_part_do_not_matter(divergence: str) -> None:
     assert_equal(by_backend(BACKEND, sample, divergence, 4.0, parts=COUNT), expected, 1e-6)
 
 
-@pytest.mark.parametrize("classes", [(97, 97), (97, 80)] if not INTERPRETED else [(97, 80)])
+@pytest.mark.parametrize("softcap", [6.0, pytest.param(None, marks=SLOW)])
 @pytest.mark.parametrize("divergence", FEW)
-def test_a_known_sum_of_the_teacher_gives_the_same(divergence: str, classes: tuple[int, int]) -> None:
-    for softcap in (None, 6.0):
-        sample = make_rows("random", COUNT, classes, softcap=softcap)
+def test_a_known_sum_of_the_teacher_gives_the_same(divergence: str, softcap: float | None) -> None:
+    for classes in ((97, 80),) if INTERPRETED else ((97, 97), (97, 80)):
+        sample = make_rows("random", 1 if INTERPRETED else COUNT, classes, softcap=softcap)
         expected = by_backend(BACKEND, sample, divergence, 2.0)
         assert_equal(by_backend(BACKEND, sample, divergence, 2.0, teacher_lse=True), expected, 3e-6)
 
 
-@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("known", [pytest.param(False, marks=SLOW), True])
 @pytest.mark.parametrize("divergence", FEW)
 def test_values_without_a_gradient_are_the_same(divergence: str, known: bool) -> None:
-    sample = make_rows("random", COUNT, (97, 80))
+    sample = make_rows("random", 1 if INTERPRETED else COUNT, (97, 80))
     expected = by_backend(BACKEND, sample, divergence, 2.0)
     found = by_backend(BACKEND, sample, divergence, 2.0, writes=False, teacher_lse=known)
     assert torch.equal(found.gradient, sample.student_CV)  # nothing was written
@@ -110,7 +111,11 @@ def test_which_passes_need_the_teacher(
 @pytest.mark.parametrize("gradient", [None, torch.float32], ids=["over the logits", "beside them"])
 @pytest.mark.parametrize(
     ("student", "teacher"),
-    [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16), (torch.float16, torch.bfloat16)],
+    [
+        (torch.bfloat16, torch.float32),
+        pytest.param(torch.float32, torch.bfloat16, marks=SLOW),
+        pytest.param(torch.float16, torch.bfloat16, marks=SLOW),
+    ],
 )
 def test_sides_may_differ_in_dtype(student: torch.dtype, teacher: torch.dtype, gradient: torch.dtype | None) -> None:
     sample = make_rows("random", COUNT, (97, 90), student)
@@ -163,7 +168,7 @@ def test_rows_that_others_own_are_left_alone() -> None:
 def test_a_row_without_any_class_in_a_block_is_as_good_as_others() -> None:
     """The first block, or the last, is ruled out by both sides: sums begin, or end, with nothing."""
     for a, b in ((0, 40), (80, 97)):
-        sample = make_rows("random", COUNT, (97, 97))
+        sample = make_rows("random", 1 if INTERPRETED else COUNT, (97, 97))
         sample.labels_C.clamp_(40, 79)
         sample.student_CV[:, a:b] = sample.teacher_CV[:, a:b] = -math.inf
         rest = [i for i in range(97) if not a <= i < b]
