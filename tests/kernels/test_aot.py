@@ -26,7 +26,7 @@ from srd_fast.kernels.disassembly import _count_gcn, _count_sass, _Line, _loops
 # Label, row pointers' scalars and the three results of a row, spread over its classes; the rest of an aligned row.
 SCALARS = 0.1
 # Of a pair of bf16 logits, in `aot --quick`: whole rows by divergence, blocks of classes by pass.
-BYTES = {"forward_kl": 10, "reverse_kl": 10, "skew_reverse_kl": 14, "read": 2, "write": 6, "weigh": 4}
+BYTES = {"forward_kl": 10, "reverse_kl": 10, "skew_reverse_kl": 14, "read": 4, "write": 6}
 
 
 def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -71,21 +71,21 @@ def test_compiled_kernels_keep_the_rules(
 ) -> None:
     done, findings = compiled
     assert done.returncode == 0, done.stdout
-    assert "24 kernels, 0 that break a rule." in done.stdout
+    assert "20 kernels, 0 that break a rule." in done.stdout
     assert {finding.target for finding in findings} == set(TARGETS)
     for finding in findings:
         assert finding.error is None
         assert finding.spills == 0
         work = finding.configuration.split()[0]
-        assert (finding.load_bits, finding.store_bits) == (128, None if work in ("read", "weigh") else 128)
+        assert (finding.load_bits, finding.store_bits) == (128, None if work == "read" else 128)
         assert finding.bytes_per_logit == BYTES[work]
-        # Four programs of 256 threads fit the registers of an SM, or two of 512.
-        assert 16 <= finding.registers <= 64
+        # Four programs of 256 threads fit the registers of an SM, or two of 512; of an AMD GPU, seven waves a SIMD.
+        assert 16 <= finding.registers <= (64 if finding.target.startswith("sm_") else 72)
 
 
 def test_compiled_kernels_stay_lean(compiled: tuple[subprocess.CompletedProcess[str], list[Finding]]) -> None:
-    """Many more instructions, and not memory limits an H100. Measured on sm_90: 59, 61, 98; of blocks 16, 33, 37."""
-    limits = {"read": (10, 18), "write": (20, 36), "weigh": (20, 40)}
+    """Many more instructions, and not memory limits an H100. Measured on sm_90: 59, 61, 98; of blocks 30, 33."""
+    limits = {"read": (20, 33), "write": (20, 36)}
     for finding in compiled[1]:
         if finding.target.startswith("sm_"):
             work = finding.configuration.split()[0]

@@ -151,7 +151,8 @@ EQUAL_ROWS = [(b, d) for b, d in product(ROW_FUNCTIONS, DTYPES) if b != COMPILED
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize(("backend", "dtype"), EQUAL_ROWS)
 def test_kl_of_identical_rows_is_zero(backend: str, dtype: torch.dtype) -> None:
-    for classes in ((97, 97), (100, 90)) if backend != "compile" else ((97, 97),):
+    shapes = {"compile": ((97, 97),), INTERPRETED_BLOCKS: ((100, 90),)}
+    for classes in shapes.get(backend, ((97, 97), (100, 90))):
         sample = make_rows("identical", 1 if backend == INTERPRETED_BLOCKS else 9, classes, dtype)
         for temperature in TEMPERATURES if backend.startswith("eager") else (2.0,):
             for divergence in ("forward_kl", "reverse_kl"):
@@ -201,7 +202,7 @@ def test_nan_in_the_logits_is_not_hidden(divergence: str, backend: str, dtype: t
     count = 2 if backend == INTERPRETED_BLOCKS else 4
     others = [i for i in range(count) if i != 1]
     clean = by_backend(backend, make_rows("random", count, (97, 97), dtype), divergence, 2.0)
-    for side, column in product(("student", "teacher"), (0, 40, 96)):
+    for side, column in product(("student", "teacher"), (40,) if backend == INTERPRETED_BLOCKS else (0, 40, 96)):
         sample = make_rows("random", count, (97, 97), dtype)
         getattr(sample, f"{side}_CV")[1, column] = math.nan
         found = by_backend(backend, sample, divergence, 2.0)
