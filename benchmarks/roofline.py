@@ -41,7 +41,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from srd_fast.kernels import FORMULAS
-from srd_fast.kernels.aot import TARGETS, Configuration, Finding, compile_kernel, examine, summarise
+from srd_fast.kernels.aot import Finding, examine, summarise
+from srd_fast.kernels.aot_kernels import TARGETS, Configuration, compile_kernel
 from srd_fast.kernels.disassembly import resources
 
 GEMM_EFFICIENCY = 0.7

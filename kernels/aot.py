@@ -1,14 +1,14 @@
-"""Compile the row kernel for GPUs without having one, and check the machine code against what the design promises.
+"""Compile the loss kernels for GPUs without having one, and check the machine code against what the design promises.
 
     python -m srd_fast.kernels.aot [--target sm_90] [--quick] [--json FILE]
 
-prints, for every configuration that `distillation_rows_triton` can choose and every target: registers of a thread,
-spills, shared memory of a program, bits that a load and a store of the hot loops move at once, bytes of global memory,
-exp2 and instructions for each logit (pair of student's and teacher's logit), summed over the loops. Exit status 1 with
-the list of broken rules:
+prints, for every configuration of `aot_kernels.py` and every target: registers of a thread, spills, shared memory of a
+program, bits that a load and a store of the hot loops move at once, bytes of global memory, exp2 and instructions for
+each logit (pair of student's and teacher's logit), summed over the loops. Exit status 1 with the list of broken rules:
 
     no spill; every access in a hot loop moves 128 bits; no more bytes for each logit than the reads that a divergence
-    needs (one-read divergences in bf16: 10, two-read ones: 14)
+    needs (whole rows in bf16: 10 for one-read divergences, 14 for two-read ones; blocks of classes: 4 to read, 4 to
+    weigh, 6 to write)
 
 Instructions are an upper bound: code that only a row's last block or the label's block runs counts in every block.
 """
@@ -20,152 +20,12 @@ import multiprocessing
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
-import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
-from . import triton_rows
+from . import triton_sums
+from .aot_kernels import TARGETS, AnyConfiguration, block_configurations, configurations
 from .disassembly import Resources, resources
-from .divergences import FORMULAS
-
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
-BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
-
-
-@dataclass(frozen=True)
-class Configuration:
-    """What decides the code of `row_kernel`: see `triton_rows.distillation_rows_triton`.
-
-    divergence: None for cross-entropy alone. temperature: 1, 2, or 0 for any other. gradient: its dtype, or None
-    without. classes: V. even_classes: whether V is a multiple of 16. aligned_rows: whether strides and readable columns
-    are.
-    """
-
-    divergence: str | None = "skew_reverse_kl"
-    temperature: int = 2
-    logits: str = "bf16"
-    gradient: str | None = "bf16"
-    cross_entropy: bool = True
-    padded: bool = False
-    student_softcap: bool = False
-    teacher_softcap: bool = False
-    weights: bool = False
-    classes: int = 152064
-    even_classes: bool = True
-    aligned_rows: bool = True
-
-    def __str__(self) -> str:
-        changed = [
-            f.name if getattr(self, f.name) is True else f"{f.name}={getattr(self, f.name)}"
-            for f in dataclasses.fields(self)[4:]
-            if getattr(self, f.name) != f.default
-        ]
-        temperature = "T=other" if self.temperature == 0 else f"T={self.temperature}"
-        name = "cross_entropy" if self.divergence is None else f"{self.divergence} {temperature}"
-        return " ".join([name, f"{self.logits}->{self.gradient or 'none'}", *changed])
-
-    @property
-    def reads(self) -> int:
-        """How often each logit must be read."""
-        before = 1 if self.divergence is None or FORMULAS[self.divergence].one_read else 2
-        return before + (self.gradient is not None)
-
-    @property
-    def byte_limit(self) -> int:
-        """Bytes of global memory that a student's logit, its teacher's and its gradient need."""
-        both = BYTES[self.logits] * (1 if self.divergence is None else 2)
-        return self.reads * both + (BYTES[self.gradient] if self.gradient else 0)
-
-
-def configurations(quick: bool = False) -> list[Configuration]:
-    """All configurations that the launcher can choose. quick: three divergences in bf16 at one temperature."""
-    default = Configuration()
-    if quick:
-        return [dataclasses.replace(default, divergence=d) for d in ("forward_kl", "reverse_kl", "skew_reverse_kl")]
-    every = [
-        dataclasses.replace(default, divergence=d, temperature=t, logits=dtype, gradient=dtype)
-        for d in FORMULAS
-        for t in (1, 2, 0)
-        for dtype in ("bf16", "fp32")
-    ]
-    changes: list[dict[str, Any]] = [
-        {"padded": True},
-        {"student_softcap": True, "teacher_softcap": True},
-        {"weights": True},
-        {"cross_entropy": False},
-        {"gradient": None},
-        {"logits": "fp16", "gradient": "fp16"},
-        {"logits": "fp32", "gradient": "bf16"},
-        {"padded": True, "student_softcap": True, "teacher_softcap": True, "weights": True, "temperature": 0},
-        {"divergence": None, "temperature": 1},
-        {"divergence": None, "temperature": 1, "gradient": None},
-        {"even_classes": False, "classes": 151669},
-        {"even_classes": False, "classes": 151669, "aligned_rows": False},
-        *({"classes": classes} for classes in (256, 512, 1024, 2048)),
-    ]
-    return every + [dataclasses.replace(default, **change) for change in changes]
-
-
-def constants(configuration: Configuration, target: GPUTarget) -> dict[str, Any]:
-    """`row_kernel`'s compile-time arguments."""
-    formula = FORMULAS[configuration.divergence or "forward_kl"]
-    narrowest = min(BYTES[configuration.logits], BYTES[configuration.gradient or configuration.logits])
-    return {
-        "PAIR": formula.triton,
-        "LOG2": triton_rows.approximate_log2 if target.backend == "cuda" else triton_rows.exact_log2,
-        "SIDE": {"teacher": 1, "student": 2, None: 0}[formula.one_read],
-        "TEACHER": configuration.divergence is not None,
-        "T_KIND": configuration.temperature,
-        "PADDED": configuration.padded,
-        "STUDENT_SOFTCAP": configuration.student_softcap,
-        "TEACHER_SOFTCAP": configuration.teacher_softcap,
-        "WEIGHTS": configuration.weights,
-        "CROSS_ENTROPY": configuration.cross_entropy,
-        "GRADIENT": configuration.gradient is not None,
-        "WIDTH": 16 // narrowest,
-    }
-
-
-def compile_for(configuration: Configuration, target: GPUTarget) -> Any:
-    """The `triton.compiler.CompiledKernel` of a configuration."""
-    options = triton_rows.launch_options(configuration.classes, target.warp_size, target.arch == 90)
-    fixed = {**constants(configuration, target), "BLOCK": options.pop("BLOCK")}
-    logits, classes = f"*{configuration.logits}", configuration.even_classes
-    rows = configuration.aligned_rows
-    # Type of each argument, and whether it is a multiple of 16 bytes, or of 16.
-    types = {
-        "student_ptr": (logits, True),
-        "teacher_ptr": (logits, True),
-        "gradient_ptr": (f"*{configuration.gradient or configuration.logits}", True),
-        "labels_ptr": ("*i64", True),
-        **dict.fromkeys(("weights_ptr", "divergence_ptr", "cross_entropy_ptr", "entropy_ptr"), ("*fp32", True)),
-        **dict.fromkeys(("student_stride", "teacher_stride", "gradient_stride"), ("i32", rows)),
-        **dict.fromkeys(("student_readable", "teacher_readable"), ("i32", rows)),
-        **dict.fromkeys(("V", "K"), ("i32", classes)),
-        **dict.fromkeys(("temperature", "cross_entropy_coefficient", "divergence_coefficient"), ("fp32", False)),
-        **dict.fromkeys(("skew", "beta", "student_softcap", "teacher_softcap"), ("fp32", False)),
-    }
-    return compile_kernel(triton_rows.row_kernel, types, fixed, target, options)
-
-
-def compile_kernel(
-    kernel: Any, types: dict[str, tuple[str, bool]], fixed: dict[str, Any], target: GPUTarget, options: dict[str, Any]
-) -> Any:
-    """Compile a `triton.jit` function. types: for each run-time argument its type, and whether 16 divides it."""
-    names = kernel.arg_names
-    signature = {name: "constexpr" if name in fixed else types[name][0] for name in names}
-    divisible = {
-        (i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name not in fixed and types[name][1]
-    }
-    source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in fixed.items()}, divisible)
-    return triton.compile(source, target=target, options=options)
 
 
 @dataclass
@@ -190,9 +50,9 @@ class Finding:
     broken: list[str] = dataclasses.field(default_factory=list)
 
 
-def per_thread(configuration: Configuration, target: GPUTarget) -> float:
+def per_thread(configuration: AnyConfiguration, target: GPUTarget) -> float:
     """Logits of a block for each of its threads."""
-    options = triton_rows.launch_options(configuration.classes, target.warp_size, target.arch == 90)
+    options = configuration.options(target)
     return options["BLOCK"] / (options["num_warps"] * target.warp_size)
 
 
@@ -215,12 +75,12 @@ def summarise(found: Resources, logits: float, configuration: str, target: str) 
     )
 
 
-def examine(task: tuple[Configuration, str]) -> Finding:
+def examine(task: tuple[AnyConfiguration, str]) -> Finding:
     """Compile one configuration for one target and check it against the rules."""
     configuration, name = task
     target = TARGETS[name]
     try:
-        found = resources(compile_for(configuration, target))
+        found = resources(configuration.compile(target))
     except Exception as error:  # Whatever a compiler backend raises is a finding, not the end of the report.
         reason = next((line for line in str(error).splitlines() if line.strip()), "")
         error_line = f"{type(error).__name__}: {reason}"
@@ -240,7 +100,8 @@ def examine(task: tuple[Configuration, str]) -> Finding:
 
 def report(targets: list[str], quick: bool = False) -> Iterator[Finding]:
     """A finding for each configuration and target, from two processes."""
-    tasks = [(configuration, target) for configuration in configurations(quick) for target in targets]
+    every: list[AnyConfiguration] = [*configurations(quick), *block_configurations(quick)]
+    tasks = [(configuration, target) for configuration in every for target in targets]
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         yield from pool.imap(examine, tasks)
 
@@ -269,7 +130,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="three divergences at T = 2 in bf16")
     parser.add_argument("--json", metavar="FILE", help="write the findings as a list of objects too")
     options = parser.parse_args(arguments)
-    if triton_rows.INTERPRETED:
+    if triton_sums.INTERPRETED:
         parser.error("TRITON_INTERPRET is set: the interpreter compiles nothing")
     findings = []
     print(_HEADER, flush=True)

@@ -5,10 +5,7 @@ Shape letters: C rows of a chunk, V classes, S student, T teacher, K classes tha
 For one row, with z the logits, M their maximum and S(t) = sum exp((z - M) / t), every log-probability is
 (z - M)/t - ln S(t): the maximum is subtracted from raw logits first, so nothing of the size of a logit is ever rounded.
 
-Pass 1 keeps, for every thread, a running maximum m and sums relative to it. The neighbouring logits that a thread reads
-at once, 128 bits, have their maximum taken first: it moves the old sums by exp((m - m') / t) once for all of them, and
-each logit costs one exponential more. Threads are merged after the loop. The exponential at t = 1, for cross-entropy
-and entropy, is the one at T = 1, its square at T = 2, and a second one at any other T. Along with S a thread carries
+Pass 1 keeps the running sums of `triton_sums.py` for every thread. Along with S a thread carries
 
     A = sum e^(z - m) (z - m)                      entropy = ln S - A/S, at t = 1
     B = sum e ((z_S - o_S) - (z_T - o_T))          one-read divergences, e of the side that weighs the terms
@@ -27,53 +24,20 @@ import triton.language as tl
 from torch import Tensor
 
 from .divergences import FORMULAS, LN2, LOG2E, RowDivergence
-from .passes import LOGIT_FLOOR
 from .pieces import ALIGNMENT
 from .rows import RowCoefficients, RowValues
-
-FLOOR = tl.constexpr(LOGIT_FLOOR)
-INTERPRETED = triton.knobs.runtime.interpret
-
-
-@triton.jit
-def load_logits(pointer, first, lanes, limit, readable, softcap, SOFTCAP: tl.constexpr):
-    """Logits `first` + lanes in float32 after the softcap; -1e30 for -inf, and for lanes from `limit` on.
-
-    Nothing from `readable` on is read.
-    """
-    offsets = first + lanes
-    z = tl.load(pointer + offsets, mask=offsets < readable, other=FLOOR).to(tl.float32)
-    if SOFTCAP:
-        # tanh(x) = (1 - u) / (1 + u) with u = exp(-2 |x|), which loses nothing where x is large.
-        x = z / softcap
-        u = tl.exp2(tl.abs(x) * (-2 * LOG2E))
-        tanh = (1 - u) / (1 + u)
-        z = tl.where(x < 0, -tanh, tanh) * softcap
-    # A NaN stays one: training must see it.
-    z = tl.maximum(z, FLOOR, propagate_nan=tl.PropagateNan.ALL)
-    # One branch for all lanes: only a row's last block has any to compare.
-    if first + lanes.numel > limit:
-        z = tl.where(offsets < limit, z, FLOOR)
-    return z
-
-
-@triton.jit
-def approximate_log2(x):
-    """log2 as one instruction of NVIDIA GPUs: absolute error 2^-22 for x from 0.5 to 2, else relative error 2^-22."""
-    return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
-
-
-@triton.jit
-def exact_log2(x):
-    """log2 for all other targets."""
-    return tl.log2(x)
-
-
-@triton.jit
-def log_softmax(z, maximum, log_sum, inverse_t):
-    """log q and q, of logits z from their row's maximum and the logarithm of its sum."""
-    log_q = (z - maximum) * inverse_t - log_sum
-    return log_q, tl.exp2(log_q * LOG2E)
+from .triton_sums import (
+    FLOOR,
+    LOG2,
+    SIDES,
+    add_student,
+    exponentials,
+    kind_of_temperature,
+    load_logits,
+    log_softmax,
+    merged,
+    powers,
+)
 
 
 @triton.jit
@@ -161,53 +125,28 @@ def row_kernel(
     for block in range(0, num_blocks):
         first = block * BLOCK
         z_S = load_logits(student_ptr, first, lanes, V, student_readable, student_softcap, STUDENT_SOFTCAP)
-        new_S = tl.maximum(m_S, tl.max(z_S, axis=1))
-        step = m_S - new_S
-        d = z_S - new_S[:, None]
-        if TEACHER and T_KIND == 2:
-            e = tl.exp2(d * c)
-            shrink = tl.exp2(step * c)
-            e1 = e * e
-            shrink1 = shrink * shrink
-        else:
-            e1 = tl.exp2(d * LOG2E)
-            shrink1 = tl.exp2(step * LOG2E)
-        a1 = (a1 + s1 * step) * shrink1 + tl.sum(e1 * d, axis=1)
-        s1 = s1 * shrink1 + tl.sum(e1, axis=1)
-        m_S = new_S
+        old = m_S
+        m_S, s1, a1, e, shrink = add_student(z_S, m_S, s1, a1, c, T_KIND if TEACHER else 1)
         if TEACHER:
             z_T = load_logits(teacher_ptr, first, lanes, K, teacher_readable, teacher_softcap, TEACHER_SOFTCAP)
-            new_T = tl.maximum(m_T, tl.max(z_T, axis=1))
-            step_T = m_T - new_T
-            d_T = z_T - new_T[:, None]
-            e_T = tl.exp2(d_T * c)
-            shrink_T = tl.exp2(step_T * c)
+            m_T, e_T, shrink_T = exponentials(z_T, m_T, c)
             z_K = z_S
             if PADDED:
                 z_K = tl.where(first + lanes < K, z_S, FLOOR)
-                new_K = tl.maximum(m_K, tl.max(z_K, axis=1))
-                step = m_K - new_K
-                d = z_K - new_K[:, None]
-                m_K = new_K
-            if PADDED or T_KIND == 0:
-                e = tl.exp2(d * c)
-                shrink = tl.exp2(step * c)
-            elif T_KIND == 1:
-                e = e1
-                shrink = shrink1
+                m_K, e, shrink = exponentials(z_K, m_K, c)
+            elif T_KIND == 0:
+                e, shrink = powers(z_S - m_S[:, None], old - m_S, c)
             if SIDE == 1:
                 b = b * shrink_T + tl.sum(e_T * ((z_K - origin) - (z_T - origin_T)), axis=1)
             if SIDE == 2:
                 b = b * shrink + tl.sum(e * ((z_K - origin) - (z_T - origin_T)), axis=1)
             s = s * shrink + tl.sum(e, axis=1)
             t = t * shrink_T + tl.sum(e_T, axis=1)
-            m_T = new_T
 
     M_S = tl.max(m_S, axis=0)
-    f1 = tl.exp2((m_S - M_S) * LOG2E)
-    S1 = tl.sum(s1 * f1, axis=0)
+    S1 = merged(s1, m_S, M_S, LOG2E)
     log_S1 = tl.log2(S1) * LN2
-    A1 = tl.sum((a1 + s1 * (m_S - M_S)) * f1, axis=0)
+    A1 = merged(a1 + s1 * (m_S - M_S), m_S, M_S, LOG2E)
     tl.store(cross_entropy_ptr + row, log_S1 - (z_label - M_S))
     tl.store(entropy_ptr + row, log_S1 - A1 / S1)
 
@@ -222,17 +161,15 @@ def row_kernel(
             m_K = m_S
         M_K = tl.max(m_K, axis=0)
         M_T = tl.max(m_T, axis=0)
-        f_K = tl.exp2((m_K - M_K) * c)
-        f_T = tl.exp2((m_T - M_T) * c)
-        S_K = tl.sum(s * f_K, axis=0)
-        S_T = tl.sum(t * f_T, axis=0)
+        S_K = merged(s, m_K, M_K, c)
+        S_T = merged(t, m_T, M_T, c)
         log_S = tl.log2(S_K) * LN2
         log_T = tl.log2(S_T) * LN2
         if SIDE == 1:
-            B = tl.sum(b * f_T, axis=0) / S_T
+            B = merged(b, m_T, M_T, c) / S_T
             D = (((M_K - origin) - (M_T - origin_T)) - B) * inverse_t + log_S - log_T
         if SIDE == 2:
-            B = tl.sum(b * f_K, axis=0) / S_K
+            B = merged(b, m_K, M_K, c) / S_K
             D = (B - ((M_K - origin) - (M_T - origin_T))) * inverse_t - log_S + log_T
         if SIDE == 0:
             value = tl.zeros([GROUPS], tl.float32)
@@ -376,10 +313,10 @@ def distillation_rows_triton(
         1.0 if student_softcap is None else student_softcap,
         1.0 if teacher_softcap is None else teacher_softcap,
         PAIR=formula.triton,
-        LOG2=exact_log2 if INTERPRETED or torch.version.cuda is None else approximate_log2,
-        SIDE={"teacher": 1, "student": 2, None: 0}[formula.one_read],
+        LOG2=LOG2,
+        SIDE=SIDES[formula.one_read],
         TEACHER=teacher_logits_CV is not None,
-        T_KIND={1.0: 1, 2.0: 2}.get(float(coefficients.temperature), 0),
+        T_KIND=kind_of_temperature(coefficients.temperature),
         PADDED=V > K,
         STUDENT_SOFTCAP=student_softcap is not None,
         TEACHER_SOFTCAP=teacher_softcap is not None,

@@ -63,10 +63,10 @@ def check_backend(name: Any) -> None:
 
 def _why_not_triton(device: torch.device, dtype: torch.dtype, divergence: RowDivergence | None) -> str | None:
     try:
-        from ..kernels import triton_rows
+        from ..kernels import triton_sums
     except ImportError:
         return "the package triton is not installed"
-    if device.type != "cuda" and not triton_rows.INTERPRETED:
+    if device.type != "cuda" and not triton_sums.INTERPRETED:
         return f"the tensors are on {device}, and Triton needs a GPU (or the environment variable TRITON_INTERPRET=1)"
     if dtype == torch.float64:
         return "the Triton kernel has no float64"

@@ -177,12 +177,16 @@ def by_class_blocks(
     temperature: float,
     *,
     width: int | None = None,
+    parts: int | None = None,
     teacher_lse: bool = False,
     writes: bool = True,
+    gradient_dtype: torch.dtype | None = None,
 ) -> Result:
-    """By blocks of classes, the rows in two parts, the gradient written over the logits where their dtype has room.
+    """By blocks of classes, each for some of the rows in turn.
 
-    width: classes of a block; default: three or four blocks. teacher_lse: the teacher's log-sum-exp is given.
+    width: classes of a block; default: three or four blocks, two under the interpreter. parts: of the rows; default:
+    two of more than three rows. teacher_lse: the teacher's log-sum-exp is given. gradient_dtype: of a gradient beside
+    the logits; default: it is written over the logits.
     """
     from srd_fast.kernels.class_blocks import ClassBlocks
 
@@ -203,26 +207,29 @@ def by_class_blocks(
         student_softcap=rows.softcap, teacher_softcap=rows.softcap, row_weights_N=rows.weights_C,
         teacher_lse_N=lse_C, writes=writes, compiled=backend == "compile",
     )  # fmt: skip
-    interpreted = backend == "triton" and INTERPRETED and z_S.dtype == torch.bfloat16
-    gradient = torch.empty_like(z_S, dtype=torch.float32) if interpreted else z_S
-    parts = [slice(0, count // 2), slice(count // 2, count)] if count > 3 else [slice(0, count)]
-    blocks = class_slices(common, classes, width or -(-classes // 3))
+    # Triton's interpreter cuts float32 off to bfloat16, where a GPU rounds.
+    cut_off = backend == "triton" and INTERPRETED and z_S.dtype == torch.bfloat16
+    written = torch.float32 if cut_off else gradient_dtype
+    gradient = z_S if written is None else torch.empty_like(z_S, dtype=written)
+    number = parts or (2 if count > 3 else 1)
+    row_parts = [slice(count * i // number, count * (i + 1) // number) for i in range(number)]
+    blocks = class_slices(common, classes, width or -(-classes // (2 if INTERPRETED else 3)))
 
     def teacher(part: slice, block: slice) -> Tensor | None:
         return z_T[part, block] if block.start < common else None
 
-    for block, part in product(blocks, parts):
+    for block, part in product(blocks, row_parts):
         of_teacher = teacher(part, block) if loss.reads_teacher else None
         loss.read(part, block.start, z_S[part, block], of_teacher, common=block.start < common)
     loss.normalise()
-    for block, part in product(blocks if loss.weighs else [], parts):
+    for block, part in product(blocks if loss.weighs else [], row_parts):
         if block.start < common:
             loss.weigh(part, block.start, z_S[part, block], z_T[part, block])
-    for block, part in product(blocks if writes else [], parts):
+    for block, part in product(blocks if writes else [], row_parts):
         loss.write(part, block.start, z_S[part, block], teacher(part, block), gradient[part, block])
     values = loss.values()
     total = k.cross_entropy * values.cross_entropy + k.divergence * values.divergence
-    return Result(*values, total, gradient.to(z_S.dtype))
+    return Result(*values, total, gradient.to(gradient_dtype or z_S.dtype))
 
 
 @functools.lru_cache(maxsize=len(KINDS))

@@ -2,6 +2,8 @@
 
 In an ordinary process the backends are eager PyTorch and `torch.compile`. Triton needs TRITON_INTERPRET=1 before it is
 imported: `test_triton_passes_the_same_tests_under_its_interpreter` runs this file once more, with Triton as backend.
+Each row function has whole rows or, by the name "... classes", blocks of classes: `test_class_blocks.py` has the rest
+of these.
 """
 
 import gc
@@ -23,6 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import (
     BETA,
+    BY_CLASSES,
     INTERPRETED,
     KINDS,
     SKEW,
@@ -46,7 +49,9 @@ from srd_fast.losses import free_workspace
 from srd_fast.losses.buffers import workspace
 
 BACKENDS = ("triton",) if INTERPRETED else ("eager", "compile")
+ROW_FUNCTIONS = (*BACKENDS, *(b + BY_CLASSES for b in BACKENDS))
 DTYPES = (torch.float32, torch.bfloat16)
+COMPILED, INTERPRETED_BLOCKS = "compile" + BY_CLASSES, "triton" + BY_CLASSES
 SMALL = ((97, 97), (151, 128), (128, 151))
 LARGE = ((32000, 32000), (49152, 49152), (151936, 152064), (152064, 151936), (262144, 262144))
 # One dtype alone for the backends that are slow to compile or to interpret.
@@ -54,44 +59,57 @@ EACH = [(b, d) for b, d in product(BACKENDS, DTYPES) if b == "eager" or d == tor
 not_interpreted = pytest.mark.skipif(INTERPRETED, reason="runs in the ordinary process")
 
 
-def compiled_by_default(divergence: str, dtype: torch.dtype, classes: tuple[int, int], temperature: float) -> bool:
-    """A few of the compilations, which take seconds each: everything once, not everything with everything."""
+def by_default(divergence: str, dtype: torch.dtype, classes: tuple[int, int], temperature: float, backend: str) -> bool:
+    """A few of what takes seconds to compile or to interpret: everything once, not everything with everything."""
     usual = (torch.float32, (97, 97), 2.0)
     others = sum(a != b for a, b in zip((dtype, classes, temperature), usual))
-    return others == 0 or (others == 1 and divergence == "reverse_kl" and classes != (128, 151))
+    if backend == "compile":
+        return others == 0 or (others == 1 and divergence == "reverse_kl" and classes != (128, 151))
+    if backend == "triton":
+        return others == 0 or (others == 1 and divergence == ("jsd" if temperature == 2.0 else "reverse_kl"))
+    if backend == COMPILED:
+        return others == 0 and divergence == "reverse_kl"
+    if backend == INTERPRETED_BLOCKS:
+        return others == 0 and divergence in ("forward_kl", "reverse_kl", "jsd")
+    return backend == "eager" or others <= 1
+
+
+def functions(dtypes: tuple[torch.dtype, ...]) -> Iterator[Any]:
+    """(divergence, backend, dtype), one dtype alone for what is slow; no blocks of classes compiled."""
+    for divergence, backend, dtype in product(DIVERGENCES, ROW_FUNCTIONS, dtypes):
+        if backend != COMPILED and (backend.startswith("eager") or dtype == torch.float32):
+            slow = backend == INTERPRETED_BLOCKS and divergence != "reverse_kl"
+            yield pytest.param(divergence, backend, dtype, marks=pytest.mark.slow if slow else ())
 
 
 def accuracy_table() -> Iterator[Any]:
     """(divergence, dtype, classes, temperature, backend); what takes minutes is marked slow."""
     vocabularies = (*SMALL, (2049, 2049)) if INTERPRETED else SMALL + LARGE
-    for entry in product(DIVERGENCES, DTYPES, vocabularies, TEMPERATURES, BACKENDS):
+    for entry in product(DIVERGENCES, DTYPES, vocabularies, TEMPERATURES, ROW_FUNCTIONS):
         divergence, dtype, classes, temperature, backend = entry
-        if backend == "compile" and classes[0] != classes[1] and temperature != 2.0:
+        if backend.startswith("compile") and classes[0] != classes[1] and temperature != 2.0:
             continue  # minutes of compiling
-        by_default = classes not in LARGE and (backend != "compile" or compiled_by_default(*entry[:4]))
+        default = classes not in LARGE and by_default(*entry)
         # One large vocabulary by default, where nothing is left to compile.
-        by_default |= classes == (49152, 49152) and (dtype, temperature) == (torch.float32, 2.0)
-        if backend == "triton":
-            unusual = sum((dtype != torch.float32, classes != (97, 97), temperature != 2.0))
-            by_default = unusual == 0 or (
-                unusual == 1 and divergence == ("jsd" if temperature == 2.0 else "reverse_kl")
-            )
+        usual = (classes, dtype, temperature) == ((49152, 49152), torch.float32, 2.0)
+        default |= usual and backend in BACKENDS
         name = f"{backend}-{divergence}-{str(dtype)[6:]}-{classes[0]}-{classes[1]}-T{temperature}"
-        yield pytest.param(*entry, marks=() if by_default else pytest.mark.slow, id=name)
+        yield pytest.param(*entry, marks=() if default else pytest.mark.slow, id=name)
 
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton takes few classes at a time, so that a small vocabulary has several blocks, the last of them short."""
     if INTERPRETED:
-        from srd_fast.kernels import triton_rows
+        from srd_fast.kernels import triton_class_blocks, triton_rows
 
-        usual = triton_rows.launch_options
-        monkeypatch.setattr(
-            triton_rows,
-            "launch_options",
-            lambda v, **options: {**usual(v, **options), "BLOCK": 64 if v < 1000 else 1024},
-        )
+        for launcher in (triton_rows, triton_class_blocks):
+            usual = launcher.launch_options
+
+            def small(v: int, usual: Any = usual, **options: Any) -> dict[str, Any]:
+                return {**usual(v, **options), "BLOCK": 32 if v < 64 else 64 if v < 1000 else 1024}
+
+            monkeypatch.setattr(launcher, "launch_options", small)
 
 
 # Accuracy.
@@ -107,41 +125,46 @@ def test_no_further_from_float64_than_plain_torch(
     for kind in KINDS:
         if (divergence, kind) == ("tvd", "identical"):
             continue  # a kink: test_total_variation_of_equal_rows_has_no_gradient
-        tried = 3 if large else 2 if INTERPRETED else None
+        tried = 3 if large else None if not INTERPRETED else 2 if backend == "triton" else 1
         assert_accurate(backend, divergence, temperature, kind, count, tried, classes=classes, dtype=dtype)
 
 
 # `test_loss_and_gradients_of_each_backend` has it compiled.
-SOFTCAPPED = [(b, d, c) for b, d, c in product(BACKENDS, ("reverse_kl", "jsd"), SMALL) if b != "compile"]
+SOFTCAPPED = [
+    (b, d, c)
+    for b, d, c in product(ROW_FUNCTIONS, ("reverse_kl", "jsd"), SMALL)
+    if not b.startswith("compile") and (b, d) != (INTERPRETED_BLOCKS, "jsd")
+]
 
 
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize(("backend", "divergence", "classes"), SOFTCAPPED)
 def test_softcaps_are_as_accurate(backend: str, divergence: str, classes: tuple[int, int]) -> None:
     for kind in ("random", "peaked", "masked"):
-        tried = 3 if backend == "triton" else None
+        tried = None if not INTERPRETED else 3 if backend == "triton" else 1
         assert_accurate(backend, divergence, 2.0, kind, 16, tried, classes=classes, softcap=8.0)
 
 
-EQUAL_ROWS = list(product(BACKENDS, DTYPES))
+EQUAL_ROWS = [(b, d) for b, d in product(ROW_FUNCTIONS, DTYPES) if b != COMPILED]
 
 
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize(("backend", "dtype"), EQUAL_ROWS)
 def test_kl_of_identical_rows_is_zero(backend: str, dtype: torch.dtype) -> None:
-    for classes in ((97, 97), (100, 90)) if backend != "compile" else ((97, 97),):
-        sample = make_rows("identical", 9, classes, dtype)
-        for temperature in TEMPERATURES if backend == "eager" else (2.0,):
+    shapes = {"compile": ((97, 97),), INTERPRETED_BLOCKS: ((100, 90),)}
+    for classes in shapes.get(backend, ((97, 97), (100, 90))):
+        sample = make_rows("identical", 1 if backend == INTERPRETED_BLOCKS else 9, classes, dtype)
+        for temperature in TEMPERATURES if backend.startswith("eager") else (2.0,):
             for divergence in ("forward_kl", "reverse_kl"):
                 # Vectorised loops may sum the same exponentials in another order on either side.
-                allowed = 0.0 if backend == "eager" else rounding(max(classes))
+                allowed = 0.0 if backend.startswith("eager") else rounding(max(classes))
                 found = by_backend(backend, sample, divergence, temperature).divergence
                 assert (found.abs() <= allowed).all()
 
 
 @pytest.mark.parametrize(("backend", "dtype"), EQUAL_ROWS)
 def test_total_variation_of_equal_rows_has_no_gradient(backend: str, dtype: torch.dtype) -> None:
-    sample = make_rows("identical", 9, (97, 97), dtype)
+    sample = make_rows("identical", 1 if backend == INTERPRETED_BLOCKS else 9, (97, 97), dtype)
     sample.weights_C = torch.ones_like(sample.weights_C)
     found, alone = (by_backend(backend, sample, name, 2.0) for name in ("tvd", "forward_kl"))
     assert (found.divergence.abs() < rounding(97)).all()
@@ -150,9 +173,8 @@ def test_total_variation_of_equal_rows_has_no_gradient(backend: str, dtype: torc
 
 
 @pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize(("backend", "dtype"), EACH)
-def test_nothing_is_ever_nan(backend: str, dtype: torch.dtype, divergence: str) -> None:
+@pytest.mark.parametrize(("divergence", "backend", "dtype"), functions(DTYPES))
+def test_nothing_is_ever_nan(divergence: str, backend: str, dtype: torch.dtype) -> None:
     lowest = torch.finfo(dtype).min
     changes: dict[str, Callable[[Rows], Any]] = {
         "nothing": lambda r: None,
@@ -164,9 +186,9 @@ def test_nothing_is_ever_nan(backend: str, dtype: torch.dtype, divergence: str) 
         "all equal": lambda r: (r.student_CV.fill_(3.0), r.teacher_CV.fill_(-7.0)),
     }
     for name, kind in [*[(n, "random") for n in changes], ("ruled out by one side", "masked_apart")]:
-        sample = make_rows(kind, 2, (97, 97), dtype)
+        sample = make_rows(kind, 1 if backend == INTERPRETED_BLOCKS else 2, (97, 97), dtype)
         changes.get(name, changes["nothing"])(sample)
-        for temperature in (2.0,) if backend == "compile" else (0.5, 2.0):
+        for temperature in (2.0,) if backend in ("compile", INTERPRETED_BLOCKS) else (0.5, 2.0):
             found = by_backend(backend, sample, divergence, temperature)
             for field, x in found._asdict().items():
                 assert not x.isnan().any(), f"{name}, T {temperature}: {field} has NaN"
@@ -174,13 +196,14 @@ def test_nothing_is_ever_nan(backend: str, dtype: torch.dtype, divergence: str) 
 
 
 @pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_nan_in_the_logits_is_not_hidden(backend: str, divergence: str) -> None:
+@pytest.mark.parametrize(("divergence", "backend", "dtype"), functions((torch.float32,)))
+def test_nan_in_the_logits_is_not_hidden(divergence: str, backend: str, dtype: torch.dtype) -> None:
     """Of either side, in the first, a middle and the last class: the row's values are NaN, those of others are not."""
-    clean = by_backend(backend, make_rows("random", 4, (97, 97)), divergence, 2.0)
-    for side, column in product(("student", "teacher"), (0, 40, 96)):
-        sample = make_rows("random", 4, (97, 97))
+    count = 2 if backend == INTERPRETED_BLOCKS else 4
+    others = [i for i in range(count) if i != 1]
+    clean = by_backend(backend, make_rows("random", count, (97, 97), dtype), divergence, 2.0)
+    for side, column in product(("student", "teacher"), (40,) if backend == INTERPRETED_BLOCKS else (0, 40, 96)):
+        sample = make_rows("random", count, (97, 97), dtype)
         getattr(sample, f"{side}_CV")[1, column] = math.nan
         found = by_backend(backend, sample, divergence, 2.0)
         assert found.divergence[1].isnan()
@@ -189,7 +212,7 @@ def test_nan_in_the_logits_is_not_hidden(backend: str, divergence: str) -> None:
         assert found.gradient[1].isnan().any() or (divergence, side) == ("tvd", "teacher")
         assert side == "teacher" or (found.cross_entropy[1].isnan() and found.entropy[1].isnan())
         for x, y in zip(found, clean):
-            assert torch.equal(x[[0, 2, 3]], y[[0, 2, 3]])
+            assert torch.equal(x[others], y[others])
 
 
 # Shapes and strides.
@@ -213,7 +236,8 @@ def strided(x: Tensor, layout: str) -> Tensor:
 @settings(max_examples=25 if INTERPRETED else 150, deadline=None)
 @given(st.data())
 def test_any_shape_and_stride(data: st.DataObject) -> None:
-    draw, backend = data.draw, "triton" if INTERPRETED else "eager"
+    draw = data.draw
+    backend = draw(st.sampled_from([b for b in ROW_FUNCTIONS if not b.startswith("compile")]), "backend")
     layouts = ["packed", "wide", "rows apart"] + ([] if INTERPRETED else ["columns apart", "transposed"])
     v_S, v_T = draw(st.integers(9, 70), "V_S"), draw(st.integers(9, 70), "V_T")
     kind, seed = draw(st.sampled_from(KINDS), "kind"), draw(st.integers(0, 2**31), "seed")
@@ -242,7 +266,7 @@ def test_compiled_rows_may_lie_anyhow(layout: str) -> None:
 
 
 @pytest.mark.parametrize("count", [0, 1, 2])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [b for b in ROW_FUNCTIONS if b != COMPILED])
 def test_no_row_one_row_and_two(backend: str, count: int) -> None:
     sample = make_rows("random", 4, (97, 97))
     few = by_backend(backend, sample.first(count), "jsd", 2.0)
@@ -711,10 +735,11 @@ def test_triton_passes_the_same_tests_under_its_interpreter(part: str) -> None:
         "-p",
         "no:cacheprovider",
         "-k",
-        "triton",
+        "triton or test_class_blocks",
         "-m",
         part,
         __file__,
+        str(Path(__file__).with_name("test_class_blocks.py")),
     ]
     done = subprocess.run(run, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-6000:]
