@@ -16,21 +16,28 @@ from .batches import (
 )
 from .chat import check_chat_template_kwargs, template_key
 from .checks import check_token_ids
+from .files import SourceRow, shown
+from .formats import ROW_FORMATS, register_row_format, row_format_names
+from .mapping import check_columns
 from .samples import TOKENISED_FEATURES, PreparedData, content_id, prepare_dataset
-from .sources import SourceRow, read_rows, read_source, shown, source_path
+from .sources import Rows, check_source, read_rows, read_source, rows_of, source_files, source_path
 from .tokenisation import IGNORE_INDEX, Tokenisation, first_label
 
 __all__ = [
     "IGNORE_INDEX",
+    "ROW_FORMATS",
     "TOKENISED_FEATURES",
     "Answers",
     "DistillationCollator",
     "PreparedData",
+    "Rows",
     "SourceRow",
     "Tokenisation",
     "answer_ends",
     "batches_by_length",
     "check_chat_template_kwargs",
+    "check_columns",
+    "check_source",
     "check_token_ids",
     "content_id",
     "divide_by_tokens",
@@ -42,8 +49,12 @@ __all__ = [
     "prompt_lengths",
     "read_rows",
     "read_source",
+    "register_row_format",
+    "row_format_names",
+    "rows_of",
     "sequence_lengths",
     "shown",
+    "source_files",
     "source_path",
     "template_key",
     "token_counts",

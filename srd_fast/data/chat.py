@@ -20,7 +20,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from ..errors import UserError, first_line
 from .conversations import ASSISTANT, USER, Conversation
 from .encoding import TextEncoder
-from .sources import shown
+from .files import shown
 
 logger = logging.getLogger(__name__)
 
@@ -253,6 +253,17 @@ class ChatTemplate:
             return ""
         same = _alike(*(text[::-1] for text in texts))
         return texts[0][len(texts[0]) - same :]
+
+    @cached_property
+    def ends_in(self) -> str:
+        """What the template writes between a question and an answer; empty if it refuses the simplest conversation."""
+        question = [{"role": USER, "content": "a"}]
+        try:
+            asked, _ = self._render(question, None)
+            prompt, _ = self._render(question, None, add_generation_prompt=True)
+        except UserError:
+            return ""
+        return prompt.removeprefix(asked) if prompt.startswith(asked) else ""
 
     @cached_property
     def ends(self) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import UserError
-from .sources import shown
+from .files import shown
 
 Turn = dict[str, Any]
 

@@ -128,7 +128,7 @@ def _count_rows(config: RunConfig) -> int | None:
         return config.max_rows or QUICKSTART_ROWS
     if not Path(config.data).expanduser().is_file():
         return None
-    return len(read_source(config.data, config.data_split)[: config.max_rows])
+    return len(read_source(config.data, config.data_split).head(config.max_rows))
 
 
 # On Linux ru_maxrss counts what a process was before exec as well, its parent, and VmHWM does not.

@@ -19,8 +19,8 @@ from ...data import (
     source_path,
     token_counts,
 )
+from ...data.prompts import PROMPTS_CUT, RESPONSES_CUT, TURNS_DROPPED
 from ...data.quickstart import make_quickstart_splits
-from ...data.tokenisation import PROMPTS_CUT, RESPONSES_CUT, TURNS_DROPPED
 from ...errors import UserError
 from ...files import content_digest, write_text
 from ...models import (
@@ -87,8 +87,8 @@ def prepare(run: Run) -> None:
     """Read and tokenise the data. Validation rows are held out if no file of them is given."""
     c = run.config
     tokenisation = tokenisation_of(c, run.tokenizer)
-    train_rows: Sequence[Any]
-    validation_rows: Sequence[Any]
+    train_rows: Any
+    validation_rows: Any
     if c.data == QUICKSTART:
         held_out = c.validation if isinstance(c.validation, int) else 0
         try:
@@ -96,7 +96,7 @@ def prepare(run: Run) -> None:
         except ValueError as e:
             raise UserError(f"config: max_rows and validation together: {e}") from e
     else:
-        train_rows, validation_rows = read_source(c.data, c.data_split)[: c.max_rows], []
+        train_rows, validation_rows = read_source(c.data, c.data_split).head(c.max_rows), []
     if isinstance(c.validation, str):
         validation_rows = read_source(c.validation, "validation")
     train = prepare_dataset(train_rows, tokenisation, "data", c.max_bad_rows)
