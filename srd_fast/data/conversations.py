@@ -6,12 +6,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import UserError
+from ..suggest import unknown_name
 from .files import shown
 
 Turn = dict[str, Any]
 
 _SHAPE = "messages must be a list of {'role': text, 'content': text}"
 ASSISTANT, SYSTEM, USER = "assistant", "system", "user"
+# Which of the assistant's turns have loss.
+LAST, ALL = TRAIN_ON = ("last", "all")
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,12 @@ class Conversation:
         """The conversation without its `count` oldest exchanges. What stands before the first exchange stays."""
         starts = self.exchanges()
         return replace(self, turns=(*self.turns[: starts[0]], *self.turns[starts[count] :]))
+
+    def up_to_first_answer(self) -> "tuple[Conversation, tuple[Turn, ...]]":
+        """The conversation up to the assistant's first turn behind another one, and the turns behind that."""
+        turns = (*self.turns, self.answer)
+        first = next(i for i, turn in enumerate(turns) if turn["role"] == ASSISTANT and i > 0)
+        return replace(self, turns=turns[:first], answer=turns[first]), turns[first + 1 :]
 
     def asking(self, text: str) -> "Conversation":
         """The conversation with another text in the turn before the answer."""
@@ -176,3 +185,17 @@ def _encodable(value: Any, column: str) -> Any:
     except (TypeError, ValueError):
         raise UserError(f"{column} holds what JSON cannot") from None
     return value
+
+
+def check_train_on(train_on: str, encoder_decoder: bool = False) -> None:
+    """Refuse a choice of turns that there is not, or that the model cannot be trained on.
+
+    Raises:
+        UserError: with the way out.
+    """
+    if train_on not in TRAIN_ON:
+        raise UserError(unknown_name("train_on", train_on, TRAIN_ON))
+    if train_on == ALL and encoder_decoder:
+        raise UserError(
+            "train_on 'all' needs a causal language model; an encoder-decoder model writes one answer: last"
+        )

@@ -88,7 +88,7 @@ class Prompts:
 
     def shorter_chat(
         self, chat: ChatTemplate, conversation: Conversation, parse: bool, cuts: Counter[str]
-    ) -> tuple[str, list[int], str]:
+    ) -> tuple[Conversation, str, list[int], str]:
         """Render a conversation that is too long without its oldest exchanges, and if need be with a cut question.
 
         Args:
@@ -98,7 +98,7 @@ class Prompts:
             cuts: is told what was cut.
 
         Returns:
-            The prompt, guarded, its ids, and the answer as the template has it.
+            The shorter conversation, its prompt, guarded, the ids of that, and the answer as the template has it.
 
         Raises:
             UserError: even that is too long.
@@ -123,7 +123,7 @@ class Prompts:
             )
         cuts[TURNS_DROPPED] += len(conversation.turns) - len(shorter.turns)
         cuts[PROMPTS_CUT] += text != question
-        return prompt, ids, answer
+        return shorter.asking(text), prompt, ids, answer
 
     def _readable(self, text: str) -> str:
         """A text, or so much of it that it has more tokens than there is room for."""

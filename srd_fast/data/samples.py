@@ -42,8 +42,10 @@ from ..errors import UserError, first_line
 from .files import SourceRow, shown
 from .formats import RowFormat, choose_format
 from .mapping import advice, check_columns, check_found, mapped_formats, renamed
+from .own_rows import DataFunction, made_rows
 from .prompts import PROMPTS_CUT, RESPONSES_CUT, TURNS_DROPPED
-from .sources import Rows, rows_of
+from .rows import Rows
+from .sources import rows_of
 from .tokenisation import Tokenisation
 from .values import encodable, given_tests
 
@@ -270,6 +272,7 @@ def prepare_dataset(
     name: str = "data",
     max_bad_rows: int | float | None = None,
     columns: Mapping[str, str] | None = None,
+    data_function: str | DataFunction | None = None,
 ) -> PreparedData:
     """Tokenise rows. Those that cannot be used are listed in `rejected`, in their order, never silently dropped.
 
@@ -280,6 +283,7 @@ def prepare_dataset(
         name: of the data, for messages.
         max_bad_rows: how many rows may be rejected: a number, or a share in (0, 1) of all rows. None: all but one.
         columns: the column that a row format has -> the column, or `column.key`, where the data has it.
+        data_function: makes the rows, see `made_rows`; a function, or where it is: `FILE.py:FUNCTION`.
 
     Returns:
         The samples and the rejected rows.
@@ -292,7 +296,7 @@ def prepare_dataset(
     if isinstance(data, Dataset) and data.features == _WITHOUT_TESTS and len(data):
         return PreparedData(data.add_column("tests", [[]] * len(data), feature=TOKENISED_FEATURES["tests"]))
     mapping = check_columns(columns)
-    rows = rows_of(data, name)
+    rows = rows_of(data, name) if data_function is None else made_rows(data, data_function, name)
     if mapping:
         check_found(mapping, _Columns(rows), name)
         rows = rows.mapped(lambda row: renamed(row, mapping))

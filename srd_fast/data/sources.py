@@ -6,57 +6,19 @@ one value). A line that is no row is kept with the reason. `files.py` reads sing
 
 import glob
 import os
-import pickle
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import islice
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset, load_from_disk
+from datasets import IterableDataset, load_dataset, load_from_disk
 from datasets.data_files import EmptyDatasetError, get_data_patterns, resolve_pattern
 
 from ..errors import UserError, first_line
-from .files import SUFFIXES, SourceRow, file_rows, shown, source_row, suffix_of
+from .files import SUFFIXES, SourceRow, file_rows, shown, suffix_of
+from .rows import Rows, rows_held_by, the_split
 
-_AT_ONCE = 1000
 _HUB_KEYS = ("path", "name", "split", "revision")
 _WAYS = f"give a file ({', '.join(SUFFIXES)}, also compressed), a folder of such, or a hub name"
-
-
-class Rows:
-    """Rows that can be read several times.
-
-    Args:
-        read: begins to read them.
-        count: how many there are; None: they are counted when it is asked for.
-    """
-
-    def __init__(self, read: Callable[[], Iterator[SourceRow]], count: int | None = None) -> None:
-        self._read, self._count = read, count
-
-    def __iter__(self) -> Iterator[SourceRow]:
-        return self._read()
-
-    def __len__(self) -> int:
-        if self._count is None:
-            self._count = sum(1 for _ in self)
-        return self._count
-
-    def head(self, count: int | None) -> "Rows":
-        """The first rows, or all of them for None."""
-        if count is None:
-            return self
-        return Rows(lambda: islice(self._read(), count), None if self._count is None else min(count, self._count))
-
-    def mapped(self, change: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> "Rows":
-        """The rows with changed columns; what is no row stays as it is."""
-
-        def read() -> Iterator[SourceRow]:
-            for row in self:
-                yield row if row.columns is None else SourceRow(row.where, change(row.columns))
-
-        return Rows(read, self._count)
 
 
 def read_rows(source: Any, split: str = "train") -> list[dict[str, Any]]:
@@ -98,8 +60,7 @@ def read_source(source: Any, split: str = "train") -> Rows:
     if isinstance(source, Mapping):
         return _of_mapping(source, split)
     if isinstance(source, (list, tuple)):
-        if not source:
-            raise UserError(f"data is an empty list; {_WAYS}")
+        _check_list(source)
         return _joined([(str(part), read_source(part, split)) for part in source])
     path = source_path(source)
     if path is None:
@@ -109,6 +70,11 @@ def read_source(source: Any, split: str = "train") -> Rows:
     if not path.is_file():
         raise UserError(f"data {str(source)!r} is a device or a pipe; {_WAYS}")
     return _file(path)
+
+
+def _check_list(sources: Sequence[Any]) -> None:
+    if not sources:
+        raise UserError(f"data is an empty list; {_WAYS}")
 
 
 def source_path(source: str | Path) -> Path | None:
@@ -138,6 +104,24 @@ def source_files(source: Any, split: str = "train") -> list[Path]:
     return [path]
 
 
+def source_places(source: Any, name: str = "data") -> list[Path]:
+    """The files and folders here that a source names, unread.
+
+    Raises:
+        UserError: it names none.
+    """
+    if isinstance(source, Mapping) and "path" in source:
+        return source_places(source["path"], name)
+    if isinstance(source, (list, tuple)) and all(isinstance(part, (str, os.PathLike)) for part in source):
+        return [path for part in source for path in source_places(part, name)]
+    if not isinstance(source, (str, os.PathLike)):
+        raise UserError(f"{name} must be a file for a data_function of files, got {type(source).__name__}")
+    path = source_path(os.fspath(source))
+    if path is None and not _is_pattern(str(source)):
+        raise UserError(f"{name}: file {str(source)!r} does not exist")
+    return _matching(str(source)) if path is None else [path]
+
+
 def check_source(source: Any, split: str = "train") -> None:
     """Refuse a source that is meant to be here and is not, without reading it.
 
@@ -148,6 +132,7 @@ def check_source(source: Any, split: str = "train") -> None:
         _check_hub_keys(source)
         split, source = source.get("split") or split, source["path"]
     if isinstance(source, (list, tuple)):
+        _check_list(source)
         for part in source:
             check_source(part, split)
         return
@@ -173,84 +158,9 @@ def rows_of(data: Any, name: str = "data", split: str = "train") -> Rows:
     Raises:
         UserError: it is none of these.
     """
-    if isinstance(data, Rows):
-        return data
     if isinstance(data, (str, os.PathLike)):
         return read_source(os.fspath(data), split)
-    if isinstance(data, (DatasetDict, IterableDatasetDict)):
-        return rows_of(_the_split(data, split, name), name)
-    if isinstance(data, Dataset):
-        return _dataset_rows(data)
-    if hasattr(data, "to_batches"):  # an Arrow table
-        return _numbered(lambda: (row for part in data.to_batches(_AT_ONCE) for row in part.to_pylist()))
-    if hasattr(data, "iter_rows") and hasattr(data, "columns"):  # a DataFrame of polars
-        return _numbered(lambda: data.iter_rows(named=True), len(data))
-    if hasattr(data, "to_dict") and hasattr(data, "columns"):  # a DataFrame of pandas
-        return _numbered(lambda: _frame_rows(data), len(data))
-    if isinstance(data, Mapping):
-        return _columns_of_lists(data, name)
-    if isinstance(data, (list, tuple)):
-        return _numbered(lambda: iter(data), len(data))
-    if isinstance(data, Iterable) and not isinstance(data, (bytes, bytearray)):
-        return _spooled(iter(data))
-    raise UserError(f"{name} must be rows, a data set, a DataFrame or a source of rows, got {type(data).__name__}")
-
-
-def _numbered(values: Callable[[], Iterator[Any]], count: int | None = None) -> Rows:
-    def read() -> Iterator[SourceRow]:
-        for number, value in enumerate(values(), 1):
-            yield value if isinstance(value, SourceRow) else source_row(f"row {number}", value)
-
-    return Rows(read, count)
-
-
-def _dataset_rows(data: Dataset) -> Rows:
-    def values() -> Iterator[Any]:
-        for start in range(0, len(data), _AT_ONCE):
-            yield from data.select(range(start, min(len(data), start + _AT_ONCE))).to_list()
-
-    return _numbered(values, len(data))
-
-
-def _frame_rows(frame: Any) -> Iterator[dict[str, Any]]:
-    for start in range(0, len(frame), _AT_ONCE):
-        for row in frame.iloc[start : start + _AT_ONCE].to_dict("records"):
-            yield {str(name): _plain(value) for name, value in row.items()}
-
-
-def _plain(value: Any) -> Any:
-    """A cell as Python has it: no number stands for a missing value, and arrays are lists."""
-    if hasattr(value, "tolist"):
-        value = value.tolist()
-    if isinstance(value, float) and value != value:
-        return None
-    return [_plain(v) for v in value] if isinstance(value, list) else value
-
-
-def _columns_of_lists(data: Mapping[str, Any], name: str) -> Rows:
-    lengths = {len(values) if isinstance(values, (list, tuple)) else -1 for values in data.values()}
-    if len(lengths) != 1 or -1 in lengths:
-        raise UserError(f"{name} is a mapping, and its values are not lists of one length; give a list of rows")
-    return _numbered(lambda: (dict(zip(data, row)) for row in zip(*data.values())), lengths.pop())
-
-
-def _spooled(values: Iterator[Any]) -> Rows:
-    """Rows of what can be read only once, kept in a file until they are no longer needed."""
-    spool = tempfile.TemporaryFile()  # noqa: SIM115
-    count = 0
-    for count, value in enumerate(values, 1):  # noqa: B007
-        pickle.dump(value, spool)
-
-    def read() -> Iterator[Any]:
-        spool.seek(0)
-        place = 0
-        for _ in range(count):
-            spool.seek(place)
-            value = pickle.load(spool)
-            place = spool.tell()
-            yield value
-
-    return _numbered(read, count)
+    return rows_held_by(data, name, split)
 
 
 def _of_mapping(source: Mapping[str, Any], split: str) -> Rows:
@@ -345,26 +255,21 @@ def _of_split(folder: Path, split: str) -> list[Path]:
         patterns = {}
     by_split: dict[str, list[Path]] = {}
     for name, some in patterns.items():
-        paths = sorted({Path(p) for pattern in some for p in resolve_pattern(pattern, str(folder))})
+        paths = sorted({path for pattern in some for path in _resolved(pattern, folder)})
         files = [p for p in paths if suffix_of(p) in SUFFIXES and p.name != "dataset_info.json"]
         if files:
             by_split[str(name)] = files
     if not by_split:
         raise UserError(f"data {str(folder)!r} is a folder without files of rows; {_WAYS}")
-    files = _the_split(by_split, split, f"data folder {str(folder)!r}")
+    files = the_split(by_split, split, f"data folder {str(folder)!r}")
     return files
 
 
-def _the_split(splits: Mapping[str, Any], split: str, name: str) -> Any:
-    """One of several splits. Where there is just one, that; for train too where it is called otherwise."""
-    if split in splits:
-        return splits[split]
-    if len(splits) == 1 and split == "train":
-        return next(iter(splits.values()))
-    raise UserError(
-        f"{name} has the splits {', '.join(map(str, splits))} and no {split!r}; name one: "
-        f"{{path: ..., split: {next(iter(splits), '...')}}}"
-    )
+def _resolved(pattern: str, folder: Path) -> list[Path]:
+    try:
+        return [Path(path) for path in resolve_pattern(pattern, str(folder))]
+    except FileNotFoundError:  # a split has several patterns, of which one finds files
+        return []
 
 
 def _hub_rows(path: str, name: str | None, split: str, revision: str | None = None) -> Rows:
@@ -374,7 +279,7 @@ def _hub_rows(path: str, name: str | None, split: str, revision: str | None = No
         whole = f"{path}:{name}" if name else path
         raise UserError(f"data {whole!r} is no file here, and as a hub name it fails: {first_line(e)}") from e
     if isinstance(data, IterableDataset):
-        return rows_of(data)
+        return rows_held_by(data)
     if not len(data):
         raise UserError(f"data {path!r}, split {split!r}, is empty")
-    return rows_of(data)
+    return rows_held_by(data)

@@ -10,7 +10,18 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import UserError
 from .chat import ChatTemplate, check_chat_template_kwargs
-from .conversations import ASSISTANT, USER, Conversation, conversation_of, tools_of, with_system
+from .conversations import (
+    ALL,
+    ASSISTANT,
+    LAST,
+    USER,
+    Conversation,
+    Turn,
+    check_train_on,
+    conversation_of,
+    tools_of,
+    with_system,
+)
 from .encoding import TextEncoder
 from .formats import TEXT
 from .prompts import LONGEST_TOKEN, RESPONSES_CUT, Prompts
@@ -35,6 +46,7 @@ class _Draft:
         references: that answers are scored against.
         chat: the conversation; None for a prompt of text.
         said: of a conversation, the references as the row has them.
+        later: what is said in a conversation behind the answer, where all answers are trained on.
         fields: of a prompt of text.
         template: of a prompt of text.
         parse: whether special tokens in the fields are parsed.
@@ -47,6 +59,7 @@ class _Draft:
     references: list[str]
     chat: Conversation | None = None
     said: list[str] = field(default_factory=list)
+    later: tuple[Turn, ...] = ()
     fields: Mapping[str, Any] = field(default_factory=dict)
     template: PromptTemplate = _AS_IT_IS
     parse: bool = False
@@ -76,10 +89,12 @@ class Tokenisation:
             prompt/completion rows, which may be rendered already, but not with template "chat", nor in other rows.
         encoder_decoder: the model reads the prompt with an encoder. Prompt and response are then texts of their own,
             with the special tokens that the tokenizer gives to each.
+        train_on: which of the assistant's turns of a conversation have loss: "last", or "all". Of all, the first is
+            answered and scored, and what there is behind its question has max_response_length tokens at most.
 
     Raises:
         UserError: a length is below 1, the tokenizer has no end-of-sequence token, the template or its variables cannot
-            be used.
+            be used, or all turns are to be trained on with an encoder-decoder model.
     """
 
     def __init__(
@@ -91,6 +106,7 @@ class Tokenisation:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         parse_special_tokens: bool | None = None,
         encoder_decoder: bool = False,
+        train_on: str = LAST,
     ) -> None:
         if max_prompt_length < 1 or max_response_length < 1:
             raise UserError(
@@ -101,6 +117,8 @@ class Tokenisation:
             raise UserError("the tokenizer has no eos_token; responses must end in one")
         if parse_special_tokens not in (True, False, None):
             raise UserError(f"parse_special_tokens must be true, false or null, got {parse_special_tokens!r}")
+        check_train_on(train_on, encoder_decoder)
+        self._all_turns = train_on == ALL
         self.tokenizer = tokenizer
         self.encoder = TextEncoder(tokenizer)
         self._chat_template_kwargs = check_chat_template_kwargs(chat_template_kwargs, tokenizer)
@@ -182,8 +200,12 @@ class Tokenisation:
             return self._tokenised(row)
         if self.is_chat(columns):
             conversation, references = self._conversation(row, columns)
+            later: tuple[Turn, ...] = ()
+            if self._all_turns:
+                conversation, later = conversation.up_to_first_answer()
+                references = [conversation.answer["content"]] if later else references
             prompt, answer = self.chat.split(conversation, bool(self._parse))
-            return self._of_chat(row, conversation, references, prompt, answer)
+            return replace(self._of_chat(row, conversation, references, prompt, answer), later=later)
         fields, references, template = self._fields(row, columns)
         by_row = not {"prompt", TEXT}.isdisjoint(columns)
         parse = by_row if self._parse is None else self._parse
@@ -211,23 +233,44 @@ class Tokenisation:
         counted: Counter[str] = Counter()
         too_long = len(prompt_ids) > self.max_prompt_length
         if draft.chat is not None and too_long:
-            prompt, prompt_ids, answer = self.prompts.shorter_chat(self.chat, draft.chat, bool(self._parse), counted)
-            draft = self._of_chat(draft.row, draft.chat, draft.said, prompt, answer)
+            chat, prompt, prompt_ids, answer = self.prompts.shorter_chat(
+                self.chat, draft.chat, bool(self._parse), counted
+            )
+            draft = replace(self._of_chat(draft.row, chat, draft.said, prompt, answer), later=draft.later)
             (begun,) = self._answers_together([draft.answer])
         prompt = self.encoder.plain(draft.prompt)
         if draft.chat is None and (too_long or self.prompts.is_cut(draft.fields)):
             prompt, prompt_ids = self.prompts.fitted(draft.fields, draft.template, draft.parse, counted)
         if not prompt_ids:
             raise UserError("the prompt is empty: there is nothing to answer")
-        response = self._up_to_limit(draft.answer, begun, draft.ended, counted)
+        if draft.chat is not None and draft.later:
+            response, labels = self._all_answers(draft, draft.chat, begun, counted)
+        else:
+            labels = response = self._up_to_limit(draft.answer, begun, draft.ended, counted)
         if cuts is not None:
             cuts.update(counted)
         return {
             "prompt": prompt,
             "references": self._given_references(draft.row) or draft.references,
             "input_ids": prompt_ids + response,
-            "labels": [IGNORE_INDEX] * len(prompt_ids) + response,
+            "labels": [IGNORE_INDEX] * len(prompt_ids) + labels,
         }
+
+    def _all_answers(
+        self, draft: "_Draft", chat: Conversation, begun: list[int], cuts: Counter[str]
+    ) -> tuple[list[int], list[int]]:
+        """Ids and labels of all that stands behind the first question of a conversation, within the limit."""
+        ids, labels = list(begun), list(begun)
+        pieces, ended = self.chat.behind(chat, draft.later, draft.prompt + draft.answer, bool(self._parse))
+        for text, is_answer in pieces:
+            some = self.encoder.continuation_ids(text)
+            ids += some
+            labels += some if is_answer else [IGNORE_INDEX] * len(some)
+        end = [] if ended else [self.tokenizer.eos_token_id]
+        most = self.max_response_length
+        if len(ids) + len(end) > most:
+            cuts[RESPONSES_CUT] += 1
+        return [*ids, *end][:most], [*labels, *end][:most]
 
     def response_ids(self, text: str, ended: bool = False, cuts: Counter[str] | None = None) -> list[int]:
         """Ids of a response within the limit.

@@ -10,12 +10,16 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ...data import (
+    TRAIN_ON,
+    Rows,
     Tokenisation,
     content_id,
     first_label,
+    made_rows,
     prepare_dataset,
     prompt_lengths,
     read_source,
+    source_files,
     source_path,
     token_counts,
 )
@@ -31,10 +35,12 @@ from ...models import (
     load_tokenizer,
     tokenizer_digest,
 )
+from ...own_code import file_of
 from ..config import RunConfig
 from .run import PRUNE, QUICKSTART, Run, json_text, write_parquet
 
 QUICKSTART_ROWS = 256
+VALIDATION = "validation"
 # Of the folder data: what was cut or dropped, and how many validation prompts are trained on.
 COUNTS = "counts.json"
 # Spaces and the marks of prose. Those of arithmetic and code are part of what is asked.
@@ -48,11 +54,12 @@ def prepare_inputs(config: RunConfig) -> Any:
 
     max_bad_rows is not among them: it decides only whether the step fails, never what it writes.
     """
-    sources = [s for s in (config.data, config.validation) if isinstance(s, str)]
-    stamps = [[s, _file_stamp(s)] for s in sources]
+    splits = ((config.data, config.data_split), (config.validation, VALIDATION))
+    stamps = [[s, _file_stamp(s, split)] for s, split in splits if not isinstance(s, int)]
     limits = [config.template, config.max_prompt_length, config.max_response_length, config.max_rows, config.seed]
     speech = [config.chat_template_kwargs, config.parse_special_tokens]
     unlike: list[Any] = [speech] if speech != [{}, None] else []  # runs of versions without these settings stay valid
+    unlike += _rows_made(config)
     unlike += _students_own(config)
     return [stamps, config.validation, config.data_split, limits, fingerprint(config.teacher), *unlike]
 
@@ -65,9 +72,31 @@ def _students_own(config: RunConfig) -> list[str]:
     return [] if ours == theirs else [ours]
 
 
-def _file_stamp(source: str) -> str | None:
-    path = source_path(source)
-    return content_digest(path) if path is not None and path.is_file() else None
+def _rows_made(config: RunConfig) -> list[Any]:
+    """What rows are made with; empty for settings with which older versions made the same of the same data."""
+    made: dict[str, Any] = {}
+    if config.columns:
+        made["columns"] = config.columns
+    if config.data_function is not None:
+        file = file_of(config.data_function)
+        made["data_function"] = [config.data_function, None if file is None else content_digest(file)]
+    if config.train_on != TRAIN_ON[0]:
+        made["train_on"] = config.train_on
+    return [made] if made else []
+
+
+def _file_stamp(source: Any, split: str) -> Any:
+    """A digest of the file that a source is, or of each of its files; None on the hub."""
+    if isinstance(source, str):
+        path = source_path(source)
+        if path is not None and path.is_file():
+            return content_digest(path)
+    return [[str(file), content_digest(file)] for file in source_files(source, split)] or None
+
+
+def read_data(config: RunConfig, source: Any, name: str, split: str) -> Rows:
+    """Rows of a source, made by the config's data_function if there is one."""
+    return read_source(source, split) if config.data_function is None else made_rows(source, config.data_function, name)
 
 
 def tokenisation_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Tokenisation:
@@ -80,6 +109,7 @@ def tokenisation_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> To
         config.chat_template_kwargs,
         config.parse_special_tokens,
         is_encoder_decoder(load_config(config.teacher)),
+        config.train_on,
     )
 
 
@@ -96,17 +126,18 @@ def prepare(run: Run) -> None:
         except ValueError as e:
             raise UserError(f"config: max_rows and validation together: {e}") from e
     else:
-        train_rows, validation_rows = read_source(c.data, c.data_split).head(c.max_rows), []
-    if isinstance(c.validation, str):
-        validation_rows = read_source(c.validation, "validation")
-    train = prepare_dataset(train_rows, tokenisation, "data", c.max_bad_rows)
+        train_rows, validation_rows = read_data(c, c.data, "data", c.data_split).head(c.max_rows), []
+    if not isinstance(c.validation, int):
+        validation_rows = read_data(c, c.validation, VALIDATION, VALIDATION)
+    train = prepare_dataset(train_rows, tokenisation, "data", c.max_bad_rows, c.columns)
     if validation_rows:
-        validation = prepare_dataset(validation_rows, tokenisation, "validation", c.max_bad_rows)
+        validation = prepare_dataset(validation_rows, tokenisation, VALIDATION, c.max_bad_rows, c.columns)
         rejected, cuts = train.rejected + validation.rejected, train.cuts + validation.cuts
         train_set, validation_set = train.dataset, validation.dataset
     else:
+        assert isinstance(c.validation, int)
         rejected, cuts = train.rejected, train.cuts
-        train_set, validation_set = _hold_out(train.dataset, int(c.validation), c.seed)
+        train_set, validation_set = _hold_out(train.dataset, c.validation, c.seed)
     if c.curate.stages > len(train_set):
         raise UserError(f"config: curate.stages is {c.curate.stages} but the data has {len(train_set)} usable rows")
     _check_positions(c, train_set, validation_set)
