@@ -21,6 +21,7 @@ Row = Mapping[str, Any]
 Convert = Callable[[Row], Row]
 
 TEXT = "text"
+_MOST_STATES = 10_000
 # What every row may have besides the columns of its format.
 CARRIED = ("sample_id", "references", "tests", "tools", "system")
 STANDARD = (("instruction", "output"), ("prompt", "completion"), ("messages",), ("input_ids", "labels"), (TEXT,))
@@ -239,11 +240,13 @@ def choose_format(rows: Iterable[Row], among: Iterable[RowFormat] | None = None)
     order = ordered_formats() if among is None else list(among)
     filled: Counter[RowFormat] = Counter()
     there: Counter[RowFormat] = Counter()
-    of_columns: dict[tuple[bool, ...], tuple[list[RowFormat], list[RowFormat]]] = {}
-    names = sorted({c for each in order for c in each.columns})
+    # Most rows have the same columns with values, so that these few are looked at once.
+    of_columns: dict[tuple[str, ...], tuple[list[RowFormat], list[RowFormat]]] = {}
     for row in rows:
-        state = tuple(row.get(c) is not None for c in names) + tuple(c in row for c in names)
+        state = (*row, "", *[c for c, value in row.items() if value is not None])
         if state not in of_columns:
+            if len(of_columns) > _MOST_STATES:
+                of_columns.clear()
             of_columns[state] = _counted(row, order)
         has, knows = of_columns[state]
         filled.update(has)

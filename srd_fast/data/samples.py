@@ -35,7 +35,6 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
-import pyarrow as pa
 from datasets import Dataset, Features, List, Value
 
 from ..errors import UserError, first_line
@@ -46,6 +45,7 @@ from .own_rows import DataFunction, made_rows
 from .prompts import PROMPTS_CUT, RESPONSES_CUT, TURNS_DROPPED
 from .rows import Rows
 from .sources import rows_of
+from .tables import Tables
 from .tokenisation import Tokenisation
 from .values import encodable, given_tests
 
@@ -130,13 +130,12 @@ class _Reading:
     tokenisation: Tokenisation
     rejected: list[tuple[str, str]] = field(default_factory=list)
     cuts: Counter[str] = field(default_factory=Counter)
-    tables: list[pa.Table] = field(default_factory=list)
+    tables: Tables = field(default_factory=lambda: Tables(TOKENISED_FEATURES.arrow_schema))
     unused: set[str] = field(default_factory=set)
     _seen: Counter[str] = field(default_factory=Counter)
     _places: dict[str, str] = field(default_factory=dict)
     _repeated: dict[str, list[str]] = field(default_factory=dict)
     _without: str = ""
-    _digest: Any = field(default_factory=lambda: hashlib.blake2b(digest_size=8))
 
     def take(self, rows: Sequence[SourceRow]) -> None:
         """Make samples of the next rows."""
@@ -156,15 +155,7 @@ class _Reading:
             samples.append({"sample_id": row.sample_id, **sample, "tests": tests})
             self._without = self._without or ("" if row.has_given_id else row.where)
         if samples:
-            columns = {name: [sample[name] for sample in samples] for name in TOKENISED_FEATURES}
-            table = pa.Table.from_pydict(columns, schema=TOKENISED_FEATURES.arrow_schema)
-            self.tables.append(table)
-            for batch in table.to_batches():
-                self._digest.update(batch.serialize())
-
-    def dataset(self) -> Dataset:
-        """All samples."""
-        return Dataset(pa.concat_tables(self.tables), fingerprint=self._digest.hexdigest())
+            self.tables.add({name: [sample[name] for sample in samples] for name in TOKENISED_FEATURES})
 
     def check_given_ids(self) -> None:
         """Refuse a sample_id that several rows have, and data where only some rows have one.
@@ -310,13 +301,13 @@ def prepare_dataset(
         reading.take(some)
     reading.check_given_ids()
     rejected, cuts = reading.rejected, reading.cuts
-    if not reading.tables:
+    if not reading.tables.rows:
         raise UserError(f"{name}: none of {count} rows is usable; first: {_told(rejected[:1])}")
     if rejected and max_bad_rows is not None:
         _check_rejected(rejected, count, name, max_bad_rows)
     if rejected:
         logger.warning("%s: %d of %d rows rejected; first: %s", name, len(rejected), count, _told(rejected[:1]))
-    samples = reading.dataset()
+    samples = reading.tables.dataset()
     if reading.unused:
         logger.warning(
             "%s: the column %s is not used: only the chat template has a place for it (template: chat)",

@@ -1,9 +1,10 @@
 """The first step: rows of any source become tokenised samples, and some of them are held out."""
 
+import hashlib
 import logging
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from datasets import Dataset
@@ -14,7 +15,7 @@ from ...data import (
     Rows,
     Tokenisation,
     content_id,
-    first_label,
+    flat_lists,
     made_rows,
     prepare_dataset,
     prompt_lengths,
@@ -147,7 +148,7 @@ def prepare(run: Run) -> None:
         write_parquet(part, folder / f"{name}.parquet")
     listed = [{"where": where, "reason": reason} for where, reason in rejected]
     write_text(folder / "rejected.json", json_text(listed))
-    same, near = _overlap(train_set["prompt"], validation_set["prompt"])
+    same, near = _overlap(_prompts(train_set), _prompts(validation_set))
     if same or near:
         logger.warning(
             "%d of %d validation prompts are training prompts too, and %d more but for case, spaces or punctuation",
@@ -188,12 +189,8 @@ def _hold_out(samples: Dataset, count: int, seed: int) -> tuple[Dataset, Dataset
             f"{len(samples) - 1}"
         )
     keys = [content_id({"id": i, "seed": seed}, ("id", "seed")) for i in samples["sample_id"]]
-    prompts = [
-        tuple(ids[: first_label(labels)])
-        for batch in samples.iter(1000)
-        for ids, labels in zip(batch["input_ids"], batch["labels"])
-    ]
-    groups: dict[tuple[int, ...], list[int]] = {}
+    prompts = _prompt_digests(samples)
+    groups: dict[bytes, list[int]] = {}
     for i in sorted(range(len(keys)), key=keys.__getitem__):
         groups.setdefault(prompts[i], []).append(i)
     if len(groups) == 1:
@@ -216,7 +213,27 @@ def _hold_out(samples: Dataset, count: int, seed: int) -> tuple[Dataset, Dataset
     return samples.select([i for i in range(len(keys)) if i not in chosen]), samples.select(sorted(chosen))
 
 
-def _overlap(train: Sequence[str], validation: Sequence[str]) -> tuple[int, int]:
+def _prompt_digests(samples: Dataset) -> list[bytes]:
+    """Digests of each sample's prompt; the prompts themselves may be gigabytes."""
+    lengths = iter(prompt_lengths(samples))
+    tables: Any = samples.select_columns(["input_ids"]).with_format("arrow")
+    digests = []
+    for table in tables.iter(10_000):
+        ids, starts, _ = flat_lists(table["input_ids"])
+        digests += [_digest(ids[start : start + next(lengths)].tobytes()) for start in starts]
+    return digests
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=16).digest()
+
+
+def _prompts(samples: Dataset) -> Iterator[str]:
+    for batch in samples.select_columns(["prompt"]).iter(1000):
+        yield from batch["prompt"]
+
+
+def _overlap(train: Iterable[str], validation: Iterable[str]) -> tuple[int, int]:
     """Count validation prompts that are training prompts too.
 
     Args:
@@ -227,9 +244,15 @@ def _overlap(train: Sequence[str], validation: Sequence[str]) -> tuple[int, int]
         How many are the same, and how many more are the same but for case, punctuation, spaces and Unicode's
         variants of a character.
     """
-    exact, near = set(train), {_words(p) for p in train}
-    same = sum(p in exact for p in validation)
-    return same, sum(_words(p) in near for p in validation) - same
+    exact, near = set[bytes](), set[bytes]()
+    for prompt in train:
+        exact.add(_digest(prompt.encode()))
+        near.add(_digest(_words(prompt).encode()))
+    same = alike = 0
+    for prompt in validation:
+        same += _digest(prompt.encode()) in exact
+        alike += _digest(_words(prompt).encode()) in near
+    return same, alike - same
 
 
 def _words(text: str) -> str:
