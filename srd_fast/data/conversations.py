@@ -84,6 +84,22 @@ def _conversation(row: Mapping[str, Any]) -> Conversation:
     return Conversation(tuple(with_system(turns[:last], row)), turns[last], tools_of(row))
 
 
+def one_exchange(row: Mapping[str, Any]) -> tuple[dict[str, str], list[str]]:
+    """The question, as a prompt template's fields, and the answer of a conversation that has no more.
+
+    Raises:
+        UserError: it has more, or is none.
+    """
+    conversation = conversation_of(row)
+    (first, *more) = conversation.turns
+    if more or first["role"] != USER or conversation.tools or conversation.does_more_than_say:
+        raise UserError(
+            "the tokenizer has no chat template, and a prompt template has place for one question alone; "
+            "take a tokenizer with one, or render the rows yourself as prompt/completion"
+        )
+    return {"instruction": first["content"]}, [conversation.answer["content"]]
+
+
 def with_system(turns: list[Turn], row: Mapping[str, Any]) -> list[Turn]:
     """Put the text of the column `system` before the turns.
 

@@ -19,6 +19,7 @@ from .conversations import (
     Turn,
     check_train_on,
     conversation_of,
+    one_exchange,
     tools_of,
     with_system,
 )
@@ -140,12 +141,12 @@ class Tokenisation:
     @cached_property
     def _ends(self) -> frozenset[str]:
         """Texts of the tokens that end an answer."""
-        has_chat = bool(getattr(self.tokenizer, "chat_template", None))
-        return frozenset({str(self.tokenizer.eos_token), *(self.chat.ends if has_chat else ())})
+        return frozenset({str(self.tokenizer.eos_token), *(self.chat.ends if self.is_chat(["messages"]) else ())})
 
     def is_chat(self, columns: Sequence[str]) -> bool:
         """Whether the chat template applies to rows with these columns."""
-        return "messages" in columns or (self._all_chat and "labels" not in columns and TEXT not in columns)
+        has_chat = bool(getattr(self.tokenizer, "chat_template", None))
+        return has_chat if "messages" in columns else self._all_chat and not {"labels", TEXT} & set(columns)
 
     def sample(
         self, row: Mapping[str, Any], columns: Sequence[str], cuts: Counter[str] | None = None
@@ -350,12 +351,13 @@ class Tokenisation:
         self, row: Mapping[str, Any], columns: Sequence[str]
     ) -> tuple[dict[str, str], list[str], PromptTemplate]:
         if "prompt" in columns:
-            fields = {"instruction": text_of(row, "prompt")}
-            return fields, texts_of(row["completion"], "completion"), _AS_IT_IS
+            return {"instruction": text_of(row, "prompt")}, texts_of(row["completion"], "completion"), _AS_IT_IS
         if TEXT in columns:
             ends_in = self.chat.ends_in if self._all_chat else self.template.ends_in
             prompt, answer = parted(text_of(row, TEXT), ends_in, self._name)
             return {"instruction": prompt}, [answer], _AS_IT_IS
+        if "messages" in columns:
+            return *one_exchange(row), self.template
         given = row.get("input")
         fields = {"instruction": text_of(row, "instruction"), "input": "" if given is None else text_of(row, "input")}
         return fields, texts_of(row["output"], "output"), self.template

@@ -217,3 +217,13 @@ def test_the_page_names_every_format() -> None:
     lines = [set(re.findall("`([a-z_]+)`", line)) for line in page.splitlines() if line.startswith("| ")]
     for each in ROW_FORMATS.things():
         assert any(set(each.columns) <= line for line in lines), each
+
+
+def test_one_question_needs_no_chat_template(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    plain = PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer.backend_tokenizer, eos_token="<|endoftext|>")
+    found = sample({"conversations": [HUMAN, GPT]}, plain)
+    assert {**found, "sample_id": ""} == {**sample(ASKED, plain), "sample_id": ""}
+    more = [{"messages": [BRIEF, ASK, SAY]}, {"messages": [ASK, SAY, ASK, SAY]}, {"system": "Be brief.", **CHAT}]
+    for row in more:
+        ((_, reason),) = prepare([CHAT, row], plain).rejected
+        assert reason.startswith("the tokenizer has no chat template, and a prompt template has place for one question")
