@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .curriculum import CurriculumPlan, Signal, curate
+    from .data import register_row_format, row_format_names
     from .errors import DamagedFileError, EngineDiedError, NotFiniteError, SRDFastError, StaleCacheError, UserError
     from .losses import (
         DistillationLoss,
@@ -78,7 +79,9 @@ _HOME = {
     "register_divergence": "losses",
     "register_engine": "reflection",
     "register_position_policy": "selection",
+    "register_row_format": "data",
     "register_sample_policy": "selection",
+    "row_format_names": "data",
     "sample_policy_names": "selection",
 }
 __all__ = [
@@ -117,7 +120,9 @@ __all__ = [
     "register_divergence",
     "register_engine",
     "register_position_policy",
+    "register_row_format",
     "register_sample_policy",
+    "row_format_names",
     "sample_policy_names",
 ]
 

@@ -38,6 +38,10 @@ class Registry(Generic[T]):
         """Every name that there is, in alphabetical order."""
         return sorted({*self._things, *self.reserved})
 
+    def things(self) -> list[T]:
+        """Every thing, in the order in which they were added."""
+        return list(self._things.values())
+
     def check(self, name: Any) -> None:
         """Refuse a name that there is not.
 

@@ -22,6 +22,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from srd_fast.data import ROW_FORMATS
 from srd_fast.data.quickstart import make_quickstart_rows
 from srd_fast.losses.divergences import DIVERGENCES
 from srd_fast.reflection.engines import ENGINES
@@ -92,7 +93,15 @@ def quick_collection() -> Iterator[None]:
 def own_registries() -> Iterator[None]:
     """What the test registers is gone after it."""
     with ExitStack() as stack:
-        for registry in (DIVERGENCES, DIFFICULTIES, ENGINES, POSITION_POLICIES, SAMPLE_POLICIES, CACHE_KINDS):
+        for registry in (
+            DIVERGENCES,
+            DIFFICULTIES,
+            ENGINES,
+            POSITION_POLICIES,
+            SAMPLE_POLICIES,
+            CACHE_KINDS,
+            ROW_FORMATS,
+        ):
             stack.enter_context(registry.restored())
         yield
 

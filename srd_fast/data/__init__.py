@@ -5,6 +5,7 @@ from .batches import (
     DistillationCollator,
     batches_by_length,
     divide_by_tokens,
+    flat_lists,
     pad_id,
     pad_right,
     padded_tokens,
@@ -16,25 +17,42 @@ from .batches import (
 )
 from .chat import check_chat_template_kwargs, template_key
 from .checks import check_token_ids
+from .conversations import TRAIN_ON, check_train_on
+from .files import SourceRow, shown
+from .formats import ROW_FORMATS, register_row_format, row_format_names
+from .mapping import check_columns
+from .own_rows import DataFunction, check_made, data_function_of, made_rows
+from .rows import Rows
 from .samples import TOKENISED_FEATURES, PreparedData, content_id, prepare_dataset
-from .sources import SourceRow, read_rows, read_source, shown, source_path
+from .sources import check_source, read_rows, read_source, rows_of, source_files, source_path
 from .tokenisation import IGNORE_INDEX, Tokenisation, first_label
 
 __all__ = [
     "IGNORE_INDEX",
+    "ROW_FORMATS",
     "TOKENISED_FEATURES",
+    "TRAIN_ON",
     "Answers",
+    "DataFunction",
     "DistillationCollator",
     "PreparedData",
+    "Rows",
     "SourceRow",
     "Tokenisation",
     "answer_ends",
     "batches_by_length",
     "check_chat_template_kwargs",
+    "check_columns",
+    "check_made",
+    "check_source",
     "check_token_ids",
+    "check_train_on",
     "content_id",
+    "data_function_of",
     "divide_by_tokens",
     "first_label",
+    "flat_lists",
+    "made_rows",
     "pad_id",
     "pad_right",
     "padded_tokens",
@@ -42,8 +60,12 @@ __all__ = [
     "prompt_lengths",
     "read_rows",
     "read_source",
+    "register_row_format",
+    "row_format_names",
+    "rows_of",
     "sequence_lengths",
     "shown",
+    "source_files",
     "source_path",
     "template_key",
     "token_counts",

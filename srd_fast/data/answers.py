@@ -7,7 +7,7 @@ import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from .tokenisation import IGNORE_INDEX
+from .tokenisation import IGNORE_INDEX, first_label
 
 
 class Answers:
@@ -53,7 +53,8 @@ class Answers:
 
     def _mark_before(self, labels: Sequence[int], reference: str) -> int | None:
         """The token, such as the end of a think block, behind which the response begins to say its reference."""
-        response = [x for x in labels if x != IGNORE_INDEX]
+        turn = labels[first_label(labels) :]
+        response = turn[: next((n for n, x in enumerate(turn) if x == IGNORE_INDEX), len(turn))]
         places = [n for n, token in enumerate(response[:-1]) if token in self._marks]
         if not places or self._read(response) == reference:
             return None

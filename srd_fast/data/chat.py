@@ -9,7 +9,8 @@ import inspect
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import date, datetime, time
 from functools import cache, cached_property
 from typing import Any
@@ -20,7 +21,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from ..errors import UserError, first_line
 from .conversations import ASSISTANT, USER, Conversation
 from .encoding import TextEncoder
-from .sources import shown
+from .files import shown
 
 logger = logging.getLogger(__name__)
 
@@ -141,6 +142,42 @@ class ChatTemplate:
             start = max(start, marked[-1][0])
         return whole[:start], whole[start:]
 
+    def behind(
+        self, conversation: Conversation, later: Sequence[dict[str, Any]], before: str, parse: bool = False
+    ) -> tuple[list[tuple[str, bool]], bool]:
+        """Render what is said behind the first answer of a conversation.
+
+        Args:
+            conversation: up to that answer.
+            later: the turns behind it. The last is an answer.
+            before: the rendering up to the end of the first answer.
+            parse: whether special tokens in its texts are parsed.
+
+        Returns:
+            Pieces that go on from `before`, guarded, and whether each is an answer; and whether the last ends in the
+            token that ends an answer.
+
+        Raises:
+            UserError: the template refuses the turns, or writes an answer otherwise once others follow.
+        """
+        turns = (*conversation.turns, conversation.answer, *later)
+        answers = [i for i in range(len(turns) - len(later), len(turns)) if turns[i]["role"] == ASSISTANT]
+        splits = [self.split(replace(conversation, turns=turns[:i], answer=turns[i]), parse) for i in answers]
+        whole, ended = "".join(splits[-1]), False
+        pieces: list[tuple[str, bool]] = []
+        for number, (prompt, said) in zip([None, *answers], [(before, ""), *splits]):
+            said, ended = self.ended(said) if said else ("", False)
+            if not whole.startswith(prompt + said) or not prompt.startswith(before):
+                turn = f"turn {number + 1}" if number else "the first answer"
+                raise UserError(
+                    f"the chat template writes {turn} otherwise once others follow; train_on 'last' trains on the last "
+                    "answer alone"
+                )
+            if number:
+                pieces += [(prompt[len(before) :], False), (said, True)]
+            before = prompt + said
+        return pieces, ended
+
     def _check_shown(self, turns: list[dict[str, Any]], tools: Any, whole: str) -> None:
         """Refuse tool calls and results of tools that the rendering does not have: what is left would be false."""
         for number, turn in enumerate(turns):
@@ -253,6 +290,17 @@ class ChatTemplate:
             return ""
         same = _alike(*(text[::-1] for text in texts))
         return texts[0][len(texts[0]) - same :]
+
+    @cached_property
+    def ends_in(self) -> str:
+        """What the template writes between a question and an answer; empty if it refuses the simplest conversation."""
+        question = [{"role": USER, "content": "a"}]
+        try:
+            asked, _ = self._render(question, None)
+            prompt, _ = self._render(question, None, add_generation_prompt=True)
+        except UserError:
+            return ""
+        return prompt.removeprefix(asked) if prompt.startswith(asked) else ""
 
     @cached_property
     def ends(self) -> tuple[str, ...]:

@@ -6,12 +6,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import UserError
-from .sources import shown
+from ..suggest import unknown_name
+from .files import shown
 
 Turn = dict[str, Any]
 
 _SHAPE = "messages must be a list of {'role': text, 'content': text}"
 ASSISTANT, SYSTEM, USER = "assistant", "system", "user"
+# Which of the assistant's turns have loss.
+LAST, ALL = TRAIN_ON = ("last", "all")
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,12 @@ class Conversation:
         starts = self.exchanges()
         return replace(self, turns=(*self.turns[: starts[0]], *self.turns[starts[count] :]))
 
+    def up_to_first_answer(self) -> "tuple[Conversation, tuple[Turn, ...]]":
+        """The conversation up to the assistant's first turn behind another one, and the turns behind that."""
+        turns = (*self.turns, self.answer)
+        first = next(i for i, turn in enumerate(turns) if turn["role"] == ASSISTANT and i > 0)
+        return replace(self, turns=turns[:first], answer=turns[first]), turns[first + 1 :]
+
     def asking(self, text: str) -> "Conversation":
         """The conversation with another text in the turn before the answer."""
         return replace(self, turns=(*self.turns[:-1], {**self.turns[-1], "content": text}))
@@ -73,6 +82,22 @@ def _conversation(row: Mapping[str, Any]) -> Conversation:
     if last == 0:
         raise UserError("messages need an assistant turn after a user turn")
     return Conversation(tuple(with_system(turns[:last], row)), turns[last], tools_of(row))
+
+
+def one_exchange(row: Mapping[str, Any]) -> tuple[dict[str, str], list[str]]:
+    """The question, as a prompt template's fields, and the answer of a conversation that has no more.
+
+    Raises:
+        UserError: it has more, or is none.
+    """
+    conversation = conversation_of(row)
+    (first, *more) = conversation.turns
+    if more or first["role"] != USER or conversation.tools or conversation.does_more_than_say:
+        raise UserError(
+            "the tokenizer has no chat template, and a prompt template has place for one question alone; "
+            "take a tokenizer with one, or render the rows yourself as prompt/completion"
+        )
+    return {"instruction": first["content"]}, [conversation.answer["content"]]
 
 
 def with_system(turns: list[Turn], row: Mapping[str, Any]) -> list[Turn]:
@@ -176,3 +201,17 @@ def _encodable(value: Any, column: str) -> Any:
     except (TypeError, ValueError):
         raise UserError(f"{column} holds what JSON cannot") from None
     return value
+
+
+def check_train_on(train_on: str, encoder_decoder: bool = False) -> None:
+    """Refuse a choice of turns that there is not, or that the model cannot be trained on.
+
+    Raises:
+        UserError: with the way out.
+    """
+    if train_on not in TRAIN_ON:
+        raise UserError(unknown_name("train_on", train_on, TRAIN_ON))
+    if train_on == ALL and encoder_decoder:
+        raise UserError(
+            "train_on 'all' needs a causal language model; an encoder-decoder model writes one answer: last"
+        )

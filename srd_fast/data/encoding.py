@@ -5,7 +5,7 @@ template itself wrote them. `ids` cuts at the breaks, so no token spans one, and
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -101,6 +101,39 @@ class TextEncoder:
         before, after = self._around if special else ([], [])
         return [*before, *begun, *(i for piece in others for i in self._behind(piece)), *after]
 
+    def ids_of_all(self, texts: Sequence[str], special: bool = False) -> list[list[int]]:
+        """What `ids` gives for each text, tokenised together."""
+        return self._together(texts, lambda some: self._whole_of_all(some, special), lambda x: self.ids(x, special))
+
+    def continuation_ids_of_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """What `continuation_ids` gives for each text, tokenised together."""
+        if not self._newline:
+            return self._together(texts, self._whole_of_all, self.continuation_ids)
+        size = len(self._newline)
+
+        def behind(some: list[str]) -> list[list[int]]:
+            found = self._whole_of_all(["\n" + text for text in some])
+            return [ids[size:] if ids[:size] == self._newline else self._whole(x) for ids, x in zip(found, some)]
+
+        return self._together(texts, behind, self.continuation_ids)
+
+    def target_ids_of_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """What `target_ids` gives for each text, tokenised together."""
+
+        def targets(some: list[str]) -> list[list[int]]:
+            found = self.tokenizer(text_target=some, add_special_tokens=False).input_ids
+            return [[*self._opening, *ids] for ids in found]
+
+        return self._together(texts, targets, self.target_ids)
+
+    def _together(
+        self, texts: Sequence[str], many: Callable[[list[str]], list[list[int]]], one: Callable[[str], list[int]]
+    ) -> list[list[int]]:
+        """Ids of texts: those without breaks by `many`, the others by `one`."""
+        plain = [text for text in texts if _BREAK not in text]
+        ids = iter(many(plain) if plain else [])
+        return [next(ids) if _BREAK not in text else one(text) for text in texts]
+
     def continuation_ids(self, text: str) -> list[int]:
         """Ids of a guarded text that goes on behind other tokens."""
         return [i for piece in _pieces(text) for i in self._behind(piece)]
@@ -124,6 +157,9 @@ class TextEncoder:
 
     def _whole(self, text: str, special: bool = False) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=special).input_ids)
+
+    def _whole_of_all(self, texts: list[str], special: bool = False) -> list[list[int]]:
+        return list(self.tokenizer(texts, add_special_tokens=special, return_attention_mask=False).input_ids)
 
     def _behind(self, text: str) -> list[int]:
         if self._newline:

@@ -1,6 +1,6 @@
 """From rows of any usual format to tokenised samples with a stable `sample_id`.
 
-Row formats, told apart by their columns:
+The standard formats, told apart by their columns; `formats.py` has all others, which become one of these:
 
     instruction, input (optional), output      the prompt template applies; output may be a list of references
     prompt, completion                         the prompt is taken as it is, also if it is rendered already and begins
@@ -8,6 +8,7 @@ Row formats, told apart by their columns:
     messages: [{"role", "content"}, ...]       the tokenizer's chat template; the last assistant turn is the response
     input_ids, labels                          tokenised already; labels are -100 where there is no loss. Of several
                                                turns all are trained on, and the first is answered and scored
+    text                                       a prompt that the template made, and its answer
 
 Turns of `messages` may have whatever else the chat template knows (name, tool_calls, reasoning_content, ...); their
 content is text, or a list of parts of text. Where the chat template is used, the column `tools` holds schemas of
@@ -29,15 +30,24 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from datasets import Dataset, Features, List, Value
 
 from ..errors import UserError, first_line
-from .sources import SourceRow, shown, source_row
-from .tokenisation import PROMPTS_CUT, RESPONSES_CUT, TURNS_DROPPED, Tokenisation, encodable, given_tests
+from .files import SourceRow, shown
+from .formats import RowFormat, choose_format
+from .mapping import advice, check_columns, check_found, mapped_formats, renamed
+from .own_rows import DataFunction, made_rows
+from .prompts import PROMPTS_CUT, RESPONSES_CUT, TURNS_DROPPED
+from .rows import Rows
+from .sources import rows_of
+from .tables import Tables
+from .tokenisation import Tokenisation
+from .values import encodable, given_tests
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +62,8 @@ TOKENISED_FEATURES = Features(
     }
 )
 _WITHOUT_TESTS = Features({name: kind for name, kind in TOKENISED_FEATURES.items() if name != "tests"})
-_FORMATS = (("instruction", "output"), ("prompt", "completion"), ("messages",), ("input_ids", "labels"))
+_MOST_NAMES = 100
+_AT_ONCE = 1000
 
 
 @dataclass
@@ -70,26 +81,27 @@ class PreparedData:
     cuts: Counter[str] = field(default_factory=Counter)
 
 
-def _row_format(rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
-    """The format that most rows have: with a value in all of its columns, or else just with all of its columns."""
-    filled: Counter[tuple[str, ...]] = Counter()
-    there: Counter[tuple[str, ...]] = Counter()
+def _row_format(rows: Iterable[Mapping[str, Any]], among: Sequence[RowFormat]) -> RowFormat:
+    """The format that most rows have.
+
+    Raises:
+        UserError: no row has one; with what to type.
+    """
+    found = choose_format(rows, among)
+    if found is not None:
+        return found
+    names: set[str] = set()
+    example: dict[str, Any] = {}
     for row in rows:
-        for wanted in _FORMATS:
-            if all(c in row for c in wanted):
-                there[wanted] += 1
-                filled[wanted] += all(row[c] is not None for c in wanted)
-    if there:
-        return max(_FORMATS, key=lambda wanted: (filled[wanted], there[wanted]))
-    names = {str(c) for row in rows for c in row}
-    near = max(_FORMATS, key=lambda wanted: len(names.intersection(wanted)))
-    missing = [c for c in near if c not in names]
+        names.update(map(str, row))
+        for name in [c for c in row if row[c] is not None and c not in example][:_MOST_NAMES]:
+            example[name] = row[name]
+    near = max(among, key=lambda each: len(names.intersection(each.columns)))
+    missing = [c for c in near.columns if c not in names]
     if not missing:
         return near
-    raise UserError(
-        f"data has the columns {_listed(names)}; missing {missing} for {'/'.join(near)} rows. Known formats: "
-        + ", ".join("/".join(f) for f in _FORMATS)
-    )
+    which = f"; missing {missing} for {near} rows" if len(missing) < len(near.columns) else ", which is no row format"
+    raise UserError(f"data has the columns {_listed(names)}{which}. {advice(example)}")
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -105,19 +117,125 @@ def content_id(row: Mapping[str, Any], columns: Sequence[str]) -> str:
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def _content_ids(rows: Iterable[Mapping[str, Any] | None], columns: Sequence[str]) -> list[str | None]:
-    """Content hashes, numbered where content repeats; None for a row without columns or without a hash."""
-    seen: Counter[str] = Counter()
-    ids: list[str | None] = []
-    for row in rows:
+@dataclass
+class _Reading:
+    """Rows of one format on their way to samples, in their order.
+
+    Args:
+        row_format: of the rows; None where no line is a row.
+        tokenisation: tokenises them.
+    """
+
+    row_format: RowFormat | None
+    tokenisation: Tokenisation
+    rejected: list[tuple[str, str]] = field(default_factory=list)
+    cuts: Counter[str] = field(default_factory=Counter)
+    tables: Tables = field(default_factory=lambda: Tables(TOKENISED_FEATURES.arrow_schema))
+    unused: set[str] = field(default_factory=set)
+    _seen: Counter[str] = field(default_factory=Counter)
+    _places: dict[str, str] = field(default_factory=dict)
+    _repeated: dict[str, list[str]] = field(default_factory=dict)
+    _without: str = ""
+
+    def take(self, rows: Sequence[SourceRow]) -> None:
+        """Make samples of the next rows."""
+        read = [self._read(row) for row in rows]
+        whole = [row for row in read if not isinstance(row.standard, UserError)]
+        made = iter(self.tokenisation.samples([row.standard for row in whole], self.cuts))  # type: ignore[misc]
+        samples = []
+        for row in read:
+            sample = row.standard if isinstance(row.standard, UserError) else next(made)
+            try:
+                if isinstance(sample, UserError):
+                    raise sample
+                tests = given_tests(row.columns)
+            except UserError as e:
+                self.rejected.append((row.where + (f" ({shown(row.sample_id)})" if row.sample_id else ""), str(e)))
+                continue
+            samples.append({"sample_id": row.sample_id, **sample, "tests": tests})
+            self._without = self._without or ("" if row.has_given_id else row.where)
+        if samples:
+            self.tables.add({name: [sample[name] for sample in samples] for name in TOKENISED_FEATURES})
+
+    def check_given_ids(self) -> None:
+        """Refuse a sample_id that several rows have, and data where only some rows have one.
+
+        Raises:
+            UserError: naming the places.
+        """
+        for given, where in self._repeated.items():
+            listed = ", ".join(where[:5]) + (", ..." if len(where) > 5 else "")
+            raise UserError(f"sample_id {shown(given)!r} is used by {len(where)} rows; it must be unique: {listed}")
+        if self._places and self._without:
+            raise UserError(f"{self._without} has no sample_id while others have one; give all rows one")
+
+    def _read(self, row: SourceRow) -> "_Row":
+        columns = row.columns
+        if columns is None or self.row_format is None:
+            return _Row(row.where, {}, None, UserError(row.reason))
+        kind, standard, wrong = self._standard(columns, self.row_format)
+        is_chat = self.tokenisation.is_chat(kind)
+        known = (*kind, "input") if "instruction" in kind else kind
+        sample_id = self._content_id(standard, (*known, "tools", "system") if is_chat else known)
+        if not is_chat:
+            self.unused.update(c for c in ("tools", "system") if standard.get(c))
+        given = None
         try:
-            base = None if row is None else content_id(row, columns)
+            given = _given_id(columns)
+            if given is not None:
+                self._note_id(given, row.where)
+                sample_id = given
+            if wrong is not None:
+                raise wrong
+            if sample_id is None:
+                raise UserError("the row is nested too deeply, or holds what JSON cannot")
+        except UserError as e:
+            return _Row(row.where, columns, sample_id, e)
+        return _Row(row.where, columns, sample_id, (standard, kind), given is not None)
+
+    @staticmethod
+    def _standard(
+        row: Mapping[str, Any], row_format: RowFormat
+    ) -> tuple[tuple[str, ...], Mapping[str, Any], UserError | None]:
+        """The columns of the standard format, the row in it, and why there is none."""
+        try:
+            _check_values(row, row_format.columns)
+            return *row_format.standard(row), None
+        except UserError as e:
+            return row_format.columns, row, e
+
+    def _content_id(self, row: Mapping[str, Any], columns: Sequence[str]) -> str | None:
+        """A hash of the content, numbered where content repeats; None without a hash."""
+        try:
+            base = content_id(row, columns)
         except (RecursionError, TypeError, ValueError):  # nested too deeply, keys of several types, arrays
-            base = None
-        ids.append(f"{base}-{seen[base]}" if base is not None and seen[base] else base)
-        if base is not None:
-            seen[base] += 1
-    return ids
+            return None
+        self._seen[base] += 1
+        return f"{base}-{self._seen[base] - 1}" if self._seen[base] > 1 else base
+
+    def _note_id(self, given: str, where: str) -> None:
+        first = self._places.setdefault(given, where)
+        if first is not where:
+            self._repeated.setdefault(given, [first]).append(where)
+
+
+@dataclass
+class _Row:
+    """A row before it is tokenised.
+
+    Args:
+        where: its place.
+        columns: its values.
+        sample_id: of its sample.
+        standard: the row in a standard format and the columns of that, or why it cannot be used.
+        has_given_id: whether the user gave the id.
+    """
+
+    where: str
+    columns: Mapping[str, Any]
+    sample_id: str | None
+    standard: tuple[Mapping[str, Any], tuple[str, ...]] | UserError
+    has_given_id: bool = False
 
 
 def _given_id(row: Mapping[str, Any]) -> str | None:
@@ -139,37 +257,24 @@ def _given_id(row: Mapping[str, Any]) -> str | None:
         raise UserError(f"sample_id cannot be written: {first_line(e)}") from e
 
 
-def _check_given_ids(places: Mapping[str, list[str]], without: str) -> None:
-    """Refuse a sample_id that several rows have, and data where only some rows have one.
-
-    Args:
-        places: where each id occurs.
-        without: the place of the first usable row without an id, or "".
-
-    Raises:
-        UserError: naming the places.
-    """
-    for given, where in places.items():
-        if len(where) > 1:
-            listed = ", ".join(where[:5]) + (", ..." if len(where) > 5 else "")
-            raise UserError(f"sample_id {shown(given)!r} is used by {len(where)} rows; it must be unique: {listed}")
-    if places and without:
-        raise UserError(f"{without} has no sample_id while others have one; give all rows one")
-
-
 def prepare_dataset(
-    data: Dataset | Iterable[Mapping[str, Any] | SourceRow],
+    data: Any,
     tokenisation: Tokenisation,
     name: str = "data",
     max_bad_rows: int | float | None = None,
+    columns: Mapping[str, str] | None = None,
+    data_function: str | DataFunction | None = None,
 ) -> PreparedData:
     """Tokenise rows. Those that cannot be used are listed in `rejected`, in their order, never silently dropped.
 
     Args:
-        data: rows, or what `read_source` returns, whose places are then those in the file.
+        data: what `rows_of` takes: rows, a data set, a DataFrame, a file, a folder, a hub name; or what `read_source`
+            returns, whose places are then those in the file.
         tokenisation: the tokenizer, template and limits.
         name: of the data, for messages.
         max_bad_rows: how many rows may be rejected: a number, or a share in (0, 1) of all rows. None: all but one.
+        columns: the column that a row format has -> the column, or `column.key`, where the data has it.
+        data_function: makes the rows, see `made_rows`; a function, or where it is: `FILE.py:FUNCTION`.
 
     Returns:
         The samples and the rejected rows.
@@ -181,54 +286,50 @@ def prepare_dataset(
         return PreparedData(data)
     if isinstance(data, Dataset) and data.features == _WITHOUT_TESTS and len(data):
         return PreparedData(data.add_column("tests", [[]] * len(data), feature=TOKENISED_FEATURES["tests"]))
-    rows = [
-        row if isinstance(row, SourceRow) else source_row(f"row {number}", row)
-        for number, row in enumerate(data.to_list() if isinstance(data, Dataset) else data, 1)
-    ]
-    if not rows:
+    mapping = check_columns(columns)
+    rows = rows_of(data, name) if data_function is None else made_rows(data, data_function, name)
+    if mapping:
+        check_found(mapping, _Columns(rows), name)
+        rows = rows.mapped(lambda row: renamed(row, mapping))
+    count = len(rows)
+    if not count:
         raise UserError(f"{name} is empty")
-    found = [row.columns for row in rows if row.columns is not None]
-    columns = _row_format(found) if found else ()
-    known = (*columns, "input") if "instruction" in columns else columns
-    if columns and tokenisation.is_chat(columns):
-        known = (*known, "tools", "system")
-    samples: list[dict[str, Any]] = []
-    rejected: list[tuple[str, str]] = []
-    cuts: Counter[str] = Counter()
-    places: dict[str, list[str]] = {}
-    without = ""
-    for row, content in zip(rows, _content_ids([row.columns for row in rows], known)):
-        where, sample_id = row.where, content
-        try:
-            if row.columns is None:
-                raise UserError(row.reason)
-            given = _given_id(row.columns)
-            if given is not None:
-                places.setdefault(given, []).append(row.where)
-                sample_id = given
-            _check_values(row.columns, columns)
-            if sample_id is None:
-                raise UserError("the row is nested too deeply, or holds what JSON cannot")
-            sample = tokenisation.sample(row.columns, columns, cuts)
-            samples.append({"sample_id": sample_id, **sample, "tests": given_tests(row.columns)})
-            without = without or (row.where if given is None else "")
-        except UserError as e:
-            where += f" ({shown(sample_id)})" if sample_id is not None else ""
-            rejected.append((where, str(e)))
-    _check_given_ids(places, without)
-    if not samples:
-        raise UserError(f"{name}: none of {len(rows)} rows is usable; first: {_told(rejected[:1])}")
+    found = _Columns(rows)
+    reading = _Reading(_row_format(found, mapped_formats(mapping)) if any(True for _ in found) else None, tokenisation)
+    every = iter(rows)
+    while some := list(islice(every, _AT_ONCE)):
+        reading.take(some)
+    reading.check_given_ids()
+    rejected, cuts = reading.rejected, reading.cuts
+    if not reading.tables.rows:
+        raise UserError(f"{name}: none of {count} rows is usable; first: {_told(rejected[:1])}")
     if rejected and max_bad_rows is not None:
-        _check_rejected(rejected, len(rows), name, max_bad_rows)
+        _check_rejected(rejected, count, name, max_bad_rows)
     if rejected:
-        logger.warning("%s: %d of %d rows rejected; first: %s", name, len(rejected), len(rows), _told(rejected[:1]))
+        logger.warning("%s: %d of %d rows rejected; first: %s", name, len(rejected), count, _told(rejected[:1]))
+    samples = reading.tables.dataset()
+    if reading.unused:
+        logger.warning(
+            "%s: the column %s is not used: only the chat template has a place for it (template: chat)",
+            name, " and ".join(sorted(reading.unused)),
+        )  # fmt: skip
     if cuts.total():
         logger.warning(
             "%s: of %d rows %d prompts and %d responses are cut, and %d turns dropped, to fit max_prompt_length %d and "
             "max_response_length %d", name, len(samples), cuts[PROMPTS_CUT], cuts[RESPONSES_CUT], cuts[TURNS_DROPPED],
             tokenisation.max_prompt_length, tokenisation.max_response_length,
         )  # fmt: skip
-    return PreparedData(Dataset.from_list(samples, features=TOKENISED_FEATURES), rejected, cuts)
+    return PreparedData(samples, rejected, cuts)
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """The values of those rows that have any, again for each pass."""
+
+    rows: Rows
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        return (row.columns for row in self.rows if row.columns is not None)
 
 
 def _check_values(row: Mapping[str, Any], columns: Sequence[str]) -> None:

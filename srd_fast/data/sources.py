@@ -1,40 +1,32 @@
-"""Rows of json lines, json, parquet or the hub, with their places. A line that is no row is kept with the reason."""
+"""Rows with their places, from a file, a folder, a pattern, the hub, or what Python holds.
 
-import codecs
-import gzip
-import json
-import zlib
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+Rows are read again for each pass over them, and are never all in memory at once (but those of a JSON array, which is
+one value). A line that is no row is kept with the reason. `files.py` reads single files.
+"""
+
+import glob
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
+from datasets import IterableDataset, load_dataset, load_from_disk
+from datasets.data_files import EmptyDatasetError, get_data_patterns, resolve_pattern
 
 from ..errors import UserError, first_line
+from .files import SUFFIXES, SourceRow, file_rows, shown, suffix_of
+from .rows import Rows, rows_held_by, the_split
+
+_HUB_KEYS = ("path", "name", "split", "revision")
+_WAYS = f"give a file ({', '.join(SUFFIXES)}, also compressed), a folder of such, or a hub name"
 
 
-@dataclass(frozen=True)
-class SourceRow:
-    """A row as it was found.
-
-    Args:
-        where: its place: "line 3" of json lines, otherwise "row 3".
-        columns: its values by column, or None if it has none.
-        reason: why it has none.
-    """
-
-    where: str
-    columns: Mapping[str, Any] | None
-    reason: str = ""
-
-
-def read_rows(source: str | Path, split: str = "train") -> list[dict[str, Any]]:
-    """Read the rows of a json-lines file (also .gz), a json array, a parquet file, or a `datasets` hub name.
+def read_rows(source: Any, split: str = "train") -> list[dict[str, Any]]:
+    """Read the rows of a source that `read_source` takes.
 
     Args:
         source: the file or name.
-        split: of a hub data set.
+        split: of a source that has several.
 
     Returns:
         The rows.
@@ -42,39 +34,47 @@ def read_rows(source: str | Path, split: str = "train") -> list[dict[str, Any]]:
     Raises:
         UserError: the file cannot be read, or has something other than rows. The message names the file and line.
     """
-    rows = read_source(source, split)
+    rows = list(read_source(source, split))
     for row in rows:
         if row.columns is None:
             raise UserError(f"data file {str(source)!r}, {row.where}: {row.reason}")
     return [dict(row.columns) for row in rows if row.columns is not None]
 
 
-def read_source(source: str | Path, split: str = "train") -> list[SourceRow]:
-    """Read rows as `read_rows` does, each with its place; a line that is not a row is kept with the reason.
+def read_source(source: Any, split: str = "train") -> Rows:
+    """Read rows, each with its place; a line that is not a row is kept with the reason.
 
     Args:
-        source: a json-lines file (also .gz), a json array, a parquet file, or a `datasets` hub name.
-        split: of a hub data set.
+        source: a file of json lines, a JSON array, CSV, TSV, parquet or Arrow, also compressed (.gz, .bz2, .xz, .zst);
+            a folder of such files, or one that `save_to_disk` wrote; a pattern such as `data/*.jsonl`; a hub name,
+            `name` or `name:config`; a mapping with `path`, `name`, `split` and `revision`, as `datasets.load_dataset`
+            takes them; or a list of these.
+        split: of a source that has several, where the source does not say it.
 
     Returns:
         The rows and their places.
 
     Raises:
-        UserError: the file is empty or cannot be read to its end. The message names it.
+        UserError: the source is empty or cannot be read to its end. The message names it.
     """
+    if isinstance(source, Mapping):
+        return _of_mapping(source, split)
+    if isinstance(source, (list, tuple)):
+        _check_list(source)
+        return _joined([(str(part), read_source(part, split)) for part in source])
     path = source_path(source)
     if path is None:
-        if str(source).endswith((".jsonl", ".json", ".parquet", ".gz")) or str(source).startswith((".", "/", "~")):
-            raise UserError(f"data file {str(source)!r} does not exist")
-        return _numbered(_hub_rows(str(source), split))
+        return _not_here(str(source), split)
     if path.is_dir():
-        raise UserError(f"data {str(source)!r} is a folder; give a .jsonl, .json or .parquet file or a hub name")
+        return _folder_rows(path, split)
     if not path.is_file():
-        raise UserError(f"data {str(source)!r} is a device or a pipe; give a .jsonl, .json or .parquet file")
-    rows = _numbered(_parquet_rows(path)) if path.suffix == ".parquet" else _json_rows(path)
-    if not rows:
-        raise UserError(f"data file {str(source)!r} is empty")
-    return rows
+        raise UserError(f"data {str(source)!r} is a device or a pipe; {_WAYS}")
+    return _file(path)
+
+
+def _check_list(sources: Sequence[Any]) -> None:
+    if not sources:
+        raise UserError(f"data is an empty list; {_WAYS}")
 
 
 def source_path(source: str | Path) -> Path | None:
@@ -90,77 +90,196 @@ def source_path(source: str | Path) -> Path | None:
         raise UserError(f"data {shown(str(source))!r} is no name of a file: {shown(first_line(e), 200)}") from e
 
 
-def shown(text: str, limit: int = 80) -> str:
-    """A text for a message: one line of at most `limit` characters, with escapes for what cannot be printed."""
-    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[: limit + 1])
-    return line if len(line) <= limit else line[: limit - 3] + "..."
+def source_files(source: Any, split: str = "train") -> list[Path]:
+    """The files here that a source reads, in their order; none for the hub."""
+    if isinstance(source, Mapping):
+        split, source = source.get("split") or split, source.get("path", "")
+    if isinstance(source, (list, tuple)):
+        return [file for part in source for file in source_files(part, split)]
+    path = source_path(source)
+    if path is None:
+        return _matching(str(source)) if _is_pattern(str(source)) else []
+    if path.is_dir():
+        return sorted(p for p in path.rglob("*") if p.is_file()) if _is_saved(path) else _of_split(path, split)
+    return [path]
 
 
-def _hub_rows(name: str, split: str) -> list[Any]:
-    from datasets import load_dataset
+def source_places(source: Any, name: str = "data") -> list[Path]:
+    """The files and folders here that a source names, unread.
 
+    Raises:
+        UserError: it names none.
+    """
+    if isinstance(source, Mapping) and "path" in source:
+        return source_places(source["path"], name)
+    if isinstance(source, (list, tuple)) and all(isinstance(part, (str, os.PathLike)) for part in source):
+        return [path for part in source for path in source_places(part, name)]
+    if not isinstance(source, (str, os.PathLike)):
+        raise UserError(f"{name} must be a file for a data_function of files, got {type(source).__name__}")
+    path = source_path(os.fspath(source))
+    if path is None and not _is_pattern(str(source)):
+        raise UserError(f"{name}: file {str(source)!r} does not exist")
+    return _matching(str(source)) if path is None else [path]
+
+
+def check_source(source: Any, split: str = "train") -> None:
+    """Refuse a source that is meant to be here and is not, without reading it.
+
+    Raises:
+        UserError: as `read_source` would raise it.
+    """
+    if isinstance(source, Mapping):
+        _check_hub_keys(source)
+        split, source = source.get("split") or split, source["path"]
+    if isinstance(source, (list, tuple)):
+        _check_list(source)
+        for part in source:
+            check_source(part, split)
+        return
+    path = source_path(source)
+    if path is None:
+        if _is_pattern(str(source)):
+            _matching(str(source))
+        elif _looks_like_file(str(source)):
+            raise UserError(f"data file {str(source)!r} does not exist")
+    elif path.is_dir() and not _is_saved(path):
+        _of_split(path, split)
+
+
+def rows_of(data: Any, name: str = "data", split: str = "train") -> Rows:
+    """Rows of whatever holds them: a source that `read_source` takes as text or path, or an object of Python.
+
+    Args:
+        data: a source; a data set of `datasets`, or a dict of its splits; a DataFrame or an Arrow table; a mapping of
+            columns to lists; or an iterable of rows, which is read once.
+        name: of the data, for messages.
+        split: of several.
+
+    Raises:
+        UserError: it is none of these.
+    """
+    if isinstance(data, (str, os.PathLike)):
+        return read_source(os.fspath(data), split)
+    return rows_held_by(data, name, split)
+
+
+def _of_mapping(source: Mapping[str, Any], split: str) -> Rows:
+    _check_hub_keys(source)
+    split = source.get("split") or split
+    if source.get("name") is None and source.get("revision") is None and not _only_on_hub(source["path"]):
+        return read_source(source["path"], split)
+    return _hub_rows(source["path"], source.get("name"), split, source.get("revision"))
+
+
+def _only_on_hub(path: str) -> bool:
+    return source_path(path) is None and not _is_pattern(path) and not _looks_like_file(path)
+
+
+def _check_hub_keys(source: Mapping[str, Any]) -> None:
+    wrong = [k for k, v in source.items() if k not in _HUB_KEYS or not (v is None or isinstance(v, str))]
+    if wrong or not source.get("path"):
+        raise UserError(
+            f"data as a mapping has path and, where wanted, {', '.join(_HUB_KEYS[1:])}, all of them text; got "
+            f"{shown(repr(dict(source)))}"
+        )
+
+
+def _not_here(name: str, split: str) -> Rows:
+    if _is_pattern(name):
+        return _joined([(path.name, _file(path)) for path in _matching(name)])
+    if _looks_like_file(name):
+        raise UserError(f"data file {name!r} does not exist")
+    path, _, config = name.partition(":")
+    return _hub_rows(path, config or None, split)
+
+
+def _is_pattern(name: str) -> bool:
+    return any(c in name for c in "*?[")
+
+
+def _looks_like_file(name: str) -> bool:
+    return name.endswith((*SUFFIXES, ".gz", ".zst")) or name.startswith((".", "/", "~"))
+
+
+def _matching(pattern: str) -> list[Path]:
+    found = sorted(Path(p) for p in glob.glob(os.path.expanduser(pattern), recursive=True))
+    files = [path for path in found if path.is_file()]
+    if not files:
+        raise UserError(f"data {pattern!r}: no file here has such a name")
+    return files
+
+
+def _file(path: Path) -> Rows:
+    read, count = file_rows(path)
+    if not count:
+        raise UserError(f"data file {str(path)!r} is empty")
+    return Rows(read, count)
+
+
+def _joined(parts: list[tuple[str, Rows]]) -> Rows:
+    if len(parts) == 1:
+        return parts[0][1]
+
+    def read() -> Iterator[SourceRow]:
+        for name, rows in parts:
+            for row in rows:
+                yield SourceRow(f"{shown(name)} {row.where}", row.columns, row.reason)
+
+    return Rows(read, sum(len(rows) for _, rows in parts))
+
+
+def _is_saved(folder: Path) -> bool:
+    """Whether `save_to_disk` of `datasets` wrote a folder."""
+    return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
+
+
+def _folder_rows(folder: Path, split: str) -> Rows:
+    if not _is_saved(folder):
+        return _joined([(str(path.relative_to(folder)), _file(path)) for path in _of_split(folder, split)])
     try:
-        return load_dataset(name, split=split).to_list()
+        data = load_from_disk(str(folder))
+    except Exception as e:  # of many kinds; all mean that the folder is not usable
+        raise UserError(f"data folder {str(folder)!r} cannot be loaded: {first_line(e)}") from e
+    return rows_of(data, f"data folder {str(folder)!r}", split)
+
+
+def _of_split(folder: Path, split: str) -> list[Path]:
+    """The files of a split in a folder: names or subfolders say the split, as on the hub; without any, all are train's.
+
+    Raises:
+        UserError: the folder has no files of rows, or none of the split.
+    """
+    try:
+        patterns = get_data_patterns(str(folder))
+    except EmptyDatasetError:
+        patterns = {}
+    by_split: dict[str, list[Path]] = {}
+    for name, some in patterns.items():
+        paths = sorted({path for pattern in some for path in _resolved(pattern, folder)})
+        files = [p for p in paths if suffix_of(p) in SUFFIXES and p.name != "dataset_info.json"]
+        if files:
+            by_split[str(name)] = files
+    if not by_split:
+        raise UserError(f"data {str(folder)!r} is a folder without files of rows; {_WAYS}")
+    files = the_split(by_split, split, f"data folder {str(folder)!r}")
+    return files
+
+
+def _resolved(pattern: str, folder: Path) -> list[Path]:
+    try:
+        return [Path(path) for path in resolve_pattern(pattern, str(folder))]
+    except FileNotFoundError:  # a split has several patterns, of which one finds files
+        return []
+
+
+def _hub_rows(path: str, name: str | None, split: str, revision: str | None = None) -> Rows:
+    try:
+        data = load_dataset(path, name, split=split, revision=revision)
     except Exception as e:  # network, hub and parsing errors of many kinds
-        raise UserError(f"data {name!r} is no file here, and as a hub name it fails: {first_line(e)}") from e
-
-
-def _parquet_rows(path: Path) -> list[Any]:
-    try:
-        with pq.ParquetFile(path) as file:
-            return file.read().to_pylist()
-    except Exception as e:  # pyarrow raises many kinds; all mean that the file is not usable
-        raise UserError(f"data file {str(path)!r} is not readable parquet: {first_line(e)}") from e
-
-
-def _numbered(rows: Iterable[Any]) -> list[SourceRow]:
-    return [source_row(f"row {number}", row) for number, row in enumerate(rows, 1)]
-
-
-def source_row(where: str, value: Any) -> SourceRow:
-    """A row with its columns if the value is an object, otherwise with the reason."""
-    if isinstance(value, Mapping):
-        return SourceRow(where, value)
-    return SourceRow(where, None, f"expected an object, got {type(value).__name__}")
-
-
-def _json_rows(path: Path) -> list[SourceRow]:
-    try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as f:
-            content = f.read()
-    except (OSError, EOFError, zlib.error) as e:
-        raise UserError(f"data file {str(path)!r} cannot be read: {e}") from e
-    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise UserError(f"data file {str(path)!r} is UTF-16 or UTF-32; write it as UTF-8")
-    content = content.removeprefix(codecs.BOM_UTF8)
-    # Lines end in line feeds; in a file without any, in carriage returns.
-    lines = content.split(b"\n" if b"\n" in content else b"\r")
-    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    if content.lstrip().startswith(b"["):
-        try:
-            whole = _parsed(content)
-        except UserError as e:
-            # Json lines whose first line is a list are not one array: there the first line alone is valid JSON.
-            if _json_line(*numbered[0]).reason != "expected an object, got list":
-                raise UserError(f"data file {str(path)!r} is {e}") from e
-        else:
-            return _numbered(whole)
-    return [_json_line(number, line) for number, line in numbered]
-
-
-def _json_line(number: int, line: bytes) -> SourceRow:
-    try:
-        return source_row(f"line {number}", _parsed(line))
-    except UserError as e:
-        return SourceRow(f"line {number}", None, str(e))
-
-
-def _parsed(content: bytes) -> Any:
-    try:
-        return json.loads(content.decode())
-    except UnicodeDecodeError as e:
-        raise UserError(f"not UTF-8: byte {e.start} is {content[e.start]:#x}") from e
-    except ValueError as e:
-        raise UserError(f"not valid JSON ({e})") from e
-    except RecursionError as e:
-        raise UserError("not usable JSON: nested too deeply") from e
+        whole = f"{path}:{name}" if name else path
+        raise UserError(f"data {whole!r} is no file here, and as a hub name it fails: {first_line(e)}") from e
+    if isinstance(data, IterableDataset):
+        return rows_held_by(data)
+    if not len(data):
+        raise UserError(f"data {path!r}, split {split!r}, is empty")
+    return rows_held_by(data)

@@ -1,5 +1,6 @@
 """Prompt templates that are text: Alpaca's, or a user's own. The tokenizer's chat template is in `chat.py`."""
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from string import Formatter
@@ -26,10 +27,12 @@ class PromptTemplate:
 
     Args:
         render: makes the prompt's text from fields.
+        ends_in: what stands behind the last field, which parts the prompt from its answer.
         cut_order: fields that may be cut when the prompt is too long, in this order.
     """
 
     render: Callable[[Mapping[str, Any]], str]
+    ends_in: str = ""
     cut_order: tuple[str, ...] = ("input", "instruction")
 
 
@@ -60,9 +63,10 @@ def get_template(template: str) -> PromptTemplate:
         UserError: the text has other fields.
     """
     if template == "alpaca":
-        return PromptTemplate(_render_alpaca)
+        return PromptTemplate(_render_alpaca, _ALPACA.rpartition("}")[2])
     try:
-        names = {name for _, name, _, _ in Formatter().parse(template) if name is not None}
+        parts = list(Formatter().parse(template))
+        names = {name for _, name, _, _ in parts if name is not None}
     except ValueError as e:
         raise UserError(f"template {template!r} is not a format string: {e}") from e
     if "instruction" not in names or not names <= {"instruction", "input"}:
@@ -76,4 +80,44 @@ def get_template(template: str) -> PromptTemplate:
         joined = f"{fields['instruction']}\n{fields['input']}"
         return _substitute(template, {**fields, "instruction": joined})
 
-    return PromptTemplate(render)
+    return PromptTemplate(render, parts[-1][0] if parts[-1][1] is None else "")
+
+
+# What texts of known layouts have before an answer, and the template that they were made with.
+_LAYOUTS = {
+    "### Response:": "alpaca",
+    "### Assistant:": "### Human: {instruction}\n### Assistant:",
+    "[/INST]": "[INST] {instruction} [/INST]",
+    "<|im_start|>assistant": "chat",
+    "<|start_header_id|>assistant": "chat",
+    "<start_of_turn>model": "chat",
+    "<|assistant|>": "chat",
+    "\nAssistant:": "Human: {instruction}\n\nAssistant:",
+    "\nASSISTANT:": "USER: {instruction}\nASSISTANT:",
+    "\nAnswer:": "Question: {instruction}\nAnswer:",
+    "\nA:": "Q: {instruction}\nA:",
+}
+
+
+def parted(text: str, ends_in: str, template: str) -> tuple[str, str]:
+    """Part a text that a template made: the prompt, and behind the last place where the template ends one, the answer.
+
+    Args:
+        text: of both.
+        ends_in: what the template writes before an answer.
+        template: as it was given, for messages.
+
+    Raises:
+        UserError: the template does not part the text; with one that would.
+    """
+    for mark in (ends_in, ends_in.strip()):
+        before, found, answer = text.rpartition(mark) if mark.strip() else ("", "", "")
+        if found:
+            return before + found, answer
+    near = next((other for mark, other in _LAYOUTS.items() if mark in text and other != template), None)
+    other = json.dumps(near or "Q: {instruction}\nA:")
+    why = f"has no {ends_in.strip()!r} before an answer, as" if ends_in.strip() else "is not parted by"
+    raise UserError(
+        f"text {why} template {template!r}; give the one that it was written with, such as template: {other}, "
+        "or the columns prompt and completion"
+    )

@@ -1,27 +1,76 @@
 """Turns one row's columns into one tokenised sample."""
 
-from bisect import bisect_left
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import UserError
 from .chat import ChatTemplate, check_chat_template_kwargs
-from .conversations import ASSISTANT, USER, Conversation, conversation_of, tools_of, with_system
+from .conversations import (
+    ALL,
+    ASSISTANT,
+    LAST,
+    USER,
+    Conversation,
+    Turn,
+    check_train_on,
+    conversation_of,
+    one_exchange,
+    tools_of,
+    with_system,
+)
 from .encoding import TextEncoder
-from .templates import PromptTemplate, get_template
+from .formats import TEXT
+from .prompts import LONGEST_TOKEN, RESPONSES_CUT, Prompts
+from .templates import PromptTemplate, get_template, parted
+from .values import encodable, text_of, texts_of
 
+T = TypeVar("T")
 IGNORE_INDEX = -100
 CHAT = "chat"
-# No token has more characters. Text beyond this many characters for each token of the limit would be cut off anyway,
-# and a tokenizer takes a minute for ten megabytes of text.
-_LONGEST_TOKEN = 256
-# What `Tokenisation` counts of a row that did not fit.
-PROMPTS_CUT, RESPONSES_CUT, TURNS_DROPPED = "prompts_cut", "responses_cut", "turns_dropped"
+_AS_IT_IS = get_template("{instruction}")
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """A row rendered: what is left is to tokenise it, and to cut it where it is too long.
+
+    Args:
+        row: it was made of.
+        prompt: guarded.
+        answer: guarded.
+        ended: whether the answer has the token that ends it.
+        references: that answers are scored against.
+        chat: the conversation; None for a prompt of text.
+        said: of a conversation, the references as the row has them.
+        later: what is said in a conversation behind the answer, where all answers are trained on.
+        fields: of a prompt of text.
+        template: of a prompt of text.
+        parse: whether special tokens in the fields are parsed.
+    """
+
+    row: Mapping[str, Any]
+    prompt: str
+    answer: str
+    ended: bool
+    references: list[str]
+    chat: Conversation | None = None
+    said: list[str] = field(default_factory=list)
+    later: tuple[Turn, ...] = ()
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    template: PromptTemplate = _AS_IT_IS
+    parse: bool = False
+
+
+def _or_error(make: Callable[..., T], *args: Any) -> T | UserError:
+    try:
+        return make(*args)
+    except UserError as e:
+        return e
 
 
 class Tokenisation:
@@ -41,10 +90,12 @@ class Tokenisation:
             prompt/completion rows, which may be rendered already, but not with template "chat", nor in other rows.
         encoder_decoder: the model reads the prompt with an encoder. Prompt and response are then texts of their own,
             with the special tokens that the tokenizer gives to each.
+        train_on: which of the assistant's turns of a conversation have loss: "last", or "all". Of all, the first is
+            answered and scored, and what there is behind its question has max_response_length tokens at most.
 
     Raises:
         UserError: a length is below 1, the tokenizer has no end-of-sequence token, the template or its variables cannot
-            be used.
+            be used, or all turns are to be trained on with an encoder-decoder model.
     """
 
     def __init__(
@@ -56,6 +107,7 @@ class Tokenisation:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         parse_special_tokens: bool | None = None,
         encoder_decoder: bool = False,
+        train_on: str = LAST,
     ) -> None:
         if max_prompt_length < 1 or max_response_length < 1:
             raise UserError(
@@ -66,13 +118,16 @@ class Tokenisation:
             raise UserError("the tokenizer has no eos_token; responses must end in one")
         if parse_special_tokens not in (True, False, None):
             raise UserError(f"parse_special_tokens must be true, false or null, got {parse_special_tokens!r}")
+        check_train_on(train_on, encoder_decoder)
+        self._all_turns = train_on == ALL
         self.tokenizer = tokenizer
         self.encoder = TextEncoder(tokenizer)
         self._chat_template_kwargs = check_chat_template_kwargs(chat_template_kwargs, tokenizer)
-        self._all_chat = template == CHAT
+        self._name, self._all_chat = template, template == CHAT
         if self._all_chat:
             _ = self.chat
         self.template: PromptTemplate = get_template("alpaca" if self._all_chat else template)
+        self.prompts = Prompts(self.encoder, max_prompt_length, encoder_decoder)
         self.max_prompt_length = max_prompt_length
         self.max_response_length = max_response_length
         self._parse = parse_special_tokens
@@ -86,12 +141,12 @@ class Tokenisation:
     @cached_property
     def _ends(self) -> frozenset[str]:
         """Texts of the tokens that end an answer."""
-        has_chat = bool(getattr(self.tokenizer, "chat_template", None))
-        return frozenset({str(self.tokenizer.eos_token), *(self.chat.ends if has_chat else ())})
+        return frozenset({str(self.tokenizer.eos_token), *(self.chat.ends if self.is_chat(["messages"]) else ())})
 
     def is_chat(self, columns: Sequence[str]) -> bool:
         """Whether the chat template applies to rows with these columns."""
-        return "messages" in columns or (self._all_chat and "labels" not in columns)
+        has_chat = bool(getattr(self.tokenizer, "chat_template", None))
+        return has_chat if "messages" in columns else self._all_chat and not {"labels", TEXT} & set(columns)
 
     def sample(
         self, row: Mapping[str, Any], columns: Sequence[str], cuts: Counter[str] | None = None
@@ -100,41 +155,123 @@ class Tokenisation:
 
         Args:
             row: values by column.
-            columns: those of its format.
+            columns: those of its standard format.
             cuts: is told what was cut: prompts_cut, responses_cut, turns_dropped.
 
         Raises:
             UserError: the row cannot be used; the message is the reason.
         """
-        counted: Counter[str] = Counter()
+        (made,) = self.samples([(row, columns)], cuts)
+        if isinstance(made, UserError):
+            raise made
+        return made
+
+    def samples(
+        self, rows: Iterable[tuple[Mapping[str, Any], Sequence[str]]], cuts: Counter[str] | None = None
+    ) -> list[dict[str, Any] | UserError]:
+        """Make tokenised samples, without their ids. Those that fit the limits are tokenised together.
+
+        Args:
+            rows: each with the columns of its standard format.
+            cuts: is told what was cut.
+
+        Returns:
+            For each row its sample, or the reason why there is none.
+        """
+        drafts = [_or_error(self._draft, row, columns) for row, columns in rows]
+        rendered = [d for d in drafts if isinstance(d, _Draft)]
+        prompts = iter(self.prompts.ids_of_all([(d.prompt, d.chat is not None) for d in rendered]))
+        answers = iter(self._answers_together([d.answer for d in rendered]))
+        made: list[dict[str, Any] | UserError] = []
+        for draft in drafts:
+            if isinstance(draft, _Draft):
+                made.append(_or_error(self._finish, draft, next(prompts), next(answers), cuts))
+            else:
+                made.append(draft)
+        return made
+
+    def _answers_together(self, answers: Sequence[str]) -> list[list[int]]:
+        """Ids of the beginnings of answers that there is room for."""
+        kept = [text[: self.max_response_length * LONGEST_TOKEN] for text in answers]
+        return (self.encoder.target_ids_of_all if self.encoder_decoder else self.encoder.continuation_ids_of_all)(kept)
+
+    def _draft(self, row: Mapping[str, Any], columns: Sequence[str]) -> "dict[str, Any] | _Draft":
+        """A row rendered, before it is tokenised; one that is tokenised already is its sample."""
         if "labels" in columns:
             return self._tokenised(row)
         if self.is_chat(columns):
             conversation, references = self._conversation(row, columns)
-            prompt, prompt_ids, answer = self._chat_prompt(conversation, counted)
-            answer, ended = self.chat.ended(answer)
-            said = self.encoder.plain(answer)
-            # With a tool call the content is a part of what there is to score; thoughts may be gone from the rendering.
-            if conversation.does_more_than_say or references[0].strip() not in said:
-                references = [self.encoder.without_special(said).strip()]
-        else:
-            fields, references, template = self._fields(row, columns)
-            parse = "prompt" in columns if self._parse is None else self._parse
-            prompt, prompt_ids = self.prompt_ids(fields, template, parse, counted)
-            answer, ended = self._up_to_end(self.encoder.guard(references[0], parse))
-            if parse:
-                references = [self._said(r) for r in references]
+            later: tuple[Turn, ...] = ()
+            if self._all_turns:
+                conversation, later = conversation.up_to_first_answer()
+                references = [conversation.answer["content"]] if later else references
+            prompt, answer = self.chat.split(conversation, bool(self._parse))
+            return replace(self._of_chat(row, conversation, references, prompt, answer), later=later)
+        fields, references, template = self._fields(row, columns)
+        by_row = not {"prompt", TEXT}.isdisjoint(columns)
+        parse = by_row if self._parse is None else self._parse
+        prompt = template.render(self.encoder.guard(self.prompts.bounded(fields, template), parse))
+        encodable(self.encoder.plain(prompt), "the prompt")
+        answer, ended = self._up_to_end(self.encoder.guard(references[0], parse))
+        if parse:
+            references = [self._said(r) for r in references]
+        return _Draft(row, prompt, answer, ended, references, fields=fields, template=template, parse=parse)
+
+    def _of_chat(
+        self, row: Mapping[str, Any], conversation: Conversation, references: list[str], prompt: str, answer: str
+    ) -> "_Draft":
+        answer, ended = self.chat.ended(answer)
+        text, said = self.encoder.plain(answer), references
+        # With a tool call the content is a part of what there is to score; thoughts may be gone from the rendering.
+        if conversation.does_more_than_say or references[0].strip() not in text:
+            references = [self.encoder.without_special(text).strip()]
+        return _Draft(row, prompt, answer, ended, references, chat=conversation, said=said)
+
+    def _finish(
+        self, draft: "_Draft", prompt_ids: list[int], begun: list[int], cuts: Counter[str] | None
+    ) -> dict[str, Any]:
+        """The sample of a draft whose texts are tokenised. Only a prompt that is too long is rendered again."""
+        counted: Counter[str] = Counter()
+        too_long = len(prompt_ids) > self.max_prompt_length
+        if draft.chat is not None and too_long:
+            chat, prompt, prompt_ids, answer = self.prompts.shorter_chat(
+                self.chat, draft.chat, bool(self._parse), counted
+            )
+            draft = replace(self._of_chat(draft.row, chat, draft.said, prompt, answer), later=draft.later)
+            (begun,) = self._answers_together([draft.answer])
+        prompt = self.encoder.plain(draft.prompt)
+        if draft.chat is None and (too_long or self.prompts.is_cut(draft.fields)):
+            prompt, prompt_ids = self.prompts.fitted(draft.fields, draft.template, draft.parse, counted)
         if not prompt_ids:
             raise UserError("the prompt is empty: there is nothing to answer")
-        response = self.response_ids(answer, ended, counted)
+        if draft.chat is not None and draft.later:
+            response, labels = self._all_answers(draft, draft.chat, begun, counted)
+        else:
+            labels = response = self._up_to_limit(draft.answer, begun, draft.ended, counted)
         if cuts is not None:
             cuts.update(counted)
         return {
             "prompt": prompt,
-            "references": self._given_references(row) or references,
+            "references": self._given_references(draft.row) or draft.references,
             "input_ids": prompt_ids + response,
-            "labels": [IGNORE_INDEX] * len(prompt_ids) + response,
+            "labels": [IGNORE_INDEX] * len(prompt_ids) + labels,
         }
+
+    def _all_answers(
+        self, draft: "_Draft", chat: Conversation, begun: list[int], cuts: Counter[str]
+    ) -> tuple[list[int], list[int]]:
+        """Ids and labels of all that stands behind the first question of a conversation, within the limit."""
+        ids, labels = list(begun), list(begun)
+        pieces, ended = self.chat.behind(chat, draft.later, draft.prompt + draft.answer, bool(self._parse))
+        for text, is_answer in pieces:
+            some = self.encoder.continuation_ids(text)
+            ids += some
+            labels += some if is_answer else [IGNORE_INDEX] * len(some)
+        end = [] if ended else [self.tokenizer.eos_token_id]
+        most = self.max_response_length
+        if len(ids) + len(end) > most:
+            cuts[RESPONSES_CUT] += 1
+        return [*ids, *end][:most], [*labels, *end][:most]
 
     def response_ids(self, text: str, ended: bool = False, cuts: Counter[str] | None = None) -> list[int]:
         """Ids of a response within the limit.
@@ -144,11 +281,13 @@ class Tokenisation:
             ended: whether the text ends in a token that ends a response. Otherwise EOS does.
             cuts: is told if the response was cut; it then ends in its last token that has room.
         """
+        (begun,) = self._answers_together([text])
+        return self._up_to_limit(text, begun, ended, cuts)
+
+    def _up_to_limit(self, text: str, begun: list[int], ended: bool, cuts: Counter[str] | None) -> list[int]:
         most = self.max_response_length
-        kept = text[: most * _LONGEST_TOKEN]
-        begun = self.encoder.target_ids(kept) if self.encoder_decoder else self.encoder.continuation_ids(kept)
         ids = begun + ([] if ended else [self.tokenizer.eos_token_id])
-        if cuts is not None and (len(ids) > most or kept != text):
+        if cuts is not None and (len(ids) > most or len(text) > most * LONGEST_TOKEN):
             cuts[RESPONSES_CUT] += 1
         return ids[:most]
 
@@ -173,76 +312,7 @@ class Tokenisation:
         Raises:
             UserError: the template alone is too long.
         """
-        template = template or self.template
-        given = dict(fields)
-        fields = {
-            **fields,
-            **{c: (fields.get(c) or "")[: self.max_prompt_length * _LONGEST_TOKEN] for c in template.cut_order},
-        }
-
-        def made() -> tuple[str, list[int]]:
-            text = template.render(self.encoder.guard(fields, parse))
-            return encodable(self.encoder.plain(text), "the prompt"), self._text_prompt_ids(text)
-
-        for cut in template.cut_order:
-            text, ids = made()
-            while len(ids) > self.max_prompt_length and fields[cut]:
-                fields[cut] = self._cut_end(fields[cut], len(ids) - self.max_prompt_length)
-                text, ids = made()
-            if len(ids) <= self.max_prompt_length:
-                if cuts is not None and any(fields[c] != (given.get(c) or "") for c in template.cut_order):
-                    cuts[PROMPTS_CUT] += 1
-                return text, ids
-        raise UserError(
-            f"the prompt template alone is {len(ids)} tokens, above max_prompt_length {self.max_prompt_length}"
-        )
-
-    def _text_prompt_ids(self, text: str) -> list[int]:
-        """Ids of a guarded prompt, with the tokenizer's special tokens but none twice; only an encoder's has an end."""
-        ids, bos, eos = self.encoder.ids(text, special=True), self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        if self.encoder_decoder:
-            return ids[1:] if ids[:2] == [bos, bos] else ids
-        if ids[:2] == [bos, bos]:  # rendered already
-            return self.encoder.ids(text)
-        # Some tokenizers end every text; between prompt and response that would end the sample.
-        return ids[:-1] if ids[-1:] == [eos] and self.encoder.ids(text)[-1:] != [eos] else ids
-
-    def _chat_prompt(self, conversation: Conversation, cuts: Counter[str]) -> tuple[str, list[int], str]:
-        """The prompt of a conversation within the limit, its ids, and the answer as the template has it."""
-        parse, most = bool(self._parse), self.max_prompt_length
-
-        def made(c: Conversation) -> tuple[str, list[int], str]:
-            prompt, answer = self.chat.split(c, parse)
-            return self.encoder.plain(prompt), self._ids_up_to(prompt, most), answer
-
-        found = made(conversation)
-        if len(found[1]) <= most:
-            return found
-        exchanges = len(conversation.exchanges())
-        dropped = bisect_left(range(exchanges), True, key=lambda n: len(made(conversation.without(n))[1]) <= most)
-        shorter = conversation.without(min(dropped, exchanges - 1))
-        question = shorter.turns[-1]["content"]
-        text = question[: most * _LONGEST_TOKEN]
-        prompt, ids, answer = made(shorter.asking(text))
-        while len(ids) > most and text:
-            text = self._cut_end(text, len(ids) - most)
-            prompt, ids, answer = made(shorter.asking(text))
-        if len(ids) > most:
-            raise UserError(
-                f"without its older turns and its question the chat is still longer than max_prompt_length {most}"
-            )
-        cuts[TURNS_DROPPED] += len(conversation.turns) - len(shorter.turns)
-        cuts[PROMPTS_CUT] += text != question
-        return prompt, ids, answer
-
-    def _ids_up_to(self, text: str, most: int) -> list[int]:
-        """Ids of a guarded text, or of so much of it that there are more than `most`."""
-        return self.encoder.ids(text[: (most + 1) * _LONGEST_TOKEN])
-
-    def _cut_end(self, text: str, excess: int) -> str:
-        ids = self.encoder.ids(self.encoder.guard(text))
-        shorter = str(self.tokenizer.decode(ids[: max(0, len(ids) - excess)], skip_special_tokens=True)).rstrip("�")
-        return shorter if len(shorter) < len(text) else text[: len(text) - excess]
+        return self.prompts.fitted(fields, template or self.template, parse, cuts)
 
     def _up_to_end(self, text: str) -> tuple[str, bool]:
         """A guarded text up to the token that ends an answer, if it ends in one, and whether it does."""
@@ -281,11 +351,16 @@ class Tokenisation:
         self, row: Mapping[str, Any], columns: Sequence[str]
     ) -> tuple[dict[str, str], list[str], PromptTemplate]:
         if "prompt" in columns:
-            fields = {"instruction": _text(row, "prompt")}
-            return fields, _references(row["completion"], "completion"), get_template("{instruction}")
+            return {"instruction": text_of(row, "prompt")}, texts_of(row["completion"], "completion"), _AS_IT_IS
+        if TEXT in columns:
+            ends_in = self.chat.ends_in if self._all_chat else self.template.ends_in
+            prompt, answer = parted(text_of(row, TEXT), ends_in, self._name)
+            return {"instruction": prompt}, [answer], _AS_IT_IS
+        if "messages" in columns:
+            return *one_exchange(row), self.template
         given = row.get("input")
-        fields = {"instruction": _text(row, "instruction"), "input": "" if given is None else _text(row, "input")}
-        return fields, _references(row["output"], "output"), self.template
+        fields = {"instruction": text_of(row, "instruction"), "input": "" if given is None else text_of(row, "input")}
+        return fields, texts_of(row["output"], "output"), self.template
 
     def _tokenised(self, row: Mapping[str, Any]) -> dict[str, Any]:
         ids, labels = row["input_ids"], row["labels"]
@@ -309,7 +384,7 @@ class Tokenisation:
             response = response[:-1]
         references = [str(self.tokenizer.decode(response, skip_special_tokens=True))]
         references = self._given_references(row) or references
-        prompt = str(self.tokenizer.decode(ids[:start])) if row.get("prompt") is None else _text(row, "prompt")
+        prompt = str(self.tokenizer.decode(ids[:start])) if row.get("prompt") is None else text_of(row, "prompt")
         return {"prompt": prompt, "references": references, "input_ids": ids, "labels": labels}
 
     def _given_references(self, row: Mapping[str, Any]) -> list[str] | None:
@@ -317,36 +392,7 @@ class Tokenisation:
         given = row.get("references")
         if given is not None and not isinstance(given, list):
             raise UserError(f"references must be a list of texts, got {type(given).__name__}")
-        return _references(given, "references") if given else None
-
-
-def _text(row: Mapping[str, Any], column: str) -> str:
-    value = row[column]
-    if not isinstance(value, str):
-        raise UserError(f"{column} must be text, got {type(value).__name__}")
-    return encodable(value, column)
-
-
-def encodable(text: str, column: str) -> str:
-    """Return the text if it is Unicode that can be written. JSON may carry half of a surrogate pair."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as e:
-        raise UserError(f"{column} holds half of a surrogate pair at character {e.start}") from None
-    return text
-
-
-def _references(value: Any, column: str) -> list[str]:
-    values = value if isinstance(value, list) else [value]
-    if not values or not all(isinstance(v, str) for v in values):
-        raise UserError(f"{column} must be text or a list of texts, got {type(value).__name__}")
-    return [encodable(v, column) for v in values]
-
-
-def given_tests(row: Mapping[str, Any]) -> list[str]:
-    """The tests in the column `tests`; none without one."""
-    given = row.get("tests")
-    return [] if given is None or (isinstance(given, (str, list)) and not given) else _references(given, "tests")
+        return texts_of(given, "references") if given else None
 
 
 def first_label(labels: Sequence[int]) -> int:

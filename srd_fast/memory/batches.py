@@ -29,7 +29,7 @@ class Lengths:
 
 
 _LIMITS = ("max_prompt_length", "max_response_length")
-_SPEECH = ("chat_template_kwargs", "parse_special_tokens")
+_SPEECH = ("chat_template_kwargs", "parse_special_tokens", "columns", "data_function", "train_on")
 _DATA_KEYS = ("teacher", "data", "data_split", "validation", "max_rows", "template", *_SPEECH, "seed", *_LIMITS)
 _PLAN_KEYS = ("student", "init_student", "reflect", "curate")
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from ..data import read_source
+from ..data import read_source, source_files
 from ..losses import expect_logits
 from ..models import is_encoder_decoder, load_config
 from ..run.config import RunConfig
@@ -126,9 +126,9 @@ def _disk(config: RunConfig, lengths: Lengths | None, made: Simulated) -> int | 
 def _count_rows(config: RunConfig) -> int | None:
     if config.data == QUICKSTART:
         return config.max_rows or QUICKSTART_ROWS
-    if not Path(config.data).expanduser().is_file():
+    if config.data_function is not None or not source_files(config.data, config.data_split):
         return None
-    return len(read_source(config.data, config.data_split)[: config.max_rows])
+    return len(read_source(config.data, config.data_split).head(config.max_rows))
 
 
 # On Linux ru_maxrss counts what a process was before exec as well, its parent, and VmHWM does not.

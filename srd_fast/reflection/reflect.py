@@ -12,7 +12,7 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data import Answers, Tokenisation, check_token_ids, prepare_dataset, prompt_lengths, token_counts
+from ..data import Answers, DataFunction, Tokenisation, check_token_ids, prepare_dataset, prompt_lengths, token_counts
 from ..errors import UserError
 from ..models import (
     check_head,
@@ -66,6 +66,9 @@ def reflect(
     template: str = "alpaca",
     chat_template_kwargs: Mapping[str, Any] | None = None,
     parse_special_tokens: bool | None = None,
+    columns: Mapping[str, str] | None = None,
+    data_function: str | DataFunction | None = None,
+    train_on: str = "last",
     rouge_tokenizer: str = "auto",
     score_eos: bool = True,
     test_seconds: float = 5.0,
@@ -94,6 +97,11 @@ def reflect(
             {input}.
         chat_template_kwargs: variables for the chat template, such as enable_thinking or date_string; see `SRDConfig`.
         parse_special_tokens: whether special tokens in the data's text are parsed; see `SRDConfig`.
+        columns: which column of the data is which of a row format's, such as {"instruction": "question", "output":
+            "answer"}.
+        data_function: makes the rows, of a row or, with a parameter `path`, of a file: a function, or
+            `FILE.py:FUNCTION`.
+        train_on: which answers of a conversation have loss, "last" or "all". Of all, the first is answered and scored.
         rouge_tokenizer: how ROUGE-L cuts text into words, a name that `srd_fast.rouge.RougeL` takes. "auto" chooses by
             the references of all of `dataset`, also where only a shard is scored.
         score_eos: count the end-of-sequence token in the cross-entropy.
@@ -125,8 +133,9 @@ def reflect(
         chat_template_kwargs=chat_template_kwargs,
         parse_special_tokens=parse_special_tokens,
         encoder_decoder=is_encoder_decoder(load_config(student) if isinstance(student, str) else student),
+        train_on=train_on,
     )
-    samples = prepare_dataset(dataset, tokenisation).dataset
+    samples = prepare_dataset(dataset, tokenisation, columns=columns, data_function=data_function).dataset
     rouge_tokenizer = choose_tokenizer(rouge_tokenizer, samples["references"])  # the same for all shards
     if shard is not None:
         samples = samples.select(samples_of_shard(samples["sample_id"], shard))
@@ -178,7 +187,7 @@ def reflect(
         test_seconds=test_seconds,
         test_memory_mb=test_memory_mb,
     )
-    columns: dict[str, list[Any]] = {"sample_id": ids, "generation": generations}
+    found: dict[str, list[Any]] = {"sample_id": ids, "generation": generations}
     reasons: list[str | None] = [
         None if any(r.strip() for r in references) else "empty reference" for references in samples["references"]
     ]
@@ -189,13 +198,13 @@ def reflect(
         for row, value in enumerate(values):
             if reasons[row] is None and not math.isfinite(value):
                 reasons[row] = f"{signal.name} is {value}, not a finite number"
-        columns[signal.name] = values
+        found[signal.name] = values
     for signal in functions:
-        columns[signal.name] = [v if r is None else math.nan for v, r in zip(columns[signal.name], reasons)]
+        found[signal.name] = [v if r is None else math.nan for v, r in zip(found[signal.name], reasons)]
     unscored = sum(r is not None for r in reasons)
     if unscored:
         logger.warning("%d of %d samples cannot be scored; curate lists them with the reason", unscored, len(ids))
-    return Dataset.from_dict({**columns, "reason": reasons})
+    return Dataset.from_dict({**found, "reason": reasons})
 
 
 def _generate(

@@ -1,15 +1,10 @@
 """Difficulty signals: one number a sample that says how hard it is for the student."""
 
-import importlib
 import importlib.util
 import logging
-import re
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -19,12 +14,12 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..data import IGNORE_INDEX, DistillationCollator, answer_ends, first_label
-from ..errors import UserError, first_line
+from ..errors import UserError
 from ..losses import token_cross_entropy
 from ..models import common_prefix, decoder_start, find_head, hidden_states, share_prefix
+from ..own_code import file_of, function_of
 from ..registry import Registry
 from ..rouge import RougeL, normal_form
-from ..suggest import unknown_name
 from .execution import pass_rates
 from .parts import cut
 
@@ -220,16 +215,7 @@ def get_difficulty(name: str) -> Difficulty:
 
 
 def _imported(name: str) -> Difficulty:
-    place, _, attribute = name.rpartition(":")
-    if not place or not attribute:
-        raise UserError(f"difficulty signal {name!r} must be package.module:function or path/to/file.py:function")
-    module = _module(place, f"difficulty signal {name!r}")
-    if not hasattr(module, attribute):
-        own = [n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == module.__name__]
-        raise UserError(f"difficulty signal {name!r}: {unknown_name('function', attribute, own)}")
-    function = getattr(module, attribute)
-    if not callable(function):
-        raise UserError(f"difficulty signal {name!r} is not a function but of type {type(function).__name__}")
+    function, attribute = function_of(name, "difficulty signal"), name.rpartition(":")[2]
     if attribute in DIFFICULTIES or attribute in RESERVED:
         raise UserError(f"difficulty signal {name!r}: the name {attribute!r} is taken; rename the function")
     direction = getattr(function, "higher_is_easier", None)
@@ -239,29 +225,6 @@ def _imported(name: str) -> Difficulty:
             "the function, or False if a high value means a hard sample"
         )
     return Difficulty(attribute, function, direction)
-
-
-def _module(place: str, signal: str) -> ModuleType:
-    path = Path(place).expanduser().resolve() if place.endswith(".py") else None
-    if path is not None and not path.is_file():
-        raise UserError(f"{signal}: file {place!r} does not exist")
-    try:
-        return importlib.import_module(place) if path is None else _module_of_file(path, path.stat().st_mtime_ns)
-    except Exception as e:  # the code may raise anything
-        if isinstance(e, ModuleNotFoundError) and path is None and f"{place}.".startswith(f"{e.name}."):
-            way = "install it, put its folder on PYTHONPATH, or write path/to/file.py:function"
-            raise UserError(f"{signal}: there is no module {e.name!r}; {way}") from e
-        raise UserError(f"{signal}: importing {place} failed with {type(e).__name__}: {first_line(e)}") from e
-
-
-@lru_cache
-def _module_of_file(path: Path, modified_ns: int) -> ModuleType:
-    """The file run as a module of its own; once, until it changes."""
-    name = re.sub(r"\W", "_", str(path))  # hides no module of the same name
-    module = sys.modules[name] = ModuleType(name)  # where dataclasses and pickle look for it
-    module.__file__ = str(path)
-    exec(compile(path.read_bytes(), path, "exec"), vars(module))
-    return module
 
 
 def get_difficulties(names: Iterable[str]) -> dict[str, Difficulty]:
@@ -277,8 +240,7 @@ def get_difficulties(names: Iterable[str]) -> dict[str, Difficulty]:
 
 def signal_files(names: Iterable[str]) -> list[Path]:
     """The files of those signals that are named `path/to/file.py:function`."""
-    places = (name.rpartition(":")[0] for name in names)
-    return [Path(place).expanduser().resolve() for place in places if place.endswith(".py")]
+    return [path for path in map(file_of, names) if path is not None]
 
 
 def register_difficulty(

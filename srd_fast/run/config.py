@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from ..curriculum import CURATION_PRESETS, KNEE
-from ..data import check_chat_template_kwargs, shown
+from ..data import check_chat_template_kwargs, check_columns, shown
 from ..errors import UserError, first_line
 from ..reflection.reflect import REFLECTION_PRESETS
 from ..suggest import unknown_name
@@ -25,7 +25,7 @@ _DEEPEST = 20
 _NULLABLE = {"max_bad_rows", "parse_special_tokens"}
 # Fields of SRDConfig that the run sets itself, or that mean nothing in it.
 _SET_BY_RUN = {"output_dir", "seed", "num_train_epochs", "template", "max_prompt_length", "max_response_length"}
-_SET_BY_RUN |= {"chat_template_kwargs", "parse_special_tokens"}
+_SET_BY_RUN |= {"chat_template_kwargs", "parse_special_tokens", "columns", "data_function", "train_on"}
 _SET_BY_RUN |= {"teacher_cache", "teacher_cache_kind", "teacher_cache_k"}
 _DISTILL_FIELDS = {f.name for f in dataclass_fields(SRDConfig) if f.init} - _SET_BY_RUN
 
@@ -121,15 +121,22 @@ class Evaluate(_Section):
 class RunConfig(_Section):
     """Everything `srd-fast run` needs. Every field has a default.
 
+    `data`: a file, a folder, a pattern, a hub name (`name`, `name:config`), a list of these, or path, name and split.
+    `columns`: such as {instruction: question, output: answer}, where the data's columns have names of their own.
+    `data_function`: FILE.py:FUNCTION, from a row (or, with a parameter `path`, from a file) to rows.
+    `train_on`: of a conversation's answers the "last", or "all".
     `max_bad_rows`: how many rows of a file may be unusable: a whole number, or a share in (0, 1); null: no limit.
     """
 
     teacher: str = "smollm2-135m-instruct"
     student: str = "prune"
     output_dir: str = "runs/srd"
-    data: str = "quickstart"
+    data: str | list[str] | dict[str, str] = "quickstart"
     data_split: str = "train"
-    validation: int | str = 100
+    validation: int | str | list[str] | dict[str, str] = 100
+    columns: dict[str, str] = {}
+    data_function: str | None = None
+    train_on: Literal["last", "all"] = "last"
     max_rows: int | None = Field(default=None, ge=1)
     max_bad_rows: int | float | None = 0.1
     template: str = "alpaca"
@@ -151,7 +158,7 @@ class RunConfig(_Section):
 
     @field_validator("validation")
     @classmethod
-    def _some_rows(cls, given: int | str) -> int | str:
+    def _some_rows(cls, given: Any) -> Any:
         if isinstance(given, int) and given < 1:
             raise ValueError("must be a file, or how many rows to hold out, at least 1")
         return given
@@ -164,6 +171,11 @@ class RunConfig(_Section):
         if given is not None and not count and not share:
             raise ValueError("must be a count (0, 1, 2, ...), a share of the rows in (0, 1), or null for no limit")
         return given
+
+    @field_validator("columns")
+    @classmethod
+    def _known_columns(cls, given: dict[str, str]) -> dict[str, str]:
+        return check_columns(given)
 
     @field_validator("chat_template_kwargs")
     @classmethod
@@ -343,7 +355,8 @@ def load_run_config(path: str | Path | None, overrides: list[str] | tuple[str, .
 
 def _one_line(error: ValidationError) -> str:
     first = error.errors()[0]
-    kinds = {"int", "float", "str", "list[int]"}  # of a union, which pydantic lists as if they were keys
+    # Of a union, which pydantic lists as if they were keys.
+    kinds = {"int", "float", "str", "list[int]", "list[str]", "dict[str,str]"}
     where = ".".join(str(x) for x in first["loc"] if not (isinstance(x, str) and x in kinds))
     if first["type"] == "extra_forbidden":
         section: Any = RunConfig

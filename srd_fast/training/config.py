@@ -7,7 +7,7 @@ import torch
 from transformers import TrainingArguments
 
 from ..curriculum import per_stage
-from ..data import check_chat_template_kwargs
+from ..data import check_chat_template_kwargs, check_train_on
 from ..errors import UserError
 from ..losses import Projected, Sampled, get_divergence
 from ..losses.options import RANGE
@@ -151,6 +151,7 @@ class SRDConfig(TrainingArguments):
     parse_special_tokens: bool | None = _described(
         None, "Whether special tokens in the data's text are parsed; null: in prompt/completion rows alone."
     )
+    train_on: str = _described("last", "Which answers of a conversation have loss: last or all.")
     backend: str = _described("auto", "Loss backend.")
     memory_budget: int | None = _described(None, "Bytes that the loss may allocate beyond its inputs and gradients.")
     logits_dtype: str | None = _described(
@@ -197,6 +198,7 @@ class SRDConfig(TrainingArguments):
         for name in ("max_prompt_length", "max_response_length", "teacher_cache_k", *sizes):
             self._check_numbers(name, least=1)
         self.chat_template_kwargs = check_chat_template_kwargs(self.chat_template_kwargs) or None
+        check_train_on(self.train_on)
         for name in ("length_buckets", "max_tokens_per_batch"):
             self._check_numbers(name, least=0)
         if self.logits_dtype not in (None, "float32"):

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..data import (
     IGNORE_INDEX,
     Answers,
+    DataFunction,
     DistillationCollator,
     Tokenisation,
     batches_by_length,
@@ -54,6 +55,9 @@ def evaluate(
     template: str = "alpaca",
     chat_template_kwargs: Mapping[str, Any] | None = None,
     parse_special_tokens: bool | None = None,
+    columns: Mapping[str, str] | None = None,
+    data_function: str | DataFunction | None = None,
+    train_on: str = "last",
     rouge_tokenizer: str = "auto",
     num_examples: int = 5,
     progress: bool = True,
@@ -79,6 +83,11 @@ def evaluate(
             {input}.
         chat_template_kwargs: variables for the chat template, such as enable_thinking or date_string; see `SRDConfig`.
         parse_special_tokens: whether special tokens in the data's text are parsed; see `SRDConfig`.
+        columns: which column of the data is which of a row format's, such as {"instruction": "question", "output":
+            "answer"}.
+        data_function: makes the rows, of a row or, with a parameter `path`, of a file: a function, or
+            `FILE.py:FUNCTION`.
+        train_on: which answers of a conversation have loss, "last" or "all". Of all, the first is answered and scored.
         rouge_tokenizer: how ROUGE-L cuts text into words, a name that `srd_fast.rouge.RougeL` takes. "auto" chooses by
             the references of all of `dataset`.
         num_examples: how many answers `examples` has.
@@ -115,8 +124,9 @@ def evaluate(
         chat_template_kwargs=chat_template_kwargs,
         parse_special_tokens=parse_special_tokens,
         encoder_decoder=is_encoder_decoder(model),
+        train_on=train_on,
     )
-    samples = prepare_dataset(dataset, tokenisation).dataset
+    samples = prepare_dataset(dataset, tokenisation, columns=columns, data_function=data_function).dataset
     check_token_ids(samples, {n: embeddings_of(m) for n, m in (("model", model), ("teacher", teacher)) if m in watched})
     reader = Answers(samples, tokenizer)
     sampling = stopping_at(sampling, reader.stop_ids)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -25,7 +26,7 @@ from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 from ..curriculum import CurriculumPlan
-from ..data import DistillationCollator, Tokenisation, check_token_ids, prepare_dataset
+from ..data import DataFunction, DistillationCollator, Tokenisation, check_token_ids, prepare_dataset
 from ..errors import UserError
 from ..losses import DistillationOutput, LossOptions, StudentRows, check_vocabularies
 from ..models import (
@@ -108,6 +109,10 @@ class SRDTrainer(Trainer):
             `args` describe, and the curriculum gives the learning rate.
         data_collator: makes a batch of a list of tokenised samples. Default: `DistillationCollator`, which pads them,
             or joins them without padding where the models allow it.
+        columns: which column of the data is which of a row format's, such as {"instruction": "question", "output":
+            "answer"}.
+        data_function: makes the rows, of a row or, with a parameter `path`, of a file: a function, or
+            `FILE.py:FUNCTION`.
 
     Raises:
         UserError: an argument is missing or wrong, the student's head is not understood, the tokenizers differ, or the
@@ -130,6 +135,8 @@ class SRDTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
         data_collator: Callable[..., Any] | None = None,
+        columns: Mapping[str, str] | None = None,
+        data_function: str | DataFunction | None = None,
     ) -> None:
         if processing_class is None:
             raise UserError("processing_class is missing: pass the student's tokenizer")
@@ -150,11 +157,13 @@ class SRDTrainer(Trainer):
             args.chat_template_kwargs,
             args.parse_special_tokens,
             encoder_decoder,
+            args.train_on,
         )
-        train = prepare_dataset(train_dataset, tokenisation, "train_dataset").dataset
+        self._made = partial(prepare_dataset, tokenisation=tokenisation, columns=columns, data_function=data_function)
+        train = self._made(train_dataset, name="train_dataset").dataset
         evaluation = None
         if eval_dataset is not None:
-            evaluation = prepare_dataset(eval_dataset, tokenisation, "eval_dataset").dataset
+            evaluation = self._made(eval_dataset, name="eval_dataset").dataset
         if args.n_gpu > 1:
             logger.warning(
                 "%d GPUs are visible to one process; using the first. For all: accelerate launch", args.n_gpu
@@ -176,7 +185,6 @@ class SRDTrainer(Trainer):
         self.model_accepts_loss_kwargs, self._loss_shifts_labels = True, True
         self._parameters: int | None = None
         self._known: tuple[Any, Any] = None, None  # the wrapped model, and the model inside
-        self._tokenisation = tokenisation
 
         check_head(model, "student")
         freeze_what_text_never_reaches(model)
@@ -543,7 +551,7 @@ class SRDTrainer(Trainer):
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
         if rows is None:
             raise UserError("eval_dataset is missing: pass it to SRDTrainer or to evaluate()")
-        dataset = prepare_dataset(rows, self._tokenisation, "eval_dataset").dataset
+        dataset = self._made(rows, name="eval_dataset").dataset
         student = self.accelerator.unwrap_model(self.model)
         was_training, totals = student.training, torch.zeros(3, dtype=torch.float64, device=self.args.device)
         student.eval()

@@ -126,7 +126,7 @@ def test_damaged_files_are_refused_with_their_name(name: str, content: bytes, co
 def test_missing_files_and_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nowhere\.jsonl' does not exist"):
         read_rows("nowhere.jsonl")
-    with pytest.raises(UserError, match="is a folder"):
+    with pytest.raises(UserError, match="is a folder without files of rows"):
         read_rows(tmp_path)
     with pytest.raises(UserError, match=r"'someone/some-data' is no file here, and as a hub name it fails"):
         read_rows("someone/some-data")
@@ -234,9 +234,9 @@ def test_tests_are_kept_and_change_no_id(tests: Any, kept: list[str], tiny_token
     ("row", "complaint"),
     [
         ({"instruction": "a"}, r"columns \['instruction'\]; missing \['output'\] for instruction/output rows"),
-        ({"prompt": "a", "response": "b"}, r"missing \['completion'\] for prompt/completion rows"),
+        ({"prompt": "a", "id": "b"}, r"missing \['completion'\] for prompt/completion rows"),
         ({"input_ids": [1]}, r"missing \['labels'\]"),
-        ({"text": "a"}, r"Known formats: instruction/output, prompt/completion, messages, input_ids/labels"),
+        ({"body": "a"}, r"columns \['body'\], which is no row format. A row needs two texts"),
     ],
 )
 def test_missing_columns_are_named(row: Row, complaint: str, tiny_tokenizer: PreTrainedTokenizerFast) -> None:

@@ -25,6 +25,7 @@ from srd_fast import (
     distillation_loss,
     reflect,
 )
+from srd_fast.data import Tokenisation, prepare_dataset
 from srd_fast.data.quickstart import make_quickstart_rows
 from srd_fast.teacher import make_store
 
@@ -42,7 +43,7 @@ def run_example(heading: str) -> None:
 def test_the_page_has_one_short_example_of_each() -> None:
     assert list(EXAMPLES) == [
         "A divergence", "A difficulty signal", "An engine", "A position policy", "A sample policy",
-        "A kind of teacher cache",
+        "A row format", "A kind of teacher cache",
     ]  # fmt: skip
     assert PAGE.count("```python") == len(EXAMPLES)
     for example in EXAMPLES.values():
@@ -65,6 +66,14 @@ def test_the_divergence_has_the_gradient_of_autograd() -> None:
     assert_same(out.loss, expected, 1e-12, "loss")
     for found, wanted in zip(torch.autograd.grad(out.loss, leaves), torch.autograd.grad(expected, plain)):
         assert_same(found, wanted, 1e-12, "gradient")
+
+
+def test_the_row_format_makes_rows_of_its_columns(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    run_example("A row format")
+    rows = [{"id": i, "translation": {"en": f"The sea, {i}.", "de": f"Das Meer, {i}."}} for i in range(3)]
+    samples = prepare_dataset(rows, Tokenisation(tiny_tokenizer)).dataset
+    assert samples["references"][:] == [[f"Das Meer, {i}."] for i in range(3)]
+    assert "Translate into German.\n\n### Input:\nThe sea, 2.\n" in samples["prompt"][2]
 
 
 def test_the_difficulty_signal_ranks(tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast) -> None:

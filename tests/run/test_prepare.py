@@ -140,3 +140,75 @@ def test_rows_that_a_model_cannot_take_stop_the_run_at_its_first_step(
     shutil.rmtree(tmp_path / "run")  # else the step is done, and reflect would say it
     with pytest.raises(UserError, match=r"2 of 2 rows do not fit .* or max_new_tokens"):
         execute(config_of(tmp_path, tiny_teacher_folder, rows, student), only="prepare", say=lambda _: None)
+
+
+MINE = """
+def rows(row):
+    return {"question": row["q"], "answer": row["a"]}
+"""
+
+
+@pytest.mark.parametrize("way", ["columns", "data_function", "csv", "folder"])
+def test_rows_of_other_names_and_places_make_the_same_data(way: str, tiny_teacher_folder: Path, tmp_path: Path) -> None:
+    rows = [{"q": f"What is {i}?", "a": f"It is {i}."} for i in range(6)]
+    mine = tmp_path / "mine.py"
+    mine.write_text(MINE)
+    (tmp_path / "some.csv").write_text("\n".join(["q,a", *(f"{row['q']},{row['a']}" for row in rows)]))
+    Dataset.from_list(rows).to_parquet(str(tmp_path / "folder" / "train.parquet"))
+    Dataset.from_list(rows[:2]).to_parquet(str(tmp_path / "folder" / "validation.parquet"))
+    mapping = "columns={instruction: q, output: a}"
+    overrides = {
+        "columns": [mapping],
+        "data_function": [f"data_function={mine}:rows"],
+        "csv": [mapping, f"data={tmp_path / 'some.csv'}"],
+        "folder": [mapping, f"data={{path: {tmp_path / 'folder'}, split: train}}"],
+    }[way]
+    config = config_of(tmp_path, tiny_teacher_folder, rows, *overrides)
+    plain = config_of(tmp_path, tiny_teacher_folder, [{"instruction": r["q"], "output": r["a"]} for r in rows])
+    made = []
+    for each, source in ((config, rows), (plain, [{"instruction": r["q"], "output": r["a"]} for r in rows])):
+        config_of(tmp_path, tiny_teacher_folder, source)  # writes the rows of that config
+        folder = execute(each, only="prepare", say=lambda _: None) / "data"
+        made.append([(folder / f"{split}.parquet").read_bytes() for split in ("train", "validation")])
+        shutil.rmtree(folder.parent)
+    assert made[0] == made[1]
+
+
+def test_how_rows_are_made_is_part_of_what_the_data_is_made_from(tiny_teacher_folder: Path, tmp_path: Path) -> None:
+    mine, folder = tmp_path / "mine.py", tmp_path / "folder"
+    mine.write_text(MINE)
+    Dataset.from_list([chat("a", "b")]).to_parquet(str(folder / "train.parquet"))
+
+    def made(*overrides: str) -> str:
+        return fingerprints(config_of(tmp_path, tiny_teacher_folder, [chat("a", "b")] * 3, *overrides))["prepare"]
+
+    prints = [made(), made("columns={messages: m}"), made("train_on=all"), made(f"data_function={mine}:rows")]
+    mine.write_text(MINE + "# changed")
+    prints += [made(f"data_function={mine}:rows"), made(f"data={folder}")]
+    Dataset.from_list([chat("a", "c")]).to_parquet(str(folder / "train.parquet"))
+    prints.append(made(f"data={folder}"))
+    assert len(set(prints)) == len(prints)
+    assert made("columns={}", "data_function=null", "train_on=last") == prints[0]
+
+
+@pytest.mark.parametrize(
+    ("override", "complaint"),
+    [
+        ("columns={instrucion: q}", "config: columns: columns: unknown column of a row format 'instrucion'"),
+        ("columns=q", "config: columns: "),
+        ("train_on=first", "config: train_on: "),
+        ("data_function=mine.py", "data_function 'mine.py' must be package.module:function"),
+        ("data_function=absent.py:rows", "data_function 'absent.py:rows': file 'absent.py' does not exist"),
+        ("data={path: absent.jsonl}", "config: data: data file 'absent.jsonl' does not exist"),
+        ("data=[]", "config: data: data is an empty list"),
+        ("validation={name: x}", "config: validation: data as a mapping has path"),
+        ("data='absent/*.parquet'", "config: data: data 'absent/*.parquet': no file here has such a name"),
+    ],
+)
+def test_mistakes_in_what_makes_rows_are_found_before_a_step(
+    override: str, complaint: str, tiny_teacher_folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError) as error:
+        execute(config_of(tmp_path, tiny_teacher_folder, [chat("a", "b")] * 3, override))
+    assert complaint in str(error.value)
+    assert not (tmp_path / "run" / "data").exists()

@@ -1,26 +1,31 @@
 """The first step: rows of any source become tokenised samples, and some of them are held out."""
 
+import hashlib
 import logging
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ...data import (
+    TRAIN_ON,
+    Rows,
     Tokenisation,
     content_id,
-    first_label,
+    flat_lists,
+    made_rows,
     prepare_dataset,
     prompt_lengths,
     read_source,
+    source_files,
     source_path,
     token_counts,
 )
+from ...data.prompts import PROMPTS_CUT, RESPONSES_CUT, TURNS_DROPPED
 from ...data.quickstart import make_quickstart_splits
-from ...data.tokenisation import PROMPTS_CUT, RESPONSES_CUT, TURNS_DROPPED
 from ...errors import UserError
 from ...files import content_digest, write_text
 from ...models import (
@@ -31,10 +36,12 @@ from ...models import (
     load_tokenizer,
     tokenizer_digest,
 )
+from ...own_code import file_of
 from ..config import RunConfig
 from .run import PRUNE, QUICKSTART, Run, json_text, write_parquet
 
 QUICKSTART_ROWS = 256
+VALIDATION = "validation"
 # Of the folder data: what was cut or dropped, and how many validation prompts are trained on.
 COUNTS = "counts.json"
 # Spaces and the marks of prose. Those of arithmetic and code are part of what is asked.
@@ -48,11 +55,12 @@ def prepare_inputs(config: RunConfig) -> Any:
 
     max_bad_rows is not among them: it decides only whether the step fails, never what it writes.
     """
-    sources = [s for s in (config.data, config.validation) if isinstance(s, str)]
-    stamps = [[s, _file_stamp(s)] for s in sources]
+    splits = ((config.data, config.data_split), (config.validation, VALIDATION))
+    stamps = [[s, _file_stamp(s, split)] for s, split in splits if not isinstance(s, int)]
     limits = [config.template, config.max_prompt_length, config.max_response_length, config.max_rows, config.seed]
     speech = [config.chat_template_kwargs, config.parse_special_tokens]
     unlike: list[Any] = [speech] if speech != [{}, None] else []  # runs of versions without these settings stay valid
+    unlike += _rows_made(config)
     unlike += _students_own(config)
     return [stamps, config.validation, config.data_split, limits, fingerprint(config.teacher), *unlike]
 
@@ -65,9 +73,31 @@ def _students_own(config: RunConfig) -> list[str]:
     return [] if ours == theirs else [ours]
 
 
-def _file_stamp(source: str) -> str | None:
-    path = source_path(source)
-    return content_digest(path) if path is not None and path.is_file() else None
+def _rows_made(config: RunConfig) -> list[Any]:
+    """What rows are made with; empty for settings with which older versions made the same of the same data."""
+    made: dict[str, Any] = {}
+    if config.columns:
+        made["columns"] = config.columns
+    if config.data_function is not None:
+        file = file_of(config.data_function)
+        made["data_function"] = [config.data_function, None if file is None else content_digest(file)]
+    if config.train_on != TRAIN_ON[0]:
+        made["train_on"] = config.train_on
+    return [made] if made else []
+
+
+def _file_stamp(source: Any, split: str) -> Any:
+    """A digest of the file that a source is, or of each of its files; None on the hub."""
+    if isinstance(source, str):
+        path = source_path(source)
+        if path is not None and path.is_file():
+            return content_digest(path)
+    return [[str(file), content_digest(file)] for file in source_files(source, split)] or None
+
+
+def read_data(config: RunConfig, source: Any, name: str, split: str) -> Rows:
+    """Rows of a source, made by the config's data_function if there is one."""
+    return read_source(source, split) if config.data_function is None else made_rows(source, config.data_function, name)
 
 
 def tokenisation_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Tokenisation:
@@ -80,6 +110,7 @@ def tokenisation_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> To
         config.chat_template_kwargs,
         config.parse_special_tokens,
         is_encoder_decoder(load_config(config.teacher)),
+        config.train_on,
     )
 
 
@@ -87,8 +118,8 @@ def prepare(run: Run) -> None:
     """Read and tokenise the data. Validation rows are held out if no file of them is given."""
     c = run.config
     tokenisation = tokenisation_of(c, run.tokenizer)
-    train_rows: Sequence[Any]
-    validation_rows: Sequence[Any]
+    train_rows: Any
+    validation_rows: Any
     if c.data == QUICKSTART:
         held_out = c.validation if isinstance(c.validation, int) else 0
         try:
@@ -96,17 +127,18 @@ def prepare(run: Run) -> None:
         except ValueError as e:
             raise UserError(f"config: max_rows and validation together: {e}") from e
     else:
-        train_rows, validation_rows = read_source(c.data, c.data_split)[: c.max_rows], []
-    if isinstance(c.validation, str):
-        validation_rows = read_source(c.validation, "validation")
-    train = prepare_dataset(train_rows, tokenisation, "data", c.max_bad_rows)
+        train_rows, validation_rows = read_data(c, c.data, "data", c.data_split).head(c.max_rows), []
+    if not isinstance(c.validation, int):
+        validation_rows = read_data(c, c.validation, VALIDATION, VALIDATION)
+    train = prepare_dataset(train_rows, tokenisation, "data", c.max_bad_rows, c.columns)
     if validation_rows:
-        validation = prepare_dataset(validation_rows, tokenisation, "validation", c.max_bad_rows)
+        validation = prepare_dataset(validation_rows, tokenisation, VALIDATION, c.max_bad_rows, c.columns)
         rejected, cuts = train.rejected + validation.rejected, train.cuts + validation.cuts
         train_set, validation_set = train.dataset, validation.dataset
     else:
+        assert isinstance(c.validation, int)
         rejected, cuts = train.rejected, train.cuts
-        train_set, validation_set = _hold_out(train.dataset, int(c.validation), c.seed)
+        train_set, validation_set = _hold_out(train.dataset, c.validation, c.seed)
     if c.curate.stages > len(train_set):
         raise UserError(f"config: curate.stages is {c.curate.stages} but the data has {len(train_set)} usable rows")
     _check_positions(c, train_set, validation_set)
@@ -116,7 +148,7 @@ def prepare(run: Run) -> None:
         write_parquet(part, folder / f"{name}.parquet")
     listed = [{"where": where, "reason": reason} for where, reason in rejected]
     write_text(folder / "rejected.json", json_text(listed))
-    same, near = _overlap(train_set["prompt"], validation_set["prompt"])
+    same, near = _overlap(_prompts(train_set), _prompts(validation_set))
     if same or near:
         logger.warning(
             "%d of %d validation prompts are training prompts too, and %d more but for case, spaces or punctuation",
@@ -157,12 +189,8 @@ def _hold_out(samples: Dataset, count: int, seed: int) -> tuple[Dataset, Dataset
             f"{len(samples) - 1}"
         )
     keys = [content_id({"id": i, "seed": seed}, ("id", "seed")) for i in samples["sample_id"]]
-    prompts = [
-        tuple(ids[: first_label(labels)])
-        for batch in samples.iter(1000)
-        for ids, labels in zip(batch["input_ids"], batch["labels"])
-    ]
-    groups: dict[tuple[int, ...], list[int]] = {}
+    prompts = _prompt_digests(samples)
+    groups: dict[bytes, list[int]] = {}
     for i in sorted(range(len(keys)), key=keys.__getitem__):
         groups.setdefault(prompts[i], []).append(i)
     if len(groups) == 1:
@@ -185,7 +213,27 @@ def _hold_out(samples: Dataset, count: int, seed: int) -> tuple[Dataset, Dataset
     return samples.select([i for i in range(len(keys)) if i not in chosen]), samples.select(sorted(chosen))
 
 
-def _overlap(train: Sequence[str], validation: Sequence[str]) -> tuple[int, int]:
+def _prompt_digests(samples: Dataset) -> list[bytes]:
+    """Digests of each sample's prompt; the prompts themselves may be gigabytes."""
+    lengths = iter(prompt_lengths(samples))
+    tables: Any = samples.select_columns(["input_ids"]).with_format("arrow")
+    digests = []
+    for table in tables.iter(10_000):
+        ids, starts, _ = flat_lists(table["input_ids"])
+        digests += [_digest(ids[start : start + next(lengths)].tobytes()) for start in starts]
+    return digests
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=16).digest()
+
+
+def _prompts(samples: Dataset) -> Iterator[str]:
+    for batch in samples.select_columns(["prompt"]).iter(1000):
+        yield from batch["prompt"]
+
+
+def _overlap(train: Iterable[str], validation: Iterable[str]) -> tuple[int, int]:
     """Count validation prompts that are training prompts too.
 
     Args:
@@ -196,9 +244,15 @@ def _overlap(train: Sequence[str], validation: Sequence[str]) -> tuple[int, int]
         How many are the same, and how many more are the same but for case, punctuation, spaces and Unicode's
         variants of a character.
     """
-    exact, near = set(train), {_words(p) for p in train}
-    same = sum(p in exact for p in validation)
-    return same, sum(_words(p) in near for p in validation) - same
+    exact, near = set[bytes](), set[bytes]()
+    for prompt in train:
+        exact.add(_digest(prompt.encode()))
+        near.add(_digest(_words(prompt).encode()))
+    same = alike = 0
+    for prompt in validation:
+        same += _digest(prompt.encode()) in exact
+        alike += _digest(_words(prompt).encode()) in near
+    return same, alike - same
 
 
 def _words(text: str) -> str:

@@ -1,9 +1,11 @@
 """Mistakes that can be found before any work is done: names, settings, missing files, tokenizers."""
 
+from typing import Any
+
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ...data import source_path
+from ...data import check_made, check_source, data_function_of
 from ...errors import UserError, first_line
 from ...models import (
     check_same_kind,
@@ -25,7 +27,7 @@ from ...training.measure import check_best_metric
 from ...training.preparation import check_optimizer
 from ..config import RunConfig
 from .cache import check_cache
-from .data import tokenisation_of
+from .data import VALIDATION, tokenisation_of
 from .run import PRUNE, QUICKSTART
 from .selection import sample_policy
 from .settings import lora_config, training_config
@@ -59,10 +61,12 @@ def check_inputs(config: RunConfig) -> None:
     extra = set(get_difficulties(config.curate.signals or ())) - set(made)
     if extra:
         raise UserError(f"curate.signals names {sorted(extra)}, which reflect.signals does not make")
-    if isinstance(config.validation, str):
-        _must_exist("validation", config.validation)
+    if config.data_function is not None:
+        data_function_of(config.data_function)
+    if not isinstance(config.validation, int):
+        _must_exist(config, VALIDATION, config.validation, VALIDATION)
     if config.data != QUICKSTART:
-        _must_exist("data", config.data)
+        _must_exist(config, "data", config.data, config.data_split)
     kind = quantisation_of(config.teacher) if config.student == PRUNE else quantisation_of(config.student)
     if kind is not None:
         which = "teacher, out of which the student is cut," if config.student == PRUNE else "student"
@@ -105,7 +109,11 @@ def _check_device(name: str) -> None:
         raise UserError(f"config: device: {name!r} cannot be used: {first_line(e)}") from e
 
 
-def _must_exist(key: str, source: str) -> None:
-    path = source_path(source)
-    if source.endswith((".jsonl", ".json", ".parquet", ".gz")) and (path is None or not path.is_file()):
-        raise UserError(f"{key}: file {source!r} does not exist")
+def _must_exist(config: RunConfig, key: str, source: Any, split: str) -> None:
+    try:
+        if config.data_function is None:
+            check_source(source, split)
+        else:
+            check_made(source, config.data_function, key, split)
+    except UserError as e:
+        raise UserError(f"config: {key}: {e}") from e

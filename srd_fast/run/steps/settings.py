@@ -56,6 +56,7 @@ def training_config(
             max_response_length=config.max_response_length,
             chat_template_kwargs=config.chat_template_kwargs or None,
             parse_special_tokens=config.parse_special_tokens,
+            train_on=config.train_on,
         )
     except Exception as e:  # transformers' own checks raise many kinds
         raise UserError(f"config: distill: {' '.join(str(e).split())[:500]}") from e

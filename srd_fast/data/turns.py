@@ -1,0 +1,112 @@
+"""Conversations in any usual spelling, as the `messages` that chat templates take: a list of role and content."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import UserError
+from .conversations import ASSISTANT, SYSTEM, USER, Turn
+from .files import shown
+
+CALL, RESULT = "function_call", "tool"
+# What the sides of a conversation are called. A role that is not here stays as it is: templates know more of them.
+ROLES = {
+    USER: ("user", "human", "prompter", "customer", "instruction", "question"),
+    ASSISTANT: ("assistant", "gpt", "model", "bot", "chatbot", "ai", "agent", "chatgpt", "bard", "bing", "claude"),
+    SYSTEM: ("system", "system_prompt"),
+    RESULT: ("tool", "observation", "function", "function_response", "tool_response", "function-response"),
+    CALL: ("function_call", "tool_call", "function-call"),
+}
+_ROLE_OF = {name: role for role, names in ROLES.items() for name in names}
+_ROLE_KEYS = ("role", "from", "speaker", "author")
+_CONTENT_KEYS = ("content", "value", "text", "parts", "message")
+_MORE_KEYS = ("name", "tool_calls", "tool_call_id", "reasoning_content")
+
+
+def is_standard(messages: Any) -> bool:
+    """Whether these are turns with roles, one of them the assistant's."""
+    return (
+        isinstance(messages, list)
+        and all(isinstance(turn, Mapping) and isinstance(turn.get("role"), str) for turn in messages)
+        and any(turn["role"] == ASSISTANT for turn in messages)
+    )
+
+
+def as_messages(given: Any, column: str) -> Any:
+    """Turns in any usual spelling as `messages`.
+
+    Args:
+        given: turns with role/content or from/value; texts that take turns, the user's first; pairs of such texts; a
+            mapping of lists, which is how some files keep a list of mappings; or any of these as JSON text.
+        column: where it was found, for messages.
+
+    Returns:
+        The messages; what is `messages` already, as it is.
+
+    Raises:
+        UserError: it is something else, or a turn says neither who speaks nor what.
+    """
+    if is_standard(given):
+        return given
+    if isinstance(given, str) and given.lstrip().startswith("["):
+        try:
+            given = json.loads(given)
+        except (ValueError, RecursionError):
+            raise UserError(f"{column} is text that begins like a list but is not JSON") from None
+    if isinstance(given, Mapping) and given and all(isinstance(values, list) for values in given.values()):
+        given = [dict(zip(given, values)) for values in zip(*given.values())]
+    if not isinstance(given, list):
+        raise UserError(f"{column} must be a list of {{'role': text, 'content': text}}, got {type(given).__name__}")
+    if all(isinstance(pair, list) and len(pair) == 2 for pair in given):
+        given = [text for pair in given for text in pair]
+    if all(isinstance(text, str) for text in given):
+        return [{"role": (USER, ASSISTANT)[number % 2], "content": text} for number, text in enumerate(given)]
+    return [_turn(turn, f"turn {number} of {column}") for number, turn in enumerate(given, 1)]
+
+
+def _turn(turn: Any, where: str) -> Turn:
+    if not isinstance(turn, Mapping):
+        raise UserError(f"{where} must be {{'role': text, 'content': text}}, got {type(turn).__name__}")
+    speaker = next((turn[k] for k in _ROLE_KEYS if turn.get(k) is not None), None)
+    if not isinstance(speaker, str):
+        raise UserError(f"{where} does not say who speaks: none of {', '.join(_ROLE_KEYS)} is text")
+    role = _ROLE_OF.get(speaker.strip().lower(), speaker)
+    content = next((turn[k] for k in _CONTENT_KEYS if turn.get(k) is not None), None)
+    more = {k: turn[k] for k in _MORE_KEYS if turn.get(k) is not None}
+    if role == CALL:
+        return {"role": ASSISTANT, "content": "", **more, "tool_calls": _calls(content, where)}
+    if content is None and not more:
+        raise UserError(f"{where} ({shown(speaker, 20)}) says nothing: none of {', '.join(_CONTENT_KEYS)} has a value")
+    return {"role": role, "content": "" if content is None else content, **more}
+
+
+def _calls(content: Any, where: str) -> list[dict[str, Any]]:
+    """The calls in a turn that calls functions: one or several of name and arguments, usually as JSON text."""
+    try:
+        found = json.loads(content) if isinstance(content, str) else content
+    except ValueError:
+        found = None
+    calls = found if isinstance(found, list) else [found]
+    if not calls or not all(isinstance(call, Mapping) and isinstance(call.get("name"), str) for call in calls):
+        raise UserError(f"{where} calls a function, and its text is not JSON with name and arguments")
+    return [{"type": "function", "function": dict(call)} for call in calls]
+
+
+def joined_turns(prompt: Any, answer: Any, of_prompt: str, of_answer: str) -> list[Turn]:
+    """A prompt and what follows it, each as text or turns, as one list of messages.
+
+    Args:
+        prompt: before the answer; None where the answer is a whole conversation.
+        answer: the assistant's, or a conversation that begins with the prompt.
+        of_prompt: the column of the prompt.
+        of_answer: the column of the answer.
+    """
+    said = [{"role": ASSISTANT, "content": answer}] if isinstance(answer, str) else _listed(answer, of_answer)
+    if prompt is None or any(turn.get("role") == USER for turn in said):
+        return said
+    return [*([{"role": USER, "content": prompt}] if isinstance(prompt, str) else _listed(prompt, of_prompt)), *said]
+
+
+def _listed(given: Any, column: str) -> list[Turn]:
+    turns: list[Turn] = as_messages(given, column)
+    return list(turns)

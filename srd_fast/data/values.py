@@ -1,0 +1,45 @@
+"""Values of a row's columns, checked."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import UserError
+
+
+def text_of(row: Mapping[str, Any], column: str) -> str:
+    """The text in a column.
+
+    Raises:
+        UserError: it holds something else.
+    """
+    value = row[column]
+    if not isinstance(value, str):
+        raise UserError(f"{column} must be text, got {type(value).__name__}")
+    return encodable(value, column)
+
+
+def encodable(text: str, column: str) -> str:
+    """Return the text if it is Unicode that can be written. JSON may carry half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise UserError(f"{column} holds half of a surrogate pair at character {e.start}") from None
+    return text
+
+
+def texts_of(value: Any, column: str) -> list[str]:
+    """A text or a list of texts, as a list.
+
+    Raises:
+        UserError: it is neither, or empty.
+    """
+    values = value if isinstance(value, list) else [value]
+    if not values or not all(isinstance(v, str) for v in values):
+        raise UserError(f"{column} must be text or a list of texts, got {type(value).__name__}")
+    return [encodable(v, column) for v in values]
+
+
+def given_tests(row: Mapping[str, Any]) -> list[str]:
+    """The tests in the column `tests`; none without one."""
+    given = row.get("tests")
+    return [] if given is None or (isinstance(given, (str, list)) and not given) else texts_of(given, "tests")
