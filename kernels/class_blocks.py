@@ -145,7 +145,15 @@ class ClassBlocks:
             self.of("sum_T").fill_(1)
 
     def of(self, name: str, rows: slice = slice(None)) -> Tensor:
-        """[R, 1], a view of the state."""
+        """Look a field of some rows up.
+
+        Args:
+            name: one of `FIELDS`.
+            rows: which.
+
+        Returns:
+            [R, 1], a view of the state.
+        """
         return self.state[name][rows, None]
 
     def values(self) -> RowValues:

@@ -101,7 +101,11 @@ class CompactClassBlocks(ClassBlocks):
             self.sums.append((part, found))
 
     def values(self) -> RowValues:
-        """The values of all rows, once every block was seen."""
+        """The values of all rows, once every block was read.
+
+        Returns:
+            The values.
+        """
         found = [x for _, x in self.sums]
         if not found:
             return RowValues(*(self.state["label"] for _ in range(3)))
@@ -112,7 +116,15 @@ class CompactClassBlocks(ClassBlocks):
     def write(
         self, rows: slice, first: int, student_RB: Tensor, teacher_RB: Tensor | None, gradient_RB: Tensor
     ) -> None:
-        """`ClassBlocks.write`; the logits are overwritten where the divergence sees classes apart."""
+        """Write row_weight * d(loss of the row)/d(student logits) of a block of classes for some rows.
+
+        Args:
+            rows: which.
+            first: the block's first class.
+            student_RB: [R, B] logits before the softcap; overwritten where the divergence sees classes apart.
+            teacher_RB: None.
+            gradient_RB: [R, B] of any float dtype, or `student_RB` itself: receives the gradient.
+        """
         in_place = gradient_RB.data_ptr() == student_RB.data_ptr()
         for of_sums, found in self.sums:
             begin, end = max(rows.start, of_sums.start), min(rows.stop, of_sums.stop)

@@ -31,8 +31,8 @@ _BYTES_PER_LAUNCH_ELSEWHERE = 1 << 20
 _BLOCKS_OF_CLASSES = tuple(1 << i for i in range(7, 15))
 # Of the state and of what is made of it between two passes.
 _STATE_BYTES = 32 * 4
-# The order with the larger buffers is taken only where it is faster by more than the prediction's own error.
-_IN_FAVOUR_OF_ROWS = 1.02
+# Predictions this near to each other are the same: then rows go outside, and a block is no larger than it need be.
+_AS_GOOD = 1.02
 
 
 @dataclass(frozen=True)
@@ -261,4 +261,6 @@ def plan_loss(work: LossWork, budget: int, order: str = "auto") -> LossPlan:
     fitting = [plan for plan in plans if plan.bytes <= budget]
     if not fitting:
         return min(plans, key=lambda plan: plan.bytes)
-    return min(fitting, key=lambda plan: plan.cost * (1 if plan.order == "rows" else _IN_FAVOUR_OF_ROWS))
+    best = min(fitting, key=lambda plan: plan.cost * (1 if plan.order == "rows" else _AS_GOOD))
+    as_good = [plan for plan in fitting if plan.order == best.order and plan.cost <= best.cost * _AS_GOOD]
+    return min(as_good, key=lambda plan: plan.bytes)

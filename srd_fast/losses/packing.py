@@ -204,7 +204,8 @@ class StudentRows:
         self.compute = torch.promote_types(student.dtype, torch.float32)
         self.kept: Tensor | None = None
         if options.ignore_index is not None:
-            self.kept = labels.reshape(-1).ne(options.ignore_index).nonzero().squeeze(1)
+            kept = labels.reshape(-1).ne(options.ignore_index).nonzero().squeeze(1)
+            self.kept = kept if len(kept) < labels.numel() else None
         self.labels_N = self._rows(labels.reshape(-1)).long()
         check_classes("labels", self.labels_N, self.num_classes, " or ignore_index")
         self.hidden_ND = self._rows(student.reshape(-1, student.shape[-1]))

@@ -17,11 +17,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from ..errors import UserError, first_line
-from ..kernels import ClassPasses
-from ..losses import Head, get_divergence
-from ..losses.backends import chosen_backend, compact_backend
-from ..losses.buffers import budget_of
-from ..losses.order import HeadWork, LossWork, plan_loss
+from ..losses import Head
 from ..models import (
     body_of,
     find_head,
@@ -44,6 +40,7 @@ from ..teacher.stores import HiddenStore, ProjectedStore, Store, make_store
 from ..training.batching import casts_kept
 from ..training.config import SRDConfig
 from .batch import Batch
+from .dry_loss import AllocatedLoss, LossSizes, loss_sizes
 from .live_bytes import LiveBytes
 
 # The models, without weights
@@ -151,80 +148,6 @@ def _forward(model: Any, batch: Batch, device: torch.device, flattened: bool) ->
     return out.last_hidden_state
 
 
-# The loss
-
-
-@dataclass(frozen=True)
-class _LossSizes:
-    """What `ChunkedLoss` allocates, in bytes, as `plan_loss` plans it.
-
-    kept: the workspace. working: everything else.
-    """
-
-    kept: int
-    working: int
-
-
-def _loss_sizes(
-    config: RunConfig, args: SRDConfig, run: Run, student: Any, head_T: Head, rows: int, training: bool
-) -> _LossSizes:
-    head = find_head(student)
-    assert head.weight is not None
-    assert head_T.weight is not None
-    autocast = args.bf16 or args.fp16
-    # The products run in autocast's dtype; a float32 loss gets a teacher in float32.
-    products = run.dtype if autocast else head.weight.dtype
-
-    def side(head: Head, weight: Tensor, hidden: torch.dtype) -> HeadWork:
-        scaled = head.scale != 1.0
-        classes, width = weight.shape
-        return HeadWork(classes, width, hidden, weight.dtype, products, args.logits or products, scaled)
-
-    of_student = side(head, head.weight, run.dtype if autocast else head.weight.dtype)
-    of_teacher, divergence = None, None
-    if config.cache.kind in (LIVE, "hidden"):
-        of_teacher = side(head_T, head_T.weight, run.dtype)
-        divergence = get_divergence(args.divergence).bind(args.skew, args.beta)
-        most = max(of_student.classes, of_teacher.classes)
-        backend = chosen_backend(args.backend, run.device, of_student.logits, most, divergence)
-    else:
-        backend = compact_backend(args.backend, run.device, of_student.logits, of_student.classes)
-    whole_rows = of_teacher is None or divergence is None or divergence.formula is None
-    passes = ClassPasses.of(divergence, lse_is_known=False, writes=training)
-    plan = plan_loss(
-        LossWork(
-            rows, of_student, of_teacher, run.device, training, training and head.weight.requires_grad,
-            backend == "eager", passes, rows_only=whole_rows,
-        ),
-        budget_of(run.device, args.memory_budget),
-    )  # fmt: skip
-    packed = 0
-    if run.device.type == "cpu":  # a block of the head as the product packs it
-        packed = max(s.width * s.products.itemsize for s in (of_student, of_teacher or of_student)) * plan.classes
-    return _LossSizes(plan.workspace, plan.bytes - plan.workspace + packed)
-
-
-class _Loss(torch.autograd.Function):
-    """Allocates what `ChunkedLoss` would."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden_ND: Tensor, weight: Tensor, bias: Tensor | None, working: int) -> Tensor:
-        grads = [
-            torch.empty_like(x) if x is not None and n else None
-            for x, n in zip((hidden_ND, weight, bias), ctx.needs_input_grad)
-        ]
-        scratch = torch.empty(working, dtype=torch.uint8, device=hidden_ND.device)
-        ctx.grads = grads
-        del scratch
-        ctx.save_for_backward(hidden_ND, weight, bias)
-        return hidden_ND.new_zeros(())
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
-        grads, ctx.grads = ctx.grads, None
-        return (*grads, None)
-
-
 # One step
 
 
@@ -268,7 +191,7 @@ class _Step:
         index = torch.zeros(batch.rows, dtype=torch.long, device=hidden_BLD.device)
         return hidden_BLD[:, :-1][index, index]
 
-    def evaluate(self, batch: Batch, loss: _LossSizes) -> None:
+    def evaluate(self, batch: Batch, loss: LossSizes) -> None:
         """Do what `measure_batch` does."""
         teacher_ND = self.teacher_rows(batch)
         with torch.no_grad(), self.autocast(), self.at("evaluation", "activations"):
@@ -277,7 +200,7 @@ class _Step:
                 torch.empty(loss.working, dtype=torch.uint8, device=self.run.device)
         del teacher_ND, hidden_ND
 
-    def train(self, batch: Batch, loss: _LossSizes) -> None:
+    def train(self, batch: Batch, loss: LossSizes) -> None:
         """Do what `SRDTrainer.training_step` does for a micro-batch."""
         teacher_ND = self.teacher_rows(batch)
         with self.at("forward", "activations"):
@@ -286,7 +209,7 @@ class _Step:
                 hidden_ND = self.rows(hidden_BLD, batch)
             head = find_head(self.student)
             with self.at("loss", "loss"):
-                value = _Loss.apply(hidden_ND, head.weight, head.bias, loss.working)
+                value = AllocatedLoss.apply(hidden_ND, head.weight, head.bias, loss.working)
         with self.at("backward", "backward"):
             value.backward()
         del teacher_ND, hidden_BLD, hidden_ND
@@ -365,8 +288,8 @@ def simulate(config: RunConfig, args: SRDConfig, largest: Callable[[bool, bool],
         # Fake masks are never whole unless no batch needs padding.
         live.masks_are_whole = len(set(batch.sequences)) == 1
         evaluates = args.eval_strategy != "no"
-        loss = _loss_sizes(config, args, run, student, head_T, batch.rows, True)
-        of_evaluation = _loss_sizes(config, args, run, student, head_T, evaluation.rows, False)
+        loss = loss_sizes(config, args, run, student, head_T, batch.rows, True)
+        of_evaluation = loss_sizes(config, args, run, student, head_T, evaluation.rows, False)
         step = _Step(config, args, run, live, student, teacher, flattened)
         with live.labelled("loss"):
             kept = max(loss.kept, of_evaluation.kept if evaluates else 0)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..errors import UserError
+from ..losses.buffers import budget_of
 from ..models import is_encoder_decoder, load_config
 from ..run.config import RunConfig
 from ..run.steps import LIVE, Run
@@ -21,7 +22,7 @@ _EVALUATION = "distill.per_device_eval_batch_size"
 _MICRO_BATCH = "distill.max_tokens_per_batch"
 _ROUND = 32  # tokens, to a multiple of which a proposal is rounded up
 _SMALLEST_BUDGET = 32 << 20
-_BUDGETS = (512 << 20, 256 << 20, 128 << 20, 64 << 20, _SMALLEST_BUDGET)
+_BUDGETS = (2 << 30, 1 << 30, 512 << 20, 256 << 20, 128 << 20, 64 << 20, _SMALLEST_BUDGET)
 _UNITS = {"": 1, "b": 1}
 _UNITS |= {f"{letter}{end}": 1000**i for i, letter in enumerate("kmgt", 1) for end in ("b",)}
 _UNITS |= {f"{letter}{end}": 1024**i for i, letter in enumerate("kmgt", 1) for end in ("", "ib")}
@@ -146,7 +147,7 @@ def fit(config: RunConfig, limit: int) -> MemoryPlan:
         return search.plan({})
     run = Run(config, Path(config.output_dir), {}, {})
     args = run.args
-    default = (1 << 30) if run.device.type == "cuda" else 512 << 20
+    default = budget_of(run.device, None)
     budgets: list[dict[str, Any]] = [{}]
     most = args.memory_budget or default
     budgets += [{"distill.memory_budget": n} for n in _BUDGETS if n < most]

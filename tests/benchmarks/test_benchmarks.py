@@ -106,6 +106,7 @@ def test_help(name: str, helped: dict[str, tuple[int | str, str]]) -> None:
     assert told.startswith("usage: ")
 
 
+@pytest.mark.slow
 def test_curate_measures_a_process_without_torch(tmp_path: Path) -> None:
     imports = "import sys, benchmarks.curate, srd_fast.curriculum; print('torch' in sys.modules)"
     assert run("-c", imports).strip() == "False"
@@ -123,6 +124,7 @@ def test_curate_measures_a_process_without_torch(tmp_path: Path) -> None:
     assert [line.split("|")[1].strip() for line in told.splitlines()] == ["rows", "---", "200", "2,000"]
 
 
+@pytest.mark.slow
 def test_rouge_is_compared(tmp_path: Path) -> None:
     options = ["--pairs", "300", "--processes-up-to", "0", "--results", str(tmp_path)]
     told = run("-m", "benchmarks.rouge", *options)
@@ -137,6 +139,7 @@ def test_rouge_is_compared(tmp_path: Path) -> None:
     assert [r.value for r in found if r.metric == "different_values"] == [0]
 
 
+@pytest.mark.slow
 def test_the_hosts_part_of_a_step() -> None:
     small = ["--layers", "2", "--batch", "2", "--steps", "4"]
     told = run("-m", "benchmarks.host_step", *small)

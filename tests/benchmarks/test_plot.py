@@ -143,6 +143,7 @@ def test_names_every_provider_and_unit(figures: Path, name: str) -> None:
     assert [text for text in expected if text not in svg] == []
 
 
+@pytest.mark.slow
 def test_same_rows_same_bytes(figures: Path, tmp_path: Path) -> None:
     plot.draw(figures / "results", tmp_path)
     for name in plot.DRAWINGS:

@@ -302,6 +302,7 @@ follow_imports_for_stubs = True
 """
 
 
+@pytest.mark.slow
 def test_the_wheels_types_are_seen_from_outside(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
     """A type checker that knows nothing of this checkout."""
     pytest.importorskip("mypy")

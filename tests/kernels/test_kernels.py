@@ -56,6 +56,11 @@ SMALL = ((97, 97), (151, 128), (128, 151))
 LARGE = ((32000, 32000), (49152, 49152), (151936, 152064), (152064, 151936), (262144, 262144))
 # One dtype alone for the backends that are slow to compile or to interpret.
 EACH = [(b, d) for b, d in product(BACKENDS, DTYPES) if b == "eager" or d == torch.float32]
+# The interpreter takes seconds for each.
+SOME_BY_DEFAULT = [
+    pytest.param(d, marks=pytest.mark.slow) if INTERPRETED and d in ("skew_forward_kl", "jsd", "tvd") else d
+    for d in DIVERGENCES
+]
 not_interpreted = pytest.mark.skipif(INTERPRETED, reason="runs in the ordinary process")
 
 

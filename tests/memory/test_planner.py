@@ -308,6 +308,7 @@ def test_the_command(tiny_teacher_folder: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_the_old_name_of_the_command_says_the_new_one(tmp_path: Path) -> None:
     command = shutil.which("srd-fast", path=str(Path(sys.executable).parent))
     assert command, "there is no srd-fast beside python: install the package"

@@ -498,6 +498,7 @@ def test_training_follows_the_uncompiled_curve(
     assert_same_curve(runs[1], runs[0], 0.02 if "bf16" in fields else 1e-4)
 
 
+@pytest.mark.slow
 def test_a_compiled_run_resumes(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     """From a checkpoint of its own, and of an uncompiled run: the files are the same."""
     saving = {"save_strategy": "steps", "save_steps": 5}

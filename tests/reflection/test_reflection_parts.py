@@ -766,6 +766,7 @@ def copy(prepared: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(prepared, tmp_path / "run"))
 
 
+@pytest.mark.slow
 def test_the_command_leaves_no_parts(quiet: Path) -> None:
     assert sorted(p.name for p in quiet.iterdir()) == [
         ".lock",
@@ -776,6 +777,7 @@ def test_the_command_leaves_no_parts(quiet: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_the_command_does_shards_and_joins_them(copy: Path, quiet: Path, config_file: Path) -> None:
     config = (config_file, f"output_dir={copy}")
     for k in (1, 2):

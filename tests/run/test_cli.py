@@ -401,6 +401,7 @@ def test_the_cache_holds_the_kept_and_the_validation_samples(finished: Path) -> 
     assert (meta["kind"], meta["dtype"], meta["template"]) == ("hidden", "float32", "alpaca")
 
 
+@pytest.mark.slow
 def test_the_teacher_sees_each_sample_once(config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In warm-up, distillation and evaluation together, with the results of a teacher beside the student."""
     every = ("init_student.warmup_steps=6", "distill.epochs_per_stage=1", "distill.eval_steps=6")
@@ -839,6 +840,7 @@ def test_rejected_rows_are_listed(config_file: Path, tmp_path: Path) -> None:
 # A real process
 
 
+@pytest.mark.slow
 def test_stopped_in_the_middle_it_goes_on_to_the_same_weights(copy: Path, finished: Path, config_file: Path) -> None:
     for name in ("student", "checkpoints"):
         shutil.rmtree(copy / name)

@@ -73,6 +73,7 @@ def test_summary_and_page_say_it(finished: Path) -> None:
     assert "samples exchanged" in page
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "where",
     [pytest.param("reflection", marks=pytest.mark.slow), pytest.param("plan", marks=pytest.mark.slow), "training"],

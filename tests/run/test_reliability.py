@@ -138,6 +138,7 @@ def assert_in_use(result: Result, folder: Path, pid: int) -> None:
     assert "wait for it or stop it, or choose another output_dir" in result.err
 
 
+@pytest.mark.slow
 def test_a_second_run_in_a_folder_is_told_who_has_it(untrained: Path, config_file: Path) -> None:
     command = (config_file, f"output_dir={untrained}")
     before = (untrained / "config.yaml").read_bytes()
@@ -419,6 +420,7 @@ def test_a_full_disk_is_one_line_and_goes_on_with_more_room(
         assert student_bytes(folder) == student_bytes(finished)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("step", "lost"),
     [

@@ -379,6 +379,7 @@ def test_a_process_killed_again_and_again_gets_to_the_end(whole: Path, tmp_path:
     assert files(tmp_path) == files(whole)
 
 
+@pytest.mark.slow
 def test_kills_from_outside_at_random_moments(whole: Path, tmp_path: Path) -> None:
     expected, generator, kills = files(whole), random.Random(0), 0
     started = time.monotonic()

@@ -63,8 +63,7 @@ def teacher_lse(p: Problem, temperature: float) -> Tensor:
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize("classes", [(23, 23), (29, 23), (23, 29)])
-@pytest.mark.parametrize("budget", [None, 9000, 1])
+@pytest.mark.parametrize(("classes", "budget"), [((23, 23), None), ((29, 23), 9000), ((23, 29), 1)])
 def test_both_orders_agree(divergence: str, classes: tuple[int, int], budget: int | None) -> None:
     heads = {"student_softcap": 7.0, "teacher_softcap": 6.0, "student_scale": 0.5, "teacher_scale": 0.7}
     for extra, temperature in (({}, 2.0), (heads, 1.0)):
@@ -110,11 +109,11 @@ def test_a_known_sum_spares_a_product_of_the_teacher(divergence: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "skew_reverse_kl"])
 def test_no_further_from_float64_than_the_other_order(divergence: str, dtype: torch.dtype) -> None:
     """Each by the norm of its error, over several draws, because rounding falls either way."""
     errors: dict[str, dict[str, float]] = {"rows": {}, "classes": {}, "known": {}}
-    for seed in range(4):
+    for seed in range(3):
         exact = problem(shape=(64,), widths=(24, 40), classes=(300, 300), ignored=0.0, seed=seed)
         narrow = exact.to(dtype)
         exact = narrow.to(torch.float64)
@@ -244,7 +243,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 GRID = [
     (rows, classes, dtype, order, divergence)
     for (rows, classes), dtype, order, divergence in product(
-        ((200, 2048), (200, 9000), (900, 2048)), DTYPES, ("rows", "classes", "auto"), ("forward_kl", "jsd")
+        ((100, 2048), (100, 9000), (500, 2048)), DTYPES, ("rows", "classes", "auto"), ("forward_kl", "jsd")
     )
     if order != "auto" or divergence == "jsd"
 ]
@@ -260,7 +259,7 @@ def test_the_budget_holds(rows: int, classes: int, dtype: str, order: str, diver
     p = problem(shape=(rows,), widths=widths, classes=(classes, classes), bias=False, ignored=0.0)
     p = p.to(DTYPES[dtype])
     plans: list[LossPlan] = []
-    asked = 8 * MIB if order != "rows" else 24 * MIB
+    asked = 4 * MIB if order != "rows" else 16 * MIB
     free_workspace()
     with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         patch.setattr(chunked, "plan_loss", lambda *args: plans.append(plan_loss(*args)) or plans[-1])
