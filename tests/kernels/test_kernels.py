@@ -56,11 +56,6 @@ SMALL = ((97, 97), (151, 128), (128, 151))
 LARGE = ((32000, 32000), (49152, 49152), (151936, 152064), (152064, 151936), (262144, 262144))
 # One dtype alone for the backends that are slow to compile or to interpret.
 EACH = [(b, d) for b, d in product(BACKENDS, DTYPES) if b == "eager" or d == torch.float32]
-# The interpreter takes seconds for each.
-SOME_BY_DEFAULT = [
-    pytest.param(d, marks=pytest.mark.slow) if INTERPRETED and d in ("skew_forward_kl", "jsd", "tvd") else d
-    for d in DIVERGENCES
-]
 not_interpreted = pytest.mark.skipif(INTERPRETED, reason="runs in the ordinary process")
 
 
@@ -83,7 +78,9 @@ def functions(dtypes: tuple[torch.dtype, ...]) -> Iterator[Any]:
     """(divergence, backend, dtype), one dtype alone for what is slow; no blocks of classes compiled."""
     for divergence, backend, dtype in product(DIVERGENCES, ROW_FUNCTIONS, dtypes):
         if backend != COMPILED and (backend.startswith("eager") or dtype == torch.float32):
-            slow = backend == INTERPRETED_BLOCKS and divergence != "reverse_kl"
+            # The interpreter takes seconds for each.
+            usual = ("reverse_kl",) if backend == INTERPRETED_BLOCKS else ("forward_kl", "skew_reverse_kl")
+            slow = INTERPRETED and divergence not in usual
             yield pytest.param(divergence, backend, dtype, marks=pytest.mark.slow if slow else ())
 
 

@@ -185,6 +185,7 @@ def test_everything_holds_with_the_classes_outside() -> None:
 # What is refused, and what is not used.
 
 
+@pytest.mark.usefixtures("own_registries")
 def test_what_an_order_cannot_do() -> None:
     p = problem(shape=(6,))
     with pytest.raises(UserError, match=r"unknown order 'class'.*classes"):
