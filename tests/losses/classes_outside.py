@@ -1,4 +1,4 @@
-"""A pytest plugin, `-p classes_outside`: every loss that can has the classes outside, in three blocks, most in two parts."""
+"""A pytest plugin, `-p classes_outside`: losses have the classes outside where they can, in blocks and parts."""
 
 import dataclasses
 from typing import Any
