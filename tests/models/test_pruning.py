@@ -223,6 +223,24 @@ def test_without_memory_for_a_copy_names_and_shapes_are_compared(
         check_saved(model, tmp_path)
 
 
+def test_a_student_trained_in_bfloat16_is_saved_as_what_it_is(tmp_path: Path) -> None:
+    """accelerate runs a trained model in bfloat16: what is compared is the model, not how it was trained."""
+    from accelerate import Accelerator
+
+    torch.manual_seed(0)
+    model = tiny.tiny_model("llama", layers=3, width=64)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(3)  # so that rounding shows
+    ids = torch.arange(12).view(2, 6)
+    exact = model(input_ids=ids).logits
+    wrapped = Accelerator(cpu=True, mixed_precision="bf16").prepare_model(model)
+    assert (wrapped(input_ids=ids).logits - exact).abs().max() > 1e-3 * exact.abs().max()
+    save_student(wrapped, tiny.tiny_tokenizer(), tmp_path)
+    assert torch.equal(load_model(str(tmp_path), torch.float32)(input_ids=ids).logits, exact)
+    assert "forward" in vars(wrapped)
+
+
 def test_a_whole_vision_checkpoint_is_loaded_and_saved(tmp_path: Path) -> None:
     """Qwen's classes of text alone would leave its tower out."""
     model = make_architecture("qwen2_5_vl")
