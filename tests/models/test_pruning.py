@@ -223,9 +223,13 @@ def test_without_memory_for_a_copy_names_and_shapes_are_compared(
         check_saved(model, tmp_path)
 
 
-def test_a_student_trained_in_bfloat16_is_saved_as_what_it_is(tmp_path: Path) -> None:
+def test_a_student_trained_in_bfloat16_is_saved_as_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """accelerate runs a trained model in bfloat16: what is compared is the model, not how it was trained."""
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, PartialState
+
+    for state in (AcceleratorState, PartialState):  # a process has one of each; a trainer before may have left its own
+        monkeypatch.setattr(state, "_shared_state", {})
 
     torch.manual_seed(0)
     model = tiny.tiny_model("llama", layers=3, width=64)
