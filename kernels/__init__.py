@@ -10,7 +10,8 @@ from .compact_class_blocks import CompactClassBlocks
 from .divergences import FORMULAS, Formula, RowDivergence
 from .passes import LOGIT_FLOOR
 from .pieces import ALIGNMENT, EAGER_BUFFERS, block_bytes
-from .rows import RowCoefficients, RowValues, compact_rows, distillation_rows
+from .row_numbers import RowCoefficients, RowValues
+from .rows import compact_rows, distillation_rows
 
 __all__ = [
     "ALIGNMENT",

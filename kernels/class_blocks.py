@@ -25,7 +25,6 @@ from .compiler import layout
 from .divergences import RowDivergence
 from .passes import (
     LOGIT_FLOOR,
-    Caps,
     Normalisers,
     Origins,
     crossed_statistics,
@@ -39,7 +38,7 @@ from .passes import (
     tempered_statistics,
 )
 from .pieces import Pieces, row_blocks
-from .rows import RowCoefficients, RowValues
+from .row_numbers import RowCoefficients, RowNumbers, RowValues
 
 
 class ClassPasses(NamedTuple):
@@ -76,7 +75,7 @@ class ClassPasses(NamedTuple):
         return ClassPasses(not known, side is None, not known and side is not None)
 
 
-class ClassBlocks:
+class ClassBlocks(RowNumbers):
     """The state of N rows, and the passes in PyTorch. `triton_class_blocks.py` has the same passes as kernels.
 
     state: [N] numbers for each of `FIELDS`. After `normalise` the sums are their logarithms, `product_S` is the
@@ -114,34 +113,24 @@ class ClassBlocks:
         writes: bool = True,
         compiled: bool = False,
     ) -> None:
-        self.labels_N, self.coefficients, self.compiled = labels_N, coefficients, compiled
-        self.compute = compute
-        self.divergence, self.softcaps = divergence, (student_softcap, teacher_softcap)
+        self.softcaps = (student_softcap, teacher_softcap)
+        super().__init__(divergence, coefficients, self.softcaps, compute, labels_N.device)
+        self.labels_N, self.compiled = labels_N, compiled
         self.row_weights_N = None if row_weights_N is None else row_weights_N.to(compute)
         formula = None if divergence is None else divergence.formula
         self.side = None if formula is None else formula.one_read
         self.reads_teacher, self.weighs, self.crosses = ClassPasses.of(divergence, teacher_lse_N is not None, writes)
         # Forward KL's sum(w) is -1, so its D may come as late as the gradient.
         self.values_on_writing = divergence is not None and not self.crosses and not self.weighs
-        device, t = labels_N.device, coefficients.temperature
-        number = functools.partial(torch.full, (), dtype=compute, device=device)
-        self.inverse_t = number(1 / t)
-        self.temperature_kind = "one" if t == 1 else "two" if t == 2 else "other"
-        self.caps: Caps = (
-            None if student_softcap is None else number(student_softcap),
-            None if teacher_softcap is None else number(teacher_softcap),
-        )
-        if divergence is not None:
-            self.skew, self.beta = number(divergence.skew), number(divergence.beta)
         # Not one tensor for all: compiled code takes no two arguments that share memory.
-        self.state = {x: torch.zeros(len(labels_N), dtype=compute, device=device) for x in self.FIELDS}
+        self.state = {x: torch.zeros(len(labels_N), dtype=compute, device=labels_N.device) for x in self.FIELDS}
         for name in ("max_S", "max_K", "max_T"):
             self.of(name).fill_(LOGIT_FLOOR)
         if self.side == "teacher":
             self.of("weight").fill_(-1)
         if divergence is not None and not self.reads_teacher:
             assert teacher_lse_N is not None
-            self.of("max_T").copy_(teacher_lse_N.to(compute)[:, None] * t)
+            self.of("max_T").copy_(teacher_lse_N.to(compute)[:, None] * coefficients.temperature)
             self.of("sum_T").fill_(1)
 
     def of(self, name: str, rows: slice = slice(None)) -> Tensor:
@@ -198,9 +187,7 @@ class ClassBlocks:
             self._read_block(of_block, first, student_RB[part], teacher, common)
 
     def _read_block(self, rows: slice, first: int, student: Tensor, teacher: Tensor | None, common: bool) -> None:
-        at, inside = self._label_in(rows, first, student.shape[1])
-        label = self.of("label", rows)
-        label.copy_(torch.where(inside, logits(student.gather(1, at), self.caps[0]), label))
+        self._read_label(rows, first, student)
         reduce = functools.partial(self._pieces(student).reduce, self._key(student, teacher))
         options = (self.inverse_t, self.temperature_kind)
         known: list[Tensor]
@@ -250,6 +237,11 @@ class ClassBlocks:
     def _side_of(self, side: str, cross_RP: Tensor | None) -> dict[str, Tensor]:
         """`cross` among the sums of the side whose exponentials it has."""
         return {} if cross_RP is None or self.side != side else {"cross": cross_RP}
+
+    def _read_label(self, rows: slice, first: int, student: Tensor) -> None:
+        at, inside = self._label_in(rows, first, student.shape[1])
+        label = self.of("label", rows)
+        label.copy_(torch.where(inside, logits(student.gather(1, at), self.caps[0]), label))
 
     def _label_in(self, rows: slice, first: int, classes: int) -> tuple[Tensor, Tensor]:
         """The label's place among the block's classes, [R, 1], and whether it is one of them."""
@@ -317,8 +309,7 @@ class ClassBlocks:
         label_S = student.gather(1, at)
         at_label = torch.empty_like(label_S, dtype=self.compute)
         max_S, log_sum_S = self.of("max_S", rows), self.of("sum_S", rows)
-        weight = torch.ones_like(max_S) if self.row_weights_N is None else self.row_weights_N[rows, None]
-        a_R1 = weight * self.coefficients.cross_entropy
+        a_R1, b_R1 = self._factors_of(rows, max_S)
         run = self._pieces(student).run
         if teacher is None:
             shared = (self.caps[0], max_S, log_sum_S, a_R1)
@@ -330,9 +321,8 @@ class ClassBlocks:
             if self.values_on_writing:
                 self.of("divergence", rows).add_(self._terms(rows, student, teacher)[0])
             n, terms = self._normalisers(rows), self.divergence.formula.terms
-            b_R1 = weight * self.coefficients.divergence * self.inverse_t
             log_sum = log_sum_S + (max_S - n.max_S)
-            factors = (self._factor_of_power(a_R1, n.log_sum_S, log_sum), b_R1)
+            factors = (self.factor_of_power(a_R1, n.log_sum_S, log_sum), b_R1)
             of_both = (
                 self.caps, n, self.of("weight", rows), log_sum, factors, self.inverse_t, self.skew, self.beta,
                 terms, self.temperature_kind,
@@ -341,16 +331,14 @@ class ClassBlocks:
             run((self._key(student, teacher, target), terms), gradient, student, teacher, *of_both, target)
         self._write_label(out, at, inside, label_S, at_label, a_R1)
 
-    def _factor_of_power(self, a_R1: Tensor, log_sum_t: Tensor, log_sum_1: Tensor) -> Tensor:
-        """a; where q_1 is computed as a power of q, times the ratio of their constants."""
-        power = {"one": 1, "two": 2, "other": 0}[self.temperature_kind]
-        return a_R1 * (power * log_sum_t - log_sum_1).exp() if power else a_R1
+    def _factors_of(self, rows: slice, like: Tensor) -> tuple[Tensor, Tensor]:
+        return self.factors(None if self.row_weights_N is None else self.row_weights_N[rows, None], like)
 
     def _write_label(
         self, out: Tensor, at: Tensor, inside: Tensor, label_S: Tensor, gradient_R1: Tensor, a_R1: Tensor
     ) -> None:
         """Write the label's gradient: its gradient like that of any class, minus a for the one-hot label."""
-        slope = 1.0 if self.caps[0] is None else 1 - (logits(label_S, self.caps[0]) / self.caps[0]).square()
+        slope = self.slope(logits(label_S, self.caps[0]))
         # A row whose label is elsewhere gets back what stands at the place.
         with_label = (gradient_R1 - a_R1 * slope).to(out.dtype)
         out.scatter_(1, at, torch.where(inside, with_label, out.gather(1, at)))

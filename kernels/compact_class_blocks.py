@@ -5,17 +5,31 @@ Shape letters: N rows, R some of them, B classes of a block, K classes that a ro
 
 import functools
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .class_blocks import ClassBlocks
 from .compact import CompactSums, SparseDivergence, compact_sums
-from .passes import logits, tempered_gradient, tempered_statistics
-from .rows import RowCoefficients, RowValues
+from .passes import tempered_gradient, tempered_statistics
+from .row_numbers import RowCoefficients, RowValues
 
 # Rows of which the K classes are worked on at once.
 _ROWS_AT_ONCE = 1024
+
+
+class _Places(NamedTuple):
+    """Where a block has the K classes of each row.
+
+    at: [R, K] the classes' places. One that is elsewhere has the place of one that is not, or, in a row without any,
+    place 0. inside: [R, K] whether a class is in the block. one, some: [R, 1] which of the K is, and whether any is.
+    """
+
+    at: Tensor
+    inside: Tensor
+    one: Tensor
+    some: Tensor
 
 
 class CompactClassBlocks(ClassBlocks):
@@ -51,37 +65,28 @@ class CompactClassBlocks(ClassBlocks):
         self.ids_NK = torch.zeros(len(labels_N), classes, dtype=compute, device=labels_N.device)
         self.sums: list[tuple[slice, CompactSums]] = []
 
-    def _ids_in(self, rows: slice, first: int, block: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Places of a block's classes among each row's K, [R, K], and whether a class is in the block.
-
-        A class that is elsewhere has the place of one that is not, or, in a row without any, place 0.
-        """
+    def _ids_in(self, rows: slice, first: int, block: Tensor) -> _Places | None:
         if self.sparse.ids_CK is None:
             return None
         at = self.sparse.ids_CK[rows] - first
         inside = (at >= 0) & (at < block.shape[1])
-        some = at.gather(1, inside.to(torch.uint8).argmax(1, keepdim=True)).clamp(0, block.shape[1] - 1)
-        some = torch.where(inside.any(1, keepdim=True), some, 0)
-        return torch.where(inside, at, some), inside
+        one, some = inside.to(torch.uint8).argmax(1, keepdim=True), inside.any(1, keepdim=True)
+        return _Places(torch.where(inside, at, torch.where(some, at.gather(1, one), 0)), inside, one, some)
 
-    def _leave_out(self, rows: slice, first: int, student: Tensor) -> None:
+    def _leave_out(self, places: _Places | None, student: Tensor) -> None:
         """Give the K classes the logit -inf, where the divergence sees them apart."""
-        ids = self._ids_in(rows, first, student) if self.sparse.apart else None
-        if ids is not None:
+        if self.sparse.apart and places is not None:
             # Every place of a row with a class in the block is such a class's. In other rows place 0 stays what it is.
-            at, inside = ids
-            value = torch.where(inside.any(1, keepdim=True), -math.inf, student.gather(1, at))
-            student.scatter_(1, at, value)
+            value = torch.where(places.some, -math.inf, student.gather(1, places.at))
+            student.scatter_(1, places.at, value)
 
     def _read_block(self, rows: slice, first: int, student: Tensor, teacher: Tensor | None, common: bool) -> None:
-        at, inside = self._label_in(rows, first, student.shape[1])
-        label = self.of("label", rows)
-        label.copy_(torch.where(inside, logits(student.gather(1, at), self.caps[0]), label))
+        self._read_label(rows, first, student)
         ids = self._ids_in(rows, first, student)
         if ids is not None:
-            at, inside = ids
-            self.ids_NK[rows] = torch.where(inside, student.gather(1, at).to(self.compute), self.ids_NK[rows])
-        self._leave_out(rows, first, student)
+            of_ids = student.gather(1, ids.at).to(self.compute)
+            self.ids_NK[rows] = torch.where(ids.inside, of_ids, self.ids_NK[rows])
+        self._leave_out(ids, student)
         reduce = functools.partial(self._pieces(student).reduce, (self._key(student), self.sparse.apart))
         maxima, s, a, s_t = reduce(
             tempered_statistics, (student,), self.caps[0], self.inverse_t, self.temperature_kind, self.sparse.apart
@@ -139,11 +144,10 @@ class CompactClassBlocks(ClassBlocks):
     ) -> None:
         at, inside = self._label_in(rows, first, student.shape[1])
         label_S = student.gather(1, at)
-        self._leave_out(rows, first, student)
-        weight = torch.ones_like(found.max_1) if self.row_weights_N is None else self.row_weights_N[rows, None]
-        a_R1 = weight * self.coefficients.cross_entropy
-        b_R1 = weight * self.coefficients.divergence * self.inverse_t
-        factor = self._factor_of_power(a_R1, found.log_sum_rest, found.log_sum_beside_rest)
+        ids = self._ids_in(rows, first, student)
+        self._leave_out(ids, student)
+        a_R1, b_R1 = self._factors_of(rows, found.max_1)
+        factor = self.factor_of_power(a_R1, found.log_sum_rest, found.log_sum_beside_rest)
         shared = (
             self.caps[0], found.max_rest, found.log_sum_rest, found.log_sum_beside_rest,
             (factor, b_R1 * found.gradient_RB[:, -1:]), self.inverse_t, self.temperature_kind, self.sparse.apart,
@@ -154,12 +158,9 @@ class CompactClassBlocks(ClassBlocks):
         key = (self._key(student, target), self.sparse.apart)
         self._pieces(student).run(key, tempered_gradient, student, *shared, target)
         self._write_label(out, at, inside, label_S, at_label, a_R1)
-        ids = self._ids_in(rows, first, out)
         if ids is not None and self.sparse.ids_CK is not None:
-            at, inside = ids
             is_label = self.sparse.ids_CK[rows] == self.labels_N[rows, None]
             g_RK = found.gradient_on_ids(is_label, a_R1, b_R1, self.caps[0]).to(out.dtype)
             # A place that is not this class's gets what is written there anyway, or what stands there already.
-            some = g_RK.gather(1, inside.to(torch.uint8).argmax(1, keepdim=True)).expand_as(g_RK)
-            otherwise = torch.where(inside.any(1, keepdim=True), some, out[:, :1].expand_as(g_RK))
-            out.scatter_(1, at, torch.where(inside, g_RK, otherwise))
+            otherwise = torch.where(ids.some, g_RK.gather(1, ids.one), out[:, :1]).expand_as(g_RK)
+            out.scatter_(1, ids.at, torch.where(ids.inside, g_RK, otherwise))

@@ -9,7 +9,7 @@ One file, because a teacher with logits and one known at few classes share block
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +18,6 @@ from .compact import SparseDivergence, compact_sums
 from .compiler import eager, layout
 from .divergences import RowDivergence
 from .passes import (
-    Caps,
     Normalisers,
     gradient,
     log_probabilities,
@@ -32,34 +31,7 @@ from .passes import (
     tempered_statistics,
 )
 from .pieces import Pieces, row_blocks
-
-
-class RowCoefficients(NamedTuple):
-    """The loss of a row: `cross_entropy` * CE + `divergence` * D(p, q), with p and q at `temperature`.
-
-    Attributes:
-        cross_entropy: weight of the cross-entropy.
-        divergence: weight of D.
-        temperature: T, above 0, of both softmaxes in D.
-    """
-
-    cross_entropy: float
-    divergence: float
-    temperature: float
-
-
-class RowValues(NamedTuple):
-    """Values of each row in nats, without weights.
-
-    Attributes:
-        divergence: [C] D at the temperature.
-        cross_entropy: [C] at temperature 1.
-        entropy: [C] of the student, at temperature 1.
-    """
-
-    divergence: Tensor
-    cross_entropy: Tensor
-    entropy: Tensor
+from .row_numbers import RowCoefficients, RowNumbers, RowValues
 
 
 def distillation_rows(
@@ -142,7 +114,7 @@ def compact_rows(
     return loss.run_blocks(block, student_logits_CV, labels_C, row_weights_C, gradient_CV)
 
 
-class _RowLoss:
+class _RowLoss(RowNumbers):
     """What the blocks of one call have in common."""
 
     def __init__(
@@ -155,21 +127,10 @@ class _RowLoss:
         teacher: Tensor | None,
         compiled: bool,
     ) -> None:
+        compute = torch.promote_types(student.dtype, torch.float32)
+        super().__init__(divergence, coefficients, (student_softcap, teacher_softcap), compute, student.device)
         self.in_place = False
         classes = student.shape[1] if teacher is None else min(student.shape[1], teacher.shape[1])
-        self.compute = torch.promote_types(student.dtype, torch.float32)
-        self.divergence, self.coefficients = divergence, coefficients
-        t = coefficients.temperature
-        self.temperature_kind = "one" if t == 1 else "two" if t == 2 else "other"
-        # As tensors, because a compiled function would be specialised to a Python float.
-        number = functools.partial(torch.full, (), dtype=self.compute, device=student.device)
-        self.inverse_t = number(1 / t)
-        self.caps: Caps = (
-            None if student_softcap is None else number(student_softcap),
-            None if teacher_softcap is None else number(teacher_softcap),
-        )
-        if divergence is not None:
-            self.skew, self.beta = number(divergence.skew), number(divergence.beta)
         self.pieces = Pieces(student.shape[0], classes, compiled)
         self.run = self.pieces.run
         self.blocks = functools.partial(row_blocks, student, teacher, self.pieces.compiled)
@@ -246,10 +207,10 @@ class _RowLoss:
         if out is None:
             return value, cross_entropy, entropy
 
-        a_R1, b_R1 = self._factors(weights_R1, s)
+        a_R1, b_R1 = self.factors(weights_R1, s)
         # log q_1 = (z - max_S) - log_sum
         log_sum = log_sum_1 + (max_1 - n.max_S)
-        factors = (self._factor_of_power(a_R1, n.log_sum_S, log_sum), b_R1)
+        factors = (self.factor_of_power(a_R1, n.log_sum_S, log_sum), b_R1)
         shared = (self.caps, n, sum_w, log_sum, factors, self.inverse_t, self.skew, self.beta)
         at_label = torch.empty_like(s)
         gradient(label_S, teacher.gather(1, labels_K), *shared, label_terms, self.temperature_kind, at_label)
@@ -274,7 +235,7 @@ class _RowLoss:
         label_S = student_RV.gather(1, labels_R1)
         values = torch.zeros_like(s), log_sum_1 - (logits(label_S, cap) - max_1), log_sum_1 - a / s
         if out is not None:
-            a_R1, _ = self._factors(weights_R1, s)
+            a_R1, _ = self.factors(weights_R1, s)
             at_label = torch.empty_like(s)
             student_gradient(label_S, cap, max_1, log_sum_1, a_R1, at_label)
             self.run(key, student_gradient, student_RV, cap, max_1, log_sum_1, a_R1, target)
@@ -293,7 +254,6 @@ class _RowLoss:
         cap, ids_RK, apart = self.caps[0], divergence.ids_CK, divergence.apart
         target = None if self.in_place else out
         key = (layout(student_RV, target), cap is None, self.temperature_kind, apart)
-        options = (cap, self.inverse_t, self.temperature_kind)
         label_S = student_RV.gather(1, labels_R1)
         ids_S = label_S[:, :0] if ids_RK is None else student_RV.gather(1, ids_RK)
         if apart and ids_RK is not None:
@@ -306,8 +266,8 @@ class _RowLoss:
         if out is None:
             return found.divergence, cross_entropy, found.entropy
 
-        a_R1, b_R1 = self._factors(weights_R1, found.max_1)
-        factor = self._factor_of_power(a_R1, found.log_sum_rest, found.log_sum_beside_rest)
+        a_R1, b_R1 = self.factors(weights_R1, found.max_1)
+        factor = self.factor_of_power(a_R1, found.log_sum_rest, found.log_sum_beside_rest)
         factors = (factor, b_R1 * found.gradient_RB[:, -1:])
         shared = (
             cap, found.max_rest, found.log_sum_rest, found.log_sum_beside_rest, factors, self.inverse_t,
@@ -322,21 +282,8 @@ class _RowLoss:
             out.scatter_(1, ids_RK, found.gradient_on_ids(ids_RK == labels_R1, a_R1, b_R1, cap).to(out.dtype))
         return found.divergence, cross_entropy, found.entropy
 
-    def _factor_of_power(self, a_R1: Tensor, log_sum_t: Tensor, log_sum_1: Tensor) -> Tensor:
-        """a; where q_1 is computed as a power of q, times the ratio of their constants."""
-        power = {"one": 1, "two": 2, "other": 0}[self.temperature_kind]
-        return a_R1 * (power * log_sum_t - log_sum_1).exp() if power else a_R1
-
-    def _slope(self, z: Tensor) -> Tensor | float:
-        cap = self.caps[0]
-        return 1.0 if cap is None else 1 - (z / cap).square()
-
-    def _factors(self, weights_R1: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
-        weight = torch.ones_like(like) if weights_R1 is None else weights_R1.to(like.dtype)
-        return weight * self.coefficients.cross_entropy, weight * self.coefficients.divergence * self.inverse_t
-
     def _write_label(self, out: Tensor, labels_R1: Tensor, label_S: Tensor, gradient_R1: Tensor, a_R1: Tensor) -> None:
         """Write the label's gradient: its gradient like that of any class, minus a for the one-hot label."""
-        slope = self._slope(logits(label_S, self.caps[0]))
+        slope = self.slope(logits(label_S, self.caps[0]))
         rows = torch.arange(len(out), device=out.device)
         out[rows, labels_R1[:, 0]] = (gradient_R1 - a_R1 * slope)[:, 0].to(out.dtype)

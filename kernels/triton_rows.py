@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .divergences import FORMULAS, LN2, LOG2E, RowDivergence
 from .pieces import ALIGNMENT
-from .rows import RowCoefficients, RowValues
+from .row_numbers import RowCoefficients, RowValues
 from .triton_sums import (
     FLOOR,
     LOG2,

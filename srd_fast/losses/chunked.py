@@ -17,11 +17,10 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..kernels import ClassPasses, RowValues
-from .backends import chosen_backend, compact_backend
 from .buffers import budget_of, halve_budget, is_out_of_memory, scale_in_place
 from .class_order import run_class_blocks
 from .head import Head
-from .order import HeadWork, LossWork, plan_loss
+from .order import HeadWork, LossWork, plan_loss, with_backend
 from .packed import Gradients, PackedRows
 from .row_order import Visitor, run_chunks
 
@@ -29,14 +28,9 @@ logger = logging.getLogger(__name__)
 
 
 def _side(hidden_ND: Tensor, head: Head, rows: PackedRows, given: bool = False) -> HeadWork:
-    weight = head.weight
-    stored = hidden_ND.dtype if weight is None else weight.dtype
-    products = stored if weight is None else rows.gemm_dtype or stored
-    logits = products if weight is None else rows.logits_dtype or products
-    width = 0 if weight is None else weight.shape[1]
-    return HeadWork(
-        head.num_classes(hidden_ND), width, hidden_ND.dtype, stored, products, logits, head.scale != 1.0, given
-    )
+    classes, weight = head.num_classes(hidden_ND), head.weight
+    stored, width = (hidden_ND.dtype, 0) if weight is None else (weight.dtype, weight.shape[1])
+    return HeadWork(classes, width, hidden_ND.dtype, stored, *rows.dtypes(hidden_ND, head), head.scale != 1.0, given)
 
 
 def _why_rows(rows: PackedRows, student: HeadWork, teacher: HeadWork | None, visited: bool) -> str | None:
@@ -47,29 +41,22 @@ def _why_rows(rows: PackedRows, student: HeadWork, teacher: HeadWork | None, vis
     return None
 
 
-def work_of(
+def _work_of(
     hidden_ND: Tensor, head: Head, rows: PackedRows, needs: tuple[bool, bool, bool], visited: bool
 ) -> tuple[LossWork, str]:
     """What a loss has to do, and the backend of its rows. visited: whether someone looks at the logits of a chunk."""
-    device = hidden_ND.device
     student = _side(hidden_ND, head, rows, rows.student_NV is not None)
     teacher = None
     if rows.teacher_ND is not None and rows.teacher_head is not None:
         teacher = _side(rows.teacher_ND, rows.teacher_head, rows)
-    if rows.compact is not None:
-        backend = compact_backend(rows.backend, device, student.logits, student.classes)
-    else:
-        most_classes = max(student.classes, 0 if teacher is None else teacher.classes)
-        backend = chosen_backend(rows.backend, device, student.logits, most_classes, rows.divergence)
     why_rows = _why_rows(rows, student, teacher, visited)
     if rows.order == "classes" and why_rows is not None:
         raise UserError(f"order 'classes' cannot run: {why_rows}; use order='auto'")
-    known = rows.teacher_lse_N is not None
-    work = LossWork(
-        len(hidden_ND), student, teacher, device, needs[0], needs[1], backend == "eager",
-        ClassPasses.of(rows.divergence, known, any(needs)), known, why_rows is not None,
-    )  # fmt: skip
-    return work, backend
+    passes = ClassPasses.of(rows.divergence, rows.teacher_lse_N is not None, any(needs))
+    sizes = LossWork(len(hidden_ND), student, teacher, hidden_ND.device, needs[0], needs[1], passes=passes)
+    return with_backend(
+        replace(sizes, rows_only=why_rows is not None), rows.backend, rows.divergence, rows.compact is not None
+    )
 
 
 def run_packed(
@@ -95,7 +82,7 @@ def run_packed(
     Returns:
         Unweighted values of each row, and the gradients, None where not asked for.
     """
-    work, backend = work_of(hidden_ND, head, rows, needs, counts is not None)
+    work, backend = _work_of(hidden_ND, head, rows, needs, counts is not None)
     budget = budget_of(hidden_ND.device, rows.memory_budget)
     if rows.student_NV is not None:
         budget = max(budget - rows.student_NV.numel() * rows.student_NV.element_size(), budget // 2)

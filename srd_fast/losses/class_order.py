@@ -71,8 +71,8 @@ def run_class_blocks(
     """
     assert head.weight is not None
     n, device, writes = len(hidden_ND), hidden_ND.device, any(needs)
-    products = rows.gemm_dtype or head.weight.dtype
-    student = _Side("student", hidden_ND, head, products, rows.logits_dtype or products)
+    products, logits = rows.dtypes(hidden_ND, head)
+    student = _Side("student", hidden_ND, head, products, logits)
     wide = torch.promote_types(student.dtype, torch.float32)
     options: dict[str, Any] = {"compute": wide, "student_softcap": head.softcap, "row_weights_N": weights_N}
     loss: ClassBlocks
@@ -84,9 +84,8 @@ def run_class_blocks(
         options |= {"teacher_lse_N": rows.teacher_lse_N, "writes": writes}
         loss = class_backend(backend)(rows.labels_N, rows.divergence, rows.coefficients, **options)
     teacher = None
-    if rows.teacher_ND is not None and rows.teacher_head is not None and rows.teacher_head.weight is not None:
-        of_teacher = rows.gemm_dtype or rows.teacher_head.weight.dtype
-        logits = rows.logits_dtype or of_teacher
+    if rows.teacher_ND is not None and rows.teacher_head is not None:
+        of_teacher, logits = rows.dtypes(rows.teacher_ND, rows.teacher_head)
         if not loss.reads_teacher:
             # A sum that was found elsewhere holds for unrounded logits: rounding moves a certain class by percents.
             logits = torch.promote_types(logits, torch.float32)

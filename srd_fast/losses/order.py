@@ -12,12 +12,14 @@ Large chunks make the first faster; where only small ones fit, the second. A pro
 that of the memory that it moves, whichever is longer, and a device is known by the ratio of the two.
 """
 
+import functools
 import math
 from dataclasses import dataclass, replace
 
 import torch
 
-from ..kernels import ALIGNMENT, EAGER_BUFFERS, ClassPasses, block_bytes
+from ..kernels import ALIGNMENT, EAGER_BUFFERS, ClassPasses, RowDivergence, block_bytes
+from .backends import chosen_backend, compact_backend
 from .buffers import CLASSES_AT_ONCE, chunk_rows
 
 ORDERS = ("auto", "rows", "classes")
@@ -80,8 +82,7 @@ class LossWork:
         hidden_gradient: whether the hidden states want one.
         weight_gradient: whether the student's head wants one.
         eager: whether the row function makes temporaries.
-        passes: with classes outside.
-        lse_is_known: whether the teacher's log-sum-exp is, which takes unrounded logits of it.
+        passes: with classes outside. A teacher that `read` does not take has unrounded logits.
         rows_only: whether the other order cannot do it.
     """
 
@@ -93,7 +94,6 @@ class LossWork:
     weight_gradient: bool = True
     eager: bool = False
     passes: ClassPasses = ClassPasses(False, False, False)
-    lse_is_known: bool = False
     rows_only: bool = False
 
     @property
@@ -211,7 +211,7 @@ def _plan_classes(work: LossWork, budget: int, block: int) -> LossPlan:
     """With blocks of so many classes outside, and as many rows at once as fit."""
     student, itemsize, n = work.student, work.student.products.itemsize, work.rows
     teacher = work.teacher
-    if teacher is not None and work.lse_is_known and not work.passes.reads_teacher:
+    if teacher is not None and not work.passes.reads_teacher:
         teacher = replace(teacher, logits=torch.promote_types(teacher.products, torch.float32))
     sides = [student] if teacher is None else [student, teacher]
     block = min(block, max(side.classes for side in sides))
@@ -244,6 +244,30 @@ def _plan_classes(work: LossWork, budget: int, block: int) -> LossPlan:
     return LossPlan("classes", rows, block, size, rows * kept + sums, costs.flops, costs.time)
 
 
+def with_backend(work: LossWork, name: str, divergence: RowDivergence | None, compact: bool) -> tuple[LossWork, str]:
+    """Choose the backend of a loss's rows.
+
+    Args:
+        work: what there is to do.
+        name: of the backend, or "auto".
+        divergence: D; None without a teacher's logits.
+        compact: whether the teacher is known at few classes.
+
+    Returns:
+        The work as that backend does it, and its name.
+
+    Raises:
+        UserError: the backend cannot run.
+    """
+    logits = work.student.logits
+    if compact:
+        backend = compact_backend(name, work.device, logits, work.student.classes)
+    else:
+        backend = chosen_backend(name, work.device, logits, max(side.classes for side in work.sides), divergence)
+    return replace(work, eager=backend == "eager"), backend
+
+
+@functools.lru_cache(maxsize=256)
 def plan_loss(work: LossWork, budget: int, order: str = "auto") -> LossPlan:
     """Choose the order of the work, and the chunk or block, that is predicted to take least time within a budget.
 

@@ -56,6 +56,13 @@ class PackedRows:
     student_NV: Tensor | None = None
     teacher_lse_N: Tensor | None = None
 
+    def dtypes(self, hidden_ND: Tensor, head: Head) -> tuple[torch.dtype, torch.dtype]:
+        """Of a head's products with these hidden states, and of its logits."""
+        if head.weight is None:
+            return hidden_ND.dtype, hidden_ND.dtype
+        products = self.gemm_dtype or head.weight.dtype
+        return products, self.logits_dtype or products
+
     def missing(self, part: slice, weights_N: Tensor | None, dtype: torch.dtype) -> Tensor:
         """[C, D] what is subtracted from some rows' gradient on the hidden states: the part of `projection_ND`."""
         assert self.projection_ND is not None

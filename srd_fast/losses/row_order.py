@@ -23,11 +23,9 @@ class _Side:
         self, name: str, hidden_ND: Tensor, head: Head, rows: PackedRows, logits_NV: Tensor | None = None
     ) -> None:
         self.name, self.hidden_ND, self.logits_NV = name, hidden_ND, logits_NV
-        self.head = head if rows.gemm_dtype is None else head.to(rows.gemm_dtype)
+        self.gemm_dtype, self.dtype = rows.dtypes(hidden_ND, head)
+        self.head = head.to(self.gemm_dtype)
         self.classes = head.num_classes(hidden_ND)
-        weight = self.head.weight
-        self.gemm_dtype = hidden_ND.dtype if weight is None else weight.dtype
-        self.dtype = self.gemm_dtype if weight is None else rows.logits_dtype or self.gemm_dtype
 
     def logits(self, part: slice) -> Tensor:
         """[C, V] in the workspace. Given logits, and rows of a head without weight, are returned as they are."""

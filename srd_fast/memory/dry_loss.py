@@ -8,9 +8,8 @@ from torch import Tensor
 
 from ..kernels import ClassPasses
 from ..losses import Head, get_divergence
-from ..losses.backends import chosen_backend, compact_backend
 from ..losses.buffers import budget_of
-from ..losses.order import HeadWork, LossWork, plan_loss
+from ..losses.order import HeadWork, LossWork, plan_loss, with_backend
 from ..models import find_head
 from ..run.config import RunConfig
 from ..run.steps import LIVE, Run
@@ -49,19 +48,12 @@ def loss_sizes(
     if config.cache.kind in (LIVE, "hidden"):
         of_teacher = side(head_T, head_T.weight, run.dtype)
         divergence = get_divergence(args.divergence).bind(args.skew, args.beta)
-        most = max(of_student.classes, of_teacher.classes)
-        backend = chosen_backend(args.backend, run.device, of_student.logits, most, divergence)
-    else:
-        backend = compact_backend(args.backend, run.device, of_student.logits, of_student.classes)
-    whole_rows = divergence is not None and divergence.formula is None
+    trained = training and head.weight.requires_grad
     passes = ClassPasses.of(divergence, lse_is_known=False, writes=training)
-    plan = plan_loss(
-        LossWork(
-            rows, of_student, of_teacher, run.device, training, training and head.weight.requires_grad,
-            backend == "eager", passes, rows_only=whole_rows,
-        ),
-        budget_of(run.device, args.memory_budget),
-    )  # fmt: skip
+    whole_rows = divergence is not None and divergence.formula is None
+    sizes = LossWork(rows, of_student, of_teacher, run.device, training, trained, passes=passes, rows_only=whole_rows)
+    work, _ = with_backend(sizes, args.backend, divergence, compact=of_teacher is None)
+    plan = plan_loss(work, budget_of(run.device, args.memory_budget))
     packed = 0
     if run.device.type == "cpu":  # a block of the head as the product packs it
         packed = max(s.width * s.products.itemsize for s in (of_student, of_teacher or of_student)) * plan.classes
