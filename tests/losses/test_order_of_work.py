@@ -244,7 +244,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 GRID = [
     (rows, classes, dtype, autocast, order, divergence)
     for (rows, classes), (dtype, autocast), order, divergence in product(
-        ((100, 2048), (100, 9000), (500, 2048)),
+        ((100, 9000), (500, 2048)),
         (("float32", False), ("float32", True), ("bfloat16", False)),  # autocast changes nothing for bfloat16 models
         ("rows", "classes", "auto"),
         ("forward_kl", "jsd"),

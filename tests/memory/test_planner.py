@@ -176,7 +176,10 @@ def parameters(config: RunConfig) -> int:
     return sum(p.numel() for p in made.parameters())
 
 
-@pytest.mark.parametrize(("optim", "states"), [("adamw_torch", 2), ("sgd", 0), ("rmsprop", 1), ("adagrad", 1)])
+@pytest.mark.parametrize(
+    ("optim", "states"),
+    [("adamw_torch", 2), ("sgd", 0), *(pytest.param(x, 1, marks=pytest.mark.slow) for x in ("rmsprop", "adagrad"))],
+)
 def test_the_optimizer_s_state(tiny_teacher_folder: Path, tmp_path: Path, optim: str, states: int) -> None:
     config = made_config(tiny_teacher_folder, tmp_path, f"distill.optim={optim}")
     parts = planner.plan(config).parts
@@ -192,6 +195,7 @@ def test_adapters_alone_are_trained(tiny_teacher_folder: Path, tmp_path: Path) -
     assert parts["optimizer"] == pytest.approx(2 * parts["adapters"], abs=100)
 
 
+@pytest.mark.slow
 def test_what_each_teacher_keeps(tiny_teacher_folder: Path, tmp_path: Path) -> None:
     head = 400 * 32 * 4
     kinds = {}
@@ -321,6 +325,7 @@ def test_the_old_name_of_the_command_says_the_new_one(tmp_path: Path) -> None:
     assert (old.returncode, old.stdout) == (new.returncode, new.stdout) == (2, "")
 
 
+@pytest.mark.slow
 def test_nothing_fits(tiny_teacher_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nothing fits in 0\.01 GB: the least is 0\.01 GB, of which process takes"):
         fitting.fit(made_config(tiny_teacher_folder, tmp_path), BASE // 2 + BASE // 4)

@@ -85,7 +85,7 @@ def compiled_layers(model: nn.Module) -> list[nn.Module]:
 
 
 @pytest.mark.parametrize("flattened", [True, False])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "mistral"])
+@pytest.mark.parametrize("name", ["llama", *(pytest.param(x, marks=pytest.mark.slow) for x in ("gpt2", "mistral"))])
 def test_one_graph_serves_all_layers_and_lengths(name: str, flattened: bool) -> None:
     model = make(name, flattened)
     reference = copy.deepcopy(model)
@@ -468,13 +468,13 @@ LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": Fal
     [
         pytest.param(fields, id="-".join(fields) or "plain", marks=() if by_default else pytest.mark.slow)
         for by_default, fields in (
-            (True, {}),
+            (False, {}),
             (False, {"padding_free": False}),
             (False, {"gradient_checkpointing": True}),
             (False, {"gradient_checkpointing": True, "padding_free": False}),
             (False, {"adapters": LORA}),
             (True, {"adapters": LORA, "gradient_checkpointing": True}),
-            (True, {"bf16": True}),
+            (False, {"bf16": True}),
         )
     ],
 )

@@ -374,6 +374,7 @@ def test_force_evaluates_again(copy: Path, config_file: Path) -> None:
     assert teacher_score(copy) <= 1
 
 
+@pytest.mark.slow
 def test_another_rouge_tokenizer_scores_every_model_again(copy: Path, config_file: Path) -> None:
     forge_evaluation(copy)
     result = srd_fast("run", config_file, f"output_dir={copy}", "reflect.rouge_tokenizer=unicode", *QUICK)
@@ -431,6 +432,7 @@ def test_the_teacher_sees_each_sample_once(config_file: Path, tmp_path: Path, mo
         assert ours[model]["cross_entropy"] == pytest.approx(values["cross_entropy"], rel=1e-3), model
 
 
+@pytest.mark.slow
 def test_how_many_logits_a_run_will_see(
     config_file: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -561,6 +563,7 @@ def test_log_sum_exps_are_kept_from_the_start(
     assert {int(load_file(p)["classes"]) for p in folder.glob("lse-*")} == {400}
 
 
+@pytest.mark.slow
 def test_a_live_teacher_leaves_no_cache(copy: Path, finished: Path, config_file: Path) -> None:
     shutil.rmtree(copy / "teacher_cache")
     config = (config_file, f"output_dir={copy}", "cache.kind=live")

@@ -104,6 +104,7 @@ def test_stopped_it_goes_on_to_the_same_weights(
     assert all(ours[n].equal(theirs[n]) for n in theirs)
 
 
+@pytest.mark.slow
 def test_without_it_the_plan_stays(settings: dict[str, Any], finished: Path, tmp_path: Path) -> None:
     run(settings, tmp_path, curate={"stages": STAGES})
     assert not list((tmp_path / "checkpoints").glob("plan-stage-*"))

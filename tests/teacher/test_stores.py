@@ -386,7 +386,7 @@ def test_a_projected_cache_needs_a_frozen_head(tokenizer: Any, tmp_path: Path) -
     ("of_student", "of_teacher"),
     [
         (300, 300),
-        (300, 316),
+        pytest.param(300, 316, marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.parametrize("divergence", ["forward_kl", "skew_reverse_kl"])

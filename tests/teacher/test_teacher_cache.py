@@ -351,6 +351,7 @@ def ended(process: Any) -> int:
 NEVER = 10**9
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_touch_of_a_file_changes_nothing(whole: Path, tmp_path: Path) -> None:
     """Each moment in a folder of its own, and its next process does the rest."""
     expected = files(whole)

@@ -258,11 +258,11 @@ def shares(trainer: SRDTrainer) -> bool:
     "fields",
     [
         {},
-        {"bf16": True},
+        pytest.param({"bf16": True}, marks=pytest.mark.slow),
         {"teacher_cache": "cache"},
         {"max_tokens_per_batch": 60},
         {"gradient_checkpointing": True, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4},
-        {"position_selection": "topk_student_entropy"},
+        pytest.param({"position_selection": "topk_student_entropy"}, marks=pytest.mark.slow),
         pytest.param({"torch_compile": True, "torch_compile_backend": "eager"}, marks=pytest.mark.slow),
     ],
     ids=lambda fields: next(iter(fields), "plain"),

@@ -80,7 +80,7 @@ WAYS: dict[str, tuple[dict[str, Any], Callable[[SRDTrainer], Any]]] = {
 }
 
 
-@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("lora", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("way", WAYS)
 def test_products_of_both_heads_run_in_the_dtype_of_training(
     way: str, lora: bool, tokenizer: PreTrainedTokenizerFast

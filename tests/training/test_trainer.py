@@ -469,7 +469,7 @@ def resumable(
     return make(tokenizer, student, plan=plan, args=args, callbacks=callbacks)
 
 
-@pytest.mark.parametrize("reset", [True, False])
+@pytest.mark.parametrize("reset", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_resumed_run_ends_in_the_same_weights(
     reset: bool, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
