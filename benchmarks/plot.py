@@ -1,6 +1,6 @@
 """Figures of the committed rows, one SVG file each; nothing is measured here.
 
-    python -m benchmarks.plot                       # benchmarks/results -> benchmarks/figures
+    python -m benchmarks.plot                       # benchmarks/results -> docs/figures
     python -m benchmarks.plot --results FOLDER --figures FOLDER
 
 The same rows give the same bytes. A figure whose rows are not there is left out, with a printed line that says why.
@@ -21,7 +21,7 @@ from .panels import Panel, by_four, metric_panels, rows_of, shape_panels, spans,
 from .plan import STEP
 from .rows import RESULTS, Row
 
-FIGURES = Path(__file__).parent / "figures"
+FIGURES = Path(__file__).parent.parent / "docs" / "figures"
 MIB = 2.0**20
 
 

@@ -1,9 +1,9 @@
-"""The tables of README, made from committed rows.
+"""The tables of README and of docs/benchmarks.md, made from committed rows.
 
-    python -m benchmarks.tables                    # rewrite README's
+    python -m benchmarks.tables                    # rewrite theirs
     python -m benchmarks.tables --print FOLDER     # those of other results
 
-In README a table stands between `<!-- table: NAME -->` and `<!-- end -->`; nobody edits it there. A figure that has no
+In a page a table stands between `<!-- table: NAME -->` and `<!-- end -->`; nobody edits it there. A figure that has no
 row leaves its cell empty.
 """
 
@@ -13,12 +13,14 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from .claims import claims
 from .markdown import Figures, Group, Line, groups, reasons, table
 from .providers import NOT_THE_LOSS, PROVIDERS
 from .rows import LEFT_OUT, PRODUCTS, RESULTS, Row, natural, read
 from .training_tables import OURS, train, train_gpu, train_memory, train_rivals
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
 BLOCK = re.compile(r"<!-- table: ([\w-]+) -->\n(.*?)<!-- end -->", re.DOTALL)
 NATS = ("cross_entropy", "kl")
 UNITS = {"s": 1, "ms": 1000}  # in a second
@@ -275,6 +277,7 @@ def orders(rows: list[Row], benchmark: str = "orders", unit: str = "s") -> str:
 
 
 TABLES: dict[str, Callable[[list[Row]], str]] = {
+    "claims": claims,
     "quickstart": quickstart,
     "loss-time": loss_time,
     "loss-memory": loss_memory,
@@ -297,8 +300,9 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "quality": quality,
 }
 
-# Of benchmarks whose rows README does not show.
+# Of benchmarks whose rows no page shows.
 OTHER_TABLES: dict[str, Callable[[list[Row]], str]] = {
+    "claims": claims,
     "orders": orders,
     "orders-gpu": partial(orders, benchmark="orders_gpu", unit="ms"),
 }
@@ -325,7 +329,8 @@ def main() -> None:
         for name, make in {**TABLES, **OTHER_TABLES}.items():
             print(f"\n{name}\n\n{make(rows)}", end="")
         return
-    README.write_text(render(README.read_text(encoding="utf-8"), all_rows(RESULTS)), encoding="utf-8")
+    for page in PAGES:
+        page.write_text(render(page.read_text(encoding="utf-8"), all_rows(RESULTS)), encoding="utf-8")
 
 
 if __name__ == "__main__":

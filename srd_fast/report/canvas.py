@@ -17,13 +17,16 @@ MUTED = "#656d76"
 DROPPED = "#a3a9b0"
 LINE = "#3b528b"
 
+# What surrounds the data, by its place.
+EDGE, GRID, SHADE = "#c4c9cf", "#e6e8eb", "#f1f2f4"
+
 # One unit of a figure is one CSS pixel, so that text has the same size in the plots as on the page.
 WIDE, NARROW = 920, 352
 RASTER_DPI = 180
 
-_STYLE = {
+STYLE = {
     "axes.axisbelow": True,
-    "axes.edgecolor": "#c4c9cf",
+    "axes.edgecolor": EDGE,
     "axes.grid": True,
     "axes.labelcolor": INK,
     "axes.labelsize": 11.5,
@@ -35,16 +38,16 @@ _STYLE = {
     "figure.facecolor": "none",
     "axes.facecolor": "none",
     "font.size": 11.5,
-    "grid.color": "#e6e8eb",
+    "grid.color": GRID,
     "grid.linewidth": 0.8,
     "lines.solid_capstyle": "round",
     # Text stays text: small files, the page's own font, sharp at every zoom.
     "svg.fonttype": "none",
     "text.color": INK,
-    "xtick.color": "#c4c9cf",
+    "xtick.color": EDGE,
     "xtick.labelcolor": MUTED,
     "xtick.labelsize": 11,
-    "ytick.color": "#c4c9cf",
+    "ytick.color": EDGE,
     "ytick.labelcolor": MUTED,
     "ytick.labelsize": 11,
 }
@@ -66,20 +69,23 @@ class Picture:
 def picture(draw: Callable[[bool], Figure], alt: str) -> Picture:
     """Call ``draw(narrow)`` for both layouts under the page's style and encode what it draws."""
     # The default style first: a user's own matplotlibrc must not change the page.
-    with matplotlib.style.context(["default", _STYLE]):
+    with matplotlib.style.context(["default", STYLE]):
         return Picture(_encode(draw(False)), _encode(draw(True)), alt)
 
 
 def _encode(figure: Figure) -> str:
+    return "data:image/svg+xml;base64," + base64.b64encode(svg_of(figure).encode()).decode()
+
+
+def svg_of(figure: Figure) -> str:
+    """The figure as SVG; its bytes depend on the figure alone."""
     buffer = io.StringIO()
-    # The salt and the empty metadata make the bytes depend on the figure alone.
     metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     with matplotlib.rc_context({"svg.hashsalt": "srd-fast"}):
         figure.savefig(buffer, format="svg", dpi=RASTER_DPI, metadata=metadata)
     svg = _FONT.sub(_PAGE_FONT, buffer.getvalue())
     # A hundredth of a pixel is more than anyone sees. Labels stand between the tags, not in their attributes.
-    svg = _ATTRIBUTE.sub(lambda match: _LONG_NUMBER.sub(r"\1", match[0]), svg)
-    return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
+    return _ATTRIBUTE.sub(lambda match: _LONG_NUMBER.sub(r"\1", match[0]), svg)
 
 
 def new_figure(width: float, height: float) -> Figure:

@@ -17,14 +17,14 @@ def difficulty_view(run: Run) -> dict[str, Any]:
     reflections = run.reflections
     if reflections is None:
         return view
-    listed, undrawn = _groups(reflections, run.plan)
+    listed, undrawn = groups_of(reflections, run.plan)
     groups = [group for group in listed if len(group.rouge_l)]
     if not groups:
         view["missing"] = view["missing"] or "No row has both a ROUGE-L and a cross-entropy score."
         return view
     entropy = np.concatenate([group.cross_entropy for group in groups])
     rouge = np.concatenate([group.rouge_l for group in groups])
-    right_edge, beyond = _right_edge(entropy)
+    right_edge, beyond = right_edge_of(entropy)
     zero, one = int(np.sum(rouge <= 0)), int(np.sum(rouge >= 1))
     legend = [(group.label, group.colour, group.kept, rows(len(group.rouge_l))) for group in groups]
     view["legend"] = legend
@@ -48,7 +48,7 @@ def difficulty_view(run: Run) -> dict[str, Any]:
     return view
 
 
-def _groups(reflections: Reflections, plan: CurriculumPlan | None) -> tuple[list[Group], int]:
+def groups_of(reflections: Reflections, plan: CurriculumPlan | None) -> tuple[list[Group], int]:
     """The subsets from easy to hard, then the dropped rows; and how many rows of the plan cannot be drawn."""
     if plan is None:
         named = [("scored, no plan yet", sequence(2)[0], list(reflections.index), True)]
@@ -77,7 +77,7 @@ def _are(n: int) -> str:
     return "is" if n == 1 else "are"
 
 
-def _right_edge(entropy: FloatArray) -> tuple[float, int]:
+def right_edge_of(entropy: FloatArray) -> tuple[float, int]:
     """Where the cross-entropy axis ends, and how many rows lie beyond.
 
     A few outliers must not squeeze the other rows together.

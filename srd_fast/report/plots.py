@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from srd_fast.report.canvas import INK, LINE, MUTED, NARROW, WIDE, new_figure, shade_stages
+from srd_fast.report.canvas import INK, LINE, MUTED, NARROW, SHADE, WIDE, new_figure, shade_stages
 from srd_fast.report.read import FloatArray
 
 Band = tuple[float, float, int]
@@ -87,7 +87,7 @@ def difficulty_map(groups: Sequence[Group], right_edge: float, narrow: bool) -> 
 
     _scatter(axes, groups, right_edge, size=10 if narrow else 21)
     for edge in (-STRIP[1], 100 + STRIP[0]):
-        axes.axhspan(edge, edge + STRIP[1] - STRIP[0], color="#f1f2f4", linewidth=0, zorder=0)
+        axes.axhspan(edge, edge + STRIP[1] - STRIP[0], color=SHADE, linewidth=0, zorder=0)
     middle = sum(STRIP) / 2
     exactly = "=" if narrow else "exactly"
     axes.set_yticks([-middle, 20, 40, 60, 80, 100 + middle], [f"{exactly} 0", "20", "40", "60", "80", f"{exactly} 100"])

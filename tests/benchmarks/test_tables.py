@@ -1,4 +1,4 @@
-"""README's tables are those of the committed rows, and say what the rows say."""
+"""The tables of README and of the docs are those of the committed rows, and say what the rows say."""
 
 import re
 import sys
@@ -9,17 +9,19 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks import tables
+from benchmarks.claims import CLAIMS
 from benchmarks.rows import RESULTS, Row
 
 
-def test_readme_is_current() -> None:
-    text = tables.README.read_text(encoding="utf-8")
+@pytest.mark.parametrize("page", tables.PAGES, ids=lambda p: p.name)
+def test_a_page_is_current(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
     assert tables.render(text, tables.all_rows(RESULTS)) == text, "run python -m benchmarks.tables"
 
 
-def test_readme_has_every_table_once() -> None:
-    names = [m[1] for m in tables.BLOCK.finditer(tables.README.read_text(encoding="utf-8"))]
-    assert sorted(names) == sorted(tables.TABLES)
+def test_every_table_stands_on_a_page() -> None:
+    names = {m[1] for page in tables.PAGES for m in tables.BLOCK.finditer(page.read_text(encoding="utf-8"))}
+    assert names == set(tables.TABLES)
 
 
 @pytest.mark.parametrize("name", tables.TABLES)
@@ -161,7 +163,8 @@ def test_other_tables_divide_by_what_their_own_machine_has() -> None:
     ]
 
 
-@pytest.mark.parametrize("name", tables.TABLES)
+# README's reasons come from several machines as they are.
+@pytest.mark.parametrize("name", [name for name in tables.TABLES if name != "claims"])
 def test_a_second_machine_doubles_a_table_and_changes_no_cell(name: str) -> None:
     here = tables.all_rows(RESULTS)
     both = here + [replace(r, device=f"not {r.device}") for r in here]
@@ -170,6 +173,16 @@ def test_a_second_machine_doubles_a_table_and_changes_no_cell(name: str) -> None
     assert len(body) == 2 * (len(once) - 1)
     for machine in {line[0] for line in body}:
         assert sorted(line[1:] for line in body if line[0] == machine) == sorted(once[1:])
+
+
+def test_a_reason_names_the_machine_only_where_there_are_several() -> None:
+    here = tables.all_rows(RESULTS)
+    once = lines_of(tables.claims(here))
+    assert len(once) == 1 + len(CLAIMS)
+    both = lines_of(tables.claims(here + [replace(r, device=f"not {r.device}") for r in here]))
+    assert both[0] == ["machine", *once[0]]
+    assert sorted(line[1:] for line in both[1:]) == sorted(2 * once[1:])
+    assert all(f"not {line[0]}" in {other[0] for other in both[1:]} or line[0].startswith("not ") for line in both[1:])
 
 
 def test_who_was_left_out_says_why_in_its_cell() -> None:
@@ -195,9 +208,8 @@ def test_who_was_left_out_says_why_in_its_cell() -> None:
     ]
 
 
-def test_no_figure_in_the_measured_part_stands_outside_of_the_tables() -> None:
-    text = tables.README.read_text(encoding="utf-8")
-    measured = text[text.index("## Measured") : text.index("## Your own models")]
-    words = tables.BLOCK.sub("", measured)
+@pytest.mark.parametrize("page", tables.PAGES, ids=lambda p: p.name)
+def test_no_measured_figure_stands_outside_of_the_tables(page: Path) -> None:
+    words = tables.BLOCK.sub("", page.read_text(encoding="utf-8"))
     units = re.findall(r"\d[\d.,]*\s?(?:s|ms|x|times|MB|MiB|%)\b", words)
     assert not units, f"figures without a row: {units}"

@@ -1,6 +1,13 @@
-"""Every ```python block of README runs as it is written, on tiny models and a few rows that stand ready for it."""
+"""Code on README and the pages of docs/ runs as it is written, on tiny models and a few rows that stand ready for it.
 
+Python blocks run as they are. Of a shell block, `srd-fast` lines are read as the command would read them; README's run.
+docs/extending.md and docs/data.md have tests of their own (test_extending.py, tests/data).
+"""
+
+import json
 import re
+import shlex
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,41 +15,60 @@ from typing import Any, NamedTuple
 import pytest
 import tiny
 import torch
+import typer
+import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from srd_fast import CurriculumPlan
+from srd_fast.cli import app
 from srd_fast.data.quickstart import make_quickstart_rows
+from srd_fast.run.config import load_run_config
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+ROOT = Path(__file__).resolve().parents[2]
+README = ROOT / "README.md"
+PAGES = (README, *(ROOT / "docs" / f"{name}.md" for name in ("run", "training", "teacher", "loss")))
 Names = dict[str, Any]
 
 
 class Block(NamedTuple):
-    """Code of README, the heading above it, and the line of the file where it begins."""
+    """Code of a page, the heading above it, and the line of the file where it begins."""
 
+    page: str
     heading: str
     line: int
     code: str
 
+    @property
+    def name(self) -> str:
+        return f"{self.page}: {self.heading}"
 
-def blocks(text: str) -> list[Block]:
-    """All blocks that call themselves Python. Comments in other blocks are no headings."""
+
+def blocks(text: str, language: str, page: str = "") -> list[Block]:
+    """All blocks whose language begins with these letters. Comments in other blocks are no headings."""
     found, heading = [], ""
     for part in re.finditer(
         r"^#+ (?P<heading>[^\n]+)$|^```(?P<language>[^\n]*)\n(?P<code>.*?)^```$", text, re.M | re.S
     ):
         if part["heading"]:
             heading = part["heading"]
-        elif part["language"].lower().startswith("py"):
-            found.append(Block(heading, text.count("\n", 0, part.start("code")), part["code"]))
+        elif part["language"].lower().startswith(language):
+            found.append(Block(page, heading, text.count("\n", 0, part.start("code")), part["code"]))
     return found
 
 
-BLOCKS = blocks(README.read_text(encoding="utf-8"))
+BLOCKS = [b for page in PAGES for b in blocks(page.read_text(encoding="utf-8"), "py", page.stem)]
+# A line that goes on is one; a comment is none.
+COMMANDS = [
+    (block.page, line)
+    for page in PAGES
+    for block in blocks(page.read_text(encoding="utf-8"), "bash", page.stem)
+    for line in block.code.replace("\\\n", " ").splitlines()
+    if "srd-fast " in line
+]
 
 
 class Surroundings(NamedTuple):
-    """What a reader has at hand when the block begins, and what README says is there when it ends."""
+    """What a reader has at hand when the block begins, and what the page says is there when it ends."""
 
     before: Callable[[], Names]
     after: Callable[[Names, str], None]
@@ -52,7 +78,7 @@ class Surroundings(NamedTuple):
 def surroundings(
     make_tiny_model: Callable[[int], PreTrainedModel], tiny_tokenizer: PreTrainedTokenizerFast
 ) -> dict[str, Surroundings]:
-    """Heading -> surroundings of the block below it."""
+    """Page and heading -> surroundings of the block below it."""
     rows = make_quickstart_rows(16, seed=3)
 
     def from_python() -> Names:
@@ -60,12 +86,15 @@ def surroundings(
         return {"student": make_tiny_model(1), "teacher": make_tiny_model(2), **data}
 
     def trained(names: Names, printed: str) -> None:
-        plan = CurriculumPlan.load("plan.json")
-        assert [len(x) for x in plan.subsets] == [3, 3, 3]
+        assert [len(x) for x in names["plan"].subsets] == [3, 3, 3]
         # The preset's 8 passes over 3, 6 and 9 samples, 8 samples a step.
         assert names["trainer"].state.global_step == 8 * (3 + 6 + 9) / 8
         for figure in ("rouge_l", "cross_entropy", "kl"):
             assert re.search(rf"'{figure}': \d", printed), printed
+
+    def trained_and_saved(names: Names, printed: str) -> None:
+        trained(names, printed)
+        assert CurriculumPlan.load("plan.json") == names["plan"]
 
     def with_a_teacher_in_a_folder() -> Names:
         make_tiny_model(2).save_pretrained("DIR_OR_HUB_ID")
@@ -76,44 +105,93 @@ def surroundings(
         assert list(Path("teacher_cache").rglob("*.safetensors"))
         assert names["trainer"].state.global_step > 0
 
+    def from_trl() -> Names:
+        talks = [
+            {"messages": [{"role": "user", "content": r["instruction"]}, {"role": "assistant", "content": r["output"]}]}
+            for r in rows
+        ]
+        models = {"model": make_tiny_model(1), "teacher_model": make_tiny_model(2)}
+        return {**models, "train_dataset": talks, "tokenizer": tiny_tokenizer}
+
+    def two_steps(names: Names, printed: str) -> None:
+        assert names["trainer"].state.global_step == 2
+
     def hidden_states() -> Names:
         def noise(*shape: int) -> torch.Tensor:
             return torch.randn(*shape, generator=torch.Generator().manual_seed(len(shape)), requires_grad=True)
 
         labels = torch.tensor([[1, 2, tiny.IGNORE, 3], [tiny.IGNORE, 0, 4, 5]])
-        student = {"student_hidden": noise(2, 4, 8), "student_weight": noise(30, 8)}
-        return {**student, "teacher_hidden": noise(2, 4, 12), "teacher_weight": noise(30, 12), "labels": labels}
+        student, teacher = noise(30, 8), noise(30, 12)
+        heads = {"student_weight": student, "teacher_weight": teacher, "student_head": student, "teacher_head": teacher}
+        return {"student_hidden": noise(2, 4, 8), "teacher_hidden": noise(2, 4, 12), "labels": labels, **heads}
 
     def differentiated(names: Names, printed: str) -> None:
         out = names["out"]
         assert names["student_hidden"].grad.abs().sum() > 0
         assert names["student_weight"].grad.abs().sum() > 0
         assert not any(x.requires_grad for x in (out.divergence, out.cross_entropy, out.entropy))
-        assert out.num_items == 6
 
     return {
-        "From Python": Surroundings(from_python, trained),
-        "The teacher, once": Surroundings(with_a_teacher_in_a_folder, trained_from_the_cache),
-        "The loss alone": Surroundings(hidden_states, differentiated),
+        "README: From Python": Surroundings(from_python, trained),
+        "README: The loss alone": Surroundings(hidden_states, differentiated),
+        "README: From TRL": Surroundings(from_trl, two_steps),
+        "training: Training from Python": Surroundings(from_python, trained_and_saved),
+        "teacher: The teacher, once": Surroundings(with_a_teacher_in_a_folder, trained_from_the_cache),
+        "loss: The loss alone": Surroundings(hidden_states, differentiated),
     }
 
 
 def test_no_block_is_left_out(surroundings: dict[str, Surroundings]) -> None:
-    assert sorted(b.heading for b in BLOCKS) == sorted(surroundings)
+    assert sorted(b.name for b in BLOCKS) == sorted(surroundings)
 
 
 @pytest.mark.usefixtures("own_folder")
-@pytest.mark.parametrize("block", BLOCKS, ids=[b.heading for b in BLOCKS])
+@pytest.mark.parametrize("block", BLOCKS, ids=[b.name for b in BLOCKS])
 def test_a_block_runs(block: Block, surroundings: dict[str, Surroundings], capsys: pytest.CaptureFixture[str]) -> None:
-    if block.heading not in surroundings:
-        pytest.fail(f"nothing stands ready for the block under {block.heading!r}: add its surroundings")
-    before, after = surroundings[block.heading]
+    if block.name not in surroundings:
+        pytest.fail(f"nothing stands ready for the block under {block.name!r}: add its surroundings")
+    before, after = surroundings[block.name]
     names = before()
-    # The empty lines make a traceback name README's own lines.
-    exec(compile("\n" * block.line + block.code, str(README), "exec"), names)
+    # The empty lines make a traceback name the page's own lines.
+    exec(compile("\n" * block.line + block.code, f"{block.page}.md", "exec"), names)
     after(names, capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(("page", "line"), COMMANDS, ids=[line[:60] for _, line in COMMANDS])
+def test_a_command_is_one(page: str, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its verb, its options and every key are known. CONFIG stands for a file of the reader's."""
+    monkeypatch.chdir(ROOT)
+    words = shlex.split(line[line.index("srd-fast ") :], comments=True)[1:]
+    words = [str(ROOT / "examples" / "quickstart.yaml") if word == "CONFIG" else word for word in words]
+    verb = typer.main.get_command(app).commands[words[0]]  # type: ignore[attr-defined]
+    given = verb.make_context(words[0], words[1:]).params
+    if given.get("config") is not None:
+        load_run_config(given["config"], given["overrides"] or [])
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("own_folder")
+def test_your_own_models_and_data(
+    make_tiny_model: Callable[[int], PreTrainedModel], tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """README's line as a shell runs it."""
+    (line,) = (line for page, line in COMMANDS if page == "README" and "DIR_OR_HUB_ID" in line)
+    make_tiny_model(2).save_pretrained("DIR_OR_HUB_ID")
+    tiny_tokenizer.save_pretrained("DIR_OR_HUB_ID")
+    rows = make_quickstart_rows(32, seed=3)
+    for name, some in (("train", rows[:24]), ("dev", rows[24:])):
+        Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some), encoding="utf-8")
+    Path("examples").symlink_to(ROOT / "examples")
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert Path("runs/mine/report.html").stat().st_size > 10_000
+    assert yaml.safe_load(Path("runs/mine/config.yaml").read_text())["template"] == "Q: {instruction}\nA: "
 
 
 def test_blocks_are_found_with_their_headings_and_lines() -> None:
     text = "# A\n```bash\n# no heading\n```\n## B\ntext\n```python\nx = 1\n```\n```py\ny = 2\n```\n"
-    assert blocks(text) == [Block("B", 7, "x = 1\n"), Block("B", 10, "y = 2\n")]
+    assert blocks(text, "py", "p") == [Block("p", "B", 7, "x = 1\n"), Block("p", "B", 10, "y = 2\n")]
+
+
+def test_the_front_page_is_short() -> None:
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 150
