@@ -1,26 +1,19 @@
 """The configuration of `srd-fast run`: a YAML file with `key=value` overrides, checked before anything runs."""
 
-import math
-from collections import Counter
 from dataclasses import fields as dataclass_fields
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from ..curriculum import CURATION_PRESETS, KNEE
 from ..data import check_chat_template_kwargs, check_columns, shown
-from ..errors import UserError, first_line
+from ..errors import UserError
 from ..reflection.reflect import REFLECTION_PRESETS
 from ..suggest import unknown_name
 from ..training.config import TRAINING_PRESETS, SRDConfig, with_preset
+from .yaml_values import apply_override, checked, read_yaml, shown_value
 
-# A config is some hundred lines. PyYAML takes a second for this many bytes; and aliases, each of which stands for a
-# part of the file, could make values without end of a few lines.
-_MOST_BYTES = 100_000
-_MOST_VALUES = 20_000
-_DEEPEST = 20
 # Where null is a value, not an empty section.
 _NULLABLE = {"max_bad_rows", "parse_special_tokens"}
 # Fields of SRDConfig that the run sets itself, or that mean nothing in it.
@@ -194,132 +187,6 @@ class RunConfig(_Section):
         return {k: "no" if k.endswith("_strategy") and v is False else v for k, v in given.items()}
 
 
-def _read_yaml(path: str | Path) -> dict[str, Any]:
-    try:
-        with Path(path).open("rb") as f:
-            content = f.read(_MOST_BYTES + 1)
-        text = content.decode()
-    except (OSError, ValueError) as e:  # ValueError: not UTF-8, or a NUL in the path
-        raise UserError(f"config {str(path)!r} cannot be read: {first_line(e)}") from e
-    if len(content) > _MOST_BYTES:
-        raise UserError(f"config {str(path)!r} is larger than {_MOST_BYTES} bytes: is it a config?")
-    values = _parsed(text, f"config {str(path)!r} is not valid YAML")
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise UserError(f"config {str(path)!r} must hold `key: value` lines, got {type(values).__name__}")
-    return values
-
-
-def _parsed(text: str, complaint: str) -> Any:
-    """The values of a YAML text.
-
-    Raises:
-        UserError: beginning with the complaint.
-    """
-    try:
-        node = yaml.compose(text, yaml.SafeLoader)
-        if node is None:
-            return None
-        _check_aliases(node, complaint)
-        return yaml.constructor.SafeConstructor().construct_document(node)
-    except UserError:
-        raise
-    except RecursionError as e:
-        raise UserError(f"{complaint}: nested too deeply") from e
-    except Exception as e:  # besides YAMLError what int(), date() and others say, as of 2024-13-45
-        raise UserError(f"{complaint}: {shown(' '.join(str(e).split()) or type(e).__name__, 500)}") from e
-
-
-def _check_aliases(root: yaml.Node, complaint: str) -> None:
-    """Refuse values without end, and a key that a section has twice: YAML would silently keep the last."""
-    counts: dict[int, int] = {}  # values below a node, each alias counted as all that it stands for; -1: not known yet
-
-    def count(node: yaml.Node) -> int:
-        if isinstance(node, yaml.ScalarNode):
-            return 1
-        line = node.start_mark.line + 1
-        if id(node) not in counts:
-            counts[id(node)] = -1
-            pairs = node.value if isinstance(node, yaml.MappingNode) else []
-            keys = Counter(key.value for key, _ in pairs if isinstance(key, yaml.ScalarNode))
-            twice = [key for key, times in keys.items() if times > 1]
-            if twice:
-                raise UserError(f"{complaint}: the section at line {line} has the key {shown(twice[0])!r} twice")
-            below = [x for pair in pairs for x in pair] or node.value
-            counts[id(node)] = 1 + sum(count(x) for x in below)
-        if counts[id(node)] < 0:
-            raise UserError(f"{complaint}: line {line} has an alias of itself within it")
-        return counts[id(node)]
-
-    if count(root) > _MOST_VALUES:
-        raise UserError(f"{complaint}: with its aliases it has more than {_MOST_VALUES} values")
-
-
-def _override(content: dict[str, Any], assignment: str) -> None:
-    """Apply one `a.b=value`. The value is YAML, but 1e-4, which YAML takes for text without a dot, is a number."""
-    key, equals, text = assignment.partition("=")
-    if not equals or not key:
-        raise UserError(f"override {shown(assignment)!r} is not of the form key=value")
-    if key.count(".") > _DEEPEST:
-        raise UserError(f"override {shown(assignment)!r}: no key has so many dots")
-    _check_text(key, "override")
-    value = _checked(_parsed(text, f"override {shown(assignment)!r}: the value is not valid YAML"), shown(key))
-    *parents, last = key.split(".")
-    level = content
-    for parent in parents:
-        level = level.setdefault(parent, {})
-        if not isinstance(level, dict):
-            raise UserError(f"override {shown(assignment)!r}: {shown(parent)!r} is not a section")
-    level[last] = value
-
-
-def _checked(value: Any, where: str = "") -> Any:
-    """Copy values, with 1e-4, which is text in YAML 1.1, as a number.
-
-    Args:
-        value: from YAML.
-        where: the key of the value, for the message.
-
-    Raises:
-        UserError: a key is not text, or a value is one that no setting can hold.
-    """
-    if isinstance(value, dict):
-        for key in value:
-            if not isinstance(key, str):
-                raise UserError(f"config keys must be text, got {_repr(key)} in {where or 'the file'}")
-            _check_text(key, where or "a key")
-        return {k: _checked(v, f"{where}.{shown(k)}".strip(".")) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_checked(v, where) for v in value]
-    if isinstance(value, float) and math.isnan(value):
-        raise UserError(f"config: {where}: must be a number, got nan")
-    if isinstance(value, int) and abs(value) >= 2**63:
-        raise UserError(f"config: {where}: must be a number of at most 18 digits, got {_repr(value)}")
-    if isinstance(value, str):
-        _check_text(value, where)
-        if value[:1] in "+-.0123456789" and "e" in value.lower():
-            try:
-                return float(value)
-            except ValueError:
-                return value
-    return value
-
-
-def _check_text(text: str, where: str) -> None:
-    """Refuse text that no path and no file can hold."""
-    if "\0" in text or any("\ud800" <= c <= "\udfff" for c in text):
-        raise UserError(f"config: {where}: holds a NUL or half of a surrogate pair, got {_repr(text)}")
-
-
-def _repr(value: Any) -> str:
-    """A value as text for a message."""
-    try:
-        return shown(repr(value), 200)
-    except ValueError:  # Python writes no number of more than 4,300 digits
-        return f"a {type(value).__name__} of thousands of digits"
-
-
 def load_run_config(path: str | Path | None, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
     """Read a config, add the preset's values where it has none, apply the overrides, and check every key and value.
 
@@ -333,11 +200,11 @@ def load_run_config(path: str | Path | None, overrides: list[str] | tuple[str, .
     Raises:
         UserError: one line that names the key, the value and what it should be; for an unknown key, the nearest one.
     """
-    given = _read_yaml(path) if path is not None else {}
+    given = read_yaml(path) if path is not None else {}
     # `curate:` with nothing below it is no value.
-    content = {key: value for key, value in _checked(given).items() if value is not None or key in _NULLABLE}
+    content = {key: value for key, value in checked(given).items() if value is not None or key in _NULLABLE}
     for assignment in overrides:
-        _override(content, assignment)
+        apply_override(content, assignment)
     preset = content.get("preset")
     if isinstance(preset, str):
         if preset not in TRAINING_PRESETS:
@@ -366,4 +233,4 @@ def _one_line(error: ValidationError) -> str:
         prefix = ".".join(str(x) for x in first["loc"][:-1])
         return "config: " + unknown_name(f"key in {prefix}" if prefix else "key", name, known)
     message = first["msg"].removeprefix("Value error, ")
-    return f"config: {shown(where)}: {message[:1].lower()}{message[1:]}, got {_repr(first['input'])}"
+    return f"config: {shown(where)}: {message[:1].lower()}{message[1:]}, got {shown_value(first['input'])}"
