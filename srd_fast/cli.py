@@ -22,13 +22,32 @@ app = typer.Typer(
     help="Selective reflection distillation: reflect, curate, distil, evaluate, report.",
 )
 
-_Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file; see examples/quickstart.yaml.")]
+_Config = Annotated[
+    Path, typer.Argument(metavar="CONFIG", help="YAML file, or quickstart; srd-fast config prints every key.")
+]
 _Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[key=value]...", help="Override config keys, e.g. distill.skew=0.2.")
 ]
 _Limit = Annotated[
     str | None, typer.Option(help="Such as 8GiB, 8GB or 8192MB: change sizes until the peak is below it.")
 ]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        import srd_fast
+
+        typer.echo(srd_fast.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=_show_version)
+    ] = False,
+) -> None:
+    pass
 
 
 @contextmanager
@@ -57,6 +76,48 @@ def run(config: _Config, overrides: _Overrides = None) -> None:
         folder = execute(load_run_config(config, overrides or []))
     typer.echo(f"report: {folder / 'report.html'}")
     typer.echo(f"student: {folder / 'student'}")
+
+
+@app.command("init")
+def init(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder for config.yaml, made where it is not there.")],
+    data: Annotated[str, typer.Option(help="File, folder or hub name of your rows.")],
+    teacher: Annotated[str, typer.Option(help="Model folder or hub id.")] = "smollm2-135m-instruct",
+    student: Annotated[str, typer.Option(help="Model folder or hub id; prune cuts it out of the teacher.")] = "prune",
+    columns: Annotated[str | None, typer.Option(help="Such as instruction=question,output=answer.")] = None,
+) -> None:
+    """Look at your data and models, and write a commented config for them: DIR/config.yaml."""
+    from .files import write_text
+    from .run.first_config import first_config
+
+    target = folder / "config.yaml"
+    if target.exists():
+        raise UserError(f"{target} is there already; delete it, or give another folder")
+    pairs = [x.partition("=") for x in columns.split(",")] if columns else []
+    text = first_config(data, teacher, student, str(folder / "run"), {a: b for a, _, b in pairs})
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"folder {str(folder)!r} cannot be made: {e}") from e
+    write_text(target, text)
+    typer.echo(f"config: {target}")
+    typer.echo(shlex.join(["srd-fast", "run", str(target)]))
+
+
+@app.command("config")
+def config(
+    every: Annotated[bool, typer.Option("--all", help="With the fields of transformers.TrainingArguments.")] = False,
+    json_schema: Annotated[bool, typer.Option("--json-schema", help="A JSON schema instead, for editors.")] = False,
+) -> None:
+    """Every key of a config with its default and what it means, as a file that runs."""
+    import json
+
+    from .run import config_help
+
+    if json_schema:
+        typer.echo(json.dumps(config_help.json_schema(), indent=1))
+    else:
+        typer.echo(config_help.config_text(every), nl=False)
 
 
 def _step_command(name: str, text: str) -> None:

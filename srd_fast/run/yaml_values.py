@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import yaml
 
@@ -15,6 +15,7 @@ from ..errors import UserError, first_line
 _MOST_BYTES = 100_000
 _MOST_VALUES = 20_000
 _DEEPEST = 20
+QUICKSTART = "quickstart"  # the example that comes with the package
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -24,7 +25,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         UserError: it cannot be read, is no YAML, or holds no keys.
     """
     try:
-        with Path(path).open("rb") as f:
+        with _opened(path) as f:
             content = f.read(_MOST_BYTES + 1)
         text = content.decode()
     except (OSError, ValueError) as e:  # ValueError: not UTF-8, or a NUL in the path
@@ -37,6 +38,13 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"config {str(path)!r} must hold `key: value` lines, got {type(values).__name__}")
     return values
+
+
+def _opened(path: str | Path) -> BinaryIO:
+    """A file; by the name "quickstart", where no file has it, the example that comes with the package."""
+    if str(path) == QUICKSTART and not Path(path).exists():
+        path = Path(__file__).parent.parent / "examples" / "quickstart.yaml"
+    return Path(path).open("rb")
 
 
 def _parsed(text: str, complaint: str) -> Any:

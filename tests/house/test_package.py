@@ -245,7 +245,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
         if importlib.util.find_spec(needed) is None:
             pytest.skip(f"building a wheel needs {needed}")
     copy = tmp_path_factory.mktemp("source") / "srd-fast"
-    for name in ("srd_fast", "kernels"):
+    for name in ("srd_fast", "kernels", "examples"):
         shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         if (ROOT / name).is_file():
@@ -262,7 +262,7 @@ def test_the_wheel_holds_all_modules_and_the_template(wheel: zipfile.ZipFile) ->
     expected = {
         m.replace(".", "/") + (f"/{p.name}" if p.name == "__init__.py" else ".py") for m, p in sources().items()
     }
-    expected |= {"srd_fast/__init__.py", "srd_fast/py.typed"}
+    expected |= {"srd_fast/__init__.py", "srd_fast/py.typed", "srd_fast/examples/quickstart.yaml"}
     expected |= {f"srd_fast/report/{p.name}" for p in (ROOT / "srd_fast" / "report").glob("*.html")}
     assert {"srd_fast/kernels/rows.py", "srd_fast/report/template.html", "srd_fast/py.typed"} <= expected
     assert expected <= names

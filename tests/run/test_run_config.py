@@ -61,7 +61,7 @@ def test_an_unknown_key_comes_with_the_known_ones(config: Any) -> None:
 
 @pytest.mark.parametrize(
     "key",
-    ["output_dir", "seed", "num_train_epochs", "template", "max_prompt_length", "teacher_cache", "teacher_cache_kind"],
+    ["output_dir", "seed", "template", "max_prompt_length", "teacher_cache", "teacher_cache_kind"],
 )
 def test_what_the_run_sets_is_not_for_distill(key: str, config: Any) -> None:
     assert f"{key} is set at the top level of the config, or by the run itself" in refused(

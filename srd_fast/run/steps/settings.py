@@ -14,6 +14,18 @@ from ...training.config import SRDConfig
 from ...training.student import trainer_basics
 from ..config import RunConfig
 
+# Of the section `distill`, where they are not those of SRDConfig.
+RUN_DEFAULTS: dict[str, Any] = {
+    "logging_steps": 1,
+    "save_strategy": "steps",
+    "save_steps": 50,
+    "save_total_limit": 2,
+    "eval_strategy": "steps",
+    "eval_steps": 25,
+    "per_device_train_batch_size": 16,
+    "per_device_eval_batch_size": 32,
+}
+
 
 def training_config(
     config: RunConfig,
@@ -35,17 +47,7 @@ def training_config(
     Raises:
         UserError: a field of `distill` is unknown or wrong.
     """
-    basics = {
-        **trainer_basics(torch.device(device), dtype),
-        "logging_steps": 1,
-        "save_strategy": "steps",
-        "save_steps": 50,
-        "save_total_limit": 2,
-        "eval_strategy": "steps",
-        "eval_steps": 25,
-        "per_device_train_batch_size": 16,
-        "per_device_eval_batch_size": 32,
-    }
+    basics = {**trainer_basics(torch.device(device), dtype), **RUN_DEFAULTS}
     try:
         return SRDConfig(
             **{**basics, **config.distill, "sample_selection": ALL},  # the plan holds those samples alone

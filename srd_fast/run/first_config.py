@@ -1,0 +1,75 @@
+"""A first config for someone's data and models: `srd-fast init`."""
+
+from typing import Any
+
+import numpy as np
+
+from ..data import IGNORE_INDEX, Tokenisation, check_columns, prepare_dataset, read_source
+from ..errors import UserError
+from ..models import is_encoder_decoder, load_config, load_tokenizer
+from .config_help import text_of
+
+# Rows that are looked at, and how lengths are rounded up.
+_SEEN, _STEP = 1000, 64
+_LONGEST = 1 << 20
+_BAD = 0.1
+
+
+def first_config(
+    data: str,
+    teacher: str,
+    student: str = "prune",
+    output_dir: str = "runs/mine",
+    columns: dict[str, str] | None = None,
+) -> str:
+    """Look at data and models, and write the config that fits them.
+
+    The template is the tokenizer's, where it has one. Lengths hold 99 of 100 of the rows that were looked at.
+
+    Args:
+        data: where rows come from, as `data` of a config.
+        teacher: folder or hub id.
+        student: folder or hub id, or "prune": half of the teacher's layers.
+        output_dir: of the run.
+        columns: as `columns` of a config.
+
+    Returns:
+        YAML, each key below what it means.
+
+    Raises:
+        UserError: rows or models cannot be read, or too few rows can be used.
+    """
+    named = check_columns(columns or {})
+    tokenizer, config = load_tokenizer(teacher), load_config(teacher)
+    template = "chat" if getattr(tokenizer, "chat_template", None) else "alpaca"
+    tokenisation = Tokenisation(tokenizer, template, _LONGEST, _LONGEST, encoder_decoder=is_encoder_decoder(config))
+    rows = read_source(data)
+    some = prepare_dataset(rows.head(_SEEN), tokenisation, "data", _BAD, named).dataset
+    if len(some) < 4:
+        raise UserError(f"data {data!r} has {len(some)} usable rows: too few for a curriculum")
+    responses = [sum(x != IGNORE_INDEX for x in labels) for labels in some["labels"]]
+    prompts = [len(ids) - n for ids, n in zip(some["input_ids"], responses)]
+    values: dict[str, Any] = {
+        "teacher": teacher,
+        "student": student,
+        "output_dir": output_dir,
+        "data": data,
+        "validation": max(1, min(100, len(some) // 10)),
+        **({"columns": named} if named else {}),
+        "template": template,
+        "max_prompt_length": _rounded(prompts),
+        "max_response_length": _rounded(responses),
+        "preset": "paper",
+    }
+    if student == "prune":
+        values["init_student"] = {"layers": max(1, config.get_text_config().num_hidden_layers // 2)}
+    values["reflect"] = {"max_new_tokens": _rounded(responses)}
+    values["curate"] = {"keep": 0.75, "stages": min(3, len(some) // 2)}
+    values["distill"] = {"divergence": "skew_reverse_kl", "learning_rate": 1e-4}
+    values["evaluate"] = {"max_new_tokens": _rounded(responses)}
+    first = f"# {len(some):,} rows were looked at: 99 of 100 fit in the lengths below.\n"
+    return first + text_of(values) + "\n# srd-fast config prints every other key with its default.\n"
+
+
+def _rounded(lengths: list[int]) -> int:
+    return int(-(-np.quantile(lengths, 0.99) // _STEP)) * _STEP

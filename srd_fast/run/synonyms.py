@@ -1,0 +1,53 @@
+"""Names that other libraries give to keys of the config, for the sentence about an unknown key."""
+
+# What other libraries call keys of this one, by section; with a dot, a key of another section.
+SYNONYMS: dict[str, dict[str, str]] = {
+    "": {
+        **dict.fromkeys(("teacher_model", "teacher_model_path", "teacher_model_name_or_path"), "teacher"),
+        **dict.fromkeys(("model", "student_model", "model_path", "model_name_or_path", "base_model"), "student"),
+        **dict.fromkeys(("train_data", "train_dataset", "train_file", "dataset", "dataset_name", "datasets"), "data"),
+        **dict.fromkeys(("eval_data", "eval_dataset", "validation_file", "dev", "val", "test_size"), "validation"),
+        **dict.fromkeys(("output", "out", "save_dir", "run_dir"), "output_dir"),
+        **dict.fromkeys(("max_samples", "max_train_samples", "limit"), "max_rows"),
+        **dict.fromkeys(("prompt_template", "chat_template"), "template"),
+        **dict.fromkeys(("max_length", "max_seq_length", "cutoff_len", "sequence_len"), "max_response_length"),
+        **dict.fromkeys(("peft", "peft_config", "adapter"), "lora"),
+        **dict.fromkeys(("torch_dtype", "precision"), "dtype"),
+        **dict.fromkeys(("lr", "learning_rate"), "distill.learning_rate"),
+        **dict.fromkeys(("epochs", "num_epochs", "num_train_epochs"), "distill.epochs_per_stage"),
+        **dict.fromkeys(("batch_size", "per_device_train_batch_size"), "distill.per_device_train_batch_size"),
+        **dict.fromkeys(("loss", "loss_type", "kd_loss", "divergence"), "distill.divergence"),
+        **dict.fromkeys(("temperature", "kd_temperature"), "distill.temperature"),
+        **dict.fromkeys(("stages", "num_stages"), "curate.stages"),
+        **dict.fromkeys(("keep_ratio", "keep"), "curate.keep"),
+    },
+    "distill": {
+        **dict.fromkeys(("lr", "peak_learning_rate"), "learning_rate"),
+        **dict.fromkeys(("min_lr", "lr_min", "end_learning_rate"), "min_learning_rate"),
+        **dict.fromkeys(("epochs", "num_epochs", "num_train_epochs", "epochs_per_step"), "epochs_per_stage"),
+        **dict.fromkeys(("batch_size", "micro_batch_size", "train_batch_size"), "per_device_train_batch_size"),
+        **dict.fromkeys(("eval_batch_size", "micro_eval_batch_size"), "per_device_eval_batch_size"),
+        **dict.fromkeys(("accumulation_steps", "grad_accum", "gradient_accumulation"), "gradient_accumulation_steps"),
+        **dict.fromkeys(("optimizer", "optimiser"), "optim"),
+        **dict.fromkeys(("loss", "loss_type", "kd_loss", "objective"), "divergence"),
+        **dict.fromkeys(("alpha", "ce_weight", "sft_ratio", "lm_weight"), "sft_weight"),
+        **dict.fromkeys(("kd_temperature", "tau"), "temperature"),
+        **dict.fromkeys(("lmbda_skew", "skew_alpha", "skew_lambda"), "skew"),
+        **dict.fromkeys(("clip_grad", "grad_clip", "gradient_clipping"), "max_grad_norm"),
+        **dict.fromkeys(("compile", "use_compile"), "torch_compile"),
+        **dict.fromkeys(("packing", "sample_packing"), "padding_free"),
+    },
+    "reflect": {
+        **dict.fromkeys(("max_tokens", "max_length", "max_completion_length"), "max_new_tokens"),
+        **dict.fromkeys(("backend", "generator"), "engine"),
+        **dict.fromkeys(("metrics", "scores"), "signals"),
+    },
+    "curate": {
+        **dict.fromkeys(("keep_ratio", "ratio", "data_ratio", "tau"), "keep"),
+        **dict.fromkeys(("num_stages", "n_stages", "subsets"), "stages"),
+        **dict.fromkeys(("k",), "rrf_k"),
+    },
+    "cache": {**dict.fromkeys(("type", "mode"), "kind"), **dict.fromkeys(("top_k", "topk"), "k")},
+    "evaluate": {**dict.fromkeys(("max_tokens", "max_length"), "max_new_tokens")},
+    "init_student": {**dict.fromkeys(("num_layers", "num_hidden_layers"), "layers")},
+}
