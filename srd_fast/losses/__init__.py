@@ -12,7 +12,7 @@ from .compact import (
 )
 from .distillation import DistillationLoss, distillation_loss, distillation_loss_from_logits, loss_beside_head
 from .divergences import divergence_names, get_divergence, register_divergence
-from .head import Head
+from .head import Head, VocabularyShard
 from .options import LossOptions
 from .packing import DistillationOutput, StudentRows, check_vocabularies, products_dtype
 from .token_values import token_cross_entropy, token_values
@@ -27,6 +27,7 @@ __all__ = [
     "Sampled",
     "StudentRows",
     "TopK",
+    "VocabularyShard",
     "check_vocabularies",
     "compact_distillation_loss",
     "distillation_loss",

@@ -1,11 +1,30 @@
 """The output projection of a language model, as the loss applies it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from .buffers import class_slices
+
+
+@dataclass(frozen=True)
+class VocabularyShard:
+    """Which classes of a vocabulary, divided over the ranks of a process group, this rank's head has.
+
+    Args:
+        group: the ranks that have the whole vocabulary together.
+        first: this rank's first class. How many follow is the number of rows of its weight, which may be 0.
+        classes: V of all ranks.
+        rows: "same" where all ranks hold the same hidden states and labels, as in tensor parallelism. "own" where each
+            has some of its own, as in data parallelism with a sharded model.
+    """
+
+    group: ProcessGroup
+    first: int
+    classes: int
+    rows: str = "same"
 
 
 @dataclass(frozen=True)
@@ -17,12 +36,14 @@ class Head:
         bias: [V], or None.
         softcap: above 0, or None for z itself.
         scale: factor above 0.
+        shard: where weight and bias are those of this rank's classes alone, which these are.
     """
 
     weight: Tensor | None
     bias: Tensor | None = None
     softcap: float | None = None
     scale: float = 1.0
+    shard: VocabularyShard | None = None
 
     def project(self, hidden_CD: Tensor, out: Tensor | None = None) -> Tensor:
         """Compute logits before the softcap.
@@ -66,12 +87,12 @@ class Head:
     def to(self, dtype: torch.dtype) -> "Head":
         """Return the head with weight and bias in `dtype`."""
         weight, bias = (None if x is None else x.to(dtype) for x in (self.weight, self.bias))
-        return Head(weight, bias, self.softcap, self.scale)
+        return replace(self, weight=weight, bias=bias)
 
     def on(self, device: torch.device | str) -> "Head":
         """Return the head on a device, without gradient."""
         weight, bias = (None if x is None else x.detach().to(device) for x in (self.weight, self.bias))
-        return Head(weight, bias, self.softcap, self.scale)
+        return replace(self, weight=weight, bias=bias)
 
     def tensors(self) -> dict[str, Tensor]:
         """Weight and bias by name, without gradient; the bias only if there is one."""
@@ -79,5 +100,7 @@ class Head:
         return {name: x.detach() for name, x in parts.items() if x is not None}
 
     def num_classes(self, hidden: Tensor) -> int:
-        """The number of classes, V."""
+        """The number of classes, V: that of all ranks where the head is a shard."""
+        if self.shard is not None:
+            return self.shard.classes
         return hidden.shape[-1] if self.weight is None else self.weight.shape[0]
