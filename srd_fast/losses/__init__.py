@@ -16,6 +16,7 @@ from .head import Head, VocabularyShard
 from .options import LossOptions
 from .packing import DistillationOutput, StudentRows, check_vocabularies, products_dtype
 from .token_values import token_cross_entropy, token_values
+from .vocabulary import head_of, shard_of
 
 __all__ = [
     "CompactTeacher",
@@ -36,11 +37,13 @@ __all__ = [
     "expect_logits",
     "free_workspace",
     "get_divergence",
+    "head_of",
     "is_out_of_memory",
     "loss_beside_compact_teacher",
     "loss_beside_head",
     "products_dtype",
     "register_divergence",
+    "shard_of",
     "token_cross_entropy",
     "token_values",
 ]

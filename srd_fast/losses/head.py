@@ -1,17 +1,25 @@
 """The output projection of a language model, as the loss applies it."""
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
+from ..errors import UserError
+from ..suggest import unknown_name
 from .buffers import class_slices
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @dataclass(frozen=True)
 class VocabularyShard:
     """Which classes of a vocabulary, divided over the ranks of a process group, this rank's head has.
+
+    The gradients of weight and bias are sums over the rows of all ranks. An optimiser step that expects a data-parallel
+    mean of them, as it does for a loss that was multiplied by the number of ranks, takes `head_gradient` = 1 / ranks.
 
     Args:
         group: the ranks that have the whole vocabulary together.
@@ -19,12 +27,27 @@ class VocabularyShard:
         classes: V of all ranks.
         rows: "same" where all ranks hold the same hidden states and labels, as in tensor parallelism. "own" where each
             has some of its own, as in data parallelism with a sharded model.
+        head_gradient: factor on the gradients of weight and bias.
     """
 
-    group: ProcessGroup
+    group: "ProcessGroup"
     first: int
     classes: int
     rows: str = "same"
+    head_gradient: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.rows not in ("same", "own"):
+            raise UserError(unknown_name("rows of a VocabularyShard", self.rows, ("same", "own")))
+        if not 0 <= self.first <= self.classes:
+            raise UserError(
+                f"first of a VocabularyShard must be from 0 to its classes, {self.classes}, got {self.first!r}"
+            )
+
+    @property
+    def own_rows(self) -> bool:
+        """Whether each rank has rows of its own."""
+        return self.rows == "own"
 
 
 @dataclass(frozen=True)

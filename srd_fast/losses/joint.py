@@ -1,0 +1,108 @@
+"""The rows of a loss whose vocabulary is divided over ranks: each rank sees all of them, with its own classes.
+
+Shape letters: N rows of this rank, C rows of all ranks in a part, D width, M and S numbers of a row.
+
+Where all ranks hold the same rows, a part is some of them, and their hidden gradient is the sum of what all ranks'
+classes give. Where each holds its own, a part is some rows of each rank, one rank's after the other's: they are
+gathered, and each rank gets back the sum for its own.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..kernels import ClassBlocks, maxima_of, sums_of, take_sums, take_terms, terms_of
+from .head import VocabularyShard
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some rows of all ranks.
+
+    own: of this rank's rows. sizes: how many of each rank, where ranks have rows of their own. last: no part follows.
+    """
+
+    own: slice
+    sizes: tuple[int, ...]
+    last: bool
+
+
+class JointRows:
+    """How the ranks of a loss work together.
+
+    Args:
+        shard: of this rank's head.
+        classes: of that head.
+        counts: rows of each rank.
+    """
+
+    def __init__(self, shard: VocabularyShard, classes: int, counts: Sequence[int]) -> None:
+        self.shard, self.group = shard, shard.group
+        self.has_first = shard.first == 0 and classes > 0
+        self.rank, self.ranks = dist.get_rank(shard.group), len(counts)
+        self.counts = counts if shard.own_rows else counts[:1]
+        self.total = sum(self.counts)
+
+    def parts(self, rows: int) -> Iterator[Part]:
+        """All rows, at most so many of all ranks together at once, or one of each."""
+        most, size = max(self.counts), max(1, rows // len(self.counts))
+        for i in range(0, most, size):
+            sizes = tuple(min(max(count - i, 0), size) for count in self.counts)
+            own = sizes[self.rank] if self.shard.own_rows else sizes[0]
+            yield Part(slice(i, i + own), sizes, i + size >= most)
+
+    def gather(self, x: Tensor, part: Part) -> Tensor:
+        """The part of all ranks of a tensor of this rank's rows, [N, ...] -> [C, ...]."""
+        x = x[part.own]
+        if not self.shard.own_rows:
+            return x
+        most = max(part.sizes)
+        found = x.new_empty(self.ranks * most, *x.shape[1:])
+        dist.all_gather_into_tensor(found, _padded(x, most), group=self.group)
+        if min(part.sizes) == most:
+            return found
+        return torch.cat([found[rank * most : rank * most + size] for rank, size in enumerate(part.sizes)])
+
+    def of_own(self, x: Tensor, part: Part) -> Tensor:
+        """This rank's rows of a tensor of the part, [C, ...]."""
+        if not self.shard.own_rows:
+            return x
+        begin = sum(part.sizes[: self.rank])
+        return x[begin : begin + part.sizes[self.rank]]
+
+    def add_hidden(self, sum_CD: Tensor, part: Part) -> Tensor:
+        """Of what each rank's classes give to the hidden gradient, the sum for this rank's rows."""
+        if not self.shard.own_rows:
+            dist.all_reduce(sum_CD, group=self.group)
+            return sum_CD
+        most = max(part.sizes)
+        if min(part.sizes) < most:
+            sum_CD = torch.cat([_padded(x, most) for x in sum_CD.split(list(part.sizes))])
+        own = sum_CD.new_empty(most, sum_CD.shape[1])
+        dist.reduce_scatter_tensor(own, sum_CD, group=self.group)
+        return own[: part.sizes[self.rank]]
+
+    def has_read(self, loss: ClassBlocks) -> None:
+        """Join what the ranks' classes gave in `read`."""
+        maxima_MN = maxima_of(loss, self.has_first)
+        dist.all_reduce(maxima_MN, dist.ReduceOp.MAX, group=self.group)
+        sums_SN = sums_of(loss, maxima_MN)
+        dist.all_reduce(sums_SN, group=self.group)
+        take_sums(loss, sums_SN)
+
+    def has_weighed(self, loss: ClassBlocks) -> None:
+        """Join what they gave to D and sum(w)."""
+        terms_SN = terms_of(loss)
+        dist.all_reduce(terms_SN, group=self.group)
+        take_terms(loss, terms_SN)
+
+
+def _padded(x: Tensor, rows: int) -> Tensor:
+    if len(x) == rows:
+        return x.contiguous()
+    wide = x.new_zeros(rows, *x.shape[1:])
+    wide[: len(x)] = x
+    return wide
