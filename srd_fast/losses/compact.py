@@ -270,8 +270,9 @@ def compact_distillation_loss(
         >>> int(out.num_items), hidden.grad[0, 0].abs().sum().item()
         (3, 0.0)
     """
-    head = head_of(student_weight, student_bias, student_softcap, student_scale, vocabulary)
-    with refusing_together(head.shard, labels.device):
+    with refusing_together(vocabulary, student_weight):
+        head = head_of(student_weight, student_bias, student_softcap, student_scale, vocabulary)
+    with refusing_together(head.shard, student_weight):
         options = LossOptions(
             divergence, temperature, skew, beta, sft_weight, temperature_scaling, reduction, ignore_index, backend,
             memory_budget, logits_dtype, order,
@@ -294,7 +295,7 @@ def loss_beside_compact_teacher(student: StudentRows, teacher: CompactTeacher) -
     Raises:
         UserError: the teacher is no such object, or does not fit the labels, the student or the divergence.
     """
-    with refusing_together(student.head.shard, student.labels.device):
+    with refusing_together(student.head.shard, student.head.weight):
         fields = _fields(student, teacher)
     return student.loss(**fields)
 

@@ -45,7 +45,7 @@ def loss_beside_head(
         UserError: the teacher does not fit the labels or the student.
     """
     lse_N = None
-    with refusing_together(student.head.shard, student.labels.device):
+    with refusing_together(student.head.shard, student.head.weight):
         check_side("teacher", teacher, teacher_head, student.labels)
         check_vocabularies(student.num_classes, teacher_head.num_classes(teacher))
         check_teacher_shard(teacher_head.shard, student.head.shard)
@@ -165,8 +165,9 @@ def distillation_loss(
         >>> int(out.num_items), h_S.grad[0, 0].abs().sum().item()
         (3, 0.0)
     """
-    head = head_of(student_weight, student_bias, student_softcap, student_scale, vocabulary)
-    with refusing_together(head.shard, labels.device):
+    with refusing_together(vocabulary, student_weight):
+        head = head_of(student_weight, student_bias, student_softcap, student_scale, vocabulary)
+    with refusing_together(head.shard, student_weight):
         options = LossOptions(
             divergence, temperature, skew, beta, sft_weight, temperature_scaling, reduction, ignore_index, backend,
             memory_budget, logits_dtype, order,

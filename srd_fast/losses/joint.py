@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..kernels import ClassBlocks, maxima_of, sums_of, take_sums, take_terms, terms_of
+from .collectives import all_gather, reduce_scatter
 from .head import VocabularyShard
 
 
@@ -61,10 +62,19 @@ class JointRows:
             return x
         most = max(part.sizes)
         found = x.new_empty(self.ranks * most, *x.shape[1:])
-        dist.all_gather_into_tensor(found, _padded(x, most), group=self.group)
+        all_gather(found, _padded(x, most), self.group)
         if min(part.sizes) == most:
             return found
         return torch.cat([found[rank * most : rank * most + size] for rank, size in enumerate(part.sizes)])
+
+    def gather_numbers(self, numbers: Sequence[Tensor | None], part: Part) -> list[Tensor | None]:
+        """The part of all ranks of some tensors [N], as `gather` does it, in one call."""
+        if not self.shard.own_rows:
+            return [None if x is None else self.gather(x, part) for x in numbers]
+        # float64 holds a label, and any weight, as it is.
+        given = [x.double() for x in numbers if x is not None]
+        columns = iter(self.gather(torch.stack(given, 1), part).unbind(1))
+        return [None if x is None else next(columns).to(x.dtype) for x in numbers]
 
     def of_own(self, x: Tensor, part: Part) -> Tensor:
         """This rank's rows of a tensor of the part, [C, ...]."""
@@ -82,7 +92,7 @@ class JointRows:
         if min(part.sizes) < most:
             sum_CD = torch.cat([_padded(x, most) for x in sum_CD.split(list(part.sizes))])
         own = sum_CD.new_empty(most, sum_CD.shape[1])
-        dist.reduce_scatter_tensor(own, sum_CD, group=self.group)
+        reduce_scatter(own, sum_CD, self.group)
         return own[: part.sizes[self.rank]]
 
     def has_read(self, loss: ClassBlocks) -> None:

@@ -202,7 +202,7 @@ class StudentRows:
         num_items: float | Tensor | None = None,
         student_logits: Tensor | None = None,
     ) -> None:
-        with refusing_together(head.shard, student.device):
+        with refusing_together(head.shard, head.weight):
             self._pack(student, head, labels, options, token_weights, num_items, student_logits)
 
     def _pack(

@@ -52,7 +52,7 @@ def run_shard(
     shard, weight = head.shard, head.weight
     assert shard is not None
     assert weight is not None
-    with refusing_together(shard, weight.device):
+    with refusing_together(shard, weight):
         backend = _backend(hidden_ND, head, rows)
     local = _Local.agreed(hidden_ND, head, rows, weights_N, needs, backend)
     return local.run(hidden_ND, weights_N, needs, backend)
@@ -186,8 +186,8 @@ class _Local:
         for part in parts:
             # As the products take them: what is narrower travels faster.
             hidden_CD = self.joint.gather(hidden_ND.to(products) if self.shard.own_rows else hidden_ND, part)
-            weights_C = None if weights_N is None else self.joint.gather(weights_N, part)
-            rows = self._rows_of(part, weights_C, by_rows)
+            rows = self._rows_of(part, weights_N, by_rows)
+            weights_C = rows.weights_N
             if chunks is not None:
                 found, sum_CD = chunks.run(hidden_CD, rows, weights_C, last=part.last)
             else:
@@ -206,10 +206,14 @@ class _Local:
             of_head = [None if x is None else x.total for x in chunks.sums]
         return values, Gradients(d_hidden_ND, *of_head)
 
-    def _rows_of(self, part: Part, weights_C: Tensor | None, by_rows: bool) -> PackedRows:
+    def _rows_of(self, part: Part, weights_N: Tensor | None, by_rows: bool) -> PackedRows:
         """The part's rows, in the numbers of this rank's classes."""
         rows, joint, first = self.rows, self.joint, self.shard.first
-        compact, teacher_CD, lse_C = rows.compact, None, None
+        compact, teacher_CD = rows.compact, None
+        # Where a chunk's logits are there anyway, their sum costs nothing.
+        lse_N = None if by_rows else rows.teacher_lse_N
+        labels_C, weights_C, lse_C = joint.gather_numbers((rows.labels_N, weights_N, lse_N), part)
+        assert labels_C is not None
         if compact is not None:
             known = {name: joint.gather(x, part) for name, x in vars(compact).items() if isinstance(x, Tensor)}
             if compact.ids_CK is not None:
@@ -218,14 +222,11 @@ class _Local:
         if rows.teacher_ND is not None and self.teacher is not None:
             products = rows.dtypes(rows.teacher_ND, self.teacher)[0]
             teacher_CD = joint.gather(rows.teacher_ND.to(products) if self.shard.own_rows else rows.teacher_ND, part)
-            # Where a chunk's logits are there anyway, their sum costs nothing.
-            if rows.teacher_lse_N is not None and not by_rows:
-                lse_C = joint.gather(rows.teacher_lse_N, part)
         return replace(
             rows,
             teacher_ND=teacher_CD,
             teacher_head=self.teacher,
-            labels_N=joint.gather(rows.labels_N, part) - first,
+            labels_N=labels_C - first,
             weights_N=weights_C,
             compact=compact,
             projection_ND=None,

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..errors import UserError
+from .collectives import all_gather
 from .head import Head, VocabularyShard
 
 if TYPE_CHECKING:
@@ -137,13 +138,17 @@ def plain(name: str, x: Any) -> Any:
 
 
 @contextmanager
-def refusing_together(shard: VocabularyShard | None, device: torch.device) -> Iterator[None]:
-    """Tell the other ranks of a UserError in the block, so that they end with one too instead of waiting."""
+def refusing_together(shard: VocabularyShard | None, weight: Tensor | None) -> Iterator[None]:
+    """Tell the other ranks of a UserError in the block, so that they end with one too instead of waiting.
+
+    weight: of the shard, whose device the ranks reach each other from.
+    """
     try:
         yield
     except UserError as error:
         if shard is not None and error not in _raised_by_all:
             _raised_by_all.add(error)
+            device = weight.device if isinstance(weight, Tensor) else torch.device("cpu")
             _exchange(shard, device, [0], None)
         raise
 
@@ -163,7 +168,7 @@ def _exchange(
     if checksum is not None:
         mine[-1] = checksum
     found = mine.new_empty(ranks * _NUMBERS)
-    dist.all_gather_into_tensor(found, mine, group=shard.group)
+    all_gather(found, mine, shard.group)
     rows: list[list[int]] = found.view(ranks, _NUMBERS).tolist()
     refusing = [rank for rank, row in enumerate(rows) if row[0] == 0]
     if numbers[0] and refusing:
