@@ -253,7 +253,7 @@ def run(c: Case, x: dict[str, Tensor], rows: slice, heads: dict[str, Any], **mor
         out = compact_distillation_loss(hidden, heads["student_weight"], teacher, labels, **options)
     found: Found = {name: value.detach() for name, value in vars(out).items()}
     if c.trained:
-        from_above = x["grad_output"][rows] if out.loss.dim() else torch.tensor(1.7)
+        from_above = x["grad_output"][rows] if out.loss.dim() else torch.tensor(1.75)
         out.loss.backward(from_above.to(out.loss.dtype))
         found["d_hidden"] = hidden.grad
         for name in ("student_weight", "student_bias"):
@@ -561,7 +561,9 @@ def check(c: Case, ranks: list[Found], name: str) -> None:
 
     def same(actual: Tensor, wanted: Tensor, what: str) -> None:
         if c.equal and what in ("loss", "divergence", "d_hidden", "d_student_weight"):
-            assert actual.abs().max() == 0, what
+            # A mixture of two equal numbers is rounded.
+            mixed = c.options["divergence"] in ("skew_forward_kl", "skew_reverse_kl", "jsd")
+            assert actual.abs().max() <= 5e-7 * mixed, what
         elif wanted.numel() == 0 or wanted.abs().max() == 0:
             assert actual.shape == wanted.shape, what
             assert not actual.any(), what
