@@ -1,12 +1,11 @@
 """Rows whose classes are divided over several `ClassBlocks`: what each found, joined into what one would have found.
 
-Shape letters: N rows, M maxima, S sums, K classes that a row's teacher is known at.
+Shape letters: N rows, F numbers of a row, P parts.
 
-After `read`: the largest of all parts' `maxima_of`, then the sum of all parts' `sums_of`, which `take_sums` writes
-back. After `weigh` and `write`, D and sum(w) are plain sums. How the parts reach each other is the caller's business.
+Every part joins the numbers of all parts itself, in one order for every number and row: so the parts stay the same to
+the bit, and a sum of the student's equals the same sum of the teacher's where the two are equal. How the numbers reach
+the parts is the caller's business.
 """
-
-import math
 
 import torch
 from torch import Tensor
@@ -14,65 +13,53 @@ from torch import Tensor
 from .class_blocks import ClassBlocks
 
 
-def maxima_of(loss: ClassBlocks, has_first: bool) -> Tensor:
-    """What a part knows the largest of, once it has read its classes.
+def _names(loss: ClassBlocks) -> list[str]:
+    """What a part knows after `read`."""
+    origins = ["origin_S", "origin_T"] if loss.crosses else []
+    return ["label", *origins, *dict.fromkeys(loss.read_sums.values()), *loss.read_sums]
+
+
+def state_of(loss: ClassBlocks) -> Tensor:
+    """What a part knows once it has read its classes.
 
     Args:
         loss: the part.
-        has_first: whether class 0 of the whole vocabulary is its first. One-read divergences measure from that class.
 
     Returns:
-        [M, N]. -inf for what another part knows.
+        [F, N].
     """
-    known = [loss.state[name] for name in dict.fromkeys(loss.read_sums.values())]
-    if loss.crosses:
-        origins = loss.state["origin_S"], loss.state["origin_T"]
-        known += [x if has_first else torch.full_like(x, -math.inf) for x in origins]
-    return torch.stack(known)
+    return torch.stack([loss.state[name] for name in _names(loss)])
 
 
-def sums_of(loss: ClassBlocks, maxima_MN: Tensor) -> Tensor:
-    """Give a part the maxima of all parts.
+def join_states(loss: ClassBlocks, states_PFN: Tensor, first: int) -> None:
+    """Give a part, in place of what it knows, what all parts know together.
 
     Args:
         loss: the part.
-        maxima_MN: [M, N] the largest of what `maxima_of` gives.
-
-    Returns:
-        [S, N] the part's sums, relative to these, to be added to those of the others.
+        states_PFN: what `state_of` gave in each.
+        first: the part that has class 0, from which one-read divergences measure.
     """
-    state = loss.state
-    maxima = dict(zip(dict.fromkeys(loss.read_sums.values()), maxima_MN))
-    lower = {name: state[name] - maximum for name, maximum in maxima.items()}
+    known = dict(zip(_names(loss), states_PFN.unbind(1)))
     if loss.crosses:
-        of_S, of_T = maxima_MN[-2:]
+        of_S, of_T = known["origin_S"], known["origin_T"]
         # The two differences first: they are equal where the two sides are, however large.
-        moved = (state["origin_S"] - of_S) - (state["origin_T"] - of_T)
-        state["cross"] += state["sum_T" if loss.side == "teacher" else "sum_K"] * moved
-        state["origin_S"].copy_(of_S)
-        state["origin_T"].copy_(of_T)
-    state["product_S"] += state["sum_S"] * lower["max_S"]
-    at_1 = "sum_S", "product_S"
-    sums = [
-        state[name] * (lower[maximum] if name in at_1 else lower[maximum] * loss.inverse_t).exp()
-        for name, maximum in loss.read_sums.items()
-    ]
-    for name, maximum in maxima.items():
-        state[name].copy_(maximum)
-    return torch.cat((torch.stack((state["label"], *sums)), loss.kept_logits))
-
-
-def take_sums(loss: ClassBlocks, sums_SN: Tensor) -> None:
-    """Give a part the sums of all.
-
-    Args:
-        loss: the part.
-        sums_SN: [S, N] the sum of what `sums_of` gives.
-    """
-    names = "label", *loss.read_sums
-    for name, total in zip(names, sums_SN):
-        loss.state[name].copy_(total)
-    loss.kept_logits.copy_(sums_SN[len(names) :])
+        moved_PN = (of_S - of_S[first]) - (of_T - of_T[first])
+        known["cross"] = known["cross"] + known["sum_T" if loss.side == "teacher" else "sum_K"] * moved_PN
+        loss.state["origin_S"].copy_(of_S[first])
+        loss.state["origin_T"].copy_(of_T[first])
+    lower = {}
+    for name in dict.fromkeys(loss.read_sums.values()):
+        maximum_N = known[name].amax(0)
+        lower[name] = known[name] - maximum_N
+        loss.state[name].copy_(maximum_N)
+    known["product_S"] = known["product_S"] + known["sum_S"] * lower["max_S"]
+    # A label is in one part, and 0 in the others.
+    moved = [known["label"]]
+    for name, maximum in loss.read_sums.items():
+        scale = 1.0 if name in ("sum_S", "product_S") else loss.inverse_t
+        moved.append(known[name] * (lower[maximum] * scale).exp())
+    for name, total_N in zip(("label", *loss.read_sums), _total(torch.stack(moved, 1))):
+        loss.state[name].copy_(total_N)
 
 
 def terms_of(loss: ClassBlocks) -> Tensor:
@@ -82,17 +69,25 @@ def terms_of(loss: ClassBlocks) -> Tensor:
         loss: the part, after `weigh`, or after `write` where D is found there.
 
     Returns:
-        [1 or 2, N], to be added to those of the others.
+        [1 or 2, N].
     """
     return torch.stack([loss.state[name] for name in ("divergence", "weight")[: 1 + loss.weighs]])
 
 
-def take_terms(loss: ClassBlocks, terms_SN: Tensor) -> None:
+def join_terms(loss: ClassBlocks, terms_PFN: Tensor) -> None:
     """Give a part D and sum(w) of all.
 
     Args:
         loss: the part.
-        terms_SN: the sum of what `terms_of` gives.
+        terms_PFN: what `terms_of` gave in each.
     """
-    for name, total in zip(("divergence", "weight"), terms_SN):
+    for name, total in zip(("divergence", "weight"), _total(terms_PFN)):
         loss.state[name].copy_(total)
+
+
+def _total(parts: Tensor) -> Tensor:
+    """Sum over the first dimension. `Tensor.sum` adds some columns in another order than others."""
+    while len(parts) > 1:
+        half = len(parts) // 2
+        parts = torch.cat((parts[:half] + parts[half : 2 * half], parts[2 * half :]))
+    return parts[0]

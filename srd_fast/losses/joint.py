@@ -1,6 +1,6 @@
 """The rows of a loss whose vocabulary is divided over ranks: each rank sees all of them, with its own classes.
 
-Shape letters: N rows of this rank, C rows of all ranks in a part, D width, M and S numbers of a row.
+Shape letters: N rows of this rank, C rows of all ranks in a part, D width, F numbers of a row.
 
 Where all ranks hold the same rows, a part is some of them, and their hidden gradient is the sum of what all ranks'
 classes give. Where each holds its own, a part is some rows of each rank, one rank's after the other's: they are
@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..kernels import ClassBlocks, maxima_of, sums_of, take_sums, take_terms, terms_of
+from ..kernels import ClassBlocks, join_states, join_terms, state_of, terms_of
 from .collectives import all_gather, reduce_scatter
 from .head import VocabularyShard
 
@@ -36,13 +36,13 @@ class JointRows:
 
     Args:
         shard: of this rank's head.
-        classes: of that head.
+        classes: of each rank's head.
         counts: rows of each rank.
     """
 
-    def __init__(self, shard: VocabularyShard, classes: int, counts: Sequence[int]) -> None:
+    def __init__(self, shard: VocabularyShard, classes: Sequence[range], counts: Sequence[int]) -> None:
         self.shard, self.group = shard, shard.group
-        self.has_first = shard.first == 0 and classes > 0
+        self.first = next((rank for rank, part in enumerate(classes) if 0 in part), 0)
         self.rank, self.ranks = dist.get_rank(shard.group), len(counts)
         self.counts = counts if shard.own_rows else counts[:1]
         self.total = sum(self.counts)
@@ -97,17 +97,22 @@ class JointRows:
 
     def has_read(self, loss: ClassBlocks) -> None:
         """Join what the ranks' classes gave in `read`."""
-        maxima_MN = maxima_of(loss, self.has_first)
-        dist.all_reduce(maxima_MN, dist.ReduceOp.MAX, group=self.group)
-        sums_SN = sums_of(loss, maxima_MN)
-        dist.all_reduce(sums_SN, group=self.group)
-        take_sums(loss, sums_SN)
+        join_states(loss, self._of_all(state_of(loss)), self.first)
+        if len(loss.kept_logits):
+            # Each is on one rank, so nothing is rounded.
+            logits_KN = loss.kept_logits.contiguous()
+            dist.all_reduce(logits_KN, group=self.group)
+            loss.kept_logits.copy_(logits_KN)
 
     def has_weighed(self, loss: ClassBlocks) -> None:
         """Join what they gave to D and sum(w)."""
-        terms_SN = terms_of(loss)
-        dist.all_reduce(terms_SN, group=self.group)
-        take_terms(loss, terms_SN)
+        join_terms(loss, self._of_all(terms_of(loss)))
+
+    def _of_all(self, numbers_FN: Tensor) -> Tensor:
+        """[F, N] numbers of all ranks, [ranks, F, N]."""
+        found = numbers_FN.new_empty(self.ranks * len(numbers_FN), numbers_FN.shape[1])
+        all_gather(found, numbers_FN, self.group)
+        return found.view(self.ranks, *numbers_FN.shape)
 
 
 def _padded(x: Tensor, rows: int) -> Tensor:

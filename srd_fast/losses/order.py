@@ -33,6 +33,8 @@ _BYTES_PER_LAUNCH_ELSEWHERE = 1 << 20
 _BLOCKS_OF_CLASSES = tuple(1 << i for i in range(7, 15))
 # Kernels that could start while the ranks join a chunk: some six calls, each of which takes as long as several.
 _JOINING = 40
+# Of a row: what each rank tells the others of it, and what is made of that.
+_JOINED_BYTES = 3 * 11 * 4
 # Of the state and of what is made of it between two passes.
 _STATE_BYTES = 32 * 4
 # Predictions this near to each other are the same: then rows go outside, and a block is no larger than it need be.
@@ -86,7 +88,12 @@ class JointWork:
         """Of a row, beside its logits. summed: whether its hidden gradient is a sum beside the gradient itself."""
         gathered = sum(side.width * max(side.products.itemsize, side.hidden.itemsize) for side in work.sides)
         sum_bytes = max(4, work.student.hidden.itemsize) * work.student.width if work.hidden_gradient else 0
-        return _STATE_BYTES + self.own * (gathered + sum_bytes // self.ranks) + (summed or self.own) * sum_bytes
+        return (
+            _STATE_BYTES
+            + self.ranks * _JOINED_BYTES
+            + self.own * (gathered + sum_bytes // self.ranks)
+            + (summed or self.own) * sum_bytes
+        )
 
 
 @dataclass(frozen=True)

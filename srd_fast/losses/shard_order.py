@@ -139,17 +139,18 @@ class _Local:
         numbers = len(hidden_ND), shard.first, len(weight), budget, int(backend == "eager"), *of_teacher
         of_ranks = agree(shard, rows.labels_N, numbers, _what_is_the_same(hidden_ND, head, rows, weights_N, needs))
 
-        check_ranges([range(first, first + n) for _, first, n, *_ in of_ranks], shard.classes, "student")
-        wanted = [_below(common, first, n) for _, first, n, *_ in of_ranks]
+        classes = [range(first, first + n) for _, first, n, *_ in of_ranks]
+        check_ranges(classes, shard.classes, "student")
+        wanted = [_below(common, part.start, len(part)) for part in classes]
         teacher = None
         if block is not None and rows.teacher_head is not None and rows.teacher_ND is not None:
             if rows.teacher_head.shard is not None:
                 have = [range(first, first + n) for *_, first, n, _ in of_ranks]
                 check_ranges(have, rows.teacher_head.shard.classes, "teacher")
             teacher = block.of([(first, n, kept) for *_, first, n, kept in of_ranks], wanted)
-        joint = JointRows(shard, len(weight), [n for n, *_ in of_ranks])
+        joint = JointRows(shard, classes, [n for n, *_ in of_ranks])
 
-        sides = [_work(hidden_ND, head, rows, max(n for _, _, n, *_ in of_ranks))]
+        sides = [_work(hidden_ND, head, rows, max(map(len, classes)))]
         if teacher is not None and rows.teacher_ND is not None:
             sides.append(_work(rows.teacher_ND, teacher, rows, max(map(len, wanted))))
         work = LossWork(

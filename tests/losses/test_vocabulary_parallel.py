@@ -18,9 +18,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from tiny import DIVERGENCES, IGNORE, assert_same
 from torch import Tensor
 
+from srd_fast.kernels import FORMULAS
+
+# As in `tiny`, whose import takes the processes longer than all cases.
+IGNORE = -100
+DIVERGENCES = tuple(FORMULAS)
 Found = dict[str, Any]
 
 
@@ -29,8 +33,8 @@ class Case:
     """A loss.
 
     classes, widths: of student and teacher. divided, divided_T: how their classes are over the ranks; "whole" for a
-    teacher that each rank has. given, given_T: as DTensors, or blocks. rows: of the ranks; counts: how many of them
-    each has where they are its own. kind: of the teacher. options: of the loss. weighted: whether labels have weights.
+    teacher that each rank has. rows: of the ranks; counts: how many of them each has where they are its own; ignored:
+    the share of labels without loss. kind: of the teacher. options: of the loss. weighted: whether labels have weights.
     trained: whether there is a backward. equal: student and teacher are one model.
     """
 
@@ -47,6 +51,7 @@ class Case:
     dtype: torch.dtype = torch.float64
     trained: bool = True
     equal: bool = False
+    ignored: float = 0.4
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -122,7 +127,7 @@ CASES |= {
 }
 CASES |= {
     f"triton, {divergence}, {order}": case(
-        order, backend="triton", dtype=torch.float32, divergence=divergence, rows=rows, classes=(40, 37)
+        order, backend="triton", dtype=torch.float32, divergence=divergence, rows=rows, classes=(40, 37), ignored=0.8
     )
     for divergence, order, rows in (
         ("forward_kl", "rows", "same"),
@@ -156,7 +161,7 @@ def inputs(c: Case) -> dict[str, Tensor]:
     rows = 24
     labels = torch.randint(min(c.classes), (rows,), generator=g)
     if c.options.get("ignore_index", IGNORE) == IGNORE:
-        labels[torch.rand(rows, generator=g) < 0.4] = IGNORE
+        labels[torch.rand(rows, generator=g) < c.ignored] = IGNORE
     if c.counts == "nobody":
         labels[:] = IGNORE
     drawn = {
@@ -535,6 +540,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> list[Found]:
 def expected_of(c: Case) -> Found:
     """Of one process; for a head as a teacher, checked against the formula besides."""
     from test_losses import Problem, gradients, plain
+    from tiny import assert_same
 
     found = alone(c)
     o = c.options
@@ -556,6 +562,8 @@ def expected_of(c: Case) -> Found:
 
 def check(c: Case, ranks: list[Found], name: str) -> None:
     """Ranks against one process: values and gradients."""
+    from tiny import assert_same
+
     world, expected = len(ranks), expected_of(c)
     tolerance = TOLERANCE[c.dtype]
 
@@ -598,33 +606,31 @@ def _expected_calls(name: str) -> list[tuple[str, int]]:
     width, of_teacher, k = 5, 8, 4
     start = ("all_gather", 40 * 8)
 
-    def reduced(rows: int, *numbers: int) -> list[tuple[str, int]]:
-        return [("all_reduce", 4 * rows * n) for n in numbers]
+    def joined(rows: int, *numbers: int, hidden: bool = True) -> list[tuple[str, int]]:
+        told = [("all_gather", 4 * rows * n) for n in numbers]
+        return [*told, ("all_reduce", 4 * rows * width)] if hidden else told
 
     if name == "two reads":
-        return [start, *reduced(12, 3, 5, 2, width) * 2]
+        return [start, *joined(12, 8, 2) * 2]
     if name == "without gradient":
-        return [start, *reduced(12, 3, 5, 2) * 2]
+        return [start, *joined(12, 8, 2, hidden=False) * 2]
     if name == "one read":
-        return [start, *reduced(12, 5, 6, width) * 2]
+        return [start, *joined(12, 11) * 2]
     if name == "lse is known":
-        return [start, *reduced(24, 2, 4, 1, width)]
+        return [start, *joined(24, 6, 1)]
     if name == "TopK":
-        return [start, *reduced(12, 1, 4 + k, width) * 2]
+        first, last = joined(12, 5)
+        return [start, *[first, ("all_reduce", 4 * 12 * k), last] * 2]
     # Each rank gives six of the 12 rows; the gradient of all 12.
-    own = [("all_gather", 6 * n) for n in (8 * 2, 4 * of_teacher, 4 * width)]
-    own = sorted(own) + reduced(12, 3, 5, 2) + [("reduce_scatter", 4 * 12 * width)]
-    return [start, start, *own * 2]
+    rows = [("all_gather", 6 * n) for n in (4 * width, 8 * 2, 4 * of_teacher)]
+    both = [*rows, *joined(12, 8, 2, hidden=False), ("reduce_scatter", 4 * 12 * width)]
+    return [start, start, *both * 2]
 
 
 @pytest.mark.parametrize("name", COUNTED)
 def test_no_more_travels_than_the_docs_promise(name: str, two: list[Found]) -> None:
     for rank in two:
-        calls = rank["calls"][name]
-        gathers = [c for c in calls if c[0].startswith("all_gather")]
-        expected = _expected_calls(name)
-        assert [c for c in calls if c not in gathers] == [c for c in expected if not c[0].startswith("all_gather")]
-        assert sorted(gathers) == sorted(c for c in expected if c[0].startswith("all_gather"))
+        assert rank["calls"][name] == _expected_calls(name)
 
 
 WORDS = {
@@ -675,12 +681,15 @@ def test_compiled_passes_find_it_too(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_vocabulary_of_262144_takes_each_of_four_ranks_a_quarter(tmp_path: Path) -> None:
+    from tiny import assert_same
+
     (tmp_path / "one").mkdir()
     (alone,) = finish(tmp_path / "one", start(tmp_path / "one", 1, "large"))
     ranks = finish(tmp_path, start(tmp_path, 4, "large"))
     assert [rank["head"] * 4 for rank in ranks] == [alone["head"]] * 4
     for rank in ranks:
-        assert rank["extra"] < 0.28 * alone["extra"]
+        # Logits of both sides are 1 GiB alone; what does not grow with V is less than this.
+        assert rank["extra"] < alone["extra"] / 4 + (64 << 20)
         assert_same(rank["loss"], alone["loss"], 1e-5, "loss")
         assert_same(rank["d_hidden"], alone["d_hidden"], 1e-5, "d_hidden")
 
