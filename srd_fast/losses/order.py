@@ -88,12 +88,8 @@ class JointWork:
         """Of a row, beside its logits. summed: whether its hidden gradient is a sum beside the gradient itself."""
         gathered = sum(side.width * max(side.products.itemsize, side.hidden.itemsize) for side in work.sides)
         sum_bytes = max(4, work.student.hidden.itemsize) * work.student.width if work.hidden_gradient else 0
-        return (
-            _STATE_BYTES
-            + self.ranks * _JOINED_BYTES
-            + self.own * (gathered + sum_bytes // self.ranks)
-            + (summed or self.own) * sum_bytes
-        )
+        kept = _STATE_BYTES + self.ranks * _JOINED_BYTES + (summed or self.own) * sum_bytes
+        return kept + (gathered + sum_bytes // self.ranks if self.own else 0)
 
 
 @dataclass(frozen=True)
