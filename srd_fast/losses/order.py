@@ -85,10 +85,10 @@ class JointWork:
     own: bool
 
     def row_bytes(self, work: "LossWork", summed: bool) -> int:
-        """Of a row, beside its logits. summed: whether its hidden gradient is a sum beside the gradient itself."""
+        """Of a row, beside its logits. summed: whether rows come in chunks, each with a state and a sum of its own."""
         gathered = sum(side.width * max(side.products.itemsize, side.hidden.itemsize) for side in work.sides)
         sum_bytes = max(4, work.student.hidden.itemsize) * work.student.width if work.hidden_gradient else 0
-        kept = _STATE_BYTES + self.ranks * _JOINED_BYTES + (summed or self.own) * sum_bytes
+        kept = summed * _STATE_BYTES + self.ranks * _JOINED_BYTES + (summed or self.own) * sum_bytes
         return kept + (gathered + sum_bytes // self.ranks if self.own else 0)
 
 

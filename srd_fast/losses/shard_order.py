@@ -18,7 +18,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..kernels import ClassPasses, RowValues
 from .backends import chosen_backend, compact_backend
-from .buffers import GradientSum, add_product, budget_of, workspace
+from .buffers import GradientSum, add_product, budget_of, class_slices, workspace
 from .class_order import class_state, run_class_blocks
 from .head import Head, VocabularyShard
 from .joint import JointRows, Part
@@ -306,7 +306,13 @@ class _Chunks:
         if self.needs[0]:
             # With no classes nothing is written, so it must be 0.
             sum_CD = hidden_CD.new_zeros(hidden_CD.shape, dtype=self.sum_dtype)
-            add_product(sum_CD, g_CV, self.head.weight, self.head.scale)
+            if g_CV.is_cuda or g_CV.dtype == self.sum_dtype:
+                add_product(sum_CD, g_CV, self.head.weight, self.head.scale)
+            else:
+                # What ranks give may nearly cancel. A CPU's product would be rounded before, a slice that is widened not.
+                for part in class_slices(g_CV.shape[1]):
+                    g, weight = g_CV[:, part].to(self.sum_dtype), self.head.weight[part].to(self.sum_dtype)
+                    add_product(sum_CD, g, weight, self.head.scale)
         for total in self.sums:
             if total is not None:
                 total.add(g_CV, hidden_CD, self.head.scale, first=self.first, last=last)

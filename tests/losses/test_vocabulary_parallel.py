@@ -148,6 +148,16 @@ COMPILED = {
     )
     for divergence, order in (("jsd", "rows"), ("reverse_kl", "classes"))
 }
+# Rounded to 8 bits here and there: against what one process in the same dtype makes of it.
+NARROW = {
+    "rows": case("rows", ONE_ROW, dtype=torch.bfloat16, divergence="forward_kl"),
+    "own rows": case("rows", dtype=torch.bfloat16, rows="own", bias=True),
+    "own rows, classes": case("classes", dtype=torch.bfloat16, rows="own", counts="none", divergence="jsd"),
+    "lse": case("classes", dtype=torch.bfloat16, lse=True, student_scale=0.7, divergence="reverse_kl"),
+    "logits in float32": case("rows", dtype=torch.bfloat16, logits_dtype=torch.float32, rows="own"),
+    "TopK": case("rows", dtype=torch.bfloat16, kind="TopK", rows="own"),
+    "Projected": case("rows", dtype=torch.bfloat16, kind="Projected", divergence="forward_kl", rows="own"),
+}
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5}
 
 
@@ -268,16 +278,18 @@ def run(c: Case, x: dict[str, Tensor], rows: slice, heads: dict[str, Any], **mor
     return found
 
 
-def alone(c: Case) -> Found:
-    """What one process finds in float64."""
+def alone(c: Case, dtype: torch.dtype = torch.float64) -> Found:
+    """What one process finds."""
     x = inputs(c)
     names = ["student_weight", "teacher_weight", *(["student_bias", "teacher_bias"] if c.bias else [])]
-    heads: dict[str, Any] = {name: x[name].clone() for name in names}
+    heads: dict[str, Any] = {name: x[name].to(dtype, copy=True) for name in names}
     if c.trained and c.kind not in ("Projected", "none"):
         for name in names:
             heads[name].requires_grad_(name.startswith("student"))
     options = {**c.options, "order": "rows", "memory_budget": None, "backend": "eager"}
-    whole = replace(c, dtype=torch.float64, options=options)
+    if dtype == torch.float64:
+        options["logits_dtype"] = None
+    whole = replace(c, dtype=dtype, options=options)
     return run(whole, x, slice(0, 24), heads)
 
 
@@ -332,6 +344,7 @@ def worker(folder: Path, names: str) -> None:
     else:
         found = {name: on_rank(c, rank, world) for name, c in CASES.items()}
         found["calls"] = {name: calls_of(c, rank, world) for name, c in COUNTED.items()}
+        found["narrow"] = {name: on_rank(c, rank, world) for name, c in NARROW.items()}
         found["kept"] = borders(rank, world)
         found["wrapped"] = wrapped(rank, world)
         found["refusals"] = {name: refusal(change, rank, world) for name, change in REFUSALS.items()}
@@ -676,6 +689,26 @@ def check(c: Case, ranks: list[Found], name: str) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_ranks_find_what_one_process_does(name: str, two: list[Found]) -> None:
     check(CASES[name], two, name)
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_narrow_heads_are_as_exact_as_in_one_process(name: str, two: list[Found]) -> None:
+    c = NARROW[name]
+    exact, rounded = alone(c), alone(c, c.dtype)
+    found = [rank["narrow"][name] for rank in two]
+    for what in ("loss", "divergence", "cross_entropy", "d_hidden", "d_student_weight"):
+        if what not in exact:
+            continue
+        parts = [f[what] for f in found]
+        if what == "d_student_weight":
+            whole = torch.cat(parts)
+        elif c.rows == "same":
+            whole = parts[1]
+        else:
+            whole = sum(parts) if parts[0].dim() == 0 else torch.cat(parts)
+        largest, error = exact[what].abs().max(), (whole.double() - exact[what]).abs().max()
+        assert error <= 1.25 * (rounded[what].double() - exact[what]).abs().max() + 2e-3 * largest, what
+        assert largest > 1e-3
 
 
 def _expected_calls(name: str) -> list[tuple[str, int]]:
