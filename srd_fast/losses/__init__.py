@@ -16,7 +16,7 @@ from .head import Head, VocabularyShard
 from .options import LossOptions
 from .packing import DistillationOutput, StudentRows, check_vocabularies, products_dtype
 from .token_values import token_cross_entropy, token_values
-from .vocabulary import head_of, shard_of
+from .vocabulary import head_of
 
 __all__ = [
     "CompactTeacher",
@@ -43,7 +43,6 @@ __all__ = [
     "loss_beside_head",
     "products_dtype",
     "register_divergence",
-    "shard_of",
     "token_cross_entropy",
     "token_values",
 ]

@@ -12,6 +12,7 @@ from .buffers import class_slices
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from torch.distributed.tensor import DTensor
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,38 @@ class VocabularyShard:
             raise UserError(
                 f"first of a VocabularyShard must be from 0 to its classes, {self.classes}, got {self.first!r}"
             )
+
+    @staticmethod
+    def of(
+        weight: "DTensor", rows: str = "same", head_gradient: float = 1.0, name: str = "weight"
+    ) -> "VocabularyShard":
+        """Find which classes this rank has of a head that is a DTensor.
+
+        Args:
+            weight: [V, D], divided by classes, `Shard(0)`, over one dimension of its mesh. What it is copied over,
+                `Replicate()`, is left to the caller: gradients are not summed there.
+            rows: "same" or "own".
+            head_gradient: factor on the gradients of weight and bias.
+            name: of the weight, for messages.
+
+        Returns:
+            The shard; the ranks along that dimension are its group.
+
+        Raises:
+            UserError: the weight is divided in another way.
+        """
+        divided = [i for i, placement in enumerate(weight.placements) if not placement.is_replicate()]
+        if len(divided) != 1 or type(weight.placements[divided[0]]).__name__ != "Shard" or weight.dim() != 2:
+            divided = []
+        if not divided or not weight.placements[divided[0]].is_shard(0):
+            raise UserError(
+                f"{name} must be divided by classes, Shard(0), over one dimension of its mesh, got "
+                f"{weight.placements} of shape {tuple(weight.shape)}; redistribute it, or give full_tensor()"
+            )
+        mesh, dimension = weight.device_mesh, divided[0]
+        classes, ranks = weight.shape[0], mesh.size(dimension)
+        first = min(classes, mesh.get_local_rank(dimension) * -(-classes // ranks))
+        return VocabularyShard(mesh.get_group(dimension), first, classes, rows, head_gradient)
 
     @property
     def own_rows(self) -> bool:

@@ -309,7 +309,7 @@ class _Chunks:
             if g_CV.is_cuda or g_CV.dtype == self.sum_dtype:
                 add_product(sum_CD, g_CV, self.head.weight, self.head.scale)
             else:
-                # What ranks give may nearly cancel. A CPU's product would be rounded before, a slice that is widened not.
+                # What ranks give may nearly cancel. A CPU rounds such a product, unless it is of widened slices.
                 for part in class_slices(g_CV.shape[1]):
                     g, weight = g_CV[:, part].to(self.sum_dtype), self.head.weight[part].to(self.sum_dtype)
                     add_product(sum_CD, g, weight, self.head.scale)

@@ -38,36 +38,6 @@ def is_dtensor(x: Any) -> bool:
     return module is not None and isinstance(x, module.DTensor)
 
 
-def shard_of(
-    weight: "DTensor", rows: str = "same", head_gradient: float = 1.0, name: str = "weight"
-) -> VocabularyShard:
-    """Which classes this rank has of a head that is a DTensor.
-
-    Args:
-        weight: [V, D], divided by classes, `Shard(0)`, over one dimension of its mesh. What it is copied over,
-            `Replicate()`, is left to the caller: gradients are not summed there.
-        rows: "same" or "own", see `VocabularyShard`.
-        head_gradient: factor on the gradients of weight and bias.
-        name: of the weight, for messages.
-
-    Returns:
-        The shard; the ranks along that dimension are its group.
-
-    Raises:
-        UserError: the weight is divided in another way.
-    """
-    divided = [i for i, placement in enumerate(weight.placements) if not placement.is_replicate()]
-    if len(divided) != 1 or not weight.placements[divided[0]].is_shard(0) or weight.dim() != 2:
-        raise UserError(
-            f"{name} must be divided by classes, Shard(0), over one dimension of its mesh, got {weight.placements} of "
-            f"shape {tuple(weight.shape)}; redistribute it, or give full_tensor()"
-        )
-    mesh, dimension = weight.device_mesh, divided[0]
-    classes, ranks = weight.shape[0], mesh.size(dimension)
-    first = min(classes, mesh.get_local_rank(dimension) * -(-classes // ranks))
-    return VocabularyShard(mesh.get_group(dimension), first, classes, rows, head_gradient)
-
-
 def head_of(
     weight: Tensor | None,
     bias: Tensor | None = None,
@@ -100,7 +70,7 @@ def head_of(
     if is_dtensor(weight):
         parameter: DTensor = weight  # type: ignore[assignment]
         if not all(placement.is_replicate() for placement in parameter.placements):
-            vocabulary = vocabulary or shard_of(parameter, rows, head_gradient, name)
+            vocabulary = vocabulary or VocabularyShard.of(parameter, rows, head_gradient, name)
         if vocabulary is not None and is_dtensor(bias):
             bias = bias.redistribute(parameter.device_mesh, parameter.placements)  # type: ignore[union-attr]
         weight = parameter.to_local()

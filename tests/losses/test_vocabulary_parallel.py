@@ -298,7 +298,7 @@ def on_rank(c: Case, rank: int, world: int) -> Found:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
-    from srd_fast.losses import VocabularyShard, shard_of
+    from srd_fast import VocabularyShard
 
     x, more, heads = inputs(c), {}, {}
     mesh = init_device_mesh("cpu", (world,))
@@ -314,7 +314,7 @@ def on_rank(c: Case, rank: int, world: int) -> Found:
             else:
                 heads[name] = whole if how == "whole" else whole[part.start : part.stop].clone()
         if how == "DTensor" and c.rows == "own":
-            more[keyword] = shard_of(heads[f"{side}_weight"], "own")
+            more[keyword] = VocabularyShard.of(heads[f"{side}_weight"], "own")
         elif how not in ("DTensor", "whole"):
             more[keyword] = VocabularyShard(dist.group.WORLD, part.start, classes, c.rows)
     if c.kind in ("none", "TopK", "Sampled", "Projected"):
@@ -457,8 +457,7 @@ def wrapped(rank: int, world: int) -> Found:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    from srd_fast import distillation_loss
-    from srd_fast.losses import shard_of
+    from srd_fast import VocabularyShard, distillation_loss
 
     x = inputs(case(ignore_index=None))
     labels = x["labels"] % 23
@@ -476,7 +475,7 @@ def wrapped(rank: int, world: int) -> Found:
         fully_shard(layer, mesh=init_device_mesh("cpu", (world,)))
     rows = rows_of(case(rows="own"), world)[rank]
     hidden, weight = divided["body"](x["student_hidden"][rows]), divided["head"].weight
-    shard = shard_of(weight, "own", head_gradient=1 / world)
+    shard = VocabularyShard.of(weight, "own", head_gradient=1 / world)
     of_teacher = x["teacher_hidden"][rows], x["teacher_weight"]
     own = distillation_loss(hidden, weight, *of_teacher, labels[rows], num_items=24, vocabulary=shard).loss
     (own * world).backward()
@@ -525,8 +524,7 @@ REFUSALS: dict[str, Callable[[int, Arguments], None]] = {
 
 def refusal(change: Callable[[int, Arguments], None], rank: int, world: int) -> str:
     """The message of this rank's error."""
-    from srd_fast import UserError, distillation_loss, register_divergence
-    from srd_fast.losses import VocabularyShard
+    from srd_fast import UserError, VocabularyShard, distillation_loss, register_divergence
 
     register_divergence("squared", lambda p, q, *, skew, beta: ((p.exp() - q.exp()) ** 2).sum(-1), replace=True)
     c = case(ignore_index=None)
@@ -551,8 +549,8 @@ def large(rank: int, world: int) -> Found:
     """V = 262,144: the most memory beyond the inputs, and a sample of the gradients."""
     import resource
 
-    from srd_fast import distillation_loss
-    from srd_fast.losses import VocabularyShard, free_workspace
+    from srd_fast import VocabularyShard, distillation_loss
+    from srd_fast.losses import free_workspace
 
     classes, rows, width = 262144, 256, 24
     g = torch.Generator().manual_seed(1)
