@@ -8,6 +8,7 @@ from .class_blocks import ClassBlocks, ClassPasses
 from .compact import SparseDivergence
 from .compact_class_blocks import CompactClassBlocks
 from .divergences import FORMULAS, Formula, RowDivergence
+from .joint_classes import join_states, join_terms, state_of, terms_of
 from .passes import LOGIT_FLOOR
 from .pieces import ALIGNMENT, EAGER_BUFFERS, block_bytes
 from .row_numbers import RowCoefficients, RowValues
@@ -29,4 +30,8 @@ __all__ = [
     "block_bytes",
     "compact_rows",
     "distillation_rows",
+    "join_states",
+    "join_terms",
+    "state_of",
+    "terms_of",
 ]

@@ -145,6 +145,23 @@ class ClassBlocks(RowNumbers):
         """
         return self.state[name][rows, None]
 
+    @property
+    def read_sums(self) -> dict[str, str]:
+        """What `read` adds up: fields, and the maximum that each is relative to."""
+        found = {"sum_S": "max_S", "product_S": "max_S"}
+        if self.divergence is not None:
+            found["sum_K"] = "max_K"
+        if self.reads_teacher:
+            found["sum_T"] = "max_T"
+        if self.crosses:
+            found["cross"] = "max_T" if self.side == "teacher" else "max_K"
+        return found
+
+    @property
+    def kept_logits(self) -> Tensor:
+        """[K, N] logits that `read` keeps besides the label's: a view, 0 where their class was in no block."""
+        return self.state["label"].new_empty(0, len(self.labels_N))
+
     def values(self) -> RowValues:
         """The values of all rows, once every block was seen.
 

@@ -65,6 +65,16 @@ class CompactClassBlocks(ClassBlocks):
         self.ids_NK = torch.zeros(len(labels_N), classes, dtype=compute, device=labels_N.device)
         self.sums: list[tuple[slice, CompactSums]] = []
 
+    @property
+    def read_sums(self) -> dict[str, str]:
+        """As in `ClassBlocks`."""
+        return {"sum_S": "max_S", "product_S": "max_S", "sum_K": "max_S"}
+
+    @property
+    def kept_logits(self) -> Tensor:
+        """As in `ClassBlocks`."""
+        return self.ids_NK.t()
+
     def _ids_in(self, rows: slice, first: int, block: Tensor) -> _Places | None:
         if self.sparse.ids_CK is None:
             return None

@@ -12,10 +12,11 @@ from .compact import (
 )
 from .distillation import DistillationLoss, distillation_loss, distillation_loss_from_logits, loss_beside_head
 from .divergences import divergence_names, get_divergence, register_divergence
-from .head import Head
+from .head import Head, VocabularyShard
 from .options import LossOptions
 from .packing import DistillationOutput, StudentRows, check_vocabularies, products_dtype
 from .token_values import token_cross_entropy, token_values
+from .vocabulary import head_of
 
 __all__ = [
     "CompactTeacher",
@@ -27,6 +28,7 @@ __all__ = [
     "Sampled",
     "StudentRows",
     "TopK",
+    "VocabularyShard",
     "check_vocabularies",
     "compact_distillation_loss",
     "distillation_loss",
@@ -35,6 +37,7 @@ __all__ = [
     "expect_logits",
     "free_workspace",
     "get_divergence",
+    "head_of",
     "is_out_of_memory",
     "loss_beside_compact_teacher",
     "loss_beside_head",

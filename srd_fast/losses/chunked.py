@@ -23,6 +23,7 @@ from .head import Head
 from .order import HeadWork, LossWork, plan_loss, with_backend
 from .packed import Gradients, PackedRows
 from .row_order import Visitor, run_chunks
+from .shard_order import run_shard
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +83,10 @@ def run_packed(
     Returns:
         Unweighted values of each row, and the gradients, None where not asked for.
     """
+    if head.shard is not None:
+        if counts is not None:
+            raise UserError("logits are asked for, and no rank has whole rows of them where a head is in shards")
+        return run_shard(hidden_ND, head, rows, weights_N, needs)
     work, backend = _work_of(hidden_ND, head, rows, needs, counts is not None)
     budget = budget_of(hidden_ND.device, rows.memory_budget)
     if rows.student_NV is not None:
@@ -101,11 +106,14 @@ def run_or_halve(
     counts: Sequence[int] | None = None,
     visit: Visitor | None = None,
 ) -> tuple[RowValues, Gradients]:
-    """`run_packed`. Where memory runs out, the budget is halved for this and all later calls, and the call repeated."""
+    """`run_packed`. Where memory runs out, the budget is halved for this and all later calls, and the call repeated.
+
+    Not with a head in shards: the other ranks have no reason to begin again.
+    """
     try:
         return run_packed(hidden_ND, head, rows, weights_N, needs, counts, visit)
     except RuntimeError as e:
-        if not is_out_of_memory(e):
+        if head.shard is not None or not is_out_of_memory(e):
             raise
     # Outside the handler: in it the exception still holds the failed call's tensors.
     budget = halve_budget(hidden_ND.device, rows.memory_budget)
@@ -134,7 +142,7 @@ class ChunkedLoss(torch.autograd.Function):
         per_row: bool,
         gradient: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        head = Head(weight, bias, rows.student_softcap, rows.student_scale)
+        head = Head(weight, bias, rows.student_softcap, rows.student_scale, rows.shard)
         # Autograd says what needs a gradient even where gradients are switched off.
         needs = ctx.needs_input_grad[:3] if gradient and not per_row else (False, False, False)
         with torch.autocast(hidden_ND.device.type, enabled=False):
@@ -156,20 +164,25 @@ class ChunkedLoss(torch.autograd.Function):
             raise RuntimeError(
                 "the distillation loss has no second derivative: call backward without create_graph=True"
             )
-        grad_loss = grad_outputs[0]
+        grad_loss: Tensor | None = grad_outputs[0]
         hidden_ND, weight, bias = ctx.saved_tensors
         rows: PackedRows = ctx.rows
         # Scaled in place and handed over, so that no second copy exists.
         grads, ctx.grads = ctx.grads, None
         if grads is None:
-            head = Head(weight, bias, rows.student_softcap, rows.student_scale)
+            head = Head(weight, bias, rows.student_softcap, rows.student_scale, rows.shard)
+            assert grad_loss is not None
             weights_N = grad_loss.expand(hidden_ND.shape[0])
             weights_N = weights_N if rows.weights_N is None else weights_N * rows.weights_N
             rows = replace(rows, student_NV=None)  # that memory may belong to another loss by now
             with torch.autocast(hidden_ND.device.type, enabled=False):
                 _, grads = run_or_halve(hidden_ND, head, rows, weights_N, ctx.needs_input_grad[:3])
-        else:
-            for g in grads:
-                if g is not None:
-                    scale_in_place(g, grad_loss)
+            grad_loss = None
+        of_head = grad_loss
+        if rows.shard is not None and rows.shard.head_gradient != 1.0:
+            one = hidden_ND.new_ones((), dtype=torch.float32) if grad_loss is None else grad_loss
+            of_head = one * rows.shard.head_gradient
+        for g, factor in zip(grads, (grad_loss, of_head, of_head)):
+            if g is not None and factor is not None:
+                scale_in_place(g, factor)
         return (*grads, None, None, None)

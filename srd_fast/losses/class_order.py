@@ -9,7 +9,7 @@ the blocks in at least float32.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +21,16 @@ from .head import Head
 from .packed import Gradients, PackedRows
 
 _ROWS_AT_ONCE = 1024
+
+
+class Joined(Protocol):
+    """What joins a state with those of ranks that have other classes of the same rows."""
+
+    def has_read(self, loss: ClassBlocks) -> None:
+        """After all blocks were read."""
+
+    def has_weighed(self, loss: ClassBlocks) -> None:
+        """After all were weighed, or written where D is found there."""
 
 
 class _Side:
@@ -54,6 +64,7 @@ def run_class_blocks(
     size: tuple[int, int],
     backend: str,
     needs: tuple[bool, bool, bool] = (False, False, False),
+    joined: Joined | None = None,
 ) -> tuple[RowValues, Gradients]:
     """Compute the values of all rows, and the gradients of sum(weights * loss).
 
@@ -65,6 +76,7 @@ def run_class_blocks(
         size: R and B, each at least 1.
         backend: what runs the row function, "auto" no more.
         needs: whether the gradients of hidden states, weight and bias are computed.
+        joined: where other ranks have other classes of the rows, what joins them after each pass.
 
     Returns:
         Unweighted values of each row, and the gradients, None where not asked for.
@@ -74,15 +86,7 @@ def run_class_blocks(
     products, logits = rows.dtypes(hidden_ND, head)
     student = _Side("student", hidden_ND, head, products, logits)
     wide = torch.promote_types(student.dtype, torch.float32)
-    options: dict[str, Any] = {"compute": wide, "student_softcap": head.softcap, "row_weights_N": weights_N}
-    loss: ClassBlocks
-    if rows.compact is not None:
-        options["compiled"] = backend == "compile"
-        loss = CompactClassBlocks(rows.labels_N, rows.compact, rows.coefficients, **options)
-    else:
-        options["teacher_softcap"] = None if rows.teacher_head is None else rows.teacher_head.softcap
-        options |= {"teacher_lse_N": rows.teacher_lse_N, "writes": writes}
-        loss = class_backend(backend)(rows.labels_N, rows.divergence, rows.coefficients, **options)
+    loss = class_state(rows, head.softcap, weights_N, wide, backend, writes)
     teacher = None
     if rows.teacher_ND is not None and rows.teacher_head is not None:
         of_teacher, logits = rows.dtypes(rows.teacher_ND, rows.teacher_head)
@@ -93,10 +97,14 @@ def run_class_blocks(
     tiles = _Tiles(student, teacher, n, size)
     for tile in tiles.walk(teacher_is_read=loss.reads_teacher):
         loss.read(tile.rows, tile.classes.start, tile.student_RB, tile.teacher_RB, tile.common)
+    if joined is not None:
+        joined.has_read(loss)
     loss.normalise()
     for tile in tiles.walk() if loss.weighs else []:
         if tile.teacher_RB is not None:
             loss.weigh(tile.rows, tile.classes.start, tile.student_RB, tile.teacher_RB)
+    if joined is not None and loss.weighs:
+        joined.has_weighed(loss)
     if not writes:
         return loss.values(), Gradients(None, None, None)
     gradients = _Sums(hidden_ND, student, needs, wide)
@@ -106,7 +114,36 @@ def run_class_blocks(
             g_RB = workspace.take("gradient", len(g_RB), g_RB.shape[1], products, device)
         loss.write(tile.rows, tile.classes.start, tile.student_RB, tile.teacher_RB, g_RB)
         gradients.add(tile, g_RB, several=size[0] < n)
-    return loss.values(), gradients.finish(rows, weights_N)
+    if joined is not None and loss.values_on_writing:
+        joined.has_weighed(loss)
+    return loss.values(), gradients.finish(rows, weights_N, joined)
+
+
+def class_state(
+    rows: PackedRows,
+    softcap: float | None,
+    weights_N: Tensor | None,
+    compute: torch.dtype,
+    backend: str,
+    writes: bool,
+) -> ClassBlocks:
+    """The state of rows whose classes come in blocks.
+
+    Args:
+        rows: which.
+        softcap: of the student's logits.
+        weights_N: [N] factor on each row in the gradients, or None for 1.
+        compute: dtype of the sums.
+        backend: what runs the row function, "auto" no more.
+        writes: whether a gradient follows.
+    """
+    options: dict[str, Any] = {"compute": compute, "student_softcap": softcap, "row_weights_N": weights_N}
+    if rows.compact is not None:
+        options["compiled"] = backend == "compile"
+        return CompactClassBlocks(rows.labels_N, rows.compact, rows.coefficients, **options)
+    options["teacher_softcap"] = None if rows.teacher_head is None else rows.teacher_head.softcap
+    options |= {"teacher_lse_N": rows.teacher_lse_N, "writes": writes}
+    return class_backend(backend)(rows.labels_N, rows.divergence, rows.coefficients, **options)
 
 
 @dataclass
@@ -176,12 +213,14 @@ class _Sums:
                 hidden_RD = self.student.hidden_ND[tile.rows]
                 of_block.add(g_RB, hidden_RD, tile.head.scale, first=tile.rows.start == 0, last=tile.last)
 
-    def finish(self, rows: PackedRows, weights_N: Tensor | None) -> Gradients:
-        """The gradients, once all blocks were seen."""
+    def finish(self, rows: PackedRows, weights_N: Tensor | None, joined: Joined | None) -> Gradients:
+        """The gradients, once all blocks were seen. Those of hidden states are left as sums where others join them."""
         d_hidden_ND = self.sum_ND
         if d_hidden_ND is not None:
             if self.student.head.scale != 1.0:
                 d_hidden_ND *= self.student.head.scale
+            if joined is not None:
+                return Gradients(d_hidden_ND, self.weight_VD, self.bias_V)
             if rows.projection_ND is not None:
                 for i in range(0, len(d_hidden_ND), _ROWS_AT_ONCE):
                     part = slice(i, i + _ROWS_AT_ONCE)

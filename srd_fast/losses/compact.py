@@ -16,16 +16,17 @@ mean over draws is therefore unbiased for both (Anshumann et al., Sparse Logit S
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import UserError
 from ..kernels import LOGIT_FLOOR, RowDivergence, SparseDivergence
-from .head import Head
+from .head import Head, VocabularyShard
 from .options import LossOptions, require
 from .packing import DistillationOutput, StudentRows, check_classes
+from .vocabulary import head_of, plain, refusing_together
 
 
 class TopK(NamedTuple):
@@ -206,6 +207,7 @@ def compact_distillation_loss(
     logits_dtype: torch.dtype | None = None,
     student_logits: Tensor | None = None,
     order: str = "auto",
+    vocabulary: VocabularyShard | None = None,
 ) -> DistillationOutput:
     """Distillation loss with a teacher known by a few numbers a row; the gradient is that of `distillation_loss`.
 
@@ -215,7 +217,8 @@ def compact_distillation_loss(
 
     Args:
         student_hidden: [..., D] last hidden states after the final norm, any float dtype.
-        student_weight: [V, D] the student's head. With `Projected` it must not require a gradient.
+        student_weight: [V, D] the student's head, or a DTensor that is divided by classes, see `distillation_loss`.
+            With `Projected` it must not require a gradient.
         teacher: `TopK` with any divergence, or `Sampled` or `Projected` with "forward_kl". Its N rows belong to the
             labels with loss, in the order of `labels.flatten()`, and are for the same `temperature`. It receives no
             gradient.
@@ -247,6 +250,7 @@ def compact_distillation_loss(
             they were computed already. That saves a product. They are overwritten.
         order: "rows" or "classes" to have that outside, "auto" for whichever is predicted to be faster within
             `memory_budget`. See `distillation_loss`.
+        vocabulary: which classes of all `student_weight` has, where it is this rank's block of them.
 
     Returns:
         The loss and its parts.
@@ -266,12 +270,15 @@ def compact_distillation_loss(
         >>> int(out.num_items), hidden.grad[0, 0].abs().sum().item()
         (3, 0.0)
     """
-    options = LossOptions(
-        divergence, temperature, skew, beta, sft_weight, temperature_scaling, reduction, ignore_index, backend,
-        memory_budget, logits_dtype, order,
-    )  # fmt: skip
-    head = Head(student_weight, student_bias, student_softcap, student_scale)
-    student = StudentRows(student_hidden, head, labels, options, token_weights, num_items, student_logits)
+    with refusing_together(vocabulary, student_weight):
+        head = head_of(student_weight, student_bias, student_softcap, student_scale, vocabulary)
+    with refusing_together(head.shard, student_weight):
+        options = LossOptions(
+            divergence, temperature, skew, beta, sft_weight, temperature_scaling, reduction, ignore_index, backend,
+            memory_budget, logits_dtype, order,
+        )  # fmt: skip
+        student_hidden = plain("student_hidden", student_hidden)
+        student = StudentRows(student_hidden, head, labels, options, token_weights, num_items, student_logits)
     return loss_beside_compact_teacher(student, teacher)
 
 
@@ -288,6 +295,13 @@ def loss_beside_compact_teacher(student: StudentRows, teacher: CompactTeacher) -
     Raises:
         UserError: the teacher is no such object, or does not fit the labels, the student or the divergence.
     """
+    with refusing_together(student.head.shard, student.head.weight):
+        fields = _fields(student, teacher)
+    return student.loss(**fields)
+
+
+def _fields(student: StudentRows, teacher: CompactTeacher) -> dict[str, Any]:
+    """The teacher as fields of `PackedRows`."""
     head, options = student.head, student.options
     if not isinstance(teacher, (TopK, Sampled, Projected)):
         raise UserError(f"teacher must be a TopK, Sampled or Projected, got {type(teacher).__name__}")
@@ -296,15 +310,15 @@ def loss_beside_compact_teacher(student: StudentRows, teacher: CompactTeacher) -
         _check_top_k(teacher)
         ids_NK, log_p_NK, log_tail_N = (x.detach() for x in teacher)
         log_p_NB = torch.cat((log_p_NK, log_tail_N[:, None].to(log_p_NK.dtype)), 1)
-        return student.loss(compact=_Buckets(ids_NK.long(), log_p_NB, options.row_divergence))
+        return {"compact": _Buckets(ids_NK.long(), log_p_NB, options.row_divergence)}
     require(
         options.divergence == "forward_kl",
         f"divergence must be 'forward_kl' with a {type(teacher).__name__} teacher, got {options.divergence!r}",
     )
     if isinstance(teacher, Sampled):
         draws = _Draws(teacher.ids_NK.long().contiguous(), teacher.entropy_N.detach().to(student.compute))
-        return student.loss(compact=draws)
+        return {"compact": draws}
     _check_projected(teacher, head)
     teacher = Projected(*(x.detach() for x in teacher))
     known_N = _known(teacher, student, options.temperature)
-    return student.loss(compact=_Mean(None, known_N), projection_ND=teacher.projection_ND)
+    return {"compact": _Mean(None, known_N), "projection_ND": teacher.projection_ND}

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .head import Head
+from .head import Head, VocabularyShard
 from .options import LossOptions, check_names
 from .packing import (
     DistillationOutput,
@@ -21,8 +21,10 @@ from .packing import (
     check_num_items,
     check_side,
     check_teacher_lse,
+    check_teacher_shard,
     check_vocabularies,
 )
+from .vocabulary import head_of, plain, refusing_together
 
 
 def loss_beside_head(
@@ -42,12 +44,18 @@ def loss_beside_head(
     Raises:
         UserError: the teacher does not fit the labels or the student.
     """
-    check_side("teacher", teacher, teacher_head, student.labels)
-    check_vocabularies(student.num_classes, teacher_head.num_classes(teacher))
     lse_N = None
-    if teacher_lse is not None:
-        check_teacher_lse(teacher_lse, student.labels)
-        if teacher_head.weight is not None and student.gemm_dtype in (None, teacher_head.weight.dtype):
+    with refusing_together(student.head.shard, student.head.weight):
+        check_side("teacher", teacher, teacher_head, student.labels)
+        check_vocabularies(student.num_classes, teacher_head.num_classes(teacher))
+        check_teacher_shard(teacher_head.shard, student.head.shard)
+        if teacher_lse is not None:
+            check_teacher_lse(teacher_lse, student.labels)
+        if (
+            teacher_lse is not None
+            and teacher_head.weight is not None
+            and student.gemm_dtype in (None, teacher_head.weight.dtype)
+        ):
             lse_N = student.of_rows(teacher_lse)
     return student.loss(
         teacher_ND=student.of_rows(teacher),
@@ -86,6 +94,8 @@ def distillation_loss(
     student_logits: Tensor | None = None,
     teacher_lse: Tensor | None = None,
     order: str = "auto",
+    vocabulary: VocabularyShard | None = None,
+    teacher_vocabulary: VocabularyShard | None = None,
 ) -> DistillationOutput:
     """Distillation loss from last hidden states; the gradient flows into the student's hidden states, weight and bias.
 
@@ -96,9 +106,11 @@ def distillation_loss(
 
     Args:
         student_hidden: [..., D_S] last hidden states after the final norm, any float dtype.
-        student_weight: [V_S, D_S] the student's head.
+        student_weight: [V_S, D_S] the student's head. A DTensor that is divided by classes is never gathered: all ranks
+            of its mesh call this with the same rows, or with rows of their own and `vocabulary`. Its gradient is a
+            DTensor.
         teacher_hidden: [..., D_T] the teacher's last hidden states. It receives no gradient.
-        teacher_weight: [V_T, D_T] the teacher's head. It receives no gradient.
+        teacher_weight: [V_T, D_T] the teacher's head, or a DTensor. It receives no gradient.
         labels: [...] int64 or int32 class indices that belong to the hidden states (already shifted), or
             `ignore_index`.
         divergence: the name of D, one of `divergence_names()`.
@@ -134,9 +146,11 @@ def distillation_loss(
         order: "rows": a chunk of rows sees all classes, with the logits of the chunk as working memory. "classes": a
             block of classes is seen for all rows, more than once, with next to no working memory. "auto": whichever is
             predicted to be faster within `memory_budget`.
+        vocabulary: which classes of all `student_weight` has, where it is this rank's block of them.
+        teacher_vocabulary: the same of `teacher_weight`. It may be whole beside a student in shards.
 
     Returns:
-        The loss and its parts.
+        The loss and its parts. With rows of its own on each rank they are those of this rank's rows.
 
     Raises:
         UserError: an argument is wrong. The message names the argument, its value and what it should be. It is a
@@ -151,13 +165,19 @@ def distillation_loss(
         >>> int(out.num_items), h_S.grad[0, 0].abs().sum().item()
         (3, 0.0)
     """
-    options = LossOptions(
-        divergence, temperature, skew, beta, sft_weight, temperature_scaling, reduction, ignore_index, backend,
-        memory_budget, logits_dtype, order,
-    )  # fmt: skip
-    head = Head(student_weight, student_bias, student_softcap, student_scale)
-    student = StudentRows(student_hidden, head, labels, options, token_weights, num_items, student_logits)
-    teacher_head = Head(teacher_weight, teacher_bias, teacher_softcap, teacher_scale)
+    with refusing_together(vocabulary, student_weight):
+        head = head_of(student_weight, student_bias, student_softcap, student_scale, vocabulary)
+    with refusing_together(head.shard, student_weight):
+        options = LossOptions(
+            divergence, temperature, skew, beta, sft_weight, temperature_scaling, reduction, ignore_index, backend,
+            memory_budget, logits_dtype, order,
+        )  # fmt: skip
+        teacher_head = head_of(
+            teacher_weight, teacher_bias, teacher_softcap, teacher_scale, teacher_vocabulary, side="teacher"
+        )
+        student_hidden = plain("student_hidden", student_hidden)
+        student = StudentRows(student_hidden, head, labels, options, token_weights, num_items, student_logits)
+        teacher_hidden = plain("teacher_hidden", teacher_hidden)
     return loss_beside_head(student, teacher_hidden, teacher_head, teacher_lse)
 
 

@@ -1,11 +1,86 @@
 """The output projection of a language model, as the loss applies it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from ..errors import UserError
+from ..suggest import unknown_name
 from .buffers import class_slices
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.tensor import DTensor
+
+
+@dataclass(frozen=True)
+class VocabularyShard:
+    """Which classes of a vocabulary, divided over the ranks of a process group, this rank's head has.
+
+    The gradients of weight and bias are sums over the rows of all ranks. An optimiser step that expects a data-parallel
+    mean of them, as it does for a loss that was multiplied by the number of ranks, takes `head_gradient` = 1 / ranks.
+
+    Args:
+        group: the ranks that have the whole vocabulary together.
+        first: this rank's first class. How many follow is the number of rows of its weight, which may be 0.
+        classes: V of all ranks.
+        rows: "same" where all ranks hold the same hidden states and labels, as in tensor parallelism. "own" where each
+            has some of its own, as in data parallelism with a sharded model.
+        head_gradient: factor on the gradients of weight and bias.
+    """
+
+    group: "ProcessGroup"
+    first: int
+    classes: int
+    rows: str = "same"
+    head_gradient: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.rows not in ("same", "own"):
+            raise UserError(unknown_name("rows of a VocabularyShard", self.rows, ("same", "own")))
+        if not 0 <= self.first <= self.classes:
+            raise UserError(
+                f"first of a VocabularyShard must be from 0 to its classes, {self.classes}, got {self.first!r}"
+            )
+
+    @staticmethod
+    def of(
+        weight: "DTensor", rows: str = "same", head_gradient: float = 1.0, name: str = "weight"
+    ) -> "VocabularyShard":
+        """Find which classes this rank has of a head that is a DTensor.
+
+        Args:
+            weight: [V, D], divided by classes, `Shard(0)`, over one dimension of its mesh. What it is copied over,
+                `Replicate()`, is left to the caller: gradients are not summed there.
+            rows: "same" or "own".
+            head_gradient: factor on the gradients of weight and bias.
+            name: of the weight, for messages.
+
+        Returns:
+            The shard; the ranks along that dimension are its group.
+
+        Raises:
+            UserError: the weight is divided in another way.
+        """
+        divided = [i for i, placement in enumerate(weight.placements) if not placement.is_replicate()]
+        if len(divided) != 1 or type(weight.placements[divided[0]]).__name__ != "Shard" or weight.dim() != 2:
+            divided = []
+        if not divided or not weight.placements[divided[0]].is_shard(0):
+            raise UserError(
+                f"{name} must be divided by classes, Shard(0), over one dimension of its mesh, got "
+                f"{weight.placements} of shape {tuple(weight.shape)}; redistribute it, or give full_tensor()"
+            )
+        mesh, dimension = weight.device_mesh, divided[0]
+        classes, ranks = weight.shape[0], mesh.size(dimension)
+        first = min(classes, mesh.get_local_rank(dimension) * -(-classes // ranks))
+        return VocabularyShard(mesh.get_group(dimension), first, classes, rows, head_gradient)
+
+    @property
+    def own_rows(self) -> bool:
+        """Whether each rank has rows of its own."""
+        return self.rows == "own"
 
 
 @dataclass(frozen=True)
@@ -17,12 +92,14 @@ class Head:
         bias: [V], or None.
         softcap: above 0, or None for z itself.
         scale: factor above 0.
+        shard: where weight and bias are those of this rank's classes alone, which these are.
     """
 
     weight: Tensor | None
     bias: Tensor | None = None
     softcap: float | None = None
     scale: float = 1.0
+    shard: VocabularyShard | None = None
 
     def project(self, hidden_CD: Tensor, out: Tensor | None = None) -> Tensor:
         """Compute logits before the softcap.
@@ -66,12 +143,12 @@ class Head:
     def to(self, dtype: torch.dtype) -> "Head":
         """Return the head with weight and bias in `dtype`."""
         weight, bias = (None if x is None else x.to(dtype) for x in (self.weight, self.bias))
-        return Head(weight, bias, self.softcap, self.scale)
+        return replace(self, weight=weight, bias=bias)
 
     def on(self, device: torch.device | str) -> "Head":
         """Return the head on a device, without gradient."""
         weight, bias = (None if x is None else x.detach().to(device) for x in (self.weight, self.bias))
-        return Head(weight, bias, self.softcap, self.scale)
+        return replace(self, weight=weight, bias=bias)
 
     def tensors(self) -> dict[str, Tensor]:
         """Weight and bias by name, without gradient; the bias only if there is one."""
@@ -79,5 +156,7 @@ class Head:
         return {name: x.detach() for name, x in parts.items() if x is not None}
 
     def num_classes(self, hidden: Tensor) -> int:
-        """The number of classes, V."""
+        """The number of classes, V: that of all ranks where the head is a shard."""
+        if self.shard is not None:
+            return self.shard.classes
         return hidden.shape[-1] if self.weight is None else self.weight.shape[0]

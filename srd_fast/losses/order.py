@@ -31,6 +31,10 @@ _FLOPS_PER_BYTE_ELSEWHERE = 7.0
 _BYTES_PER_LAUNCH = {"cuda": 12 << 20}
 _BYTES_PER_LAUNCH_ELSEWHERE = 1 << 20
 _BLOCKS_OF_CLASSES = tuple(1 << i for i in range(7, 15))
+# Kernels that could start while the ranks join a chunk: some six calls, each of which takes as long as several.
+_JOINING = 40
+# Of a row: what each rank tells the others of it, and what is made of that.
+_JOINED_BYTES = 3 * 11 * 4
 # Of the state and of what is made of it between two passes.
 _STATE_BYTES = 32 * 4
 # Predictions this near to each other are the same: then rows go outside, and a block is no larger than it need be.
@@ -71,6 +75,24 @@ class HeadWork:
 
 
 @dataclass(frozen=True)
+class JointWork:
+    """What a loss does besides where each rank has some of the classes. Everything else is this rank's.
+
+    ranks: of the group. own: whether each has rows of its own, which are gathered; N is then that of all.
+    """
+
+    ranks: int
+    own: bool
+
+    def row_bytes(self, work: "LossWork", summed: bool) -> int:
+        """Of a row, beside its logits. summed: whether rows come in chunks, each with a state and a sum of its own."""
+        gathered = sum(side.width * max(side.products.itemsize, side.hidden.itemsize) for side in work.sides)
+        sum_bytes = max(4, work.student.hidden.itemsize) * work.student.width if work.hidden_gradient else 0
+        kept = summed * _STATE_BYTES + self.ranks * _JOINED_BYTES + (summed or self.own) * sum_bytes
+        return kept + (gathered + sum_bytes // self.ranks if self.own else 0)
+
+
+@dataclass(frozen=True)
 class LossWork:
     """What a loss has to do.
 
@@ -84,6 +106,7 @@ class LossWork:
         eager: whether the row function makes temporaries.
         passes: with classes outside. A teacher that `read` does not take has unrounded logits.
         rows_only: whether the other order cannot do it.
+        joint: where each rank has some of the classes.
     """
 
     rows: int
@@ -95,6 +118,7 @@ class LossWork:
     eager: bool = False
     passes: ClassPasses = ClassPasses(False, False, False)
     rows_only: bool = False
+    joint: JointWork | None = None
 
     @property
     def sides(self) -> list[HeadWork]:
@@ -168,6 +192,11 @@ class _Costs:
         if work.weight_gradient:
             self.product(classes, student.width, rows, itemsize, weight_bytes, times)
 
+    def joining(self, times: float) -> None:
+        """The calls with which ranks join what their classes give. What travels does not depend on the order."""
+        if self.work.joint is not None:
+            self.time += times * _JOINING * self.launch
+
 
 def _slice_bytes(work: LossWork, classes: int, summed: bool) -> int:
     """Of the slices in which a product reaches a sum of another dtype; see `buffers.add_product`."""
@@ -188,6 +217,8 @@ def _plan_rows(work: LossWork, budget: int) -> LossPlan:
     row = kept + sum(side.hidden_bytes(1) for side in work.sides)
     if work.hidden_gradient and student.width and student.hidden != student.products:
         row += student.width * itemsize  # the product, before it has the dtype of the gradient
+    if work.joint is not None:
+        row += work.joint.row_bytes(work, summed=True)
     rows, fixed, sums = work.rows, 0, 0
     # A sum over chunks is of the size of the head, unless the gradient itself can be that sum.
     for summed in (False, work.weight_gradient and student.weight.itemsize < 4):
@@ -204,6 +235,7 @@ def _plan_rows(work: LossWork, budget: int) -> LossPlan:
         costs.logits(rows, side.classes, side, chunks, reads)
     if work.gradients:
         costs.gradients(rows, student.classes, itemsize, 8 if chunks > 1 else student.weight.itemsize, chunks)
+    costs.joining(chunks)
     return LossPlan("rows", rows, student.classes, size, rows * kept + sums, costs.flops, costs.time)
 
 
@@ -218,8 +250,11 @@ def _plan_classes(work: LossWork, budget: int, block: int) -> LossPlan:
     fixed = _STATE_BYTES * n + sum(side.hidden_bytes(n) for side in sides)
     fixed += sum(block * side.width * side.products.itemsize for side in sides if side.cast_bytes)
     fixed += _slice_bytes(work, block, True)
-    sums_hidden = work.hidden_gradient and student.hidden.itemsize < 4
+    own_rows = work.joint is not None and work.joint.own
+    sums_hidden = work.hidden_gradient and student.hidden.itemsize < 4 and not own_rows
     fixed += sums_hidden * 4 * n * student.width
+    if work.joint is not None:
+        fixed += n * work.joint.row_bytes(work, summed=False)
     row = kept = block * (sum(side.logits.itemsize for side in sides) + work.separate * itemsize)
     if work.hidden_gradient and work.device.type != "cuda" and itemsize < 4:
         row += student.width * (itemsize + 4)  # the product before it is added to the sum
@@ -238,6 +273,7 @@ def _plan_classes(work: LossWork, budget: int, block: int) -> LossPlan:
     if work.gradients:
         tiles = parts * student.classes / block
         costs.gradients(rows, block, 8, 8 if parts > 1 else student.weight.itemsize, tiles)
+    costs.joining(1)
     if narrow and rows < n and work.device.type != "cuda":
         # There a part's product is rounded before it reaches the sum, so this is for what fits in no other way.
         costs.time = math.inf

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import RowCoefficients, RowDivergence, SparseDivergence
-from .head import Head
+from .head import Head, VocabularyShard
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class PackedRows:
         student_NV: [N, V] the student's logits before the softcap, where they were computed already; overwritten.
         teacher_lse_N: [N] logarithm of the teacher's sum of e^(z/T) over the common classes, of unrounded logits from
             products in the dtype of its head, where it is known.
+        shard: where the student's head has the classes of this rank alone.
     """
 
     teacher_ND: Tensor | None
@@ -55,6 +56,7 @@ class PackedRows:
     projection_ND: Tensor | None = None
     student_NV: Tensor | None = None
     teacher_lse_N: Tensor | None = None
+    shard: VocabularyShard | None = None
 
     def dtypes(self, hidden_ND: Tensor, head: Head) -> tuple[torch.dtype, torch.dtype]:
         """Of a head's products with these hidden states, and of its logits."""

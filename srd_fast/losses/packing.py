@@ -4,12 +4,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .chunked import ChunkedLoss
-from .head import Head
+from .head import Head, VocabularyShard
 from .options import LossOptions, check_in_range, in_range, require
 from .packed import PackedRows
+from .vocabulary import refusing_together, rows_of_all
 
 # Vocabularies are padded to a multiple that suits the hardware: 943 unused classes (Phi-2) is the most in the wild.
 _MOST_PADDING = 1024
@@ -122,6 +124,23 @@ def check_vocabularies(student_classes: int, teacher_classes: int) -> None:
     )
 
 
+def check_teacher_shard(teacher: VocabularyShard | None, student: VocabularyShard | None) -> None:
+    """Refuse a teacher whose shards are not of the ranks that have the student's."""
+    if teacher is None:
+        return
+    require(
+        student is not None,
+        "teacher_weight is in shards and student_weight is whole: give student_weight in shards of the same ranks, or "
+        "teacher_weight whole (full_tensor())",
+    )
+    assert student is not None
+    ranks = [dist.get_process_group_ranks(shard.group) for shard in (student, teacher)]
+    require(
+        ranks[0] == ranks[1],
+        f"teacher_weight and student_weight must be in shards of the same ranks, got ranks {ranks[1]} and {ranks[0]}",
+    )
+
+
 def check_classes(what: str, classes: Tensor, num_classes: int, otherwise: str = "") -> None:
     """Refuse class indices out of range. otherwise: what else they may be, for the message."""
     # Looking at them would synchronise a GPU with its host; there the gather's own device-side assertion speaks.
@@ -165,7 +184,8 @@ class StudentRows:
         labels: [...] class indices, or `options.ignore_index`.
         options: of the loss.
         token_weights: [...] factor on each label's loss.
-        num_items: denominator of the mean. Default: the number of labels with loss.
+        num_items: denominator of the mean. Default: the number of labels with loss, of all ranks where the head is a
+            shard and each has rows of its own.
         student_logits: [..., V] before the softcap, where they were computed already; they are overwritten.
 
     Raises:
@@ -181,6 +201,19 @@ class StudentRows:
         token_weights: Tensor | None = None,
         num_items: float | Tensor | None = None,
         student_logits: Tensor | None = None,
+    ) -> None:
+        with refusing_together(head.shard, head.weight):
+            self._pack(student, head, labels, options, token_weights, num_items, student_logits)
+
+    def _pack(
+        self,
+        student: Tensor,
+        head: Head,
+        labels: Tensor,
+        options: LossOptions,
+        token_weights: Tensor | None,
+        num_items: float | Tensor | None,
+        student_logits: Tensor | None,
     ) -> None:
         check_num_items(num_items)
         check_tensor("labels", labels)
@@ -210,7 +243,11 @@ class StudentRows:
         check_classes("labels", self.labels_N, self.num_classes, " or ignore_index")
         self.hidden_ND = self._rows(student.reshape(-1, student.shape[-1]))
         self.gemm_dtype = autocast_dtype(student)
-        self.num_items = _scalar(self.labels_N.numel() if num_items is None else num_items, labels.device)
+        if num_items is None:
+            num_items = len(self.labels_N)
+            if head.shard is not None and head.shard.own_rows:
+                num_items = rows_of_all(head.shard, labels.device, num_items)
+        self.num_items = _scalar(num_items, labels.device)
         self.weights_N = None if token_weights is None else self.of_rows(token_weights).to(self.compute)
         self.logits_NV = self._given_logits(student_logits, student)
         # The denominator belongs in the rows' weights: there it is applied in float32, before a gradient is rounded.
@@ -262,6 +299,7 @@ class StudentRows:
             memory_budget=options.memory_budget,
             order=options.order,
             student_NV=self.logits_NV,
+            shard=self.head.shard,
             **{"teacher_ND": None, "teacher_head": None, "divergence": None, **teacher},
         )
         per_row = options.reduction == "none"

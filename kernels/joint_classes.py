@@ -1,0 +1,93 @@
+"""Rows whose classes are divided over several `ClassBlocks`: what each found, joined into what one would have found.
+
+Shape letters: N rows, F numbers of a row, P parts.
+
+Every part joins the numbers of all parts itself, in one order for every number and row: so the parts stay the same to
+the bit, and a sum of the student's equals the same sum of the teacher's where the two are equal. How the numbers reach
+the parts is the caller's business.
+"""
+
+import torch
+from torch import Tensor
+
+from .class_blocks import ClassBlocks
+
+
+def _names(loss: ClassBlocks) -> list[str]:
+    """What a part knows after `read`."""
+    origins = ["origin_S", "origin_T"] if loss.crosses else []
+    return ["label", *origins, *dict.fromkeys(loss.read_sums.values()), *loss.read_sums]
+
+
+def state_of(loss: ClassBlocks) -> Tensor:
+    """What a part knows once it has read its classes.
+
+    Args:
+        loss: the part.
+
+    Returns:
+        [F, N].
+    """
+    return torch.stack([loss.state[name] for name in _names(loss)])
+
+
+def join_states(loss: ClassBlocks, states_PFN: Tensor, first: int) -> None:
+    """Give a part, in place of what it knows, what all parts know together.
+
+    Args:
+        loss: the part.
+        states_PFN: what `state_of` gave in each.
+        first: the part that has class 0, from which one-read divergences measure.
+    """
+    known = dict(zip(_names(loss), states_PFN.unbind(1)))
+    if loss.crosses:
+        of_S, of_T = known["origin_S"], known["origin_T"]
+        # The two differences first: they are equal where the two sides are, however large.
+        moved_PN = (of_S - of_S[first]) - (of_T - of_T[first])
+        known["cross"] = known["cross"] + known["sum_T" if loss.side == "teacher" else "sum_K"] * moved_PN
+        loss.state["origin_S"].copy_(of_S[first])
+        loss.state["origin_T"].copy_(of_T[first])
+    lower = {}
+    for name in dict.fromkeys(loss.read_sums.values()):
+        maximum_N = known[name].amax(0)
+        lower[name] = known[name] - maximum_N
+        loss.state[name].copy_(maximum_N)
+    known["product_S"] = known["product_S"] + known["sum_S"] * lower["max_S"]
+    # A label is in one part, and 0 in the others.
+    moved = [known["label"]]
+    for name, maximum in loss.read_sums.items():
+        scale = 1.0 if name in ("sum_S", "product_S") else loss.inverse_t
+        moved.append(known[name] * (lower[maximum] * scale).exp())
+    for name, total_N in zip(("label", *loss.read_sums), _total(torch.stack(moved, 1))):
+        loss.state[name].copy_(total_N)
+
+
+def terms_of(loss: ClassBlocks) -> Tensor:
+    """What a part adds to D and, where there is a pass for it, to sum(w).
+
+    Args:
+        loss: the part, after `weigh`, or after `write` where D is found there.
+
+    Returns:
+        [1 or 2, N].
+    """
+    return torch.stack([loss.state[name] for name in ("divergence", "weight")[: 1 + loss.weighs]])
+
+
+def join_terms(loss: ClassBlocks, terms_PFN: Tensor) -> None:
+    """Give a part D and sum(w) of all.
+
+    Args:
+        loss: the part.
+        terms_PFN: what `terms_of` gave in each.
+    """
+    for name, total in zip(("divergence", "weight"), _total(terms_PFN)):
+        loss.state[name].copy_(total)
+
+
+def _total(parts: Tensor) -> Tensor:
+    """Sum over the first dimension. `Tensor.sum` adds some columns in another order than others."""
+    while len(parts) > 1:
+        half = len(parts) // 2
+        parts = torch.cat((parts[:half] + parts[half : 2 * half], parts[2 * half :]))
+    return parts[0]
