@@ -15,6 +15,16 @@ from .loading import (
     quantisation_of,
     resolve_model,
 )
+from .placement import (
+    entry_device,
+    is_dispatched,
+    is_fully_sharded,
+    is_sharded,
+    run_inside,
+    tensor_parallel_group,
+    whole,
+    whole_head,
+)
 from .positions import check_positions
 from .prefix import SharedPrefix, common_prefix, share_prefix, shared_starts
 from .pruning import prune_depth
@@ -41,10 +51,14 @@ __all__ = [
     "decoder_start",
     "embeddings_of",
     "enable_flattening",
+    "entry_device",
     "find_head",
     "fingerprint",
     "hidden_states",
+    "is_dispatched",
     "is_encoder_decoder",
+    "is_fully_sharded",
+    "is_sharded",
     "load_config",
     "load_model",
     "load_tokenizer",
@@ -58,9 +72,11 @@ __all__ = [
     "refuse_trained_prompts",
     "resolve_model",
     "router_loss",
+    "run_inside",
     "save_student",
     "share_prefix",
     "shared_starts",
+    "tensor_parallel_group",
     "text_config",
     "text_tower",
     "tokenizer_digest",
@@ -71,6 +87,8 @@ __all__ = [
     "unfit_for_shared_prefix",
     "untie_adapted_embeddings",
     "unwrap",
+    "whole",
+    "whole_head",
     "with_adapters",
     "with_decoder",
 ]
