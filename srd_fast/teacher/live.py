@@ -24,6 +24,7 @@ from ..models import (
     unwrap,
     whole,
     whole_head,
+    with_decoder,
 )
 from .source import HiddenRows, TeacherRows, rows_with_loss
 
@@ -73,7 +74,7 @@ class LiveTeacher:
         if freeze:
             self.model.requires_grad_(False)
         self.offload, self.sharded = offload, is_sharded(model)
-        self._peers = tensor_parallel_group(model) if self.sharded else None
+        self.peers = tensor_parallel_group(model) if self.sharded else None
         self.head = whole_head(self.model, device)
         assert self.head.weight is not None
         self.device = self.head.weight.device if device is None else torch.device(device)
@@ -157,11 +158,11 @@ class LiveTeacher:
             [B, L, D] on `device`, without gradient.
         """
         read = {name: x for name, x in batch.items() if name in _READ}
-        if self._peers is None:
+        if self.peers is None:
             return self._states(read)
-        batches: list[dict[str, Any]] = [{} for _ in range(self._peers.size())]
-        dist.all_gather_object(batches, _moved(read, "cpu"), self._peers)
-        mine = self._peers.rank()
+        batches: list[dict[str, Any]] = [{} for _ in range(self.peers.size())]
+        dist.all_gather_object(batches, _moved(read, "cpu"), self.peers)
+        mine = self.peers.rank()
         if all(_are_equal(b, batches[0]) for b in batches[1:]):
             return self._states(read)
         of_all = [self._states(b) if i == mine else self._states(b)[:0] for i, b in enumerate(batches)]
@@ -169,6 +170,11 @@ class LiveTeacher:
 
     def _states(self, batch: Mapping[str, Any]) -> Tensor:
         return whole(self.run(hidden_states, self.model, _moved(batch, self.entry))).to(self.device)
+
+    def some_batch(self) -> dict[str, Tensor]:
+        """A batch of one token, for a pass that only other ranks need."""
+        ids = torch.zeros(1, 1, dtype=torch.long, device=self.entry)
+        return with_decoder(unwrap(self.model), {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
 
     def rows(self, batch: Mapping[str, Any], temperature: float) -> TeacherRows:
         """Hidden states of the rows with loss. They do not depend on the temperature."""
