@@ -6,6 +6,7 @@ from .encoder_decoder import check_same_kind, decoder_start, is_encoder_decoder,
 from .flattening import enable_flattening, unfit_for_shared_prefix
 from .heads import body_of, body_output, check_head, embeddings_of, find_head, hidden_states, unwrap
 from .loading import (
+    check_spread,
     fingerprint,
     load_config,
     load_model,
@@ -45,6 +46,7 @@ __all__ = [
     "check_positions",
     "check_same_kind",
     "check_saved",
+    "check_spread",
     "check_tokenizers",
     "common_prefix",
     "compile_layers",

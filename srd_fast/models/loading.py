@@ -161,7 +161,7 @@ def load_model(
     """
     path = resolve_model(source)
     base = adapter_base(path)
-    spread = _spread(source, device_map, tp_plan)
+    spread = _spread(device_map, tp_plan)
     if base is not None and spread:
         raise UserError(
             f"model {source!r} is an adapter, which is merged into its model on one device: leave device_map and "
@@ -197,13 +197,42 @@ def load_model(
     return (model if place else model.to(device)).eval()
 
 
-def _spread(source: str, device_map: str | Mapping[str, Any] | None, tp_plan: Literal["auto"] | None) -> dict[str, Any]:
-    """The keywords of `from_pretrained` that spread a model out; none for one that is in one place."""
+def check_spread(device_map: Any, tp_plan: Any) -> None:
+    """Refuse what `load_model` could not do.
+
+    Args:
+        device_map: see `load_model`.
+        tp_plan: see `load_model`.
+
+    Raises:
+        UserError: one of them is unknown, or both are given.
+    """
+    if tp_plan not in (None, "auto"):
+        raise UserError(f"tp_plan must be 'auto', or left out, got {tp_plan!r}")
+    if device_map is None:
+        return
     if tp_plan is not None:
-        if device_map is not None:
-            raise UserError(f"model {source!r}: device_map and tp_plan are both given; take one of them")
-        if tp_plan != "auto":
-            raise UserError(f"tp_plan must be 'auto', got {tp_plan!r}")
+        raise UserError(f"device_map is {device_map!r} and tp_plan {tp_plan!r}: take one of them")
+    places = device_map.values() if isinstance(device_map, Mapping) else [device_map]
+    for place in places:
+        if place == "disk" or (device_map is place and place in _DEVICE_MAPS):
+            continue
+        try:
+            torch.device(place)
+        except (RuntimeError, TypeError) as e:
+            raise UserError(
+                f"device_map must be one of {', '.join(_DEVICE_MAPS)}, or say of each module a device, 'cpu' or "
+                f"'disk', got {place!r}"
+            ) from e
+
+
+_DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+
+
+def _spread(device_map: str | Mapping[str, Any] | None, tp_plan: Literal["auto"] | None) -> dict[str, Any]:
+    """The keywords of `from_pretrained` that spread a model out; none for one that is in one place."""
+    check_spread(device_map, tp_plan)
+    if tp_plan is not None:
         if int(os.environ.get("WORLD_SIZE", "1")) < 2:
             raise UserError("tp_plan is 'auto', but there is one process; start several with torchrun, or leave it out")
         return {"distributed_config": DistributedConfig(tp_plan=tp_plan)}
@@ -211,8 +240,7 @@ def _spread(source: str, device_map: str | Mapping[str, Any] | None, tp_plan: Li
         return {}
     folder = tempfile.mkdtemp(prefix="offload-", dir=_made(cache_folder()))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    given = device_map if isinstance(device_map, str) else dict(device_map)
-    return {"device_map": given, "offload_folder": folder}
+    return {"device_map": device_map if isinstance(device_map, str) else dict(device_map), "offload_folder": folder}
 
 
 def _made(folder: Path) -> Path:

@@ -26,7 +26,7 @@ _NULLABLE = {"max_bad_rows", "parse_special_tokens"}
 # Fields of SRDConfig that the run sets itself, or that mean nothing in it.
 _SET_BY_RUN = {"output_dir", "seed", "num_train_epochs", "template", "max_prompt_length", "max_response_length"}
 _SET_BY_RUN |= {"chat_template_kwargs", "parse_special_tokens", "columns", "data_function", "train_on"}
-_SET_BY_RUN |= {"teacher_cache", "teacher_cache_kind", "teacher_cache_k"}
+_SET_BY_RUN |= {"teacher_device_map", "teacher_tp_plan", "teacher_cache", "teacher_cache_kind", "teacher_cache_k"}
 _DISTILL_FIELDS = {f.name for f in dataclass_fields(SRDConfig) if f.init} - _SET_BY_RUN
 
 
@@ -121,6 +121,8 @@ class Evaluate(_Section):
 class RunConfig(_Section):
     """Everything `srd-fast run` needs. Every field has a default.
 
+    `teacher_device_map`: where the parts of the teacher go, where it does not fit on one device: "auto", or a device,
+    "cpu" or "disk" for each module. `teacher_tp_plan`: "auto" splits its layers over all processes.
     `data`: a file, a folder, a pattern, a hub name (`name`, `name:config`), a list of these, or path, name and split.
     `columns`: such as {instruction: question, output: answer}, where the data's columns have names of their own.
     `data_function`: FILE.py:FUNCTION, from a row (or, with a parameter `path`, from a file) to rows.
@@ -129,6 +131,8 @@ class RunConfig(_Section):
     """
 
     teacher: str = "smollm2-135m-instruct"
+    teacher_device_map: str | dict[str, Any] | None = None
+    teacher_tp_plan: Literal["auto"] | None = None
     student: str = "prune"
     output_dir: str = "runs/srd"
     data: str | list[str] | dict[str, str] = "quickstart"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from datasets import Dataset, concatenate_datasets
 from torch import nn
 from transformers import Trainer
@@ -93,9 +94,14 @@ def teacher_source(
             dtype=dtype,
             device=args.device,
             progress=not args.disable_tqdm and args.process_index == 0,
+            device_map=args.teacher_device_map,
+            tp_plan=args.teacher_tp_plan,  # type: ignore[arg-type]
+            group=dist.group.WORLD if dist.is_available() and dist.is_initialized() and args.world_size > 1 else None,
         )
     if isinstance(teacher, str):
-        teacher = load_model(teacher, dtype, "cpu" if args.teacher_offload else args.device, quantised=True)
+        place = "cpu" if args.teacher_offload else args.device
+        spread: Any = {"device_map": args.teacher_device_map, "tp_plan": args.teacher_tp_plan}
+        teacher = load_model(teacher, dtype, place, quantised=True, **spread)
     if isinstance(teacher, nn.Module):
         return LiveTeacher(teacher, args.device, offload=args.teacher_offload)
     return teacher.to(args.device).for_student(student) if isinstance(teacher, TeacherCache) else teacher
