@@ -51,8 +51,8 @@ PARTS = (
 
 
 _SPREAD = (
-    "the live teacher's body, which teacher_device_map or teacher_tp_plan spreads out: how much of it is on this device "
-    "is decided when it is loaded"
+    "the live teacher's body, which teacher_device_map or teacher_tp_plan spreads out: how much of it is on this "
+    "device is decided when it is loaded"
 )
 
 

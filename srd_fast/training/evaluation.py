@@ -38,7 +38,7 @@ from ..models import (
 )
 from ..reflection import Sampling, open_engine, stopping_at
 from ..rouge import RougeL, choose_tokenizer
-from ..teacher import HiddenRows, LiveTeacher, TeacherCache, TeacherRows, TeacherSource, labels_with_loss
+from ..teacher import HiddenRows, LiveTeacher, RowsOfSamples, TeacherCache, TeacherRows, TeacherSource, labels_with_loss
 from .corpus_metrics import check_metrics, corpus_score
 from .measure import Divergences, measure_batch
 
@@ -122,8 +122,8 @@ def evaluate(
     modes = [m.training for m in watched]
     if own is not None and teacher is not None:
         raise UserError(
-            f"the model {type(model).__name__} is spread out (device_map, shards), and so measured alone: leave out the "
-            "teacher"
+            f"the model {type(model).__name__} is spread out (device_map, shards), and so measured alone: leave out "
+            "the teacher"
         )
     source: Any = teacher
     if isinstance(teacher, torch.nn.Module):
@@ -173,7 +173,7 @@ def evaluate(
             measured = _measure_states(states, some, device)
         else:
             batch: dict[str, Any] = {k: v.to(device) for k, v in collate(some).items()}
-            if isinstance(source, TeacherCache):
+            if isinstance(source, RowsOfSamples):
                 batch["teacher"] = _stored(source, some, device)
             if own is None:
                 measured = measure_batch(model, source, batch)
@@ -199,7 +199,7 @@ def evaluate(
     }
 
 
-def _stored(cache: TeacherCache, samples: Sequence[Mapping[str, Any]], device: torch.device) -> dict[str, Tensor]:
+def _stored(cache: RowsOfSamples, samples: Sequence[Mapping[str, Any]], device: torch.device) -> dict[str, Tensor]:
     return {name: x.to(device) for name, x in cache.collate(samples).items()}
 
 

@@ -28,7 +28,15 @@ from ..models import (
     unwrap,
     with_decoder,
 )
-from ..teacher import LiveTeacher, StepCollator, TeacherCache, TeacherSource, open_teacher_cache
+from ..teacher import (
+    LiveTeacher,
+    RemoteTeacher,
+    RowsOfSamples,
+    StepCollator,
+    TeacherCache,
+    TeacherSource,
+    open_teacher_cache,
+)
 from .batching import READ
 from .config import SRDConfig
 
@@ -75,7 +83,7 @@ def teacher_source(
     Raises:
         UserError: the teacher is not of the student's kind, or the cache cannot be used.
     """
-    if isinstance(teacher, (str, nn.Module, TeacherCache)):
+    if isinstance(teacher, (str, nn.Module, TeacherCache, RemoteTeacher)):
         check_same_kind(student, load_config(teacher) if isinstance(teacher, str) else teacher)
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     if args.teacher_cache is not None:
@@ -104,7 +112,9 @@ def teacher_source(
         teacher = load_model(teacher, dtype, place, quantised=True, **spread)
     if isinstance(teacher, nn.Module):
         return LiveTeacher(teacher, args.device, offload=args.teacher_offload)
-    return teacher.to(args.device).for_student(student) if isinstance(teacher, TeacherCache) else teacher
+    if isinstance(teacher, TeacherCache):
+        teacher = teacher.for_student(student)
+    return teacher.to(args.device) if isinstance(teacher, RowsOfSamples) else teacher
 
 
 def freeze_what_text_never_reaches(student: nn.Module) -> None:
@@ -195,7 +205,7 @@ def batch_layout(student: nn.Module, teacher: TeacherSource, args: SRDConfig) ->
     """
     if not args.padding_free:
         return Layout()
-    known = isinstance(teacher, (LiveTeacher, TeacherCache))  # a source of the user's own may count on padded batches
+    known = isinstance(teacher, (LiveTeacher, RowsOfSamples))  # a source of the user's own may count on padded batches
     if not known and args.padding_free == "auto":
         return Layout()
     running = _running(student, teacher)
