@@ -2,6 +2,7 @@
 
 from .adapters import merge_adapters, refuse_trained_prompts, untie_adapted_embeddings, with_adapters
 from .compilation import compile_layers, uncompile_layers
+from .digest import model_digest
 from .encoder_decoder import check_same_kind, decoder_start, is_encoder_decoder, with_decoder
 from .flattening import enable_flattening, unfit_for_shared_prefix
 from .heads import body_of, body_output, check_head, embeddings_of, find_head, hidden_states, unwrap
@@ -12,7 +13,6 @@ from .loading import (
     load_model,
     load_tokenizer,
     make_model,
-    model_digest,
     quantisation_of,
     resolve_model,
 )

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from ..errors import SRDFastError, UserError
+from ..errors import SRDFastError, UserError, first_line
 
 K = TypeVar("K")
 T = TypeVar("T")
@@ -41,7 +41,8 @@ class Ranks:
         """What each rank gives, in their order."""
         found = [item] * self.size
         if self._group is not None:
-            dist.all_gather_object(found, item, self._group)
+            with _naming_the_dead():
+                dist.all_gather_object(found, item, self._group)
         return found
 
     def merged(self, part: Mapping[K, T]) -> dict[K, T]:
@@ -53,7 +54,8 @@ class Ranks:
         if self._group is None:
             return flag
         flags = torch.tensor([flag], dtype=torch.int32)
-        dist.all_reduce(flags, dist.ReduceOp.MAX, self._group)
+        with _naming_the_dead():
+            dist.all_reduce(flags, dist.ReduceOp.MAX, self._group)
         return bool(flags)
 
     @contextmanager
@@ -92,6 +94,16 @@ class Ranks:
             if self.rank == 0:
                 made = make()
         return self.gather(made)[0]  # type: ignore[return-value]
+
+
+@contextmanager
+def _naming_the_dead() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as e:  # gloo's, where a connection is closed
+        raise UserError(
+            f"another rank has ended ({first_line(e)}): see what it said; the same command goes on where all were"
+        ) from e
 
 
 def _failure(error: Exception) -> tuple[type[Exception] | None, str, dict[str, Any]]:

@@ -79,11 +79,6 @@ class RemoteTeacher:
     Args:
         roles: from `split_ranks`.
 
-    Attributes:
-        num_classes: V_T.
-        head: the teacher's.
-        is_encoder_decoder: whether the teacher is.
-
     Raises:
         UserError: this rank runs the teacher, or the teacher could not be opened.
     """
@@ -92,8 +87,9 @@ class RemoteTeacher:
         if roles.teaches:
             raise UserError(f"rank {roles.rank} runs the teacher: call serve_teacher there, not RemoteTeacher")
         self._line = _Line(roles.link)
-        # One thread receives, in the order in which was sent; it mostly waits.
-        self._reader = ThreadPoolExecutor(1, "srd-fast-remote")
+        # One thread sends, which lasts until the teacher has time to listen, and one receives, in the same order.
+        self._writer = ThreadPoolExecutor(1, "srd-fast-requests")
+        self._reader = ThreadPoolExecutor(1, "srd-fast-rows")
         self._teacher = roles.students
         self._teacher += roles.rank % self._receive()["teachers"]
         said = self._receive()
@@ -154,18 +150,28 @@ class RemoteTeacher:
         if get_worker_info() is not None:
             raise UserError("dataloader_num_workers must be 0 with a teacher on other ranks: workers cannot ask it")
         ids, labels = ([torch.as_tensor(np.asarray(s[name])) for s in samples] for name in ("input_ids", "labels"))
-        self._line.send({"input_ids": ids, "labels": labels}, self._teacher, _REQUEST)
+        request = {"input_ids": ids, "labels": labels}
+        self._writer.submit(self._line.send, request, self._teacher, _REQUEST)
         rows: dict[str, Tensor] = {}
         return rows, self._reader.submit(lambda: rows.update(self._receive()))
 
     def rows(self, batch: Mapping[str, Any], temperature: float) -> TeacherRows:
-        """The rows that came with a batch. They do not depend on the temperature."""
+        """Return the rows that came with a batch. They do not depend on the temperature.
+
+        Args:
+            batch: with what `collate` returned under "teacher".
+            temperature: not used.
+
+        Returns:
+            Hidden states and the head.
+        """
         return HiddenRows(batch["teacher"]["hidden"], self.head)
 
     def close(self) -> None:
         """Let the teacher end, when all its students have called this."""
         self._reader.submit(lambda: None).result()  # what was asked ahead, and is not needed any more
-        self._line.send({"end": True}, self._teacher, _REQUEST)
+        self._writer.submit(self._line.send, {"end": True}, self._teacher, _REQUEST).result()
+        self._writer.shutdown()
         self._reader.shutdown()
 
 
