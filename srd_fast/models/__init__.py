@@ -7,6 +7,7 @@ from .encoder_decoder import check_same_kind, decoder_start, is_encoder_decoder,
 from .flattening import enable_flattening, unfit_for_shared_prefix
 from .heads import body_of, body_output, check_head, embeddings_of, find_head, hidden_states, unwrap
 from .loading import (
+    cache_folder,
     check_spread,
     fingerprint,
     load_config,
@@ -41,6 +42,7 @@ __all__ = [
     "SharedPrefix",
     "body_of",
     "body_output",
+    "cache_folder",
     "call_through",
     "check_head",
     "check_positions",

@@ -3,6 +3,7 @@
 import atexit
 import functools
 import hashlib
+import inspect
 import logging
 import os
 import shutil
@@ -232,7 +233,8 @@ def _spread(device_map: str | Mapping[str, Any] | None, tp_plan: Literal["auto"]
     if tp_plan is not None:
         if int(os.environ.get("WORLD_SIZE", "1")) < 2:
             raise UserError("tp_plan is 'auto', but there is one process; start several with torchrun, or leave it out")
-        return {"distributed_config": DistributedConfig(tp_plan=tp_plan)}
+        takes_plans = "tp_plan" in inspect.signature(DistributedConfig).parameters  # not in older transformers
+        return {"distributed_config": DistributedConfig(tp_plan=tp_plan)} if takes_plans else {"tp_plan": tp_plan}
     if device_map is None:
         return {}
     folder = tempfile.mkdtemp(prefix="offload-", dir=_made(cache_folder()))

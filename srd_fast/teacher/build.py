@@ -48,6 +48,7 @@ from .index import (
 )
 from .live import LiveTeacher
 from .log_sum_exp import keep_log_sum_exps
+from .mirror import at_addresses
 from .ranks import Ranks
 from .source import rows_with_loss
 from .stores import CACHE_KINDS, HiddenStore, Store, keeps_head, make_store
@@ -110,6 +111,7 @@ def describe(
     }
 
 
+@at_addresses
 def build_teacher_cache(
     teacher: nn.Module,
     samples: Iterable[Mapping[str, Any]],
@@ -136,7 +138,7 @@ def build_teacher_cache(
             spread out, see `LiveTeacher`. Ranks with shards of a teacher (FSDP2) run whole samples, and in step; those
             of tensor parallelism make one share together.
         samples: tokenised samples with input_ids and labels (-100 where there is no loss), such as a prepared data set.
-        folder: where the cache is, or will be.
+        folder: where the cache is, or will be: a folder, or an address, as in `open_teacher_cache`.
         kind: what a row keeps, a name from `srd_fast.cache_kind_names()`: "hidden" (hidden states), "topk" (the
             likeliest classes), "sampled" (drawn classes), "projected" (the student's head, averaged), or your own.
         store: the kind's, from `srd_fast.teacher.make_store`. Default: the one with the kind's default options.

@@ -15,10 +15,12 @@ from .build import build_teacher_cache, dtype_name, revision_of
 from .cache import TeacherCache, common_classes
 from .index import compare_meta, read_index, read_meta, verify_files
 from .log_sum_exp import keep_log_sum_exps
+from .mirror import at_addresses
 from .ranks import Ranks
 from .stores import make_store
 
 
+@at_addresses
 def open_teacher_cache(
     folder: str | Path,
     teacher: nn.Module | str | None,
@@ -41,7 +43,9 @@ def open_teacher_cache(
     """Open the cache in a folder. It is checked against its teacher, and first filled with samples that it lacks.
 
     Args:
-        folder: where the cache is, or will be.
+        folder: where the cache is, or will be: a folder, or an address that fsspec knows, such as "s3://bucket/cache".
+            Of an address a copy is made in the folder of converted weights ($SRD_FAST_CACHE), and what is filled is
+            sent there.
         teacher: a model; or a folder or hub id, which is loaded in `dtype` only if the cache has to be filled; or None
             to read what is there.
         samples: tokenised samples that the cache must hold, with input_ids and labels (-100 where there is no loss).
