@@ -4,10 +4,12 @@ A sample's request leaves when its batch is collated, which the Trainer does a s
 beside the student's step. Messages between two ranks keep their order.
 """
 
+import atexit
 import io
 import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -97,6 +99,8 @@ class RemoteTeacher:
         self.num_classes: int = said["weight"].shape[0]
         self.num_embeddings: int = said["embeddings"]  # token ids must be below it
         self.is_encoder_decoder: bool = said["encoder_decoder"]
+        self._is_open = True
+        atexit.register(self.close)
 
     def _receive(self) -> dict[str, Any]:
         try:
@@ -168,11 +172,14 @@ class RemoteTeacher:
         return HiddenRows(batch["teacher"]["hidden"], self.head)
 
     def close(self) -> None:
-        """Let the teacher end, when all its students have called this."""
-        self._reader.submit(lambda: None).result()  # what was asked ahead, and is not needed any more
-        self._writer.submit(self._line.send, {"end": True}, self._teacher, _REQUEST).result()
-        self._writer.shutdown()
-        self._reader.shutdown()
+        """Let the teacher end, when all its students have called this. The end of the process calls it too."""
+        if self._is_open:
+            self._is_open = False
+            atexit.unregister(self.close)
+            self._writer.shutdown()
+            self._reader.shutdown()  # waits for what was asked ahead, and is not needed any more
+            with suppress(RuntimeError):  # where the teacher has ended before
+                self._line.send({"end": True}, self._teacher, _REQUEST)
 
 
 def serve_teacher(model: nn.Module, roles: Roles, device: torch.device | str | None = None) -> int:
@@ -189,7 +196,7 @@ def serve_teacher(model: nn.Module, roles: Roles, device: torch.device | str | N
         How many batches it has run.
 
     Raises:
-        UserError: this rank trains, or the teacher cannot be used. The students are told.
+        UserError: this rank trains, a student has ended, or the teacher cannot be used, which the students are told.
     """
     if not roles.teaches:
         raise UserError(f"rank {roles.rank} trains: make a RemoteTeacher there, and do not call serve_teacher")
@@ -234,7 +241,10 @@ def _next(line: _Line, left: int) -> tuple[dict[str, Any], int]:
     """The next request for rows and whose it is; an empty one where none of the `left` students has any more."""
     ended = 0
     while ended < left:
-        request, student = line.receive(_REQUEST)
+        try:
+            request, student = line.receive(_REQUEST)
+        except RuntimeError as e:  # gloo's, where a connection is closed
+            raise UserError(f"a student has ended without closing its RemoteTeacher: {first_line(e)}") from e
         if "end" not in request:
             return {**request, "ended": ended}, student
         ended += 1
