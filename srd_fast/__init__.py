@@ -31,11 +31,14 @@ if TYPE_CHECKING:
         sample_policy_names,
     )
     from .teacher import (
+        RemoteTeacher,
         TeacherCache,
         build_teacher_cache,
         cache_kind_names,
         open_teacher_cache,
         register_cache_kind,
+        serve_teacher,
+        split_ranks,
     )
     from .training.config import SRDConfig
     from .training.evaluation import evaluate
@@ -52,6 +55,7 @@ _HOME = {
     "EngineDiedError": "errors",
     "NotFiniteError": "errors",
     "Projected": "losses",
+    "RemoteTeacher": "teacher",
     "SRDConfig": "training.config",
     "SRDFastError": "errors",
     "SRDTrainer": "training.trainer",
@@ -85,6 +89,8 @@ _HOME = {
     "register_sample_policy": "selection",
     "row_format_names": "data",
     "sample_policy_names": "selection",
+    "serve_teacher": "teacher",
+    "split_ranks": "teacher",
 }
 __all__ = [
     "CurriculumPlan",
@@ -94,6 +100,7 @@ __all__ = [
     "EngineDiedError",
     "NotFiniteError",
     "Projected",
+    "RemoteTeacher",
     "SRDConfig",
     "SRDFastError",
     "SRDTrainer",
@@ -127,6 +134,8 @@ __all__ = [
     "register_sample_policy",
     "row_format_names",
     "sample_policy_names",
+    "serve_teacher",
+    "split_ranks",
 ]
 
 

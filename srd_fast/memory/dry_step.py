@@ -101,10 +101,11 @@ def _make_teacher(config: RunConfig, run: Run, student: Any, offload: bool) -> t
     model = _make_model(config.teacher, run.dtype, torch.device("cpu") if offload else run.device)
     model.eval().requires_grad_(False)
     head = find_head(model)
-    copied = {"hidden": head, "projected": find_head(student), LIVE: head if offload else Head(None)}.get(kind)
+    apart = head if offload or run.teacher_spread else Head(None)
+    copied = {"hidden": head, "projected": find_head(student), LIVE: apart}.get(kind)
     held = [] if copied is None else [torch.empty_like(x, device=run.device) for x in copied.tensors().values()]
     # A head of which only the shape is used takes no memory.
-    return (model if kind == LIVE else None), held, head.on("meta")
+    return (model if kind == LIVE and not run.teacher_spread else None), held, head.on("meta")
 
 
 def _flattens(models: Sequence[Any], wanted: Any) -> bool:

@@ -50,6 +50,12 @@ PARTS = (
 )
 
 
+_SPREAD = (
+    "the live teacher's body, which teacher_device_map or teacher_tp_plan spreads out: how much of it is on this "
+    "device is decided when it is loaded"
+)
+
+
 @dataclass(frozen=True)
 class MemoryPlan:
     """The peak memory of a run's distillation, in bytes.
@@ -64,6 +70,7 @@ class MemoryPlan:
         source: where its lengths come from.
         flattened: whether batches have no padding.
         overrides: what `fit` changed in the config, as `key=value`.
+        not_counted: what there is besides the parts, of which nobody knows the size, in words.
     """
 
     device: str
@@ -75,6 +82,7 @@ class MemoryPlan:
     source: str
     flattened: bool
     overrides: tuple[str, ...] = ()
+    not_counted: str | None = None
 
     @property
     def total(self) -> int:
@@ -97,6 +105,8 @@ class MemoryPlan:
         lines.append(f"peak in: {self.moment}")
         lines.append(f"largest batch: {len(b.lengths)} samples, {sum(b.lengths)} tokens, {b.rows} with loss, {how}")
         lines.append(f"lengths from: {self.source}")
+        if self.not_counted:
+            lines.append(f"not counted: {self.not_counted}")
         return "\n".join(lines)
 
     def rows(self) -> list[tuple[str, int]]:
@@ -198,4 +208,5 @@ def plan(config: RunConfig) -> MemoryPlan:
         batch=made.batch,
         source="the limits of the config" if lengths is None else lengths.source,
         flattened=made.flattened,
+        not_counted=_SPREAD if run.teacher_spread and config.cache.kind == LIVE else None,
     )

@@ -2,18 +2,30 @@
 
 from .adapters import merge_adapters, refuse_trained_prompts, untie_adapted_embeddings, with_adapters
 from .compilation import compile_layers, uncompile_layers
+from .digest import model_digest
 from .encoder_decoder import check_same_kind, decoder_start, is_encoder_decoder, with_decoder
 from .flattening import enable_flattening, unfit_for_shared_prefix
 from .heads import body_of, body_output, check_head, embeddings_of, find_head, hidden_states, unwrap
 from .loading import (
+    cache_folder,
+    check_spread,
     fingerprint,
     load_config,
     load_model,
     load_tokenizer,
     make_model,
-    model_digest,
     quantisation_of,
     resolve_model,
+)
+from .placement import (
+    entry_device,
+    is_dispatched,
+    is_fully_sharded,
+    is_sharded,
+    run_inside,
+    tensor_parallel_group,
+    whole,
+    whole_head,
 )
 from .positions import check_positions
 from .prefix import SharedPrefix, common_prefix, share_prefix, shared_starts
@@ -30,21 +42,27 @@ __all__ = [
     "SharedPrefix",
     "body_of",
     "body_output",
+    "cache_folder",
     "call_through",
     "check_head",
     "check_positions",
     "check_same_kind",
     "check_saved",
+    "check_spread",
     "check_tokenizers",
     "common_prefix",
     "compile_layers",
     "decoder_start",
     "embeddings_of",
     "enable_flattening",
+    "entry_device",
     "find_head",
     "fingerprint",
     "hidden_states",
+    "is_dispatched",
     "is_encoder_decoder",
+    "is_fully_sharded",
+    "is_sharded",
     "load_config",
     "load_model",
     "load_tokenizer",
@@ -58,9 +76,11 @@ __all__ = [
     "refuse_trained_prompts",
     "resolve_model",
     "router_loss",
+    "run_inside",
     "save_student",
     "share_prefix",
     "shared_starts",
+    "tensor_parallel_group",
     "text_config",
     "text_tower",
     "tokenizer_digest",
@@ -71,6 +91,8 @@ __all__ = [
     "unfit_for_shared_prefix",
     "untie_adapted_embeddings",
     "unwrap",
+    "whole",
+    "whole_head",
     "with_adapters",
     "with_decoder",
 ]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..errors import first_line
 from .encoder_decoder import is_encoder_decoder
 from .heads import body_of, hidden_states, unwrap
+from .placement import entry_device, is_fully_sharded
 from .text import text_config, text_tower
 from .varlen import IMPLEMENTATION
 
@@ -92,7 +93,7 @@ def unfit_for_shared_prefix(model: nn.Module) -> str | None:
     if inner.config._attn_implementation != IMPLEMENTATION:
         return f"its attention implementation is {inner.config._attn_implementation}"
     embedding = inner.get_input_embeddings()
-    device, dtype = embedding.weight.device, embedding.weight.dtype
+    device, dtype = entry_device(model), embedding.weight.dtype
     if device.type == "cuda":
         return "on a GPU each sample has keys of its own"
     if any(p.requires_grad for p in model.parameters()) and _drops(inner):
@@ -128,6 +129,8 @@ def unfit(inner: Any) -> str | None:
     """
     if is_encoder_decoder(inner):
         return "it has an encoder and a decoder"
+    if is_fully_sharded(inner):
+        return "its weights are sharded (FSDP2)"
     body = body_of(inner)
     parameters = inspect.signature(body.forward).parameters
     if "position_ids" not in parameters:
@@ -189,7 +192,7 @@ def _configs(inner: Any) -> Iterator[Any]:
 
 def _switch_and_compare(model: nn.Module, inner: Any, lengths: tuple[int, ...]) -> str | None:
     embedding = inner.get_input_embeddings()
-    device, dtype = embedding.weight.device, embedding.weight.dtype
+    device, dtype = entry_device(model), embedding.weight.dtype
     padded, flattened = probe_batches(embedding.weight.shape[0], device, lengths)
     runs: list[tuple[torch.dtype, Callable[[], Any]]] = [(dtype, nullcontext)]
     if device.type == "cuda" and dtype == torch.float32:

@@ -141,12 +141,14 @@ def _numbers(config: Any, names: tuple[str, ...]) -> list[float]:
 
 
 @torch.no_grad()
-def check_head(model: nn.Module, name: str) -> None:
+def check_head(model: nn.Module, name: str, head: Head | None = None, device: torch.device | None = None) -> None:
     """Try a model on a few tokens: it must be causal, and head(hidden states) must be its own logits.
 
     Args:
         model: a causal language model, in any dtype, on any device. Its mode does not change.
         name: "student" or "teacher", for the message.
+        head: the model's, where it is not whole in the model.
+        device: where its inputs go. Default: where the head is.
 
     Raises:
         UserError: an earlier token's hidden state changes with a later token, so that labels would be seen before they
@@ -155,9 +157,9 @@ def check_head(model: nn.Module, name: str) -> None:
     """
     inner: Any = unwrap(model)
     who = f"{name} {type(inner).__name__}"
-    head = find_head(model, name)
+    head = head or find_head(model, name)
     assert head.weight is not None
-    device, was_training = head.weight.device, model.training
+    device, was_training = device or head.weight.device, model.training
     tolerance = _TOLERANCE.get(head.weight.dtype, 5e-2)
     vocabulary = min(head.weight.shape[0], inner.get_input_embeddings().weight.shape[0])
     ids = torch.arange(1, 13, device=device) * 7919 % vocabulary
@@ -170,8 +172,9 @@ def check_head(model: nn.Module, name: str) -> None:
         batch["attention_mask"] = (torch.arange(8, device=device) < 6).long().expand(2, 8)
     model.eval()
     try:
-        own = inner(**batch, use_cache=False).logits
-        states_BLD = hidden_states(model, batch)
+        # Not the model's call, inside of which this may run already.
+        own = inner.forward(**batch, use_cache=False).logits.to(head.weight.device)
+        states_BLD = hidden_states(model, batch).to(head.weight.device)
         rebuilt = head.project(states_BLD.flatten(0, 1)).view_as(own)
     except (RuntimeError, AttributeError, TypeError, ValueError) as e:
         raise UserError(f"{who}: cannot rebuild its logits from its hidden states: {first_line(e)}") from e

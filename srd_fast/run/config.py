@@ -20,7 +20,7 @@ _NULLABLE = {"max_bad_rows", "parse_special_tokens"}
 # Fields of SRDConfig that the run sets itself, or that mean nothing in it.
 _SET_BY_RUN = {"output_dir", "seed", "num_train_epochs", "template", "max_prompt_length", "max_response_length"}
 _SET_BY_RUN |= {"chat_template_kwargs", "parse_special_tokens", "columns", "data_function", "train_on"}
-_SET_BY_RUN |= {"teacher_cache", "teacher_cache_kind", "teacher_cache_k"}
+_SET_BY_RUN |= {"teacher_device_map", "teacher_tp_plan", "teacher_cache", "teacher_cache_kind", "teacher_cache_k"}
 DISTILL_FIELDS = {f.name for f in dataclass_fields(SRDConfig) if f.init} - _SET_BY_RUN
 
 
@@ -143,6 +143,10 @@ class RunConfig(_Section):
 
     teacher: str = "smollm2-135m-instruct"
     """Folder, hub id, or smollm2-135m-instruct, which comes from PyPI."""
+    teacher_device_map: str | dict[str, Any] | None = None
+    """Where its parts go, where it does not fit on one device: auto, or a device, cpu or disk for each module."""
+    teacher_tp_plan: Literal["auto"] | None = None
+    """Default: whole in each process; auto splits its layers over all processes."""
     student: str = "prune"
     """Folder or hub id with the teacher's tokenizer, or prune: cut out of the teacher (init_student)."""
     output_dir: str = "runs/srd"

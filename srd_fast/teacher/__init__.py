@@ -6,8 +6,11 @@ from .cache import TeacherCache
 from .collator import StepCollator
 from .live import LiveTeacher
 from .opening import open_teacher_cache
+from .remote import RemoteTeacher, serve_teacher
+from .roles import Roles, split_ranks
 from .source import (
     HiddenRows,
+    RowsOfSamples,
     TeacherRows,
     TeacherSource,
     distillation_loss_of_rows,
@@ -21,6 +24,9 @@ __all__ = [
     "DamagedFileError",
     "HiddenRows",
     "LiveTeacher",
+    "RemoteTeacher",
+    "Roles",
+    "RowsOfSamples",
     "StaleCacheError",
     "StepCollator",
     "Store",
@@ -35,4 +41,6 @@ __all__ = [
     "open_teacher_cache",
     "register_cache_kind",
     "rows_with_loss",
+    "serve_teacher",
+    "split_ranks",
 ]

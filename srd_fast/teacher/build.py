@@ -7,6 +7,7 @@ making was interrupted therefore ends the same as one whose making was not.
 import hashlib
 import logging
 import shutil
+import socket
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -25,25 +27,29 @@ from ..models import (
     decoder_start,
     embeddings_of,
     find_head,
-    hidden_states,
     is_encoder_decoder,
+    is_sharded,
     model_digest,
     share_prefix,
     shared_starts,
 )
 from . import shards
 from .cache import TeacherCache
-from .folder import add_to_index, begin, drop_damaged, drop_unfinished, write_all
+from .fillers import Fillers
+from .folder import add_to_index, begin, digests_of, drop_damaged, drop_unfinished
 from .index import (
     FORMAT,
     HEAD,
     KEY_BYTES,
+    META,
     contents,
     json_text,
     sample_key,
 )
 from .live import LiveTeacher
 from .log_sum_exp import keep_log_sum_exps
+from .mirror import at_addresses
+from .ranks import Ranks
 from .source import rows_with_loss
 from .stores import CACHE_KINDS, HiddenStore, Store, keeps_head, make_store
 
@@ -105,6 +111,7 @@ def describe(
     }
 
 
+@at_addresses
 def build_teacher_cache(
     teacher: nn.Module,
     samples: Iterable[Mapping[str, Any]],
@@ -118,16 +125,20 @@ def build_teacher_cache(
     shard_bytes: int = 64 << 20,
     device: torch.device | str | None = None,
     progress: bool = True,
+    group: dist.ProcessGroup | None = None,
 ) -> "TeacherCache":
     """Run the teacher over the samples that the cache does not hold yet, and open the cache.
 
     Any number of processes may fill one folder, and any of them may be killed. The next call goes on with the first
-    file that is missing or damaged, and the result is the same to the byte.
+    file that is missing or damaged, and the result is the same to the byte. With a `group`, each of its processes makes
+    a share of the files; without one, processes find each other by the locks of the file system.
 
     Args:
-        teacher: a causal language model. It is moved to `device`, and its dtype is that of the hidden states.
+        teacher: a causal language model. Its dtype is that of the hidden states. It is moved to `device`, unless it is
+            spread out, see `LiveTeacher`. Ranks with shards of a teacher (FSDP2) run whole samples, and in step; those
+            of tensor parallelism make one share together.
         samples: tokenised samples with input_ids and labels (-100 where there is no loss), such as a prepared data set.
-        folder: where the cache is, or will be.
+        folder: where the cache is, or will be: a folder, or an address, as in `open_teacher_cache`.
         kind: what a row keeps, a name from `srd_fast.cache_kind_names()`: "hidden" (hidden states), "topk" (the
             likeliest classes), "sampled" (drawn classes), "projected" (the student's head, averaged), or your own.
         store: the kind's, from `srd_fast.teacher.make_store`. Default: the one with the kind's default options.
@@ -141,55 +152,90 @@ def build_teacher_cache(
         shard_bytes: bytes of rows in one file, the most work that a kill can cost.
         device: where the teacher runs. Default: where it is.
         progress: show a progress bar.
+        group: processes that fill the folder together, such as `torch.distributed.group.WORLD`. All of them call this,
+            with the same samples. Default: this process alone; with a teacher in shards, all processes.
 
     Returns:
         The cache, open for reading.
 
     Raises:
-        UserError: the teacher is quantised or its head is not understood, the folder's cache has another teacher,
+        UserError: the teacher's head is quantised or not understood, the folder's cache has another teacher,
             dtype, template or kind, or the disk has too little room.
     """
     folder = Path(folder)
     CACHE_KINDS.check(kind)
+    if group is None and is_sharded(teacher):
+        group = dist.group.WORLD
+    ranks = Ranks(group)
     live = LiveTeacher(teacher, device, freeze=False)
-    teacher, head = live.model, live.head
+    head = live.head
     store = store or make_store(kind, live.num_classes)
     batch_tokens = batch_tokens or (4096 if live.device.type == "cuda" else 1024)
     meta = describe(teacher, store, kind, template, source)
     samples = list(samples) if isinstance(samples, Iterator) else samples
     check_token_ids(samples, {"teacher": embeddings_of(teacher)})
     requests = _requests(samples)
-    index = begin(folder, meta)
-    drop_damaged(folder, index)
-    missing = _missing(folder, index, requests)
+    index = ranks.first(lambda: _begun(folder, meta))
+    with ranks.together():
+        _check_shared(folder)
+        missing = _missing(folder, index, requests)
     per_row = store.bytes_per_row(head, _dtype(teacher))
     groups = _groups(missing, per_row, shard_bytes, meta)
-    beside = store.bytes_beside(head) if isinstance(store, HiddenStore) else 0
-    new = [g for name, g in groups.items() if not (folder / name).exists()]
-    _check_disk(folder, new, per_row + beside, head, kind)
-    if keeps_head(kind):
-        shards.write_once(folder / HEAD, head.tensors, wait=True)
-    maker = _Maker(teacher, head, store, batch_tokens)
-    with tqdm(total=sum(r.num_rows for r in missing), unit="row", desc="teacher", disable=not progress) as bar:
-        write_all(
-            folder,
-            {name: partial(maker.make, group) for name, group in groups.items()},
-            lambda name: bar.update(sum(r.num_rows for r in groups[name])),
+
+    def lacking() -> list[str]:
+        """Names of the files that are not there, of a cache for which there is room, and which has its head."""
+        beside = store.bytes_beside(head) if isinstance(store, HiddenStore) else 0
+        names = [name for name in groups if not (folder / name).exists()]
+        _check_disk(folder, [groups[name] for name in names], per_row + beside, head, kind)
+        if keeps_head(kind):
+            shards.write_once(folder / HEAD, head.tensors, wait=True)
+        return names
+
+    fillers = Fillers(live, ranks)
+    mine = fillers.share(ranks.first(lacking))
+    maker = _Maker(fillers, store, batch_tokens)
+    total = sum(r.num_rows for name in mine for r in groups[name])
+    bar = tqdm(total=total, unit="row", desc="teacher", disable=not progress)
+    with ranks.together(), fillers.in_step(), bar:
+        makers = {name: partial(maker.make, groups[name]) for name in mine}
+        fillers.write(folder, makers, lambda name: bar.update(sum(r.num_rows for r in groups[name])))
+    with ranks.together():
+        named = [*groups, *([HEAD] if keeps_head(kind) else [])]
+        digests = digests_of(folder, [name for name in ranks.share(named) if name not in index])
+    digests = ranks.merged(digests)
+    ranks.first(lambda: _finish(folder, digests))
+    cache = TeacherCache(folder, store, verify=False)
+    return keep_log_sum_exps(cache, samples, head, live.device, progress, ranks)
+
+
+def _begun(folder: Path, meta: dict[str, Any]) -> dict[str, str]:
+    """The index of a folder that is ready to be filled."""
+    index = begin(folder, meta)
+    drop_damaged(folder, index)
+    return index
+
+
+def _check_shared(folder: Path) -> None:
+    if not (folder / META).exists():
+        raise UserError(
+            f"teacher_cache {str(folder)!r} is not there on {socket.gethostname()}, though the first rank has made it: "
+            "name a folder that all ranks share"
         )
-    add_to_index(folder, [*groups, *([HEAD] if keeps_head(kind) else [])])
+
+
+def _finish(folder: Path, digests: Mapping[str, str]) -> None:
+    add_to_index(folder, digests)
     drop_unfinished(folder)
-    return keep_log_sum_exps(TeacherCache(folder, store, verify=False), samples, head, live.device, progress)
 
 
 class _Maker:
     """Makes the rows of a file's samples. A beginning that many of the file's prompts share runs once."""
 
-    def __init__(self, teacher: nn.Module, head: Head, store: Store, batch_tokens: int) -> None:
-        self.teacher, self.head, self.store, self.batch_tokens = teacher, head, store, batch_tokens
-        self.device = next(teacher.parameters()).device
-        self.collate = DistillationCollator(0, decoder_start=decoder_start(teacher))
+    def __init__(self, fillers: Fillers, store: Store, batch_tokens: int) -> None:
+        self.fillers, self.live = fillers, fillers.live
+        self.head, self.store, self.batch_tokens = self.live.head, store, batch_tokens
+        self.collate = DistillationCollator(0, decoder_start=decoder_start(self.live.model))
 
-    @torch.inference_mode()
     def make(self, group: Sequence[_Request]) -> dict[str, Tensor]:
         """Make all tensors of the file."""
         parts, ordered = [], []
@@ -213,23 +259,23 @@ class _Maker:
 
     def _batch(self, some: Sequence[_Request]) -> dict[str, Tensor]:
         batch = self.collate([{"input_ids": r.input_ids, "labels": r.labels} for r in some])
-        return {name: x.to(self.device) for name, x in batch.items()}
+        return {name: x.to(self.live.entry) for name, x in batch.items()}
 
     def _shared(self, start: list[int], some: Sequence[_Request]) -> SharedPrefix | None:
-        if not start:
+        # Ranks in step count each other's passes, and a beginning takes some more.
+        if not start or self.fillers.steps:
             return None
-        with torch.autocast(self.device.type, enabled=False):
-            return share_prefix(self.teacher, start, self._batch(some[-2:]))
+        return self.live.run(share_prefix, self.live.model, start, self._batch(some[-2:]))
 
     def _rows(self, some: Sequence[_Request], shared: SharedPrefix | None) -> dict[str, Tensor]:
         batch = self._batch(some)
-        with torch.autocast(self.device.type, enabled=False):
-            if shared is None:
-                states_BLD = hidden_states(self.teacher, batch)
-            else:
-                batch = {name: x[:, shared.length :] for name, x in batch.items()}
-                states_BLD = shared.hidden_states(batch)
-            hidden_ND = rows_with_loss(states_BLD, batch)
+        if shared is None:
+            states_BLD = self.fillers.hidden_states(batch)
+        else:
+            batch = {name: x[:, shared.length :] for name, x in batch.items()}
+            states_BLD = self.live.run(shared.hidden_states, batch).to(self.live.device)
+        with torch.inference_mode(), torch.autocast(self.live.device.type, enabled=False):
+            hidden_ND = rows_with_loss(states_BLD, batch["labels"].to(states_BLD.device))
             encoded = self.store.encode(hidden_ND, self.head, [r.key for r in some], [r.num_rows for r in some])
         return {name: x.cpu() for name, x in encoded.items()}
 

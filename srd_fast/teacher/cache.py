@@ -19,6 +19,7 @@ from ..losses import Head
 from ..models import find_head
 from . import shards
 from .index import HEAD, OF_SAMPLES, contents, lse_files, read_index, read_meta, sample_key, verify_files
+from .mirror import mirror_of
 from .source import TeacherRows
 from .stores import CACHE_KINDS, HiddenStore, Store
 
@@ -44,7 +45,7 @@ class TeacherCache:
     """A cache of a teacher's rows, used in place of the teacher. Several processes may read it at once.
 
     Args:
-        folder: what `build_teacher_cache` filled.
+        folder: what `build_teacher_cache` filled, or an address of it that fsspec knows, of which a copy is made.
         store: the store it was filled with. "hidden" needs none.
         verify: first compare the checksum of every file, which takes about a second for each GB and core.
 
@@ -53,6 +54,9 @@ class TeacherCache:
     """
 
     def __init__(self, folder: str | Path, store: Store | None = None, verify: bool = True) -> None:
+        if (mirror := mirror_of(folder)) is not None:
+            mirror.fetch()
+            folder = mirror.folder
         self.folder = Path(folder)
         index = read_index(self.folder)
         if not index:

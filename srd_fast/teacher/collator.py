@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..data import DistillationCollator, with_borders, with_loss_rows
-from .cache import TeacherCache
+from .source import RowsOfSamples
 
 
 class StepCollator:
@@ -12,11 +12,11 @@ class StepCollator:
 
     Args:
         collate: the other collator.
-        teacher: a cache whose rows of the samples are added, or None.
+        teacher: a source whose rows of the samples are added, such as a cache, or None.
         ahead: let another thread read these rows until the batch is moved to its device.
     """
 
-    def __init__(self, collate: Callable[..., Any], teacher: TeacherCache | None, ahead: bool = False) -> None:
+    def __init__(self, collate: Callable[..., Any], teacher: RowsOfSamples | None, ahead: bool = False) -> None:
         self.collate, self.teacher, self.ahead = collate, teacher, ahead
 
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

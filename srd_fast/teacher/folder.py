@@ -1,7 +1,7 @@
 """A teacher cache's folder while it is filled: begun, freed of what is damaged or unfinished, and its index kept."""
 
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -108,11 +108,16 @@ def drop_unfinished(folder: Path) -> None:
                 partial.unlink(missing_ok=True)
 
 
-def add_to_index(folder: Path, names: Sequence[str]) -> None:
-    """Say in the index that files are finished. names: of the files."""
+def add_to_index(folder: Path, digests: Mapping[str, str]) -> None:
+    """Say in the index that files are finished.
 
-    def added(files: dict[str, str]) -> dict[str, str]:
-        new = [name for name in names if name not in files]
-        return {**files, **{n: shards.checked_digest(folder / n) for n in new}, META: meta_digest(folder)}
+    Args:
+        folder: of the cache.
+        digests: the digest of each file's content.
+    """
+    write_index(folder, lambda files: {**digests, **files, META: meta_digest(folder)})
 
-    write_index(folder, added)
+
+def digests_of(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """The digest of each file, compared with its content."""
+    return {name: shards.checked_digest(folder / name) for name in names}

@@ -1,45 +1,57 @@
 """A teacher that runs beside the student."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from ..errors import UserError
-from ..models import check_head, compile_layers, find_head, hidden_states, unwrap
+from ..models import (
+    check_head,
+    compile_layers,
+    entry_device,
+    find_head,
+    hidden_states,
+    is_dispatched,
+    is_sharded,
+    run_inside,
+    tensor_parallel_group,
+    unwrap,
+    whole,
+    whole_head,
+    with_decoder,
+)
 from .source import HiddenRows, TeacherRows, rows_with_loss
 
+logger = logging.getLogger(__name__)
 
-def _check_quantised(model: nn.Module, device: torch.device | str | None) -> None:
-    """Refuse a quantised teacher whose logits would not be those of its hidden states, or that is elsewhere."""
-    weight = find_head(model, "teacher").weight
-    assert weight is not None
-    if not weight.is_floating_point() or weight.dtype.itemsize < 2:
-        raise UserError(
-            f"the teacher's head is quantised ({str(weight.dtype).removeprefix('torch.')}), and the loss needs its "
-            "full weight: quantise the teacher without it (modules_to_not_convert, llm_int8_skip_modules: ['lm_head'])"
-        )
-    if device is not None and torch.device(device).type != weight.device.type:
-        raise UserError(
-            f"the teacher is quantised and on {weight.device}, from where it cannot be moved to {device}: load it "
-            "there (device_map)"
-        )
+T = TypeVar("T")
+# What a model reads of a batch.
+_READ = {"input_ids", "attention_mask", "position_ids", "cu_seq_lens", "sample_lengths", "continues"}
+_READ |= {"decoder_input_ids", "decoder_attention_mask"}
 
 
 class LiveTeacher:
     """A teacher that runs beside the student, in eval mode and its own dtype, outside autocast.
 
+    A model that is spread out stays as it is: over several devices, in the host's memory or on disk (`device_map`,
+    accelerate's hooks), or in shards on several processes (tensor parallelism, FSDP2), which must then all make one,
+    and call it equally often. Its batches go to where its embeddings are. A head in shards is kept whole on each.
+
     Args:
         model: a causal language model.
-        device: where it runs. Default: where it is.
+        device: where the hidden states go, and where a model that is in one place runs. Default: where its head is.
         offload: keep its body in the host's memory and copy it to `device` for each batch. The head stays on `device`.
         freeze: switch off the gradients of its parameters, so that no optimizer can train it.
 
     Raises:
-        UserError: the teacher's head is quantised, a quantised teacher would have to be moved, or its logits cannot be
-            rebuilt from its hidden states and head.
+        UserError: the teacher's head is quantised, a quantised teacher would have to be moved, `offload` is asked for a
+            model that cannot be moved, or its logits cannot be rebuilt from its hidden states and head.
     """
 
     def __init__(
@@ -49,28 +61,42 @@ class LiveTeacher:
         offload: bool = False,
         freeze: bool = True,
     ) -> None:
-        quantised = getattr(unwrap(model), "hf_quantizer", None) is not None
-        if quantised and offload:
-            raise UserError("teacher_offload is true, but a quantised teacher cannot be moved; set it to false")
-        if quantised:
-            _check_quantised(model, device)
-        self.model = model.to(device) if device is not None and not offload and not quantised else model
+        stays = _why_it_stays(model)
+        if stays is not None and offload:
+            raise UserError(f"teacher_offload is true, but {stays} cannot be moved; set it to false")
+        if stays == _QUANTISED and device is not None and entry_device(model).type != torch.device(device).type:
+            raise UserError(
+                f"the teacher is quantised and on {entry_device(model)}, from where it cannot be moved to {device}: "
+                "load it there (device_map)"
+            )
+        self.model = model.to(device) if device is not None and stays is None and not offload else model
         self.model.eval()
         if freeze:
             self.model.requires_grad_(False)
-        check_head(self.model, "teacher")
-        head = find_head(self.model)
-        assert head.weight is not None
-        self.device = torch.device(device) if device is not None else head.weight.device
-        self.offload = offload
+        self.offload, self.sharded = offload, is_sharded(model)
+        self.peers = tensor_parallel_group(model) if self.sharded else None
+        self.head = whole_head(self.model, device)
+        assert self.head.weight is not None
+        self.device = self.head.weight.device if device is None else torch.device(device)
+        self.num_classes = self.head.weight.shape[0]
+        if self.sharded and dist.get_rank() == 0:
+            size = sum(x.nbytes for x in self.head.tensors().values())
+            logger.warning("the teacher's head is whole on every rank, which takes %.2f GB of each", size / 1e9)
+        own = find_head(self.model)
+        # A body in the host's memory is tried there.
+        tried, place = (own, None) if offload else (self.head, self.entry)
+        self.run(check_head, self.model, "teacher", tried, place, on_device=False)
+        pairs = (own.weight, self.head.weight), (own.bias, self.head.bias)
+        self._heads = {id(x): there for x, there in pairs if x is not None and there is not None}
         if offload and self.device.type == "cuda":
             # Copies from page-locked memory need no staging, and run beside the student's work.
             for x in self._body():
                 x.data = x.data.pin_memory()
-        self.head = head.on(self.device)
-        own = (head.weight, self.head.weight), (head.bias, self.head.bias)
-        self._heads = {id(x): there for x, there in own if x is not None and there is not None}
-        self.num_classes = head.weight.shape[0]
+
+    @property
+    def entry(self) -> torch.device:
+        """Where batches go."""
+        return self.device if self.offload else entry_device(self.model)
 
     def _body(self) -> list[Tensor]:
         return [*self.model.parameters(), *self.model.buffers()]
@@ -90,13 +116,91 @@ class LiveTeacher:
             for x, data in home:
                 x.data = data
 
+    def _without_gradient(self) -> AbstractContextManager[Any]:
+        # Weights that FSDP2 gathers in inference mode cannot be looked at outside of it.
+        return torch.no_grad() if self.sharded else torch.inference_mode()
+
     def compile(self, **options: Any) -> str | None:
         """Run `compile_layers` on the model as `rows` runs it, with the same options and result."""
+        if self.sharded or is_dispatched(self.model):
+            return "its weights are spread out"
         with self._on_device():
             return compile_layers(self.model, lambda: torch.autocast(self.device.type, enabled=False), **options)
 
-    @torch.inference_mode()
+    def run(self, function: Callable[..., T], *args: Any, on_device: bool = True) -> T:
+        """Call a function of the model's parts as `hidden_states` does: inside its wrapper, outside autocast.
+
+        Args:
+            function: of the model's parts.
+            args: its arguments, with tensors on `entry`.
+            on_device: with the body on `device`, if it is offloaded.
+
+        Returns:
+            What it returns.
+        """
+        place = self._on_device() if on_device else nullcontext()
+        with self._without_gradient(), place, torch.autocast(self.entry.type, enabled=False):
+            try:
+                return run_inside(self.model, function, *args)
+            finally:
+                if isinstance(self.model, FSDPModule):
+                    self.model.reshard()  # embeddings and head, which it would keep for a backward pass
+
+    def hidden_states(self, batch: Mapping[str, Any]) -> Tensor:
+        """Run the model on a batch.
+
+        Ranks of one group of tensor parallelism may have different batches: all of them run each, one after the other.
+
+        Args:
+            batch: as the collator made it, on any device.
+
+        Returns:
+            [B, L, D] on `device`, without gradient.
+        """
+        read = {name: x for name, x in batch.items() if name in _READ}
+        if self.peers is None:
+            return self._states(read)
+        batches: list[dict[str, Any]] = [{} for _ in range(self.peers.size())]
+        dist.all_gather_object(batches, _moved(read, "cpu"), self.peers)
+        mine = self.peers.rank()
+        if all(_are_equal(b, batches[0]) for b in batches[1:]):
+            return self._states(read)
+        of_all = [self._states(b) if i == mine else self._states(b)[:0] for i, b in enumerate(batches)]
+        return of_all[mine]
+
+    def _states(self, batch: Mapping[str, Any]) -> Tensor:
+        return whole(self.run(hidden_states, self.model, _moved(batch, self.entry))).to(self.device)
+
+    def some_batch(self) -> dict[str, Tensor]:
+        """A batch of one token, for a pass that only other ranks need."""
+        ids = torch.zeros(1, 1, dtype=torch.long, device=self.entry)
+        return with_decoder(unwrap(self.model), {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+
     def rows(self, batch: Mapping[str, Any], temperature: float) -> TeacherRows:
         """Hidden states of the rows with loss. They do not depend on the temperature."""
-        with self._on_device(), torch.autocast(self.device.type, enabled=False):
-            return HiddenRows(rows_with_loss(hidden_states(self.model, batch), batch), self.head)
+        states_BLD = self.hidden_states(batch)
+        with self._without_gradient():
+            return HiddenRows(rows_with_loss(states_BLD, batch), self.head)
+
+
+_QUANTISED = "a quantised teacher"
+
+
+def _why_it_stays(model: nn.Module) -> str | None:
+    """What a model is that must stay where it is; None for one that may be moved."""
+    if is_sharded(model):
+        return "a teacher in shards on several processes"
+    if is_dispatched(model):
+        return "a teacher with a device_map"
+    return _QUANTISED if getattr(unwrap(model), "hf_quantizer", None) is not None else None
+
+
+def _moved(batch: Mapping[str, Any], device: torch.device | str) -> dict[str, Any]:
+    return {name: x.to(device) if isinstance(x, Tensor) else x for name, x in batch.items()}
+
+
+def _are_equal(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    def same(x: Any, y: Any) -> bool:
+        return torch.equal(x, y) if isinstance(x, Tensor) and isinstance(y, Tensor) else bool(x == y)
+
+    return a.keys() == b.keys() and all(same(x, b[name]) for name, x in a.items())

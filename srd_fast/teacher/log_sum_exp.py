@@ -19,8 +19,9 @@ from tqdm.auto import tqdm
 from ..errors import UserError
 from ..losses import Head
 from .cache import TeacherCache
-from .folder import add_to_index, drop_from_index, drop_unfinished, write_all
+from .folder import add_to_index, digests_of, drop_from_index, drop_unfinished, write_all
 from .index import contents, json_text, lse_at, lse_files, lse_name, read_index
+from .ranks import Ranks
 from .stores import HiddenStore, unrounded_chunks
 
 
@@ -36,6 +37,7 @@ def keep_log_sum_exps(
     head: Head,
     device: torch.device | str,
     progress: bool,
+    ranks: Ranks,
 ) -> TeacherCache:
     """Add the log-sum-exps that the cache's store asks for, and that the files of these samples lack.
 
@@ -45,6 +47,7 @@ def keep_log_sum_exps(
         head: the cache's.
         device: that computes.
         progress: show a progress bar.
+        ranks: that have opened the cache together; each makes a share.
 
     Returns:
         The cache, opened again if anything was added.
@@ -64,17 +67,26 @@ def keep_log_sum_exps(
         if lacking:
             file = _Lacking(folder / rows, index[rows], store.classes, lacking)
             todo[file.name] = file
-    if not todo:
+    # Ranks that were here before the others' first file was written agree on what is lacking.
+    names = ranks.first(lambda: list(todo))
+    if not names:
         return cache
-    _check_disk(folder, list(todo.values()), store.bytes_beside(head) // len(store.lse))
-    head = head.on(device)
-    with tqdm(total=len(todo), unit="file", desc="log-sum-exp", disable=not progress) as bar:
-        makers = {name: partial(file.make, head) for name, file in todo.items()}
+    ranks.first(lambda: _check_disk(folder, list(todo.values()), store.bytes_beside(head) // len(store.lse)))
+    mine = ranks.share(names)
+    with ranks.together(), tqdm(total=len(mine), unit="file", desc="log-sum-exp", disable=not progress) as bar:
+        here = head.on(device)
+        makers = {name: partial(todo[name].make, here) for name in mine}
         write_all(folder, makers, lambda name: bar.update())
-    add_to_index(folder, list(todo))
+        digests = digests_of(folder, mine)
+    digests = ranks.merged(digests)
+    ranks.first(lambda: _finish(folder, digests))
+    return TeacherCache(folder, store, verify=False)
+
+
+def _finish(folder: Path, digests: Mapping[str, str]) -> None:
+    add_to_index(folder, digests)
     _drop_orphans(folder)
     drop_unfinished(folder)
-    return TeacherCache(folder, store, verify=False)
 
 
 class _Lacking:

@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from transformers import PretrainedConfig
 
@@ -12,11 +13,14 @@ from ..errors import DamagedFileError, UserError
 from ..models import check_same_kind, find_head, fingerprint, load_model, model_digest
 from .build import build_teacher_cache, dtype_name, revision_of
 from .cache import TeacherCache, common_classes
-from .index import compare_meta, read_index, read_meta
+from .index import compare_meta, read_index, read_meta, verify_files
 from .log_sum_exp import keep_log_sum_exps
+from .mirror import at_addresses
+from .ranks import Ranks
 from .stores import make_store
 
 
+@at_addresses
 def open_teacher_cache(
     folder: str | Path,
     teacher: nn.Module | str | None,
@@ -32,11 +36,16 @@ def open_teacher_cache(
     log_sum_exp: bool = False,
     repair: bool = False,
     progress: bool = True,
+    device_map: str | Mapping[str, Any] | None = None,
+    tp_plan: Literal["auto"] | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> "TeacherCache":
     """Open the cache in a folder. It is checked against its teacher, and first filled with samples that it lacks.
 
     Args:
-        folder: where the cache is, or will be.
+        folder: where the cache is, or will be: a folder, or an address that fsspec knows, such as "s3://bucket/cache".
+            Of an address a copy is made in the folder of converted weights ($SRD_FAST_CACHE), and what is filled is
+            sent there.
         teacher: a model; or a folder or hub id, which is loaded in `dtype` only if the cache has to be filled; or None
             to read what is there.
         samples: tokenised samples that the cache must hold, with input_ids and labels (-100 where there is no loss).
@@ -55,6 +64,10 @@ def open_teacher_cache(
             those that are there are used in any case.
         repair: make damaged files again instead of refusing the cache.
         progress: show a progress bar.
+        device_map: where the parts of a teacher given by name go, see `srd_fast.models.load_model`.
+        tp_plan: "auto": each layer of a teacher given by name is split over all processes.
+        group: processes that open, check and fill the cache together. All of them call this, with the same arguments.
+            Default: this process alone.
 
     Returns:
         The cache, open for reading.
@@ -63,19 +76,25 @@ def open_teacher_cache(
         UserError: a file is damaged; the cache was made with another teacher, dtype, template, kind or options; samples
             are missing and there is no teacher; or it cannot be filled. The message names which.
     """
-    folder = Path(folder)
+    folder, ranks = Path(folder), Ranks(group)
     named = isinstance(teacher, str)
     source = fingerprint(teacher) if isinstance(teacher, str) else None
-    try:
-        index = read_index(folder)
-        meta = read_meta(folder, index) if index else {}
-    except DamagedFileError:
-        if not repair:
-            raise
-        index = {}
+    cache: TeacherCache | None = None
+
+    def said() -> tuple[dict[str, str], dict[str, Any]]:
+        """Index and meta.json, empty for a folder to be filled anew."""
+        try:
+            index = read_index(folder)
+            return index, read_meta(folder, index) if index else {}
+        except DamagedFileError:
+            if not repair:
+                raise
+            return {}, {}
+
+    index, meta = ranks.first(said)
     if index:
         if isinstance(teacher, str) and meta.get("source") is None:
-            teacher, source = load_model(teacher, dtype, device, quantised=True), None
+            teacher, source = load_model(teacher, dtype, device, True, device_map, tp_plan), None
         wanted: dict[str, Any] = {"kind": kind, "template": template, "source": source}
         if isinstance(teacher, nn.Module):
             wanted |= {
@@ -85,24 +104,26 @@ def open_teacher_cache(
             }
         elif named:
             wanted["dtype"] = str(dtype).removeprefix("torch.")
-        compare_meta(folder, meta, wanted)
-        if student is not None:
-            check_same_kind(student, PretrainedConfig(is_encoder_decoder=meta.get("encoder_decoder", False)))
-        store = make_store(kind, common_classes(meta["num_classes"], student), k, temperatures, student, log_sum_exp)
-        compare_meta(folder, meta, {"options": store.options})
-        try:
-            cache = TeacherCache(folder, store)
-        except DamagedFileError:
-            if not repair:
-                raise
-        else:
-            if not cache.missing(samples):
-                if cache.head is not None:
-                    cache = keep_log_sum_exps(cache, samples, cache.head, device, progress)
-                return cache if student is None else cache.for_student(student)
+        with ranks.together():
+            compare_meta(folder, meta, wanted)
+            if student is not None:
+                check_same_kind(student, PretrainedConfig(is_encoder_decoder=meta.get("encoder_decoder", False)))
+            classes = common_classes(meta["num_classes"], student)
+            store = make_store(kind, classes, k, temperatures, student, log_sum_exp)
+            compare_meta(folder, meta, {"options": store.options})
+            damaged = verify_files(folder, {name: index[name] for name in ranks.share(sorted(index))})
+            if damaged and not repair:
+                raise damaged[0][1]
+        if not ranks.any(bool(damaged)):
+            cache = TeacherCache(folder, store, verify=False)
+    if not ranks.any(cache is None or cache.missing(samples) > 0):
+        assert cache is not None
+        if cache.head is not None:
+            cache = keep_log_sum_exps(cache, samples, cache.head, device, progress, ranks)
+        return cache if student is None else cache.for_student(student)
     if teacher is None:
         raise UserError(f"teacher_cache {str(folder)!r} lacks samples of this data; pass the teacher, to fill it")
-    model = load_model(teacher, dtype, device, quantised=True) if isinstance(teacher, str) else teacher
+    model = load_model(teacher, dtype, device, True, device_map, tp_plan) if isinstance(teacher, str) else teacher
     head = find_head(model, "teacher").weight
     assert head is not None
     cache = build_teacher_cache(
@@ -115,5 +136,6 @@ def open_teacher_cache(
         source=source,
         device=device,
         progress=progress,
+        group=group,
     )
     return cache if student is None else cache.for_student(student)

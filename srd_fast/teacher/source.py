@@ -1,8 +1,9 @@
 """What a teacher gives to a batch, whether it runs beside the student or was run once before."""
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from ..data import IGNORE_INDEX
@@ -57,6 +58,20 @@ class TeacherSource(Protocol):
             N rows in the order of `rows_with_loss`, which is that of the labels with loss. A source that knows the
             log-sum-exp of each row at T may give it as `HiddenRows.lse_N`; the loss then applies the head less often.
         """
+
+
+@runtime_checkable
+class RowsOfSamples(TeacherSource, Protocol):
+    """A source that is asked for the rows of samples when their batch is collated. It finds them under "teacher"."""
+
+    def to(self, device: torch.device | str) -> "RowsOfSamples":
+        """Move to a device what all batches share, and return the source."""
+
+    def collate(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Return the rows of samples, one sample after the other, on the CPU."""
+
+    def collate_ahead(self, samples: Sequence[Mapping[str, Any]]) -> Any:
+        """Begin with what `collate` does, and return an object whose `to(device)` ends it."""
 
 
 def rows_with_loss(states_BLD: Tensor, batch: Mapping[str, Any] | Tensor) -> Tensor:

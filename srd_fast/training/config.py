@@ -11,6 +11,7 @@ from ..data import check_chat_template_kwargs, check_train_on
 from ..errors import UserError
 from ..losses import Projected, Sampled, get_divergence
 from ..losses.options import RANGE
+from ..models import check_spread
 from ..selection import SAMPLE_POLICIES, check_rows_have_signal, make_position_policy
 from ..suggest import unknown_name
 from ..teacher.stores import CACHE_KINDS, keeps_head
@@ -170,6 +171,10 @@ class SRDConfig(TrainingArguments):
     teacher_cache_kind: str = _described("hidden", "What the cache holds of a row; see cache_kind_names().")
     teacher_cache_k: int = _described(64, "Classes, or draws, a row of a compact cache.")
     teacher_offload: bool = _described(False, "Keep a live teacher's body in the host's memory between steps.")
+    teacher_device_map: Any = _described(
+        None, "Where the parts of a teacher given by name go: 'auto', or a device, 'cpu' or 'disk' for each module."
+    )
+    teacher_tp_plan: str | None = _described(None, "'auto': each layer of such a teacher is split over all processes.")
     padding_free: Any = _described(
         "auto", "Batches without padding: true, false, or 'auto' where the models' attention is known to take them."
     )
@@ -226,6 +231,10 @@ class SRDConfig(TrainingArguments):
             raise UserError(f"torch_compile must be true, false or null, got {self.torch_compile!r}")
         if self.padding_free not in (True, False, "auto"):
             raise UserError(f"padding_free must be true, false or 'auto', got {self.padding_free!r}")
+        check_spread(self.teacher_device_map, self.teacher_tp_plan)
+        if self.teacher_offload and (self.teacher_device_map or self.teacher_tp_plan):
+            given = "teacher_device_map" if self.teacher_device_map else "teacher_tp_plan"
+            raise UserError(f"teacher_offload is true, but {given} says where the teacher is; set it to false")
         if self.teacher_cache is not None:
             check_cache_kind(self.teacher_cache_kind, self.divergence)
             check_rows_have_signal(self.position_selection, self.teacher_cache_kind)

@@ -30,12 +30,15 @@ from ..models import (
     check_same_kind,
     decoder_start,
     embeddings_of,
+    entry_device,
+    is_dispatched,
     is_encoder_decoder,
+    is_sharded,
     load_model,
 )
 from ..reflection import Sampling, open_engine, stopping_at
 from ..rouge import RougeL, choose_tokenizer
-from ..teacher import HiddenRows, LiveTeacher, TeacherCache, TeacherSource
+from ..teacher import HiddenRows, LiveTeacher, RowsOfSamples, TeacherCache, TeacherRows, TeacherSource, labels_with_loss
 from .corpus_metrics import check_metrics, corpus_score
 from .measure import Divergences, measure_batch
 
@@ -110,12 +113,22 @@ def evaluate(
         raise UserError("evaluation seeds need a sampling temperature above 0 (the paper's is 1.0)")
     check_metrics(metrics)
     model = load_model(model, quantised=True) if isinstance(model, str) else model
-    check_head(model, "model")
+    own = LiveTeacher(model, freeze=False) if is_dispatched(model) or is_sharded(model) else None
+    if own is None:
+        check_head(model, "model")
     if isinstance(teacher, (torch.nn.Module, TeacherCache)):
         check_same_kind(model, teacher)
     watched = [m for m in (model, teacher) if isinstance(m, torch.nn.Module)]
     modes = [m.training for m in watched]
-    source = LiveTeacher(teacher, freeze=False) if isinstance(teacher, torch.nn.Module) else teacher
+    if own is not None and teacher is not None:
+        raise UserError(
+            f"the model {type(model).__name__} is spread out (device_map, shards), and so measured alone: leave out "
+            "the teacher"
+        )
+    source: Any = teacher
+    if isinstance(teacher, torch.nn.Module):
+        spread = is_dispatched(teacher) or is_sharded(teacher)
+        source = LiveTeacher(teacher, entry_device(model) if spread else None, freeze=False)
     if isinstance(source, TeacherCache):
         source = source.for_student(model)
     tokenisation = Tokenisation(
@@ -153,15 +166,19 @@ def evaluate(
     collate = DistillationCollator(decoder_start=decoder_start(model))
     totals = torch.zeros(3, dtype=torch.float64)
     model.eval()
+    device = entry_device(model) if own is None else own.device
     for indices in batches_by_length([len(x) for x in input_ids], batch_size):
         some = [{"input_ids": input_ids[i], "labels": labels[i]} for i in indices]
         if states is not None:
-            measured = _measure_states(states, some, model.device)
+            measured = _measure_states(states, some, device)
         else:
-            batch: dict[str, Any] = {k: v.to(model.device) for k, v in collate(some).items()}
-            if isinstance(source, TeacherCache):
-                batch["teacher"] = _stored(source, some, model.device)
-            measured = measure_batch(model, source, batch)
+            batch: dict[str, Any] = {k: v.to(device) for k, v in collate(some).items()}
+            if isinstance(source, RowsOfSamples):
+                batch["teacher"] = _stored(source, some, device)
+            if own is None:
+                measured = measure_batch(model, source, batch)
+            else:
+                measured = _measure_rows(own.rows(batch, 1.0), labels_with_loss(batch))
         totals += torch.stack([x.cpu().double() for x in measured])
     for module, mode in zip(watched, modes):
         module.train(mode)
@@ -182,7 +199,7 @@ def evaluate(
     }
 
 
-def _stored(cache: TeacherCache, samples: Sequence[Mapping[str, Any]], device: torch.device) -> dict[str, Tensor]:
+def _stored(cache: RowsOfSamples, samples: Sequence[Mapping[str, Any]], device: torch.device) -> dict[str, Tensor]:
     return {name: x.to(device) for name, x in cache.collate(samples).items()}
 
 
@@ -190,8 +207,13 @@ def _stored(cache: TeacherCache, samples: Sequence[Mapping[str, Any]], device: t
 def _measure_states(cache: TeacherCache, samples: Sequence[Mapping[str, Any]], device: torch.device) -> Divergences:
     """Run `measure_batch` without a teacher, from the hidden states of a cache that the model filled."""
     rows = cache.rows({"teacher": _stored(cache, samples, device)}, 1.0)
-    if not isinstance(rows, HiddenRows):
-        raise UserError(f"states must be a cache of kind 'hidden', got {cache.meta['kind']!r}")
     labels_N = torch.tensor([y for s in samples for y in s["labels"][1:] if y != IGNORE_INDEX], device=device)
+    return _measure_rows(rows, labels_N, cache.meta["kind"])
+
+
+@torch.no_grad()
+def _measure_rows(rows: TeacherRows, labels_N: Tensor, kind: str = "hidden") -> Divergences:
+    if not isinstance(rows, HiddenRows):
+        raise UserError(f"states must be a cache of kind 'hidden', got {kind!r}")
     losses_N = token_cross_entropy(rows.hidden_ND, rows.head, labels_N)
     return Divergences(losses_N.new_zeros(()), losses_N.sum(), torch.tensor(len(labels_N)))

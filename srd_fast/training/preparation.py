@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from datasets import Dataset, concatenate_datasets
 from torch import nn
 from transformers import Trainer
@@ -27,7 +28,15 @@ from ..models import (
     unwrap,
     with_decoder,
 )
-from ..teacher import LiveTeacher, StepCollator, TeacherCache, TeacherSource, open_teacher_cache
+from ..teacher import (
+    LiveTeacher,
+    RemoteTeacher,
+    RowsOfSamples,
+    StepCollator,
+    TeacherCache,
+    TeacherSource,
+    open_teacher_cache,
+)
 from .batching import READ
 from .config import SRDConfig
 
@@ -74,7 +83,7 @@ def teacher_source(
     Raises:
         UserError: the teacher is not of the student's kind, or the cache cannot be used.
     """
-    if isinstance(teacher, (str, nn.Module, TeacherCache)):
+    if isinstance(teacher, (str, nn.Module, TeacherCache, RemoteTeacher)):
         check_same_kind(student, load_config(teacher) if isinstance(teacher, str) else teacher)
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     if args.teacher_cache is not None:
@@ -93,12 +102,19 @@ def teacher_source(
             dtype=dtype,
             device=args.device,
             progress=not args.disable_tqdm and args.process_index == 0,
+            device_map=args.teacher_device_map,
+            tp_plan=args.teacher_tp_plan,  # type: ignore[arg-type]
+            group=dist.group.WORLD if dist.is_available() and dist.is_initialized() and args.world_size > 1 else None,
         )
     if isinstance(teacher, str):
-        teacher = load_model(teacher, dtype, "cpu" if args.teacher_offload else args.device, quantised=True)
+        place = "cpu" if args.teacher_offload else args.device
+        spread: Any = {"device_map": args.teacher_device_map, "tp_plan": args.teacher_tp_plan}
+        teacher = load_model(teacher, dtype, place, quantised=True, **spread)
     if isinstance(teacher, nn.Module):
         return LiveTeacher(teacher, args.device, offload=args.teacher_offload)
-    return teacher.to(args.device).for_student(student) if isinstance(teacher, TeacherCache) else teacher
+    if isinstance(teacher, TeacherCache):
+        teacher = teacher.for_student(student)
+    return teacher.to(args.device) if isinstance(teacher, RowsOfSamples) else teacher
 
 
 def freeze_what_text_never_reaches(student: nn.Module) -> None:
@@ -189,7 +205,7 @@ def batch_layout(student: nn.Module, teacher: TeacherSource, args: SRDConfig) ->
     """
     if not args.padding_free:
         return Layout()
-    known = isinstance(teacher, (LiveTeacher, TeacherCache))  # a source of the user's own may count on padded batches
+    known = isinstance(teacher, (LiveTeacher, RowsOfSamples))  # a source of the user's own may count on padded batches
     if not known and args.padding_free == "auto":
         return Layout()
     running = _running(student, teacher)

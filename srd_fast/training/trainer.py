@@ -46,8 +46,9 @@ from ..models import (
 from ..selection import BatchSelection, Signals, items_of, select_samples
 from ..teacher import (
     LiveTeacher,
+    RemoteTeacher,
+    RowsOfSamples,
     StepCollator,
-    TeacherCache,
     TeacherSource,
     distillation_loss_of_rows,
     labels_with_loss,
@@ -214,6 +215,9 @@ class SRDTrainer(Trainer):
         if isinstance(self.teacher, LiveTeacher):
             for samples in given:
                 check_token_ids(samples, {"teacher": embeddings_of(self.teacher.model)})
+        if isinstance(self.teacher, RemoteTeacher):
+            for samples in given:
+                check_token_ids(samples, {"teacher": self.teacher.num_embeddings})
         if args.class_sampling and head_S.shape[0] > self.teacher.num_classes:
             raise UserError(
                 f"class_sampling: the student has {head_S.shape[0]} classes and the teacher {self.teacher.num_classes};"
@@ -226,9 +230,9 @@ class SRDTrainer(Trainer):
             layout = layout_of(self.data_collator, train[0], model, self.teacher)
         if compiles(args, self.curriculum.total_steps):
             compile_models(model, self.teacher, args, self.accelerator.autocast, layout.flattened)
-        cache = self.teacher if isinstance(self.teacher, TeacherCache) else None
-        self._collate = StepCollator(self.data_collator, cache)
-        ahead = StepCollator(self.data_collator, cache, ahead=True)
+        rows = self.teacher if isinstance(self.teacher, RowsOfSamples) else None
+        self._collate = StepCollator(self.data_collator, rows)
+        ahead = StepCollator(self.data_collator, rows, ahead=True)
         self.data_collator = ahead
         if args.max_tokens_per_batch:
             self.data_collator = TokenBatches(ahead, args.max_tokens_per_batch, layout.flattened, encoder_decoder)

@@ -221,6 +221,19 @@ def test_what_each_teacher_keeps(tiny_teacher_folder: Path, tmp_path: Path) -> N
         planner.plan(made_config(tiny_teacher_folder, tmp_path, "cache.log_sum_exp=true", "cache.kind=topk"))
 
 
+def test_a_teacher_that_is_spread_out_is_not_guessed(tiny_teacher_folder: Path, tmp_path: Path) -> None:
+    """Its head alone is sure to be on the device."""
+    live = ("cache.kind=live", "dtype=float32")
+    whole = planner.plan(made_config(tiny_teacher_folder, tmp_path, *live))
+    spread = planner.plan(made_config(tiny_teacher_folder, tmp_path, *live, "teacher_device_map=auto"))
+    assert spread.parts["teacher"] == 400 * 32 * 4
+    assert spread.parts["teacher"] < whole.parts["teacher"]
+    assert "not counted: the live teacher's body" in str(spread)
+    assert "not counted" not in str(whole)
+    cached = planner.plan(made_config(tiny_teacher_folder, tmp_path, "teacher_device_map=auto"))
+    assert "not counted" not in str(cached)
+
+
 def test_checkpointing_and_smaller_batches_keep_fewer_activations(tiny_teacher_folder: Path, tmp_path: Path) -> None:
     def activations(*overrides: str) -> int:
         return planner.plan(made_config(tiny_teacher_folder, tmp_path, *overrides)).parts["activations"]

@@ -523,7 +523,7 @@ def test_log_sum_exps_are_added_to_a_cache_that_is_there(
     config = (config_file, f"output_dir={copy}", *QUICK)
     keeping = (*config, "cache.log_sum_exp=true")
     before = cached(copy)
-    monkeypatch.setattr(build, "hidden_states", lambda *args: pytest.fail("the teacher ran"))
+    monkeypatch.setattr(LiveTeacher, "hidden_states", lambda *args: pytest.fail("the teacher ran"))
     assert srd_fast("cache", *keeping).steps("done in") == ["cache"]
     assert srd_fast("cache", *keeping).steps("unchanged, skipped") == ["cache"]
     after = cached(copy)

@@ -148,6 +148,7 @@ def test_a_folder_teaches_and_is_no_student(folder: Path, caplog: pytest.LogCapt
     live = trained(path)
     assert "is quantised (torchao)" in caplog.text
     assert trained(path, teacher_cache=str(folder / "cache")) == pytest.approx(live, rel=1e-5)
+    assert trained(path, teacher_device_map="auto") == pytest.approx(live, rel=1e-5)
     assert live != pytest.approx(trained(str(folder / "full")), rel=1e-5)
     with pytest.raises(UserError, match=r"is quantised \(torchao\): it can teach, but a student is trained"):
         load_model(path)

@@ -697,7 +697,7 @@ def number_of_rows(samples: Samples) -> int:
 def test_too_small_a_disk_is_told_before_the_teacher_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     free = SimpleNamespace(free=5_250_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
-    monkeypatch.setattr(build, "hidden_states", lambda *args: pytest.fail("the teacher ran"))
+    monkeypatch.setattr(LiveTeacher, "hidden_states", lambda *args: pytest.fail("the teacher ran"))
     rows = number_of_rows(SAMPLES)
     with pytest.raises(UserError, match=rf"{rows} rows of 1000000000 bytes need {rows}.00 GB, and 5.25 GB are free"):
         fill(tmp_path, store=_Wide())

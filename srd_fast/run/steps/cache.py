@@ -116,6 +116,7 @@ def _filled(run: Run, samples: Sequence[Dataset], student: nn.Module | None = No
             dtype=run.dtype,
             device=run.device,
             repair=True,
+            **run.teacher_spread,
         )
 
     try:

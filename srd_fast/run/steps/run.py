@@ -17,6 +17,7 @@ from ...data import IGNORE_INDEX, TOKENISED_FEATURES
 from ...files import temporary_path
 from ...models import check_head, load_model, load_tokenizer, quantisation_of
 from ...rouge import choose_tokenizer
+from ...teacher import LiveTeacher
 from ...training.config import SRDConfig
 from ..config import RunConfig
 from .settings import training_config
@@ -70,7 +71,13 @@ class Run:
     @cached_property
     def teacher(self) -> PreTrainedModel:
         """The teacher, loaded once in a process."""
-        return load_model(self.config.teacher, self.dtype, self.device, quantised=True)
+        return load_model(self.config.teacher, self.dtype, self.device, quantised=True, **self.teacher_spread)
+
+    @property
+    def teacher_spread(self) -> dict[str, Any]:
+        """How the teacher is spread over devices or processes, as `load_model` takes it; empty where it is not."""
+        given = {"device_map": self.config.teacher_device_map, "tp_plan": self.config.teacher_tp_plan}
+        return {name: value for name, value in given.items() if value is not None}
 
     def check_teacher(self) -> None:
         """Try the teacher before hours of work for which it is not needed yet.
@@ -79,7 +86,11 @@ class Run:
         """
         if self.config.student != PRUNE:
             place = "cpu" if quantisation_of(self.config.teacher) is None else self.device
-            check_head(load_model(self.config.teacher, self.dtype, place, quantised=True), "teacher")
+            model = load_model(self.config.teacher, self.dtype, place, quantised=True, **self.teacher_spread)
+            if self.teacher_spread:
+                LiveTeacher(model)
+            else:
+                check_head(model, "teacher")
 
     @property
     def start(self) -> str:

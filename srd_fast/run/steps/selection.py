@@ -13,6 +13,7 @@ from ...reflection import Sampling, get_difficulties, reflect
 from ...reflection.shards import merge_shards, shard_file, shard_files, write_shard
 from ...reflection.signals import signal_files
 from ...selection import ALL, select_samples
+from ...teacher import LiveTeacher
 from ...training.config import SRDConfig
 from ...training.student import prune_and_warm_up
 from ..config import RunConfig
@@ -45,7 +46,7 @@ def init_student(run: Run) -> None:
         dtype=run.dtype,
         device=run.device,
         seed=run.config.seed,
-        source=warm_up_cache(run),
+        source=warm_up_cache(run) or (LiveTeacher(run.teacher, run.device) if run.teacher_spread else None),
     )
 
 

@@ -59,6 +59,8 @@ def training_config(
             chat_template_kwargs=config.chat_template_kwargs or None,
             parse_special_tokens=config.parse_special_tokens,
             train_on=config.train_on,
+            teacher_device_map=config.teacher_device_map,
+            teacher_tp_plan=config.teacher_tp_plan,
         )
     except Exception as e:  # transformers' own checks raise many kinds
         raise UserError(f"config: distill: {' '.join(str(e).split())[:500]}") from e

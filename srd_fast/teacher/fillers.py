@@ -1,0 +1,73 @@
+"""How the ranks that fill a cache run a teacher, whose shards may lie on several of them."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from . import shards
+from .folder import write_all
+from .live import LiveTeacher
+from .ranks import Ranks
+
+Makers = Mapping[str, Callable[[], Mapping[str, Tensor]]]
+
+
+class Fillers:
+    """Who makes which files of a cache, and when each rank runs the teacher.
+
+    With a whole teacher a rank is on its own. With FSDP2 a pass needs all ranks, each with a batch of its own: they go
+    in step, and one that has made its share runs what it ran last until all have. With tensor parallelism the ranks of
+    a group need the same batch: they make the same files, and the first of them writes.
+
+    Args:
+        live: the teacher.
+        ranks: that fill the cache.
+    """
+
+    def __init__(self, live: LiveTeacher, ranks: Ranks) -> None:
+        self.live, self.ranks = live, ranks
+        self.steps = live.sharded and live.peers is None and ranks.size > 1
+        firsts = ranks.gather(ranks.rank - (0 if live.peers is None else live.peers.rank()))
+        self._first = firsts[ranks.rank]
+        self._teams = sorted(set(firsts))
+        self._last: Mapping[str, Any] | None = None
+
+    def share(self, names: list[str]) -> list[str]:
+        """The files that this rank makes, of those that all are to make."""
+        return names[self._teams.index(self._first) :: len(self._teams)]
+
+    def write(self, folder: Path, makers: Makers, done: Callable[[str], None]) -> None:
+        """Write this rank's share.
+
+        Args:
+            folder: of the cache.
+            makers: name of each file, and what makes its tensors.
+            done: called with the name of each file that is there.
+        """
+        if self.live.peers is None:
+            write_all(folder, makers, done)
+            return
+        for name, make in makers.items():
+            made = make()  # also where the file is there by now: the others in the team do not know that
+            if self.live.peers.rank() == 0:
+                shards.write_once(folder / name, lambda made=made: made, wait=True)  # type: ignore[misc]
+            done(name)
+
+    def hidden_states(self, batch: Mapping[str, Any]) -> Tensor:
+        """Run the teacher on a batch, when the other ranks do."""
+        if self.steps:
+            self.ranks.any(True)
+            self._last = batch
+        return self.live.hidden_states(batch)
+
+    @contextmanager
+    def in_step(self) -> Iterator[None]:
+        """Make a share. At the end, however it comes, the teacher runs as long as another rank needs it."""
+        try:
+            yield
+        finally:
+            while self.steps and self.ranks.any(False):
+                self.live.hidden_states(self._last or self.live.some_batch())
