@@ -45,7 +45,7 @@ def init_student(run: Run) -> None:
         dtype=run.dtype,
         device=run.device,
         seed=run.config.seed,
-        source=warm_up_cache(run),
+        source=run.group.everywhere(warm_up_cache, run),
     )
 
 
@@ -63,7 +63,7 @@ def reflect_step(run: Run) -> None:
         scores = merge_shards(files, ids, _made_from(run))
     else:
         run.check_teacher()
-        scores = reflect_with(run, run.start, run.folder / PARTS)
+        scores = run.group.everywhere(reflect_with, run, run.start, run.folder / PARTS)
     write_parquet(scores, target)
     remove(run.folder / PARTS)
 
@@ -88,7 +88,10 @@ def _made_from(run: Run) -> str:
 
 
 def reflect_with(run: Run, student: str, parts: Path, shard: str | None = None) -> Dataset:
-    """Reflections of the training rows by the student in a folder, with the settings of the section `reflect`."""
+    """Reflections of the training rows by the student in a folder, with the settings of the section `reflect`.
+
+    Of the processes of a group, which share the work, the first gets them.
+    """
     c = run.config.reflect
     sampled = [f.name for f in dataclasses.fields(Sampling) if f.name not in ("seed", "stop_ids")]
     return reflect(
@@ -109,6 +112,8 @@ def reflect_with(run: Run, student: str, parts: Path, shard: str | None = None) 
         device=run.device,
         shard=shard,
         parts_folder=parts,
+        sharing=run.group,
+        progress=run.group.rank == 0,
     )
 
 
