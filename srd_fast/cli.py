@@ -231,7 +231,7 @@ def _quiet() -> None:
 
 def _silent(rank: str) -> None:
     """Leave the log, the progress bars and the mistakes of a command to the first of its processes."""
-    os.environ["TQDM_DISABLE"] = "1"
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     warnings.simplefilter("ignore")
     logger = logging.getLogger("srd_fast")
     logger.setLevel(logging.ERROR)

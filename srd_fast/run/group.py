@@ -13,7 +13,6 @@ import queue
 import secrets
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -66,7 +65,8 @@ class Group(Sharing):
         self.status: int | None = None
         self._peers, self._hidden, self._store = list(peers), hidden or {}, store
         self._inboxes: list[queue.SimpleQueue[Any]] = [queue.SimpleQueue() for _ in peers]
-        self._sending, self._first_word, self._ended = threading.Lock(), threading.Lock(), threading.Event()
+        self._sending, self._first_word = threading.Lock(), threading.Lock()
+        self._ended, self._left = threading.Event(), threading.Event()
         self._flags: Any = None
         if peers:
             threading.Thread(target=self._listen, daemon=True).start()
@@ -151,6 +151,10 @@ class Group(Sharing):
             if distributed.is_initialized():
                 distributed.destroy_process_group()
 
+    def leave(self) -> None:
+        """Say that this process ends in order."""
+        self._left.set()
+
     def fail(self, error: BaseException) -> None:
         """End all processes over an error in this one. The first process returns, to say it; no other does.
 
@@ -216,8 +220,8 @@ class Group(Sharing):
             self._send(_END, status)
         self._ended.set()
         stop_now()
-        time.sleep(_LEAVING)
-        os._exit(status)
+        if not self._left.wait(_LEAVING):
+            os._exit(status)
 
 
 @contextmanager
@@ -233,7 +237,10 @@ def joined() -> Iterator[Group]:
     except BaseException as error:
         group.fail(error)
         raise
-    group.close()
+    else:
+        group.close()
+    finally:
+        group.leave()
 
 
 def _join() -> Group:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import transformers
 import yaml
 
 from ..errors import UserError, first_line
@@ -197,6 +198,7 @@ def serve(group: Group) -> None:
     begun = group.share(None)
     if begun is None:
         return
+    transformers.utils.logging.disable_progress_bar()
     run = steps.Run(*begun, group=group)
     with _explained(run.folder):
         for do, arguments in group.orders():
