@@ -152,7 +152,7 @@ class Group(Sharing):
                 distributed.destroy_process_group()
 
     def leave(self) -> None:
-        """Say that this process ends in order."""
+        """Say that this process is ending by itself, so that nothing need end it."""
         self._left.set()
 
     def fail(self, error: BaseException) -> None:
@@ -161,6 +161,7 @@ class Group(Sharing):
         Raises:
             SystemExit: another process is the cause, and the error only follows from it; or this is not the first.
         """
+        self.leave()
         expected = isinstance(error, UserError)
         with suppress(Stopped):
             self._ended.wait(0.0 if expected else _GRACE)
@@ -219,9 +220,10 @@ class Group(Sharing):
         if self.rank == 0:
             self._send(_END, status)
         self._ended.set()
-        stop_now()
-        if not self._left.wait(_LEAVING):
-            os._exit(status)
+        if not self._left.is_set():
+            stop_now()
+            if not self._left.wait(_LEAVING):
+                os._exit(status)
 
 
 @contextmanager
