@@ -35,7 +35,6 @@ from srd_fast.run.steps.settings import share_of_batch
 
 ROOT = Path(__file__).resolve().parents[2]
 SAME = ("data", "start", "reflections.parquet", "plan.json", "teacher_cache")
-KILLS = int(os.environ.get("SRD_FAST_KILLS", "10"))
 STEPS, SAVE_STEPS = 11, 3
 
 
@@ -308,10 +307,6 @@ def test_the_samples_of_a_step_are_divided(size: int, steps: int, processes: int
         (
             {"device": "cuda:2"},
             r"device is 'cuda:2', and each of 4 processes needs one .* or set it to 'cuda'",
-        ),
-        (
-            {"reflect": {"engine": "vllm", "engine_options": {"tensor_parallel_size": 2}}},
-            r"tensor_parallel_size is 2, and each of 4 processes has a device of its own: .*srd-fast reflect CONFIG",
         ),
     ],
 )

@@ -105,13 +105,6 @@ def check_group(config: RunConfig, group: Group, shard: str | None = None) -> No
             f"config: device is {config.device!r}, and each of {group.world} processes needs one of its own: leave it "
             f"out, or set it to {device.type!r}"
         )
-    for name in ("tensor_parallel_size", "data_parallel_size"):
-        size = config.reflect.engine_options.get(name, 1)
-        if size != 1:
-            raise UserError(
-                f"config: reflect.engine_options: {name} is {size!r}, and each of {group.world} processes has a device "
-                "of its own: leave it out, or do this step first in one process: srd-fast reflect CONFIG"
-            )
     args = training_config(config)
     share_of_batch(args.per_device_train_batch_size, args.gradient_accumulation_steps, group.world)
 

@@ -55,6 +55,7 @@ class Run:
         if found.type == "cuda" and self.group.world > 1:
             found = torch.device("cuda", self.group.local_rank % torch.cuda.device_count())
             torch.cuda.set_device(found)
+            torch.cuda.init()  # from now on "cuda" is this one, also where devices are given to other processes
         return found
 
     @cached_property

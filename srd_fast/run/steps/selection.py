@@ -13,6 +13,7 @@ from ...reflection import Sampling, get_difficulties, reflect
 from ...reflection.shards import merge_shards, shard_file, shard_files, write_shard
 from ...reflection.signals import signal_files
 from ...selection import ALL, select_samples
+from ...sharing import ALONE, Sharing
 from ...training.config import SRDConfig
 from ...training.student import prune_and_warm_up
 from ..config import RunConfig
@@ -63,7 +64,7 @@ def reflect_step(run: Run) -> None:
         scores = merge_shards(files, ids, _made_from(run))
     else:
         run.check_teacher()
-        scores = run.group.everywhere(reflect_with, run, run.start, run.folder / PARTS)
+        scores = reflect_together(run, run.start, run.folder / PARTS)
     write_parquet(scores, target)
     remove(run.folder / PARTS)
 
@@ -87,11 +88,24 @@ def _made_from(run: Run) -> str:
     return ":".join([run.fingerprints["reflect"], fingerprint(run.start), *run.rouge_stamp])
 
 
-def reflect_with(run: Run, student: str, parts: Path, shard: str | None = None) -> Dataset:
-    """Reflections of the training rows by the student in a folder, with the settings of the section `reflect`.
+def reflect_together(run: Run, student: str, parts: Path) -> Dataset:
+    """Run `reflect_with` in all processes of a group, which share the work.
 
-    Of the processes of a group, which share the work, the first gets them.
+    An engine that spreads over devices or machines by itself is left to the first of them.
     """
+    c = run.config.reflect
+    sizes = [c.engine_options.get(name, 1) for name in ("tensor_parallel_size", "data_parallel_size")]
+    if c.engine == "ray" or sizes != [1, 1]:
+        return reflect_with(run, student, parts)
+    return run.group.everywhere(_reflect_share, run, student, parts)
+
+
+def _reflect_share(run: Run, student: str, parts: Path) -> Dataset:
+    return reflect_with(run, student, parts, sharing=run.group)
+
+
+def reflect_with(run: Run, student: str, parts: Path, shard: str | None = None, sharing: Sharing = ALONE) -> Dataset:
+    """Reflections of the training rows by the student in a folder, with the settings of the section `reflect`."""
     c = run.config.reflect
     sampled = [f.name for f in dataclasses.fields(Sampling) if f.name not in ("seed", "stop_ids")]
     return reflect(
@@ -112,7 +126,7 @@ def reflect_with(run: Run, student: str, parts: Path, shard: str | None = None) 
         device=run.device,
         shard=shard,
         parts_folder=parts,
-        sharing=run.group,
+        sharing=sharing,
         progress=run.group.rank == 0,
     )
 

@@ -19,7 +19,7 @@ from ...training.trainer import SRDTrainer
 from ..stopping import stopping_later
 from .cache import open_cache
 from .run import Run, json_text, write_parquet
-from .selection import PARTS, reflect_with
+from .selection import PARTS, reflect_together
 from .settings import lora_config
 
 SELECTION = "selection.json"
@@ -154,7 +154,7 @@ def _plan_from(run: Run, plan: CurriculumPlan, stage: int) -> CurriculumPlan:
     student = checkpoints / f"checkpoint-{border}"
     if last_whole_checkpoint(checkpoints) != str(student):
         _train(run, plan, until=border)
-    scores = run.group.everywhere(reflect_with, run, str(student), checkpoints / PARTS)
+    scores = reflect_together(run, str(student), checkpoints / PARTS)
     made = replan(plan, stage, scores)
     write_parquet(scores, checkpoints / f"reflections-stage-{stage + 1}.parquet")
     made.save(path)
