@@ -31,10 +31,12 @@ class Group:
 
     def __init__(self, config_file: Path, folder: Path, log: Path) -> None:
         self.log = log
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(PROCESSES), "--master-port=0"]
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(PROCESSES), "--standalone"]
         command += ["-m", "srd_fast", "run", str(config_file), f"output_dir={folder}"]
         with log.open("w") as out:
-            self.process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+            self.process = subprocess.Popen(
+                command, stdout=out, stderr=out, start_new_session=True, env={**os.environ, "PYTHONUNBUFFERED": "1"}
+            )
         self.began = time.monotonic()
 
     def seconds(self) -> float:
