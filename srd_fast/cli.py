@@ -5,10 +5,8 @@ import os
 import shlex
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -50,17 +48,40 @@ def _common(
     pass
 
 
-@contextmanager
-def _stoppable() -> Iterator[None]:
-    """Ctrl-C and SIGTERM end with status 130 and 143 and a word about going on."""
+def _execute(config: Path, overrides: list[str] | None, **options: Any) -> Path | None:
+    """Carry a command out that takes a config; together with the processes that were started with this one.
+
+    Ctrl-C and SIGTERM end with status 130 and 143 and a word about going on.
+
+    Args:
+        config: the file.
+        overrides: texts such as "distill.skew=0.2".
+        options: further arguments of `srd_fast.run.pipeline.execute`.
+
+    Returns:
+        The run folder; in a process other than the first, None.
+    """
+    from .run.config import load_run_config
+    from .run.group import joined
+    from .run.pipeline import execute, serve
     from .run.stopping import Stopped, stoppable
 
     try:
-        with stoppable():
-            yield
+        with stoppable(), joined() as group:
+            if group.rank == 0:
+                return execute(load_run_config(config, overrides or []), group=group, **options)
+            serve(group)
     except Stopped as e:
         typer.echo(f"\n{e}; the same command goes on from here", err=True)
         raise typer.Exit(e.status) from None
+    return None
+
+
+def _for_one_process(verb: str) -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if os.environ.get("RANK", "0") != "0":
+            raise typer.Exit(2)
+        raise UserError(f"srd-fast {verb} is for one process: start it without torchrun or accelerate launch")
 
 
 @app.command()
@@ -69,13 +90,10 @@ def run(config: _Config, overrides: _Overrides = None) -> None:
 
     A step is skipped when its output is there and was made from the same inputs. Stopped, the same command goes on.
     """
-    from .run.config import load_run_config
-    from .run.pipeline import execute
-
-    with _stoppable():
-        folder = execute(load_run_config(config, overrides or []))
-    typer.echo(f"report: {folder / 'report.html'}")
-    typer.echo(f"student: {folder / 'student'}")
+    folder = _execute(config, overrides)
+    if folder is not None:
+        typer.echo(f"report: {folder / 'report.html'}")
+        typer.echo(f"student: {folder / 'student'}")
 
 
 @app.command("init")
@@ -127,11 +145,7 @@ def _step_command(name: str, text: str) -> None:
         overrides: _Overrides = None,
         force: Annotated[bool, typer.Option("--force", help="Do it again even if nothing has changed.")] = False,
     ) -> None:
-        from .run.config import load_run_config
-        from .run.pipeline import execute
-
-        with _stoppable():
-            execute(load_run_config(config, overrides or []), only=name, force=force)
+        _execute(config, overrides, only=name, force=force)
 
 
 _step_command("prepare", "Read and tokenise the data into the run folder.")
@@ -151,11 +165,7 @@ def reflect(
     With --shard, its share's scores alone: reflections-00003-of-00016.parquet. Once the files of all shards lie in the
     run folder, the command without --shard joins them.
     """
-    from .run.config import load_run_config
-    from .run.pipeline import execute
-
-    with _stoppable():
-        execute(load_run_config(config, overrides or []), only="reflect", force=force, shard=shard)
+    _execute(config, overrides, only="reflect", force=force, shard=shard)
 
 
 _step_command("curate", "Rank, drop and stage the samples: plan.json.")
@@ -176,6 +186,7 @@ def memory(
     With --limit, the smallest changes that fit, as a command line; a smaller batch with as many more accumulation
     steps trains the same. Exit status 2 if nothing fits.
     """
+    _for_one_process("memory")
     from .memory.fitting import fit, parse_bytes
     from .memory.planner import plan as plan_memory
     from .run.config import load_run_config
@@ -221,6 +232,7 @@ def init_student(
     seed: Annotated[int, typer.Option(help="Of the warm-up's order.")] = 0,
 ) -> None:
     """Cut a student out of a teacher by keeping some of its layers, and warm it up."""
+    _for_one_process("init-student")
     kept = _layers("layers", layers)
     if bool(data) != bool(warmup_steps):
         raise UserError("--data and --warmup-steps go together: give both for a warm-up, or neither")
@@ -278,9 +290,22 @@ def _quiet() -> None:
     logger.setLevel(logging.INFO)
 
 
+def _silent(rank: str) -> None:
+    """Leave the log, the progress bars and the mistakes of a command to the first of its processes."""
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    warnings.simplefilter("ignore")
+    logger = logging.getLogger("srd_fast")
+    logger.setLevel(logging.ERROR)
+    logger.handlers[0].setFormatter(logging.Formatter(f"process {rank}: %(message)s"))
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
 def main() -> None:
     """Entry point: a user's mistake is one line and exit status 2, never a traceback."""
     _quiet()
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        _silent(rank)
     try:
         app()
     except UserError as e:

@@ -230,9 +230,19 @@ def _vllm(*args: Any, **options: Any) -> GenerationEngine:
     return VLLMEngine(*args, **options)
 
 
+def _ray(*args: Any, **options: Any) -> GenerationEngine:
+    from .ray_engine import RayEngine
+
+    return RayEngine(*args, **options)
+
+
 ENGINES = Registry(
     "engine",
-    {"transformers": _Entry(TransformersEngine, from_source=False), "vllm": _Entry(_vllm, from_source=True)},
+    {
+        "transformers": _Entry(TransformersEngine, from_source=False),
+        "vllm": _Entry(_vllm, from_source=True),
+        "ray": _Entry(_ray, from_source=True),
+    },
     reserved=[AUTO],
 )
 

@@ -25,6 +25,7 @@ from ..models import (
     model_digest,
 )
 from ..rouge import choose_tokenizer
+from ..sharing import ALONE, Sharing
 from ..suggest import unknown_name
 from .engines import (
     AUTO,
@@ -77,6 +78,7 @@ def reflect(
     device: torch.device | str = "cpu",
     shard: str | None = None,
     parts_folder: str | Path | None = None,
+    sharing: Sharing = ALONE,
     progress: bool = True,
 ) -> Dataset:
     """Let the student answer every prompt, and score how hard each sample is for it.
@@ -113,6 +115,8 @@ def reflect(
             `srd_fast.reflection.merge_shards` joins the scores of all.
         parts_folder: where finished parts of the generations are kept. A call that was interrupted goes on from them,
             and ends as if it had not been.
+        sharing: the processes that make this call together, each for some of the parts. The first gets the scores,
+            which are to the bit those of one process; the others get a data set without rows.
         progress: show a progress bar.
 
     Returns:
@@ -168,12 +172,13 @@ def reflect(
             made_by = {"student": given, **engine_settings(runner, sampling)}
             if not hasattr(runner, "settings"):
                 made_by["options"] = {"batch_size": batch_size, **(engine_options or {})}
-        generated = _generate(runner, samples, sampling, parts_folder, made_by, progress)
-        log_probs = _log_probs(runner, samples, progress) if cross_entropy_by == "engine" else None
+        generated = _generate(runner, samples, sampling, parts_folder, made_by, sharing, progress)
+        log_probs = _log_probs(runner, samples, sharing, progress) if cross_entropy_by == "engine" else None
     if isinstance(student, str):
         model = model.to(device)  # type: ignore[arg-type]
     generations = [answers.text(i, g) for i, g in enumerate(generated)]
-    warn_of_answers_alike(generations)
+    if sharing.rank == 0:
+        warn_of_answers_alike(generations)
     reflected = Reflected(
         dataset=samples,
         generations=generations,
@@ -186,7 +191,13 @@ def reflect(
         log_probs=log_probs,
         test_seconds=test_seconds,
         test_memory_mb=test_memory_mb,
+        sharing=sharing,
     )
+    if sharing.rank:
+        for signal in functions:
+            if signal.shared:
+                signal.function(reflected)
+        return Dataset.from_dict({"sample_id": []})
     found: dict[str, list[Any]] = {"sample_id": ids, "generation": generations}
     reasons: list[str | None] = [
         None if any(r.strip() for r in references) else "empty reference" for references in samples["references"]
@@ -213,9 +224,13 @@ def _generate(
     sampling: Sampling,
     folder: str | Path | None,
     made_by: Mapping[str, Any],
+    sharing: Sharing,
     progress: bool,
 ) -> list[list[int]]:
-    """Generated ids of every sample. Parts in the folder with the same `made_by` are read, not made again."""
+    """Generated ids of every sample. Parts in the folder with the same `made_by` are read, not made again.
+
+    Of the processes that share the work, the first gets all of them.
+    """
     ids, lengths = list(samples["sample_id"]), prompt_lengths(samples)
     parts = cut(lengths, getattr(engine, "shard_size", 256), ids)
 
@@ -232,13 +247,16 @@ def _generate(
             whole = read_part(paths[-1], names)
             if whole is not None:
                 found[number] = whole
-    if found:
+    if found and sharing.rank == 0:
         logger.warning("%d of %d generations were there already", sum(len(parts[n]) for n in found), len(ids))
-    todo = [n for n in range(len(parts)) if n not in found]
+    # As the first process sees it: others may look when some of them have begun to write.
+    todo = sharing.share([n for n in range(len(parts)) if n not in found])[sharing.rank :: sharing.world]
     generated: list[list[int]] = [[] for _ in ids]
-    with tqdm(total=len(ids), desc="generate", unit="sample", disable=not progress or not todo) as bar:
+    there = 0 if sharing.rank else sum(len(parts[n]) for n in found)
+    total = there + sum(len(parts[n]) for n in todo)
+    with tqdm(total=total, desc="generate", unit="sample", disable=not progress or not todo) as bar:
         tokens, started = 0, bar.format_dict["elapsed"] or 0.0
-        bar.update(sum(len(parts[n]) for n in found))
+        bar.update(there)
         work = [parts[n] for n in todo]
         for position, answers in compute_parts(
             lambda given: engine.generate(given, sampling), work, prompts, getattr(engine, "parallel", 1)
@@ -250,24 +268,28 @@ def _generate(
             tokens += sum(map(len, answers))
             bar.update(len(answers))
             bar.set_postfix_str(f"{tokens / max(1e-9, bar.format_dict['elapsed'] - started):.0f} tokens/s")
-    for number, answers in found.items():
-        for i, answer in zip(parts[number], answers):
-            generated[i] = list(answer)
+    for of_process in sharing.gather(found):
+        for number, answers in of_process.items():
+            for i, answer in zip(parts[number], answers):
+                generated[i] = list(answer)
     return generated
 
 
-def _log_probs(engine: Any, samples: Dataset, progress: bool) -> list[list[float]]:
+def _log_probs(engine: Any, samples: Dataset, sharing: Sharing, progress: bool) -> list[list[float]]:
     """The engine's log-probability of every token of every sample, except the first token."""
     lengths = [len(row) for row in samples["input_ids"]]
-    parts = cut(lengths, getattr(engine, "shard_size", 256), list(samples["sample_id"]))
+    parts = cut(lengths, getattr(engine, "shard_size", 256), list(samples["sample_id"]))[sharing.rank :: sharing.world]
     found: list[list[float]] = [[] for _ in lengths]
-    with tqdm(total=len(lengths), desc="cross-entropy", unit="sample", disable=not progress) as bar:
+    mine: dict[int, list[float]] = {}
+    with tqdm(total=sum(map(len, parts)), desc="cross-entropy", unit="sample", disable=not progress) as bar:
         for number, values in compute_parts(
             engine.token_log_probs, parts, lambda some: samples[list(some)]["input_ids"], getattr(engine, "parallel", 1)
         ):
-            for i, of_sample in zip(parts[number], values):
-                found[i] = of_sample
+            mine.update(zip(parts[number], values))
             bar.update(len(values))
+    for of_process in sharing.gather(mine):
+        for i, of_sample in of_process.items():
+            found[i] = of_sample
     return found
 
 

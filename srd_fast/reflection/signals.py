@@ -20,6 +20,7 @@ from ..models import common_prefix, decoder_start, find_head, hidden_states, sha
 from ..own_code import file_of, function_of
 from ..registry import Registry
 from ..rouge import RougeL, normal_form
+from ..sharing import ALONE, Sharing
 from .execution import pass_rates
 from .parts import cut
 
@@ -35,6 +36,7 @@ class Reflected:
     dataset: columns sample_id, prompt, references, input_ids, labels, tests. generations: one text a sample, in its
     order. test_seconds, test_memory_mb: limits of each test of `execution`.
     log_probs: where the engine gave them, the log-probability (nats) of every token but the first of each sample.
+    sharing: the processes that share the work of signals marked `shared`. The first alone computes the others.
     """
 
     dataset: Dataset
@@ -48,16 +50,21 @@ class Reflected:
     log_probs: Sequence[Sequence[float]] | None = None
     test_seconds: float = 5.0
     test_memory_mb: int = 512
+    sharing: Sharing = ALONE
 
 
 @dataclass(frozen=True)
 class Difficulty:
-    """A signal: its column, what computes it, its direction, and a package that it needs of the extra `metrics`."""
+    """A signal: its column, what computes it, its direction, and a package that it needs of the extra `metrics`.
+
+    shared: all processes of a group call it, and the first one's values count.
+    """
 
     name: str
     function: Callable[[Reflected], Sequence[float]]
     higher_is_easier: bool
     package: str | None = None
+    shared: bool = False
 
 
 def rouge_l(reflected: Reflected) -> list[float]:
@@ -92,11 +99,12 @@ def cross_entropy(reflected: Reflected) -> list[float]:
     assert head.weight is not None
     device = head.weight.device
     lengths = [len(x) for batch in rows.iter(1000) for x in batch["input_ids"]]
-    result = [float("nan")] * len(rows)
+    found: dict[int, float] = {}
     was_training = model.training
     model.eval()
-    bar = tqdm(total=len(rows), desc="cross-entropy", unit="sample", disable=not reflected.progress)
-    batches = cut(lengths, reflected.batch_size, rows["sample_id"])
+    batches, sharing = cut(lengths, reflected.batch_size, rows["sample_id"]), reflected.sharing
+    mine = batches[sharing.rank :: sharing.world]
+    bar = tqdm(total=sum(map(len, mine)), desc="cross-entropy", unit="sample", disable=not reflected.progress)
 
     def collated(indices: list[int]) -> dict[str, torch.Tensor]:
         some = rows[indices]
@@ -105,7 +113,7 @@ def cross_entropy(reflected: Reflected) -> list[float]:
 
     start = common_start(rows) if len(batches) > 2 else []
     shared = share_prefix(model, start, collated(batches[0][-2:])) if start else None
-    for indices in batches:
+    for indices in mine:
         batch = collated(indices)
         if shared is not None:
             batch = {k: v[:, shared.length :] for k, v in batch.items()}
@@ -114,11 +122,12 @@ def cross_entropy(reflected: Reflected) -> list[float]:
         kept = target != IGNORE_INDEX
         losses = token_cross_entropy(states_BLD[:, :-1][kept], head, target[kept])
         for i, of_sample in zip(indices, losses.split(kept.sum(1).tolist())):
-            result[i] = float(of_sample.mean()) if len(of_sample) else float("nan")
+            found[i] = float(of_sample.mean()) if len(of_sample) else float("nan")
         bar.update(len(indices))
     bar.close()
     model.train(was_training)
-    return result
+    by_sample = {i: value for of_process in sharing.gather(found) for i, value in of_process.items()}
+    return [by_sample.get(i, float("nan")) for i in range(len(rows))]
 
 
 def common_start(rows: Dataset) -> list[int]:
@@ -178,7 +187,7 @@ def execution(reflected: Reflected) -> list[float]:
 
 _BUILT_IN = (
     Difficulty("rouge_l", rouge_l, higher_is_easier=True),
-    Difficulty("cross_entropy", cross_entropy, higher_is_easier=False),
+    Difficulty("cross_entropy", cross_entropy, higher_is_easier=False, shared=True),
     Difficulty("execution", execution, higher_is_easier=True),
     Difficulty("exact_match", exact_match, higher_is_easier=True),
     Difficulty("chrf", chrf, higher_is_easier=True, package="sacrebleu"),

@@ -150,6 +150,8 @@ class VLLMEngine:
         if torch.cuda.is_available():
             given = os.environ.get("CUDA_VISIBLE_DEVICES")
             devices = given.split(",") if given else [str(i) for i in range(torch.cuda.device_count())]
+            # Of several processes on this machine each has chosen a device.
+            devices = devices[torch.cuda.current_device() if torch.cuda.is_initialized() else 0 :]
             if len(devices) < tensor * self.parallel:
                 raise UserError(
                     f"tensor_parallel_size {tensor} times data_parallel_size {self.parallel} needs "

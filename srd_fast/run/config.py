@@ -145,8 +145,6 @@ class RunConfig(_Section):
     """Folder, hub id, or smollm2-135m-instruct, which comes from PyPI."""
     teacher_device_map: str | dict[str, Any] | None = None
     """Where its parts go, where it does not fit on one device: auto, or a device, cpu or disk for each module."""
-    teacher_tp_plan: Literal["auto"] | None = None
-    """Default: whole in each process; auto splits its layers over all processes."""
     student: str = "prune"
     """Folder or hub id with the teacher's tokenizer, or prune: cut out of the teacher (init_student)."""
     output_dir: str = "runs/srd"

@@ -8,12 +8,13 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import transformers
 import yaml
 
 from ..errors import UserError, first_line
@@ -22,6 +23,7 @@ from ..losses import expect_logits, is_out_of_memory
 from ..reflection.shards import parse_shard
 from . import steps
 from .config import RunConfig
+from .group import Group
 
 logger = logging.getLogger(__name__)
 
@@ -152,6 +154,7 @@ def execute(
     force: bool = False,
     say: Callable[[str], None] = print,
     shard: str | None = None,
+    group: Group | None = None,
 ) -> Path:
     """Run every step that is not done, or one step.
 
@@ -161,6 +164,7 @@ def execute(
         force: do `only` again even if nothing has changed.
         say: prints a line.
         shard: "k/n" with only="reflect": do that share of the samples, and leave its scores beside those of the others.
+        group: the processes that do it together, of which this is the first. The others `serve` it. Default: this one.
 
     Returns:
         The run folder.
@@ -168,18 +172,51 @@ def execute(
     Raises:
         UserError: the input is wrong, or `only` needs a step that is not done.
     """
+    if group is not None and group.world > 1 and config.teacher_device_map is not None:
+        raise UserError(
+            f"config: teacher_device_map is {config.teacher_device_map!r}, and each of {group.world} processes would "
+            "spread a teacher of its own over all devices: fill the cache with one process (srd-fast cache CONFIG), or "
+            "set it to null"
+        )
     folder = Path(config.output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise UserError(f"output_dir {config.output_dir!r} cannot be made: {e}") from e
+    with _explained(folder), ExitStack() as held:
+        # Shards of one folder may run beside each other, but beside nothing else.
+        held.enter_context(in_use(folder, "output_dir", shared=shard is not None))
+        if shard is not None:
+            held.enter_context(in_use(folder, "output_dir", ".lock-{}-of-{}".format(*parse_shard(shard))))
+        _execute(config, folder, only, force, say, shard, group or Group())
+    return folder
+
+
+def serve(group: Group) -> None:
+    """Do what the first process of a group orders, until it wants nothing more.
+
+    Args:
+        group: as one of the others sees it.
+
+    Raises:
+        UserError: the input is wrong for this process.
+    """
+    begun = group.share(None)
+    if begun is None:
+        return
+    transformers.utils.logging.disable_progress_bar()
+    run = steps.Run(*begun, group=group)
+    with _explained(run.folder):
+        for do, arguments in group.orders():
+            with expect_logits(run.expected_logits()):
+                do(run, *arguments)
+
+
+@contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    """Make one line of an error that comes from too little memory or from the disk of a run's folder."""
     try:
-        with ExitStack() as held:
-            # Shards of one folder may run beside each other, but beside nothing else.
-            held.enter_context(in_use(folder, "output_dir", shared=shard is not None))
-            if shard is not None:
-                held.enter_context(in_use(folder, "output_dir", ".lock-{}-of-{}".format(*parse_shard(shard))))
-            _execute(config, folder, only, force, say, shard)
+        yield
     except UserError:
         raise
     except Exception as e:
@@ -192,18 +229,25 @@ def execute(
         if trouble is None:
             raise
         raise UserError(f"{trouble}; what is finished is kept, and the same command goes on from there") from e
-    return folder
 
 
 def _execute(
-    config: RunConfig, folder: Path, only: str | None, force: bool, say: Callable[[str], None], shard: str | None
+    config: RunConfig,
+    folder: Path,
+    only: str | None,
+    force: bool,
+    say: Callable[[str], None],
+    shard: str | None,
+    group: Group,
 ) -> None:
     """Run `execute` in a folder that this process holds."""
     steps.check_inputs(config)
+    steps.check_group(config, group, shard)
     wanted = fingerprints(config)
     write_text(folder / "config.yaml", yaml.safe_dump(config.model_dump(), sort_keys=False))
     ledger = Ledger(folder)
-    run = steps.Run(config, folder, wanted, ledger.entries)
+    run = steps.Run(config, folder, wanted, ledger.entries, group)
+    group.share((config, folder, wanted, {}))
     needed = set(STEP_NAMES) if only is None else {only, *_before(only)}
     for number, step in enumerate(STEPS, 1):
         if step.name not in needed:

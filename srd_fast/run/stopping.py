@@ -1,7 +1,8 @@
 """Ending on Ctrl-C or a cluster's SIGTERM: at once, or after the work in progress has been saved."""
 
+import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -52,15 +53,25 @@ def stoppable() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def stop_now() -> None:
+    """Raise `Stopped` in the main thread, from another one, and let nothing put it off."""
+    _requests.deferred = False
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 @contextmanager
-def stopping_later() -> Iterator[TrainerCallback]:
+def stopping_later(any_of: Callable[[int], int] = int) -> Iterator[TrainerCallback]:
     """Let the first signal wait: training with the yielded callback saves a checkpoint after the step and ends.
 
     After such a signal, `Stopped` is raised at the end of the block.
+
+    Args:
+        any_of: of processes that train together, called by all of them after each step: the signal's number here, or
+            0 -> the number for all.
     """
     _requests.deferred = True
     try:
-        yield _SaveAndStop()
+        yield _SaveAndStop(any_of)
     finally:
         _requests.deferred = False
     if _requests.pending:
@@ -68,6 +79,10 @@ def stopping_later() -> Iterator[TrainerCallback]:
 
 
 class _SaveAndStop(TrainerCallback):
+    def __init__(self, any_of: Callable[[int], int]) -> None:
+        self.any_of = any_of
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        _requests.pending = self.any_of(_requests.pending)
         if _requests.pending:
             control.should_save = control.should_training_stop = True

@@ -68,6 +68,17 @@ class SelectedPositions:
         self._since.zero_()
         return {"selected_share": chosen / max(1, candidates), "saved_head_work": _saved(done, whole)}
 
+    def counts(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What was counted, on the CPU, for `add_counts` of another process."""
+        return self.work.cpu(), self.candidates.cpu(), self.chosen.cpu()
+
+    def add_counts(self, counts: tuple[Tensor, Tensor, Tensor]) -> None:
+        """Add what another process counted in the same training."""
+        work, candidates, chosen = counts
+        self.work += work
+        self.candidates += candidates.to(self.candidates.device)
+        self.chosen += chosen.to(self.chosen.device)
+
     @property
     def saved_head_work(self) -> float:
         """Share of the heads' products that was saved so far."""

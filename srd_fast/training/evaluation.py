@@ -38,6 +38,7 @@ from ..models import (
 )
 from ..reflection import Sampling, open_engine, stopping_at
 from ..rouge import RougeL, choose_tokenizer
+from ..sharing import ALONE, Sharing
 from ..teacher import HiddenRows, LiveTeacher, RowsOfSamples, TeacherCache, TeacherRows, TeacherSource, labels_with_loss
 from .corpus_metrics import check_metrics, corpus_score
 from .measure import Divergences, measure_batch
@@ -63,6 +64,7 @@ def evaluate(
     train_on: str = "last",
     rouge_tokenizer: str = "auto",
     num_examples: int = 5,
+    sharing: Sharing = ALONE,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Evaluate a model on rows of any format of `srd_fast.data`, or on tokenised samples.
@@ -94,6 +96,8 @@ def evaluate(
         rouge_tokenizer: how ROUGE-L cuts text into words, a name that `srd_fast.rouge.RougeL` takes. "auto" chooses by
             the references of all of `dataset`.
         num_examples: how many answers `examples` has.
+        sharing: the processes that make this call together, each for some of the batches. The first gets the results,
+            which are to the bit those of one process; the others get an empty dictionary.
         progress: show a progress bar.
 
     Returns:
@@ -153,21 +157,33 @@ def evaluate(
     check_positions(lengths, of_prompts, ids, {"teacher": teacher}, way_out)
     scorer = RougeL(choose_tokenizer(rouge_tokenizer, references))
     means, generations = [], [""] * len(samples)
+    # Whole batches, so that each answer has the neighbours that it has in one process.
+    batches = list(batches_by_length(of_prompts, batch_size))[sharing.rank :: sharing.world]
+    mine = sorted(i for batch in batches for i in batch)
     of_corpus: dict[str, list[float]] = {name: [] for name in metrics}
     with open_engine(engine, model, tokenizer, length=length, sampling=sampling, batch_size=batch_size) as runner:
         for seed in seeds or (sampling.seed,):
-            answers = runner.generate(prompts, replace(sampling, seed=seed))
-            for i, generated in tqdm(answers, "generate", len(prompts), unit="sample", disable=not progress):
-                generations[i] = reader.text(i, generated)
+            answers = runner.generate([prompts[i] for i in mine], replace(sampling, seed=seed))
+            of_mine = {
+                mine[i]: reader.text(mine[i], generated)
+                for i, generated in tqdm(answers, "generate", len(mine), unit="sample", disable=not progress)
+            }
+            for of_process in sharing.gather(of_mine):
+                for i, text in of_process.items():
+                    generations[i] = text
+            if sharing.rank:
+                continue
             means.append(statistics.fmean(scorer.score_all(generations, references)))
             for name in metrics:
                 of_corpus[name].append(corpus_score(name, generations, references))
 
     collate = DistillationCollator(decoder_start=decoder_start(model))
-    totals = torch.zeros(3, dtype=torch.float64)
+    of_batches: dict[int, Tensor] = {}
     model.eval()
     device = entry_device(model) if own is None else own.device
-    for indices in batches_by_length([len(x) for x in input_ids], batch_size):
+    for number, indices in enumerate(batches_by_length([len(x) for x in input_ids], batch_size)):
+        if number % sharing.world != sharing.rank:
+            continue
         some = [{"input_ids": input_ids[i], "labels": labels[i]} for i in indices]
         if states is not None:
             measured = _measure_states(states, some, device)
@@ -179,9 +195,15 @@ def evaluate(
                 measured = measure_batch(model, source, batch)
             else:
                 measured = _measure_rows(own.rows(batch, 1.0), labels_with_loss(batch))
-        totals += torch.stack([x.cpu().double() for x in measured])
+        of_batches[number] = torch.stack([x.cpu().double() for x in measured])
     for module, mode in zip(watched, modes):
         module.train(mode)
+    found = {number: x for of_process in sharing.gather(of_batches) for number, x in of_process.items()}
+    if sharing.rank:
+        return {}
+    totals = torch.zeros(3, dtype=torch.float64)
+    for number in sorted(found):  # in this order, so that the sum is that of one process to the bit
+        totals += found[number]
     kl, cross_entropy, tokens = totals.tolist()
     examples = [
         {"sample_id": i, "prompt": p, "reference": (r or [""])[0], "generation": g}

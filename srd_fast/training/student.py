@@ -102,6 +102,7 @@ def prune_and_warm_up(
             template=template,
             **trainer_basics(torch.device(device), dtype),
         )
+        args._n_gpu = min(args.n_gpu, 1)  # a few steps, which are no work for many
         live_or_cache = load_model(teacher, dtype, device, quantised=True) if source is None else source
         SRDTrainer(student, live_or_cache, args, rows, processing_class=tokenizer).train()
     save_student(student, tokenizer, work / "model")

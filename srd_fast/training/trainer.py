@@ -167,8 +167,9 @@ class SRDTrainer(Trainer):
             evaluation = self._made(eval_dataset, name="eval_dataset").dataset
         if args.n_gpu > 1:
             logger.warning(
-                "%d GPUs are visible to one process; using the first. For all: accelerate launch", args.n_gpu
-            )
+                "%d GPUs are visible to one process; using the first. For all: torchrun --nproc-per-node %d, or "
+                "accelerate launch, before -m srd_fast run CONFIG or your script", args.n_gpu, args.n_gpu,
+            )  # fmt: skip
             args._n_gpu = 1
         super().__init__(
             model=model,

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # From the lowest to the highest; a room imports from its own floor and from those below it.
 FLOORS = (
-    ("errors", "suggest", "registry", "files", "own_code"),
+    ("errors", "suggest", "registry", "files", "own_code", "sharing"),
     ("rouge",),
     ("kernels",),
     ("losses",),
@@ -35,6 +35,7 @@ FLOORS = (
     ("run",),
     ("memory",),
     ("cli",),
+    ("__main__",),
 )
 KERNELS = sorted(ROOT.glob("kernels/**/*.py"))
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

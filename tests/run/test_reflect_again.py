@@ -92,7 +92,7 @@ def test_stopped_it_goes_on_to_the_same_weights(
 
     with monkeypatch.context() as patched:
         patched.setattr(training, *{
-            "reflection": ("reflect_with", stop), "plan": ("replan", stop), "training": ("_train", train_once)
+            "reflection": ("reflect_together", stop), "plan": ("replan", stop), "training": ("_train", train_once)
         }[where])  # fmt: skip
         with pytest.raises(KeyboardInterrupt):
             run(settings, tmp_path)

@@ -2,7 +2,7 @@
 
 from .cache import cache_inputs, cache_teacher
 from .data import prepare, prepare_inputs
-from .inputs import check_inputs
+from .inputs import check_group, check_inputs
 from .outcome import evaluate_inputs, evaluate_step, report
 from .run import LIVE, PRUNE, Run
 from .selection import (
@@ -25,6 +25,7 @@ __all__ = [
     "Run",
     "cache_inputs",
     "cache_teacher",
+    "check_group",
     "check_inputs",
     "curate_inputs",
     "curate_step",

@@ -52,11 +52,13 @@ def cache_temperatures(config: RunConfig, args: SRDConfig) -> list[float]:
 
 def cache_teacher(run: Run) -> None:
     """Run the teacher once over the kept samples and the validation samples. A live teacher needs no such step."""
-    open_cache(run)
+    run.group.everywhere(open_cache, run)
 
 
 def open_cache(run: Run, student: nn.Module | None = None) -> TeacherCache | None:
     """Open the run's cache, complete. Missing and damaged parts are made, a cache of another teacher is replaced.
+
+    As all that opens the cache, it is done by all processes of a group at once, which share what there is to make.
 
     Args:
         run: of which the cache is part.
@@ -116,12 +118,16 @@ def _filled(run: Run, samples: Sequence[Dataset], student: nn.Module | None = No
             dtype=run.dtype,
             device=run.device,
             repair=True,
+            progress=run.group.rank == 0,
             **run.teacher_spread,
         )
 
     try:
         return opened().to(run.device)
     except StaleCacheError as e:
-        logger.warning("%s: making it again", str(e).partition(";")[0])
-        remove(folder)
+        run.group.meet()  # all have seen it, and nobody writes into it
+        if run.group.rank == 0:
+            logger.warning("%s: making it again", str(e).partition(";")[0])
+            remove(folder)
+        run.group.meet()
         return opened().to(run.device)

@@ -26,11 +26,12 @@ from ...selection import SAMPLE_POLICIES
 from ...training.measure import check_best_metric
 from ...training.preparation import check_optimizer
 from ..config import RunConfig
+from ..group import Group
 from .cache import check_cache
 from .data import VALIDATION, tokenisation_of
 from .run import PRUNE, QUICKSTART
 from .selection import sample_policy
-from .settings import lora_config, training_config
+from .settings import lora_config, share_of_batch, training_config
 
 
 def check_inputs(config: RunConfig) -> None:
@@ -83,6 +84,29 @@ def check_inputs(config: RunConfig) -> None:
     if args.push_to_hub:
         try_hub(args.hub_token, "distill.push_to_hub")
     _try_the_end(config, tokenizer)
+
+
+def check_group(config: RunConfig, group: Group, shard: str | None = None) -> None:
+    """Check whether the processes of a group can do a run together.
+
+    Raises:
+        UserError: for the first reason why not.
+    """
+    if group.world == 1:
+        return
+    if shard is not None:
+        raise UserError(
+            f"--shard {shard} is for machines that do not know of each other, and {group.world} processes were started "
+            "together: leave it out, they share the samples"
+        )
+    device = torch.device("cpu" if config.device == "auto" else config.device)
+    if device.index is not None:
+        raise UserError(
+            f"config: device is {config.device!r}, and each of {group.world} processes needs one of its own: leave it "
+            f"out, or set it to {device.type!r}"
+        )
+    args = training_config(config)
+    share_of_batch(args.per_device_train_batch_size, args.gradient_accumulation_steps, group.world)
 
 
 def _try_the_end(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -63,22 +64,38 @@ def evaluate_step(run: Run) -> None:
 
 def _evaluations(run: Run) -> dict[str, Any]:
     """Results by model. evaluation.json keeps what each was made from, so that only changed ones are made again."""
-    path, c = run.folder / "evaluation.json", run.config.evaluate
+    path = run.folder / "evaluation.json"
     try:
         kept: dict[str, Any] = dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
     except (ValueError, TypeError):
         kept = {}
-    cache = validation_cache(run)
     models = {
         "teacher": ("prepare", run.config.teacher),
         "start": ("init-student", run.start),
         "student": ("distill", str(run.folder / "student")),
     }
+    settings = [*evaluate_inputs(run.config), *run.rouge_stamp]
+    todo: dict[str, tuple[str, str]] = {}
     for name, (made_by, source) in models.items():
-        settings = [*evaluate_inputs(run.config), *run.rouge_stamp]
         key = json.dumps([run.fingerprints[made_by], run.fingerprints["prepare"], settings])
-        if kept.get(name, {}).get("key") == key:
-            continue
+        if kept.get(name, {}).get("key") != key:
+            todo[name] = key, source
+    if todo:
+        run.group.everywhere(_evaluate, run, todo, kept)
+    return {name: {k: v for k, v in kept[name].items() if k != "key"} for name in models}
+
+
+def _evaluate(run: Run, todo: Mapping[str, tuple[str, str]], kept: dict[str, Any]) -> None:
+    """Evaluate models, and write each one's results down beside those that are there.
+
+    Args:
+        run: of which they are.
+        todo: the name of each model in the summary -> its key, and where it is.
+        kept: the content of evaluation.json. The results are added.
+    """
+    path, c = run.folder / "evaluation.json", run.config.evaluate
+    cache = validation_cache(run)
+    for name, (key, source) in todo.items():
         is_teacher = name == "teacher"
         if cache is None:
             of_teacher: dict[str, Any] = {} if is_teacher else {"teacher": run.teacher}
@@ -94,10 +111,12 @@ def _evaluations(run: Run) -> dict[str, Any]:
             batch_size=c.batch_size,
             rouge_tokenizer=run.rouge_tokenizer,
             metrics=c.metrics,
+            sharing=run.group,
+            progress=run.group.rank == 0,
         )
-        kept[name] = {"key": key, **result}
-        write_text(path, json_text(kept))
-    return {name: {k: v for k, v in kept[name].items() if k != "key"} for name in models}
+        if run.group.rank == 0:
+            kept[name] = {"key": key, **result}
+            write_text(path, json_text(kept))
 
 
 def _training_figures(run: Run) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """A run: its folder and its config, as every step sees them."""
 
+import copy
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from ...rouge import choose_tokenizer
 from ...teacher import LiveTeacher
 from ...training.config import SRDConfig
 from ..config import RunConfig
+from ..group import Group
 from .settings import training_config
 
 QUICKSTART = "quickstart"
@@ -37,19 +39,25 @@ class Run:
         folder: where its files are.
         fingerprints: of every step, by name.
         ledger: the content of steps.json.
+        group: the processes that do it together.
     """
 
     config: RunConfig
     folder: Path
     fingerprints: dict[str, str]
     ledger: dict[str, dict[str, Any]]
+    group: Group = field(default_factory=Group)
 
     @cached_property
     def device(self) -> torch.device:
-        """The configured device; for "auto" a GPU if there is one."""
-        if self.config.device != "auto":
-            return torch.device(self.config.device)
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        """The configured device; for "auto" a GPU if there is one. Each process of a group has a GPU of its own."""
+        given = self.config.device
+        found = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if given == "auto" else given)
+        if found.type == "cuda" and self.group.world > 1:
+            found = torch.device("cuda", self.group.local_rank % torch.cuda.device_count())
+            torch.cuda.set_device(found)
+            torch.cuda.init()  # from now on "cuda" is this one, also where devices are given to other processes
+        return found
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -60,8 +68,19 @@ class Run:
 
     @cached_property
     def args(self) -> SRDConfig:
-        """What the student is trained with. To be read; a trainer, which writes into its arguments, gets a copy."""
+        """What the student is trained with. To be read; a trainer, which writes into its arguments, gets a copy.
+
+        In a group these are the settings of all together; each trains with `training_args`.
+        """
+        if self.group.world > 1:  # not with the device, of which transformers would take the first
+            return training_config(self.config, self.folder)
         return training_config(self.config, self.folder, self.device, self.dtype)
+
+    def training_args(self) -> SRDConfig:
+        """What a trainer in this process gets. In a group, to be called within its `training`."""
+        if self.group.world == 1:
+            return copy.copy(self.args)
+        return training_config(self.config, self.folder, self.device, self.dtype, self.group.world)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -75,9 +94,9 @@ class Run:
 
     @property
     def teacher_spread(self) -> dict[str, Any]:
-        """How the teacher is spread over devices or processes, as `load_model` takes it; empty where it is not."""
-        given = {"device_map": self.config.teacher_device_map, "tp_plan": self.config.teacher_tp_plan}
-        return {name: value for name, value in given.items() if value is not None}
+        """How the teacher is spread over devices, as `load_model` takes it; empty where it is not."""
+        given = self.config.teacher_device_map
+        return {} if given is None else {"device_map": given}
 
     def check_teacher(self) -> None:
         """Try the teacher before hours of work for which it is not needed yet.

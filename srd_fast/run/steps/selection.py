@@ -13,6 +13,7 @@ from ...reflection import Sampling, get_difficulties, reflect
 from ...reflection.shards import merge_shards, shard_file, shard_files, write_shard
 from ...reflection.signals import signal_files
 from ...selection import ALL, select_samples
+from ...sharing import ALONE, Sharing
 from ...teacher import LiveTeacher
 from ...training.config import SRDConfig
 from ...training.student import prune_and_warm_up
@@ -46,7 +47,8 @@ def init_student(run: Run) -> None:
         dtype=run.dtype,
         device=run.device,
         seed=run.config.seed,
-        source=warm_up_cache(run) or (LiveTeacher(run.teacher, run.device) if run.teacher_spread else None),
+        source=run.group.everywhere(warm_up_cache, run)
+        or (LiveTeacher(run.teacher, run.device) if run.teacher_spread else None),
     )
 
 
@@ -64,7 +66,7 @@ def reflect_step(run: Run) -> None:
         scores = merge_shards(files, ids, _made_from(run))
     else:
         run.check_teacher()
-        scores = reflect_with(run, run.start, run.folder / PARTS)
+        scores = reflect_together(run, run.start, run.folder / PARTS)
     write_parquet(scores, target)
     remove(run.folder / PARTS)
 
@@ -88,7 +90,23 @@ def _made_from(run: Run) -> str:
     return ":".join([run.fingerprints["reflect"], fingerprint(run.start), *run.rouge_stamp])
 
 
-def reflect_with(run: Run, student: str, parts: Path, shard: str | None = None) -> Dataset:
+def reflect_together(run: Run, student: str, parts: Path) -> Dataset:
+    """Run `reflect_with` in all processes of a group, which share the work.
+
+    An engine that spreads over devices or machines by itself is left to the first of them.
+    """
+    c = run.config.reflect
+    sizes = [c.engine_options.get(name, 1) for name in ("tensor_parallel_size", "data_parallel_size")]
+    if c.engine == "ray" or sizes != [1, 1]:
+        return reflect_with(run, student, parts)
+    return run.group.everywhere(_reflect_share, run, student, parts)
+
+
+def _reflect_share(run: Run, student: str, parts: Path) -> Dataset:
+    return reflect_with(run, student, parts, sharing=run.group)
+
+
+def reflect_with(run: Run, student: str, parts: Path, shard: str | None = None, sharing: Sharing = ALONE) -> Dataset:
     """Reflections of the training rows by the student in a folder, with the settings of the section `reflect`."""
     c = run.config.reflect
     sampled = [f.name for f in dataclasses.fields(Sampling) if f.name not in ("seed", "stop_ids")]
@@ -110,6 +128,8 @@ def reflect_with(run: Run, student: str, parts: Path, shard: str | None = None) 
         device=run.device,
         shard=shard,
         parts_folder=parts,
+        sharing=sharing,
+        progress=run.group.rank == 0,
     )
 
 

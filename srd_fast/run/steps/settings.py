@@ -1,6 +1,7 @@
 """Sections of a run's config in the form in which the libraries behind them take them."""
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ def training_config(
     folder: Path | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    processes: int = 1,
 ) -> SRDConfig:
     """SRDConfig of a run: the run's own settings, replaced by those in `distill`.
 
@@ -40,17 +42,23 @@ def training_config(
         folder: of the run. Default: where the config puts it.
         device: that it trains on. The default serves to look at settings that do not depend on it.
         dtype: of the run; bfloat16 switches `bf16` on.
+        processes: that train together. The batch of a step, which `distill` gives, is divided among them.
 
     Returns:
         The training arguments.
 
     Raises:
-        UserError: a field of `distill` is unknown or wrong.
+        UserError: a field of `distill` is unknown or wrong, or the batch cannot be divided.
     """
     basics = {**trainer_basics(torch.device(device), dtype), **RUN_DEFAULTS}
+    given = {**basics, **config.distill, "sample_selection": ALL}  # the plan holds those samples alone
+    if processes > 1:
+        size, accumulation = given["per_device_train_batch_size"], given.get("gradient_accumulation_steps", 1)
+        given |= share_of_batch(size, accumulation, processes)
+        given = {"log_on_each_node": False, **({"ddp_backend": "gloo"} if given["use_cpu"] else {}), **given}
     try:
         return SRDConfig(
-            **{**basics, **config.distill, "sample_selection": ALL},  # the plan holds those samples alone
+            **given,
             output_dir=str((folder or Path(config.output_dir)) / "checkpoints"),
             seed=config.seed,
             template=config.template,
@@ -60,10 +68,37 @@ def training_config(
             parse_special_tokens=config.parse_special_tokens,
             train_on=config.train_on,
             teacher_device_map=config.teacher_device_map,
-            teacher_tp_plan=config.teacher_tp_plan,
         )
     except Exception as e:  # transformers' own checks raise many kinds
         raise UserError(f"config: distill: {' '.join(str(e).split())[:500]}") from e
+
+
+def share_of_batch(size: int, steps: int, processes: int) -> dict[str, int]:
+    """Divide the samples of an optimizer step among processes.
+
+    Accumulation steps are shared first, which leaves what a device holds at a time as it is given.
+
+    Args:
+        size: per_device_train_batch_size of one process.
+        steps: its gradient_accumulation_steps.
+        processes: how many there are.
+
+    Returns:
+        These two fields of SRDConfig for each of them.
+
+    Raises:
+        UserError: the samples cannot be divided.
+    """
+    shared = math.gcd(steps, processes)
+    parts = processes // shared
+    if size % parts:
+        near = [n for n in (size // parts * parts, -(-size // parts) * parts) if n]
+        raise UserError(
+            f"config: distill.per_device_train_batch_size is {size} with gradient_accumulation_steps {steps}: the "
+            f"{size * steps} samples of a step cannot be divided among {processes} processes; set it to "
+            f"{' or '.join(map(str, near))}, or start another number of processes"
+        )
+    return {"per_device_train_batch_size": size // parts, "gradient_accumulation_steps": steps // shared}
 
 
 def lora_config(config: RunConfig) -> Any:

@@ -1,6 +1,5 @@
 """From a plan to a trained student: distill."""
 
-import copy
 import json
 import shutil
 from pathlib import Path
@@ -13,13 +12,14 @@ from ...curriculum import CurriculumPlan, replan
 from ...data import IGNORE_INDEX
 from ...files import remove, replace_folder, temporary_path, write_text
 from ...models import load_model, save_student
+from ...sharing import ALONE, Sharing
 from ...training.batching import make_curriculum
 from ...training.checkpoints import last_whole_checkpoint
 from ...training.trainer import SRDTrainer
 from ..stopping import stopping_later
 from .cache import open_cache
 from .run import Run, json_text, write_parquet
-from .selection import PARTS, reflect_with
+from .selection import PARTS, reflect_together
 from .settings import lora_config
 
 SELECTION = "selection.json"
@@ -61,17 +61,24 @@ def distill(run: Run) -> None:
     if run.config.curate.reflect_again:
         for stage in range(1, len(plan.subset_columns)):
             plan = _plan_from(run, plan, stage)
-    trainer = _train(run, plan)
+    _train(run, plan)
+
+
+def _keep_student(run: Run, trainer: SRDTrainer) -> None:
+    """Write the finished student, and what its training chose of the positions."""
+    positions = None if trainer.selection.policy is None else selected_positions(trainer, run.group)
+    if run.group.rank:
+        return
     remove(run.folder / SELECTION)
-    if trainer.selection.policy is not None:
-        write_text(run.folder / SELECTION, json_text(selected_positions(trainer)))
+    if positions is not None:
+        write_text(run.folder / SELECTION, json_text(positions))
     finished = temporary_path(run.folder / "student")
     shutil.rmtree(finished, ignore_errors=True)
     save_student(trainer.accelerator.unwrap_model(trainer.model), run.tokenizer, finished)
     replace_folder(finished, run.folder / "student")
 
 
-def selected_positions(trainer: SRDTrainer) -> dict[str, Any]:
+def selected_positions(trainer: SRDTrainer, sharing: Sharing = ALONE) -> dict[str, Any]:
     """What the position policy chose: by entropy over the whole run, and in some samples with the finished student."""
     train: Any = trainer.train_dataset
     first = list(dict.fromkeys(trainer.curriculum.stages[0].samples.tolist()))[:SHOWN_SAMPLES]
@@ -92,14 +99,26 @@ def selected_positions(trainer: SRDTrainer) -> dict[str, Any]:
         )
     policy = {"policy": trainer.args.position_selection, "ratio": trainer.args.position_ratio}
     selected = trainer.selection.selected
+    for other in sharing.gather(selected.counts())[1:]:
+        selected.add_counts(other)
     saved = {"saved_head_work": selected.saved_head_work}
     return {**policy, **saved, "histogram": selected.histogram(), "samples": shown}
 
 
-def _train(run: Run, plan: CurriculumPlan, until: int | None = None) -> SRDTrainer:
+def _train(run: Run, plan: CurriculumPlan, until: int | None = None) -> None:
     """Train along a plan, from the last checkpoint if there is one, to the end or to a checkpoint at step `until`."""
-    checkpoints = run.folder / "checkpoints"
-    args = copy.copy(run.args)
+    run.group.everywhere(_train_together, run, plan, until, last_whole_checkpoint(run.folder / "checkpoints"))
+
+
+def _train_together(run: Run, plan: CurriculumPlan, until: int | None, checkpoint: str | None) -> None:
+    with run.group.training():
+        trainer = _trained(run, plan, until, checkpoint)
+        if until is None:
+            _keep_student(run, trainer)
+
+
+def _trained(run: Run, plan: CurriculumPlan, until: int | None, checkpoint: str | None) -> SRDTrainer:
+    args = run.training_args()
     if until is not None:
         args.max_steps = until
     student = load_model(run.start, torch.float32, run.device)
@@ -111,15 +130,14 @@ def _train(run: Run, plan: CurriculumPlan, until: int | None = None) -> SRDTrain
         curriculum=plan,
         eval_dataset=run.data("validation"),
         processing_class=run.tokenizer,
-        callbacks=[_MetricsFile(run.folder / "metrics.jsonl")],
+        callbacks=[_MetricsFile(run.folder / "metrics.jsonl")] if run.group.rank == 0 else [],
         peft_config=lora_config(run.config),
     )
-    begun = last_whole_checkpoint(checkpoints) is not None
-    if not begun and args.eval_strategy != "no":
+    if checkpoint is None and args.eval_strategy != "no":
         trainer.evaluate()
-    with stopping_later() as save_and_stop:
+    with stopping_later(run.group.any_of) as save_and_stop:
         trainer.add_callback(save_and_stop)
-        trainer.train(resume_from_checkpoint=begun)
+        trainer.train(resume_from_checkpoint=checkpoint)
     return trainer
 
 
@@ -136,7 +154,7 @@ def _plan_from(run: Run, plan: CurriculumPlan, stage: int) -> CurriculumPlan:
     student = checkpoints / f"checkpoint-{border}"
     if last_whole_checkpoint(checkpoints) != str(student):
         _train(run, plan, until=border)
-    scores = reflect_with(run, str(student), checkpoints / PARTS)
+    scores = reflect_together(run, str(student), checkpoints / PARTS)
     made = replan(plan, stage, scores)
     write_parquet(scores, checkpoints / f"reflections-stage-{stage + 1}.parquet")
     made.save(path)

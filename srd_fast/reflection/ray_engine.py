@@ -1,0 +1,233 @@
+"""Generation on the machines of a Ray cluster: actors, each with an engine of its own. This side gives them work."""
+
+import importlib.util
+import logging
+import queue
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..errors import EngineDiedError, UserError, first_line
+from ..models import mend_generation_config, resolve_model
+from .engines import AUTO, ENGINES, Sampling, make_engine
+
+logger = logging.getLogger(__name__)
+
+
+class RayEngine:
+    """An engine in each of several actors of a Ray cluster, which end with `close()`.
+
+    One actor computes a call of `generate`, alone, so with parts of the same size the answers are those of its engine
+    without Ray. Threads may make as many calls at once as there are actors. An actor that dies, with its machine or
+    alone, is started again once for a call, wherever the cluster has room.
+
+    Args:
+        student: a folder that every machine sees, or a hub id; or a loaded model, which is written to a temporary
+            folder first, for clusters of one machine.
+        tokenizer: the student's; it is sent to the actors.
+        batch_size: of the engine in each actor.
+        engine: of the actors, a name from `engine_names()`.
+        actors: how many there are.
+        num_gpus: GPUs of each; may be fractional. Default: one if the cluster has GPUs, for "vllm" as many as its
+            tensor_parallel_size.
+        num_cpus: cores of each.
+        address: of the cluster. Default: the one of $RAY_ADDRESS or of this machine, else one that begins here and
+            ends with this process.
+        dtype: of the weights. Default: that of the loaded model, else float32.
+        shard_size: prompts of one call. Default: that of the actors' engine.
+        start_seconds: how long the start of all actors may take, in seconds.
+        options: further keyword arguments of the actors' engine.
+
+    Raises:
+        UserError: Ray is not installed, or an argument is wrong.
+    """
+
+    def __init__(
+        self,
+        student: PreTrainedModel | str,
+        tokenizer: PreTrainedTokenizerBase,
+        batch_size: int = 32,
+        *,
+        engine: str = "transformers",
+        actors: int = 1,
+        num_gpus: float | None = None,
+        num_cpus: float = 1,
+        address: str | None = None,
+        dtype: torch.dtype | None = None,
+        shard_size: int | None = None,
+        start_seconds: float = 900.0,
+        **options: Any,
+    ) -> None:
+        if not isinstance(actors, int) or actors < 1:
+            raise UserError(f"actors must be a whole number of at least 1, got {actors!r}")
+        ENGINES.check(engine)
+        if engine in ("ray", AUTO):
+            raise UserError(f"engine {engine!r} cannot run in Ray's actors: name another one, such as vllm")
+        if importlib.util.find_spec("ray") is None:
+            raise UserError("engine 'ray' needs Ray: pip install 'srd-fast[ray]'")
+        self._folder = Path(tempfile.mkdtemp(prefix="srd-fast-ray-"))
+        if isinstance(student, str):
+            source = resolve_model(student)
+        else:
+            dtype, source = dtype or student.dtype, str(self._folder)
+            mend_generation_config(student, "student")
+            student.save_pretrained(source)
+        self.parallel = actors
+        self.shard_size = shard_size or (512 if engine == "vllm" else 4 * batch_size)
+        self.settings = {"engine_of_actors": engine, "batch_size": batch_size, **options}
+        self._engine, self._address, self._start_seconds = engine, address, start_seconds
+        self._needs = {"num_gpus": num_gpus, "num_cpus": num_cpus}
+        self._options = {"dtype": dtype or torch.float32, "batch_size": batch_size, **options}
+        self._source, self._tokenizer = source, tokenizer
+        self._length, self._sampling = 0, Sampling()
+        self._actors: list[Any] = []
+        self._free: queue.Queue[int] = queue.Queue()
+        self._lock, self._began = threading.Lock(), False
+        if engine == "vllm":
+            self.token_log_probs = self._token_log_probs
+
+    def reserve(self, length: int, sampling: Sampling) -> None:
+        """Say before the first call how many tokens prompt and generation have at most, and how they are sampled."""
+        self._length, self._sampling = max(self._length, length), sampling
+
+    def start(self) -> None:
+        """Join or begin the cluster, and start every actor.
+
+        Raises:
+            UserError: there is no cluster, it lacks room, or an engine does not start. The message says why.
+        """
+        import ray
+
+        with self._lock:
+            if self._actors:
+                return
+            try:
+                if not ray.is_initialized():
+                    ray.init(address=self._address, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+                    self._began = True
+            except (ConnectionError, RuntimeError, ValueError) as e:
+                raise UserError(f"Ray's cluster at {self._address!r} cannot be used: {first_line(e)}") from e
+            self._actors = [self._new() for _ in range(self.parallel)]
+            for index, actor in enumerate(self._actors):
+                self._ready(actor)
+                self._free.put(index)
+
+    def _new(self) -> Any:
+        """Begin to start an actor."""
+        import ray
+
+        gpus = self._needs["num_gpus"]
+        if gpus is None:
+            gpus = self._options.get("tensor_parallel_size", 1) if ray.cluster_resources().get("GPU") else 0
+        made = ray.remote(_Actor).options(num_gpus=gpus, num_cpus=self._needs["num_cpus"], max_restarts=0)
+        return made.remote(self._engine, self._source, self._tokenizer, self._length, self._sampling, self._options)
+
+    def _ready(self, actor: Any) -> None:
+        import ray
+
+        try:
+            ray.get(actor.ready.remote(), timeout=self._start_seconds)
+        except ray.exceptions.GetTimeoutError as e:
+            self.close()
+            has = {n: x for n, x in ray.cluster_resources().items() if n in ("CPU", "GPU")} if self._began else ""
+            raise UserError(
+                f"Ray has not started {self.parallel} actors in {self._start_seconds:.0f} s: each needs {self._needs}"
+                f"{f', the cluster has {has}' if has else ''}; lower actors, or raise start_seconds"
+            ) from e
+        except ray.exceptions.RayError as e:
+            self.close()
+            raise UserError(f"an engine does not start in Ray's actor: {_reason(e)}") from e
+
+    @contextmanager
+    def _actor(self) -> Iterator[Callable[..., Any]]:
+        """Give a function that asks a free actor. One that dies is started again, once."""
+        import ray
+
+        self.start()
+        index = self._free.get()
+
+        def ask(method: str, *arguments: Any) -> Any:
+            def answer() -> Any:
+                return ray.get(getattr(self._actors[index], method).remote(*arguments))
+
+            try:
+                return answer()
+            except ray.exceptions.RayTaskError as e:
+                raise UserError(f"an engine in Ray's actor failed: {_reason(e)}") from e
+            except ray.exceptions.RayActorError as e:
+                logger.warning("one of Ray's actors died and is started again: %s", first_line(e))
+            self._actors[index] = self._new()
+            self._ready(self._actors[index])
+            try:
+                return answer()
+            except ray.exceptions.RayError as e:
+                raise EngineDiedError(f"an actor of Ray died twice: {_reason(e)}") from e
+
+        try:
+            yield ask
+        finally:
+            self._free.put(index)
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[tuple[int, list[int]]]:
+        """Yield all generations when all are done."""
+        if not len(prompts):
+            return
+        with self._actor() as ask:
+            yield from ask("generate", [list(p) for p in prompts], sampling)
+
+    def _token_log_probs(self, samples: Sequence[Sequence[int]]) -> Iterator[tuple[int, list[float]]]:
+        """Yield for each sample the log-probability, in nats, of every token but the first, given those before it."""
+        if not len(samples):
+            return
+        with self._actor() as ask:
+            yield from ask("token_log_probs", [list(s) for s in samples])
+
+    def close(self) -> None:
+        """End the actors, and the cluster if it began here."""
+        import ray
+
+        for actor in self._actors:
+            ray.kill(actor)
+        self._actors = []
+        if self._began:
+            ray.shutdown()
+            self._began = False
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _reason(error: BaseException) -> str:
+    """What ended in Ray's error, in one line."""
+    cause = getattr(error, "cause", None) or error
+    return first_line(cause) if isinstance(cause, BaseException) else str(cause)
+
+
+class _Actor:
+    """What runs on a machine of the cluster."""
+
+    def __init__(self, name: str, source: str, tokenizer: Any, length: int, sampling: Sampling, options: Any) -> None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        given = {n: x for n, x in options.items() if n != "dtype"}
+        self.engine: Any = make_engine(
+            name, source, tokenizer, length=length, sampling=sampling, dtype=options["dtype"], device=device, **given
+        )
+
+    def ready(self) -> None:
+        """Start the engine, where it has a start of its own."""
+        start = getattr(self.engine, "start", None)
+        if callable(start):
+            start()
+
+    def generate(self, prompts: list[list[int]], sampling: Sampling) -> list[tuple[int, list[int]]]:
+        """All generations."""
+        return list(self.engine.generate(prompts, sampling))
+
+    def token_log_probs(self, samples: list[list[int]]) -> list[tuple[int, list[float]]]:
+        """All log-probabilities."""
+        return list(self.engine.token_log_probs(samples))
