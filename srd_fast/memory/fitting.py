@@ -61,7 +61,7 @@ def _variants(config: RunConfig, args: SRDConfig, device: torch.device) -> Itera
     teachers: list[dict[str, Any]] = [{}]
     if config.cache.kind == LIVE:
         teachers.append({"cache.kind": "hidden"})
-        spread = config.teacher_device_map is not None or config.teacher_tp_plan is not None
+        spread = config.teacher_device_map is not None
         if device.type != "cpu" and not args.teacher_offload and not spread:
             teachers.append({"distill.teacher_offload": True})
     yield from teachers

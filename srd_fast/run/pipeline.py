@@ -172,12 +172,6 @@ def execute(
     Raises:
         UserError: the input is wrong, or `only` needs a step that is not done.
     """
-    if group is not None and group.world > 1 and config.teacher_device_map is not None:
-        raise UserError(
-            f"config: teacher_device_map is {config.teacher_device_map!r}, and each of {group.world} processes would "
-            "spread a teacher of its own over all devices: fill the cache with one process (srd-fast cache CONFIG), or "
-            "set it to null"
-        )
     folder = Path(config.output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -308,6 +308,10 @@ def test_the_samples_of_a_step_are_divided(size: int, steps: int, processes: int
             {"device": "cuda:2"},
             r"device is 'cuda:2', and each of 4 processes needs one .* or set it to 'cuda'",
         ),
+        (
+            {"teacher_device_map": "auto"},
+            r"teacher_device_map is 'auto', and each of 4 processes would .*: set it to null, or start one process",
+        ),
     ],
 )
 def test_what_processes_cannot_do_together_is_refused(changes: dict[str, Any], message: str) -> None:

@@ -105,6 +105,11 @@ def check_group(config: RunConfig, group: Group, shard: str | None = None) -> No
             f"config: device is {config.device!r}, and each of {group.world} processes needs one of its own: leave it "
             f"out, or set it to {device.type!r}"
         )
+    if config.teacher_device_map is not None:
+        raise UserError(
+            f"config: teacher_device_map is {config.teacher_device_map!r}, and each of {group.world} processes would "
+            "spread a teacher of its own over all devices: set it to null, or start one process"
+        )
     args = training_config(config)
     share_of_batch(args.per_device_train_batch_size, args.gradient_accumulation_steps, group.world)
 
