@@ -189,7 +189,6 @@ def test_what_cannot_be_done_with_it_is_refused(monkeypatch: pytest.MonkeyPatch)
 def test_in_a_runs_config_the_places_stand_at_the_top() -> None:
     given = load_run_config(None, ["teacher_device_map={model: 0, lm_head: cpu}"])
     assert training_config(given).teacher_device_map == {"model": 0, "lm_head": "cpu"}
-    assert load_run_config(None, ["teacher_tp_plan=auto"]).teacher_tp_plan == "auto"
     with pytest.raises(UserError, match="teacher_device_map is set at the top level"):
         load_run_config(None, ["distill.teacher_device_map=auto"])
 
