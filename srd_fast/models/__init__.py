@@ -4,7 +4,17 @@ from .adapters import merge_adapters, refuse_trained_prompts, untie_adapted_embe
 from .compilation import compile_layers, uncompile_layers
 from .encoder_decoder import check_same_kind, decoder_start, is_encoder_decoder, with_decoder
 from .flattening import enable_flattening, unfit_for_shared_prefix
-from .heads import body_of, body_output, check_head, embeddings_of, find_head, hidden_states, unwrap
+from .heads import (
+    body_of,
+    body_output,
+    check_head,
+    classes_of,
+    embeddings_of,
+    find_head,
+    hidden_states,
+    through_head,
+    unwrap,
+)
 from .loading import (
     fingerprint,
     load_config,
@@ -36,6 +46,7 @@ __all__ = [
     "check_same_kind",
     "check_saved",
     "check_tokenizers",
+    "classes_of",
     "common_prefix",
     "compile_layers",
     "decoder_start",
@@ -63,6 +74,7 @@ __all__ = [
     "shared_starts",
     "text_config",
     "text_tower",
+    "through_head",
     "tokenizer_digest",
     "try_hub",
     "try_merging",

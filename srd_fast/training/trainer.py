@@ -15,7 +15,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from accelerate.utils import DynamoBackend
@@ -28,18 +28,19 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 from ..curriculum import CurriculumPlan
 from ..data import DataFunction, DistillationCollator, Tokenisation, check_token_ids, prepare_dataset
 from ..errors import UserError
-from ..losses import DistillationOutput, LossOptions, StudentRows, check_vocabularies
+from ..losses import DistillationOutput, Head, LossOptions, StudentRows, check_vocabularies
 from ..models import (
     body_output,
     call_through,
     check_head,
+    classes_of,
     decoder_start,
     embeddings_of,
-    find_head,
     hidden_states,
     is_encoder_decoder,
     mend_generation_config,
     router_loss,
+    through_head,
     try_hub,
     try_saving,
 )
@@ -81,6 +82,8 @@ from .preparation import (
 )
 
 logger = logging.getLogger(__name__)
+
+R = TypeVar("R")
 
 # Parts of the loss in the logs; the last only where the student's config asks for that loss.
 _LOGGED = ("divergence", "cross_entropy", "entropy", "router_loss")
@@ -192,8 +195,7 @@ class SRDTrainer(Trainer):
         given = [train, *([] if evaluation is None else [evaluation])]
         for samples in given:
             check_token_ids(samples, {"student": embeddings_of(model)})
-        head_S = find_head(model).weight
-        assert head_S is not None
+        classes = classes_of(model, "student")
         plan = curriculum or CurriculumPlan(subsets=[list(train["sample_id"])], method="none")
         with self.accelerator.autocast():
             plan = select_samples(plan, train, model, processing_class, args.sample_selection, args.sample_ratio)
@@ -210,13 +212,13 @@ class SRDTrainer(Trainer):
             check_lengths(args.max_tokens_per_batch, self.curriculum, train, encoder_decoder)
         check_fit(train, evaluation, self.curriculum, {"student": model, "teacher": teacher_model})
         self.teacher = teacher_source(teacher_model, model, args, self.curriculum, train, evaluation)
-        check_vocabularies(head_S.shape[0], self.teacher.num_classes)
+        check_vocabularies(classes, self.teacher.num_classes)
         if isinstance(self.teacher, LiveTeacher):
             for samples in given:
                 check_token_ids(samples, {"teacher": embeddings_of(self.teacher.model)})
-        if args.class_sampling and head_S.shape[0] > self.teacher.num_classes:
+        if args.class_sampling and classes > self.teacher.num_classes:
             raise UserError(
-                f"class_sampling: the student has {head_S.shape[0]} classes and the teacher {self.teacher.num_classes};"
+                f"class_sampling: the student has {classes} classes and the teacher {self.teacher.num_classes};"
                 " it needs a teacher with all of the student's classes, set it to 0"
             )
         if isinstance(self.data_collator, DistillationCollator):
@@ -250,7 +252,7 @@ class SRDTrainer(Trainer):
         self._step_loss: Any = 0.0
         self._check = StepCheck(args.device)
         self._trend = DivergenceTrend()
-        self.selection = BatchSelection(args, head_S.shape[0])
+        self.selection = BatchSelection(args, classes)
         self._started = time.monotonic()
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
@@ -331,24 +333,27 @@ class SRDTrainer(Trainer):
         student, sft_weight = self._unwrapped(model), self.curriculum.sft_weight(step)
         options = replace(self._loss_options, temperature=temperature, sft_weight=sft_weight)
 
-        def forward(batch: Mapping[str, Any]) -> Any:
+        def of_rows(head: Head, student_ND: Tensor) -> tuple[Tensor, DistillationOutput]:
+            seen = self.selection(student_ND, head, rows, labels_N, inputs, step, temperature)
+            rows_K = StudentRows(
+                seen.student_KD, head, seen.labels_K, options, seen.weights_K, num_items_in_batch, seen.logits_KV
+            )
+            out = distillation_loss_of_rows(rows_K, seen.rows)
+            return out.loss, out
+
+        def forward(batch: Mapping[str, Any]) -> tuple[Tensor, DistillationOutput, Tensor | None]:
             # Around the loss too: it takes the dtype of its products from autocast, as the body does.
             with self.accelerator.autocast():
                 body = body_output(student, batch)
-                student_ND, head = rows_with_loss(body.last_hidden_state, batch), find_head(student)
-                seen = self.selection(student_ND, head, rows, labels_N, batch, step, temperature)
-                rows_K = StudentRows(
-                    seen.student_KD, head, seen.labels_K, options, seen.weights_K, num_items_in_batch, seen.logits_KV
-                )
-                out = distillation_loss_of_rows(rows_K, seen.rows)
-                balance = None if self._router_loss is None else self._router_loss(body.router_logits, batch)
-                return out, balance
-
-        out, balance = call_through(model, student, forward, inputs)
-        loss = out.loss
-        if balance is not None:  # a mean over tokens, so each micro-batch has the share of its tokens
+                loss, out = through_head(student, of_rows, rows_with_loss(body.last_hidden_state, batch))
+                if self._router_loss is None:
+                    return loss, out, None
+                balance = self._router_loss(body.router_logits, batch)
+            # A mean over tokens, so each micro-batch has the share of its tokens.
             balance = balance * (len(labels_N) / out.num_items)
-            loss = loss + balance
+            return loss + balance, out, balance
+
+        loss, out, balance = call_through(model, student, forward, inputs)
         self._count(out, len(labels_N), balance)
         self._step_loss = self._step_loss + loss.detach()
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
@@ -360,6 +365,10 @@ class SRDTrainer(Trainer):
         if self._known[0] is not model:
             self._known = model, self.accelerator.unwrap_model(model)
         return self._known[1]
+
+    def _in_call(self, forward: Callable[[dict[str, Any]], R], batch: dict[str, Any]) -> R:
+        """Run `forward` inside the student's call, where weights that lie in shards are gathered. No gradients."""
+        return call_through(self.model_wrapped, self._unwrapped(self.model_wrapped), forward, batch)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Count the operations of a batch as `transformers.Trainer` does, with the model's parameters counted once.
@@ -387,15 +396,21 @@ class SRDTrainer(Trainer):
         """
         student: Any = self.accelerator.unwrap_model(self.model)
         batch = self._prepare_inputs(self._collate([sample]))
-        was_training = student.training
-        student.eval()
-        with self.accelerator.autocast():
-            student_ND = rows_with_loss(hidden_states(student, batch), batch)
-            student.train(was_training)
-            head, labels_N = find_head(student), labels_with_loss(batch)
+
+        def look(head: Head, student_ND: Tensor) -> tuple[list[float], list[bool]]:
+            labels_N = labels_with_loss(batch)
             signals = Signals(student_ND, head, labels_N, lambda: self.teacher.rows(batch, 1.0), 1.0)
             indices = set(self.selection.chosen(signals, batch, self.state.global_step).indices_K.tolist())
             return signals("student_entropy").tolist(), [i in indices for i in range(len(labels_N))]
+
+        was_training = student.training
+        student.eval()
+        with self.accelerator.autocast():
+            found = self._in_call(
+                lambda x: through_head(student, look, rows_with_loss(hidden_states(student, x), x)), batch
+            )
+        student.train(was_training)
+        return found
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self._raise_if_bad(self._check.look(wait=True))
@@ -559,7 +574,8 @@ class SRDTrainer(Trainer):
         try:
             for inputs in evaluation_batches(dataset, self.args, self._collate):
                 with self.accelerator.autocast():
-                    measured = measure_batch(student, self.teacher, self._prepare_inputs(inputs))
+                    batch = self._prepare_inputs(inputs)
+                    measured = self._in_call(lambda x: measure_batch(student, self.teacher, x), batch)
                 totals += torch.stack([measured.kl, measured.cross_entropy, measured.num_tokens]).double()
         finally:
             student.train(was_training)
