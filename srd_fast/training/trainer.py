@@ -538,7 +538,8 @@ class SRDTrainer(Trainer):
             result = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         finally:
             optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)
-            vars(optimizer).pop("found_inf", None)
+            if hasattr(optimizer, "found_inf"):
+                del optimizer.found_inf
         self._raise_if_bad(self._check.look(wait=True))
         self._show_weights()
         self._trend.end()
