@@ -33,7 +33,7 @@ from .saved_student import check_saved, save_student
 from .saving import mend_generation_config, model_without_weights, try_hub, try_merging, try_saving
 from .text import text_config, text_tower
 from .tokenizers import check_tokenizers, tokenizer_digest
-from .wrapping import call_through
+from .wrapping import call_through, gathered, is_emptied
 
 __all__ = [
     "RouterLoss",
@@ -54,7 +54,9 @@ __all__ = [
     "enable_flattening",
     "find_head",
     "fingerprint",
+    "gathered",
     "hidden_states",
+    "is_emptied",
     "is_encoder_decoder",
     "load_config",
     "load_model",

@@ -5,7 +5,8 @@ backward pass. The loss needs hidden states and the weight of the head, and neve
 it does runs in place of the module's own forward.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -81,6 +82,22 @@ def whole_shape(weight: Tensor) -> torch.Size:
     return getattr(weight, "ds_shape", weight.shape)
 
 
-def is_emptied(module: nn.Module) -> bool:
-    """Whether weights of a module are nowhere whole and nothing gathers them yet, as ZeRO-3 loads a model."""
-    return not hasattr(module, "ds_id") and any(hasattr(p, "ds_shape") for p in module.parameters())
+def is_emptied(model: nn.Module) -> bool:
+    """Whether ZeRO-3 has loaded a model in shards, and nothing gathers them in its calls before training begins."""
+    return not hasattr(model, "ds_id") and any(p.shape != whole_shape(p) for p in model.parameters())
+
+
+@contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """Have all weights whole in each process for a while, of a model that is emptied. They must not change meanwhile.
+
+    Args:
+        model: any model; nothing is done to others.
+    """
+    if not is_emptied(model):
+        yield
+        return
+    from deepspeed import zero
+
+    with zero.GatheredParameters(list(model.parameters())):
+        yield

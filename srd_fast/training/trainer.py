@@ -36,7 +36,9 @@ from ..models import (
     classes_of,
     decoder_start,
     embeddings_of,
+    gathered,
     hidden_states,
+    is_emptied,
     is_encoder_decoder,
     mend_generation_config,
     router_loss,
@@ -78,6 +80,7 @@ from .preparation import (
     compiles,
     freeze_what_text_never_reaches,
     layout_of,
+    sharded_by_fsdp,
     teacher_source,
 )
 
@@ -189,15 +192,16 @@ class SRDTrainer(Trainer):
         self._parameters: int | None = None
         self._known: tuple[Any, Any] = None, None  # the wrapped model, and the model inside
 
-        check_head(model, "student")
-        freeze_what_text_never_reaches(model)
+        with gathered(model):
+            check_head(model, "student")
+            freeze_what_text_never_reaches(model)
         widen_trained_weights(model, args)
         given = [train, *([] if evaluation is None else [evaluation])]
         for samples in given:
             check_token_ids(samples, {"student": embeddings_of(model)})
         classes = classes_of(model, "student")
         plan = curriculum or CurriculumPlan(subsets=[list(train["sample_id"])], method="none")
-        with self.accelerator.autocast():
+        with gathered(model), self.accelerator.autocast():
             plan = select_samples(plan, train, model, processing_class, args.sample_selection, args.sample_ratio)
         self.curriculum = make_curriculum(plan, train, args)
         if args.max_steps > self.curriculum.total_steps:
@@ -211,7 +215,8 @@ class SRDTrainer(Trainer):
                 raise UserError(f"max_tokens_per_batch is {most}, but DeepSpeed steps after each backward; set it to 0")
             check_lengths(args.max_tokens_per_batch, self.curriculum, train, encoder_decoder)
         check_fit(train, evaluation, self.curriculum, {"student": model, "teacher": teacher_model})
-        self.teacher = teacher_source(teacher_model, model, args, self.curriculum, train, evaluation)
+        with gathered(model):
+            self.teacher = teacher_source(teacher_model, model, args, self.curriculum, train, evaluation)
         check_vocabularies(classes, self.teacher.num_classes)
         if isinstance(self.teacher, LiveTeacher):
             for samples in given:
@@ -221,13 +226,14 @@ class SRDTrainer(Trainer):
                 f"class_sampling: the student has {classes} classes and the teacher {self.teacher.num_classes};"
                 " it needs a teacher with all of the student's classes, set it to 0"
             )
-        if isinstance(self.data_collator, DistillationCollator):
-            layout = batch_layout(model, self.teacher, args)
-            self.data_collator.flatten, self.data_collator.share_prefix = layout.flattened, layout.share_prefix
-        else:
-            layout = layout_of(self.data_collator, train[0], model, self.teacher)
-        if compiles(args, self.curriculum.total_steps):
-            compile_models(model, self.teacher, args, self.accelerator.autocast, layout.flattened)
+        with gathered(model):
+            if isinstance(self.data_collator, DistillationCollator):
+                layout = batch_layout(model, self.teacher, args)
+                self.data_collator.flatten, self.data_collator.share_prefix = layout.flattened, layout.share_prefix
+            else:
+                layout = layout_of(self.data_collator, train[0], model, self.teacher)
+            if compiles(args, self.curriculum.total_steps):
+                compile_models(model, self.teacher, args, self.accelerator.autocast, layout.flattened)
         cache = self.teacher if isinstance(self.teacher, TeacherCache) else None
         self._collate = StepCollator(self.data_collator, cache)
         ahead = StepCollator(self.data_collator, cache, ahead=True)
@@ -368,7 +374,21 @@ class SRDTrainer(Trainer):
 
     def _in_call(self, forward: Callable[[dict[str, Any]], R], batch: dict[str, Any]) -> R:
         """Run `forward` inside the student's call, where weights that lie in shards are gathered. No gradients."""
-        return call_through(self.model_wrapped, self._unwrapped(self.model_wrapped), forward, batch)
+        student = self._unwrapped(self.model_wrapped)
+        with gathered(student):
+            return call_through(self.model_wrapped, student, forward, batch)
+
+    def _place_student(self) -> None:
+        """Put the student where a step will have it, before anything runs it outside of training.
+
+        The Trainer leaves that to FSDP and DeepSpeed, which do it when training begins.
+        """
+        if self.model_wrapped is not self.model or self.is_in_train:
+            return
+        if self.is_fsdp_enabled:
+            self.model = self.model_wrapped = sharded_by_fsdp(self.model, self.accelerator)
+        elif self.is_deepspeed_enabled and not is_emptied(self.model):
+            self.model.to(self.args.device)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Count the operations of a batch as `transformers.Trainer` does, with the model's parameters counted once.
@@ -394,7 +414,8 @@ class SRDTrainer(Trainer):
             For every position with loss, the student's entropy in nats, and whether `position_selection` would choose
             it.
         """
-        student: Any = self.accelerator.unwrap_model(self.model)
+        self._place_student()
+        student = self._unwrapped(self.model_wrapped)
         batch = self._prepare_inputs(self._collate([sample]))
 
         def look(head: Head, student_ND: Tensor) -> tuple[list[float], list[bool]]:
@@ -568,7 +589,8 @@ class SRDTrainer(Trainer):
         if rows is None:
             raise UserError("eval_dataset is missing: pass it to SRDTrainer or to evaluate()")
         dataset = self._made(rows, name="eval_dataset").dataset
-        student = self.accelerator.unwrap_model(self.model)
+        self._place_student()
+        student = self._unwrapped(self.model_wrapped)
         was_training, totals = student.training, torch.zeros(3, dtype=torch.float64, device=self.args.device)
         student.eval()
         self._show_weights()
