@@ -33,7 +33,8 @@ from .saved_student import check_saved, save_student
 from .saving import mend_generation_config, model_without_weights, try_hub, try_merging, try_saving
 from .text import text_config, text_tower
 from .tokenizers import check_tokenizers, tokenizer_digest
-from .wrapping import call_through, gathered, is_emptied
+from .whole import is_sharded, whole_student
+from .wrapping import call_through, gathered, is_emptied, loading_whole
 
 __all__ = [
     "RouterLoss",
@@ -58,9 +59,11 @@ __all__ = [
     "hidden_states",
     "is_emptied",
     "is_encoder_decoder",
+    "is_sharded",
     "load_config",
     "load_model",
     "load_tokenizer",
+    "loading_whole",
     "make_model",
     "mend_generation_config",
     "merge_adapters",
@@ -85,6 +88,7 @@ __all__ = [
     "unfit_for_shared_prefix",
     "untie_adapted_embeddings",
     "unwrap",
+    "whole_student",
     "with_adapters",
     "with_decoder",
 ]

@@ -7,11 +7,12 @@ it does runs in place of the module's own forward.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
+from transformers.integrations import deepspeed
 
 if distributed.is_available():
     from torch.distributed.fsdp import FSDPModule
@@ -101,3 +102,17 @@ def gathered(model: nn.Module) -> Iterator[None]:
 
     with zero.GatheredParameters(list(model.parameters())):
         yield
+
+
+@contextmanager
+def loading_whole() -> Iterator[None]:
+    """Let one process make models for itself meanwhile, where a ZeRO-3 configuration would have all make shards."""
+    if not deepspeed.is_deepspeed_zero3_enabled():
+        yield
+        return
+    config = cast(Any, deepspeed)._hf_deepspeed_config_weak_ref()
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed.set_hf_deepspeed_config(config)

@@ -20,7 +20,7 @@ from typing import Any, TypeVar, cast
 import torch
 from accelerate.utils import DynamoBackend
 from datasets import Dataset
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
@@ -40,11 +40,15 @@ from ..models import (
     hidden_states,
     is_emptied,
     is_encoder_decoder,
+    is_sharded,
+    loading_whole,
     mend_generation_config,
     router_loss,
+    save_student,
     through_head,
     try_hub,
     try_saving,
+    whole_student,
 )
 from ..selection import BatchSelection, Signals, items_of, select_samples
 from ..teacher import (
@@ -565,6 +569,33 @@ class SRDTrainer(Trainer):
         self._show_weights()
         self._trend.end()
         return result
+
+    def save_student(self, folder: str | Path) -> None:
+        """Save the student as a model of its own, adapters merged, with its tokenizer, and compare it with its folder.
+
+        In a training of many processes all of them call this. The first one writes, and gathers a sharded student in
+        the memory of its host. The others wait.
+
+        Args:
+            folder: where it goes.
+
+        Raises:
+            UserError: the adapters cannot be merged, or the folder gives another model. In every process.
+        """
+        student: Any = self._unwrapped(self.model_wrapped)
+        failures: list[UserError | None] = [None]
+        with loading_whole():
+            if is_sharded(self.model_wrapped):
+                student = whole_student(self.model_wrapped, student)
+            if self.args.process_index == 0:
+                try:
+                    save_student(student, cast(Any, self.processing_class), Path(folder))
+                except UserError as e:
+                    failures = [e]
+        if self.args.world_size > 1:
+            distributed.broadcast_object_list(failures)
+        if failures[0] is not None:
+            raise failures[0]
 
     @torch.no_grad()
     def evaluate(
