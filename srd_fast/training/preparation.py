@@ -130,6 +130,23 @@ def freeze_what_text_never_reaches(student: nn.Module) -> None:
         logger.info("%d weights that text never reaches are not trained, such as %s", len(never), never[0])
 
 
+def check_fsdp(args: SRDConfig) -> None:
+    """Refuse what FSDP could do for a student that only it runs, and not for one that is looked at before training.
+
+    Args:
+        args: of the training.
+
+    Raises:
+        UserError: only the first process would have the student's weights.
+    """
+    config = args.fsdp_config if args.fsdp and isinstance(args.fsdp_config, dict) else {}
+    if args.world_size > 1 and str(config.get("cpu_ram_efficient_loading", False)).lower() == "true":
+        raise UserError(
+            "fsdp_config: cpu_ram_efficient_loading is true, so only the first process would have the student's "
+            "weights, and every process tries its student before training; set it to false"
+        )
+
+
 def sharded_by_fsdp(student: nn.Module, accelerator: Accelerator) -> nn.Module:
     """Shard a student over the processes as training will, for what runs it before.
 

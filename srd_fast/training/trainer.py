@@ -79,6 +79,7 @@ from .measure import METRICS, check_best_metric, measure_batch, peak_memory_mb
 from .pair import ready_pair, widen_trained_weights
 from .preparation import (
     batch_layout,
+    check_fsdp,
     check_optimizer,
     compile_models,
     compiles,
@@ -179,6 +180,7 @@ class SRDTrainer(Trainer):
                 "%d GPUs are visible to one process; using the first. For all: accelerate launch", args.n_gpu
             )
             args._n_gpu = 1
+        check_fsdp(args)
         super().__init__(
             model=model,
             args=args,
@@ -214,9 +216,16 @@ class SRDTrainer(Trainer):
                 "epochs_per_stage, or leave max_steps out"
             )
         if args.max_tokens_per_batch:
+            reason = None
             if self.is_deepspeed_enabled:
-                most = args.max_tokens_per_batch
-                raise UserError(f"max_tokens_per_batch is {most}, but DeepSpeed steps after each backward; set it to 0")
+                reason = "DeepSpeed steps after each backward"
+            elif self.is_fsdp_enabled or is_sharded(model):
+                reason = "processes with different numbers of micro-batches would wait for each other's shards"
+            if reason is not None:
+                raise UserError(
+                    f"max_tokens_per_batch is {args.max_tokens_per_batch}, but {reason}; set it to 0 and lower "
+                    "per_device_train_batch_size, with more gradient_accumulation_steps"
+                )
             check_lengths(args.max_tokens_per_batch, self.curriculum, train, encoder_decoder)
         check_fit(train, evaluation, self.curriculum, {"student": model, "teacher": teacher_model})
         with gathered(model):

@@ -34,7 +34,7 @@ CASES: dict[str, dict[str, Any]] = {
     "fsdp2": {"engine": "fsdp2", "resume": True},
     "fsdp2, its own head, accumulation": {"engine": "fsdp2", "architecture": "llama_untied", "accumulation": 2},
     "fsdp2, adapters": {"engine": "fsdp2", "lora": True, "resume": True},
-    "fsdp2, mixture of experts": {"engine": "fsdp2", "architecture": "mixtral", "max_tokens_per_batch": 60},
+    "fsdp2, mixture of experts": {"engine": "fsdp2", "architecture": "mixtral"},
     "fsdp2, chosen positions": {
         "engine": "fsdp2",
         "architecture": "gpt2",
@@ -43,7 +43,6 @@ CASES: dict[str, dict[str, Any]] = {
         "sample_selection": "topk_student_entropy",
         "sample_ratio": 0.8,
     },
-    "fsdp2 while loading": {"engine": "native", "architecture": "llama_untied"},
     "fsdp1": {"engine": "fsdp1", "resume": True},
     "fsdp1, head with a bias": {"engine": "fsdp1", "architecture": "phi", "evaluate_first": False},
     "fsdp1, adapters": {"engine": "fsdp1", "lora": True},
@@ -126,7 +125,7 @@ def made(
     student = tiny_student(architecture)
     teacher = tiny_student(architecture, seed=1, width=24, vocab=tiny.VOCAB + 12)
     weights = folder / f"weights-{os.environ.get('RANK')}"
-    if load or engine == "native":
+    if load:
         student.save_pretrained(weights)
     args = SRDConfig(
         output_dir=str(folder),
@@ -151,8 +150,10 @@ def made(
     )
     if engine_fields:
         PartialState._shared_state |= {"distributed_type": DistributedType.MULTI_GPU, "device": torch.device("cpu")}
-    if load or engine == "native":
-        student = loaded(weights, world if engine == "native" else 1)
+    if load:
+        from transformers import AutoModelForCausalLM
+
+        student = AutoModelForCausalLM.from_pretrained(weights)
     torch.manual_seed(0)  # of the adapters
     ids = [s["sample_id"] for s in SAMPLES]
     return SRDTrainer(
@@ -165,17 +166,6 @@ def made(
         processing_class=tiny.tiny_tokenizer(),
         peft_config=adapters() if lora else None,
     )
-
-
-def loaded(folder: Path, shards: int) -> Any:
-    """As transformers loads it: in shards, where it is told to or where a ZeRO-3 configuration is there."""
-    from transformers import AutoModelForCausalLM
-
-    if shards == 1:
-        return AutoModelForCausalLM.from_pretrained(folder)
-    from transformers.distributed import DistributedConfig
-
-    return AutoModelForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(fsdp_size=shards))
 
 
 def adapters() -> Any:
@@ -198,7 +188,7 @@ def train(folder: Path, world: int, resume: bool = False, evaluate_first: bool =
     class AfterFirst(TrainerCallback):
         """Measures in mid-run, and keeps the weights after one step, which show the gradients."""
 
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if state.global_step == 1:
                 wrapped = trainer.model_wrapped
                 early["metrics"] = trainer.evaluate()
@@ -215,7 +205,6 @@ def train(folder: Path, world: int, resume: bool = False, evaluate_first: bool =
         "logs": [{n: e[n] for n in ("loss", "grad_norm")} for e in trainer.state.log_history if "loss" in e],
         "first": early["weights"],
         "positions": trainer.positions_of(SAMPLES[0]) if "position_selection" in case else None,
-        "answer": None,
     }
     trainer.save_student(folder / "student")
     found["student"] = load_file(folder / "student" / "model.safetensors")
@@ -273,7 +262,7 @@ def start_ranks(folder: Path, world: int, names: list[str]) -> list[subprocess.P
 def alone(folder: Path, name: str) -> dict[str, Any]:
     """A case in this process, with the whole batch."""
     case = {**CASES, **WITH_DEEPSPEED}[name]
-    left_out = ("accumulation", "max_tokens_per_batch", "resume", "load")
+    left_out = ("accumulation", "resume", "load")
     return train(folder, 1, **{**{k: v for k, v in case.items() if k not in left_out}, "engine": "one"})
 
 
