@@ -5,7 +5,18 @@ from .compilation import compile_layers, uncompile_layers
 from .digest import model_digest
 from .encoder_decoder import check_same_kind, decoder_start, is_encoder_decoder, with_decoder
 from .flattening import enable_flattening, unfit_for_shared_prefix
-from .heads import body_of, body_output, check_head, embeddings_of, find_head, hidden_states, unwrap
+from .gathering import whole_student
+from .heads import (
+    body_of,
+    body_output,
+    check_head,
+    classes_of,
+    embeddings_of,
+    find_head,
+    hidden_states,
+    through_head,
+    unwrap,
+)
 from .loading import (
     cache_folder,
     check_spread,
@@ -35,7 +46,7 @@ from .saved_student import check_saved, save_student
 from .saving import mend_generation_config, model_without_weights, try_hub, try_merging, try_saving
 from .text import text_config, text_tower
 from .tokenizers import check_tokenizers, tokenizer_digest
-from .wrapping import call_through
+from .wrapping import call_through, gathered, is_emptied, loading_whole
 
 __all__ = [
     "RouterLoss",
@@ -50,6 +61,7 @@ __all__ = [
     "check_saved",
     "check_spread",
     "check_tokenizers",
+    "classes_of",
     "common_prefix",
     "compile_layers",
     "decoder_start",
@@ -58,14 +70,17 @@ __all__ = [
     "entry_device",
     "find_head",
     "fingerprint",
+    "gathered",
     "hidden_states",
     "is_dispatched",
+    "is_emptied",
     "is_encoder_decoder",
     "is_fully_sharded",
     "is_sharded",
     "load_config",
     "load_model",
     "load_tokenizer",
+    "loading_whole",
     "make_model",
     "mend_generation_config",
     "merge_adapters",
@@ -83,6 +98,7 @@ __all__ = [
     "tensor_parallel_group",
     "text_config",
     "text_tower",
+    "through_head",
     "tokenizer_digest",
     "try_hub",
     "try_merging",
@@ -93,6 +109,7 @@ __all__ = [
     "unwrap",
     "whole",
     "whole_head",
+    "whole_student",
     "with_adapters",
     "with_decoder",
 ]

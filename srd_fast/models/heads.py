@@ -1,8 +1,9 @@
 """Take a language model apart into body and head, and prove on real tokens that both give its logits."""
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from .encoder_decoder import (
     with_decoder,
 )
 from .varlen import IMPLEMENTATION, flattened_forward, varlen_keywords
+from .wrapping import DTensor, call_through, whole_shape
 
 # What configs call a factor of the logits, a divisor and a softcap, with a model of each.
 _FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")  # Cohere, Falcon-H1, Muse
@@ -28,6 +30,8 @@ _DIVISOR_IS_FACTOR = ("hyperclovax",)
 _ALIKE = 4
 # Largest difference that rounding explains between rebuilt and own logits, relative to the largest, and between states.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+
+R = TypeVar("R")
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -45,7 +49,12 @@ def body_of(model: nn.Module) -> nn.Module:
 def embeddings_of(model: nn.Module) -> int:
     """How many tokens a model has input embeddings for."""
     inner: Any = unwrap(model)
-    return inner.get_input_embeddings().weight.shape[0]
+    return whole_shape(inner.get_input_embeddings().weight)[0]
+
+
+def classes_of(model: nn.Module, name: str = "model") -> int:
+    """How many classes a model's head has; `find_head`'s arguments and errors."""
+    return whole_shape(_head_module(model, name).weight)[0]
 
 
 def hidden_states(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
@@ -109,6 +118,59 @@ def find_head(model: nn.Module, name: str = "model") -> Head:
     Raises:
         UserError: the model has no head, or one that cannot be taken out.
     """
+    head = head_as_it_lies(model, name)
+    weight, bias = head.weight, head.bias
+    if isinstance(weight, DTensor):  # in shards also in the call, as tensor parallelism leaves it
+        weight, bias = weight.full_tensor(), bias.full_tensor() if isinstance(bias, DTensor) else bias
+    if weight is None or weight.shape != whole_shape(weight) or weight.dim() != 2:
+        raise UserError(
+            f"{name} {type(unwrap(model)).__name__}: its head lies in shards here (a weight of "
+            f"{tuple(() if weight is None else weight.shape)}), and is whole only inside of the model's own call; pass "
+            "a model that is not sharded yet"
+        )
+    return replace(head, weight=weight, bias=bias)
+
+
+def head_as_it_lies(model: nn.Module, name: str = "model") -> Head:
+    """`find_head` with weight and bias as they are: perhaps a DTensor, part of a weight, or without storage."""
+    inner: Any = unwrap(model)
+    module = _head_module(model, name)
+    scale, bias = 1.0, getattr(module, "bias", None)
+    if is_encoder_decoder(inner):
+        config = getattr(inner.get_decoder(), "config", inner.config)
+        scale, bias = decoder_scale(inner.config), logits_bias(inner) if bias is None else bias
+    else:
+        config = inner.config.get_text_config() if hasattr(inner.config, "get_text_config") else inner.config
+    factors, divisors = _numbers(config, _FACTORS), _numbers(config, _DIVISORS)
+    if getattr(config, "model_type", None) in _DIVISOR_IS_FACTOR:
+        factors, divisors = [*factors, *divisors], []
+    softcap = next(iter(_numbers(config, _SOFTCAPS)), None)
+    return Head(module.weight, bias, softcap, scale * math.prod(factors) / math.prod(divisors))
+
+
+def through_head(model: nn.Module, use: Callable[[Head, Tensor], R], hidden_ND: Tensor, name: str = "model") -> R:
+    """Run `use(head, hidden_ND)` inside the call of the head's module.
+
+    A head whose weight lies in shards is whole there, and its gradient goes back to them.
+
+    Args:
+        model: a causal language model, in its own call where it is sharded (see `call_through`).
+        use: as `call_through` takes it.
+        hidden_ND: [N, D] hidden states.
+        name: as for `find_head`.
+
+    Returns:
+        What `use` returns.
+
+    Raises:
+        UserError: as `find_head`.
+    """
+    outer = _head_module(model, name)
+    *_, inner = (m for m in outer.modules() if getattr(m, "weight", None) is outer.weight)
+    return call_through(outer, inner, lambda x: use(find_head(model, name), x), hidden_ND)
+
+
+def _head_module(model: nn.Module, name: str) -> Any:
     inner: Any = unwrap(model)
     module = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
     if module is None or not isinstance(getattr(module, "weight", None), Tensor):
@@ -121,17 +183,7 @@ def find_head(model: nn.Module, name: str = "model") -> Head:
             f"{name} {type(inner).__name__}: its head carries an adapter ({type(module).__name__}), which a loss from "
             "hidden states and the head's weight would miss; take it out of target_modules, or use modules_to_save"
         )
-    scale, bias = 1.0, getattr(module, "bias", None)
-    if is_encoder_decoder(inner):
-        config = getattr(inner.get_decoder(), "config", inner.config)
-        scale, bias = decoder_scale(inner.config), logits_bias(inner) if bias is None else bias
-    else:
-        config = inner.config.get_text_config() if hasattr(inner.config, "get_text_config") else inner.config
-    factors, divisors = _numbers(config, _FACTORS), _numbers(config, _DIVISORS)
-    if getattr(config, "model_type", None) in _DIVISOR_IS_FACTOR:
-        factors, divisors = [*factors, *divisors], []
-    softcap = next(iter(_numbers(config, _SOFTCAPS)), None)
-    return Head(module.weight, bias, softcap, scale * math.prod(factors) / math.prod(divisors))
+    return module
 
 
 def _numbers(config: Any, names: tuple[str, ...]) -> list[float]:
@@ -157,11 +209,11 @@ def check_head(model: nn.Module, name: str, head: Head | None = None, device: to
     """
     inner: Any = unwrap(model)
     who = f"{name} {type(inner).__name__}"
-    head = head or find_head(model, name)
-    assert head.weight is not None
-    device, was_training = device or head.weight.device, model.training
-    tolerance = _TOLERANCE.get(head.weight.dtype, 5e-2)
-    vocabulary = min(head.weight.shape[0], inner.get_input_embeddings().weight.shape[0])
+    weight = _head_module(model, name).weight if head is None else head.weight
+    assert weight is not None
+    device, was_training = device or weight.device, model.training
+    tolerance = _TOLERANCE.get(weight.dtype, 5e-2)
+    vocabulary = min(classes_of(model, name), embeddings_of(model))
     ids = torch.arange(1, 13, device=device) * 7919 % vocabulary
     # Two rows that begin alike and go on differently.
     input_ids = torch.stack((ids[:8], torch.cat((ids[:_ALIKE], ids[-(8 - _ALIKE) :]))))
@@ -170,12 +222,23 @@ def check_head(model: nn.Module, name: str, head: Head | None = None, device: to
         # One prompt with padding: a model that wants its mask in another form is found out too.
         batch = {**with_decoder(inner, batch), "input_ids": ids[:8].expand(2, 8)}
         batch["attention_mask"] = (torch.arange(8, device=device) < 6).long().expand(2, 8)
+
+    def rebuild(batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        states_BLD = hidden_states(model, batch)
+        if head is None:
+            return states_BLD, through_head(model, _logits, states_BLD.flatten(0, 1), name)
+        states_BLD = states_BLD.to(weight.device)
+        return states_BLD, _logits(head, states_BLD.flatten(0, 1))
+
     model.eval()
     try:
-        # Not the model's call, inside of which this may run already.
-        own = inner.forward(**batch, use_cache=False).logits.to(head.weight.device)
-        states_BLD = hidden_states(model, batch).to(head.weight.device)
-        rebuilt = head.project(states_BLD.flatten(0, 1)).view_as(own)
+        if head is None:
+            own = inner(**batch, use_cache=False).logits
+            states_BLD, rebuilt = call_through(inner, inner, rebuild, batch)
+        else:  # perhaps inside of the model's call already
+            own = inner.forward(**batch, use_cache=False).logits.to(weight.device)
+            states_BLD, rebuilt = rebuild(batch)
+        rebuilt = rebuilt.view_as(own)
     except (RuntimeError, AttributeError, TypeError, ValueError) as e:
         raise UserError(f"{who}: cannot rebuild its logits from its hidden states: {first_line(e)}") from e
     finally:
@@ -192,8 +255,6 @@ def check_head(model: nn.Module, name: str, head: Head | None = None, device: to
             "their size, so it sees the labels that it should predict; take a decoder, such as the models that "
             "AutoModelForCausalLM is for (of BERT and its like, with is_decoder in the config)"
         )
-    if head.softcap is not None:
-        rebuilt = head.softcap * torch.tanh(rebuilt / head.softcap)
     own, rebuilt = own.float(), rebuilt.float()
     difference = ((own - rebuilt).abs().max() / own.abs().max().clamp(min=1e-6)).item()
     if not difference <= tolerance:
@@ -205,6 +266,11 @@ def check_head(model: nn.Module, name: str, head: Head | None = None, device: to
             f"(known: {known}), so training from hidden states would train another model; use "
             "distillation_loss_from_logits for it"
         )
+
+
+def _logits(head: Head, hidden_ND: Tensor) -> Tensor:
+    logits_NV = head.project(hidden_ND)
+    return logits_NV if head.softcap is None else head.softcap * torch.tanh(logits_NV / head.softcap)
 
 
 def _change(one_LD: Tensor, other_LD: Tensor) -> float:

@@ -12,12 +12,13 @@ import torch
 import torch.distributed as dist
 from accelerate.hooks import AlignDevicesHook, SequentialHook
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 from ..errors import UserError
 from ..losses import Head
-from .heads import find_head, unwrap
+from .heads import head_as_it_lies, unwrap
+from .wrapping import whole_shape
 
 T = TypeVar("T")
 
@@ -35,8 +36,10 @@ def is_dispatched(model: nn.Module) -> bool:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether some weights are shards of a process: FSDP2 or tensor parallelism."""
-    return is_fully_sharded(model) or any(isinstance(p, DTensor) for p in model.parameters())
+    """Whether no process has all weights of a model: FSDP, ZeRO-3 or tensor parallelism."""
+    if is_fully_sharded(model) or isinstance(model, FullyShardedDataParallel):
+        return True
+    return any(isinstance(p, DTensor) or p.shape != whole_shape(p) for p in model.parameters())
 
 
 def is_fully_sharded(model: nn.Module) -> bool:
@@ -140,7 +143,7 @@ def whole_head(model: nn.Module, device: torch.device | str | None = None, name:
     Raises:
         UserError: the model has no head, one that cannot be taken out, or a quantised one.
     """
-    head = find_head(model, name)
+    head = head_as_it_lies(model, name)
     module: Any = unwrap(model)
     module = module.get_output_embeddings()
     weight, bias = head.weight, head.bias

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from torch import nn
+from torch import Tensor, nn
 
 from ..curriculum import CurriculumPlan
 from ..data import DistillationCollator, batches_by_length
 from ..errors import UserError
-from ..losses import token_values
-from ..models import decoder_start, find_head, hidden_states
+from ..losses import Head, token_values
+from ..models import call_through, decoder_start, hidden_states, through_head
 from ..registry import Registry
 from ..teacher import labels_with_loss, rows_with_loss
 from .positions import ALL, rows_of_samples, share_of
@@ -28,18 +28,22 @@ def sample_means(
 ) -> list[float]:
     """Mean of a student's signal over the positions of each sample; NaN for a sample without any."""
     collate = DistillationCollator(decoder_start=decoder_start(student))
-    head = find_head(student)
-    assert head.weight is not None
     found = [math.nan] * len(samples)
-    was_training = student.training
+    was_training, device = student.training, next(student.parameters()).device
+
+    def measure(batch: dict[str, Any]) -> Tensor:
+        def of_rows(head: Head, hidden_ND: Tensor) -> Tensor:
+            values = token_values(hidden_ND, head, labels_with_loss(batch))
+            return values.entropy if signal == "student_entropy" else values.cross_entropy
+
+        return through_head(student, of_rows, rows_with_loss(hidden_states(student, batch), batch))
+
     student.eval()
     for indices in batches_by_length([len(x) for x in samples["input_ids"]], batch_size):
         some = samples[indices]
         batch = collate([{"input_ids": x, "labels": y} for x, y in zip(some["input_ids"], some["labels"])])
-        batch = {k: v.to(head.weight.device) for k, v in batch.items()}
-        labels_N = labels_with_loss(batch)
-        values = token_values(rows_with_loss(hidden_states(student, batch), batch), head, labels_N)
-        chosen = values.entropy if signal == "student_entropy" else values.cross_entropy
+        batch = {k: v.to(device) for k, v in batch.items()}
+        chosen = call_through(student, student, measure, batch)
         for i, of_sample in zip(indices, chosen.split(rows_of_samples(batch).tolist())):
             found[i] = float(of_sample.mean())
     student.train(was_training)

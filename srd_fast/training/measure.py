@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..losses import LossOptions, StudentRows, token_cross_entropy
-from ..models import find_head, hidden_states
+from ..losses import Head, LossOptions, StudentRows, token_cross_entropy
+from ..models import hidden_states, through_head
 from ..suggest import unknown_name
 from ..teacher import TeacherSource, distillation_loss_of_rows, labels_with_loss, rows_with_loss
 
@@ -54,13 +54,16 @@ def measure_batch(student: nn.Module, teacher: TeacherSource | None, inputs: dic
     Returns:
         Sums over the batch's tokens.
     """
-    hidden_ND, head = rows_with_loss(hidden_states(student, inputs), inputs), find_head(student)
     labels_N = labels_with_loss(inputs)
-    if teacher is None:
-        losses = token_cross_entropy(hidden_ND, head, labels_N)
-        return Divergences(losses.new_zeros(()), losses.sum(), torch.tensor(len(labels_N), device=losses.device))
-    out = distillation_loss_of_rows(StudentRows(hidden_ND, head, labels_N, _FORWARD_KL), teacher.rows(inputs, 1.0))
-    return Divergences(out.divergence, out.cross_entropy, out.num_items)
+
+    def measure(head: Head, hidden_ND: Tensor) -> Divergences:
+        if teacher is None:
+            losses = token_cross_entropy(hidden_ND, head, labels_N)
+            return Divergences(losses.new_zeros(()), losses.sum(), torch.tensor(len(labels_N), device=losses.device))
+        out = distillation_loss_of_rows(StudentRows(hidden_ND, head, labels_N, _FORWARD_KL), teacher.rows(inputs, 1.0))
+        return Divergences(out.divergence, out.cross_entropy, out.num_items)
+
+    return through_head(student, measure, rows_with_loss(hidden_states(student, inputs), inputs))
 
 
 def peak_memory_mb(device: torch.device) -> float:

@@ -15,12 +15,12 @@ from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from accelerate.utils import DynamoBackend
 from datasets import Dataset
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
@@ -28,20 +28,27 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 from ..curriculum import CurriculumPlan
 from ..data import DataFunction, DistillationCollator, Tokenisation, check_token_ids, prepare_dataset
 from ..errors import UserError
-from ..losses import DistillationOutput, LossOptions, StudentRows, check_vocabularies
+from ..losses import DistillationOutput, Head, LossOptions, StudentRows, check_vocabularies
 from ..models import (
     body_output,
     call_through,
     check_head,
+    classes_of,
     decoder_start,
     embeddings_of,
-    find_head,
+    gathered,
     hidden_states,
+    is_emptied,
     is_encoder_decoder,
+    is_sharded,
+    loading_whole,
     mend_generation_config,
     router_loss,
+    save_student,
+    through_head,
     try_hub,
     try_saving,
+    whole_student,
 )
 from ..selection import BatchSelection, Signals, items_of, select_samples
 from ..teacher import (
@@ -73,15 +80,19 @@ from .measure import METRICS, check_best_metric, measure_batch, peak_memory_mb
 from .pair import ready_pair, widen_trained_weights
 from .preparation import (
     batch_layout,
+    check_fsdp,
     check_optimizer,
     compile_models,
     compiles,
     freeze_what_text_never_reaches,
     layout_of,
+    sharded_by_fsdp,
     teacher_source,
 )
 
 logger = logging.getLogger(__name__)
+
+R = TypeVar("R")
 
 # Parts of the loss in the logs; the last only where the student's config asks for that loss.
 _LOGGED = ("divergence", "cross_entropy", "entropy", "router_loss")
@@ -171,6 +182,7 @@ class SRDTrainer(Trainer):
                 "accelerate launch, before -m srd_fast run CONFIG or your script", args.n_gpu, args.n_gpu,
             )  # fmt: skip
             args._n_gpu = 1
+        check_fsdp(args)
         super().__init__(
             model=model,
             args=args,
@@ -188,16 +200,16 @@ class SRDTrainer(Trainer):
         self._parameters: int | None = None
         self._known: tuple[Any, Any] = None, None  # the wrapped model, and the model inside
 
-        check_head(model, "student")
-        freeze_what_text_never_reaches(model)
+        with gathered(model):
+            check_head(model, "student")
+            freeze_what_text_never_reaches(model)
         widen_trained_weights(model, args)
         given = [train, *([] if evaluation is None else [evaluation])]
         for samples in given:
             check_token_ids(samples, {"student": embeddings_of(model)})
-        head_S = find_head(model).weight
-        assert head_S is not None
+        classes = classes_of(model, "student")
         plan = curriculum or CurriculumPlan(subsets=[list(train["sample_id"])], method="none")
-        with self.accelerator.autocast():
+        with gathered(model), self.accelerator.autocast():
             plan = select_samples(plan, train, model, processing_class, args.sample_selection, args.sample_ratio)
         self.curriculum = make_curriculum(plan, train, args)
         if args.max_steps > self.curriculum.total_steps:
@@ -206,31 +218,40 @@ class SRDTrainer(Trainer):
                 "epochs_per_stage, or leave max_steps out"
             )
         if args.max_tokens_per_batch:
+            reason = None
             if self.is_deepspeed_enabled:
-                most = args.max_tokens_per_batch
-                raise UserError(f"max_tokens_per_batch is {most}, but DeepSpeed steps after each backward; set it to 0")
+                reason = "DeepSpeed steps after each backward"
+            elif self.is_fsdp_enabled or is_sharded(model):
+                reason = "processes with different numbers of micro-batches would wait for each other's shards"
+            if reason is not None:
+                raise UserError(
+                    f"max_tokens_per_batch is {args.max_tokens_per_batch}, but {reason}; set it to 0 and lower "
+                    "per_device_train_batch_size, with more gradient_accumulation_steps"
+                )
             check_lengths(args.max_tokens_per_batch, self.curriculum, train, encoder_decoder)
         check_fit(train, evaluation, self.curriculum, {"student": model, "teacher": teacher_model})
-        self.teacher = teacher_source(teacher_model, model, args, self.curriculum, train, evaluation)
-        check_vocabularies(head_S.shape[0], self.teacher.num_classes)
+        with gathered(model):
+            self.teacher = teacher_source(teacher_model, model, args, self.curriculum, train, evaluation)
+        check_vocabularies(classes, self.teacher.num_classes)
         if isinstance(self.teacher, LiveTeacher):
             for samples in given:
                 check_token_ids(samples, {"teacher": embeddings_of(self.teacher.model)})
         if isinstance(self.teacher, RemoteTeacher):
             for samples in given:
                 check_token_ids(samples, {"teacher": self.teacher.num_embeddings})
-        if args.class_sampling and head_S.shape[0] > self.teacher.num_classes:
+        if args.class_sampling and classes > self.teacher.num_classes:
             raise UserError(
-                f"class_sampling: the student has {head_S.shape[0]} classes and the teacher {self.teacher.num_classes};"
+                f"class_sampling: the student has {classes} classes and the teacher {self.teacher.num_classes};"
                 " it needs a teacher with all of the student's classes, set it to 0"
             )
-        if isinstance(self.data_collator, DistillationCollator):
-            layout = batch_layout(model, self.teacher, args)
-            self.data_collator.flatten, self.data_collator.share_prefix = layout.flattened, layout.share_prefix
-        else:
-            layout = layout_of(self.data_collator, train[0], model, self.teacher)
-        if compiles(args, self.curriculum.total_steps):
-            compile_models(model, self.teacher, args, self.accelerator.autocast, layout.flattened)
+        with gathered(model):
+            if isinstance(self.data_collator, DistillationCollator):
+                layout = batch_layout(model, self.teacher, args)
+                self.data_collator.flatten, self.data_collator.share_prefix = layout.flattened, layout.share_prefix
+            else:
+                layout = layout_of(self.data_collator, train[0], model, self.teacher)
+            if compiles(args, self.curriculum.total_steps):
+                compile_models(model, self.teacher, args, self.accelerator.autocast, layout.flattened)
         rows = self.teacher if isinstance(self.teacher, RowsOfSamples) else None
         self._collate = StepCollator(self.data_collator, rows)
         ahead = StepCollator(self.data_collator, rows, ahead=True)
@@ -255,7 +276,7 @@ class SRDTrainer(Trainer):
         self._step_loss: Any = 0.0
         self._check = StepCheck(args.device)
         self._trend = DivergenceTrend()
-        self.selection = BatchSelection(args, head_S.shape[0])
+        self.selection = BatchSelection(args, classes)
         self._started = time.monotonic()
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
@@ -336,24 +357,27 @@ class SRDTrainer(Trainer):
         student, sft_weight = self._unwrapped(model), self.curriculum.sft_weight(step)
         options = replace(self._loss_options, temperature=temperature, sft_weight=sft_weight)
 
-        def forward(batch: Mapping[str, Any]) -> Any:
+        def of_rows(head: Head, student_ND: Tensor) -> tuple[Tensor, DistillationOutput]:
+            seen = self.selection(student_ND, head, rows, labels_N, inputs, step, temperature)
+            rows_K = StudentRows(
+                seen.student_KD, head, seen.labels_K, options, seen.weights_K, num_items_in_batch, seen.logits_KV
+            )
+            out = distillation_loss_of_rows(rows_K, seen.rows)
+            return out.loss, out
+
+        def forward(batch: Mapping[str, Any]) -> tuple[Tensor, DistillationOutput, Tensor | None]:
             # Around the loss too: it takes the dtype of its products from autocast, as the body does.
             with self.accelerator.autocast():
                 body = body_output(student, batch)
-                student_ND, head = rows_with_loss(body.last_hidden_state, batch), find_head(student)
-                seen = self.selection(student_ND, head, rows, labels_N, batch, step, temperature)
-                rows_K = StudentRows(
-                    seen.student_KD, head, seen.labels_K, options, seen.weights_K, num_items_in_batch, seen.logits_KV
-                )
-                out = distillation_loss_of_rows(rows_K, seen.rows)
-                balance = None if self._router_loss is None else self._router_loss(body.router_logits, batch)
-                return out, balance
-
-        out, balance = call_through(model, student, forward, inputs)
-        loss = out.loss
-        if balance is not None:  # a mean over tokens, so each micro-batch has the share of its tokens
+                loss, out = through_head(student, of_rows, rows_with_loss(body.last_hidden_state, batch))
+                if self._router_loss is None:
+                    return loss, out, None
+                balance = self._router_loss(body.router_logits, batch)
+            # A mean over tokens, so each micro-batch has the share of its tokens.
             balance = balance * (len(labels_N) / out.num_items)
-            loss = loss + balance
+            return loss + balance, out, balance
+
+        loss, out, balance = call_through(model, student, forward, inputs)
         self._count(out, len(labels_N), balance)
         self._step_loss = self._step_loss + loss.detach()
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
@@ -365,6 +389,24 @@ class SRDTrainer(Trainer):
         if self._known[0] is not model:
             self._known = model, self.accelerator.unwrap_model(model)
         return self._known[1]
+
+    def _in_call(self, forward: Callable[[dict[str, Any]], R], batch: dict[str, Any]) -> R:
+        """Run `forward` inside the student's call, where weights that lie in shards are gathered. No gradients."""
+        student = self._unwrapped(self.model_wrapped)
+        with gathered(student):
+            return call_through(self.model_wrapped, student, forward, batch)
+
+    def _place_student(self) -> None:
+        """Put the student where a step will have it, before anything runs it outside of training.
+
+        The Trainer leaves that to FSDP and DeepSpeed, which do it when training begins.
+        """
+        if self.model_wrapped is not self.model or self.is_in_train:
+            return
+        if self.is_fsdp_enabled:
+            self.model = self.model_wrapped = sharded_by_fsdp(self.model, self.accelerator)
+        elif self.is_deepspeed_enabled and not is_emptied(self.model):
+            self.model.to(self.args.device)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Count the operations of a batch as `transformers.Trainer` does, with the model's parameters counted once.
@@ -390,17 +432,24 @@ class SRDTrainer(Trainer):
             For every position with loss, the student's entropy in nats, and whether `position_selection` would choose
             it.
         """
-        student: Any = self.accelerator.unwrap_model(self.model)
+        self._place_student()
+        student = self._unwrapped(self.model_wrapped)
         batch = self._prepare_inputs(self._collate([sample]))
-        was_training = student.training
-        student.eval()
-        with self.accelerator.autocast():
-            student_ND = rows_with_loss(hidden_states(student, batch), batch)
-            student.train(was_training)
-            head, labels_N = find_head(student), labels_with_loss(batch)
+
+        def look(head: Head, student_ND: Tensor) -> tuple[list[float], list[bool]]:
+            labels_N = labels_with_loss(batch)
             signals = Signals(student_ND, head, labels_N, lambda: self.teacher.rows(batch, 1.0), 1.0)
             indices = set(self.selection.chosen(signals, batch, self.state.global_step).indices_K.tolist())
             return signals("student_entropy").tolist(), [i in indices for i in range(len(labels_N))]
+
+        was_training = student.training
+        student.eval()
+        with self.accelerator.autocast():
+            found = self._in_call(
+                lambda x: through_head(student, look, rows_with_loss(hidden_states(student, x), x)), batch
+            )
+        student.train(was_training)
+        return found
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self._raise_if_bad(self._check.look(wait=True))
@@ -528,11 +577,39 @@ class SRDTrainer(Trainer):
             result = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         finally:
             optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)
-            vars(optimizer).pop("found_inf", None)
+            if hasattr(optimizer, "found_inf"):
+                del optimizer.found_inf
         self._raise_if_bad(self._check.look(wait=True))
         self._show_weights()
         self._trend.end()
         return result
+
+    def save_student(self, folder: str | Path) -> None:
+        """Save the student as a model of its own, adapters merged, with its tokenizer, and compare it with its folder.
+
+        In a training of many processes all of them call this. The first one writes, and gathers a sharded student in
+        the memory of its host. The others wait.
+
+        Args:
+            folder: where it goes.
+
+        Raises:
+            UserError: the adapters cannot be merged, or the folder gives another model. In every process.
+        """
+        student: Any = self._unwrapped(self.model_wrapped)
+        failures: list[UserError | None] = [None]
+        with loading_whole():
+            if is_sharded(self.model_wrapped):
+                student = whole_student(self.model_wrapped, student)
+            if self.args.process_index == 0:
+                try:
+                    save_student(student, cast(Any, self.processing_class), Path(folder))
+                except UserError as e:
+                    failures = [e]
+        if self.args.world_size > 1:
+            distributed.broadcast_object_list(failures)
+        if failures[0] is not None:
+            raise failures[0]
 
     @torch.no_grad()
     def evaluate(
@@ -557,14 +634,16 @@ class SRDTrainer(Trainer):
         if rows is None:
             raise UserError("eval_dataset is missing: pass it to SRDTrainer or to evaluate()")
         dataset = self._made(rows, name="eval_dataset").dataset
-        student = self.accelerator.unwrap_model(self.model)
+        self._place_student()
+        student = self._unwrapped(self.model_wrapped)
         was_training, totals = student.training, torch.zeros(3, dtype=torch.float64, device=self.args.device)
         student.eval()
         self._show_weights()
         try:
             for inputs in evaluation_batches(dataset, self.args, self._collate):
                 with self.accelerator.autocast():
-                    measured = measure_batch(student, self.teacher, self._prepare_inputs(inputs))
+                    batch = self._prepare_inputs(inputs)
+                    measured = self._in_call(lambda x: measure_batch(student, self.teacher, x), batch)
                 totals += torch.stack([measured.kl, measured.cross_entropy, measured.num_tokens]).double()
         finally:
             student.train(was_training)

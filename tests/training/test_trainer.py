@@ -719,10 +719,14 @@ def test_the_wrapper_is_called_and_the_model_left_as_it_was() -> None:
     inner = nn.Linear(3, 2)
     wrapper, x = Wrapper(inner), torch.ones(1, 3)
     own = inner(x)
-    out = call_through(wrapper, inner, lambda v: inner(v) * 2, x)
-    assert wrapper.calls == 1
+    out, beside = call_through(wrapper, inner, lambda v: (inner(v) * 2, "beside"), x)
+    assert (wrapper.calls, beside) == (1, "beside")
     assert torch.equal(out, own * 2)
     assert torch.equal(wrapper(x), own)
+    assert "forward" not in vars(inner)
+    with torch.no_grad():
+        assert call_through(wrapper, inner, lambda v: len(v), x) == 1
+    assert wrapper.calls == 3
     assert torch.equal(call_through(inner, inner, lambda v: v + 1, x), x + 1)
 
 

@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 from ...curriculum import CurriculumPlan, replan
 from ...data import IGNORE_INDEX
 from ...files import remove, replace_folder, temporary_path, write_text
-from ...models import load_model, save_student
+from ...models import load_model
 from ...sharing import ALONE, Sharing
 from ...training.batching import make_curriculum
 from ...training.checkpoints import last_whole_checkpoint
@@ -67,15 +67,15 @@ def distill(run: Run) -> None:
 def _keep_student(run: Run, trainer: SRDTrainer) -> None:
     """Write the finished student, and what its training chose of the positions."""
     positions = None if trainer.selection.policy is None else selected_positions(trainer, run.group)
-    if run.group.rank:
-        return
-    remove(run.folder / SELECTION)
-    if positions is not None:
-        write_text(run.folder / SELECTION, json_text(positions))
     finished = temporary_path(run.folder / "student")
-    shutil.rmtree(finished, ignore_errors=True)
-    save_student(trainer.accelerator.unwrap_model(trainer.model), run.tokenizer, finished)
-    replace_folder(finished, run.folder / "student")
+    if run.group.rank == 0:
+        remove(run.folder / SELECTION)
+        if positions is not None:
+            write_text(run.folder / SELECTION, json_text(positions))
+        shutil.rmtree(finished, ignore_errors=True)
+    trainer.save_student(finished)  # the first process writes; where the student is in shards, all gather it
+    if run.group.rank == 0:
+        replace_folder(finished, run.folder / "student")
 
 
 def selected_positions(trainer: SRDTrainer, sharing: Sharing = ALONE) -> dict[str, Any]:
