@@ -8,7 +8,7 @@ from torch import Tensor, distributed, nn
 
 from .adapters import untie_adapted_embeddings
 from .heads import unwrap
-from .wrapping import FSDPModule
+from .wrapping import FSDPModule, loading_whole
 
 if distributed.is_available():
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -28,7 +28,7 @@ def whole_student(wrapped: nn.Module, inner: nn.Module) -> nn.Module | None:
     state = _whole_state(wrapped, inner)
     if distributed.get_rank() != 0:
         return None
-    with init_empty_weights(include_buffers=False):
+    with loading_whole(), init_empty_weights(include_buffers=False):
         copy = _without_weights(inner)
     # Each weight keeps its dtype, also where adapters have another one than their model.
     copy.load_state_dict(state, assign=True)

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from srd_fast import SRDConfig, SRDTrainer, UserError
 from srd_fast.models import saving
+from srd_fast.training.preparation import check_fsdp
 from srd_fast.training.student import prune_and_warm_up
 
 pytestmark = pytest.mark.usefixtures("quick_collection", "own_folder")
@@ -143,3 +144,25 @@ def test_less_is_better_of_distances_and_losses(metric: str, greater: bool) -> N
 def test_a_best_model_by_what_is_not_measured_is_refused(metric: str, tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(UserError, match=rf"unknown metric_for_best_model '{metric}'.*cross_entropy, kl, loss"):
         trainer(tokenizer, metric_for_best_model=metric)
+
+
+@pytest.mark.parametrize(
+    ("config", "refused"),
+    [
+        ({"cpu_ram_efficient_loading": True}, True),
+        ({"cpu_ram_efficient_loading": "true", "version": 1}, True),
+        ({"fsdp_cpu_ram_efficient_loading": True}, True),
+        ({"cpu_ram_efficient_loading": False}, False),
+        ({}, False),
+    ],
+)
+def test_weights_that_only_one_process_has_are_refused(
+    config: dict[str, Any], refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = SRDConfig(output_dir="out", use_cpu=True, report_to="none", fsdp=True, fsdp_config=dict(config))
+    check_fsdp(args)  # one process has them all
+    monkeypatch.setattr(SRDConfig, "world_size", 2)
+    if not refused:
+        return check_fsdp(args)
+    with pytest.raises(UserError, match=r"cpu_ram_efficient_loading is true.* set it to false"):
+        check_fsdp(args)
