@@ -11,12 +11,32 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks import tables
 from benchmarks.claims import CLAIMS
 from benchmarks.rows import RESULTS, Row
+from benchmarks.wire import traffic, wire
 
 
 @pytest.mark.parametrize("page", tables.PAGES, ids=lambda p: p.name)
 def test_a_page_is_current(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert tables.render(text, tables.all_rows(RESULTS)) == text, "run python -m benchmarks.tables"
+
+
+def test_the_page_has_the_traffic_that_is_counted() -> None:
+    page = (tables.ROOT / "docs" / "many_gpus.md").read_text(encoding="utf-8")
+    assert f"<!-- wire -->\n{wire([8, 64], 8192, 4096)}<!-- end -->" in page, "copy what benchmarks.wire prints"
+
+
+def test_traffic_is_that_of_its_arithmetic() -> None:
+    found = {(n, t.name): t for n in (8, 64) for t in traffic(n, 8192, 4096)}
+    # 7/8 of the teacher's weights but its head, 2 bytes each.
+    assert found[8, "teacher in FSDP2, beside"].received == 7 / 8 * 2 * (70.6e9 - 128256 * 8192)
+    assert found[8, "teacher on ranks of its own"].received == 4096 * 8192 * 2
+    # Of 8 x 4,096 rows: hidden states of both, 16 bytes of numbers, 40 of states from each rank, the gradient back.
+    rows = 8 * 4096
+    assert found[8, "loss: head in shards over 8 GPUs"].received == (
+        7 / 8 * rows * (2 * (4096 + 8192) + 16) + 7 * rows * 40 + 7 / 8 * rows * 4 * 4096
+    )
+    assert found[64, "loss: head in shards over 8 GPUs"] == found[8, "loss: head in shards over 8 GPUs"]
+    assert found[8, "student in FSDP2: gathered twice, gradient scattered"].products == pytest.approx(0.92, abs=0.005)
 
 
 def test_every_table_stands_on_a_page() -> None:
