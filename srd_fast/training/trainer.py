@@ -568,6 +568,12 @@ class SRDTrainer(Trainer):
             if resume_from_checkpoint is None:
                 logger.warning("no checkpoint in %s yet: starting from the beginning", self.args.output_dir)
         if resume_from_checkpoint:
+            plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+            if plugin is not None and plugin.fsdp_version == 1:
+                logger.warning(
+                    "FSDP1 has been seen to lose the optimizer's state when it goes on from a checkpoint (on a CPU): use "
+                    "FSDP2 (fsdp_config={'version': 2}) for a run that is to be resumed"
+                )
             self.selection.load(Path(resume_from_checkpoint))
         self.selection.begin()
         self._sums, self._tokens, self._step_loss = None, 0, 0.0
