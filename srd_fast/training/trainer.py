@@ -571,8 +571,8 @@ class SRDTrainer(Trainer):
             plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
             if plugin is not None and plugin.fsdp_version == 1:
                 logger.warning(
-                    "FSDP1 has been seen to lose the optimizer's state when it goes on from a checkpoint (on a CPU): use "
-                    "FSDP2 (fsdp_config={'version': 2}) for a run that is to be resumed"
+                    "FSDP1 has been seen to lose the optimizer's state when it goes on from a checkpoint (on a CPU): "
+                    "use FSDP2 (fsdp_config={'version': 2}) for a run that is to be resumed"
                 )
             self.selection.load(Path(resume_from_checkpoint))
         self.selection.begin()
