@@ -136,6 +136,7 @@ UNITS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(plot.DRAWINGS))
 def test_names_every_provider_and_unit(figures: Path, name: str) -> None:
     svg, today = (figures / f"{name}.svg").read_text(encoding="utf-8"), rows.make_rows("x", {"x": {"x": 0.0}})[0]

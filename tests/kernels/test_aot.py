@@ -66,6 +66,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.Compl
     return done, [Finding(**finding) for finding in json.loads(file.read_text())]
 
 
+@pytest.mark.slow
 def test_compiled_kernels_keep_the_rules(
     compiled: tuple[subprocess.CompletedProcess[str], list[Finding]],
 ) -> None:
@@ -83,6 +84,7 @@ def test_compiled_kernels_keep_the_rules(
         assert 16 <= finding.registers <= (64 if finding.target.startswith("sm_") else 72)
 
 
+@pytest.mark.slow
 def test_compiled_kernels_stay_lean(compiled: tuple[subprocess.CompletedProcess[str], list[Finding]]) -> None:
     """Many more instructions, and not memory limits an H100. Measured on sm_90: 59, 61, 98; of blocks 30, 33."""
     limits = {"read": (20, 33), "write": (20, 36)}

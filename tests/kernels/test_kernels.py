@@ -1,7 +1,7 @@
 """The row functions against float64 and against each other, and the loss through each of them.
 
 In an ordinary process the backends are eager PyTorch and `torch.compile`. Triton needs TRITON_INTERPRET=1 before it is
-imported: `test_triton_passes_the_same_tests_under_its_interpreter` runs this file once more, with Triton as backend.
+imported: test_interpreted.py runs this file once more, with Triton as backend.
 Each row function has whole rows or, by the name "... classes", blocks of classes: `test_class_blocks.py` has the rest
 of these.
 """
@@ -10,7 +10,6 @@ import gc
 import json
 import math
 import os
-import re
 import subprocess
 import sys
 import threading
@@ -64,7 +63,7 @@ def by_default(divergence: str, dtype: torch.dtype, classes: tuple[int, int], te
     usual = (torch.float32, (97, 97), 2.0)
     others = sum(a != b for a, b in zip((dtype, classes, temperature), usual))
     if backend == "compile":
-        return others == 0 or (others == 1 and divergence == "reverse_kl" and classes != (128, 151))
+        return others == 0 or (others == 1 and divergence == "reverse_kl" and classes == (151, 128))
     if backend == "triton":
         return others == 0 or (others == 1 and divergence == ("jsd" if temperature == 2.0 else "reverse_kl"))
     if backend == COMPILED:
@@ -722,31 +721,4 @@ def test_without_a_compiler_there_is_one_warning_and_eager_mode(tmp_path: Path) 
     assert said[0].startswith("torch.compile does not work here")
 
 
-# Triton on a CPU.
-
-
-@not_interpreted
-@pytest.mark.parametrize("part", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
-def test_triton_passes_the_same_tests_under_its_interpreter(part: str) -> None:
-    pytest.importorskip("triton")
-    run = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-n",
-        "0",
-        "-p",
-        "no:cacheprovider",
-        "-k",
-        "triton or test_class_blocks",
-        "-m",
-        part,
-        __file__,
-        str(Path(__file__).with_name("test_class_blocks.py")),
-    ]
-    done = subprocess.run(run, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stdout[-6000:]
-    passed = re.search(r"(\d+) passed", done.stdout)
-    assert passed is not None
-    assert int(passed[1]) > 60
+# Triton on a CPU: see test_interpreted.py.

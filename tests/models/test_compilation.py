@@ -191,6 +191,7 @@ def test_with_a_kernel_a_layer_is_one_graph_around_it(monkeypatch: pytest.Monkey
 # Ways to run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flattened", [True, False])
 @pytest.mark.parametrize("reentrant", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_gradient_checkpointing_stays_outside(flattened: bool, reentrant: bool) -> None:
@@ -226,6 +227,7 @@ def test_lora(flattened: bool) -> None:
         assert_same(hidden_states(merged, inputs), hidden_states(expected, inputs), 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flattened", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_dropout_is_drawn_anew_in_each_pass(flattened: bool) -> None:
     model = make("gpt2", flattened, attn_pdrop=0.3, resid_pdrop=0.1)
@@ -327,6 +329,7 @@ def test_copies_and_pickles_are_uncompiled() -> None:
         assert_same_step(model, other, batch(0, True))
 
 
+@pytest.mark.slow
 def test_it_can_be_taken_back_and_done_again() -> None:
     model = make()
     for _ in range(2):
@@ -405,6 +408,7 @@ def test_a_model_without_known_layers_is_said() -> None:
     assert "no layers that transformers could checkpoint" in str(compile_layers(model, flattened=False))
 
 
+@pytest.mark.slow
 def test_a_failure_in_a_later_way_to_run_is_one_warning(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -512,6 +516,7 @@ def test_a_compiled_run_resumes(tokenizer: PreTrainedTokenizerFast, tmp_path: Pa
             assert_same(a, b, 1e-4, name)
 
 
+@pytest.mark.slow
 def test_what_does_not_compile_is_one_warning(
     tokenizer: PreTrainedTokenizerFast,
     tmp_path: Path,

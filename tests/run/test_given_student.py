@@ -33,6 +33,7 @@ def given(
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_students_template_and_tokens_go_all_the_way(given: Path, tiny_teacher_folder: Path) -> None:
     config = given / "config.yaml"
     config.write_text(

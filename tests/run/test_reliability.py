@@ -244,6 +244,7 @@ def assert_stopped(command: "subprocess.Popen[str]", number: signal.Signals) -> 
     assert said == [f"stopped by {number.name}; the same command goes on from here"], err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)], ids=lambda n: n.name
 )

@@ -37,6 +37,7 @@ def finished(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory)
     return execute(RunConfig(**settings, output_dir=str(folder)), say=lambda text: None)
 
 
+@pytest.mark.slow
 def test_the_plan_and_the_cache_hold_the_selected_samples(finished: Path) -> None:
     plan = CurriculumPlan.load(finished / "plan.json")
     assert list(map(len, plan.subsets)) == [3, 3, 3]  # half of 6 each
