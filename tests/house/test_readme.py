@@ -176,16 +176,19 @@ def test_a_command_is_one(page: str, line: str, monkeypatch: pytest.MonkeyPatch)
 def test_your_own_models_and_data(
     make_tiny_model: Callable[[int], PreTrainedModel], tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    """README's line as a shell runs it."""
-    (line,) = (line for page, line in COMMANDS if page == "README" and "DIR_OR_HUB_ID" in line)
+    """README's lines as a shell runs them; a whole run of the second."""
+    lines = [line for page, line in COMMANDS if page == "README"]
+    first, own = (next(x for x in lines if words in x) for words in ("srd-fast init", "srd-fast run examples"))
     make_tiny_model(2).save_pretrained("DIR_OR_HUB_ID")
     tiny_tokenizer.save_pretrained("DIR_OR_HUB_ID")
     rows = make_quickstart_rows(32, seed=3)
     for name, some in (("train", rows[:24]), ("dev", rows[24:])):
         Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some), encoding="utf-8")
     Path("examples").symlink_to(ROOT / "examples")
-    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    for line in (first, own):
+        done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert load_run_config("mine/config.yaml").data == "train.jsonl"
     assert Path("runs/mine/report.html").stat().st_size > 10_000
     assert yaml.safe_load(Path("runs/mine/config.yaml").read_text())["template"] == "Q: {instruction}\nA: "
 
