@@ -8,11 +8,10 @@ from torch import Tensor, distributed, nn
 
 from .adapters import untie_adapted_embeddings
 from .heads import unwrap
-from .wrapping import FSDPModule, loading_whole
+from .wrapping import FSDPModule, FullyShardedDataParallel, loading_whole
 
 if distributed.is_available():
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-    from torch.distributed.fsdp import FullyShardedDataParallel
 
 
 def whole_student(wrapped: nn.Module, inner: nn.Module) -> nn.Module | None:

@@ -12,13 +12,11 @@ import torch
 import torch.distributed as dist
 from accelerate.hooks import AlignDevicesHook, SequentialHook
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-from torch.distributed.tensor import DTensor
 
 from ..errors import UserError
 from ..losses import Head
 from .heads import head_as_it_lies, unwrap
-from .wrapping import whole_shape
+from .wrapping import DTensor, FSDPModule, FullyShardedDataParallel, call_through, whole_shape
 
 T = TypeVar("T")
 
@@ -108,18 +106,7 @@ def run_inside(model: nn.Module, run: Callable[..., T], *args: Any) -> T:
     """Run a function of a model's parts. With FSDP2 it runs in the model's own call, which gathers what it needs."""
     if not isinstance(model, FSDPModule):
         return run(*args)
-    inner: Any = unwrap(model)
-    own = inner.forward
-
-    def once(*_: Any, **__: Any) -> T:
-        inner.forward = own
-        return run(*args)
-
-    inner.forward = once
-    try:
-        return model(*args)  # FSDP2 moves the tensors among these to its device
-    finally:
-        inner.forward = own
+    return call_through(model, unwrap(model), run, *args)  # FSDP2 moves the tensors among these to its device
 
 
 def whole(x: Tensor) -> Tensor:

@@ -15,11 +15,14 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers.integrations import deepspeed
 
 if distributed.is_available():
-    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
     from torch.distributed.tensor import DTensor
 else:  # torch built without it: nothing is of these classes
 
     class FSDPModule:  # type: ignore[no-redef]
+        """Stands for the class that is not there."""
+
+    class FullyShardedDataParallel:  # type: ignore[no-redef]
         """Stands for the class that is not there."""
 
     class DTensor:  # type: ignore[no-redef]
