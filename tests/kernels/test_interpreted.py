@@ -1,7 +1,7 @@
 """The kernels in Triton on a CPU: test_kernels.py and test_class_blocks.py once more, under Triton's interpreter.
 
 It must be chosen before Triton is imported, so the tests run in a process of their own. It takes a second for what a
-GPU does in no time: by default every divergence runs once, and everything else is marked slow.
+GPU does in no time: by default every divergence runs once, and everything else is marked slow or long.
 """
 
 import os
@@ -20,9 +20,9 @@ EACH_DIVERGENCE = "(test_no_further and float32-97-97-T2.0) or test_no_row or te
 @pytest.mark.parametrize(
     ("chosen", "marked", "at_least"),
     [
-        pytest.param(EACH_DIVERGENCE, "not slow", 15, id="each divergence"),
-        pytest.param(f"not ({EACH_DIVERGENCE})", "not slow", 60, id="the rest", marks=pytest.mark.slow),
-        pytest.param("test", "slow", 60, id="the whole table", marks=pytest.mark.slow),
+        pytest.param(EACH_DIVERGENCE, "not long", 15, id="each divergence"),
+        pytest.param(f"not ({EACH_DIVERGENCE})", "not long", 60, id="the rest", marks=pytest.mark.slow),
+        pytest.param("test", "long", 60, id="the whole table", marks=pytest.mark.long),
     ],
 )
 def test_triton_passes_the_same_tests_under_its_interpreter(chosen: str, marked: str, at_least: int) -> None:

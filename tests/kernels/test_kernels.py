@@ -74,17 +74,17 @@ def by_default(divergence: str, dtype: torch.dtype, classes: tuple[int, int], te
 
 
 def functions(dtypes: tuple[torch.dtype, ...]) -> Iterator[Any]:
-    """(divergence, backend, dtype), one dtype alone for what is slow; no blocks of classes compiled."""
+    """(divergence, backend, dtype), one dtype alone for what takes long; no blocks of classes compiled."""
     for divergence, backend, dtype in product(DIVERGENCES, ROW_FUNCTIONS, dtypes):
         if backend != COMPILED and (backend.startswith("eager") or dtype == torch.float32):
             # The interpreter takes seconds for each.
             usual = ("reverse_kl",) if backend == INTERPRETED_BLOCKS else ("forward_kl", "skew_reverse_kl")
-            slow = INTERPRETED and divergence not in usual
-            yield pytest.param(divergence, backend, dtype, marks=pytest.mark.slow if slow else ())
+            long = INTERPRETED and divergence not in usual
+            yield pytest.param(divergence, backend, dtype, marks=pytest.mark.long if long else ())
 
 
 def accuracy_table() -> Iterator[Any]:
-    """(divergence, dtype, classes, temperature, backend); what takes minutes is marked slow."""
+    """(divergence, dtype, classes, temperature, backend); what takes minutes is marked long."""
     vocabularies = (*SMALL, (2049, 2049)) if INTERPRETED else SMALL + LARGE
     for entry in product(DIVERGENCES, DTYPES, vocabularies, TEMPERATURES, ROW_FUNCTIONS):
         divergence, dtype, classes, temperature, backend = entry
@@ -95,7 +95,7 @@ def accuracy_table() -> Iterator[Any]:
         usual = (classes, dtype, temperature) == ((49152, 49152), torch.float32, 2.0)
         default |= usual and backend in BACKENDS
         name = f"{backend}-{divergence}-{str(dtype)[6:]}-{classes[0]}-{classes[1]}-T{temperature}"
-        yield pytest.param(*entry, marks=() if default else pytest.mark.slow, id=name)
+        yield pytest.param(*entry, marks=() if default else pytest.mark.long, id=name)
 
 
 @pytest.fixture
@@ -257,7 +257,7 @@ def test_any_shape_and_stride(data: st.DataObject) -> None:
 
 
 @not_interpreted
-@pytest.mark.parametrize("layout", ["wide", pytest.param("transposed", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("layout", ["wide", pytest.param("transposed", marks=pytest.mark.long)])
 def test_compiled_rows_may_lie_anyhow(layout: str) -> None:
     sample = make_rows("random", 5, (97, 97))
     expected = by_backend("eager", sample, "tvd", 4.0)
@@ -670,6 +670,7 @@ def test_other_sizes_compile_nothing_more() -> None:
     assert counters["stats"]["unique_graphs"] == once
 
 
+@pytest.mark.slow
 @not_interpreted
 def test_any_mix_of_layouts_runs_in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """What Dynamo compiles again for: rows packed, padded, of two lengths, in blocks; gradients apart or in place."""

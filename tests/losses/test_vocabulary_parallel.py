@@ -791,21 +791,21 @@ def test_no_rank_waits_for_one_that_refuses(name: str, two: list[Found]) -> None
         assert SAID_BY_ALL[name] in second
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_four_ranks_find_what_one_process_does(tmp_path: Path) -> None:
     ranks = finish(tmp_path, start(tmp_path, 4))
     for name, c in CASES.items():
         check(c, ranks, name)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_compiled_passes_find_it_too(tmp_path: Path) -> None:
     ranks = finish(tmp_path, start(tmp_path, 2, "compiled"))
     for name, c in COMPILED.items():
         check(c, ranks, name)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_vocabulary_of_262144_takes_each_of_four_ranks_a_quarter(tmp_path: Path) -> None:
     from tiny import assert_same
 

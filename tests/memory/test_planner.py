@@ -361,7 +361,7 @@ print(int(status.partition("VmHWM:")[2].split()[0]) * 1024)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="the allowance is measured with glibc")
 @pytest.mark.parametrize(("kind", "size"), [("hidden", 8), ("live", 16)])
 def test_predicted_and_measured_peak(kind: str, size: int, tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ def compiled_layers(model: nn.Module) -> list[nn.Module]:
 
 
 @pytest.mark.parametrize("flattened", [True, False])
-@pytest.mark.parametrize("name", ["llama", *(pytest.param(x, marks=pytest.mark.slow) for x in ("gpt2", "mistral"))])
+@pytest.mark.parametrize("name", ["llama", *(pytest.param(x, marks=pytest.mark.long) for x in ("gpt2", "mistral"))])
 def test_one_graph_serves_all_layers_and_lengths(name: str, flattened: bool) -> None:
     model = make(name, flattened)
     reference = copy.deepcopy(model)
@@ -106,6 +106,7 @@ def test_one_graph_serves_all_layers_and_lengths(name: str, flattened: bool) -> 
     assert counter.frame_count == graphs
 
 
+@pytest.mark.slow
 def test_layers_of_two_kinds_are_two_graphs() -> None:
     """Sliding and full attention: the first has a window."""
     model = make("qwen2", layers=4, use_sliding_window=True, sliding_window=4)
@@ -122,6 +123,7 @@ def test_layers_of_two_kinds_are_two_graphs() -> None:
     assert counter.frame_count == 4
 
 
+@pytest.mark.slow
 def test_student_and_teacher_do_not_use_up_each_others_graphs() -> None:
     """Autocast and training, evaluation without gradients, a teacher in inference mode: all of one class."""
     student, teacher = make(), make(layers=2, width=24).eval().requires_grad_(False)
@@ -191,9 +193,9 @@ def test_with_a_kernel_a_layer_is_one_graph_around_it(monkeypatch: pytest.Monkey
 # Ways to run
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("flattened", [True, False])
-@pytest.mark.parametrize("reentrant", [pytest.param(True, marks=pytest.mark.slow), False])
+@pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing_stays_outside(flattened: bool, reentrant: bool) -> None:
     model = make(flattened=flattened)
     reference = copy.deepcopy(model)
@@ -208,7 +210,7 @@ def test_gradient_checkpointing_stays_outside(flattened: bool, reentrant: bool) 
     assert counter.frame_count <= before + 2 * (1 if flattened else 2)
 
 
-@pytest.mark.parametrize("flattened", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("flattened", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_lora(flattened: bool) -> None:
     peft = pytest.importorskip("peft")
     options = peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
@@ -227,8 +229,8 @@ def test_lora(flattened: bool) -> None:
         assert_same(hidden_states(merged, inputs), hidden_states(expected, inputs), 1e-5)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("flattened", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.long
+@pytest.mark.parametrize("flattened", [True, False])
 def test_dropout_is_drawn_anew_in_each_pass(flattened: bool) -> None:
     model = make("gpt2", flattened, attn_pdrop=0.3, resid_pdrop=0.1)
     assert compile_layers(model, flattened=flattened, backend="eager") is None
@@ -329,7 +331,7 @@ def test_copies_and_pickles_are_uncompiled() -> None:
         assert_same_step(model, other, batch(0, True))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_it_can_be_taken_back_and_done_again() -> None:
     model = make()
     for _ in range(2):
@@ -408,7 +410,7 @@ def test_a_model_without_known_layers_is_said() -> None:
     assert "no layers that transformers could checkpoint" in str(compile_layers(model, flattened=False))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_failure_in_a_later_way_to_run_is_one_warning(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -470,7 +472,7 @@ LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": Fal
 @pytest.mark.parametrize(
     "fields",
     [
-        pytest.param(fields, id="-".join(fields) or "plain", marks=() if by_default else pytest.mark.slow)
+        pytest.param(fields, id="-".join(fields) or "plain", marks=() if by_default else pytest.mark.long)
         for by_default, fields in (
             (False, {}),
             (False, {"padding_free": False}),

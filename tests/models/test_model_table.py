@@ -15,12 +15,13 @@ def test_every_architecture_has_a_row() -> None:
     assert sum(said == YES for row in table.values() for said in row.values()) > 500
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SAMPLE)
 def test_a_row_says_what_happens(name: str) -> None:
     assert try_architecture(name) == read_table()[name]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in SAMPLE])
 def test_the_other_rows_say_what_happens(name: str) -> None:
     assert try_architecture(name) == read_table()[name]

@@ -862,7 +862,7 @@ def test_a_kill_at_any_touch_of_a_file_changes_nothing(run: Reflection, tmp_path
     assert kills == 2 * PARTS
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_command_killed_at_random_moments_ends_as_an_undisturbed_one(
     prepared: Path, quiet: Path, config_file: Path, tmp_path: Path
 ) -> None:

@@ -218,7 +218,7 @@ def test_a_killed_parent_leaves_no_engine_and_the_rest_goes_on(folder: Path, tmp
     assert cut.with_suffix(".parquet").read_bytes() == whole.with_suffix(".parquet").read_bytes()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_twenty_kills_at_random_moments(folder: Path, tmp_path: Path) -> None:
     """Of the parent or of the engine, while starting or while generating."""
     whole, cut, draw = tmp_path / "whole", tmp_path / "cut", random.Random(7)

@@ -1,6 +1,6 @@
 """Bad data, bad configs, bad arguments: each is used, or refused in one line; never a traceback, a hang or a NaN.
 
-SRD_FAST_FUZZ=N multiplies the examples; `pytest -m slow tests/run/test_fuzz.py` runs over 20,000 and prints how many.
+SRD_FAST_FUZZ=N multiplies the examples; `pytest -m long tests/run/test_fuzz.py` runs over 20,000 and prints how many.
 """
 
 import gzip
@@ -481,12 +481,12 @@ def count_all(kinds: list[str], checks: dict[str, Check], capsys: pytest.Capture
     return sum(done.values())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_twenty_thousand_bad_files_and_configs(checks: dict[str, Check], capsys: pytest.CaptureFixture[str]) -> None:
     assert count_all([kind for kind in KINDS if kind != "loss"], checks, capsys) >= 20_000
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_thousands_of_bad_loss_arguments(checks: dict[str, Check], capsys: pytest.CaptureFixture[str]) -> None:
     assert count_all(["loss"], checks, capsys) >= 5_000
 

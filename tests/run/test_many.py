@@ -195,6 +195,7 @@ def trained(folder: Path) -> dict[int, dict[str, float]]:
     return {row["step"]: row for row in rows if row["kind"] == "train"}
 
 
+@pytest.mark.slow
 def test_two_processes_make_what_one_makes(pair: Pair) -> None:
     kept = pair.folder / "kept"
     for name in SAME:

@@ -76,7 +76,7 @@ def same(folder: Path, alone: Path) -> float:
     return apart(folder, alone)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("pair", ["tiny", "quickstart"])
 def test_killed_at_random_it_ends_as_one_process_does(pair: str, tiny_teacher_folder: Path, tmp_path: Path) -> None:
     config_file, alone, folder = tmp_path / "config.yaml", tmp_path / "alone", tmp_path / "run"

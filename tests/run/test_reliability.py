@@ -246,7 +246,7 @@ def assert_stopped(command: "subprocess.Popen[str]", number: signal.Signals) -> 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)], ids=lambda n: n.name
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)], ids=lambda n: n.name
 )
 def test_a_signal_in_training_loses_no_step(
     number: signal.Signals, untrained: Path, finished: Path, config_file: Path
@@ -398,12 +398,12 @@ def no_space(result: Result, folder: Path) -> str:
 @pytest.mark.parametrize(
     ("percent", "step"),
     [
-        pytest.param(1, "prepare", marks=pytest.mark.slow),
-        pytest.param(5, "cache", marks=pytest.mark.slow),
-        pytest.param(10, "distill", marks=pytest.mark.slow),
-        pytest.param(30, "distill", marks=pytest.mark.slow),
-        (60, "distill"),
-        pytest.param(90, "distill", marks=pytest.mark.slow),
+        pytest.param(1, "prepare", marks=pytest.mark.long),
+        pytest.param(5, "cache", marks=pytest.mark.long),
+        pytest.param(10, "distill", marks=pytest.mark.long),
+        pytest.param(30, "distill", marks=pytest.mark.long),
+        pytest.param(60, "distill", marks=pytest.mark.slow),
+        pytest.param(90, "distill", marks=pytest.mark.long),
     ],
 )
 def test_a_full_disk_is_one_line_and_goes_on_with_more_room(

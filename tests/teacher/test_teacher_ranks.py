@@ -30,7 +30,7 @@ SAMPLES = tiny.tiny_samples(26, seed=2, longest=20)
 VALIDATION = tiny.tiny_samples(5, seed=5)
 SHARD_BYTES = 4000
 Results = dict[str, Any]
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 
 def teacher(architecture: str = "llama_untied") -> PreTrainedModel:

@@ -342,7 +342,7 @@ def test_evaluation_in_training_is_that_of_full_logits(tokenizer: PreTrainedToke
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["t5", "bart"])
+@pytest.mark.parametrize("name", [pytest.param("t5", marks=pytest.mark.long), "bart"])
 def test_compiled_layers_train_as_uncompiled_ones(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
     options = {"torch_compile": True, "torch_compile_backend": "eager"}
     plain, compiled = (make(tokenizer, tiny_model(name), tiny_model(name, seed=1), **given) for given in ({}, options))

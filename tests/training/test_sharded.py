@@ -23,7 +23,7 @@ import tiny
 import torch
 from tiny import assert_same
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 SAMPLES = tiny.tiny_samples(20, seed=2, longest=24)
 VALIDATION = tiny.tiny_samples(7, seed=5)
