@@ -1,6 +1,6 @@
-"""README's picture: the difficulty map of a run, for light and for dark pages.
+"""Pictures of README and docs, each for light and for dark pages: the difficulty map of a run, Baby Step's schedule.
 
-python -m benchmarks.picture RUN_FOLDER [--output docs/images]
+python -m benchmarks.picture RUN_FOLDER [--output docs/images]      # without a run folder: the schedule alone
 """
 
 import argparse
@@ -13,7 +13,8 @@ import numpy as np
 from matplotlib.colors import to_hex
 from matplotlib.lines import Line2D
 
-from srd_fast.report.canvas import EDGE, GRID, INK, MUTED, SHADE, STYLE, svg_of
+from srd_fast import SRDConfig, curate
+from srd_fast.report.canvas import EDGE, GRID, INK, MUTED, SHADE, STYLE, new_figure, sequence, svg_of
 from srd_fast.report.figures import groups_of, right_edge_of
 from srd_fast.report.plots import Group, difficulty_map
 from srd_fast.report.read import read_run
@@ -43,23 +44,80 @@ def draw(groups: list[Group], right_edge: float) -> str:
         return svg_of(figure)
 
 
+def draw_schedule(preset: str) -> str:
+    """Which subsets are trained on when, in passes over all rows, with what weight and at what temperature."""
+    count = 1200
+    scores = {"sample_id": [str(i) for i in range(count)], "rouge_l": [1.0 - i / count for i in range(count)]}
+    plan = curate({**scores, "cross_entropy": [i / count for i in range(count)]}, keep=0.75, stages=3)
+    shares = [len(subset) / count for subset in plan.subsets]
+    stages = SRDConfig.from_preset(preset, output_dir="unused", report_to="none").of_stages(len(shares))
+    passes = [epochs * sum(shares[: k + 1]) for k, epochs in enumerate(stages.epochs)]
+    starts = [sum(passes[:k]) for k in range(len(passes))]
+    with matplotlib.style.context(["default", STYLE]):
+        figure = new_figure(920, 300)
+        axes = figure.subplots()
+        colours = sequence(len(shares))
+        for k, (start, width) in enumerate(zip(starts, passes, strict=True)):
+            bottom = 0.0
+            for subset in range(k + 1):
+                axes.bar(start, shares[subset], width, bottom, align="edge", color=colours[subset], alpha=0.85)
+                bottom += shares[subset]
+            axes.bar(
+                start,
+                1 - sum(shares),
+                width,
+                sum(shares),
+                align="edge",
+                fill=False,
+                hatch="///",
+                edgecolor=EDGE,
+                linewidth=0,
+            )
+            axes.text(
+                start + width / 2,
+                1.04,
+                f"stage {k + 1}\nT {stages.temperatures[k]:g}, CE {stages.sft_weights[k]:g}",
+                ha="center",
+                fontsize=10.5,
+            )
+        bottom = 0.0
+        for share, name in zip([*shares, 1 - sum(shares)], ["easiest", "", "hardest kept", "dropped"], strict=True):
+            if name:
+                axes.text(sum(passes) * 1.01, bottom + share / 2, name, va="center", fontsize=10.5)
+            bottom += share
+        axes.set(xlim=(0, sum(passes) * 1.11), ylim=(0, 1.2), ylabel="share of the rows, easy to hard")
+        axes.set_xlabel("passes over all rows")
+        axes.set_xticks([*starts, sum(passes)])
+        axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
+        axes.grid(False)
+        return svg_of(figure)
+
+
+def save(folder: Path, name: str, light: str, dark: str) -> None:
+    """Write a picture for light pages and one for dark pages."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for before, after in DARK.items():
+        dark = dark.replace(before, after)
+    for page, svg in (("light", light), ("dark", dark)):
+        (folder / f"{name}-{page}.svg").write_text(svg, encoding="utf-8")
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run_folder", type=Path)
+    parser.add_argument("run_folder", type=Path, nargs="?")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent.parent / "docs" / "images")
     args = parser.parse_args()
+    baby_step = draw_schedule("paper")
+    save(args.output, "schedule", baby_step, baby_step)
+    if args.run_folder is None:
+        return
     run = read_run(args.run_folder)
     if run.reflections is None:
         parser.error(f"{args.run_folder} has no reflections.parquet")
     groups = [group for group in groups_of(run.reflections, run.plan)[0] if len(group.rouge_l)]
     right_edge, _ = right_edge_of(np.concatenate([group.cross_entropy for group in groups]))
-    args.output.mkdir(parents=True, exist_ok=True)
-    light, dark = draw(groups, right_edge), draw(on_dark(groups), right_edge)
-    for before, after in DARK.items():
-        dark = dark.replace(before, after)
-    for name, svg in (("light", light), ("dark", dark)):
-        (args.output / f"difficulty-{name}.svg").write_text(svg, encoding="utf-8")
+    save(args.output, "difficulty", draw(groups, right_edge), draw(on_dark(groups), right_edge))
 
 
 if __name__ == "__main__":

@@ -7,9 +7,13 @@ import ast
 import logging
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import griffe
+
+if TYPE_CHECKING:
+    from mkdocs.config.defaults import MkDocsConfig
+    from mkdocs.structure.files import Files
 
 ROOT = Path(__file__).resolve().parent.parent
 # How the docstrings are read, here and in mkdocs.yml: what is returned is one text, however many lines it has.
@@ -68,6 +72,18 @@ def load() -> griffe.Module:
     loader.resolve_aliases(implicit=True, external=False)
     assert isinstance(package, griffe.Module)
     return package
+
+
+CHANGELOG = "changelog.md"
+
+
+def on_files(files: "Files", *, config: "MkDocsConfig") -> None:
+    """Make a page of the checkout's changelog."""
+    from mkdocs.structure.files import File
+
+    # It stands beside what it links to, pages a folder below.
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    files.append(File.generated(config, CHANGELOG, content=re.sub(r"\]\((?!http|#)", "](../", text)))
 
 
 _LINK = re.compile(r"\[([^\]]*)\]\(\.\./([^)#]*)[^)]*\)")
