@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .curriculum import CurriculumPlan, Signal, curate
     from .data import register_row_format, row_format_names
     from .errors import DamagedFileError, EngineDiedError, NotFiniteError, SRDFastError, StaleCacheError, UserError
+    from .integrations import model_distillation_loss
     from .losses import (
         DistillationLoss,
         DistillationOutput,
@@ -77,6 +78,7 @@ _HOME = {
     "divergence_names": "losses",
     "engine_names": "reflection",
     "evaluate": "training.evaluation",
+    "model_distillation_loss": "integrations",
     "open_teacher_cache": "teacher",
     "position_policy_names": "selection",
     "reflect": "reflection",
@@ -122,6 +124,7 @@ __all__ = [
     "divergence_names",
     "engine_names",
     "evaluate",
+    "model_distillation_loss",
     "open_teacher_cache",
     "position_policy_names",
     "reflect",

@@ -31,6 +31,7 @@ FLOORS = (
     ("reflection", "curriculum"),
     ("selection",),
     ("training",),
+    ("integrations",),
     ("report",),
     ("run",),
     ("memory",),

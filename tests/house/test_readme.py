@@ -132,6 +132,19 @@ def surroundings(
         assert names["student_weight"].grad.abs().sum() > 0
         assert not any(x.requires_grad for x in (out.divergence, out.cross_entropy, out.entropy))
 
+    def in_a_loop() -> Names:
+        models = {"student": make_tiny_model(1), "teacher": make_tiny_model(2)}
+        optimizer = torch.optim.SGD(models["student"].parameters(), lr=0.1)
+        batch = tiny.collate(tiny.tiny_samples(4))
+        return {**models, "optimizer": optimizer, "loader": [batch, batch]}
+
+    def went_down(names: Names, printed: str) -> None:
+        again = names["model_distillation_loss"](
+            names["student"], names["teacher"], names["batch"],
+            divergence="forward_kl", temperature=2.0, sft_weight=0.1,
+        )  # fmt: skip
+        assert again.loss < names["out"].loss
+
     return {
         "README: From Python": Surroundings(from_python, trained),
         "README: The loss alone": Surroundings(hidden_states, differentiated),
@@ -139,6 +152,7 @@ def surroundings(
         "training: Training from Python": Surroundings(from_python, trained_and_saved),
         "teacher: The teacher, once": Surroundings(with_a_teacher_in_a_folder, trained_from_the_cache),
         "loss: The loss alone": Surroundings(hidden_states, differentiated),
+        "loss: A loop of your own": Surroundings(in_a_loop, went_down),
     }
 
 
