@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from .curriculum import CurriculumPlan, Signal, curate
     from .data import register_row_format, row_format_names
     from .errors import DamagedFileError, EngineDiedError, NotFiniteError, SRDFastError, StaleCacheError, UserError
-    from .integrations import model_distillation_loss
+    from .integrations import attach_curriculum, model_distillation_loss
     from .losses import (
         DistillationLoss,
         DistillationOutput,
@@ -68,6 +68,7 @@ _HOME = {
     "TopK": "losses",
     "UserError": "errors",
     "VocabularyShard": "losses",
+    "attach_curriculum": "integrations",
     "build_teacher_cache": "teacher",
     "cache_kind_names": "teacher",
     "compact_distillation_loss": "losses",
@@ -114,6 +115,7 @@ __all__ = [
     "TopK",
     "UserError",
     "VocabularyShard",
+    "attach_curriculum",
     "build_teacher_cache",
     "cache_kind_names",
     "compact_distillation_loss",
