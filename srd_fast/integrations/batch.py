@@ -91,26 +91,32 @@ def states_of(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
 
 
 def samples_of(batch: Mapping[str, Any]) -> list[dict[str, list[int]]]:
-    """The tokenised samples of a padded batch, as a teacher's cache knows them.
+    """The tokenised samples of a batch, as a teacher's cache knows them.
 
     Args:
-        batch: input_ids and labels [B, L], attention_mask [B, L] where there is padding.
+        batch: input_ids and labels [B, L], with attention_mask [B, L] where there is padding; or joined rows [1, L]
+            with position_ids, which are 0 where a sample begins.
 
     Returns:
         For each sample its input_ids and labels without padding.
 
     Raises:
-        UserError: the batch is not padded, or it is one of an encoder-decoder model.
+        UserError: the batch is one of an encoder-decoder model, or in the form of this library's own.
     """
-    if "decoder_input_ids" in batch or ("position_ids" in batch and "attention_mask" not in batch):
+    if "decoder_input_ids" in batch or "cu_seq_lens" in batch:
         raise UserError(
-            "batch has no 'teacher', the rows of the teacher's cache, and only in a padded batch of a causal language "
-            "model are samples known: give the DataLoader collate_fn=StepCollator(collator, cache) (srd_fast.teacher)"
+            "batch has no 'teacher', the rows of the teacher's cache, and its samples are not known: give the "
+            "DataLoader collate_fn=StepCollator(collator, cache) (srd_fast.teacher)"
         )
     ids_BL, labels_BL = batch["input_ids"].cpu(), batch["labels"].cpu()
-    mask_BL = batch["attention_mask"].cpu().bool() if "attention_mask" in batch else torch.ones_like(ids_BL).bool()
-    rows = zip(ids_BL, labels_BL, mask_BL)
-    return [{"input_ids": ids[mask].tolist(), "labels": labels[mask].tolist()} for ids, labels, mask in rows]
+    if "position_ids" in batch and "attention_mask" not in batch:
+        starts = (batch["position_ids"].cpu().flatten() == 0).nonzero().flatten().tolist()
+        parts = [slice(a, b) for a, b in zip(starts, [*starts[1:], ids_BL.numel()])]
+        pairs = [(ids_BL.flatten()[part], labels_BL.flatten()[part]) for part in parts]
+    else:
+        mask_BL = batch["attention_mask"].cpu().bool() if "attention_mask" in batch else torch.ones_like(ids_BL).bool()
+        pairs = [(ids[mask], labels[mask]) for ids, labels, mask in zip(ids_BL, labels_BL, mask_BL)]
+    return [{"input_ids": ids.tolist(), "labels": labels.tolist()} for ids, labels in pairs]
 
 
 def _decoder_input_ids(model: Any, labels_BL: Tensor) -> Tensor:

@@ -101,16 +101,48 @@ def model_distillation_loss(
         divergence, temperature, skew, beta, sft_weight, temperature_scaling, reduction, None, backend, memory_budget,
         logits_dtype, order,
     )  # fmt: skip
+    if teacher is None:
+        raise UserError("teacher must be a model, or a source of its rows such as a TeacherCache, got None")
+    out, found = loss_of_batch(student, teacher, batch, options, token_weights, num_items)
+    return _in_place(out, found) if reduction == "none" else out
+
+
+def loss_of_batch(
+    student: nn.Module,
+    teacher: nn.Module | TeacherSource | None,
+    batch: Mapping[str, Any],
+    options: LossOptions,
+    token_weights: Tensor | None = None,
+    num_items: int | float | Tensor | None = None,
+) -> tuple[DistillationOutput, dict[str, Any]]:
+    """Compute what `model_distillation_loss` does, with options that are made already.
+
+    Args:
+        student: as there.
+        teacher: as there; None for the cross-entropy alone.
+        batch: as there.
+        options: of the loss, with `ignore_index` None and, without a teacher, `sft_weight` 1.
+        token_weights: as there.
+        num_items: as there.
+
+    Returns:
+        The loss and its parts, and the batch with what was found out about it. With reduction "none" there is one value
+        a row with loss.
+
+    Raises:
+        UserError: as there.
+    """
     given, inner = _understood(student, "student")
     found = with_rows(inner, batch)
-    check_same_kind(inner, cast(nn.Module, teacher))
-    device = found["input_ids"].device
-    rows = _rows_of_teacher(teacher, found, temperature, device)
+    rows: TeacherRows | None = None
+    if teacher is not None:
+        check_same_kind(inner, cast(nn.Module, teacher))
+        rows = _rows_of_teacher(teacher, found, options.temperature, found["input_ids"].device)
     weights_N = None if token_weights is None else _of_labels(token_weights, found)
 
     def of_rows(head: Head, student_ND: Tensor) -> tuple[Tensor, DistillationOutput]:
         student_rows = StudentRows(student_ND, head, found["loss_labels"], options, weights_N, num_items)
-        out = distillation_loss_of_rows(student_rows, rows)
+        out = student_rows.loss() if rows is None else distillation_loss_of_rows(student_rows, rows)
         return out.loss, out
 
     def forward(batch: Mapping[str, Any]) -> tuple[Tensor, DistillationOutput]:
@@ -118,8 +150,7 @@ def model_distillation_loss(
 
     with _precision(inner):
         loss, out = call_through(given, inner, forward, found)
-    out = replace(out, loss=loss)
-    return _in_place(out, found) if reduction == "none" else out
+    return replace(out, loss=loss), found
 
 
 def _understood(model: Any, name: str) -> tuple[nn.Module, nn.Module]:

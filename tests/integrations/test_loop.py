@@ -218,14 +218,15 @@ def test_a_teacher_is_a_source_too(tmp_path: Path) -> None:
     expected = model_distillation_loss(student, teacher, batch, **OPTIONS).loss
     cache = build_teacher_cache(teacher, samples, tmp_path / "cache", progress=False)
     collated = StepCollator(DistillationCollator(), cache, ahead=True)(samples)
-    for source, given in ((LiveTeacher(teacher), batch), (cache, batch), (cache, collated)):
+    joined = dict(DataCollatorWithFlattening()(samples))
+    for source, given in ((LiveTeacher(teacher), batch), (cache, batch), (cache, collated), (cache, joined)):
         out = model_distillation_loss(student, source, given, **OPTIONS)
         assert out.loss.item() == pytest.approx(expected.item(), rel=1e-5)
     with pytest.raises(UserError, match="does not hold sample"):
         model_distillation_loss(student, cache, a_batch(seed=9), **OPTIONS)
-    joined = DataCollatorWithFlattening()(samples)
+    own = DistillationCollator(flatten=True)(samples)
     with pytest.raises(UserError, match="StepCollator"):
-        model_distillation_loss(student, cache, joined, **OPTIONS)
+        model_distillation_loss(student, cache, own, **OPTIONS)
 
 
 def test_the_teacher_does_not_drop_and_modes_stay() -> None:
@@ -245,6 +246,7 @@ def test_the_teacher_does_not_drop_and_modes_stay() -> None:
     ("change", "message"),
     [
         ({"student": "gpt2"}, "student must be a model, got 'gpt2'"),
+        ({"teacher": None}, "teacher must be a model, or a source"),
         ({"teacher": "gpt2"}, "teacher must be a model, got 'gpt2'"),
         ({"teacher": nn.Linear(2, 2)}, "teacher Linear has no language-model head"),
         ({"teacher": tiny.tiny_model(vocab=900)}, "300 and 900 classes"),
