@@ -17,6 +17,8 @@ import tiny
 import torch
 import typer
 import yaml
+from datasets import Dataset
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from srd_fast import CurriculumPlan
@@ -26,7 +28,7 @@ from srd_fast.run.config import load_run_config
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
-PAGES = (README, *(ROOT / "docs" / f"{name}.md" for name in ("run", "training", "teacher", "loss")))
+PAGES = (README, *(ROOT / "docs" / f"{name}.md" for name in ("run", "training", "teacher", "loss", "from_trl")))
 Names = dict[str, Any]
 
 
@@ -114,6 +116,39 @@ def surroundings(
         models = {"model": make_tiny_model(1), "teacher_model": make_tiny_model(2)}
         return {**models, "train_dataset": talks, "tokenizer": tiny_tokenizer}
 
+    def with_trl() -> Names:
+        pytest.importorskip("trl", reason="trl is missing: pip install 'srd-fast[trl]'")
+        names = from_trl()
+        for number, talk in enumerate(names["train_dataset"]):
+            talk["sample_id"] = f"r{number}"
+        return {**names, "train_dataset": Dataset.from_list(names["train_dataset"])}
+
+    def with_a_trainer() -> Names:
+        names = with_trl()
+        from trl import SFTConfig, SFTTrainer
+
+        args = SFTConfig("out", per_device_train_batch_size=4, report_to="none", save_strategy="no", use_cpu=True)
+        given = {"model": names["model"], "args": args, "processing_class": tiny_tokenizer}
+        return {**names, "trainer": SFTTrainer(train_dataset=names["train_dataset"], **given)}
+
+    def told_of_three_stages(names: Names, printed: str) -> None:
+        assert names["trainer"].state.global_step == names["schedule"].total_steps == 1 + 2 + 3
+        for line in ("1 1.0 0.3", "2 1.5 ", "3 2.0 0.1"):
+            assert f"\n{line}" in f"\n{printed}"
+
+    def with_lightning() -> Names:
+        pytest.importorskip("lightning", reason="lightning is missing: pip install lightning")
+        names = in_a_loop()
+        names["loader"] = DataLoader(names["loader"], batch_size=None)
+        return {**names, "before": names["student"].get_output_embeddings().weight.detach().clone()}
+
+    def trained_by_lightning(names: Names, printed: str) -> None:
+        assert names["trainer"].global_step == 4
+        assert not torch.equal(names["student"].get_output_embeddings().weight, names["before"])
+        logged = names["trainer"].logged_metrics
+        assert logged["divergence"] > 0
+        assert logged["cross_entropy"] > 0
+
     def two_steps(names: Names, printed: str) -> None:
         assert names["trainer"].state.global_step == 2
 
@@ -153,6 +188,10 @@ def surroundings(
         "teacher: The teacher, once": Surroundings(with_a_teacher_in_a_folder, trained_from_the_cache),
         "loss: The loss alone": Surroundings(hidden_states, differentiated),
         "loss: A loop of your own": Surroundings(in_a_loop, went_down),
+        "loss: Lightning": Surroundings(with_lightning, trained_by_lightning),
+        "from_trl: The same trainer": Surroundings(with_trl, two_steps),
+        "from_trl: A curriculum for a trainer": Surroundings(with_a_trainer, told_of_three_stages),
+        "from_trl: SRDTrainer": Surroundings(from_trl, two_steps),
     }
 
 
