@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from .curriculum import CurriculumPlan, Signal, curate
     from .data import register_row_format, row_format_names
     from .errors import DamagedFileError, EngineDiedError, NotFiniteError, SRDFastError, StaleCacheError, UserError
-    from .integrations import attach_curriculum, model_distillation_loss
+    from .integrations import attach_curriculum, model_distillation_loss, read_official_reflections
     from .losses import (
         DistillationLoss,
         DistillationOutput,
@@ -82,6 +82,7 @@ _HOME = {
     "model_distillation_loss": "integrations",
     "open_teacher_cache": "teacher",
     "position_policy_names": "selection",
+    "read_official_reflections": "integrations",
     "reflect": "reflection",
     "register_cache_kind": "teacher",
     "register_difficulty": "reflection",
@@ -129,6 +130,7 @@ __all__ = [
     "model_distillation_loss",
     "open_teacher_cache",
     "position_policy_names",
+    "read_official_reflections",
     "reflect",
     "register_cache_kind",
     "register_difficulty",

@@ -23,12 +23,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from srd_fast import CurriculumPlan
 from srd_fast.cli import app
+from srd_fast.data import Tokenisation, prepare_dataset
 from srd_fast.data.quickstart import make_quickstart_rows
 from srd_fast.run.config import load_run_config
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
-PAGES = (README, *(ROOT / "docs" / f"{name}.md" for name in ("run", "training", "teacher", "loss", "from_trl")))
+PAGES = (
+    README,
+    *(ROOT / "docs" / f"{name}.md" for name in ("run", "training", "teacher", "loss", "from_trl", "from_official")),
+)
 Names = dict[str, Any]
 
 
@@ -149,6 +153,23 @@ def surroundings(
         assert logged["divergence"] > 0
         assert logged["cross_entropy"] > 0
 
+    def with_their_answers() -> Names:
+        # Their prompt is the template's, stripped; the answers stand in another order than the rows.
+        tokenisation = Tokenisation(tiny_tokenizer)
+        samples = prepare_dataset(rows, tokenisation).dataset
+        lines = [
+            json.dumps({"prompt": prompt.strip(), "LLM_output": references[0], "lm_loss": float(i)})
+            for i, (prompt, references) in enumerate(zip(samples["prompt"], samples["references"]))
+        ]
+        Path("answers.jsonl").write_text("\n".join(reversed(lines)), encoding="utf-8")
+        return {"dataset": rows, "tokenizer": tiny_tokenizer}
+
+    def planned(names: Names, printed: str) -> None:
+        assert CurriculumPlan.load("plan.json") == names["plan"]
+        # All answers are right, so the losses order them: the easiest come first, the last quarter is dropped.
+        ids = list(names["scores"]["sample_id"])
+        assert [list(subset) for subset in names["plan"].subsets] == [ids[0:4], ids[4:8], ids[8:12]]
+
     def two_steps(names: Names, printed: str) -> None:
         assert names["trainer"].state.global_step == 2
 
@@ -189,6 +210,7 @@ def surroundings(
         "loss: The loss alone": Surroundings(hidden_states, differentiated),
         "loss: A loop of your own": Surroundings(in_a_loop, went_down),
         "loss: Lightning": Surroundings(with_lightning, trained_by_lightning),
+        "from_official: Your reflections": Surroundings(with_their_answers, planned),
         "from_trl: The same trainer": Surroundings(with_trl, two_steps),
         "from_trl: A curriculum for a trainer": Surroundings(with_a_trainer, told_of_three_stages),
         "from_trl: SRDTrainer": Surroundings(from_trl, two_steps),
