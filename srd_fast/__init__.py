@@ -10,7 +10,12 @@ if TYPE_CHECKING:
     from .curriculum import CurriculumPlan, Signal, curate
     from .data import register_row_format, row_format_names
     from .errors import DamagedFileError, EngineDiedError, NotFiniteError, SRDFastError, StaleCacheError, UserError
-    from .integrations import attach_curriculum, model_distillation_loss, read_official_reflections
+    from .integrations import (
+        attach_curriculum,
+        cache_from_top_k,
+        model_distillation_loss,
+        read_official_reflections,
+    )
     from .losses import (
         DistillationLoss,
         DistillationOutput,
@@ -70,6 +75,7 @@ _HOME = {
     "VocabularyShard": "losses",
     "attach_curriculum": "integrations",
     "build_teacher_cache": "teacher",
+    "cache_from_top_k": "integrations",
     "cache_kind_names": "teacher",
     "compact_distillation_loss": "losses",
     "curate": "curriculum",
@@ -118,6 +124,7 @@ __all__ = [
     "VocabularyShard",
     "attach_curriculum",
     "build_teacher_cache",
+    "cache_from_top_k",
     "cache_kind_names",
     "compact_distillation_loss",
     "curate",

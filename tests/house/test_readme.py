@@ -31,7 +31,10 @@ ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
 PAGES = (
     README,
-    *(ROOT / "docs" / f"{name}.md" for name in ("run", "training", "teacher", "loss", "from_trl", "from_official")),
+    *(
+        ROOT / "docs" / f"{name}.md"
+        for name in ("run", "training", "teacher", "loss", "from_trl", "from_official", "from_top_k")
+    ),
 )
 Names = dict[str, Any]
 
@@ -170,6 +173,16 @@ def surroundings(
         ids = list(names["scores"]["sample_id"])
         assert [list(subset) for subset in names["plan"].subsets] == [ids[0:4], ids[4:8], ids[8:12]]
 
+    def with_top_k() -> Names:
+        teacher, lines = make_tiny_model(2), []
+        for sample in tiny.tiny_samples(4):
+            with torch.no_grad():
+                log_p = teacher(torch.tensor([sample["input_ids"]])).logits[0, :-1].log_softmax(-1).topk(40)
+            kept = {"token_ids": log_p.indices.tolist(), "top_values": log_p.values.tolist()}
+            lines.append({"input_ids": sample["input_ids"], "labels": sample["labels"], **kept})
+        Dataset.from_list(lines).to_parquet("logits.parquet")
+        return {"student": make_tiny_model(1), "tokenizer": tiny_tokenizer}
+
     def two_steps(names: Names, printed: str) -> None:
         assert names["trainer"].state.global_step == 2
 
@@ -210,6 +223,7 @@ def surroundings(
         "loss: The loss alone": Surroundings(hidden_states, differentiated),
         "loss: A loop of your own": Surroundings(in_a_loop, went_down),
         "loss: Lightning": Surroundings(with_lightning, trained_by_lightning),
+        "from_top_k: From DistillKit's and axolotl's top-k files": Surroundings(with_top_k, trained_from_the_cache),
         "from_official: Your reflections": Surroundings(with_their_answers, planned),
         "from_trl: The same trainer": Surroundings(with_trl, two_steps),
         "from_trl: A curriculum for a trainer": Surroundings(with_a_trainer, told_of_three_stages),
