@@ -1,7 +1,7 @@
 """`model_distillation_loss`: the loss of two models and a batch, in one line of a training loop of one's own."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, cast
 from weakref import WeakSet
@@ -35,8 +35,8 @@ from ..teacher import (
 )
 from .batch import label_places, samples_of, states_of, with_rows
 
-# Models whose hidden states and head were seen to give their own logits.
-_proven: WeakSet[nn.Module] = WeakSet()
+# Models that were looked at: those whose weights are whole were seen to give their own logits.
+_known: WeakSet[nn.Module] = WeakSet()
 
 
 def model_distillation_loss(
@@ -165,14 +165,13 @@ def _understood(model: Any, name: str) -> tuple[nn.Module, nn.Module]:
     given = getattr(model, "_orig_mod", model)
     inner = extract_model_from_parallel(given, keep_torch_compile=False)
     refuse_trained_prompts(inner, name)
-    if inner not in _proven and not is_sharded(given):
+    if inner in _known:
+        return given, inner
+    if not is_sharded(given):
         head, place = whole_head(inner, name=name), entry_device(inner)
-        with ExitStack() as stack:
-            stack.enter_context(evaluating(inner))
-            stack.enter_context(torch.autocast(place.type, enabled=False))
-            stack.enter_context(_own_forward(inner))
+        with evaluating(inner), torch.autocast(place.type, enabled=False), _own_forward(inner):
             check_head(inner, name, head, place)
-        _proven.add(inner)
+    _known.add(inner)
     return given, inner
 
 

@@ -180,6 +180,18 @@ def test_adapters_of_peft_are_trained() -> None:
         model_distillation_loss(peft.get_peft_model(pair()[0], prompts), teacher, batch)
 
 
+@pytest.fixture
+def own_accelerator() -> Iterator[None]:
+    """accelerate keeps one state for a process, which other tests have made and will make."""
+    states = (AcceleratorState, GradientState, PartialState)
+    for state in states:
+        state._shared_state.clear()
+    yield
+    for state in states:
+        state._shared_state.clear()
+
+
+@pytest.mark.usefixtures("own_accelerator")
 def test_autocast_is_that_of_the_loop_or_of_accelerate() -> None:
     """In bfloat16 the error against float64 is no larger than that of the full logits, and the two ways are one."""
     batch, options = a_batch(8), {**OPTIONS, "divergence": "forward_kl"}
@@ -201,13 +213,9 @@ def test_autocast_is_that_of_the_loop_or_of_accelerate() -> None:
     ours = error()
     assert 0 < ours <= 1.2 * theirs
     assert mine.item() == pytest.approx(truth.item(), rel=2e-2)
-    try:
-        accelerator = Accelerator(mixed_precision="bf16", cpu=True)
-        prepared, frozen = accelerator.prepare(student), accelerator.prepare_model(teacher, evaluation_mode=True)
-        assert model_distillation_loss(prepared, frozen, batch, **options).loss.item() == mine.item()
-    finally:
-        for state in (AcceleratorState, GradientState, PartialState):
-            state._shared_state.clear()
+    accelerator = Accelerator(mixed_precision="bf16", cpu=True)
+    prepared, frozen = accelerator.prepare(student), accelerator.prepare_model(teacher, evaluation_mode=True)
+    assert model_distillation_loss(prepared, frozen, batch, **options).loss.item() == mine.item()
 
 
 def test_a_teacher_is_a_source_too(tmp_path: Path) -> None:
