@@ -10,6 +10,12 @@ if TYPE_CHECKING:
     from .curriculum import CurriculumPlan, Signal, curate
     from .data import register_row_format, row_format_names
     from .errors import DamagedFileError, EngineDiedError, NotFiniteError, SRDFastError, StaleCacheError, UserError
+    from .integrations import (
+        attach_curriculum,
+        cache_from_top_k,
+        model_distillation_loss,
+        read_official_reflections,
+    )
     from .losses import (
         DistillationLoss,
         DistillationOutput,
@@ -67,7 +73,9 @@ _HOME = {
     "TopK": "losses",
     "UserError": "errors",
     "VocabularyShard": "losses",
+    "attach_curriculum": "integrations",
     "build_teacher_cache": "teacher",
+    "cache_from_top_k": "integrations",
     "cache_kind_names": "teacher",
     "compact_distillation_loss": "losses",
     "curate": "curriculum",
@@ -77,8 +85,10 @@ _HOME = {
     "divergence_names": "losses",
     "engine_names": "reflection",
     "evaluate": "training.evaluation",
+    "model_distillation_loss": "integrations",
     "open_teacher_cache": "teacher",
     "position_policy_names": "selection",
+    "read_official_reflections": "integrations",
     "reflect": "reflection",
     "register_cache_kind": "teacher",
     "register_difficulty": "reflection",
@@ -112,7 +122,9 @@ __all__ = [
     "TopK",
     "UserError",
     "VocabularyShard",
+    "attach_curriculum",
     "build_teacher_cache",
+    "cache_from_top_k",
     "cache_kind_names",
     "compact_distillation_loss",
     "curate",
@@ -122,8 +134,10 @@ __all__ = [
     "divergence_names",
     "engine_names",
     "evaluate",
+    "model_distillation_loss",
     "open_teacher_cache",
     "position_policy_names",
+    "read_official_reflections",
     "reflect",
     "register_cache_kind",
     "register_difficulty",

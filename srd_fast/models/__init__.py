@@ -4,7 +4,7 @@ from .adapters import merge_adapters, refuse_trained_prompts, untie_adapted_embe
 from .compilation import compile_layers, uncompile_layers
 from .digest import model_digest
 from .encoder_decoder import check_same_kind, decoder_start, is_encoder_decoder, with_decoder
-from .flattening import enable_flattening, unfit_for_shared_prefix
+from .flattening import enable_flattening, evaluating, unfit_for_shared_prefix
 from .gathering import whole_student
 from .heads import (
     body_of,
@@ -68,6 +68,7 @@ __all__ = [
     "embeddings_of",
     "enable_flattening",
     "entry_device",
+    "evaluating",
     "find_head",
     "fingerprint",
     "gathered",

@@ -52,7 +52,7 @@ def enable_flattening(model: nn.Module) -> str | None:
     before, mixes, reason = _implementations(inner), mixes_elsewhere(inner), unfit(inner)
     if reason is None:
         try:
-            with _evaluating(model):
+            with evaluating(model):
                 reason = _switch_and_compare(model, inner, _LENGTHS if mixes is None else _LONG)
         except Exception as e:  # models of other people's code raise anything for a batch they do not understand
             reason = first_line(e)
@@ -66,7 +66,7 @@ def enable_flattening(model: nn.Module) -> str | None:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Put every module in eval mode, and back into its own mode afterwards."""
     modes = [(m, m.training) for m in model.modules()]
     model.eval()
@@ -100,7 +100,7 @@ def unfit_for_shared_prefix(model: nn.Module) -> str | None:
         return "one dropout of the beginning would be that of all samples"
     padded, flattened = _prefix_batches(embedding.weight.shape[0], device)
     try:
-        with _evaluating(model):
+        with evaluating(model):
             wanted, found = (_hidden_and_gradient(model, embedding, batch) for batch in (padded, flattened))
     except Exception as e:  # as in enable_flattening
         return first_line(e)

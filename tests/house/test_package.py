@@ -31,6 +31,7 @@ FLOORS = (
     ("reflection", "curriculum"),
     ("selection",),
     ("training",),
+    ("integrations",),
     ("report",),
     ("run",),
     ("memory",),
@@ -208,8 +209,9 @@ def test_kernels_are_part_of_the_package() -> None:
     assert importlib.util.find_spec("srd_fast.kernels.rows") is not None
 
 
-# Loaded by vLLM itself.
-IMPORTABLE = sorted(m for m in sources() if m != "srd_fast.reflection.vllm_ngrams" or importlib.util.find_spec("vllm"))
+# Loaded by vLLM itself, and made of TRL's classes.
+NEEDS = {"srd_fast.reflection.vllm_ngrams": "vllm", "srd_fast.integrations.trl": "trl"}
+IMPORTABLE = sorted(m for m in sources() if m not in NEEDS or importlib.util.find_spec(NEEDS[m]))
 
 
 @pytest.mark.parametrize("module", IMPORTABLE)

@@ -17,16 +17,25 @@ import tiny
 import torch
 import typer
 import yaml
+from datasets import Dataset
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from srd_fast import CurriculumPlan
 from srd_fast.cli import app
+from srd_fast.data import Tokenisation, prepare_dataset
 from srd_fast.data.quickstart import make_quickstart_rows
 from srd_fast.run.config import load_run_config
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
-PAGES = (README, *(ROOT / "docs" / f"{name}.md" for name in ("run", "training", "teacher", "loss")))
+PAGES = (
+    README,
+    *(
+        ROOT / "docs" / f"{name}.md"
+        for name in ("run", "training", "teacher", "loss", "from_trl", "from_official", "from_top_k")
+    ),
+)
 Names = dict[str, Any]
 
 
@@ -114,6 +123,66 @@ def surroundings(
         models = {"model": make_tiny_model(1), "teacher_model": make_tiny_model(2)}
         return {**models, "train_dataset": talks, "tokenizer": tiny_tokenizer}
 
+    def with_trl() -> Names:
+        pytest.importorskip("trl", reason="trl is missing: pip install 'srd-fast[trl]'")
+        names = from_trl()
+        for number, talk in enumerate(names["train_dataset"]):
+            talk["sample_id"] = f"r{number}"
+        return {**names, "train_dataset": Dataset.from_list(names["train_dataset"])}
+
+    def with_a_trainer() -> Names:
+        names = with_trl()
+        from trl import SFTConfig, SFTTrainer
+
+        args = SFTConfig("out", per_device_train_batch_size=4, report_to="none", save_strategy="no", use_cpu=True)
+        given = {"model": names["model"], "args": args, "processing_class": tiny_tokenizer}
+        return {**names, "trainer": SFTTrainer(train_dataset=names["train_dataset"], **given)}
+
+    def told_of_three_stages(names: Names, printed: str) -> None:
+        assert names["trainer"].state.global_step == names["schedule"].total_steps == 1 + 2 + 3
+        for line in ("1 1.0 0.3", "2 1.5 ", "3 2.0 0.1"):
+            assert f"\n{line}" in f"\n{printed}"
+
+    def with_lightning() -> Names:
+        pytest.importorskip("lightning", reason="lightning is missing: pip install lightning")
+        names = in_a_loop()
+        names["loader"] = DataLoader(names["loader"], batch_size=None)
+        return {**names, "before": names["student"].get_output_embeddings().weight.detach().clone()}
+
+    def trained_by_lightning(names: Names, printed: str) -> None:
+        assert names["trainer"].global_step == 4
+        assert not torch.equal(names["student"].get_output_embeddings().weight, names["before"])
+        logged = names["trainer"].logged_metrics
+        assert logged["divergence"] > 0
+        assert logged["cross_entropy"] > 0
+
+    def with_their_answers() -> Names:
+        # Their prompt is the template's, stripped; the answers stand in another order than the rows.
+        tokenisation = Tokenisation(tiny_tokenizer)
+        samples = prepare_dataset(rows, tokenisation).dataset
+        lines = [
+            json.dumps({"prompt": prompt.strip(), "LLM_output": references[0], "lm_loss": float(i)})
+            for i, (prompt, references) in enumerate(zip(samples["prompt"], samples["references"]))
+        ]
+        Path("answers.jsonl").write_text("\n".join(reversed(lines)), encoding="utf-8")
+        return {"dataset": rows, "tokenizer": tiny_tokenizer}
+
+    def planned(names: Names, printed: str) -> None:
+        assert CurriculumPlan.load("plan.json") == names["plan"]
+        # All answers are right, so the losses order them: the easiest come first, the last quarter is dropped.
+        ids = list(names["scores"]["sample_id"])
+        assert [list(subset) for subset in names["plan"].subsets] == [ids[0:4], ids[4:8], ids[8:12]]
+
+    def with_top_k() -> Names:
+        teacher, lines = make_tiny_model(2), []
+        for sample in tiny.tiny_samples(4):
+            with torch.no_grad():
+                log_p = teacher(torch.tensor([sample["input_ids"]])).logits[0, :-1].log_softmax(-1).topk(40)
+            kept = {"token_ids": log_p.indices.tolist(), "top_values": log_p.values.tolist()}
+            lines.append({"input_ids": sample["input_ids"], "labels": sample["labels"], **kept})
+        Dataset.from_list(lines).to_parquet("logits.parquet")
+        return {"student": make_tiny_model(1), "tokenizer": tiny_tokenizer}
+
     def two_steps(names: Names, printed: str) -> None:
         assert names["trainer"].state.global_step == 2
 
@@ -132,6 +201,19 @@ def surroundings(
         assert names["student_weight"].grad.abs().sum() > 0
         assert not any(x.requires_grad for x in (out.divergence, out.cross_entropy, out.entropy))
 
+    def in_a_loop() -> Names:
+        models = {"student": make_tiny_model(1), "teacher": make_tiny_model(2)}
+        optimizer = torch.optim.SGD(models["student"].parameters(), lr=0.1)
+        batch = tiny.collate(tiny.tiny_samples(4))
+        return {**models, "optimizer": optimizer, "loader": [batch, batch]}
+
+    def went_down(names: Names, printed: str) -> None:
+        again = names["model_distillation_loss"](
+            names["student"], names["teacher"], names["batch"],
+            divergence="forward_kl", temperature=2.0, sft_weight=0.1,
+        )  # fmt: skip
+        assert again.loss < names["out"].loss
+
     return {
         "README: From Python": Surroundings(from_python, trained),
         "README: The loss alone": Surroundings(hidden_states, differentiated),
@@ -139,6 +221,13 @@ def surroundings(
         "training: Training from Python": Surroundings(from_python, trained_and_saved),
         "teacher: The teacher, once": Surroundings(with_a_teacher_in_a_folder, trained_from_the_cache),
         "loss: The loss alone": Surroundings(hidden_states, differentiated),
+        "loss: A loop of your own": Surroundings(in_a_loop, went_down),
+        "loss: Lightning": Surroundings(with_lightning, trained_by_lightning),
+        "from_top_k: From DistillKit's and axolotl's top-k files": Surroundings(with_top_k, trained_from_the_cache),
+        "from_official: Your reflections": Surroundings(with_their_answers, planned),
+        "from_trl: The same trainer": Surroundings(with_trl, two_steps),
+        "from_trl: A curriculum for a trainer": Surroundings(with_a_trainer, told_of_three_stages),
+        "from_trl: SRDTrainer": Surroundings(from_trl, two_steps),
     }
 
 
