@@ -19,7 +19,7 @@ from srd_fast.integrations import trl as ours  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("quick_collection")
 
-SLOW = pytest.mark.slow
+SLOW = pytest.mark.long
 ROWS = [
     {
         "sample_id": f"r{i}",
