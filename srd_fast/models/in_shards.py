@@ -186,8 +186,9 @@ def _is_plain(embedding: nn.Embedding) -> bool:
     """Whether an embedding looks rows up in `nn.Embedding`'s own call, whatever it does around that."""
     kinds = type(embedding).__mro__
     own = [vars(kind)["forward"] for kind in kinds[: kinds.index(nn.Embedding)] if "forward" in vars(kind)]
-    touches = any("weight" in forward.__code__.co_names for forward in own)
-    return not (touches or embedding.max_norm or embedding.scale_grad_by_freq or embedding.sparse)
+    # One that reads rows itself besides fails on the first batch: torch mixes no shard with a plain tensor.
+    calls_next = all("forward" in forward.__code__.co_names for forward in own)
+    return calls_next and not (embedding.max_norm or embedding.scale_grad_by_freq or embedding.sparse)
 
 
 def _with(kind: type, mixed_in: type) -> type:

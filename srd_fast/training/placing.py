@@ -30,6 +30,7 @@ from ..models import (
     whole_student,
     why_not_in_shards,
 )
+from .checkpoints import check_engine
 from .config import SRDConfig
 
 if distributed.is_available():
@@ -214,8 +215,16 @@ class StudentPlace:
                 "per_device_train_batch_size, with more gradient_accumulation_steps"
             )
 
-    def check_checkpoint(self) -> None:
-        """Say what is lost where a run goes on from a checkpoint."""
+    def check_checkpoint(self, checkpoint: Path) -> None:
+        """Refuse a checkpoint that this training cannot go on from, and say what is lost where it can.
+
+        Args:
+            checkpoint: the folder.
+
+        Raises:
+            UserError: with the way out.
+        """
+        check_engine(checkpoint, self.fsdp, self.has_deepspeed, self.args.world_size)
         if self.fsdp_version == 1:
             logger.warning(
                 "FSDP1 has been seen to lose the optimizer's state when it goes on from a checkpoint (on a CPU): "

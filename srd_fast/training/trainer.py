@@ -538,7 +538,7 @@ class SRDTrainer(Trainer):
             if resume_from_checkpoint is None:
                 logger.warning("no checkpoint in %s yet: starting from the beginning", self.args.output_dir)
         if resume_from_checkpoint:
-            self._place.check_checkpoint()
+            self._place.check_checkpoint(Path(resume_from_checkpoint))
             self.selection.load(Path(resume_from_checkpoint))
         self.selection.begin()
         self._sums, self._tokens, self._step_loss = None, 0, 0.0
