@@ -22,6 +22,7 @@ import pytest
 import tiny
 import torch
 from tiny import assert_same
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -244,8 +245,12 @@ class Largest(TorchDispatchMode):
         if any(issubclass(t, DTensor) for t in types):
             return NotImplemented  # what it does with its shard comes here then
         out = func(*args, **(kwargs or {}))
-        made = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
-        self.elements = max(self.elements, *(x.untyped_storage().nbytes() // x.itemsize for x in made), 0)
+        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        # DTensor tries an operation on fake tensors first, which have a shape and no memory.
+        real = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor) and not isinstance(x, FakeTensor)]
+        storages = [x.untyped_storage() for x in real]
+        made = [s.nbytes() // 4 for s in storages if s._cdata not in given]  # all is float32 here
+        self.elements = max(self.elements, *made, 0)
         return out
 
 
@@ -253,7 +258,7 @@ def largest(folder: Path, world: int, **case: Any) -> int:
     """Elements of the largest tensor that a training makes in a step, with the optimizer's."""
     from transformers import TrainerCallback
 
-    trainer = made(folder, world, "fsdp2", vocab=WIDE, memory_budget=1 << 14, save_strategy="no", **case)
+    trainer = made(folder, world, "fsdp2", vocab=WIDE, memory_budget=1 << 17, save_strategy="no", **case)
     watch = Largest()
 
     class OneStep(TrainerCallback):
@@ -301,7 +306,13 @@ def start_ranks(folder: Path, world: int, names: list[str], file: str = __file__
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    common = {**os.environ, "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    common = {
+        **os.environ,
+        "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
     common |= {
         "PYTHONPATH": os.pathsep.join(sys.path),
         "OMP_NUM_THREADS": "1",
