@@ -56,7 +56,6 @@ class StudentPlace:
     def __init__(self, args: SRDConfig, accelerator: Accelerator) -> None:
         self.args, self.accelerator = args, accelerator
         self.in_shards = False
-        self._divided: list[nn.Module] = []
         self._known: tuple[Any, Any] = None, None  # the wrapped model, and the model inside
 
     @property
@@ -105,6 +104,8 @@ class StudentPlace:
             return "parallelism_config divides the processes in a way of its own"
         if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
             return "the student's weights are offloaded to the host"
+        if plugin.activation_checkpointing:
+            return "fsdp_config's activation_checkpointing comes before any sharding (gradient_checkpointing does not)"
         if plugin.ignored_modules is not None:
             return "fsdp_config has ignored_modules of its own"
         if get_divergence(self.args.divergence).value_and_weight is not None:
@@ -135,7 +136,7 @@ class StudentPlace:
             The student as training calls it.
         """
         if self.fsdp is not None:
-            with self.keeping_shards(student):
+            with self._keeping_shards(student):
                 return self._sharded_by_fsdp(student)
         if self.has_deepspeed and not is_emptied(student):
             student.to(self.args.device)
@@ -150,20 +151,16 @@ class StudentPlace:
         return self.accelerator.prepare(student)
 
     @contextmanager
-    def keeping_shards(self, student: nn.Module) -> Iterator[None]:
-        """Let FSDP2 shard a student meanwhile, all but a vocabulary that stays in shards of its own.
-
-        Args:
-            student: the model, sharded or not.
-        """
+    def _keeping_shards(self, student: nn.Module) -> Iterator[None]:
+        """Let FSDP2 shard a student meanwhile, all but a vocabulary that stays in shards of its own."""
         if not self.in_shards or is_fully_sharded(student):
             yield
             return
-        if not self._divided:
-            device, policy = self.args.device.type, self.fsdp.mixed_precision_policy
-            mesh = init_device_mesh(device, (self.args.world_size,))
-            self._divided = divide_vocabulary(student, mesh, getattr(policy, "param_dtype", None))
-        self.fsdp.ignored_modules = self._divided
+        policy, mesh = (
+            self.fsdp.mixed_precision_policy,
+            init_device_mesh(self.args.device.type, (self.args.world_size,)),
+        )
+        self.fsdp.ignored_modules = divide_vocabulary(student, mesh, getattr(policy, "param_dtype", None))
         try:
             yield
         finally:

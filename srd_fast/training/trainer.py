@@ -540,13 +540,14 @@ class SRDTrainer(Trainer):
         if resume_from_checkpoint:
             self._place.check_checkpoint(Path(resume_from_checkpoint))
             self.selection.load(Path(resume_from_checkpoint))
+        if self._place.in_shards:
+            self._place_student()  # the Trainer would make the optimizer of shards and whole weights, in other groups
         self.selection.begin()
         self._sums, self._tokens, self._step_loss = None, 0, 0.0
         self._check = StepCheck(self.args.device)
         self._hooks.take()
         try:
-            with self._place.keeping_shards(cast(nn.Module, self.model)):
-                result = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+            result = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         finally:
             optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)
             if hasattr(optimizer, "found_inf"):
