@@ -56,7 +56,7 @@ class EmbeddingInShards(nn.Embedding):
         rows = functional.embedding(ids - shard.first, local, padding).to(self.given_dtype or local.dtype)
         found_ND = _Exchange.apply(rows, wanted, asked, shard.group, 1 / ranks)
         place_N = torch.empty_like(order_N).scatter_(0, order_N, torch.arange(len(order_N), device=order_N.device))
-        return found_ND[place_N].view(*input.shape, -1)
+        return found_ND[place_N].view(*input.shape, local.shape[1])
 
 
 class HeadInShards(nn.Linear):
