@@ -1,4 +1,4 @@
-"""What runs under a piece of code: the dtypes of the heads' products, and what a GPU would be waited for."""
+"""What runs under a piece of code: the dtypes of the heads' products, what a GPU would be waited for, large tensors."""
 
 import traceback
 from collections import Counter
@@ -8,7 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 # What a GPU would be waited for.
 WAITS = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "equal")
@@ -62,3 +65,21 @@ class Waits(TorchDispatchMode):
                 ]
                 self.found[name, f"{Path(outside[-1].filename).name}:{outside[-1].name}"] += 1
         return func(*args, **(kwargs or {}))
+
+
+class Largest(TorchDispatchMode):
+    """How many elements the largest tensor has that an operation makes on this rank."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(t, DTensor) for t in types):
+            return NotImplemented  # what it does with its shard comes here then
+        out = func(*args, **(kwargs or {}))
+        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        # DTensor tries an operation on fake tensors first, which have a shape and no memory.
+        real = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor) and not isinstance(x, FakeTensor)]
+        storages = [x.untyped_storage() for x in real]
+        made = [s.nbytes() // 4 for s in storages if s._cdata not in given]  # all is float32 here
+        self.elements = max(self.elements, *made, 0)
+        return out

@@ -17,6 +17,7 @@ from .heads import (
     through_head,
     unwrap,
 )
+from .in_shards import divide_vocabulary, why_not_in_shards
 from .loading import (
     cache_folder,
     check_spread,
@@ -65,6 +66,7 @@ __all__ = [
     "common_prefix",
     "compile_layers",
     "decoder_start",
+    "divide_vocabulary",
     "embeddings_of",
     "enable_flattening",
     "entry_device",
@@ -111,6 +113,7 @@ __all__ = [
     "whole",
     "whole_head",
     "whole_student",
+    "why_not_in_shards",
     "with_adapters",
     "with_decoder",
 ]

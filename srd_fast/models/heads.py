@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError, first_line
-from ..losses import Head
+from ..losses import Head, head_of
 from .encoder_decoder import (
     OF_DECODERS,
     decoder_output,
@@ -54,7 +54,7 @@ def embeddings_of(model: nn.Module) -> int:
 
 def classes_of(model: nn.Module, name: str = "model") -> int:
     """How many classes a model's head has; `find_head`'s arguments and errors."""
-    return whole_shape(_head_module(model, name).weight)[0]
+    return whole_shape(head_module(model, name).weight)[0]
 
 
 def hidden_states(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
@@ -134,7 +134,7 @@ def find_head(model: nn.Module, name: str = "model") -> Head:
 def head_as_it_lies(model: nn.Module, name: str = "model") -> Head:
     """`find_head` with weight and bias as they are: perhaps a DTensor, part of a weight, or without storage."""
     inner: Any = unwrap(model)
-    module = _head_module(model, name)
+    module = head_module(model, name)
     scale, bias = 1.0, getattr(module, "bias", None)
     if is_encoder_decoder(inner):
         config = getattr(inner.get_decoder(), "config", inner.config)
@@ -151,7 +151,9 @@ def head_as_it_lies(model: nn.Module, name: str = "model") -> Head:
 def through_head(model: nn.Module, use: Callable[[Head, Tensor], R], hidden_ND: Tensor, name: str = "model") -> R:
     """Run `use(head, hidden_ND)` inside the call of the head's module.
 
-    A head whose weight lies in shards is whole there, and its gradient goes back to them.
+    A head that its wrapper has put in shards is whole there, and its gradient goes back to them. One that is in shards
+    even there stays so, and all processes that share it do this together: of a tensor-parallel model with the same
+    rows, of a vocabulary from `divide_vocabulary` with rows of their own.
 
     Args:
         model: a causal language model, in its own call where it is sharded (see `call_through`).
@@ -165,12 +167,27 @@ def through_head(model: nn.Module, use: Callable[[Head, Tensor], R], hidden_ND: 
     Raises:
         UserError: as `find_head`.
     """
-    outer = _head_module(model, name)
+    return _inside_head(model, lambda x: use(_head_in_call(model, name), x), hidden_ND, name)
+
+
+def _inside_head(model: nn.Module, use: Callable[[Tensor], R], hidden_ND: Tensor, name: str) -> R:
+    outer = head_module(model, name)
     *_, inner = (m for m in outer.modules() if getattr(m, "weight", None) is outer.weight)
-    return call_through(outer, inner, lambda x: use(find_head(model, name), x), hidden_ND)
+    return call_through(outer, inner, use, hidden_ND)
 
 
-def _head_module(model: nn.Module, name: str) -> Any:
+def _head_in_call(model: nn.Module, name: str) -> Head:
+    """A model's head inside of its call: whole, or this process's shard."""
+    head = head_as_it_lies(model, name)
+    if not isinstance(head.weight, DTensor):
+        return find_head(model, name)
+    own = any(getattr(m, "own_rows", False) for m in head_module(model, name).modules())
+    rows, gradient = ("own", 1 / head.weight.device_mesh.size()) if own else ("same", 1.0)
+    return head_of(head.weight, head.bias, head.softcap, head.scale, rows=rows, head_gradient=gradient)
+
+
+def head_module(model: nn.Module, name: str = "model") -> Any:
+    """The module of a model's head, with what peft has put around it."""
     inner: Any = unwrap(model)
     module = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
     if module is None or not isinstance(getattr(module, "weight", None), Tensor):
@@ -209,7 +226,7 @@ def check_head(model: nn.Module, name: str, head: Head | None = None, device: to
     """
     inner: Any = unwrap(model)
     who = f"{name} {type(inner).__name__}"
-    weight = _head_module(model, name).weight if head is None else head.weight
+    weight = head_module(model, name).weight if head is None else head.weight
     assert weight is not None
     device, was_training = device or weight.device, model.training
     tolerance = _TOLERANCE.get(weight.dtype, 5e-2)
@@ -226,7 +243,8 @@ def check_head(model: nn.Module, name: str, head: Head | None = None, device: to
     def rebuild(batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         states_BLD = hidden_states(model, batch)
         if head is None:
-            return states_BLD, through_head(model, _logits, states_BLD.flatten(0, 1), name)
+            of_head = _inside_head(model, lambda x: _logits(find_head(model, name), x), states_BLD.flatten(0, 1), name)
+            return states_BLD, of_head
         states_BLD = states_BLD.to(weight.device)
         return states_BLD, _logits(head, states_BLD.flatten(0, 1))
 

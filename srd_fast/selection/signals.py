@@ -77,7 +77,8 @@ class Signals:
         row_bytes = (self.logits_dtype or products_dtype(self.student_ND, self.head)).itemsize * classes
         most, wanted = self._one_side // row_bytes, items_of(policy, counts)
         of_student = getattr(policy, "by_sample", None) in _OF_STUDENT and not self._found
-        if not of_student or wanted > most or max(counts, default=0) > most or self.head.weight is None:
+        whole_rows = self.head.weight is not None and self.head.shard is None
+        if not of_student or wanted > most or max(counts, default=0) > most or not whole_rows:
             return policy.select(Candidates(counts_B, self, step, generator, counts)), None
         indices_K = torch.empty(wanted, dtype=torch.long, device=self.student_ND.device)
         kept: list[Tensor] = []
@@ -129,6 +130,11 @@ class Signals:
         return token_values(self.student_ND, self.head, self.labels_N, self._one_side, counts, visit, self.logits_dtype)
 
     def _gap(self) -> Tensor:
+        if self.head.shard is not None:
+            raise UserError(
+                "student_confidence_gap needs whole rows of logits, which no process has of a head in shards; set "
+                "head_in_shards to false"
+            )
         gaps = [self.student_ND.new_empty(0, dtype=torch.float32)]
         for z in logit_chunks(self.student_ND, self.head, self.head.num_classes(self.student_ND)):
             top = torch.softmax(z, -1).topk(2).values

@@ -1,13 +1,63 @@
-"""Finds the checkpoint that a run goes on from."""
+"""Finds the checkpoint that a run goes on from, and says whether this training can."""
 
 import json
 from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+
+# What the Trainer and accelerate write for FSDP: a folder of shards, or one file.
+_SHARDS, _WHOLE = "pytorch_model_fsdp_0", "pytorch_model_fsdp.bin"
 
 
 def last_whole_checkpoint(folder: Path) -> str | None:
     """The newest checkpoint that was written completely, or None. The Trainer writes trainer_state.json last."""
     whole = [p.parent for p in folder.glob("checkpoint-*/trainer_state.json") if _is_json(p)]
     return str(max(whole, key=lambda p: int(p.name.rpartition("-")[2]))) if whole else None
+
+
+def check_engine(checkpoint: Path, fsdp: Any, deepspeed: bool, ranks: int) -> None:
+    """Refuse a checkpoint whose engine is not that of the training, or cannot go on with its number of processes.
+
+    FSDP's shards go on with any number, and so does a checkpoint without an engine.
+
+    Args:
+        checkpoint: the folder.
+        fsdp: accelerate's plugin, or None.
+        deepspeed: whether DeepSpeed trains.
+        ranks: the number of processes.
+
+    Raises:
+        UserError: with what the checkpoint is and the way out.
+    """
+    if not checkpoint.is_dir():
+        return
+    saved = saved_ranks(checkpoint)
+    of_fsdp = (checkpoint / _SHARDS).is_dir() or (checkpoint / _WHOLE).is_file()
+    of_deepspeed = (checkpoint / "latest").is_file()
+    engine = "FSDP" if fsdp is not None else "DeepSpeed" if deepspeed else None
+    found = "FSDP" if of_fsdp else "DeepSpeed" if of_deepspeed else None
+    where = f"resume_from_checkpoint: {str(checkpoint)!r} was saved"
+    if engine != found:
+        raise UserError(
+            f"{where} {f'by {found}' if found else 'without FSDP or DeepSpeed'} on {saved} processes, and this training"
+            f" runs {f'by {engine}' if engine else 'without it'}: go on as it began, or start from the saved student"
+        )
+    if found == "FSDP":
+        kind = "SHARDED_STATE_DICT" if (checkpoint / _SHARDS).is_dir() else "FULL_STATE_DICT"
+        wanted = getattr(fsdp.state_dict_type, "name", str(fsdp.state_dict_type))
+        if ("SHARDED" in kind) != ("SHARDED" in wanted):
+            raise UserError(f"{where} as {kind}: set fsdp_config's state_dict_type to that instead of {wanted}")
+    if found == "DeepSpeed" and saved != ranks:
+        raise UserError(
+            f"{where} by DeepSpeed on {saved} processes, and cannot go on with {ranks}: start as many, or take FSDP2, "
+            "whose SHARDED_STATE_DICT goes on with any number"
+        )
+
+
+def saved_ranks(checkpoint: Path) -> int:
+    """How many processes wrote a checkpoint: each leaves the state of its random numbers."""
+    return max(1, len(list(checkpoint.glob("rng_state_*.pth"))))
 
 
 def _is_json(path: Path) -> bool:

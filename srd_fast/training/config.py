@@ -175,6 +175,9 @@ class SRDConfig(TrainingArguments):
         None, "Where the parts of a teacher given by name go: 'auto', or a device, 'cpu' or 'disk' for each module."
     )
     teacher_tp_plan: str | None = _described(None, "'auto': each layer of such a teacher is split over all processes.")
+    head_in_shards: Any = _described(
+        "auto", "Head and embedding of a student in FSDP2 stay in shards: true, false, or 'auto' within one node."
+    )
     padding_free: Any = _described(
         "auto", "Batches without padding: true, false, or 'auto' where the models' attention is known to take them."
     )
@@ -231,6 +234,8 @@ class SRDConfig(TrainingArguments):
             raise UserError(f"torch_compile must be true, false or null, got {self.torch_compile!r}")
         if self.padding_free not in (True, False, "auto"):
             raise UserError(f"padding_free must be true, false or 'auto', got {self.padding_free!r}")
+        if self.head_in_shards not in (True, False, "auto"):
+            raise UserError(f"head_in_shards must be true, false or 'auto', got {self.head_in_shards!r}")
         check_spread(self.teacher_device_map, self.teacher_tp_plan)
         if self.teacher_offload and (self.teacher_device_map or self.teacher_tp_plan):
             given = "teacher_device_map" if self.teacher_device_map else "teacher_tp_plan"

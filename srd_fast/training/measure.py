@@ -61,7 +61,9 @@ def measure_batch(student: nn.Module, teacher: TeacherSource | None, inputs: dic
             losses = token_cross_entropy(hidden_ND, head, labels_N)
             return Divergences(losses.new_zeros(()), losses.sum(), torch.tensor(len(labels_N), device=losses.device))
         out = distillation_loss_of_rows(StudentRows(hidden_ND, head, labels_N, _FORWARD_KL), teacher.rows(inputs, 1.0))
-        return Divergences(out.divergence, out.cross_entropy, out.num_items)
+        # Not `num_items`, which a head in shards counts over all ranks.
+        tokens = torch.full((), len(labels_N), device=labels_N.device)
+        return Divergences(out.divergence, out.cross_entropy, tokens)
 
     return through_head(student, measure, rows_with_loss(hidden_states(student, inputs), inputs))
 

@@ -8,12 +8,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
-from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from datasets import Dataset, concatenate_datasets
 from torch import nn
 from transformers import Trainer
-from transformers.integrations.fsdp import update_fsdp_plugin_peft
 
 from ..curriculum import Curriculum
 from ..data import template_key
@@ -144,42 +141,6 @@ def freeze_what_text_never_reaches(student: nn.Module) -> None:
         beside[name].requires_grad_(False)
     if never:
         logger.info("%d weights that text never reaches are not trained, such as %s", len(never), never[0])
-
-
-def check_fsdp(args: SRDConfig) -> None:
-    """Refuse what FSDP could do for a student that only it runs, and not for one that is looked at before training.
-
-    Args:
-        args: of the training.
-
-    Raises:
-        UserError: only the first process would have the student's weights.
-    """
-    config = args.fsdp_config if args.fsdp and isinstance(args.fsdp_config, dict) else {}
-    if args.world_size > 1 and str(config.get("cpu_ram_efficient_loading", False)).lower() == "true":
-        raise UserError(
-            "fsdp_config: cpu_ram_efficient_loading is true, so only the first process would have the student's "
-            "weights, and every process tries its student before training; set it to false"
-        )
-
-
-def sharded_by_fsdp(student: nn.Module, accelerator: Accelerator) -> nn.Module:
-    """Shard a student over the processes as training will, for what runs it before.
-
-    Args:
-        student: not sharded yet.
-        accelerator: of the training.
-
-    Returns:
-        The student as training calls it.
-    """
-    plugin = accelerator.state.fsdp_plugin
-    plugin.set_auto_wrap_policy(student)
-    if plugin.fsdp_version == 2:
-        return fsdp2_prepare_model(accelerator, student)  # `prepare` would want the optimizer too
-    if hasattr(student, "peft_config"):
-        update_fsdp_plugin_peft(student, accelerator)
-    return accelerator.prepare(student)
 
 
 def check_optimizer(args: SRDConfig) -> None:

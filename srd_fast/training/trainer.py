@@ -20,7 +20,7 @@ from typing import Any, TypeVar, cast
 import torch
 from accelerate.utils import DynamoBackend
 from datasets import Dataset
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
@@ -38,17 +38,12 @@ from ..models import (
     embeddings_of,
     gathered,
     hidden_states,
-    is_emptied,
     is_encoder_decoder,
-    is_sharded,
-    loading_whole,
     mend_generation_config,
     router_loss,
-    save_student,
     through_head,
     try_hub,
     try_saving,
-    whole_student,
 )
 from ..selection import BatchSelection, Signals, items_of, select_samples
 from ..teacher import (
@@ -78,15 +73,14 @@ from .config import SRDConfig
 from .health import BadStep, DivergenceTrend, StepCheck, not_finite, skips_on_the_device
 from .measure import METRICS, check_best_metric, measure_batch, peak_memory_mb
 from .pair import ready_pair, widen_trained_weights
+from .placing import StudentPlace, check_fsdp
 from .preparation import (
     batch_layout,
-    check_fsdp,
     check_optimizer,
     compile_models,
     compiles,
     freeze_what_text_never_reaches,
     layout_of,
-    sharded_by_fsdp,
     teacher_source,
 )
 
@@ -198,8 +192,9 @@ class SRDTrainer(Trainer):
         # num_items_in_batch counts the labels that are predicted, over accumulation steps and ranks.
         self.model_accepts_loss_kwargs, self._loss_shifts_labels = True, True
         self._parameters: int | None = None
-        self._known: tuple[Any, Any] = None, None  # the wrapped model, and the model inside
+        self._place = StudentPlace(args, self.accelerator)
 
+        self._place.choose_head(model, own_optimizer=optimizers[0] is not None)
         with gathered(model):
             check_head(model, "student")
             freeze_what_text_never_reaches(model)
@@ -218,16 +213,7 @@ class SRDTrainer(Trainer):
                 "epochs_per_stage, or leave max_steps out"
             )
         if args.max_tokens_per_batch:
-            reason = None
-            if self.is_deepspeed_enabled:
-                reason = "DeepSpeed steps after each backward"
-            elif self.is_fsdp_enabled or is_sharded(model):
-                reason = "processes with different numbers of micro-batches would wait for each other's shards"
-            if reason is not None:
-                raise UserError(
-                    f"max_tokens_per_batch is {args.max_tokens_per_batch}, but {reason}; set it to 0 and lower "
-                    "per_device_train_batch_size, with more gradient_accumulation_steps"
-                )
+            self._place.check_micro_batches(model)
             check_lengths(args.max_tokens_per_batch, self.curriculum, train, encoder_decoder)
         check_fit(train, evaluation, self.curriculum, {"student": model, "teacher": teacher_model})
         with gathered(model):
@@ -354,14 +340,15 @@ class SRDTrainer(Trainer):
         step = self.state.global_step
         temperature, labels_N = self.curriculum.temperature(step), labels_with_loss(inputs)
         rows = self.teacher.rows(inputs, temperature)
-        student, sft_weight = self._unwrapped(model), self.curriculum.sft_weight(step)
+        student, sft_weight = self._place.inner(model), self.curriculum.sft_weight(step)
         options = replace(self._loss_options, temperature=temperature, sft_weight=sft_weight)
 
         def of_rows(head: Head, student_ND: Tensor) -> tuple[Tensor, DistillationOutput]:
             seen = self.selection(student_ND, head, rows, labels_N, inputs, step, temperature)
-            rows_K = StudentRows(
-                seen.student_KD, head, seen.labels_K, options, seen.weights_K, num_items_in_batch, seen.logits_KV
-            )
+            # A head in shards would count the labels of all ranks.
+            own = None if head.shard is None else max(1, len(seen.labels_K))
+            items = own if num_items_in_batch is None else num_items_in_batch
+            rows_K = StudentRows(seen.student_KD, head, seen.labels_K, options, seen.weights_K, items, seen.logits_KV)
             out = distillation_loss_of_rows(rows_K, seen.rows)
             return out.loss, out
 
@@ -384,29 +371,10 @@ class SRDTrainer(Trainer):
             loss = loss * self.accelerator.num_processes  # DDP averages the gradients of the ranks
         return (loss, {"loss": loss}) if return_outputs else loss
 
-    def _unwrapped(self, model: nn.Module) -> nn.Module:
-        """The student without wrappers, found once: accelerate searches every module of a model each time."""
-        if self._known[0] is not model:
-            self._known = model, self.accelerator.unwrap_model(model)
-        return self._known[1]
-
-    def _in_call(self, forward: Callable[[dict[str, Any]], R], batch: dict[str, Any]) -> R:
-        """Run `forward` inside the student's call, where weights that lie in shards are gathered. No gradients."""
-        student = self._unwrapped(self.model_wrapped)
-        with gathered(student):
-            return call_through(self.model_wrapped, student, forward, batch)
-
     def _place_student(self) -> None:
-        """Put the student where a step will have it, before anything runs it outside of training.
-
-        The Trainer leaves that to FSDP and DeepSpeed, which do it when training begins.
-        """
-        if self.model_wrapped is not self.model or self.is_in_train:
-            return
-        if self.is_fsdp_enabled:
-            self.model = self.model_wrapped = sharded_by_fsdp(self.model, self.accelerator)
-        elif self.is_deepspeed_enabled and not is_emptied(self.model):
-            self.model.to(self.args.device)
+        """Put the student where a step will have it, before anything runs it outside of training."""
+        if self.model_wrapped is self.model and not self.is_in_train:
+            self.model = self.model_wrapped = self._place.placed(cast(nn.Module, self.model))
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Count the operations of a batch as `transformers.Trainer` does, with the model's parameters counted once.
@@ -433,7 +401,7 @@ class SRDTrainer(Trainer):
             it.
         """
         self._place_student()
-        student = self._unwrapped(self.model_wrapped)
+        student = self._place.inner(self.model_wrapped)
         batch = self._prepare_inputs(self._collate([sample]))
 
         def look(head: Head, student_ND: Tensor) -> tuple[list[float], list[bool]]:
@@ -445,8 +413,10 @@ class SRDTrainer(Trainer):
         was_training = student.training
         student.eval()
         with self.accelerator.autocast():
-            found = self._in_call(
-                lambda x: through_head(student, look, rows_with_loss(hidden_states(student, x), x)), batch
+            found = self._place.call(
+                self.model_wrapped,
+                lambda x: through_head(student, look, rows_with_loss(hidden_states(student, x), x)),
+                batch,
             )
         student.train(was_training)
         return found
@@ -568,13 +538,10 @@ class SRDTrainer(Trainer):
             if resume_from_checkpoint is None:
                 logger.warning("no checkpoint in %s yet: starting from the beginning", self.args.output_dir)
         if resume_from_checkpoint:
-            plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
-            if plugin is not None and plugin.fsdp_version == 1:
-                logger.warning(
-                    "FSDP1 has been seen to lose the optimizer's state when it goes on from a checkpoint (on a CPU): "
-                    "use FSDP2 (fsdp_config={'version': 2}) for a run that is to be resumed"
-                )
+            self._place.check_checkpoint(Path(resume_from_checkpoint))
             self.selection.load(Path(resume_from_checkpoint))
+        if self._place.in_shards:
+            self._place_student()  # the Trainer would make the optimizer of shards and whole weights, in other groups
         self.selection.begin()
         self._sums, self._tokens, self._step_loss = None, 0, 0.0
         self._check = StepCheck(self.args.device)
@@ -602,20 +569,7 @@ class SRDTrainer(Trainer):
         Raises:
             UserError: the adapters cannot be merged, or the folder gives another model. In every process.
         """
-        student: Any = self._unwrapped(self.model_wrapped)
-        failures: list[UserError | None] = [None]
-        with loading_whole():
-            if is_sharded(self.model_wrapped):
-                student = whole_student(self.model_wrapped, student)
-            if self.args.process_index == 0:
-                try:
-                    save_student(student, cast(Any, self.processing_class), Path(folder))
-                except UserError as e:
-                    failures = [e]
-        if self.args.world_size > 1:
-            distributed.broadcast_object_list(failures)
-        if failures[0] is not None:
-            raise failures[0]
+        self._place.save(self.model_wrapped, cast(Any, self.processing_class), Path(folder))
 
     @torch.no_grad()
     def evaluate(
@@ -641,7 +595,7 @@ class SRDTrainer(Trainer):
             raise UserError("eval_dataset is missing: pass it to SRDTrainer or to evaluate()")
         dataset = self._made(rows, name="eval_dataset").dataset
         self._place_student()
-        student = self._unwrapped(self.model_wrapped)
+        student = self._place.inner(self.model_wrapped)
         was_training, totals = student.training, torch.zeros(3, dtype=torch.float64, device=self.args.device)
         student.eval()
         self._show_weights()
@@ -649,7 +603,9 @@ class SRDTrainer(Trainer):
             for inputs in evaluation_batches(dataset, self.args, self._collate):
                 with self.accelerator.autocast():
                     batch = self._prepare_inputs(inputs)
-                    measured = self._in_call(lambda x: measure_batch(student, self.teacher, x), batch)
+                    measured = self._place.call(
+                        self.model_wrapped, lambda x: measure_batch(student, self.teacher, x), batch
+                    )
                 totals += torch.stack([measured.kl, measured.cross_entropy, measured.num_tokens]).double()
         finally:
             student.train(was_training)

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from srd_fast import SRDConfig, SRDTrainer, UserError
 from srd_fast.models import saving
-from srd_fast.training.preparation import check_fsdp
+from srd_fast.training.placing import check_fsdp
 from srd_fast.training.student import prune_and_warm_up
 
 pytestmark = pytest.mark.usefixtures("quick_collection", "own_folder")

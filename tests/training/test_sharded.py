@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from spies import Largest
 from tiny import assert_same
 
 pytestmark = pytest.mark.long
@@ -34,7 +35,10 @@ Results = dict[str, dict[str, Any]]
 # engine: what shards the student; the others are of the student and the training.
 CASES: dict[str, dict[str, Any]] = {
     "fsdp2": {"engine": "fsdp2", "resume": True},
-    "fsdp2, its own head, accumulation": {"engine": "fsdp2", "architecture": "llama_untied", "accumulation": 2},
+    "fsdp2, head gathered": {"engine": "fsdp2", "head_in_shards": False},
+    "fsdp2, its own head gathered": {"engine": "fsdp2", "architecture": "phi", "head_in_shards": False},
+    "fsdp2, head with a bias": {"engine": "fsdp2", "architecture": "phi", "accumulation": 2, "evaluate_first": False},
+    "fsdp2, embedding with a factor": {"engine": "fsdp2", "architecture": "gemma2"},
     "fsdp2, adapters": {"engine": "fsdp2", "lora": True, "resume": True},
     "fsdp2, mixture of experts": {"engine": "fsdp2", "architecture": "mixtral"},
     "fsdp2, chosen positions": {
@@ -57,6 +61,14 @@ WITH_DEEPSPEED: dict[str, dict[str, Any]] = {
     "zero3, adapters": {"engine": "zero3", "lora": True},
     "zero2": {"engine": "zero2", "resume": True},
     "zero1, adapters": {"engine": "zero1", "lora": True},
+}
+# Trainings whose tensors are looked at.
+WATCH, WIDE = "watch", 4096
+WATCHED: dict[str, dict[str, Any]] = {
+    "gathered": {"head_in_shards": False},
+    "tied": {},
+    "its own head": {"architecture": "llama_untied"},
+    "adapters": {"lora": True, "architecture": "llama_untied"},
 }
 ON_FOUR = ("fsdp2", "fsdp2, adapters", "fsdp1")
 
@@ -115,6 +127,7 @@ def made(
     accumulation: int = 1,
     lora: bool = False,
     load: bool = False,
+    vocab: int = tiny.VOCAB,
     **fields: Any,
 ) -> Any:
     """A trainer of ten steps of 8 samples, whose student is sharded by the engine."""
@@ -124,15 +137,15 @@ def made(
     from srd_fast import CurriculumPlan, SRDConfig, SRDTrainer
 
     engine_fields = declare(engine)
-    student = tiny_student(architecture)
-    teacher = tiny_student(architecture, seed=1, width=24, vocab=tiny.VOCAB + 12)
+    student = tiny_student(architecture, vocab=vocab)
+    teacher = tiny_student(architecture, seed=1, width=24, vocab=vocab + 12)
     weights = folder / f"weights-{os.environ.get('RANK')}"
     if load:
         student.save_pretrained(weights)
     args = SRDConfig(
         output_dir=str(folder),
         use_cpu=True,
-        ddp_backend="gloo" if world > 1 else None,
+        ddp_backend="gloo" if "RANK" in os.environ else None,
         report_to="none",
         save_steps=MIDDLE,
         optim="sgd",
@@ -203,6 +216,7 @@ def train(folder: Path, world: int, resume: bool = False, evaluate_first: bool =
     trainer.train()
     found = {
         "sharded": is_sharded(trainer.model_wrapped),
+        "in shards": trainer._place.in_shards,
         "metrics": [*metrics, early["metrics"], trainer.evaluate()],
         "logs": [{n: e[n] for n in ("loss", "grad_norm")} for e in trainer.state.log_history if "loss" in e],
         "first": early["weights"],
@@ -218,6 +232,30 @@ def train(folder: Path, world: int, resume: bool = False, evaluate_first: bool =
     return found
 
 
+def largest(folder: Path, world: int, **case: Any) -> int:
+    """Elements of the largest tensor that a training makes in a step, with the optimizer's."""
+    from transformers import TrainerCallback
+
+    trainer = made(folder, world, "fsdp2", vocab=WIDE, memory_budget=1 << 17, save_strategy="no", **case)
+    watch = Largest()
+
+    class OneStep(TrainerCallback):
+        """Watches the second step, when all buffers are there that stay."""
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 1:
+                watch.__enter__()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 2:
+                watch.__exit__(None, None, None)
+                control.should_training_stop = True
+
+    trainer.add_callback(OneStep())
+    trainer.train()
+    return watch.elements
+
+
 def copied(model: Any) -> dict[str, torch.Tensor]:
     """Its trained weights, by name."""
     return {n: p.detach().clone() for n, p in model.named_parameters()}
@@ -228,8 +266,10 @@ def worker(folder: Path, names: list[str]) -> None:
     torch.set_num_threads(1)
     gc.freeze()
     rank, world = os.environ["RANK"], int(os.environ["WORLD_SIZE"])
-    results = {}
-    for i, name in enumerate(names):
+    results: dict[str, Any] = {}
+    for i, (name, case) in enumerate(WATCHED.items() if WATCH in names else ()):
+        results[name] = largest(folder / f"watched-{i}", world, **case)
+    for i, name in enumerate(n for n in names if n != WATCH):
         case = {**CASES, **WITH_DEEPSPEED}[name]
         if world == 4:
             case = {k: v for k, v in case.items() if k != "resume"}
@@ -239,12 +279,18 @@ def worker(folder: Path, names: list[str]) -> None:
     torch.distributed.destroy_process_group()
 
 
-def start_ranks(folder: Path, world: int, names: list[str]) -> list[subprocess.Popen[bytes]]:
-    """Processes of this file that know each other; what they say goes to FOLDER/rankN.txt."""
+def start_ranks(folder: Path, world: int, names: list[str], file: str = __file__) -> list[subprocess.Popen[bytes]]:
+    """Processes of a file that know each other; what they say goes to FOLDER/rankN.txt."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    common = {**os.environ, "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    common = {
+        **os.environ,
+        "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
     common |= {
         "PYTHONPATH": os.pathsep.join(sys.path),
         "OMP_NUM_THREADS": "1",
@@ -252,7 +298,7 @@ def start_ranks(folder: Path, world: int, names: list[str]) -> list[subprocess.P
         "TRANSFORMERS_VERBOSITY": "error",
         "DS_ACCELERATOR": "cpu",
     }
-    command = [sys.executable, str(Path(__file__).resolve()), str(folder), *names]
+    command = [sys.executable, str(Path(file).resolve()), str(folder), *names]
     processes = []
     for rank in map(str, range(world)):
         with (folder / f"rank{rank}.txt").open("w") as output:
@@ -272,7 +318,8 @@ def results_of(folder: Path, world: int, names: list[str]) -> tuple[list[Results
     """What each rank saw, case by case, and what this process sees with the whole batch."""
     processes = start_ranks(folder, world, names)
     try:
-        expected = {name: alone(folder / f"alone-{i}", name) for i, name in enumerate(names)}
+        named = [name for name in names if name != WATCH]
+        expected = {name: alone(folder / f"alone-{i}", name) for i, name in enumerate(named)}
         statuses = [process.wait(timeout=400) for process in processes]
     finally:
         for process in processes:
@@ -283,7 +330,7 @@ def results_of(folder: Path, world: int, names: list[str]) -> tuple[list[Results
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Results], Results]:
-    return results_of(tmp_path_factory.mktemp("two"), 2, list(CASES))
+    return results_of(tmp_path_factory.mktemp("two"), 2, [*CASES, WATCH])
 
 
 def check(name: str, ranks: list[Results], alone: Results) -> None:
@@ -292,7 +339,9 @@ def check(name: str, ranks: list[Results], alone: Results) -> None:
     assert len(expected["logs"]) == STEPS
     for number, rank in enumerate(ranks):
         found = rank[name]
-        engine = {**CASES, **WITH_DEEPSPEED}[name]["engine"]
+        case = {**CASES, **WITH_DEEPSPEED}[name]
+        engine = case["engine"]
+        assert found["in shards"] == (engine == "fsdp2" and case.get("head_in_shards", True))
         assert found["sharded"] == (engine not in ("ddp", "zero1", "zero2"))
         for ours, theirs in zip(found["logs"], expected["logs"], strict=True):
             assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
@@ -319,6 +368,15 @@ def test_a_student_in_shards_is_trained_measured_saved_and_resumed_as_in_one_pro
     name: str, two: tuple[list[Results], Results]
 ) -> None:
     check(name, *two)
+
+
+def test_no_process_makes_a_tensor_of_the_size_of_a_head_in_shards(two: tuple[list[Results], Results]) -> None:
+    """Not of its weight, its gradient or the embedding; with a gathered head there is one."""
+    for rank in two[0]:
+        made_in_a_step = {name: rank[name] for name in WATCHED}
+        assert made_in_a_step.pop("gathered") >= WIDE * 16  # type: ignore[operator]
+        for name, elements in made_in_a_step.items():
+            assert elements <= WIDE * 16 // 2, name  # type: ignore[operator]
 
 
 @pytest.fixture(scope="module")
