@@ -53,6 +53,7 @@ from ..models import (
 from ..selection import BatchSelection, Signals, items_of, select_samples
 from ..teacher import (
     LiveTeacher,
+    NoTeacher,
     RemoteTeacher,
     RowsOfSamples,
     StepCollator,
@@ -76,7 +77,7 @@ from .callbacks import StepHooks
 from .checkpoints import last_whole_checkpoint
 from .config import SRDConfig
 from .health import BadStep, DivergenceTrend, StepCheck, not_finite, skips_on_the_device
-from .measure import METRICS, check_best_metric, measure_batch, peak_memory_mb
+from .measure import check_best_metric, measure_batch, peak_memory_mb
 from .pair import ready_pair, widen_trained_weights
 from .preparation import (
     batch_layout,
@@ -107,7 +108,7 @@ class SRDTrainer(Trainer):
         teacher_model: a model of the same kind with the same tokenizer, or any object with the methods of
             `TeacherSource`. It is never trained. A folder or hub id is loaded where it is needed: with
             `args.teacher_cache` only to fill the cache, so that the teacher takes no memory while the student trains.
-            None: read the cache that is there.
+            None: read the cache that is there; or, with `sft_weight` 1 and no cache, train on the cross-entropy alone.
         args: an SRDConfig.
         train_dataset: rows of any format of `srd_fast.data`, or tokenised samples.
         curriculum: which samples are trained on and in which stage. Default: all of them, in one stage.
@@ -232,6 +233,7 @@ class SRDTrainer(Trainer):
         check_fit(train, evaluation, self.curriculum, {"student": model, "teacher": teacher_model})
         with gathered(model):
             self.teacher = teacher_source(teacher_model, model, args, self.curriculum, train, evaluation)
+        self._without_teacher = isinstance(self.teacher, NoTeacher)
         check_vocabularies(classes, self.teacher.num_classes)
         if isinstance(self.teacher, LiveTeacher):
             for samples in given:
@@ -261,7 +263,7 @@ class SRDTrainer(Trainer):
         self._hooks = StepHooks(self.curriculum, args.reset_optimizer)
         self.add_callback(self._hooks)
         self._loss_options = LossOptions(
-            divergence=args.divergence,
+            divergence="forward_kl" if self._without_teacher else args.divergence,
             skew=args.skew,
             beta=args.beta,
             temperature_scaling=args.scales_with_temperature,
@@ -531,7 +533,10 @@ class SRDTrainer(Trainer):
                 "seconds": time.monotonic() - self._started,
             }
             self._sums, self._tokens = None, 0
-            self._trend.add(logs["stage"], logs["divergence"])  # type: ignore[arg-type]
+            if self._without_teacher:
+                del logs["divergence"]
+            else:
+                self._trend.add(logs["stage"], logs["divergence"])  # type: ignore[arg-type]
             if self.selection.policy is not None:
                 logs |= self.selection.selected.take()
         super().log(logs, start_time)
@@ -629,8 +634,9 @@ class SRDTrainer(Trainer):
             metric_key_prefix: the names of the metrics begin with it and "_".
 
         Returns:
-            `eval_loss`, which is `eval_kl`, so that `metric_for_best_model="loss"` picks the student closest to its
-            teacher; `eval_kl`, KL(teacher, student) at T = 1; and `eval_cross_entropy`.
+            `eval_loss`, which is `eval_kl`, or without a teacher the cross-entropy, so that
+            `metric_for_best_model="loss"` picks the student closest to its teacher; `eval_kl`, KL(teacher, student) at
+            T = 1, not without a teacher; and `eval_cross_entropy`.
 
         Raises:
             UserError: there are no validation rows.
@@ -643,19 +649,23 @@ class SRDTrainer(Trainer):
         self._place_student()
         student = self._unwrapped(self.model_wrapped)
         was_training, totals = student.training, torch.zeros(3, dtype=torch.float64, device=self.args.device)
+        teacher = None if self._without_teacher else self.teacher
         student.eval()
         self._show_weights()
         try:
             for inputs in evaluation_batches(dataset, self.args, self._collate):
                 with self.accelerator.autocast():
                     batch = self._prepare_inputs(inputs)
-                    measured = self._in_call(lambda x: measure_batch(student, self.teacher, x), batch)
+                    measured = self._in_call(lambda x: measure_batch(student, teacher, x), batch)
                 totals += torch.stack([measured.kl, measured.cross_entropy, measured.num_tokens]).double()
         finally:
             student.train(was_training)
         kl, cross_entropy, tokens = self.accelerator.reduce(totals, "sum").tolist()
-        values = (kl / tokens, kl / tokens, cross_entropy / tokens)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in zip(METRICS, values)}
+        found = {"loss": kl / tokens, "kl": kl / tokens, "cross_entropy": cross_entropy / tokens}
+        if teacher is None:
+            del found["kl"]
+            found["loss"] = found["cross_entropy"]
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
