@@ -59,6 +59,7 @@ from ..teacher import (
     StepCollator,
     TeacherSource,
     distillation_loss_of_rows,
+    from_cache,
     labels_with_loss,
     rows_with_loss,
 )
@@ -78,8 +79,10 @@ from .checkpoints import last_whole_checkpoint
 from .config import SRDConfig
 from .health import BadStep, DivergenceTrend, StepCheck, not_finite, skips_on_the_device
 from .measure import check_best_metric, measure_batch, peak_memory_mb
+from .on_policy import OWN, FreshAnswers, WithSamples, check_answering
 from .pair import ready_pair, widen_trained_weights
 from .preparation import (
+    Layout,
     batch_layout,
     check_fsdp,
     check_optimizer,
@@ -90,6 +93,7 @@ from .preparation import (
     sharded_by_fsdp,
     teacher_source,
 )
+from .replay import logged_losses
 
 logger = logging.getLogger(__name__)
 
@@ -256,10 +260,15 @@ class SRDTrainer(Trainer):
                 compile_models(model, self.teacher, args, self.accelerator.autocast, layout.flattened)
         rows = self.teacher if isinstance(self.teacher, RowsOfSamples) else None
         self._collate = StepCollator(self.data_collator, rows)
-        ahead = StepCollator(self.data_collator, rows, ahead=True)
-        self.data_collator = ahead
-        if args.max_tokens_per_batch:
-            self.data_collator = TokenBatches(ahead, args.max_tokens_per_batch, layout.flattened, encoder_decoder)
+        self.data_collator = self._batches_of(layout, rows)
+        self._answers: FreshAnswers | None = None
+        if args.answers_anew:
+            sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled or is_sharded(model)
+            check_answering(args, model, self.teacher, classes, self.curriculum, train, sharded)
+            self._answers = FreshAnswers(
+                args, processing_class, train, self.curriculum.total_steps, self._batches_of(layout, None)
+            )
+            self.data_collator = WithSamples(self.data_collator)
         self._hooks = StepHooks(self.curriculum, args.reset_optimizer)
         self.add_callback(self._hooks)
         self._loss_options = LossOptions(
@@ -281,8 +290,17 @@ class SRDTrainer(Trainer):
         self.selection = BatchSelection(args, classes)
         self._started = time.monotonic()
 
+    def _batches_of(self, layout: Layout, rows: RowsOfSamples | None) -> StepCollator | TokenBatches:
+        """What makes the batch of a step, divided if it is to be, with the rows that a source keeps of its samples."""
+        collate = StepCollator(self._collate.collate, rows, ahead=rows is not None)
+        if not self.args.max_tokens_per_batch:
+            return collate
+        return TokenBatches(
+            collate, self.args.max_tokens_per_batch, layout.flattened, is_encoder_decoder(cast(Any, self.model))
+        )
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        return index_stream(self.curriculum, cast(Any, self.train_dataset), self.teacher)
+        return index_stream(self.curriculum, cast(Any, self.train_dataset), from_cache(self.teacher))
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = READ  # type: ignore[assignment]
@@ -356,7 +374,9 @@ class SRDTrainer(Trainer):
         step = self.state.global_step
         temperature, labels_N = self.curriculum.temperature(step), labels_with_loss(inputs)
         rows = self.teacher.rows(inputs, temperature)
-        student, sft_weight = self._unwrapped(model), self.curriculum.sft_weight(step)
+        student = self._unwrapped(model)
+        # An answer of its own is nothing to imitate.
+        sft_weight = 0.0 if inputs.get(OWN) else self.curriculum.sft_weight(step)
         options = replace(self._loss_options, temperature=temperature, sft_weight=sft_weight)
 
         def of_rows(head: Head, student_ND: Tensor) -> tuple[Tensor, DistillationOutput]:
@@ -456,8 +476,35 @@ class SRDTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self._raise_if_bad(self._check.look(wait=True))
         self._show_weights()
-        self.selection.save(Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}")
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        self.selection.save(folder)
+        if self._answers is not None:
+            self._answers.save(folder)
         super()._save_checkpoint(model, trial)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
+        """Take the batches of an optimizer step, with fresh answers where the step is to have them.
+
+        Args:
+            epoch_iterator: of the loader.
+            num_batches: of the step.
+            device: for the count.
+
+        Returns:
+            The batches, and how many tokens with loss they have over all ranks.
+        """
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self._answers is None or not batches:
+            return batches, items
+        student = self._unwrapped(self.model_wrapped)
+        with self.accelerator.autocast(), torch.no_grad():
+            made = self._answers.in_place_of(
+                batches, self.state.global_step, self._validation_losses(), student, self.teacher
+            )
+        return made, items if made is batches else self._get_num_items_in_batch(made, device)
+
+    def _validation_losses(self) -> list[float]:
+        return logged_losses(self.state.log_history, self.state.global_step)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         if not batch_samples:
@@ -539,6 +586,10 @@ class SRDTrainer(Trainer):
                 self._trend.add(logs["stage"], logs["divergence"])  # type: ignore[arg-type]
             if self.selection.policy is not None:
                 logs |= self.selection.selected.take()
+            if self._answers is not None:
+                logs |= self._answers.take(
+                    self._validation_losses(), lambda x: cast(Tensor, self.accelerator.reduce(x, "sum"))
+                )
         super().log(logs, start_time)
 
     def train(
@@ -580,6 +631,8 @@ class SRDTrainer(Trainer):
                     "use FSDP2 (fsdp_config={'version': 2}) for a run that is to be resumed"
                 )
             self.selection.load(Path(resume_from_checkpoint))
+            if self._answers is not None:
+                self._answers.load(Path(resume_from_checkpoint))
         self.selection.begin()
         self._sums, self._tokens, self._step_loss = None, 0, 0.0
         self._check = StepCheck(self.args.device)
@@ -587,6 +640,8 @@ class SRDTrainer(Trainer):
         try:
             result = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         finally:
+            if self._answers is not None:
+                self._answers.close()
             optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)
             if hasattr(optimizer, "found_inf"):
                 del optimizer.found_inf
