@@ -254,23 +254,23 @@ class FreshAnswers:
             add: sums a tensor over the processes of the training.
 
         Returns:
-            own_answers and replayed: shares of the steps. answers_cut and answers_empty: shares of the fresh answers,
-            and answer_tokens, their mean length. generation_seconds: of a step of a process. weights_lag: how many
+            own_answers and replayed: shares of the steps. Where there were fresh answers, answers_cut and
+            answers_empty: shares of them, and answer_tokens, their mean length. generation_seconds: of a step of a process. weights_lag: how many
             steps the weights of an engine were behind at most. lmbda: the share that the next step has.
         """
         sums = torch.tensor(list(self._counts.values()), dtype=torch.float64, device=self.args.device).float()
         total = dict(zip(_COUNTED, add(sums).tolist(), strict=True))
-        steps, answers = max(1.0, total["steps"]), max(1.0, total["answers"])
+        steps = max(1.0, total["steps"])
         found = {
             "own_answers": total["own"] / steps,
             "replayed": total["replayed"] / steps,
-            "answers_cut": total["cut"] / answers,
-            "answers_empty": total["empty"] / answers,
-            "answer_tokens": total["tokens"] / answers,
             "generation_seconds": total["seconds"] / steps,
             "weights_lag": float(self._lag),
             "lmbda": self.schedule.share_after(losses),
         }
+        if total["answers"]:
+            shares = {"answers_cut": total["cut"], "answers_empty": total["empty"], "answer_tokens": total["tokens"]}
+            found |= {name: count / total["answers"] for name, count in shares.items()}
         self._counts, self._lag = dict.fromkeys(_COUNTED, 0.0), 0
         return found
 

@@ -26,7 +26,7 @@ from srd_fast.run.config import load_run_config
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
-PAGES = (README, *(ROOT / "docs" / f"{name}.md" for name in ("run", "training", "teacher", "loss")))
+PAGES = (README, *(ROOT / "docs" / f"{name}.md" for name in ("run", "modes", "training", "teacher", "loss")))
 Names = dict[str, Any]
 
 

@@ -1,9 +1,11 @@
 """Modes of a run: whose answers are trained on, by which loss, with which steps; and what a mode cannot do with."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import load_file
@@ -14,6 +16,8 @@ from srd_fast.errors import UserError
 from srd_fast.run.config import RunConfig, load_run_config
 from srd_fast.run.modes import MODES, fine_tuning, has_cache
 from srd_fast.run.pipeline import STEP_NAMES, execute, fingerprints, steps_of
+from srd_fast.run.steps import Run, answer_step, selection, training
+from srd_fast.training import replay
 
 LIMIT = 6  # tokens of an answer
 
@@ -49,6 +53,10 @@ def distilled(settings: dict[str, Any], folder: Path, **changes: Any) -> list[di
         if step != "init-student":
             run(settings, folder, step, **changes)
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def interrupted(*_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt
 
 
 @pytest.fixture(scope="module")
@@ -93,36 +101,72 @@ def test_the_students_answers_stand_in_place_of_the_datas(
 def test_offline_on_policy_goes_on_with_reflections_that_are_there(
     settings: dict[str, Any], reflected: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from srd_fast.run.steps import selection
-
     def never(*_: Any, **__: Any) -> Any:
         raise AssertionError("the student answers again")
 
+    said = []
     with monkeypatch.context() as patched:
         patched.setattr(selection, "reflect", never)
-        lines = run(settings, reflected, mode="offline_on_policy")
-    assert lines[:4] == [f"{name}: unchanged, skipped" for name in ("prepare", "init-student", "reflect", "curate")]
-    names = [line.partition(":")[0] for line in lines]
-    assert names == [
-        "prepare",
-        "init-student",
-        "reflect",
-        "curate",
-        "answers",
-        "cache",
-        "distill",
-        "evaluate",
-        "report",
-    ]
-    summary = json.loads((reflected / "summary.json").read_text())
-    assert (summary["mode"], summary["divergence"]) == ("offline_on_policy", "reverse_kl")
-    assert summary["answers"]["answers"] == pq.read_table(reflected / "answers" / "train.parquet").num_rows
+        for step in ("answers", "cache", "distill"):
+            said += run(settings, reflected, step, mode="offline_on_policy", answers_per_prompt=1)
+    assert [line.partition(" done in")[0] for line in said] == ["answers:", "cache:", "distill:"]
     train = [json.loads(line) for line in (reflected / "metrics.jsonl").read_text().splitlines()]
     assert all(row["sft_weight"] == 0 and row["loss"] > 0 for row in train if row["kind"] == "train")
-    page = (reflected / "report.html").read_text()
-    assert "offline on-policy" in page
-    assert "answers trained on" in page
-    assert all("skipped" in line for line in run(settings, reflected, mode="offline_on_policy"))
+    assert len(pq.read_table(reflected / "answers" / "train.parquet")) <= 12
+    assert (reflected / "teacher_cache" / "index.json").is_file()
+
+
+def test_reflections_from_before_their_ids_were_kept_are_tokenised(
+    settings: dict[str, Any], reflected: Path, tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(reflected, folder)
+    table = pq.read_table(folder / "reflections.parquet").drop_columns(["generated_ids"])
+    texts = ["Red.", "", "A word and one more, and then so many that no limit is wide enough for them."]
+    table = table.set_column(
+        table.column_names.index("generation"), "generation", pa.array((texts * len(table))[: len(table)])
+    )
+    pq.write_table(table, folder / "reflections.parquet")
+    config = RunConfig(**{**settings, "output_dir": str(folder), "mode": "offline_on_policy"})
+    answer_step(Run(config, folder, fingerprints(config), {}))
+    given = dict(zip(table["sample_id"].to_pylist(), table["generation"].to_pylist()))
+    rows = pq.read_table(folder / "answers" / "train.parquet").to_pylist()
+    assert {given[row["sample_id"]] for row in rows} == {texts[0], texts[2]}
+    for row in rows:
+        ids = tiny_tokenizer.encode(given[row["sample_id"]], add_special_tokens=False)
+        labels = [x for x in row["labels"] if x != -100]
+        assert labels == (ids if len(ids) >= LIMIT else [*ids, 0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["offline_on_policy", "on_policy", "distillm"])
+def test_a_whole_run_says_its_mode_and_a_killed_one_ends_the_same(
+    mode: str, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replay, "TOLERANCE", -100.0)  # phi grows with each evaluation
+    own = {"max_new_tokens": LIMIT, "replay_buffer": 4} if mode == "distillm" else {"max_new_tokens": LIMIT}
+    changes = {"mode": mode, "distill": {**settings["distill"], "epochs_per_stage": 2, "eval_steps": 1, **own}}
+    lines = run(settings, tmp_path / "whole", **changes)
+    names = [*STEP_NAMES[:4], *(["answers"] if mode == "offline_on_policy" else []), *STEP_NAMES[4:]]
+    assert [line.partition(":")[0] for line in lines] == names
+    assert all("skipped" in line for line in run(settings, tmp_path / "whole", **changes))
+    summary = json.loads((tmp_path / "whole" / "summary.json").read_text())
+    assert summary["mode"] == mode
+    page = (tmp_path / "whole" / "report.html").read_text()
+    assert mode.replace("_on_policy", " on-policy").replace("on_policy", "on-policy") in page
+    assert ("answers trained on" in page) == (mode == "offline_on_policy")
+    metrics = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    if mode != "offline_on_policy":
+        assert sum(row.get("own_answers", 0) for row in metrics) > 0
+    with monkeypatch.context() as patched:
+        patched.setattr(training, "_keep_student", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            distilled(settings, tmp_path / "killed", **changes)
+    newest = max((tmp_path / "killed" / "checkpoints").glob("checkpoint-*"), key=lambda f: int(f.name[11:]))
+    (newest / "trainer_state.json").unlink()
+    run(settings, tmp_path / "killed", "distill", **changes)
+    ours, theirs = (load_file(tmp_path / f / "student" / "model.safetensors") for f in ("killed", "whole"))
+    assert all(ours[name].equal(theirs[name]) for name in theirs)
 
 
 @pytest.mark.slow
@@ -152,16 +196,11 @@ def test_seqkd_trains_on_the_teachers_answers_by_cross_entropy(
 def test_sft_needs_no_teacher_and_a_killed_one_ends_the_same(
     settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from srd_fast.run.steps import training
-
-    def stop(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
-
     distilled(settings, tmp_path / "whole", mode="sft")
     names = [step.name for step in steps_of(RunConfig(**settings, mode="sft"))]
     assert names == [name for name in STEP_NAMES if name != "cache"]
     with monkeypatch.context() as patched:
-        patched.setattr(training, "_keep_student", stop)
+        patched.setattr(training, "_keep_student", interrupted)
         with pytest.raises(KeyboardInterrupt):
             distilled(settings, tmp_path / "killed", mode="sft")
     for checkpoint in sorted((tmp_path / "killed" / "checkpoints").glob("checkpoint-*"))[1:]:

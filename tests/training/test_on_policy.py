@@ -135,8 +135,12 @@ def plain(
     ("name", "fields"),
     [
         ("reverse_kl", {}),
-        ("jsd", {"beta": 0.3, "padding_free": False}),
-        ("forward_kl", {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}),
+        pytest.param("jsd", {"beta": 0.3, "padding_free": False}, marks=pytest.mark.slow),
+        pytest.param(
+            "forward_kl",
+            {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+            marks=pytest.mark.slow,
+        ),
         ("skew_reverse_kl", {"max_tokens_per_batch": 24}),
     ],
 )
@@ -239,7 +243,7 @@ def answers_seen(trained: SRDTrainer, monkeypatch: pytest.MonkeyPatch) -> list[t
     return seen
 
 
-@pytest.mark.parametrize("whose", ["student", "teacher"])
+@pytest.mark.parametrize("whose", ["student", pytest.param("teacher", marks=pytest.mark.slow)])
 def test_answers_are_those_of_the_weights_at_that_step(
     whose: str, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
