@@ -93,7 +93,8 @@ def _for_one_process(verb: str) -> None:
 def run(config: _Config, overrides: _Overrides = None) -> None:
     """Every step: prepare, init-student, reflect, curate, (answers,) cache, distill, evaluate, report.
 
-    Mode and config say which there are. A step is skipped when its output is there and was made from the same inputs. Stopped, the same command goes on.
+    The config's mode says which there are. A step is skipped when its output is there and was made from the same
+    inputs. Stopped, the same command goes on.
     """
     folder = _execute(config, overrides)
     if folder is not None:

@@ -255,8 +255,9 @@ class FreshAnswers:
 
         Returns:
             own_answers and replayed: shares of the steps. Where there were fresh answers, answers_cut and
-            answers_empty: shares of them, and answer_tokens, their mean length. generation_seconds: of a step of a process. weights_lag: how many
-            steps the weights of an engine were behind at most. lmbda: the share that the next step has.
+            answers_empty: shares of them, and answer_tokens, their mean length. generation_seconds: of a step of a
+            process. weights_lag: how many steps the weights of an engine were behind at most. lmbda: the share that
+            the next step has.
         """
         sums = torch.tensor(list(self._counts.values()), dtype=torch.float64, device=self.args.device).float()
         total = dict(zip(_COUNTED, add(sums).tolist(), strict=True))

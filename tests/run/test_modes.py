@@ -139,25 +139,28 @@ def test_reflections_from_before_their_ids_were_kept_are_tokenised(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["offline_on_policy", "on_policy", "distillm"])
-def test_a_whole_run_says_its_mode_and_a_killed_one_ends_the_same(
+def test_a_whole_run_has_the_steps_of_its_mode_and_says_it(settings: dict[str, Any], tmp_path: Path) -> None:
+    lines = run(settings, tmp_path, mode="offline_on_policy")
+    assert [line.partition(":")[0] for line in lines] == [*STEP_NAMES[:4], "answers", *STEP_NAMES[4:]]
+    assert all("skipped" in line for line in run(settings, tmp_path, mode="offline_on_policy"))
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["mode"], summary["divergence"]) == ("offline_on_policy", "reverse_kl")
+    assert summary["answers"]["answers"] == pq.read_table(tmp_path / "answers" / "train.parquet").num_rows
+    page = (tmp_path / "report.html").read_text()
+    assert "offline on-policy" in page
+    assert "answers trained on" in page
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["distillm"])
+def test_killed_a_run_with_fresh_answers_ends_the_same(
     mode: str, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(replay, "TOLERANCE", -100.0)  # phi grows with each evaluation
-    own = {"max_new_tokens": LIMIT, "replay_buffer": 4} if mode == "distillm" else {"max_new_tokens": LIMIT}
-    changes = {"mode": mode, "distill": {**settings["distill"], "epochs_per_stage": 2, "eval_steps": 1, **own}}
-    lines = run(settings, tmp_path / "whole", **changes)
-    names = [*STEP_NAMES[:4], *(["answers"] if mode == "offline_on_policy" else []), *STEP_NAMES[4:]]
-    assert [line.partition(":")[0] for line in lines] == names
-    assert all("skipped" in line for line in run(settings, tmp_path / "whole", **changes))
-    summary = json.loads((tmp_path / "whole" / "summary.json").read_text())
-    assert summary["mode"] == mode
-    page = (tmp_path / "whole" / "report.html").read_text()
-    assert mode.replace("_on_policy", " on-policy").replace("on_policy", "on-policy") in page
-    assert ("answers trained on" in page) == (mode == "offline_on_policy")
-    metrics = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
-    if mode != "offline_on_policy":
-        assert sum(row.get("own_answers", 0) for row in metrics) > 0
+    own = {"max_new_tokens": LIMIT, "eval_steps": 1, **({"replay_buffer": 4} if mode == "distillm" else {})}
+    changes = {"mode": mode, "distill": {**settings["distill"], **own}}
+    metrics = distilled(settings, tmp_path / "whole", **changes)
+    assert sum(row.get("own_answers", 0) for row in metrics) > 0
     with monkeypatch.context() as patched:
         patched.setattr(training, "_keep_student", interrupted)
         with pytest.raises(KeyboardInterrupt):

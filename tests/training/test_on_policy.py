@@ -261,7 +261,7 @@ def test_answers_are_those_of_the_weights_at_that_step(
             ((_, expected),) = engine.generate([start], Sampling(max_new_tokens=LIMIT))
             answer = [x for x in sample["labels"] if x != IGNORE]
             assert answer == expected + [0] * (len(expected) < LIMIT)
-    weights = [float(sum(p.abs().sum() for p in model.parameters())) for _, model in seen]
+    weights = [float(sum(p.detach().abs().sum() for p in model.parameters())) for _, model in seen]
     assert len(set(weights)) == (3 if whose == "student" else 1)
     # The teacher's answers are imitated too, the student's own are not.
     parts = [log["loss"] - log["divergence"] * 1.5**2 * (1.0 if whose == "student" else 0.7) for log in trained.logs]
