@@ -48,7 +48,9 @@ def _common(
     pass
 
 
-def _execute(config: Path, overrides: list[str] | None, **options: Any) -> Path | None:
+def _execute(
+    config: Path, overrides: list[str] | None, fine_tuned: tuple[str, str | None] | None = None, **options: Any
+) -> Path | None:
     """Carry a command out that takes a config; together with the processes that were started with this one.
 
     Ctrl-C and SIGTERM end with status 130 and 143 and a word about going on.
@@ -56,6 +58,7 @@ def _execute(config: Path, overrides: list[str] | None, **options: Any) -> Path 
     Args:
         config: the file.
         overrides: texts such as "distill.skew=0.2".
+        fine_tuned: which model the run only fine-tunes, and its run folder.
         options: further arguments of `srd_fast.run.pipeline.execute`.
 
     Returns:
@@ -63,13 +66,15 @@ def _execute(config: Path, overrides: list[str] | None, **options: Any) -> Path 
     """
     from .run.config import load_run_config
     from .run.group import joined
+    from .run.modes import fine_tuning
     from .run.pipeline import execute, serve
     from .run.stopping import Stopped, stoppable
 
     try:
         with stoppable(), joined() as group:
             if group.rank == 0:
-                return execute(load_run_config(config, overrides or []), group=group, **options)
+                loaded = load_run_config(config, overrides or [])
+                return execute(fine_tuning(loaded, *fine_tuned) if fine_tuned else loaded, group=group, **options)
             serve(group)
     except Stopped as e:
         typer.echo(f"\n{e}; the same command goes on from here", err=True)
@@ -86,14 +91,31 @@ def _for_one_process(verb: str) -> None:
 
 @app.command()
 def run(config: _Config, overrides: _Overrides = None) -> None:
-    """Every step: prepare, init-student, reflect, curate, cache, distill, evaluate, report.
+    """Every step: prepare, init-student, reflect, curate, (answers,) cache, distill, evaluate, report.
 
-    A step is skipped when its output is there and was made from the same inputs. Stopped, the same command goes on.
+    The config's mode says which there are. A step is skipped when its output is there and was made from the same
+    inputs. Stopped, the same command goes on.
     """
     folder = _execute(config, overrides)
     if folder is not None:
         typer.echo(f"report: {folder / 'report.html'}")
         typer.echo(f"student: {folder / 'student'}")
+
+
+@app.command()
+def sft(
+    config: _Config,
+    overrides: _Overrides = None,
+    model: Annotated[str, typer.Option(help="Which of the config's models: teacher or student.")] = "teacher",
+    output: Annotated[str | None, typer.Option(help="Run folder; default: beside the config's.")] = None,
+) -> None:
+    """Fine-tune the teacher, or a student that is given, on the config's data first.
+
+    It is a run of mode sft without a curriculum. Its last line is the key for the config of the distillation.
+    """
+    folder = _execute(config, overrides, fine_tuned=(model, output))
+    if folder is not None:
+        typer.echo(f"{model}: {folder / 'student'}")
 
 
 @app.command("init")

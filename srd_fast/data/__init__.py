@@ -1,6 +1,6 @@
 """Data: rows from files, tokenised samples with stable ids, batches."""
 
-from .answers import Answers, answer_ends
+from .answers import Answers, answer_ends, answered, end_of
 from .batches import (
     DistillationCollator,
     batches_by_length,
@@ -40,6 +40,7 @@ __all__ = [
     "SourceRow",
     "Tokenisation",
     "answer_ends",
+    "answered",
     "batches_by_length",
     "check_chat_template_kwargs",
     "check_columns",
@@ -50,6 +51,7 @@ __all__ = [
     "content_id",
     "data_function_of",
     "divide_by_tokens",
+    "end_of",
     "first_label",
     "flat_lists",
     "made_rows",

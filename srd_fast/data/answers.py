@@ -1,6 +1,6 @@
 """Answers to tokenised samples: the tokens that end them, and the text in them that is scored."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -53,12 +53,47 @@ class Answers:
 
     def _mark_before(self, labels: Sequence[int], reference: str) -> int | None:
         """The token, such as the end of a think block, behind which the response begins to say its reference."""
-        turn = labels[first_label(labels) :]
-        response = turn[: next((n for n, x in enumerate(turn) if x == IGNORE_INDEX), len(turn))]
+        response = _first_turn(labels[first_label(labels) :])
         places = [n for n, token in enumerate(response[:-1]) if token in self._marks]
         if not places or self._read(response) == reference:
             return None
         return next((response[n] for n in reversed(places) if self._read(response[n + 1 :]) == reference), None)
+
+
+def _first_turn(labels: Sequence[int]) -> Sequence[int]:
+    """Labels up to the first without loss."""
+    return labels[: next((n for n, x in enumerate(labels) if x == IGNORE_INDEX), len(labels))]
+
+
+def end_of(labels: Sequence[int], ends: set[int], default: int) -> int:
+    """The token that ends an answer to a sample: the one that ends its own response.
+
+    Args:
+        labels: of the sample.
+        ends: ids that may end one, from `answer_ends`.
+        default: for a response that was cut before its end.
+    """
+    turn = _first_turn(labels[first_label(labels) :])
+    return int(turn[-1]) if len(turn) and turn[-1] in ends else default
+
+
+def answered(
+    sample: Mapping[str, Any], answer: Sequence[int], end: int | None, most: int | None = None
+) -> dict[str, Any]:
+    """A tokenised sample with another answer in place of its response. Only the answer's tokens have loss.
+
+    Args:
+        sample: tokenised. Of several turns the first is answered, and what follows is left out.
+        answer: token ids, without what ends it.
+        end: the token that ends the answer, which has loss too; None if the answer was cut before its end.
+        most: tokens of the answer, its end among them. A longer one is cut, and then nothing ends it.
+
+    Returns:
+        The sample with these input_ids and labels.
+    """
+    prompt = [int(x) for x in sample["input_ids"][: first_label(sample["labels"])]]
+    ids = [*answer, *([] if end is None else [end])][:most]
+    return {**sample, "input_ids": prompt + ids, "labels": [IGNORE_INDEX] * len(prompt) + ids}
 
 
 def answer_ends(samples: Dataset, tokenizer: PreTrainedTokenizerBase) -> set[int]:

@@ -8,6 +8,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -16,7 +17,8 @@ from ..data import read_source, source_files
 from ..losses import expect_logits
 from ..models import is_encoder_decoder, load_config
 from ..run.config import RunConfig
-from ..run.steps import LIVE, Run
+from ..run.modes import LIVE, MODES, has_cache
+from ..run.steps import Run
 from ..run.steps.cache import check_cache
 from ..run.steps.data import QUICKSTART_ROWS
 from ..run.steps.run import QUICKSTART
@@ -116,7 +118,7 @@ class MemoryPlan:
 
 def _disk(config: RunConfig, lengths: Lengths | None, made: Simulated) -> int | None:
     """Bytes of the cache; None if the number of samples is not known yet."""
-    if config.cache.kind == LIVE:
+    if not has_cache(config):
         return 0
     if lengths is not None:
         c, everything = config.curate, range(len(lengths.train))
@@ -165,6 +167,27 @@ def _process_bytes() -> int:
         return _BASE
 
 
+def in_a_step(config: RunConfig) -> RunConfig:
+    """The config of a run of mode kd whose steps take what those of a run's mode take at most.
+
+    Args:
+        config: of the run.
+    """
+    mode, cache = MODES.get(config.mode), config.cache
+    if mode.fresh:  # the teacher runs beside its cache
+        cache = cache.model_copy(update={"kind": LIVE})
+    elif not mode.teacher:  # in whose place each label is one draw
+        cache = cache.model_copy(update={"kind": "sampled", "k": 1})
+    return config.model_copy(update={"cache": cache})
+
+
+def _not_counted(config: RunConfig, run: Run) -> Iterator[str]:
+    if run.teacher_spread and in_a_step(config).cache.kind == LIVE:
+        yield _SPREAD
+    if MODES.get(config.mode).fresh:
+        yield "the generation of fresh answers"
+
+
 def plan(config: RunConfig) -> MemoryPlan:
     """Predict the peak memory of the step `distill`, as a process of its own, and the disk space of its cache.
 
@@ -192,7 +215,8 @@ def plan(config: RunConfig) -> MemoryPlan:
         return evaluation_batch(lengths, config, args.per_device_eval_batch_size, flattened, encoder_decoder)
 
     with expect_logits(run.expected_logits() or math.inf):
-        made = simulate(config, args, largest)
+        made = simulate(in_a_step(config), args, largest)
+        kept_rows = simulate(config, args, largest) if MODES.get(config.mode).fresh and has_cache(config) else made
     parts = {**made.parts, "process": _CUDA_BASE if run.device.type == "cuda" else _process_bytes()}
     parts["cache rows"] = 2 * made.batch.rows * made.row_bytes
     kept = (
@@ -203,10 +227,10 @@ def plan(config: RunConfig) -> MemoryPlan:
         device=run.device.type,
         parts={name: parts[name] for name in PARTS if parts.get(name)},
         moment=made.moment,
-        disk=_disk(config, lengths, made),
+        disk=_disk(config, lengths, kept_rows),
         host=made.host,
         batch=made.batch,
         source="the limits of the config" if lengths is None else lengths.source,
         flattened=made.flattened,
-        not_counted=_SPREAD if run.teacher_spread and config.cache.kind == LIVE else None,
+        not_counted=" and ".join(_not_counted(config, run)) or None,
     )

@@ -79,6 +79,7 @@ def reflect(
     shard: str | None = None,
     parts_folder: str | Path | None = None,
     sharing: Sharing = ALONE,
+    keep_ids: bool = False,
     progress: bool = True,
 ) -> Dataset:
     """Let the student answer every prompt, and score how hard each sample is for it.
@@ -117,6 +118,8 @@ def reflect(
             and ends as if it had not been.
         sharing: the processes that make this call together, each for some of the parts. The first gets the scores,
             which are to the bit those of one process; the others get a data set without rows.
+        keep_ids: add the column generated_ids, the token ids of each answer without the one that ended it. An answer of
+            `max_new_tokens` of them was cut.
         progress: show a progress bar.
 
     Returns:
@@ -199,6 +202,8 @@ def reflect(
                 signal.function(reflected)
         return Dataset.from_dict({"sample_id": []})
     found: dict[str, list[Any]] = {"sample_id": ids, "generation": generations}
+    if keep_ids:
+        found["generated_ids"] = generated
     reasons: list[str | None] = [
         None if any(r.strip() for r in references) else "empty reference" for references in samples["references"]
     ]

@@ -16,7 +16,7 @@ from srd_fast.report.samples import examples_view, samples_view, selection_view,
 MODELS = (("teacher", "Teacher"), ("start", "Starting student"), ("student", "Distilled student"))
 # Metrics of answers beside ROUGE-L, where they were asked for.
 _METRICS = {"bleu": "BLEU", "chrf": "chrF"}
-STEPS = ("prepare", "init-student", "reflect", "curate", "cache", "distill", "evaluate")
+STEPS = ("prepare", "init-student", "reflect", "curate", "answers", "cache", "distill", "evaluate")
 
 
 def render(run: Run) -> str:
@@ -102,11 +102,20 @@ _COUNTED = {
 }
 
 
+# Kd says what all runs were before there were modes.
+_MODES = {"": "–", "kd": "–", "sft": "sft (fine-tuning)", "seqkd": "seqkd (the teacher's answers)",
+          "offline_on_policy": "offline on-policy (the starting student's answers)",
+          "on_policy": "on-policy (fresh answers of the student)",
+          "distillm": "distillm (fresh and replayed answers of the student)"}  # fmt: skip
+_ANSWERS = {"answers": "answers trained on", "cut": "answers cut", "empty": "empty answers dropped"}
+
+
 def _facts(run: Run) -> list[tuple[str, str]]:
     """(label, value) of what the run was made from: rows, plan, training."""
     summary = run.summary
     data = summary.data if summary else {}
     training = summary.training if summary else {}
+    answers = summary.answers if summary else {}
     train_rows = data.get("train", math.nan if run.train is None else len(run.train.table))
     validation_rows = data.get("validation", math.nan if run.num_validation is None else run.num_validation)
     facts = [
@@ -114,6 +123,8 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         ("validation rows", count(validation_rows)),
         ("rejected rows", count(data.get("rejected", math.nan))),
         *[(label, count(data[name])) for name, label in _COUNTED.items() if data.get(name)],
+        ("mode", _MODES.get(summary.mode, summary.mode) if summary else "–"),
+        *[(label, count(answers[name])) for name, label in _ANSWERS.items() if answers.get(name)],
         ("divergence", summary.divergence if summary and summary.divergence else "–"),
         ("optimizer steps", count(training.get("steps", math.nan))),
         ("sample passes", count(training.get("sample_passes", math.nan))),

@@ -6,7 +6,7 @@ A missing file is ``None``; a damaged one raises :class:`~srd_fast.errors.UserEr
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -115,6 +115,8 @@ class Summary:
     training: dict[str, float]
     environment: dict[str, str]
     stages: tuple[dict[str, float], ...] = ()
+    mode: str = ""
+    answers: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -284,6 +286,8 @@ def _read_summary(path: Path) -> Summary | None:
         training=fields.child("training").numbers(),
         environment={name: str(value) for name, value in environment.data.items()},
         stages=tuple(row.numbers() for row in fields.objects("stages")),
+        mode=fields.text("mode"),
+        answers=fields.child("answers").numbers(),
     )
 
 

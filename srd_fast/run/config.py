@@ -12,6 +12,7 @@ from ..errors import UserError
 from ..reflection.reflect import REFLECTION_PRESETS
 from ..suggest import unknown_name
 from ..training.config import TRAINING_PRESETS, SRDConfig, with_preset
+from .modes import KD, MODES, mode_fields
 from .synonyms import SYNONYMS
 from .yaml_values import apply_override, checked, read_yaml, shown_value
 
@@ -181,6 +182,10 @@ class RunConfig(_Section):
     """Such as cpu or cuda:1; auto is a GPU where there is one."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Of everything drawn."""
+    mode: str = KD
+    """Whose answers are trained on, by which loss: kd, sft, seqkd, offline_on_policy, on_policy or distillm."""
+    answers_per_prompt: int = Field(default=1, ge=1, le=1000)
+    """In offline_on_policy and seqkd; above 1 they are sampled, with reflect.temperature."""
     preset: str | None = None
     """paper or official (SRD), SE-KD or SE-KD3X; what the config says itself wins."""
     init_student: InitStudent = InitStudent()
@@ -197,6 +202,12 @@ class RunConfig(_Section):
     """Fields of peft.LoraConfig; adapters are trained then. Default: the whole student."""
     evaluate: Evaluate = Evaluate()
     """How models are measured on the validation rows."""
+
+    @field_validator("mode")
+    @classmethod
+    def _known_mode(cls, given: str) -> str:
+        MODES.check(given)
+        return given
 
     @field_validator("validation")
     @classmethod
@@ -259,8 +270,10 @@ def load_run_config(path: str | Path | None, overrides: list[str] | tuple[str, .
     if isinstance(preset, str):
         if preset not in TRAINING_PRESETS:
             raise UserError(unknown_name("preset", shown(preset), TRAINING_PRESETS))
-        if isinstance(content.get("distill", {}), dict):
-            content["distill"] = with_preset(preset, content.get("distill", {}))
+        if isinstance(content.setdefault("distill", {}), dict):
+            mode = content.get("mode", KD)
+            own = mode_fields(MODES.get(mode), content["distill"]) if mode in MODES else content["distill"]
+            content["distill"] = with_preset(preset, own)
         for section, presets in (("curate", CURATION_PRESETS), ("reflect", REFLECTION_PRESETS)):
             if isinstance(content.get(section, {}), dict):
                 content[section] = {**presets.get(preset, {}), **content.get(section, {})}

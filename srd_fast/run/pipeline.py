@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from ..reflection.shards import parse_shard
 from . import steps
 from .config import RunConfig
 from .group import Group
+from .modes import KD, MODES, has_cache, reflects
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ class Step:
         after: steps that come before it.
         run: does it.
         caches: paths from which an interrupted step goes on; --force deletes them.
+        in_run: whether a run has the step. Otherwise those after it come after the steps before it.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Step:
     after: tuple[str, ...]
     run: Callable[["steps.Run"], None]
     caches: tuple[str, ...] = ()
+    in_run: Callable[[RunConfig], bool] = lambda c: True
 
 
 STEPS = (
@@ -65,6 +68,7 @@ STEPS = (
         ("init-student",),
         steps.reflect_step,
         (steps.PARTS,),
+        in_run=reflects,
     ),
     Step(
         "curate",
@@ -74,17 +78,27 @@ STEPS = (
         steps.curate_step,
     ),
     Step(
-        "cache",
-        lambda c: ["teacher_cache/index.json"] if c.cache.kind != steps.LIVE else [],
-        steps.cache_inputs,
+        "answers",
+        lambda c: [steps.ANSWERS],
+        steps.answer_inputs,
         ("curate",),
+        steps.answer_step,
+        (steps.PARTS,),
+        in_run=lambda c: MODES.get(c.mode).makes_answers,
+    ),
+    Step(
+        "cache",
+        lambda c: ["teacher_cache/index.json"] if has_cache(c) else [],
+        steps.cache_inputs,
+        ("answers",),
         steps.cache_teacher,
         ("teacher_cache",),
+        in_run=lambda c: MODES.get(c.mode).teacher,
     ),
     Step(
         "distill",
         lambda c: ["student", "metrics.jsonl"],
-        lambda c: [c.distill, c.lora, c.dtype, c.seed],
+        lambda c: [c.distill, c.lora, c.dtype, c.seed, *([] if c.mode == KD else [c.mode])],
         ("cache",),
         steps.distill,
         ("checkpoints",),
@@ -99,7 +113,23 @@ STEPS = (
     ),
     Step("report", lambda c: ["report.html"], lambda c: None, ("evaluate",), steps.report),
 )
-STEP_NAMES = tuple(step.name for step in STEPS)
+
+
+def steps_of(config: RunConfig) -> tuple[Step, ...]:
+    """The steps that a run has, in their order, each after those before it that there are."""
+    missing: dict[str, tuple[str, ...]] = {}
+    found = []
+    for step in STEPS:
+        after = tuple(x for name in step.after for x in missing.get(name, (name,)))
+        if step.in_run(config):
+            found.append(replace(step, after=after))
+        else:
+            missing[step.name] = after
+    return tuple(found)
+
+
+# Of a run with the defaults.
+STEP_NAMES = tuple(step.name for step in steps_of(RunConfig()))
 
 
 def _hash(content: Any) -> str:
@@ -143,7 +173,7 @@ class Ledger:
 def fingerprints(config: RunConfig) -> dict[str, str]:
     """The fingerprint of every step with this config."""
     found: dict[str, str] = {}
-    for step in STEPS:
+    for step in steps_of(config):
         found[step.name] = _hash([step.name, step.depends(config), [found[a] for a in step.after]])
     return found
 
@@ -242,15 +272,20 @@ def _execute(
     ledger = Ledger(folder)
     run = steps.Run(config, folder, wanted, ledger.entries, group)
     group.share((config, folder, wanted, {}))
-    needed = set(STEP_NAMES) if only is None else {only, *_before(only)}
-    for number, step in enumerate(STEPS, 1):
+    todo = steps_of(config)
+    if only is not None and only not in {step.name for step in todo}:
+        raise UserError(
+            f"config: this run, of mode {config.mode!r}, has no step {only!r}: srd-fast run CONFIG does all it has"
+        )
+    needed = {step.name for step in todo} if only is None else {only, *_before(only, todo)}
+    for number, step in enumerate(todo, 1):
         if step.name not in needed:
             continue
-        place = f"[{number}/{len(STEPS)}] {step.name}"
+        place = f"[{number}/{len(todo)}] {step.name}"
         valid = ledger.is_valid(step, wanted[step.name], config, folder)
         if only is not None and step.name != only:
             # init-student's verb takes no config: it is a part of the step after it.
-            part_of = next((s.name for s in STEPS if step.name == "init-student" and step.name in s.after), step.name)
+            part_of = next((s.name for s in todo if step.name == "init-student" and step.name in s.after), step.name)
             if not valid and part_of != only:
                 raise UserError(f"step {only!r} needs {part_of!r} done first: srd-fast {part_of} CONFIG")
             if valid or part_of != only:
@@ -277,8 +312,8 @@ def _execute(
         say(f"{place}: done in {seconds:.0f} s")
 
 
-def _before(name: str) -> set[str]:
-    by_name = {step.name: step for step in STEPS}
+def _before(name: str, among: Iterable[Step]) -> set[str]:
+    by_name = {step.name: step for step in among}
     needed: set[str] = set()
     todo: Iterable[str] = by_name[name].after
     while todo:

@@ -19,6 +19,8 @@ SYNONYMS: dict[str, dict[str, str]] = {
         **dict.fromkeys(("loss", "loss_type", "kd_loss", "divergence"), "distill.divergence"),
         **dict.fromkeys(("temperature", "kd_temperature"), "distill.temperature"),
         **dict.fromkeys(("stages", "num_stages"), "curate.stages"),
+        **dict.fromkeys(("method", "algorithm", "trainer", "type"), "mode"),
+        **dict.fromkeys(("num_generations", "num_return_sequences"), "answers_per_prompt"),
         **dict.fromkeys(("keep_ratio", "keep"), "curate.keep"),
     },
     "distill": {
@@ -32,6 +34,9 @@ SYNONYMS: dict[str, dict[str, str]] = {
         **dict.fromkeys(("loss", "loss_type", "kd_loss", "objective"), "divergence"),
         **dict.fromkeys(("alpha", "ce_weight", "sft_ratio", "lm_weight"), "sft_weight"),
         **dict.fromkeys(("kd_temperature", "tau"), "temperature"),
+        **dict.fromkeys(("lambda", "student_data_fraction", "on_policy_share"), "lmbda"),
+        **dict.fromkeys(("max_completion_length", "gen_max_length"), "max_new_tokens"),
+        **dict.fromkeys(("capacity", "buffer_size"), "replay_buffer"),
         **dict.fromkeys(("lmbda_skew", "skew_alpha", "skew_lambda"), "skew"),
         **dict.fromkeys(("clip_grad", "grad_clip", "gradient_clipping"), "max_grad_norm"),
         **dict.fromkeys(("compile", "use_compile"), "torch_compile"),

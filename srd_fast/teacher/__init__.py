@@ -1,6 +1,8 @@
 """Where teacher rows come from: a model that runs beside the student, or a cache of one that was run once."""
 
 from ..errors import DamagedFileError, StaleCacheError
+from .absent import NoTeacher
+from .beside import CacheBesideTeacher, at_work, from_cache
 from .build import build_teacher_cache
 from .cache import TeacherCache
 from .collator import StepCollator
@@ -21,9 +23,11 @@ from .stores import CACHE_KINDS, Store, cache_kind_names, make_store, register_c
 
 __all__ = [
     "CACHE_KINDS",
+    "CacheBesideTeacher",
     "DamagedFileError",
     "HiddenRows",
     "LiveTeacher",
+    "NoTeacher",
     "RemoteTeacher",
     "Roles",
     "RowsOfSamples",
@@ -33,9 +37,11 @@ __all__ = [
     "TeacherCache",
     "TeacherRows",
     "TeacherSource",
+    "at_work",
     "build_teacher_cache",
     "cache_kind_names",
     "distillation_loss_of_rows",
+    "from_cache",
     "labels_with_loss",
     "make_store",
     "open_teacher_cache",

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from transformers import TrainingArguments
+from transformers import IntervalStrategy, TrainingArguments
 
 from ..curriculum import per_stage
 from ..data import check_chat_template_kwargs, check_train_on
@@ -12,9 +12,12 @@ from ..errors import UserError
 from ..losses import Projected, Sampled, get_divergence
 from ..losses.options import RANGE
 from ..models import check_spread
+from ..reflection.engines import ENGINES, check_engine_options
+from ..reflection.vllm_engine import is_installed
 from ..selection import SAMPLE_POLICIES, check_rows_have_signal, make_position_policy
 from ..suggest import unknown_name
 from ..teacher.stores import CACHE_KINDS, keeps_head
+from .replay import ADAPTIVE
 
 # SE-KD (arXiv 2602.01395): KL at temperature 1 on the fifth of each response that the student is least sure of.
 _SE_KD: dict[str, Any] = {
@@ -190,6 +193,17 @@ class SRDConfig(TrainingArguments):
     sample_selection: str = _described("all", "Which samples are trained on; see sample_policy_names().")
     sample_ratio: float = _described(0.2, "Share of each stage's samples that a sample policy chooses.")
 
+    lmbda: Any = _described(
+        0.0, "Share of steps on fresh answers of the student as it is then, 0 to 1, or 'adaptive' (DistiLLM)."
+    )
+    seq_kd: bool = _described(False, "All other steps are on fresh answers of the teacher.")
+    max_new_tokens: int = _described(128, "Longest fresh answer.")
+    generation_temperature: float = _described(1.0, "Of fresh answers; 0: greedy. `temperature` is the divergence's.")
+    generation_engine: str = _described("transformers", "What makes fresh answers; see engine_names().")
+    generation_options: dict[str, Any] | None = _described(None, "Keywords of that engine.")
+    sync_every: int = _described(1, "Steps after which an engine with weights of its own gets the student's anew.")
+    replay_buffer: int = _described(0, "Own answers that are kept to be trained on again; 0: none.")
+
     def __post_init__(self) -> None:
         self.num_train_epochs = 1.0
         if self.greater_is_better is None and (self.metric_for_best_model or "").endswith(_LESS_IS_BETTER):
@@ -228,6 +242,7 @@ class SRDConfig(TrainingArguments):
                     f"class_sampling draws from the teacher's whole distribution, and teacher_cache_kind "
                     f"{self.teacher_cache_kind!r} does not hold it; use hidden, or teacher_cache_kind='sampled' alone"
                 )
+        self._check_answering()
         if self.temperature_scaling not in (True, False, "official"):
             raise UserError(f"temperature_scaling must be true, false or 'official', got {self.temperature_scaling!r}")
         if self.torch_compile not in (True, False, None):
@@ -253,6 +268,43 @@ class SRDConfig(TrainingArguments):
         super().__post_init__()
         if self.dataloader_pin_memory and self.device.type == "cuda":
             self.accelerator_config.non_blocking = True  # type: ignore[union-attr]
+
+    def _check_answering(self) -> None:
+        """Check the fields of fresh answers."""
+        if self.lmbda != ADAPTIVE:
+            if isinstance(self.lmbda, str):
+                raise UserError(f"lmbda must be from 0 to 1, or {ADAPTIVE!r}, got {self.lmbda!r}")
+            self._check_numbers("lmbda", least=0.0, most=1.0)
+        elif self.eval_strategy in ("no", IntervalStrategy.NO):
+            raise UserError("lmbda is 'adaptive', which looks at the validation loss; set eval_strategy to 'steps'")
+        for name in ("max_new_tokens", "sync_every"):
+            self._check_numbers(name, least=1)
+        for name in ("generation_temperature", "replay_buffer"):
+            self._check_numbers(name, least=0)
+        if self.seq_kd not in (True, False):
+            raise UserError(f"seq_kd must be true or false, got {self.seq_kd!r}")
+        ENGINES.check(self.generation_engine)
+        check_engine_options(self.generation_options)
+        if self.generation_engine == "vllm" and self.answers_anew and not is_installed():
+            raise UserError(
+                "generation_engine is 'vllm', which is not installed: pip install 'srd-fast[vllm]', or use "
+                "'transformers'"
+            )
+        if self.replay_buffer and not self.lmbda:
+            raise UserError(
+                f"replay_buffer is {self.replay_buffer}, but lmbda is 0, so that nothing comes into it; set one of them"
+            )
+
+    @property
+    def answers_anew(self) -> bool:
+        """Whether any step trains on answers that are made for it."""
+        return bool(self.lmbda) or self.seq_kd
+
+    @property
+    def only_cross_entropy(self) -> bool:
+        """Whether the loss has no divergence in any stage, and so needs no teacher."""
+        given = (self.sft_weight_start, self.sft_weight_end) if self.sft_weight is None else self.sft_weight
+        return all(x == 1.0 for x in (given if isinstance(given, (list, tuple)) else [given]))
 
     def _check_numbers(
         self, name: str, above: float | None = None, least: float | None = None, most: float | None = None

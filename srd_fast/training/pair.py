@@ -40,7 +40,8 @@ def ready_pair(
 
     Args:
         student: the model that is trained, or its folder or hub id, which is loaded in float32.
-        teacher: a model, its folder or hub id, a source of rows, or None to read a cache that is there.
+        teacher: a model, its folder or hub id, a source of rows, or None to read a cache that is there, or for
+            training on the cross-entropy alone.
         args: of the training.
         tokenizer: the student's.
         teacher_tokenizer: the teacher's. Default: the one beside it.
@@ -54,8 +55,16 @@ def ready_pair(
     """
     given: nn.Module = load_model(student) if isinstance(student, str) else student
     trained, teacher = uncompiled(given, "student"), uncompiled(teacher, "teacher")
-    if teacher is None and args.teacher_cache is None:
-        raise UserError("teacher_model is missing: pass a model, its folder or name, or name a teacher_cache")
+    if teacher is None and args.teacher_cache is None and not args.only_cross_entropy:
+        raise UserError(
+            "teacher_model is missing: pass a model, its folder or name, or name a teacher_cache; only with sft_weight "
+            "1 nothing is asked of a teacher"
+        )
+    if teacher is None and args.answers_anew:
+        raise UserError(
+            "teacher_model is missing: fresh answers (lmbda, seq_kd) need the teacher itself, also beside a "
+            "teacher_cache"
+        )
     for name, model in (("student", trained), ("teacher", teacher)):
         refuse_trained_prompts(model, name)
     check_teachers_tokenizer(tokenizer, teacher_tokenizer, teacher, args)

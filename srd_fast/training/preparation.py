@@ -1,5 +1,6 @@
 """What is done to the models before the first step: batches without padding, shared beginnings, compiled layers."""
 
+import copy
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -17,6 +18,7 @@ from ..data import template_key
 from ..errors import UserError, first_line
 from ..models import (
     check_same_kind,
+    classes_of,
     compile_layers,
     enable_flattening,
     hidden_states,
@@ -29,12 +31,15 @@ from ..models import (
     with_decoder,
 )
 from ..teacher import (
+    CacheBesideTeacher,
     LiveTeacher,
+    NoTeacher,
     RemoteTeacher,
     RowsOfSamples,
     StepCollator,
     TeacherCache,
     TeacherSource,
+    at_work,
     open_teacher_cache,
 )
 from .batching import READ
@@ -70,7 +75,8 @@ def teacher_source(
     """Open what the teacher's rows come from. A cache is first filled with what the curriculum and the evaluation need.
 
     Args:
-        teacher: a model, its folder or hub id, a source of rows, or None to read a cache that is there.
+        teacher: a model, its folder or hub id, a source of rows, or None to read a cache that is there, or for
+            training without any.
         student: for caches that project the teacher's rows.
         args: of the training.
         curriculum: of `train`.
@@ -85,6 +91,9 @@ def teacher_source(
     """
     if isinstance(teacher, (str, nn.Module, TeacherCache, RemoteTeacher)):
         check_same_kind(student, load_config(teacher) if isinstance(teacher, str) else teacher)
+    if teacher is None and args.teacher_cache is None:
+        return NoTeacher(classes_of(student, "student"))
+    given = teacher
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     if args.teacher_cache is not None:
         kept = sorted({i for stage in curriculum.stages for i in stage.samples.tolist()})
@@ -106,6 +115,11 @@ def teacher_source(
             tp_plan=args.teacher_tp_plan,  # type: ignore[arg-type]
             group=dist.group.WORLD if dist.is_available() and dist.is_initialized() and args.world_size > 1 else None,
         )
+    if args.teacher_cache is not None and args.answers_anew:
+        alone = copy.copy(args)
+        alone.teacher_cache = None
+        live = teacher_source(given, student, alone, curriculum, train, evaluation)
+        return CacheBesideTeacher(teacher.for_student(student).to(args.device), live)
     if isinstance(teacher, str):
         place = "cpu" if args.teacher_offload else args.device
         spread: Any = {"device_map": args.teacher_device_map, "tp_plan": args.teacher_tp_plan}
@@ -205,7 +219,9 @@ def batch_layout(student: nn.Module, teacher: TeacherSource, args: SRDConfig) ->
     """
     if not args.padding_free:
         return Layout()
-    known = isinstance(teacher, (LiveTeacher, RowsOfSamples))  # a source of the user's own may count on padded batches
+    known = isinstance(
+        teacher, (LiveTeacher, RowsOfSamples, NoTeacher)
+    )  # a source of the user's own may count on padded batches
     if not known and args.padding_free == "auto":
         return Layout()
     running = _running(student, teacher)
@@ -225,7 +241,8 @@ def batch_layout(student: nn.Module, teacher: TeacherSource, args: SRDConfig) ->
 
 def _running(student: nn.Module, teacher: TeacherSource) -> dict[str, Any]:
     """The models that run in a step, by name."""
-    return {"student": student, **({"teacher": teacher.model} if isinstance(teacher, LiveTeacher) else {})}
+    live = at_work(teacher)
+    return {"student": student, **({"teacher": live.model} if isinstance(live, LiveTeacher) else {})}
 
 
 def compiles(args: SRDConfig, total_steps: int) -> bool:

@@ -48,11 +48,13 @@ from ..models import (
 from ..selection import BatchSelection, Signals, items_of, select_samples
 from ..teacher import (
     LiveTeacher,
+    NoTeacher,
     RemoteTeacher,
     RowsOfSamples,
     StepCollator,
     TeacherSource,
     distillation_loss_of_rows,
+    from_cache,
     labels_with_loss,
     rows_with_loss,
 )
@@ -71,10 +73,12 @@ from .callbacks import StepHooks
 from .checkpoints import last_whole_checkpoint
 from .config import SRDConfig
 from .health import BadStep, DivergenceTrend, StepCheck, not_finite, skips_on_the_device
-from .measure import METRICS, check_best_metric, measure_batch, peak_memory_mb
+from .measure import check_best_metric, measure_batch, peak_memory_mb
+from .on_policy import OWN, FreshAnswers, WithSamples, check_answering
 from .pair import ready_pair, widen_trained_weights
 from .placing import StudentPlace, check_fsdp
 from .preparation import (
+    Layout,
     batch_layout,
     check_optimizer,
     compile_models,
@@ -83,6 +87,7 @@ from .preparation import (
     layout_of,
     teacher_source,
 )
+from .replay import logged_losses
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +106,7 @@ class SRDTrainer(Trainer):
         teacher_model: a model of the same kind with the same tokenizer, or any object with the methods of
             `TeacherSource`. It is never trained. A folder or hub id is loaded where it is needed: with
             `args.teacher_cache` only to fill the cache, so that the teacher takes no memory while the student trains.
-            None: read the cache that is there.
+            None: read the cache that is there; or, with `sft_weight` 1 and no cache, train on the cross-entropy alone.
         args: an SRDConfig.
         train_dataset: rows of any format of `srd_fast.data`, or tokenised samples.
         curriculum: which samples are trained on and in which stage. Default: all of them, in one stage.
@@ -218,6 +223,7 @@ class SRDTrainer(Trainer):
         check_fit(train, evaluation, self.curriculum, {"student": model, "teacher": teacher_model})
         with gathered(model):
             self.teacher = teacher_source(teacher_model, model, args, self.curriculum, train, evaluation)
+        self._without_teacher = isinstance(self.teacher, NoTeacher)
         check_vocabularies(classes, self.teacher.num_classes)
         if isinstance(self.teacher, LiveTeacher):
             for samples in given:
@@ -240,14 +246,19 @@ class SRDTrainer(Trainer):
                 compile_models(model, self.teacher, args, self.accelerator.autocast, layout.flattened)
         rows = self.teacher if isinstance(self.teacher, RowsOfSamples) else None
         self._collate = StepCollator(self.data_collator, rows)
-        ahead = StepCollator(self.data_collator, rows, ahead=True)
-        self.data_collator = ahead
-        if args.max_tokens_per_batch:
-            self.data_collator = TokenBatches(ahead, args.max_tokens_per_batch, layout.flattened, encoder_decoder)
+        self.data_collator = self._batches_of(layout, rows)
+        self._answers: FreshAnswers | None = None
+        if args.answers_anew:
+            sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled or is_sharded(model)
+            check_answering(args, model, self.teacher, classes, self.curriculum, train, sharded)
+            self._answers = FreshAnswers(
+                args, processing_class, train, self.curriculum.total_steps, self._batches_of(layout, None)
+            )
+            self.data_collator = WithSamples(self.data_collator)
         self._hooks = StepHooks(self.curriculum, args.reset_optimizer)
         self.add_callback(self._hooks)
         self._loss_options = LossOptions(
-            divergence=args.divergence,
+            divergence="forward_kl" if self._without_teacher else args.divergence,
             skew=args.skew,
             beta=args.beta,
             temperature_scaling=args.scales_with_temperature,
@@ -265,8 +276,17 @@ class SRDTrainer(Trainer):
         self.selection = BatchSelection(args, classes)
         self._started = time.monotonic()
 
+    def _batches_of(self, layout: Layout, rows: RowsOfSamples | None) -> StepCollator | TokenBatches:
+        """What makes the batch of a step, divided if it is to be, with the rows that a source keeps of its samples."""
+        collate = StepCollator(self._collate.collate, rows, ahead=rows is not None)
+        if not self.args.max_tokens_per_batch:
+            return collate
+        return TokenBatches(
+            collate, self.args.max_tokens_per_batch, layout.flattened, is_encoder_decoder(cast(Any, self.model))
+        )
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        return index_stream(self.curriculum, cast(Any, self.train_dataset), self.teacher)
+        return index_stream(self.curriculum, cast(Any, self.train_dataset), from_cache(self.teacher))
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = READ  # type: ignore[assignment]
@@ -340,7 +360,9 @@ class SRDTrainer(Trainer):
         step = self.state.global_step
         temperature, labels_N = self.curriculum.temperature(step), labels_with_loss(inputs)
         rows = self.teacher.rows(inputs, temperature)
-        student, sft_weight = self._place.inner(model), self.curriculum.sft_weight(step)
+        student = self._place.inner(model)
+        # An answer of its own is nothing to imitate.
+        sft_weight = 0.0 if inputs.get(OWN) else self.curriculum.sft_weight(step)
         options = replace(self._loss_options, temperature=temperature, sft_weight=sft_weight)
 
         def of_rows(head: Head, student_ND: Tensor) -> tuple[Tensor, DistillationOutput]:
@@ -424,8 +446,35 @@ class SRDTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self._raise_if_bad(self._check.look(wait=True))
         self._show_weights()
-        self.selection.save(Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}")
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        self.selection.save(folder)
+        if self._answers is not None:
+            self._answers.save(folder)
         super()._save_checkpoint(model, trial)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
+        """Take the batches of an optimizer step, with fresh answers where the step is to have them.
+
+        Args:
+            epoch_iterator: of the loader.
+            num_batches: of the step.
+            device: for the count.
+
+        Returns:
+            The batches, and how many tokens with loss they have over all ranks.
+        """
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self._answers is None or not batches:
+            return batches, items
+        student = self._place.inner(self.model_wrapped)
+        with self.accelerator.autocast(), torch.no_grad():
+            made = self._answers.in_place_of(
+                batches, self.state.global_step, self._validation_losses(), student, self.teacher
+            )
+        return made, items if made is batches else self._get_num_items_in_batch(made, device)
+
+    def _validation_losses(self) -> list[float]:
+        return logged_losses(self.state.log_history, self.state.global_step)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         if not batch_samples:
@@ -501,9 +550,16 @@ class SRDTrainer(Trainer):
                 "seconds": time.monotonic() - self._started,
             }
             self._sums, self._tokens = None, 0
-            self._trend.add(logs["stage"], logs["divergence"])  # type: ignore[arg-type]
+            if self._without_teacher:
+                del logs["divergence"]
+            else:
+                self._trend.add(logs["stage"], logs["divergence"])  # type: ignore[arg-type]
             if self.selection.policy is not None:
                 logs |= self.selection.selected.take()
+            if self._answers is not None:
+                logs |= self._answers.take(
+                    self._validation_losses(), lambda x: cast(Tensor, self.accelerator.reduce(x, "sum"))
+                )
         super().log(logs, start_time)
 
     def train(
@@ -540,6 +596,8 @@ class SRDTrainer(Trainer):
         if resume_from_checkpoint:
             self._place.check_checkpoint(Path(resume_from_checkpoint))
             self.selection.load(Path(resume_from_checkpoint))
+            if self._answers is not None:
+                self._answers.load(Path(resume_from_checkpoint))
         if self._place.in_shards:
             self._place_student()  # the Trainer would make the optimizer of shards and whole weights, in other groups
         self.selection.begin()
@@ -549,6 +607,8 @@ class SRDTrainer(Trainer):
         try:
             result = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         finally:
+            if self._answers is not None:
+                self._answers.close()
             optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)
             if hasattr(optimizer, "found_inf"):
                 del optimizer.found_inf
@@ -583,8 +643,9 @@ class SRDTrainer(Trainer):
             metric_key_prefix: the names of the metrics begin with it and "_".
 
         Returns:
-            `eval_loss`, which is `eval_kl`, so that `metric_for_best_model="loss"` picks the student closest to its
-            teacher; `eval_kl`, KL(teacher, student) at T = 1; and `eval_cross_entropy`.
+            `eval_loss`, which is `eval_kl`, or without a teacher the cross-entropy, so that
+            `metric_for_best_model="loss"` picks the student closest to its teacher; `eval_kl`, KL(teacher, student) at
+            T = 1, not without a teacher; and `eval_cross_entropy`.
 
         Raises:
             UserError: there are no validation rows.
@@ -597,21 +658,23 @@ class SRDTrainer(Trainer):
         self._place_student()
         student = self._place.inner(self.model_wrapped)
         was_training, totals = student.training, torch.zeros(3, dtype=torch.float64, device=self.args.device)
+        teacher = None if self._without_teacher else self.teacher
         student.eval()
         self._show_weights()
         try:
             for inputs in evaluation_batches(dataset, self.args, self._collate):
                 with self.accelerator.autocast():
                     batch = self._prepare_inputs(inputs)
-                    measured = self._place.call(
-                        self.model_wrapped, lambda x: measure_batch(student, self.teacher, x), batch
-                    )
+                    measured = self._place.call(self.model_wrapped, lambda x: measure_batch(student, teacher, x), batch)
                 totals += torch.stack([measured.kl, measured.cross_entropy, measured.num_tokens]).double()
         finally:
             student.train(was_training)
         kl, cross_entropy, tokens = self.accelerator.reduce(totals, "sum").tolist()
-        values = (kl / tokens, kl / tokens, cross_entropy / tokens)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in zip(METRICS, values)}
+        found = {"loss": kl / tokens, "kl": kl / tokens, "cross_entropy": cross_entropy / tokens}
+        if teacher is None:
+            del found["kl"]
+            found["loss"] = found["cross_entropy"]
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

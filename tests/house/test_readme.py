@@ -33,7 +33,7 @@ PAGES = (
     README,
     *(
         ROOT / "docs" / f"{name}.md"
-        for name in ("run", "training", "teacher", "loss", "from_trl", "from_official", "from_top_k")
+        for name in ("run", "modes", "training", "teacher", "loss", "from_trl", "from_official", "from_top_k")
     ),
 )
 Names = dict[str, Any]

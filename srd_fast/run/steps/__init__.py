@@ -1,10 +1,12 @@
 """What each step of a run does: files of the run folder in, files of the run folder out."""
 
+from ..modes import LIVE
+from .answers import answer_inputs, answer_step
 from .cache import cache_inputs, cache_teacher
 from .data import prepare, prepare_inputs
 from .inputs import check_group, check_inputs
 from .outcome import evaluate_inputs, evaluate_step, report
-from .run import LIVE, PRUNE, Run
+from .run import ANSWERS, PRUNE, Run
 from .selection import (
     PARTS,
     curate_inputs,
@@ -19,10 +21,13 @@ from .selection import (
 from .training import distill
 
 __all__ = [
+    "ANSWERS",
     "LIVE",
     "PARTS",
     "PRUNE",
     "Run",
+    "answer_inputs",
+    "answer_step",
     "cache_inputs",
     "cache_teacher",
     "check_group",

@@ -8,7 +8,6 @@ import torch
 from datasets import Dataset, concatenate_datasets
 from torch import nn
 
-from ...curriculum import CurriculumPlan
 from ...data import template_key
 from ...errors import UserError
 from ...files import remove
@@ -16,7 +15,8 @@ from ...models import load_model, model_without_weights
 from ...teacher import StaleCacheError, TeacherCache, open_teacher_cache
 from ...training.config import SRDConfig, check_cache_kind
 from ..config import RunConfig
-from .run import LIVE, Run
+from ..modes import LIVE, MODES, has_cache
+from .run import Run
 from .settings import training_config
 
 logger = logging.getLogger(__name__)
@@ -66,14 +66,14 @@ def open_cache(run: Run, student: nn.Module | None = None) -> TeacherCache | Non
             number of its classes.
 
     Returns:
-        The cache, or None with a live teacher.
+        The cache, or None where the run has none.
     """
     c = run.config.cache
-    if c.kind == LIVE:
+    if not has_cache(run.config):
         return None
-    train = run.data("train")
+    train = run.trained_on
     if not run.config.curate.reflect_again:  # then a dropped sample may come back
-        kept = set(CurriculumPlan.load(run.folder / "plan.json").kept)
+        kept = set(run.plan.kept)
         train = train.select([i for i, sample_id in enumerate(train["sample_id"]) if sample_id in kept])
     if student is None and (c.kind != "hidden" or c.log_sum_exp):
         shape = model_without_weights(run.start) if c.kind == "hidden" else None
@@ -91,14 +91,15 @@ def warm_up_cache(run: Run) -> TeacherCache | None:
         makes, and if it sees so few samples that filling the cache for all of them would not pay before curation.
     """
     c, train = run.config.init_student, run.data("train")
-    if run.config.cache.kind != "hidden" or c.warmup_steps * c.warmup_batch_size < len(train):
+    held = has_cache(run.config) and run.config.cache.kind == "hidden" and not MODES.get(run.config.mode).makes_answers
+    if not held or c.warmup_steps * c.warmup_batch_size < len(train):
         return None
     return _filled(run, [train, run.data("validation")])
 
 
 def validation_cache(run: Run) -> TeacherCache | None:
     """The cache, if it holds everything about the validation samples that a live teacher would give; else None."""
-    return open_cache(run) if run.config.cache.kind == "hidden" else None
+    return open_cache(run) if has_cache(run.config) and run.config.cache.kind == "hidden" else None
 
 
 def _filled(run: Run, samples: Sequence[Dataset], student: nn.Module | None = None) -> TeacherCache:

@@ -27,6 +27,7 @@ from ...training.measure import check_best_metric
 from ...training.preparation import check_optimizer
 from ..config import RunConfig
 from ..group import Group
+from ..modes import check_mode
 from .cache import check_cache
 from .data import VALIDATION, tokenisation_of
 from .run import PRUNE, QUICKSTART
@@ -43,6 +44,7 @@ def check_inputs(config: RunConfig) -> None:
     _check_device(config.device)
     args = training_config(config)
     check_optimizer(args)
+    check_mode(config, args)
     args.of_stages(config.curate.stages)
     lora_config(config)
     SAMPLE_POLICIES.check(sample_policy(config)[0])

@@ -15,9 +15,10 @@ from ...files import write_text
 from ...models import load_model
 from ...reflection import Sampling
 from ...report import write_report
-from ...training.config import SRDConfig
 from ...training.evaluation import evaluate
 from ..config import RunConfig
+from ..modes import MODES
+from .answers import answer_counts
 from .cache import validation_cache
 from .data import COUNTS
 from .run import PRUNE, Run, json_text
@@ -41,13 +42,15 @@ def evaluate_step(run: Run) -> None:
         "srd_fast_version": importlib.metadata.version("srd-fast"),
         "teacher": config.teacher,
         "student": config.student if config.student != PRUNE else f"{config.teacher}, pruned",
-        "divergence": config.distill.get("divergence", SRDConfig.divergence),
+        "mode": config.mode,
+        "divergence": run.args.divergence if MODES.get(config.mode).teacher else "none: cross-entropy",
         "data": {
             "train": len(run.data("train")),
             "validation": len(run.data("validation")),
             "rejected": len(rejected),
             **{name: count for name, count in counts.items() if count},
         },
+        **({"answers": answers} if (answers := answer_counts(run)) else {}),
         "evaluation": _evaluations(run),
         "timings": {name: entry["seconds"] for name, entry in run.ledger.items() if "seconds" in entry},
         "training": _training_figures(run),

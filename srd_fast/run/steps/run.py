@@ -14,6 +14,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ...curriculum import CurriculumPlan
 from ...data import IGNORE_INDEX, TOKENISED_FEATURES
 from ...files import temporary_path
 from ...models import check_head, load_model, load_tokenizer, quantisation_of
@@ -22,11 +23,11 @@ from ...teacher import LiveTeacher
 from ...training.config import SRDConfig
 from ..config import RunConfig
 from ..group import Group
+from ..modes import MODES, PRUNE
 from .settings import training_config
 
 QUICKSTART = "quickstart"
-PRUNE = "prune"
-LIVE = "live"
+ANSWERS = "answers"
 SPLITS = ("train", "validation")
 
 
@@ -135,7 +136,19 @@ class Run:
 
     def data(self, split: str) -> Dataset:
         """Tokenised samples of a split: "train" or "validation"."""
-        return Dataset.from_parquet(str(self.split(split)), features=TOKENISED_FEATURES, keep_in_memory=True)
+        return _samples(self.split(split))
+
+    @property
+    def trained_on(self) -> Dataset:
+        """The samples that the student is trained on: those of the data, or with answers made in their place."""
+        own = MODES.get(self.config.mode).makes_answers
+        return _samples(self.folder / ANSWERS / "train.parquet") if own else self.data("train")
+
+    @property
+    def plan(self) -> CurriculumPlan:
+        """The plan of `trained_on`."""
+        own = MODES.get(self.config.mode).makes_answers
+        return CurriculumPlan.load((self.folder / ANSWERS if own else self.folder) / "plan.json")
 
     def expected_logits(self) -> float:
         """Estimate how many logits of the student the losses compute: rows with loss times classes; 0 without data.
@@ -167,6 +180,10 @@ def has_fast_bfloat16(device: torch.device) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     checks = (getattr(torch.cpu, n, None) for n in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
     return device.type == "cpu" and any(check() for check in checks if check is not None)
+
+
+def _samples(file: Path) -> Dataset:
+    return Dataset.from_parquet(str(file), features=TOKENISED_FEATURES, keep_in_memory=True)
 
 
 def json_text(content: Any) -> str:

@@ -6,9 +6,9 @@ from typing import Any
 
 from datasets import Dataset
 
-from ...curriculum import Signal, curate
+from ...curriculum import CurriculumPlan, Signal, curate
 from ...files import content_digest, remove
-from ...models import fingerprint, load_model
+from ...models import fingerprint, load_model, quantisation_of
 from ...reflection import Sampling, get_difficulties, reflect
 from ...reflection.shards import merge_shards, shard_file, shard_files, write_shard
 from ...reflection.signals import signal_files
@@ -18,6 +18,7 @@ from ...teacher import LiveTeacher
 from ...training.config import SRDConfig
 from ...training.student import prune_and_warm_up
 from ..config import RunConfig
+from ..modes import reflects
 from .cache import warm_up_cache
 from .run import PRUNE, Run, write_parquet
 
@@ -90,7 +91,9 @@ def _made_from(run: Run) -> str:
     return ":".join([run.fingerprints["reflect"], fingerprint(run.start), *run.rouge_stamp])
 
 
-def reflect_together(run: Run, student: str, parts: Path) -> Dataset:
+def reflect_together(
+    run: Run, model: str, parts: Path, samples: Dataset | None = None, seed: int | None = None
+) -> Dataset:
     """Run `reflect_with` in all processes of a group, which share the work.
 
     An engine that spreads over devices or machines by itself is left to the first of them.
@@ -98,26 +101,49 @@ def reflect_together(run: Run, student: str, parts: Path) -> Dataset:
     c = run.config.reflect
     sizes = [c.engine_options.get(name, 1) for name in ("tensor_parallel_size", "data_parallel_size")]
     if c.engine == "ray" or sizes != [1, 1]:
-        return reflect_with(run, student, parts)
-    return run.group.everywhere(_reflect_share, run, student, parts)
+        return reflect_with(run, model, parts, samples=samples, seed=seed)
+    return run.group.everywhere(_reflect_share, run, model, parts, samples, seed)
 
 
-def _reflect_share(run: Run, student: str, parts: Path) -> Dataset:
-    return reflect_with(run, student, parts, sharing=run.group)
+def _reflect_share(run: Run, model: str, parts: Path, samples: Dataset | None, seed: int | None) -> Dataset:
+    return reflect_with(run, model, parts, sharing=run.group, samples=samples, seed=seed)
 
 
-def reflect_with(run: Run, student: str, parts: Path, shard: str | None = None, sharing: Sharing = ALONE) -> Dataset:
-    """Reflections of the training rows by the student in a folder, with the settings of the section `reflect`."""
+def reflect_with(
+    run: Run,
+    model: str,
+    parts: Path,
+    shard: str | None = None,
+    sharing: Sharing = ALONE,
+    samples: Dataset | None = None,
+    seed: int | None = None,
+) -> Dataset:
+    """Reflections of the training rows by a model, with the settings of the section `reflect`.
+
+    Args:
+        run: of which they are.
+        model: folder or hub id.
+        parts: the folder for what is finished.
+        shard: "k/n" for a share of the rows.
+        sharing: the processes that do it together.
+        samples: answer these alone, and do not score the answers. Default: the training rows.
+        seed: of the draws. Default: the run's.
+
+    Returns:
+        The answers, and their scores.
+    """
     c = run.config.reflect
     sampled = [f.name for f in dataclasses.fields(Sampling) if f.name not in ("seed", "stop_ids")]
     return reflect(
-        student,
-        run.data("train"),
+        run.teacher if model == run.config.teacher and (run.teacher_spread or quantisation_of(model)) else model,
+        run.data("train") if samples is None else samples,
         run.tokenizer,
         engine=c.engine,
         engine_options=c.engine_options,
-        sampling=Sampling(**{name: getattr(c, name) for name in sampled}, seed=run.config.seed),
-        signals=c.signals,
+        sampling=Sampling(
+            **{name: getattr(c, name) for name in sampled}, seed=run.config.seed if seed is None else seed
+        ),
+        signals=c.signals if samples is None else (),
         cross_entropy_by=c.cross_entropy_by,
         batch_size=c.batch_size,
         rouge_tokenizer=run.rouge_tokenizer,
@@ -129,6 +155,7 @@ def reflect_with(run: Run, student: str, parts: Path, shard: str | None = None, 
         shard=shard,
         parts_folder=parts,
         sharing=sharing,
+        keep_ids=True,
         progress=run.group.rank == 0,
     )
 
@@ -158,6 +185,12 @@ def curate_step(run: Run) -> None:
     c = run.config.curate
     signals = get_difficulties(c.signals or run.config.reflect.signals)
     weights = list((c.signals or dict.fromkeys(signals, 1.0)).values())
+    if not reflects(run.config):
+        ids = list(run.data("train")["sample_id"])
+        CurriculumPlan([ids, *([] for _ in range(1, c.stages))], method="none", stages=c.stages).save(
+            run.folder / "plan.json"
+        )
+        return
     plan = curate(
         run.folder / "reflections.parquet",
         keep=c.keep,

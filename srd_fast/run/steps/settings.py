@@ -14,6 +14,7 @@ from ...suggest import unknown_name
 from ...training.config import SRDConfig
 from ...training.student import trainer_basics
 from ..config import RunConfig
+from ..modes import MODES, mode_fields
 
 # Of the section `distill`, where they are not those of SRDConfig.
 RUN_DEFAULTS: dict[str, Any] = {
@@ -51,7 +52,11 @@ def training_config(
         UserError: a field of `distill` is unknown or wrong, or the batch cannot be divided.
     """
     basics = {**trainer_basics(torch.device(device), dtype), **RUN_DEFAULTS}
-    given = {**basics, **config.distill, "sample_selection": ALL}  # the plan holds those samples alone
+    given = {
+        **basics,
+        **mode_fields(MODES.get(config.mode), config.distill),
+        "sample_selection": ALL,
+    }  # the plan holds those samples alone
     if processes > 1:
         size, accumulation = given["per_device_train_batch_size"], given.get("gradient_accumulation_steps", 1)
         given |= share_of_batch(size, accumulation, processes)

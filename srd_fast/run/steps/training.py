@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import TrainerCallback
 
 from ...curriculum import CurriculumPlan, replan
@@ -13,9 +14,11 @@ from ...data import IGNORE_INDEX
 from ...files import remove, replace_folder, temporary_path, write_text
 from ...models import load_model
 from ...sharing import ALONE, Sharing
+from ...teacher import CacheBesideTeacher, LiveTeacher
 from ...training.batching import make_curriculum
 from ...training.checkpoints import last_whole_checkpoint
 from ...training.trainer import SRDTrainer
+from ..modes import MODES
 from ..stopping import stopping_later
 from .cache import open_cache
 from .run import Run, json_text, write_parquet
@@ -36,9 +39,9 @@ class _MetricsFile(TrainerCallback):
         logs = logs or {}
         if "loss" in logs:
             row = {"kind": "train", "step": state.global_step, **logs}
-        elif "eval_kl" in logs:
-            kl, cross_entropy = logs["eval_kl"], logs["eval_cross_entropy"]
-            row = {"kind": "eval", "step": state.global_step, "kl": kl, "cross_entropy": cross_entropy}
+        elif "eval_cross_entropy" in logs:
+            measured = {n: logs[f"eval_{n}"] for n in ("kl", "cross_entropy") if f"eval_{n}" in logs}
+            row = {"kind": "eval", "step": state.global_step, **measured}
         else:
             return
         with self.path.open("a", encoding="utf-8") as f:
@@ -57,7 +60,7 @@ def distill(run: Run) -> None:
         metrics.unlink(missing_ok=True)
     else:
         _drop_torn_line(metrics)
-    plan = CurriculumPlan.load(run.folder / "plan.json")
+    plan = run.plan
     if run.config.curate.reflect_again:
         for stage in range(1, len(plan.subset_columns)):
             plan = _plan_from(run, plan, stage)
@@ -124,9 +127,9 @@ def _trained(run: Run, plan: CurriculumPlan, until: int | None, checkpoint: str 
     student = load_model(run.start, torch.float32, run.device)
     trainer = SRDTrainer(
         student,
-        open_cache(run, student) or run.teacher,
+        _teacher(run, student),
         args,
-        run.data("train"),
+        run.trained_on,
         curriculum=plan,
         eval_dataset=run.data("validation"),
         processing_class=run.tokenizer,
@@ -139,6 +142,19 @@ def _trained(run: Run, plan: CurriculumPlan, until: int | None, checkpoint: str 
         trainer.add_callback(save_and_stop)
         trainer.train(resume_from_checkpoint=checkpoint)
     return trainer
+
+
+def _teacher(run: Run, student: nn.Module) -> Any:
+    """What the student is distilled from; None where its loss has no teacher."""
+    mode = MODES.get(run.config.mode)
+    if not mode.teacher:
+        return None
+    cache = open_cache(run, student)
+    if cache is None:
+        return run.teacher
+    if not mode.fresh:
+        return cache
+    return CacheBesideTeacher(cache.for_student(student), LiveTeacher(run.teacher, run.device))
 
 
 def _plan_from(run: Run, plan: CurriculumPlan, stage: int) -> CurriculumPlan:

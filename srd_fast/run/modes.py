@@ -1,0 +1,177 @@
+"""Modes of a run: on whose answers the student is trained, and by which loss. One table, which all else asks.
+
+kd                  the data's answers              the distillation loss
+sft                 the data's answers              cross-entropy; no teacher is there
+seqkd               the teacher's, made once        cross-entropy (Kim and Rush, arXiv 1606.07947)
+offline_on_policy   the student's reflections       the distillation loss, reverse KL unless another is asked for
+on_policy           data's, or fresh ones of the    the distillation loss, JSD unless another is asked for (GKD,
+                    student for a share of steps    arXiv 2306.13649)
+distillm            the same, by a share that grows the distillation loss, skew reverse KL (DistiLLM,
+                    with the validation loss        arXiv 2402.03898)
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UserError
+from ..registry import Registry
+from ..suggest import unknown_name
+from ..training.config import ADAPTIVE, SRDConfig
+
+if TYPE_CHECKING:
+    from .config import RunConfig
+
+DATA, TEACHER, STUDENT = "data", "teacher", "student"
+KD, SFT = "kd", "sft"
+LIVE, PRUNE = "live", "prune"
+
+
+@dataclass(frozen=True)
+class Mode:
+    """What a mode changes of a run.
+
+    Args:
+        answers: whose answers stand in the rows that are trained on: the "data"'s, or those that the "teacher" or the
+            starting "student" gave once before training.
+        teacher: whether the loss has a teacher. Without one it is the cross-entropy, and there is no cache.
+        fresh: whether the student answers anew while it trains.
+        fields: of the section `distill`, where it has no value.
+    """
+
+    answers: str = DATA
+    teacher: bool = True
+    fresh: bool = False
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def makes_answers(self) -> bool:
+        """Whether answers are made before training, to be trained on in place of the data's."""
+        return self.answers != DATA
+
+
+MODES = Registry(
+    "mode",
+    {
+        KD: Mode(),
+        SFT: Mode(teacher=False, fields={"sft_weight": 1.0}),
+        "seqkd": Mode(answers=TEACHER, teacher=False, fields={"sft_weight": 1.0}),
+        "offline_on_policy": Mode(answers=STUDENT, fields={"divergence": "reverse_kl", "sft_weight": 0.0}),
+        "on_policy": Mode(fresh=True, fields={"divergence": "jsd", "sft_weight": 0.0, "lmbda": 0.5}),
+        "distillm": Mode(
+            fresh=True,
+            fields={
+                "divergence": "skew_reverse_kl", "skew": 0.1, "sft_weight": 0.0,
+                "lmbda": ADAPTIVE, "replay_buffer": 1000,
+            },
+        ),
+    },
+)  # fmt: skip
+
+
+def mode_fields(mode: Mode, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The section `distill` with what the mode adds to it.
+
+    A given start or end of the cross-entropy's weight removes the mode's weight.
+
+    Args:
+        mode: of the run.
+        given: the section.
+    """
+    own = dict(mode.fields)
+    if {"sft_weight_start", "sft_weight_end"} & set(given):
+        own.pop("sft_weight", None)
+    return {**own, **given}
+
+
+def reflects(config: "RunConfig") -> bool:
+    """Whether a run looks at the starting student's answers: all do but fine-tuning on all samples as they are."""
+    return config.mode != SFT or config.curate.method != "none"
+
+
+def fine_tuning(config: "RunConfig", model: str, output: str | None = None) -> "RunConfig":
+    """The run that fine-tunes the teacher or the starting student of another on its data, before that.
+
+    Args:
+        config: of the other run.
+        model: "teacher" or "student".
+        output: the run folder. Default: beside the other's.
+
+    Returns:
+        A run of mode sft without a curriculum.
+
+    Raises:
+        UserError: there is no such model, or the student is not there yet.
+    """
+    if model not in (TEACHER, STUDENT):
+        raise UserError(unknown_name("model", model, (TEACHER, STUDENT)))
+    source = config.teacher if model == TEACHER else config.student
+    if source == PRUNE:
+        raise UserError(
+            f"config: student is {PRUNE!r}, so there is none before the run: cut it with srd-fast init-student and "
+            "give its folder, or fine-tune the teacher"
+        )
+    weights = ("sft_weight", "sft_weight_start", "sft_weight_end")
+    return config.model_copy(
+        update={
+            "mode": SFT,
+            "teacher": source,
+            "student": source,
+            "output_dir": output or f"{config.output_dir}-{model}-sft",
+            "curate": config.curate.model_copy(update={"method": "none", "stages": 1, "reflect_again": False}),
+            "distill": {k: v for k, v in config.distill.items() if k not in weights},
+            "answers_per_prompt": 1,
+        }
+    )
+
+
+def has_cache(config: "RunConfig") -> bool:
+    """Whether a run keeps its teacher's rows.
+
+    It does not where every step is on fresh answers, of which nothing can be known before.
+
+    Args:
+        config: of the run.
+    """
+    mode = MODES.get(config.mode)
+    fields = mode_fields(mode, config.distill)
+    always_fresh = fields.get("lmbda") == 1 or fields.get("seq_kd") is True
+    return mode.teacher and config.cache.kind != LIVE and not always_fresh
+
+
+def check_mode(config: "RunConfig", args: SRDConfig) -> None:
+    """Refuse settings that the mode of a config cannot do with, before anything is computed.
+
+    Args:
+        config: of the run.
+        args: of its training, with what the mode adds.
+
+    Raises:
+        UserError: naming the key, its value and the way out.
+    """
+    name, mode = config.mode, MODES.get(config.mode)
+    weights = args.of_stages(config.curate.stages).sft_weights
+    if not mode.teacher and set(weights) != {1.0}:
+        raise UserError(
+            f"config: mode {name!r} trains on the cross-entropy alone, and the sft_weight of its stages is {weights}; "
+            "leave it out of distill, or use mode kd"
+        )
+    if mode.fresh != bool(args.lmbda):
+        way = "set it above 0, or use mode kd" if mode.fresh else "use mode on_policy or distillm, or leave it out"
+        raise UserError(f"config: distill.lmbda is {args.lmbda!r} in mode {name!r}; {way}")
+    several = config.answers_per_prompt
+    if not mode.makes_answers and several != 1:
+        raise UserError(
+            f"config: answers_per_prompt is {several}, and mode {name!r} does not train on answers made beforehand; "
+            "set it to 1, or the mode to offline_on_policy or seqkd"
+        )
+    if several > 1 and not config.reflect.temperature:
+        raise UserError(
+            f"config: answers_per_prompt is {several}, and reflect.temperature is 0, with which all of them would be "
+            "the same; set it to 1, or answers_per_prompt to 1"
+        )
+    if mode.makes_answers and config.curate.reflect_again:
+        raise UserError(
+            f"config: curate.reflect_again changes which prompts are trained on, and mode {name!r} has made their "
+            "answers by then; set it to false"
+        )

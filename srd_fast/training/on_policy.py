@@ -1,0 +1,291 @@
+"""Fresh answers in place of a batch's own: of the student as it is then (GKD, arXiv 2306.13649), or of the teacher.
+
+The loader collates a batch before its step, with weights that are not there yet. So each batch carries its samples, and
+just before the step `FreshAnswers` makes another batch of their prompts and of answers to them.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from ..curriculum import Curriculum
+from ..data import answer_ends, answered, end_of, first_label, prompt_lengths, token_counts
+from ..errors import UserError
+from ..models import check_positions, is_encoder_decoder
+from ..reflection import Sampling
+from ..reflection.engines import GenerationEngine, TransformersEngine, make_engine, stopping_at
+from ..teacher import LiveTeacher, RowsOfSamples, TeacherSource, at_work
+from .batching import micro_batches
+from .config import SRDConfig
+from .replay import DATA, FRESH, REPLAYED, AnswerSchedule, ReplayBuffer, place_seed
+
+# Of a batch: its samples; whether its labels are answers of the student's own.
+SAMPLES, OWN = "samples", "own_answers"
+# What is summed over the steps and processes between two logs.
+_COUNTED = ("steps", "own", "replayed", "answers", "cut", "empty", "tokens", "seconds")
+
+
+class BatchSamples:
+    """The samples of a batch, in a wrapper that loaders pass on as it is.
+
+    Args:
+        samples: tokenised.
+    """
+
+    def __init__(self, samples: Sequence[Mapping[str, Any]]) -> None:
+        self.samples = samples
+
+
+class WithSamples:
+    """Collates as another collator does, and lets the samples travel with their batch.
+
+    Args:
+        collate: the other collator.
+    """
+
+    def __init__(self, collate: Callable[..., dict[str, Any]]) -> None:
+        self.collate = collate
+
+    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        return {**self.collate(samples), SAMPLES: BatchSamples(samples)}
+
+
+def check_answering(
+    args: SRDConfig,
+    student: nn.Module,
+    teacher: TeacherSource,
+    classes: int,
+    curriculum: Curriculum,
+    train: Dataset,
+    sharded: bool,
+) -> None:
+    """Refuse a training whose steps could not have fresh answers.
+
+    Args:
+        args: of the training.
+        student: the model that is trained.
+        teacher: where its rows come from.
+        classes: of the student.
+        curriculum: of `train`.
+        train: tokenised samples.
+        sharded: whether the student's weights are.
+
+    Raises:
+        UserError: the student or the teacher cannot run on new answers, or prompts leave no room for them.
+    """
+    asked = f"lmbda is {args.lmbda!r}" if args.lmbda else "seq_kd is true"
+    if sharded:
+        raise UserError(
+            f"{asked}, but the student's weights lie in shards, and it cannot answer while it trains; train it whole, "
+            "or set it to 0 and make the answers beforehand (mode offline_on_policy)"
+        )
+    live = at_work(teacher)
+    if isinstance(live, RowsOfSamples):
+        raise UserError(
+            f"{asked}, and a cache has no rows of fresh answers: give the teacher itself as "
+            "teacher_model, and the cache as teacher_cache"
+        )
+    if classes > teacher.num_classes:
+        raise UserError(
+            f"{asked}, but the student has {classes} classes and the teacher "
+            f"{teacher.num_classes}: fresh answers may hold tokens that the teacher does not have"
+        )
+    if args.seq_kd and not isinstance(live, LiveTeacher):
+        raise UserError(f"seq_kd needs a teacher that can answer, a model, not {type(live).__name__}")
+    used = train.select(sorted({i for stage in curriculum.stages for i in stage.samples.tolist()}))
+    prompts = prompt_lengths(used)
+    models = {"student": student, "teacher": live.model if isinstance(live, LiveTeacher) else live}
+    way_out = "lower max_new_tokens or max_prompt_length"
+    check_positions(token_counts(used), prompts, used["sample_id"], models, way_out, args.max_new_tokens)
+    longest = max(prompts) + args.max_new_tokens + is_encoder_decoder(student)
+    if 0 < args.max_tokens_per_batch < longest:
+        raise UserError(
+            f"max_tokens_per_batch is {args.max_tokens_per_batch}, but a prompt and its fresh answer may have "
+            f"{longest} tokens; raise it to that, or lower max_new_tokens"
+        )
+
+
+class FreshAnswers:
+    """Decides for each step on which answers it trains, and makes them.
+
+    Everything follows from the seed, the step and the weights, and from what was logged and saved with a checkpoint.
+
+    Args:
+        args: of the training.
+        tokenizer: of the models.
+        train: the tokenised samples.
+        total_steps: of the curriculum.
+        collate: makes a batch, or micro-batches, of samples, without a cache's rows.
+    """
+
+    def __init__(
+        self,
+        args: SRDConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        train: Dataset,
+        total_steps: int,
+        collate: Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]],
+    ) -> None:
+        self.args, self.tokenizer, self.collate = args, tokenizer, collate
+        self.schedule = AnswerSchedule(args.lmbda, args.replay_buffer, total_steps, args.seed)
+        self.buffer = ReplayBuffer(args.replay_buffer)
+        self.ends, self.eos = answer_ends(train, tokenizer), int(tokenizer.eos_token_id)
+        self.length = max(prompt_lengths(train)) + args.max_new_tokens
+        sampling = Sampling(max_new_tokens=args.max_new_tokens, temperature=args.generation_temperature)
+        self._sampling = stopping_at(sampling, sorted(self.ends - {self.eos}))
+        self._engines: dict[str, tuple[GenerationEngine, int]] = {}
+        self._counts, self._lag = dict.fromkeys(_COUNTED, 0.0), 0
+
+    def in_place_of(
+        self,
+        batches: list[dict[str, Any]],
+        step: int,
+        losses: Sequence[float],
+        student: nn.Module,
+        teacher: TeacherSource,
+    ) -> list[dict[str, Any]]:
+        """The batches that a step trains on.
+
+        Args:
+            batches: those of the loader, with their samples, which are taken out.
+            step: from 0.
+            losses: the validation losses before it.
+            student: as it is now, without wrappers.
+            teacher: where its rows come from.
+
+        Returns:
+            The same batches, or others with the same prompts; with `OWN` where the student's own answers are labels.
+        """
+        drawn = [batch.pop(SAMPLES).samples for batch in batches]
+        kind = self.schedule.kind(step, losses, len(self.buffer))
+        self._counts["steps"] += 1
+        self._counts["own"] += kind != DATA
+        self._counts["replayed"] += kind == REPLAYED
+        if kind == DATA and not self.args.seq_kd:
+            return batches
+        made = []
+        for number, samples in enumerate(drawn):
+            seed = place_seed(self.args.seed, step, number, self.args.process_index)
+            if kind == REPLAYED:
+                answers: Sequence[Mapping[str, Any]] = self.buffer.draw(len(samples), seed)
+            else:
+                began = time.monotonic()
+                answers = self._answers(samples, seed, step, None if kind == FRESH else at_work(teacher), student)
+                self._counts["seconds"] += time.monotonic() - began
+            if kind == FRESH:
+                self.buffer.add(answers)
+            batch = self.collate(answers)
+            for part in micro_batches(batch):
+                part[OWN] = kind != DATA
+            made.append(batch)
+        return made
+
+    def _answers(
+        self,
+        samples: Sequence[Mapping[str, Any]],
+        seed: int,
+        step: int,
+        teacher: LiveTeacher | None,
+        student: nn.Module,
+    ) -> list[dict[str, Any]]:
+        """The samples with answers of the student, or of the teacher if it is given."""
+        prompts = [[int(x) for x in s["input_ids"][: first_label(s["labels"])]] for s in samples]
+        sampling = Sampling(**{**vars(self._sampling), "seed": seed})
+        if teacher is None:
+            found = dict(self._engine("student", student, step).generate(prompts, sampling))
+        else:
+            engine = self._engine("teacher", teacher.model, step)
+            found = teacher.run(lambda: dict(engine.generate(prompts, sampling)))
+        return [self._answered(sample, found[i]) for i, sample in enumerate(samples)]
+
+    def _answered(self, sample: Mapping[str, Any], ids: Sequence[int]) -> dict[str, Any]:
+        """A sample with an answer. What ends it has loss, and is not there where the limit cut it.
+
+        Of an empty answer the end is all there is: that the student stops at once is what it has to unlearn.
+        """
+        cut = len(ids) >= self.args.max_new_tokens
+        for name, value in (("answers", 1), ("cut", cut), ("empty", not ids), ("tokens", len(ids))):
+            self._counts[name] += value
+        return answered(sample, ids, None if cut else end_of(sample["labels"], self.ends, self.eos))
+
+    def _engine(self, role: str, model: Any, step: int) -> GenerationEngine:
+        """The engine of the student or the teacher. One that has weights of its own gets the student's now and then."""
+        engine, synced = self._engines.get(role, (None, step))
+        own = engine is not None and not isinstance(engine, TransformersEngine)
+        if own and role == "student" and step - synced >= self.args.sync_every:
+            self._close(role)
+            engine = None
+        if engine is None:
+            engine = make_engine(
+                self.args.generation_engine,
+                model,
+                self.tokenizer,
+                length=self.length,
+                sampling=self._sampling,
+                batch_size=self.args.per_device_train_batch_size,
+                **(self.args.generation_options or {}),
+            )
+            self._engines[role] = engine, step
+        if role == "student" and not isinstance(engine, TransformersEngine):
+            self._lag = max(self._lag, step - self._engines[role][1])
+        return engine
+
+    def _close(self, role: str) -> None:
+        engine: Any = self._engines.pop(role)[0]
+        if hasattr(engine, "close"):
+            engine.close()
+
+    def close(self) -> None:
+        """End the engines; a later step starts them again."""
+        for role in list(self._engines):
+            self._close(role)
+
+    def take(self, losses: Sequence[float], add: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """What happened since the last call, for the log.
+
+        Args:
+            losses: the validation losses so far.
+            add: sums a tensor over the processes of the training.
+
+        Returns:
+            own_answers and replayed: shares of the steps. Where there were fresh answers, answers_cut and
+            answers_empty: shares of them, and answer_tokens, their mean length. generation_seconds: of a step of a
+            process. weights_lag: how many steps the weights of an engine were behind at most. lmbda: the share that
+            the next step has.
+        """
+        sums = torch.tensor(list(self._counts.values()), dtype=torch.float64, device=self.args.device).float()
+        total = dict(zip(_COUNTED, add(sums).tolist(), strict=True))
+        steps = max(1.0, total["steps"])
+        found = {
+            "own_answers": total["own"] / steps,
+            "replayed": total["replayed"] / steps,
+            "generation_seconds": total["seconds"] / steps,
+            "weights_lag": float(self._lag),
+            "lmbda": self.schedule.share_after(losses),
+        }
+        if total["answers"]:
+            shares = {"answers_cut": total["cut"], "answers_empty": total["empty"], "answer_tokens": total["tokens"]}
+            found |= {name: count / total["answers"] for name, count in shares.items()}
+        self._counts, self._lag = dict.fromkeys(_COUNTED, 0.0), 0
+        return found
+
+    @property
+    def _file(self) -> str:
+        return f"own_answers-{self.args.process_index}.parquet"
+
+    def save(self, checkpoint: Path) -> None:
+        """Save the buffer. This comes before the checkpoint's last file, which completes it."""
+        if self.args.replay_buffer:
+            checkpoint.mkdir(parents=True, exist_ok=True)
+            self.buffer.save(checkpoint / self._file)
+
+    def load(self, checkpoint: Path) -> None:
+        """Load the buffer of a checkpoint. Without such a file it is empty."""
+        if self.args.replay_buffer and (checkpoint / self._file).is_file():
+            self.buffer.load(checkpoint / self._file)

@@ -1,0 +1,132 @@
+"""When a step trains on the student's own answers, and on which: fresh ones, or ones from before.
+
+All of it follows from a seed, the number of the step, and what the training has logged so far. So a training that was
+killed goes on as if it had not been.
+
+GKD (arXiv 2306.13649): a fixed share of the steps. DistiLLM (arXiv 2402.03898): a share phi that begins at 0 and grows
+by 0.1 each time the validation loss has grown by 0.1 since it was last measured. Of these steps a share that sinks
+linearly to 0 over the training answers anew; the others train on answers kept in a buffer, once that is full.
+"""
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+ADAPTIVE = "adaptive"
+Kind = Literal["data", "fresh", "replayed"]
+DATA: Kind = "data"
+FRESH: Kind = "fresh"
+REPLAYED: Kind = "replayed"
+# By how much the validation loss must grow for phi to grow, and by how much that does.
+TOLERANCE, RAISE = 0.1, 0.1
+_DIGITS = 9
+
+
+def place_seed(*place: int) -> int:
+    """A seed from 0 to 2^63 that belongs to a place: of a training the seed, the step, the micro-batch, the rank."""
+    digest = hashlib.blake2b(repr(place).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def adaptive_share(losses: Sequence[float]) -> float:
+    """DistiLLM's phi.
+
+    Args:
+        losses: every validation loss so far, in nats, in their order.
+
+    Returns:
+        0 to 1: 0.1 for each loss that is at least 0.1 above the one before it.
+    """
+    raised = sum(later >= before + TOLERANCE for before, later in pairwise(losses))
+    return min(1.0, round(raised * RAISE, _DIGITS))
+
+
+def logged_losses(history: Iterable[Mapping[str, Any]], step: int) -> list[float]:
+    """The validation losses in a Trainer's `log_history` up to a step, one for each step that was evaluated."""
+    found = {x["step"]: float(x["eval_loss"]) for x in history if "eval_loss" in x and x["step"] <= step}
+    return [found[at] for at in sorted(found)]
+
+
+@dataclass(frozen=True)
+class AnswerSchedule:
+    """Which answers each step trains on.
+
+    Args:
+        share: of the steps that train on the student's own answers, 0 to 1, or "adaptive" for DistiLLM's phi.
+        capacity: answers in the buffer; 0: every such step answers anew.
+        total_steps: of the training.
+        seed: of the draws.
+    """
+
+    share: float | str
+    capacity: int
+    total_steps: int
+    seed: int
+
+    def share_after(self, losses: Sequence[float]) -> float:
+        """The share of own answers after these validation losses."""
+        return adaptive_share(losses) if self.share == ADAPTIVE else float(self.share)
+
+    def kind(self, step: int, losses: Sequence[float], held: int) -> Kind:
+        """Decide what a step trains on.
+
+        Args:
+            step: from 0.
+            losses: the validation losses before it.
+            held: answers in the buffer.
+
+        Returns:
+            "data" for the rows' own answers, "fresh" or "replayed".
+        """
+        draw, share = place_seed(self.seed, step) / 2**63, self.share_after(losses)
+        if draw >= share:
+            return DATA
+        anew = share * (1 - step / self.total_steps)
+        return REPLAYED if self.capacity and held >= self.capacity and draw >= anew else FRESH
+
+
+class ReplayBuffer:
+    """The last answers of a student, as tokenised samples.
+
+    Args:
+        capacity: how many it holds; the oldest go first.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self._kept: list[dict[str, list[int]]] = []
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def add(self, samples: Iterable[Mapping[str, Any]]) -> None:
+        """Keep samples, in their order."""
+        self._kept += [{n: list(map(int, s[n])) for n in ("input_ids", "labels")} for s in samples]
+        del self._kept[: max(0, len(self._kept) - self.capacity)]
+
+    def draw(self, count: int, seed: int) -> list[dict[str, list[int]]]:
+        """Draw samples, each once while there are enough.
+
+        Args:
+            count: how many.
+            seed: of the draw.
+        """
+        chosen = np.random.default_rng(seed).choice(len(self._kept), count, replace=len(self._kept) < count)
+        return [self._kept[i] for i in chosen]
+
+    def save(self, file: Path) -> None:
+        """Write all that is kept."""
+        kind = pa.list_(pa.int32())
+        columns = {n: pa.array([s[n] for s in self._kept], kind) for n in ("input_ids", "labels")}
+        pq.write_table(pa.table(columns), file)
+
+    def load(self, file: Path) -> None:
+        """Take what was written in place of what is kept."""
+        self._kept = pq.read_table(file).to_pylist()
