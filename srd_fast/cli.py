@@ -1,4 +1,4 @@
-"""`srd-fast`: the verbs. Exit status 0, 2 with one line for a user's mistake, 130 or 143 when stopped by a signal."""
+"""`srd-fast`: the verbs. Exit status 0, 2 with a line for each mistake of a user, 130 or 143 when stopped by signals."""
 
 import logging
 import os
@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .errors import UserError
+from .errors import FaultsError, UserError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -61,15 +61,14 @@ def _execute(config: Path, overrides: list[str] | None, **options: Any) -> Path 
     Returns:
         The run folder; in a process other than the first, None.
     """
-    from .run.config import load_run_config
     from .run.group import joined
-    from .run.pipeline import execute, serve
+    from .run.pipeline import execute, load_checked, serve
     from .run.stopping import Stopped, stoppable
 
     try:
         with stoppable(), joined() as group:
             if group.rank == 0:
-                return execute(load_run_config(config, overrides or []), group=group, **options)
+                return execute(load_checked(config, overrides or []), group=group, **options)
             serve(group)
     except Stopped as e:
         typer.echo(f"\n{e}; the same command goes on from here", err=True)
@@ -309,7 +308,9 @@ def main() -> None:
     try:
         app()
     except UserError as e:
-        typer.echo(f"error: {' '.join(str(e).split())}", err=True)
+        faults = [fault.text for fault in e.faults] if isinstance(e, FaultsError) else [str(e)]
+        for text in faults:
+            typer.echo(f"error: {' '.join(text.split())}", err=True)
         sys.exit(2)
 
 

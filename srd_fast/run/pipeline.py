@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from ..files import content_digest, disk_trouble, in_use, remove, write_text
 from ..losses import expect_logits, is_out_of_memory
 from ..reflection.shards import parse_shard
 from . import steps
-from .config import RunConfig
+from .config import RunConfig, read_run_config
 from .group import Group
 
 logger = logging.getLogger(__name__)
@@ -148,6 +148,26 @@ def fingerprints(config: RunConfig) -> dict[str, str]:
     return found
 
 
+def load_checked(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a config; where some of it is wrong, check all the rest before that is told.
+
+    Args:
+        path: a YAML file, or None for the defaults.
+        overrides: texts such as "distill.skew=0.2".
+
+    Returns:
+        The config. What needs more than reading it is checked by `execute`.
+
+    Raises:
+        FaultsError: with a line for each fault of the config.
+        UserError: the file cannot be read.
+    """
+    config, faults = read_run_config(path, list(overrides))
+    if faults.found:
+        steps.check_inputs(config, faults)
+    return config
+
+
 def execute(
     config: RunConfig,
     only: str | None = None,
@@ -155,6 +175,7 @@ def execute(
     say: Callable[[str], None] = print,
     shard: str | None = None,
     group: Group | None = None,
+    checks: steps.Checks = (),
 ) -> Path:
     """Run every step that is not done, or one step.
 
@@ -165,14 +186,18 @@ def execute(
         say: prints a line.
         shard: "k/n" with only="reflect": do that share of the samples, and leave its scores beside those of the others.
         group: the processes that do it together, of which this is the first. The others `serve` it. Default: this one.
+        checks: of the config, besides the run's own, before anything is done; what they raise is told with the rest.
 
     Returns:
         The run folder.
 
     Raises:
-        UserError: the input is wrong, or `only` needs a step that is not done.
+        UserError: the input is wrong, or `only` needs a step that is not done. All that is wrong with the config is
+            one FaultsError.
     """
     folder = Path(config.output_dir)
+    with _explained(folder):
+        steps.check_inputs(config, also=checks)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -235,7 +260,6 @@ def _execute(
     group: Group,
 ) -> None:
     """Run `execute` in a folder that this process holds."""
-    steps.check_inputs(config)
     steps.check_group(config, group, shard)
     wanted = fingerprints(config)
     write_text(folder / "config.yaml", yaml.safe_dump(config.model_dump(), sort_keys=False))

@@ -12,12 +12,11 @@ from accelerate import Accelerator
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from datasets import Dataset, concatenate_datasets
 from torch import nn
-from transformers import Trainer
 from transformers.integrations.fsdp import update_fsdp_plugin_peft
 
 from ..curriculum import Curriculum
 from ..data import template_key
-from ..errors import UserError, first_line
+from ..errors import UserError
 from ..models import (
     check_same_kind,
     compile_layers,
@@ -180,24 +179,6 @@ def sharded_by_fsdp(student: nn.Module, accelerator: Accelerator) -> nn.Module:
     if hasattr(student, "peft_config"):
         update_fsdp_plugin_peft(student, accelerator)
     return accelerator.prepare(student)
-
-
-def check_optimizer(args: SRDConfig) -> None:
-    """Refuse an optimizer whose package is not installed.
-
-    Args:
-        args: of the training; `optim` names the optimizer.
-
-    Raises:
-        UserError: with what to install.
-    """
-    try:
-        Trainer.get_optimizer_cls_and_kwargs(args)
-    except ImportError as e:
-        raise UserError(f"optim is {getattr(args.optim, 'value', args.optim)!r}: {first_line(e)}") from e
-    except ValueError as e:  # others are about the model, which is not there yet
-        if "install" in str(e) or "import" in str(e):
-            raise UserError(f"optim is {getattr(args.optim, 'value', args.optim)!r}: {first_line(e)}") from e
 
 
 def layout_of(

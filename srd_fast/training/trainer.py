@@ -61,6 +61,7 @@ from ..teacher import (
     labels_with_loss,
     rows_with_loss,
 )
+from .arguments import check_packages
 from .batching import (
     READ,
     TokenBatches,
@@ -71,6 +72,7 @@ from .batching import (
     index_stream,
     make_curriculum,
     micro_batches,
+    warn_of_cut,
 )
 from .callbacks import StepHooks
 from .checkpoints import last_whole_checkpoint
@@ -81,7 +83,6 @@ from .pair import ready_pair, widen_trained_weights
 from .preparation import (
     batch_layout,
     check_fsdp,
-    check_optimizer,
     compile_models,
     compiles,
     freeze_what_text_never_reaches,
@@ -96,6 +97,13 @@ R = TypeVar("R")
 
 # Parts of the loss in the logs; the last only where the student's config asks for that loss.
 _LOGGED = ("divergence", "cross_entropy", "entropy", "router_loss")
+
+
+def _tokens(batch: Mapping[str, Tensor], padding: bool) -> Tensor:
+    """How many input tokens a batch has. Without a mask there is no padding."""
+    if padding or "attention_mask" not in batch:
+        return torch.tensor(batch["input_ids"].numel())
+    return batch["attention_mask"].sum()
 
 
 class SRDTrainer(Trainer):
@@ -154,8 +162,7 @@ class SRDTrainer(Trainer):
             raise UserError("processing_class is missing: pass the student's tokenizer")
         if not isinstance(args, SRDConfig):
             raise UserError(f"args must be an SRDConfig, got {type(args).__name__}")
-        if optimizers[0] is None:
-            check_optimizer(args)
+        check_packages(args, optimizer_given=optimizers[0] is not None)
         check_best_metric(args.metric_for_best_model)
         if args.push_to_hub and args.process_index == 0:
             try_hub(args.hub_token)
@@ -217,6 +224,7 @@ class SRDTrainer(Trainer):
                 f"max_steps is {args.max_steps} but the curriculum has {self.curriculum.total_steps} steps; raise "
                 "epochs_per_stage, or leave max_steps out"
             )
+        warn_of_cut(self.curriculum, args)
         if args.max_tokens_per_batch:
             reason = None
             if self.is_deepspeed_enabled:
@@ -288,6 +296,13 @@ class SRDTrainer(Trainer):
     def _remove_unused_columns(self, dataset: Dataset, description: str | None = None) -> Dataset:
         """Keep the columns that a step reads, as arrays, which take a fifth of the time that lists take."""
         return super()._remove_unused_columns(dataset, description).with_format("numpy")
+
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        if self.args.include_num_input_tokens_seen == "no":
+            return
+        seen = [_tokens(part, self.args.include_num_input_tokens_seen == "all") for part in micro_batches(inputs)]
+        of_ranks = self.accelerator.gather(torch.stack(seen).sum().to(self.args.device))
+        self.state.num_input_tokens_seen += int(of_ranks.sum())
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Make the scheduler that follows the curriculum's learning rate.

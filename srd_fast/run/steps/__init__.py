@@ -2,7 +2,7 @@
 
 from .cache import cache_inputs, cache_teacher
 from .data import prepare, prepare_inputs
-from .inputs import check_group, check_inputs
+from .inputs import Checks, check_group, check_inputs
 from .outcome import evaluate_inputs, evaluate_step, report
 from .run import LIVE, PRUNE, Run
 from .selection import (
@@ -22,6 +22,7 @@ __all__ = [
     "LIVE",
     "PARTS",
     "PRUNE",
+    "Checks",
     "Run",
     "cache_inputs",
     "cache_teacher",
