@@ -1,4 +1,4 @@
-"""`srd-fast`: the verbs. Exit status 0, 2 with a line for each mistake of a user, 130 or 143 when stopped by signals."""
+"""`srd-fast`: the verbs. Exit status 0, 2 with a line for each mistake of a user, 130 or 143 when stopped."""
 
 import logging
 import os
@@ -65,6 +65,10 @@ def _execute(config: Path, overrides: list[str] | None, **options: Any) -> Path 
     from .run.pipeline import execute, load_checked, serve
     from .run.stopping import Stopped, stoppable
 
+    if options.get("only") in (None, "distill"):
+        from .memory.room import check_room
+
+        options["checks"] = (check_room,)
     try:
         with stoppable(), joined() as group:
             if group.rank == 0:

@@ -141,8 +141,11 @@ def _check_reflection(config: RunConfig, faults: Faults) -> None:
     faults.check("reflect.engine_options", check_engine_options, reflect.engine_options)
     made: dict[str, Any] = {}
     for name in reflect.signals:
-        made |= faults.check((), get_difficulties, [name]) or {}
-    faults.check("reflect.signals", get_difficulties, [n for n in reflect.signals if n in made or ":" in n])
+        found = faults.check((), get_difficulties, [*made.values(), name])
+        if found is None:
+            faults.doubt(["reflect.signals"])
+        else:
+            made[next(reversed(found))] = name
     for name in config.curate.signals or ():
         faults.check(("reflect.signals", "curate.signals"), _check_ranked, name, made)
 
