@@ -26,6 +26,8 @@ _Config = Annotated[
 _Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[key=value]...", help="Override config keys, e.g. distill.skew=0.2.")
 ]
+_QuietFlag = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but warnings and errors.")]
+_JsonFlag = Annotated[bool, typer.Option("--json", help="Say where it is as lines of json, for other programs.")]
 _Limit = Annotated[
     str | None, typer.Option(help="Such as 8GiB, 8GB or 8192MB: change sizes until the peak is below it.")
 ]
@@ -48,7 +50,9 @@ def _common(
     pass
 
 
-def _execute(config: Path, overrides: list[str] | None, **options: Any) -> Path | None:
+def _execute(
+    config: Path, overrides: list[str] | None, quiet: bool = False, as_json: bool = False, **options: Any
+) -> Path | None:
     """Carry a command out that takes a config; together with the processes that were started with this one.
 
     Ctrl-C and SIGTERM end with status 130 and 143 and a word about going on.
@@ -56,15 +60,30 @@ def _execute(config: Path, overrides: list[str] | None, **options: Any) -> Path 
     Args:
         config: the file.
         overrides: texts such as "distill.skew=0.2".
+        quiet: say nothing but warnings and errors.
+        as_json: say where it is in json.
         options: further arguments of `srd_fast.run.pipeline.execute`.
 
     Returns:
         The run folder; in a process other than the first, None.
     """
+    if quiet and as_json:
+        raise UserError("--quiet and --json do not go together: give one of them")
+    if quiet or as_json:
+        logging.getLogger("srd_fast").setLevel(logging.WARNING)
+
+    from transformers.utils.logging import disable_progress_bar
+
     from .run.group import joined
     from .run.pipeline import execute, load_checked, serve
     from .run.stopping import Stopped, stoppable
+    from .showing import show_as, style
 
+    show_as("quiet" if quiet else "json" if as_json else "auto")
+    if style() != "bar":
+        disable_progress_bar()  # of models that are read and written
+    if quiet or as_json:
+        options["say"] = _say_json if as_json else _say_nothing
     if options.get("only") in (None, "distill"):
         from .memory.room import check_room
 
@@ -80,6 +99,16 @@ def _execute(config: Path, overrides: list[str] | None, **options: Any) -> Path 
     return None
 
 
+def _say_nothing(news: Any) -> None:
+    pass
+
+
+def _say_json(news: Any) -> None:
+    from .showing import say_json
+
+    say_json(event="step", step=news.step, state=news.state, seconds=news.seconds)
+
+
 def _for_one_process(verb: str) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         if os.environ.get("RANK", "0") != "0":
@@ -88,13 +117,17 @@ def _for_one_process(verb: str) -> None:
 
 
 @app.command()
-def run(config: _Config, overrides: _Overrides = None) -> None:
+def run(config: _Config, overrides: _Overrides = None, quiet: _QuietFlag = False, as_json: _JsonFlag = False) -> None:
     """Every step: prepare, init-student, reflect, curate, cache, distill, evaluate, report.
 
     A step is skipped when its output is there and was made from the same inputs. Stopped, the same command goes on.
     """
-    folder = _execute(config, overrides)
-    if folder is not None:
+    folder = _execute(config, overrides, quiet, as_json)
+    if folder is not None and as_json:
+        from .showing import say_json
+
+        say_json(event="end", report=str(folder / "report.html"), student=str(folder / "student"))
+    elif folder is not None and not quiet:
         typer.echo(f"report: {folder / 'report.html'}")
         typer.echo(f"student: {folder / 'student'}")
 
@@ -147,8 +180,10 @@ def _step_command(name: str, text: str) -> None:
         config: _Config,
         overrides: _Overrides = None,
         force: Annotated[bool, typer.Option("--force", help="Do it again even if nothing has changed.")] = False,
+        quiet: _QuietFlag = False,
+        as_json: _JsonFlag = False,
     ) -> None:
-        _execute(config, overrides, only=name, force=force)
+        _execute(config, overrides, quiet, as_json, only=name, force=force)
 
 
 _step_command("prepare", "Read and tokenise the data into the run folder.")
@@ -162,13 +197,15 @@ def reflect(
         str | None, typer.Option(help="Such as 3/16: that share of the samples, on a machine of many.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Do it again even if nothing has changed.")] = False,
+    quiet: _QuietFlag = False,
+    as_json: _JsonFlag = False,
 ) -> None:
     """The starting student answers every training prompt: reflections.parquet. The steps before it must be done.
 
     With --shard, its share's scores alone: reflections-00003-of-00016.parquet. Once the files of all shards lie in the
     run folder, the command without --shard joins them.
     """
-    _execute(config, overrides, only="reflect", force=force, shard=shard)
+    _execute(config, overrides, quiet, as_json, only="reflect", force=force, shard=shard)
 
 
 _step_command("curate", "Rank, drop and stage the samples: plan.json.")
@@ -313,6 +350,10 @@ def main() -> None:
         app()
     except UserError as e:
         faults = [fault.text for fault in e.faults] if isinstance(e, FaultsError) else [str(e)]
+        if "--json" in sys.argv[1:]:
+            from .showing import say_json
+
+            say_json(event="error", faults=faults)
         for text in faults:
             typer.echo(f"error: {' '.join(text.split())}", err=True)
         sys.exit(2)

@@ -49,6 +49,26 @@ class Step:
     caches: tuple[str, ...] = ()
 
 
+class News(str):
+    """A line about a step of a run.
+
+    Args:
+        text: the line.
+        step: name of the step.
+        state: "skipped", "started" or "done".
+        seconds: that it took, or None.
+    """
+
+    def __new__(cls, text: str, step: str, state: str, seconds: float | None = None) -> "News":
+        made = super().__new__(cls, text)
+        made.step, made.state, made.seconds = step, state, seconds
+        return made
+
+    step: str
+    state: str
+    seconds: float | None
+
+
 STEPS = (
     Step("prepare", lambda c: ["data"], steps.prepare_inputs, (), steps.prepare),
     Step(
@@ -172,7 +192,7 @@ def execute(
     config: RunConfig,
     only: str | None = None,
     force: bool = False,
-    say: Callable[[str], None] = print,
+    say: Callable[[News], None] = print,
     shard: str | None = None,
     group: Group | None = None,
     checks: steps.Checks = (),
@@ -183,7 +203,7 @@ def execute(
         config: of the run.
         only: the one step to run. The steps before it must be done, except init-student.
         force: do `only` again even if nothing has changed.
-        say: prints a line.
+        say: prints a line; it knows which step is where.
         shard: "k/n" with only="reflect": do that share of the samples, and leave its scores beside those of the others.
         group: the processes that do it together, of which this is the first. The others `serve` it. Default: this one.
         checks: of the config, besides the run's own, before anything is done; what they raise is told with the rest.
@@ -255,7 +275,7 @@ def _execute(
     folder: Path,
     only: str | None,
     force: bool,
-    say: Callable[[str], None],
+    say: Callable[[News], None],
     shard: str | None,
     group: Group,
 ) -> None:
@@ -284,21 +304,21 @@ def _execute(
                 remove(steps.shard_parts(folder, shard))
             with expect_logits(run.expected_logits()):
                 done = steps.reflect_shard(run, shard)
-            say(f"{place}, shard {shard}: {done}")
+            say(News(f"{place}, shard {shard}: {done}", step.name, "done"))
             continue
         if force and only == step.name:
             for cache in step.caches:
                 remove(folder / cache)
         elif valid:
-            say(f"{place}: unchanged, skipped")
+            say(News(f"{place}: unchanged, skipped", step.name, "skipped"))
             continue
-        say(f"{place} ...")
+        say(News(f"{place} ...", step.name, "started"))
         started = time.monotonic()
         with expect_logits(run.expected_logits()):
             step.run(run)
         seconds = time.monotonic() - started
         ledger.record(step, wanted[step.name], config, folder, seconds)
-        say(f"{place}: done in {seconds:.0f} s")
+        say(News(f"{place}: done in {seconds:.0f} s", step.name, "done", round(seconds, 3)))
 
 
 def _before(name: str) -> set[str]:

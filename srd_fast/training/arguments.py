@@ -4,7 +4,7 @@ transformers looks at few of its numbers before it uses them, which may be hours
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -201,18 +201,27 @@ def check_packages(args: TrainingArguments, optimizer_given: bool = False) -> No
         FaultsError: with what to install.
     """
     faults = Faults()
-    if not optimizer_given:
-        faults.check("optim", _check_optimizer, args)
-    for name in args.report_to or ():
-        faults.check((), _check_report, name)
-    if args.use_liger_kernel:
-        faults.check("use_liger_kernel", _check_installed, "use_liger_kernel is true", "liger_kernel", "liger-kernel")
+    for names, look in PACKAGES.items():
+        if not optimizer_given or "optim" not in names:
+            faults.check(names, look, args)
     faults.tell()
 
 
 def _check_installed(setting: str, module: str, package: str) -> None:
     if find_spec(module) is None:
         raise UserError(f"{setting}, which needs the package {package}: pip install {package}, or leave it out")
+
+
+def _check_liger(args: TrainingArguments) -> None:
+    if args.use_liger_kernel:
+        _check_installed("use_liger_kernel is true", "liger_kernel", "liger-kernel")
+
+
+def _check_reports(args: TrainingArguments) -> None:
+    faults = Faults()
+    for name in args.report_to or ():
+        faults.check((), _check_report, name)
+    faults.tell()
 
 
 def _check_report(name: Any) -> None:
@@ -248,3 +257,11 @@ def _check_optimizer(args: TrainingArguments) -> None:
             kind([torch.nn.Parameter(torch.zeros(1))], **settings)
         except (TypeError, ValueError, RuntimeError) as e:
             raise UserError(f"{name}, with optim_args {args.optim_args!r}: {first_line(e)}") from e
+
+
+# Fields -> what looks at their packages.
+PACKAGES: dict[tuple[str, ...], Callable[[TrainingArguments], None]] = {
+    ("optim", "optim_args", "optim_target_modules"): _check_optimizer,
+    ("report_to",): _check_reports,
+    ("use_liger_kernel",): _check_liger,
+}

@@ -204,8 +204,10 @@ def check_lengths(most: int, curriculum: Curriculum, train: Dataset, encoder_dec
         )
 
 
-def evaluation_batches(dataset: Dataset, args: SRDConfig, collate: Callable[..., Any]) -> Iterator[dict[str, Any]]:
-    """Yield batches that hold every row once over all ranks, the same number of batches on each.
+def evaluation_batches(
+    dataset: Dataset, args: SRDConfig, collate: Callable[..., Any]
+) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
+    """Yield batches, with their samples, that hold every row once over all ranks, the same number of batches on each.
 
     A rank without rows left gets a batch without loss.
     """
@@ -215,4 +217,4 @@ def evaluation_batches(dataset: Dataset, args: SRDConfig, collate: Callable[...,
         samples = [dataset[i] for i in mine[start : start + size]]
         if not samples:
             samples = [{**dataset[0], "labels": [IGNORE_INDEX] * len(dataset[0]["labels"])}]
-        yield collate(samples)
+        yield collate(samples), samples

@@ -7,6 +7,7 @@ import json
 import random
 import shutil
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,11 @@ import yaml
 
 from srd_fast.errors import FaultsError, UserError
 from srd_fast.memory import room
-from srd_fast.memory.planner import plan
 from srd_fast.run.config import RunConfig, load_run_config
 from srd_fast.run.pipeline import execute, load_checked
 
 # Key and value -> a part of the line that tells of it. No two of a group go together.
 FAULTS: dict[str, list[tuple[dict[str, Any], str]]] = {
-    "teacher": [],
     "curate.keep": [({"curate.keep": 1.5}, "curate.keep: must be in (0, 1]"), ({"curate.keep": "all"}, "curate.keep:")],
     "curate.stages": [({"curate.stages": 0}, "curate.stages:"), ({"curate.stages": "three"}, "curate.stages:")],
     "curate.method": [
@@ -34,7 +33,7 @@ FAULTS: dict[str, list[tuple[dict[str, Any], str]]] = {
     "curate": [({"curate.kepe": 0.5}, "unknown key in curate 'kepe'")],
     "reflect.engine": [
         ({"reflect.engine": "vlm"}, "unknown engine 'vlm'"),
-        ({"reflect.engine": "ray"}, "reflect.engine is 'ray', which needs the package ray"),
+        ({"reflect.engine": "vllm"}, "reflect.engine is 'vllm', which needs the package vllm"),
     ],
     "reflect.engine_options": [({"reflect.engine_options": {"sampling": 1}}, "engine_options holds 'sampling'")],
     "reflect.temperature": [({"reflect.temperature": -0.5}, "reflect.temperature:")],
@@ -73,7 +72,7 @@ FAULTS: dict[str, list[tuple[dict[str, Any], str]]] = {
     "unknown": [({"studnet": "x"}, "unknown key 'studnet'; did you mean 'student'?")],
     "distill.unknown": [({"distill.lr": 1}, "did you mean 'learning_rate'?")],
     "distill.set": [({"distill.output_dir": "x"}, "output_dir is set at the top level")],
-    "distill.skew": [({"distill.skew": 1.5}, "skew must be at least 0 and at most 1"), ({"distill.skew": "a"}, "skew:")],
+    "distill.skew": [({"distill.skew": 1.5}, "skew must be at least 0 and"), ({"distill.skew": "a"}, "skew:")],
     "distill.divergence": [
         ({"distill.divergence": "kld"}, "unknown divergence 'kld'"),
         ({"distill.class_sampling": 8}, "class_sampling is 8, which estimates forward_kl alone"),
@@ -81,7 +80,7 @@ FAULTS: dict[str, list[tuple[dict[str, Any], str]]] = {
     "distill.temperature": [({"distill.temperature": 0}, "temperature must be at least")],
     "distill.learning_rate": [({"distill.learning_rate": 0}, "learning_rate must be above 0")],
     "distill.schedule": [({"distill.lr_scheduler_type": "linear"}, "lr_scheduler_type is 'linear', but")],
-    "distill.sampling": [({"distill.train_sampling_strategy": "sequential"}, "train_sampling_strategy is 'sequential'")],
+    "distill.sampling": [({"distill.train_sampling_strategy": "sequential"}, "train_sampling_strategy is 'seq")],
     "distill.smoothing": [({"distill.label_smoothing_factor": 0.1}, "label_smoothing_factor is 0.1")],
     "distill.eval": [
         ({"distill.eval_strategy": "daily"}, "eval_strategy is 'daily'"),
@@ -106,6 +105,14 @@ FAULTS: dict[str, list[tuple[dict[str, Any], str]]] = {
     "distill.norm": [({"distill.max_grad_norm": -1}, "max_grad_norm must be at least 0")],
     "distill.workers": [({"distill.dataloader_prefetch_factor": 2}, "dataloader_prefetch_factor is 2")],
 }  # fmt: skip
+# Those of packages that are not there.
+for group, said, package in (
+    ("reflect.engine", "package vllm", "vllm"),
+    ("distill.optim", "install", "bitsandbytes"),
+    ("distill.report_to", "mlflow", "mlflow"),
+):
+    if find_spec(package) is not None:
+        FAULTS[group] = [fault for fault in FAULTS[group] if said not in fault[1]]
 # Looks at what another one would have to be right for.
 HIDES = {"curate.stages": ["distill.epochs"], "cache.kind": [], "preset": ["distill.samples", "distill.divergence"]}
 HIDES |= {"curate": ["curate.method"], "curate.keep": ["curate.method"], "curate.rrf_k": ["curate.method"]}
@@ -171,9 +178,10 @@ def drawn(seed: int, base: Path) -> tuple[dict[str, Any], list[str]]:
         wrong, said = rng.choice(FAULTS[group])
         values |= wrong
         words.append(said)
-    if {"curate.reflect_again", "distill.class_sampling"} & set(values):  # they go with some fine values, or not
-        values.pop("distill.divergence", None)
-        values.pop("distill.save_strategy", None) if values.get("distill.save_strategy") == "no" else None
+    if "distill.class_sampling" in values:
+        values["distill.divergence"] = "jsd"
+    if "curate.reflect_again" in values and values.get("distill.save_strategy") == "no":
+        del values["distill.save_strategy"]
     return values, words
 
 
@@ -197,17 +205,17 @@ def told(load: Callable[[], RunConfig]) -> list[str]:
     except FaultsError as e:
         assert not Path("run").exists(), "work has begun"
         return [fault.text for fault in e.faults]
-    except Stop:
+    except FineError:
         return []
     raise AssertionError("nothing stopped the run")
 
 
-class Stop(Exception):
+class FineError(Exception):
     """The config is fine."""
 
 
 def stop(config: RunConfig) -> None:
-    raise Stop
+    raise FineError
 
 
 def try_all(seeds: range, base: Path) -> int:
@@ -234,6 +242,47 @@ def here(base: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 def test_each_fault_is_told_alone_and_with_others(here: Path) -> None:
     assert try_all(range(14), here) > 14
+
+
+def config_here(base: Path, **more: Any) -> RunConfig:
+    return load_run_config("config.yaml", written({**usual(base), **more}, 1))
+
+
+def test_room_in_memory_is_looked_at(
+    here: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The planner is asked only where a bound that costs nothing is not enough."""
+    config, planned = config_here(here), []
+    needed = type("Plan", (), {"total": 700 << 20})()
+    monkeypatch.setattr(room, "plan", lambda config: planned.append(config) or needed)
+    for total, free, asked in ((64 << 30, 32 << 30, 0), (64 << 30, 1 << 30, 1), (64 << 30, 600 << 20, 2)):
+        monkeypatch.setattr(
+            psutil, "virtual_memory", lambda t=total, f=free: type("M", (), {"total": t, "available": f})
+        )
+        room.check_room(config)
+        assert len(planned) == asked
+        assert ("of which 0.6 GB are free" in caplog.text) is (asked == 2)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: type("M", (), {"total": 500 << 20, "available": 1}))
+    with pytest.raises(
+        UserError, match=r"distill needs about 0\.7 GB at its peak, and cpu has 0\.5 GB; srd-fast memory"
+    ):
+        room.check_room(config)
+
+
+@pytest.mark.parametrize(("fields", "fits"), [({}, False), ({"distill.save_strategy": "no"}, True)])
+def test_room_on_the_disk_is_looked_at(
+    fields: dict[str, Any], fits: bool, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = 4 * sum(p.numel() for p in tiny.tiny_model("llama", layers=4).parameters())
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Disk", (), {"free": 2 * size})())
+    config = config_here(here, **fields)
+    if fits:
+        return room.check_room(config)
+    with pytest.raises(
+        UserError, match=r"output_dir: the student and its checkpoints take .* lower distill\.save_total"
+    ):
+        execute(config, checks=[room.check_room])
+    assert not Path("run").exists()
 
 
 @pytest.mark.slow

@@ -31,7 +31,7 @@ from ...models import (
 from ...reflection import get_difficulties
 from ...reflection.engines import ENGINES, check_engine_options
 from ...selection import SAMPLE_POLICIES
-from ...training.arguments import check_packages
+from ...training.arguments import PACKAGES
 from ...training.config import SRDConfig
 from ...training.corpus_metrics import check_metrics
 from ...training.measure import check_best_metric
@@ -67,8 +67,8 @@ def check_inputs(config: RunConfig, faults: Faults | None = None, also: Checks =
     faults.check(("distill.sample_selection", "preset"), lambda: SAMPLE_POLICIES.check(sample_policy(config)[0]))
     if args is not None:
         check_cache(config, args, faults)
-        packages = ("distill.optim", "distill.optim_args", "distill.report_to", "distill.use_liger_kernel")
-        faults.check(packages, _check_packages, args)
+        for names, needs in PACKAGES.items():
+            faults.check((f"distill.{name}" for name in names), _of_distill, needs, args)
         metric = ("distill.metric_for_best_model",)
         faults.check(metric, lambda: _of_distill(check_best_metric, args.metric_for_best_model))
         if args.push_to_hub:
@@ -123,10 +123,6 @@ def _of_distill(look: Callable[..., Any], *given: Any) -> None:
         raise FaultsError([Fault(fault.names, f"config: distill: {fault.text}") for fault in e.faults]) from e
     except UserError as e:
         raise UserError(f"config: distill: {e}") from e
-
-
-def _check_packages(args: SRDConfig) -> None:
-    _of_distill(check_packages, args)
 
 
 def _check_stages(name: str, value: Any, stages: int) -> None:
@@ -193,7 +189,7 @@ def _check_models(config: RunConfig, faults: Faults) -> None:
             faults.check(pair, check_tokenizers, tokenizer, teachers, shared)
             faults.check(pair, lambda: check_same_kind(load_config(config.student), load_config(config.teacher)))
     else:
-        faults.check(("teacher", "init_student"), _check_encoder_layers, config)
+        faults.check("init_student.encoder_layers", _check_encoder_layers, config, teachers)
     faults.check(("teacher", "lora"), lora_config, config)
     if tokenizer is not None:
         speech = ("template", "chat_template_kwargs", "max_prompt_length", "max_response_length", "train_on")
@@ -208,7 +204,9 @@ def _check_weights(config: RunConfig) -> None:
         raise UserError(f"config: the {which} is quantised ({kind}); it needs full weights")
 
 
-def _check_encoder_layers(config: RunConfig) -> None:
+def _check_encoder_layers(config: RunConfig, teachers: Any) -> None:
+    if teachers is None:
+        return  # it cannot be read
     if config.init_student.encoder_layers is not None and not is_encoder_decoder(load_config(config.teacher)):
         raise UserError("config: init_student.encoder_layers is given, but the teacher has no encoder; leave it out")
 
