@@ -77,6 +77,6 @@ class _Lines(tqdm):
 
     def close(self) -> None:
         if not self.disable:
-            self.disable = True
+            self.disable: bool = True
             self._decr_instances(self)
             self.display()

@@ -206,6 +206,8 @@ class SRDConfig(TrainingArguments):
     def __post_init__(self) -> None:
         if self.greater_is_better is None and str(self.metric_for_best_model or "").endswith(_LESS_IS_BETTER):
             self.greater_is_better = False
+        if self.disable_tqdm is None:
+            self.disable_tqdm = False  # transformers would go by the level of its log
         faults = Faults()
         for name in REFUSED:
             faults.check(name, check_fits, self, name)

@@ -1,4 +1,4 @@
-"""What users of a transformers Trainer expect of one: predictions, metrics of their own, several data sets, progress."""
+"""What users of a Trainer expect of one: predictions, metrics of their own, several data sets, progress."""
 
 import io
 import json
