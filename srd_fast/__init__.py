@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .curriculum import CurriculumPlan, Signal, curate
     from .data import register_row_format, row_format_names
-    from .errors import DamagedFileError, EngineDiedError, NotFiniteError, SRDFastError, StaleCacheError, UserError
+    from .errors import (
+        DamagedFileError,
+        EngineDiedError,
+        FaultsError,
+        NotFiniteError,
+        SRDFastError,
+        StaleCacheError,
+        UserError,
+    )
     from .integrations import (
         attach_curriculum,
         cache_from_top_k,
@@ -68,6 +76,7 @@ _HOME = {
     "Sampled": "losses",
     "Sampling": "reflection",
     "Signal": "curriculum",
+    "FaultsError": "errors",
     "StaleCacheError": "errors",
     "TeacherCache": "teacher",
     "TopK": "losses",
@@ -108,6 +117,7 @@ __all__ = [
     "DistillationLoss",
     "DistillationOutput",
     "EngineDiedError",
+    "FaultsError",
     "NotFiniteError",
     "Projected",
     "RemoteTeacher",

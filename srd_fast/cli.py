@@ -1,4 +1,4 @@
-"""`srd-fast`: the verbs. Exit status 0, 2 with one line for a user's mistake, 130 or 143 when stopped by a signal."""
+"""`srd-fast`: the verbs. Exit status 0, 2 with a line for each mistake of a user, 130 or 143 when stopped."""
 
 import logging
 import os
@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .errors import UserError
+from .errors import FaultsError, UserError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -26,6 +26,8 @@ _Config = Annotated[
 _Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[key=value]...", help="Override config keys, e.g. distill.skew=0.2.")
 ]
+_QuietFlag = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but warnings and errors.")]
+_JsonFlag = Annotated[bool, typer.Option("--json", help="Say where it is as lines of json, for other programs.")]
 _Limit = Annotated[
     str | None, typer.Option(help="Such as 8GiB, 8GB or 8192MB: change sizes until the peak is below it.")
 ]
@@ -49,7 +51,12 @@ def _common(
 
 
 def _execute(
-    config: Path, overrides: list[str] | None, fine_tuned: tuple[str, str | None] | None = None, **options: Any
+    config: Path,
+    overrides: list[str] | None,
+    quiet: bool = False,
+    as_json: bool = False,
+    fine_tuned: tuple[str, str | None] | None = None,
+    **options: Any,
 ) -> Path | None:
     """Carry a command out that takes a config; together with the processes that were started with this one.
 
@@ -59,27 +66,55 @@ def _execute(
         config: the file.
         overrides: texts such as "distill.skew=0.2".
         fine_tuned: which model the run only fine-tunes, and its run folder.
+        quiet: say nothing but warnings and errors.
+        as_json: say where it is in json.
         options: further arguments of `srd_fast.run.pipeline.execute`.
 
     Returns:
         The run folder; in a process other than the first, None.
     """
-    from .run.config import load_run_config
+    if quiet and as_json:
+        raise UserError("--quiet and --json do not go together: give one of them")
+    if quiet or as_json:
+        logging.getLogger("srd_fast").setLevel(logging.WARNING)
+
+    from transformers.utils.logging import disable_progress_bar
+
     from .run.group import joined
     from .run.modes import fine_tuning
-    from .run.pipeline import execute, serve
+    from .run.pipeline import execute, load_checked, serve
     from .run.stopping import Stopped, stoppable
+    from .showing import show_as, style
 
+    show_as("quiet" if quiet else "json" if as_json else "auto")
+    if style() != "bar":
+        disable_progress_bar()  # of models that are read and written
+    if quiet or as_json:
+        options["say"] = _say_json if as_json else _say_nothing
+    if options.get("only") in (None, "distill"):
+        from .memory.room import check_room
+
+        options["checks"] = (check_room,)
     try:
         with stoppable(), joined() as group:
             if group.rank == 0:
-                loaded = load_run_config(config, overrides or [])
+                loaded = load_checked(config, overrides or [])
                 return execute(fine_tuning(loaded, *fine_tuned) if fine_tuned else loaded, group=group, **options)
             serve(group)
     except Stopped as e:
         typer.echo(f"\n{e}; the same command goes on from here", err=True)
         raise typer.Exit(e.status) from None
     return None
+
+
+def _say_nothing(news: Any) -> None:
+    pass
+
+
+def _say_json(news: Any) -> None:
+    from .showing import say_json
+
+    say_json(event="step", step=news.step, state=news.state, seconds=news.seconds)
 
 
 def _for_one_process(verb: str) -> None:
@@ -90,14 +125,18 @@ def _for_one_process(verb: str) -> None:
 
 
 @app.command()
-def run(config: _Config, overrides: _Overrides = None) -> None:
+def run(config: _Config, overrides: _Overrides = None, quiet: _QuietFlag = False, as_json: _JsonFlag = False) -> None:
     """Every step: prepare, init-student, reflect, curate, (answers,) cache, distill, evaluate, report.
 
     The config's mode says which there are. A step is skipped when its output is there and was made from the same
     inputs. Stopped, the same command goes on.
     """
-    folder = _execute(config, overrides)
-    if folder is not None:
+    folder = _execute(config, overrides, quiet, as_json)
+    if folder is not None and as_json:
+        from .showing import say_json
+
+        say_json(event="end", report=str(folder / "report.html"), student=str(folder / "student"))
+    elif folder is not None and not quiet:
         typer.echo(f"report: {folder / 'report.html'}")
         typer.echo(f"student: {folder / 'student'}")
 
@@ -108,13 +147,19 @@ def sft(
     overrides: _Overrides = None,
     model: Annotated[str, typer.Option(help="Which of the config's models: teacher or student.")] = "teacher",
     output: Annotated[str | None, typer.Option(help="Run folder; default: beside the config's.")] = None,
+    quiet: _QuietFlag = False,
+    as_json: _JsonFlag = False,
 ) -> None:
     """Fine-tune the teacher, or a student that is given, on the config's data first.
 
     It is a run of mode sft without a curriculum. Its last line is the key for the config of the distillation.
     """
-    folder = _execute(config, overrides, fine_tuned=(model, output))
-    if folder is not None:
+    folder = _execute(config, overrides, quiet, as_json, fine_tuned=(model, output))
+    if folder is not None and as_json:
+        from .showing import say_json
+
+        say_json(event="end", **{model: str(folder / "student")})
+    elif folder is not None and not quiet:
         typer.echo(f"{model}: {folder / 'student'}")
 
 
@@ -166,8 +211,10 @@ def _step_command(name: str, text: str) -> None:
         config: _Config,
         overrides: _Overrides = None,
         force: Annotated[bool, typer.Option("--force", help="Do it again even if nothing has changed.")] = False,
+        quiet: _QuietFlag = False,
+        as_json: _JsonFlag = False,
     ) -> None:
-        _execute(config, overrides, only=name, force=force)
+        _execute(config, overrides, quiet, as_json, only=name, force=force)
 
 
 _step_command("prepare", "Read and tokenise the data into the run folder.")
@@ -181,13 +228,15 @@ def reflect(
         str | None, typer.Option(help="Such as 3/16: that share of the samples, on a machine of many.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Do it again even if nothing has changed.")] = False,
+    quiet: _QuietFlag = False,
+    as_json: _JsonFlag = False,
 ) -> None:
     """The starting student answers every training prompt: reflections.parquet. The steps before it must be done.
 
     With --shard, its share's scores alone: reflections-00003-of-00016.parquet. Once the files of all shards lie in the
     run folder, the command without --shard joins them.
     """
-    _execute(config, overrides, only="reflect", force=force, shard=shard)
+    _execute(config, overrides, quiet, as_json, only="reflect", force=force, shard=shard)
 
 
 _step_command("curate", "Rank, drop and stage the samples: plan.json.")
@@ -331,7 +380,13 @@ def main() -> None:
     try:
         app()
     except UserError as e:
-        typer.echo(f"error: {' '.join(str(e).split())}", err=True)
+        faults = [fault.text for fault in e.faults] if isinstance(e, FaultsError) else [str(e)]
+        if "--json" in sys.argv[1:]:
+            from .showing import say_json
+
+            say_json(event="error", faults=faults)
+        for text in faults:
+            typer.echo(f"error: {' '.join(text.split())}", err=True)
         sys.exit(2)
 
 

@@ -85,7 +85,10 @@ def run_packed(
     """
     if head.shard is not None:
         if counts is not None:
-            raise UserError("logits are asked for, and no rank has whole rows of them where a head is in shards")
+            raise UserError(
+                "logits are asked for, and no rank has whole rows of them where a head is in shards; "
+                "gather it (head_in_shards=False in SRDConfig)"
+            )
         return run_shard(hidden_ND, head, rows, weights_N, needs)
     work, backend = _work_of(hidden_ND, head, rows, needs, counts is not None)
     budget = budget_of(hidden_ND.device, rows.memory_budget)

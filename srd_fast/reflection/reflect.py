@@ -4,12 +4,12 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import Answers, DataFunction, Tokenisation, check_token_ids, prepare_dataset, prompt_lengths, token_counts
@@ -26,6 +26,7 @@ from ..models import (
 )
 from ..rouge import choose_tokenizer
 from ..sharing import ALONE, Sharing
+from ..showing import progress_bar
 from ..suggest import unknown_name
 from .engines import (
     AUTO,
@@ -61,6 +62,7 @@ def reflect(
     engine: str = AUTO,
     engine_options: Mapping[str, Any] | None = None,
     sampling: Sampling | None = None,
+    max_new_tokens: int | None = None,
     signals: Sequence[str] = ("rouge_l", "cross_entropy"),
     cross_entropy_by: str = "student",
     batch_size: int = 32,
@@ -92,6 +94,7 @@ def reflect(
             starts, else transformers.
         engine_options: further keyword arguments of the engine, such as those of `VLLMEngine`.
         sampling: how answers are generated. Default: greedy, at most 128 new tokens.
+        max_new_tokens: the longest answer, at least 1, instead of `sampling`'s.
         signals: names from `difficulty_names()`, or `FILE.py:NAME` or `package.module:NAME` for a function of your own.
         cross_entropy_by: "student" computes it from hidden states through the fused loss, without logits. "engine"
             takes the engine's log-probabilities (vLLM's `prompt_logprobs`).
@@ -129,6 +132,9 @@ def reflect(
     Raises:
         UserError: an argument is wrong, the rows or the student cannot be used, or the shard has no sample.
     """
+    sampling = sampling or Sampling()
+    if max_new_tokens is not None:
+        sampling = replace(sampling, max_new_tokens=max_new_tokens)
     functions = list(get_difficulties(signals).values())
     ENGINES.check(engine)
     check_engine_options(engine_options)
@@ -150,7 +156,7 @@ def reflect(
             raise UserError(f"shard {shard} has no sample; take fewer shards")
 
     ids, answers = list(samples["sample_id"]), Answers(samples, tokenizer)
-    sampling = stopping_at(sampling or Sampling(), answers.stop_ids)
+    sampling = stopping_at(sampling, answers.stop_ids)
     prompts, counts = prompt_lengths(samples), token_counts(samples)
     length = max(prompts) + sampling.max_new_tokens
     way_out = "lower max_new_tokens, or shorten them"
@@ -259,7 +265,7 @@ def _generate(
     generated: list[list[int]] = [[] for _ in ids]
     there = 0 if sharing.rank else sum(len(parts[n]) for n in found)
     total = there + sum(len(parts[n]) for n in todo)
-    with tqdm(total=total, desc="generate", unit="sample", disable=not progress or not todo) as bar:
+    with progress_bar(what="generate", total=total, unit="sample", shown=progress and bool(todo)) as bar:
         tokens, started = 0, bar.format_dict["elapsed"] or 0.0
         bar.update(there)
         work = [parts[n] for n in todo]
@@ -286,7 +292,7 @@ def _log_probs(engine: Any, samples: Dataset, sharing: Sharing, progress: bool) 
     parts = cut(lengths, getattr(engine, "shard_size", 256), list(samples["sample_id"]))[sharing.rank :: sharing.world]
     found: list[list[float]] = [[] for _ in lengths]
     mine: dict[int, list[float]] = {}
-    with tqdm(total=sum(map(len, parts)), desc="cross-entropy", unit="sample", disable=not progress) as bar:
+    with progress_bar(what="cross-entropy", total=sum(map(len, parts)), unit="sample", shown=progress) as bar:
         for number, values in compute_parts(
             engine.token_log_probs, parts, lambda some: samples[list(some)]["input_ids"], getattr(engine, "parallel", 1)
         ):

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..data import IGNORE_INDEX, DistillationCollator, answer_ends, first_label
@@ -21,6 +20,7 @@ from ..own_code import file_of, function_of
 from ..registry import Registry
 from ..rouge import RougeL, normal_form
 from ..sharing import ALONE, Sharing
+from ..showing import progress_bar
 from .execution import pass_rates
 from .parts import cut
 
@@ -104,7 +104,7 @@ def cross_entropy(reflected: Reflected) -> list[float]:
     model.eval()
     batches, sharing = cut(lengths, reflected.batch_size, rows["sample_id"]), reflected.sharing
     mine = batches[sharing.rank :: sharing.world]
-    bar = tqdm(total=sum(map(len, mine)), desc="cross-entropy", unit="sample", disable=not reflected.progress)
+    bar = progress_bar(what="cross-entropy", total=sum(map(len, mine)), unit="sample", shown=reflected.progress)
 
     def collated(indices: list[int]) -> dict[str, torch.Tensor]:
         some = rows[indices]

@@ -1,14 +1,15 @@
 """The configuration of `srd-fast run`: a YAML file with `key=value` overrides, checked before anything runs."""
 
 from dataclasses import fields as dataclass_fields
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PydanticUserError, TypeAdapter, ValidationError, field_validator
 
 from ..curriculum import CURATION_PRESETS, KNEE
 from ..data import check_chat_template_kwargs, check_columns, shown
-from ..errors import UserError
+from ..errors import Faults, FaultsError, UserError
 from ..reflection.reflect import REFLECTION_PRESETS
 from ..suggest import unknown_name
 from ..training.config import TRAINING_PRESETS, SRDConfig, with_preset
@@ -16,11 +17,14 @@ from .modes import KD, MODES, mode_fields
 from .synonyms import SYNONYMS
 from .yaml_values import apply_override, checked, read_yaml, shown_value
 
+# Of a union, which pydantic lists as if they were keys.
+_KINDS = {"int", "float", "str", "list[int]", "list[str]", "dict[str,str]", "dict[str,any]"}
 # Where null is a value, not an empty section.
 _NULLABLE = {"max_bad_rows", "parse_special_tokens"}
 # Fields of SRDConfig that the run sets itself, or that mean nothing in it.
 _SET_BY_RUN = {"output_dir", "seed", "num_train_epochs", "template", "max_prompt_length", "max_response_length"}
 _SET_BY_RUN |= {"chat_template_kwargs", "parse_special_tokens", "columns", "data_function", "train_on"}
+_SET_BY_RUN |= {"do_train", "do_eval", "do_predict", "resume_from_checkpoint", "local_rank"}
 _SET_BY_RUN |= {"teacher_device_map", "teacher_tp_plan", "teacher_cache", "teacher_cache_kind", "teacher_cache_k"}
 DISTILL_FIELDS = {f.name for f in dataclass_fields(SRDConfig) if f.init} - _SET_BY_RUN
 
@@ -238,14 +242,47 @@ class RunConfig(_Section):
     @field_validator("distill")
     @classmethod
     def _known_fields(cls, given: dict[str, Any]) -> dict[str, Any]:
-        for name in given:
-            if name in _SET_BY_RUN and name not in SYNONYMS["distill"]:
-                raise ValueError(f"{name} is set at the top level of the config, or by the run itself")
-            if name not in DISTILL_FIELDS:
-                synonyms = SYNONYMS["distill"]
-                raise ValueError(unknown_name("key", shown(name), DISTILL_FIELDS, listed=False, synonyms=synonyms))
+        faults = Faults()
+        for name, value in given.items():
+            faults.check(name, _check_field, name, value)
+        faults.tell()
         # YAML 1.1 reads `save_strategy: no` as false.
         return {k: "no" if k.endswith("_strategy") and v is False else v for k, v in given.items()}
+
+
+def _check_field(name: str, value: Any) -> None:
+    """Refuse a key that `distill` does not have, or a value of another type.
+
+    Raises:
+        UserError: without the place in the config.
+    """
+    if name in _SET_BY_RUN and name not in SYNONYMS["distill"]:
+        raise UserError(f"{name} is set at the top level of the config, or by the run itself")
+    if name not in DISTILL_FIELDS:
+        synonyms = SYNONYMS["distill"]
+        raise UserError(unknown_name("key", shown(name), DISTILL_FIELDS, listed=False, synonyms=synonyms))
+    if name.endswith("_strategy") and value is False:
+        return
+    kind = _types()[name]
+    if kind is not None:
+        try:
+            if kind.validate_python(value) != value:  # "no", which would stay text
+                kind.validate_python(value, strict=True)
+        except ValidationError as e:
+            reason = e.errors()[0]["msg"]
+            raise UserError(f"{name}: {reason[:1].lower()}{reason[1:]}, got {shown_value(value)}") from e
+
+
+@cache
+def _types() -> dict[str, TypeAdapter[Any] | None]:
+    """What the fields of `distill` may be; None for types of transformers' own."""
+    hints, found = get_type_hints(SRDConfig), dict[str, TypeAdapter[Any] | None]()
+    for name in DISTILL_FIELDS:
+        try:
+            found[name] = TypeAdapter(hints[name])
+        except PydanticUserError:
+            found[name] = None
+    return found
 
 
 def load_run_config(path: str | Path | None, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
@@ -259,44 +296,90 @@ def load_run_config(path: str | Path | None, overrides: list[str] | tuple[str, .
         The config.
 
     Raises:
-        UserError: one line that names the key, the value and what it should be; for an unknown key, the nearest one.
+        FaultsError: a line for each key that is wrong, with the value and what it should be; for an unknown key, the
+            nearest one.
+        UserError: the file cannot be read.
     """
+    config, faults = read_run_config(path, overrides)
+    faults.tell()
+    return config
+
+
+def read_run_config(path: str | Path | None, overrides: list[str] | tuple[str, ...] = ()) -> tuple[RunConfig, Faults]:
+    """Read a config as `load_run_config` does, and go on where something is wrong.
+
+    Args:
+        path: a YAML file, or None for the defaults.
+        overrides: texts such as "distill.skew=0.2".
+
+    Returns:
+        The config without the keys that are wrong, and what is wrong with them.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    faults = Faults()
     given = read_yaml(path) if path is not None else {}
     # `curate:` with nothing below it is no value.
     content = {key: value for key, value in checked(given).items() if value is not None or key in _NULLABLE}
     for assignment in overrides:
-        apply_override(content, assignment)
+        faults.check((), apply_override, content, assignment)
     preset = content.get("preset")
     if isinstance(preset, str):
-        if preset not in TRAINING_PRESETS:
-            raise UserError(unknown_name("preset", shown(preset), TRAINING_PRESETS))
-        if isinstance(content.setdefault("distill", {}), dict):
-            mode = content.get("mode", KD)
-            own = mode_fields(MODES.get(mode), content["distill"]) if mode in MODES else content["distill"]
-            content["distill"] = with_preset(preset, own)
-        for section, presets in (("curate", CURATION_PRESETS), ("reflect", REFLECTION_PRESETS)):
-            if isinstance(content.get(section, {}), dict):
-                content[section] = {**presets.get(preset, {}), **content.get(section, {})}
+        if preset in TRAINING_PRESETS:
+            _add_preset(content, preset)
+        else:
+            faults.add(("preset",), unknown_name("preset", shown(preset), TRAINING_PRESETS))
+            del content["preset"]
     try:
-        return RunConfig(**content)
+        return RunConfig(**content), faults
     except ValidationError as e:
-        raise UserError(_one_line(e)) from e
+        for error in e.errors():
+            _take(faults, error, content)
+    return RunConfig(**content), faults
 
 
-def _one_line(error: ValidationError) -> str:
-    first = error.errors()[0]
-    # Of a union, which pydantic lists as if they were keys.
-    kinds = {"int", "float", "str", "list[int]", "list[str]", "dict[str,str]"}
-    where = ".".join(str(x) for x in first["loc"] if not (isinstance(x, str) and x in kinds))
-    if first["type"] == "extra_forbidden":
+def _add_preset(content: dict[str, Any], preset: str) -> None:
+    if isinstance(content.setdefault("distill", {}), dict):
+        mode = content.get("mode", KD)
+        own = mode_fields(MODES.get(mode), content["distill"]) if mode in MODES else content["distill"]
+        content["distill"] = with_preset(preset, own)
+    for section, presets in (("curate", CURATION_PRESETS), ("reflect", REFLECTION_PRESETS)):
+        if isinstance(content.get(section, {}), dict):
+            content[section] = {**presets.get(preset, {}), **content.get(section, {})}
+
+
+def _take(faults: Faults, error: Any, content: dict[str, Any]) -> None:
+    """Note an error of pydantic's, and remove what it is about."""
+    loc = [str(x) for x in error["loc"] if not (isinstance(x, str) and x in _KINDS)]
+    cause = error.get("ctx", {}).get("error")
+    if isinstance(cause, FaultsError):  # of the section distill, whose faults name their keys
+        for names, text in cause.faults:
+            faults.add(tuple(f"distill.{name}" for name in names), f"config: distill: {text}")
+            for name in names:
+                content["distill"].pop(name, None)
+        return
+    depth = 2 if loc[0] in content and isinstance(content[loc[0]], dict) and _is_section(loc[0]) else 1
+    key = ".".join(loc[:depth])
+    if not faults.doubts(key):  # a union has an error for each of its kinds
+        faults.add((key,), _one_line(error, loc))
+    if depth == 2 and len(loc) > 1:
+        content[loc[0]].pop(loc[1], None)
+    else:
+        content.pop(loc[0], None)
+
+
+def _is_section(name: str) -> bool:
+    return name in RunConfig.model_fields and hasattr(RunConfig.model_fields[name].annotation, "model_fields")
+
+
+def _one_line(error: Any, loc: list[str]) -> str:
+    if error["type"] == "extra_forbidden":
         section: Any = RunConfig
-        for part in first["loc"][:-1]:
+        for part in loc[:-1]:
             section = section.model_fields[part].annotation
-        name, known = shown(str(first["loc"][-1])), section.model_fields
-        prefix = ".".join(str(x) for x in first["loc"][:-1])
+        prefix = ".".join(loc[:-1])
         kind = f"key in {prefix}" if prefix else "key"
-        return "config: " + unknown_name(kind, name, known, synonyms=SYNONYMS.get(prefix))
-    message = first["msg"].removeprefix("Value error, ")
-    if first["loc"] == ("distill",) and isinstance(first["input"], dict):
-        return f"config: distill: {message}"  # it names the key; the whole section would follow
-    return f"config: {shown(where)}: {message[:1].lower()}{message[1:]}, got {shown_value(first['input'])}"
+        return "config: " + unknown_name(kind, shown(loc[-1]), section.model_fields, synonyms=SYNONYMS.get(prefix))
+    message = error["msg"].removeprefix("Value error, ")
+    return f"config: {shown('.'.join(loc))}: {message[:1].lower()}{message[1:]}, got {shown_value(error['input'])}"

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UserError
+from ..errors import Faults, UserError
 from ..registry import Registry
 from ..suggest import unknown_name
 from ..training.config import ADAPTIVE, SRDConfig
@@ -139,39 +139,54 @@ def has_cache(config: "RunConfig") -> bool:
     return mode.teacher and config.cache.kind != LIVE and not always_fresh
 
 
-def check_mode(config: "RunConfig", args: SRDConfig) -> None:
-    """Refuse settings that the mode of a config cannot do with, before anything is computed.
+def check_mode(config: "RunConfig", args: SRDConfig, faults: Faults) -> None:
+    """Note settings that the mode of a config cannot do with.
 
     Args:
         config: of the run.
         args: of its training, with what the mode adds.
-
-    Raises:
-        UserError: naming the key, its value and the way out.
+        faults: takes what is wrong, naming the key, its value and the way out.
     """
-    name, mode = config.mode, MODES.get(config.mode)
+    weights = ("distill.sft_weight", "distill.sft_weight_start", "distill.sft_weight_end")
+    faults.check(("mode", *weights, "curate.stages"), _check_weights, config, args)
+    faults.check(("mode", "distill.lmbda"), _check_share, config, args)
+    faults.check(("mode", "answers_per_prompt", "reflect.temperature"), _check_several, config)
+    faults.check(("mode", "curate.reflect_again"), _check_ranked_once, config)
+
+
+def _check_weights(config: "RunConfig", args: SRDConfig) -> None:
     weights = args.of_stages(config.curate.stages).sft_weights
-    if not mode.teacher and set(weights) != {1.0}:
+    if not MODES.get(config.mode).teacher and set(weights) != {1.0}:
         raise UserError(
-            f"config: mode {name!r} trains on the cross-entropy alone, and the sft_weight of its stages is {weights}; "
-            "leave it out of distill, or use mode kd"
+            f"config: mode {config.mode!r} trains on the cross-entropy alone, and the sft_weight of its stages is "
+            f"{weights}; leave it out of distill, or use mode kd"
         )
+
+
+def _check_share(config: "RunConfig", args: SRDConfig) -> None:
+    mode = MODES.get(config.mode)
     if mode.fresh != bool(args.lmbda):
         way = "set it above 0, or use mode kd" if mode.fresh else "use mode on_policy or distillm, or leave it out"
-        raise UserError(f"config: distill.lmbda is {args.lmbda!r} in mode {name!r}; {way}")
+        raise UserError(f"config: distill.lmbda is {args.lmbda!r} in mode {config.mode!r}; {way}")
+
+
+def _check_several(config: "RunConfig") -> None:
     several = config.answers_per_prompt
-    if not mode.makes_answers and several != 1:
+    if several != 1 and not MODES.get(config.mode).makes_answers:
         raise UserError(
-            f"config: answers_per_prompt is {several}, and mode {name!r} does not train on answers made beforehand; "
-            "set it to 1, or the mode to offline_on_policy or seqkd"
+            f"config: answers_per_prompt is {several}, and mode {config.mode!r} does not train on answers made "
+            "beforehand; set it to 1, or the mode to offline_on_policy or seqkd"
         )
     if several > 1 and not config.reflect.temperature:
         raise UserError(
             f"config: answers_per_prompt is {several}, and reflect.temperature is 0, with which all of them would be "
             "the same; set it to 1, or answers_per_prompt to 1"
         )
-    if mode.makes_answers and config.curate.reflect_again:
+
+
+def _check_ranked_once(config: "RunConfig") -> None:
+    if MODES.get(config.mode).makes_answers and config.curate.reflect_again:
         raise UserError(
-            f"config: curate.reflect_again changes which prompts are trained on, and mode {name!r} has made their "
-            "answers by then; set it to false"
+            f"config: curate.reflect_again changes which prompts are trained on, and mode {config.mode!r} has made "
+            "their answers by then; set it to false"
         )

@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from ..files import content_digest, disk_trouble, in_use, remove, write_text
 from ..losses import expect_logits, is_out_of_memory
 from ..reflection.shards import parse_shard
 from . import steps
-from .config import RunConfig
+from .config import RunConfig, read_run_config
 from .group import Group
 from .modes import KD, MODES, has_cache, reflects
 
@@ -50,6 +50,26 @@ class Step:
     run: Callable[["steps.Run"], None]
     caches: tuple[str, ...] = ()
     in_run: Callable[[RunConfig], bool] = lambda c: True
+
+
+class News(str):
+    """A line about a step of a run.
+
+    Args:
+        text: the line.
+        step: name of the step.
+        state: "skipped", "started" or "done".
+        seconds: that it took, or None.
+    """
+
+    def __new__(cls, text: str, step: str, state: str, seconds: float | None = None) -> "News":
+        made = super().__new__(cls, text)
+        made.step, made.state, made.seconds = step, state, seconds
+        return made
+
+    step: str
+    state: str
+    seconds: float | None
 
 
 STEPS = (
@@ -178,13 +198,34 @@ def fingerprints(config: RunConfig) -> dict[str, str]:
     return found
 
 
+def load_checked(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a config; where some of it is wrong, check all the rest before that is told.
+
+    Args:
+        path: a YAML file, or None for the defaults.
+        overrides: texts such as "distill.skew=0.2".
+
+    Returns:
+        The config. What needs more than reading it is checked by `execute`.
+
+    Raises:
+        FaultsError: with a line for each fault of the config.
+        UserError: the file cannot be read.
+    """
+    config, faults = read_run_config(path, list(overrides))
+    if faults.found:
+        steps.check_inputs(config, faults)
+    return config
+
+
 def execute(
     config: RunConfig,
     only: str | None = None,
     force: bool = False,
-    say: Callable[[str], None] = print,
+    say: Callable[[News], None] = print,
     shard: str | None = None,
     group: Group | None = None,
+    checks: steps.Checks = (),
 ) -> Path:
     """Run every step that is not done, or one step.
 
@@ -192,17 +233,21 @@ def execute(
         config: of the run.
         only: the one step to run. The steps before it must be done, except init-student.
         force: do `only` again even if nothing has changed.
-        say: prints a line.
+        say: prints a line; it knows which step is where.
         shard: "k/n" with only="reflect": do that share of the samples, and leave its scores beside those of the others.
         group: the processes that do it together, of which this is the first. The others `serve` it. Default: this one.
+        checks: of the config, besides the run's own, before anything is done; what they raise is told with the rest.
 
     Returns:
         The run folder.
 
     Raises:
-        UserError: the input is wrong, or `only` needs a step that is not done.
+        UserError: the input is wrong, or `only` needs a step that is not done. All that is wrong with the config is
+            one FaultsError.
     """
     folder = Path(config.output_dir)
+    with _explained(folder):
+        steps.check_inputs(config, also=checks)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -260,12 +305,11 @@ def _execute(
     folder: Path,
     only: str | None,
     force: bool,
-    say: Callable[[str], None],
+    say: Callable[[News], None],
     shard: str | None,
     group: Group,
 ) -> None:
     """Run `execute` in a folder that this process holds."""
-    steps.check_inputs(config)
     steps.check_group(config, group, shard)
     wanted = fingerprints(config)
     write_text(folder / "config.yaml", yaml.safe_dump(config.model_dump(), sort_keys=False))
@@ -295,21 +339,21 @@ def _execute(
                 remove(steps.shard_parts(folder, shard))
             with expect_logits(run.expected_logits()):
                 done = steps.reflect_shard(run, shard)
-            say(f"{place}, shard {shard}: {done}")
+            say(News(f"{place}, shard {shard}: {done}", step.name, "done"))
             continue
         if force and only == step.name:
             for cache in step.caches:
                 remove(folder / cache)
         elif valid:
-            say(f"{place}: unchanged, skipped")
+            say(News(f"{place}: unchanged, skipped", step.name, "skipped"))
             continue
-        say(f"{place} ...")
+        say(News(f"{place} ...", step.name, "started"))
         started = time.monotonic()
         with expect_logits(run.expected_logits()):
             step.run(run)
         seconds = time.monotonic() - started
         ledger.record(step, wanted[step.name], config, folder, seconds)
-        say(f"{place}: done in {seconds:.0f} s")
+        say(News(f"{place}: done in {seconds:.0f} s", step.name, "done", round(seconds, 3)))
 
 
 def _before(name: str, among: Iterable[Step]) -> set[str]:

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from ..data import IGNORE_INDEX, DistillationCollator, check_token_ids, first_label
 from ..errors import UserError
@@ -33,6 +32,7 @@ from ..models import (
     share_prefix,
     shared_starts,
 )
+from ..showing import progress_bar
 from . import shards
 from .cache import TeacherCache
 from .fillers import Fillers
@@ -195,7 +195,7 @@ def build_teacher_cache(
     mine = fillers.share(ranks.first(lacking))
     maker = _Maker(fillers, store, batch_tokens)
     total = sum(r.num_rows for name in mine for r in groups[name])
-    bar = tqdm(total=total, unit="row", desc="teacher", disable=not progress)
+    bar = progress_bar(what="teacher", total=total, unit="row", shown=progress)
     with ranks.together(), fillers.in_step(), bar:
         makers = {name: partial(maker.make, groups[name]) for name in mine}
         fillers.write(folder, makers, lambda name: bar.update(sum(r.num_rows for r in groups[name])))

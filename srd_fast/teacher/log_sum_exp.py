@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..errors import UserError
 from ..losses import Head
+from ..showing import progress_bar
 from .cache import TeacherCache
 from .folder import add_to_index, digests_of, drop_from_index, drop_unfinished, write_all
 from .index import contents, json_text, lse_at, lse_files, lse_name, read_index
@@ -73,7 +73,7 @@ def keep_log_sum_exps(
         return cache
     ranks.first(lambda: _check_disk(folder, list(todo.values()), store.bytes_beside(head) // len(store.lse)))
     mine = ranks.share(names)
-    with ranks.together(), tqdm(total=len(mine), unit="file", desc="log-sum-exp", disable=not progress) as bar:
+    with ranks.together(), progress_bar(what="log-sum-exp", total=len(mine), unit="file", shown=progress) as bar:
         here = head.on(device)
         makers = {name: partial(todo[name].make, here) for name in mine}
         write_all(folder, makers, lambda name: bar.update())

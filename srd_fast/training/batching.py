@@ -1,5 +1,6 @@
 """The order of the samples, and the batches that a training step gets, divided by their tokens if asked to."""
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ from ..errors import UserError
 from ..models import check_positions
 from ..teacher import StepCollator, TeacherCache
 from .config import SRDConfig
+
+logger = logging.getLogger(__name__)
 
 MICRO_BATCHES = "micro_batches"
 # Columns of the samples that a step reads.
@@ -141,6 +144,26 @@ def make_curriculum(plan: CurriculumPlan, samples: Dataset, args: SRDConfig) -> 
     )
 
 
+def warn_of_cut(curriculum: Curriculum, args: SRDConfig) -> None:
+    """Say so where `max_steps` ends a training in the middle of a stage, whose learning rate is still high then.
+
+    Args:
+        curriculum: of the training.
+        args: of the training.
+    """
+    most, total = args.max_steps, curriculum.total_steps
+    if not 0 < most < total or curriculum.is_stage_start(most):
+        return
+    epochs = args.of_stages(len(curriculum.stages)).epochs
+    fewer = [round(x * most / total, 3) for x in epochs]
+    logger.warning(
+        "max_steps ends training at step %d of %d, in stage %d of %d, at learning rate %.3g: the schedule is that of "
+        "all steps; for a whole one of about as many steps set epochs_per_stage to %s instead",
+        most, total, curriculum.stage_of(most) + 1, len(curriculum.stages), curriculum.learning_rate(most),
+        fewer[0] if len(set(fewer)) == 1 else fewer,
+    )  # fmt: skip
+
+
 def check_fit(train: Dataset, evaluation: Dataset | None, curriculum: Curriculum, models: Mapping[str, object]) -> None:
     """Refuse samples of the curriculum or of the evaluation that are longer than a model's positions.
 
@@ -181,8 +204,10 @@ def check_lengths(most: int, curriculum: Curriculum, train: Dataset, encoder_dec
         )
 
 
-def evaluation_batches(dataset: Dataset, args: SRDConfig, collate: Callable[..., Any]) -> Iterator[dict[str, Any]]:
-    """Yield batches that hold every row once over all ranks, the same number of batches on each.
+def evaluation_batches(
+    dataset: Dataset, args: SRDConfig, collate: Callable[..., Any]
+) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
+    """Yield batches, with their samples, that hold every row once over all ranks, the same number of batches on each.
 
     A rank without rows left gets a batch without loss.
     """
@@ -192,4 +217,4 @@ def evaluation_batches(dataset: Dataset, args: SRDConfig, collate: Callable[...,
         samples = [dataset[i] for i in mine[start : start + size]]
         if not samples:
             samples = [{**dataset[0], "labels": [IGNORE_INDEX] * len(dataset[0]["labels"])}]
-        yield collate(samples)
+        yield collate(samples), samples

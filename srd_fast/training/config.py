@@ -1,6 +1,6 @@
 """`SRDConfig`: the training arguments of selective reflection distillation, and its presets."""
 
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, NamedTuple
 
 import torch
@@ -8,8 +8,9 @@ from transformers import IntervalStrategy, TrainingArguments
 
 from ..curriculum import per_stage
 from ..data import check_chat_template_kwargs, check_train_on
-from ..errors import UserError
+from ..errors import Faults, UserError
 from ..losses import Projected, Sampled, get_divergence
+from ..losses.backends import check_backend
 from ..losses.options import RANGE
 from ..models import check_spread
 from ..reflection.engines import ENGINES, check_engine_options
@@ -17,6 +18,7 @@ from ..reflection.vllm_engine import is_installed
 from ..selection import SAMPLE_POLICIES, check_rows_have_signal, make_position_policy
 from ..suggest import unknown_name
 from ..teacher.stores import CACHE_KINDS, keeps_head
+from .arguments import CHOICES, RANGES, REFUSED, check_fits, check_processes, faults_of_transformers
 from .replay import ADAPTIVE
 
 # SE-KD (arXiv 2602.01395): KL at temperature 1 on the fifth of each response that the student is least sure of.
@@ -105,18 +107,30 @@ class StageSettings(NamedTuple):
     learning_rates: list[float]
 
 
+def _default_of(name: str) -> Any:
+    of_field = next(f for f in fields(SRDConfig) if f.name == name)
+    return of_field.default if of_field.default_factory is MISSING else of_field.default_factory()
+
+
+def _is_whole(name: str) -> bool:
+    kind = next((f.type for f in fields(SRDConfig) if f.name == name), None)
+    return kind is int or kind == int | None
+
+
 @dataclass
 class SRDConfig(TrainingArguments):
     """`transformers.TrainingArguments` with the fields of distillation.
 
     A run is one pass over the curriculum's sequence of samples, so `num_train_epochs` is always 1: set
-    `epochs_per_stage` instead. Temperature and weight of the cross-entropy go linearly over the stages from `*_start`
-    to `*_end`, unless `temperature` or `sft_weight` give one number, or one a stage.
+    `epochs_per_stage` instead. `max_steps` ends a run early, in the middle of its schedule. Temperature and weight of
+    the cross-entropy go linearly over the stages from `*_start` to `*_end`, unless `temperature` or `sft_weight` give
+    one number, or one a stage.
 
     The fields listed here are those of distillation, and those of `TrainingArguments` that have another default.
 
     Raises:
-        UserError: a value is out of range. The message names the field. It is a ValueError.
+        FaultsError: values are out of range, or would do nothing here: one line for each, with the field and the way
+            out. It is a UserError, and a ValueError.
     """
 
     # Here a loss that is not finite ends the run, and looking for one waits for the device twice a batch.
@@ -124,6 +138,8 @@ class SRDConfig(TrainingArguments):
     torch_compile: Any = _described(
         None, "Compile the layers of the student and of a live teacher: true, false, or null: on a GPU, for long runs."
     )
+    num_train_epochs: float = _described(1.0, "Always 1, a pass over the curriculum; see epochs_per_stage.")
+    lr_scheduler_type: Any = _described("cosine", "Always cosine: from learning_rate to min_learning_rate.")
     learning_rate: float = _described(1e-4, "Peak learning rate of each stage's cosine.")
     logging_steps: float = _described(10, "Steps between training logs.")
     divergence: str = _described("skew_reverse_kl", "Name of the divergence; see divergence_names().")
@@ -205,91 +221,113 @@ class SRDConfig(TrainingArguments):
     replay_buffer: int = _described(0, "Own answers that are kept to be trained on again; 0: none.")
 
     def __post_init__(self) -> None:
-        self.num_train_epochs = 1.0
-        if self.greater_is_better is None and (self.metric_for_best_model or "").endswith(_LESS_IS_BETTER):
+        if self.greater_is_better is None and str(self.metric_for_best_model or "").endswith(_LESS_IS_BETTER):
             self.greater_is_better = False
-        get_divergence(self.divergence)
+        if self.disable_tqdm is None:
+            self.disable_tqdm = False  # transformers would go by the level of its log
+        faults = Faults()
+        for name in REFUSED:
+            faults.check(name, check_fits, self, name)
+        for name, (least, most) in RANGES.items():
+            faults.check(name, self._check_numbers, name, None, least, most)
+        faults.check("divergence", get_divergence, self.divergence)
         for name in ("temperature", "temperature_start", "temperature_end"):
-            self._check_numbers(name, least=RANGE[0], most=RANGE[1])
+            faults.check(name, self._check_numbers, name, None, *RANGE)
         for name in ("sft_weight", "sft_weight_start", "sft_weight_end", "skew", "beta"):
-            self._check_numbers(name, least=0.0, most=1.0)
+            faults.check(name, self._check_numbers, name, None, 0.0, 1.0)
         for name in ("epochs_per_stage", "stage_learning_rates", "learning_rate"):
-            self._check_numbers(name, above=0.0)
-        self._check_numbers("min_learning_rate", least=0.0)
+            faults.check(name, self._check_numbers, name, 0.0)
         sizes = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
-        for name in ("max_prompt_length", "max_response_length", "teacher_cache_k", *sizes):
-            self._check_numbers(name, least=1)
-        self.chat_template_kwargs = check_chat_template_kwargs(self.chat_template_kwargs) or None
-        check_train_on(self.train_on)
-        for name in ("length_buckets", "max_tokens_per_batch"):
-            self._check_numbers(name, least=0)
-        if self.logits_dtype not in (None, "float32"):
-            raise UserError(f"logits_dtype must be 'float32', or null for the training's, got {self.logits_dtype!r}")
+        for name in ("max_prompt_length", "max_response_length", "teacher_cache_k", "position_steps", *sizes):
+            faults.check(name, self._check_numbers, name, None, 1)
+        for name in ("min_learning_rate", "length_buckets", "max_tokens_per_batch", "class_sampling"):
+            faults.check(name, self._check_numbers, name, None, 0)
         for name in ("position_ratio", "sample_ratio"):
-            self._check_numbers(name, above=0.0, most=1.0)
-        self._check_numbers("position_steps", least=1)
-        self._check_numbers("class_sampling", least=0)
-        make_position_policy(self.position_selection, self.position_ratio, self.position_steps)
-        SAMPLE_POLICIES.check(self.sample_selection)
-        if self.class_sampling:
-            if self.divergence != "forward_kl":
-                raise UserError(
-                    f"class_sampling is {self.class_sampling}, which estimates forward_kl alone, and divergence is "
-                    f"{self.divergence!r}; set it to 0 or the divergence to forward_kl"
-                )
-            if self.teacher_cache is not None and not keeps_head(self.teacher_cache_kind):
-                raise UserError(
-                    f"class_sampling draws from the teacher's whole distribution, and teacher_cache_kind "
-                    f"{self.teacher_cache_kind!r} does not hold it; use hidden, or teacher_cache_kind='sampled' alone"
-                )
-        self._check_answering()
-        if self.temperature_scaling not in (True, False, "official"):
-            raise UserError(f"temperature_scaling must be true, false or 'official', got {self.temperature_scaling!r}")
-        if self.torch_compile not in (True, False, None):
-            raise UserError(f"torch_compile must be true, false or null, got {self.torch_compile!r}")
-        if self.padding_free not in (True, False, "auto"):
-            raise UserError(f"padding_free must be true, false or 'auto', got {self.padding_free!r}")
-        if self.head_in_shards not in (True, False, "auto"):
-            raise UserError(f"head_in_shards must be true, false or 'auto', got {self.head_in_shards!r}")
+            faults.check(name, self._check_numbers, name, 0.0, None, 1.0)
+        kwargs = faults.check("chat_template_kwargs", check_chat_template_kwargs, self.chat_template_kwargs)
+        self.chat_template_kwargs = kwargs or None
+        faults.check("train_on", check_train_on, self.train_on)
+        faults.check("sample_selection", SAMPLE_POLICIES.check, self.sample_selection)
+        faults.check("backend", check_backend, self.backend)
+        faults.check("memory_budget", self._check_numbers, "memory_budget", 0)
+        for name, accepted in CHOICES.items():
+            faults.check(name, self._check_choice, name, accepted)
+        position = ("position_selection", "position_ratio", "position_steps")
+        faults.check(position, make_position_policy, *(getattr(self, name) for name in position))
+        faults.check(("class_sampling", "divergence", "teacher_cache_kind"), self._check_class_sampling)
+        faults.check(("teacher_device_map", "teacher_tp_plan", "teacher_offload"), self._check_teachers_place)
+        if self.teacher_cache is not None:
+            kind = self.teacher_cache_kind
+            faults.check(("teacher_cache_kind", "divergence"), check_cache_kind, kind, self.divergence)
+            seen = ("position_selection", "teacher_cache_kind")
+            faults.check(seen, check_rows_have_signal, self.position_selection, kind)
+        for name in ("max_new_tokens", "sync_every"):
+            faults.check(name, self._check_numbers, name, None, 1)
+        for name in ("generation_temperature", "replay_buffer"):
+            faults.check(name, self._check_numbers, name, None, 0)
+        faults.check(("lmbda", "eval_strategy"), self._check_share)
+        faults.check(("generation_engine", "lmbda", "seq_kd"), self._check_engine)
+        faults.check("generation_options", check_engine_options, self.generation_options)
+        faults.check(("replay_buffer", "lmbda"), self._check_buffer)
+        given = {name: getattr(self, name) for name in faults.wrong}
+        for name in given:  # so that transformers looks at the others
+            setattr(self, name, _default_of(name))
+        try:
+            super().__post_init__()
+        except Exception as e:  # of many kinds
+            for fault in faults_of_transformers(self, e):
+                faults.add(*fault)
+        else:
+            faults.check(("accelerator_config", "parallelism_config"), check_processes, self)
+        for name, value in given.items():
+            setattr(self, name, value)
+        faults.tell()
+        if self.dataloader_pin_memory and self.device.type == "cuda":
+            self.accelerator_config.non_blocking = True  # type: ignore[union-attr]
+
+    def _check_choice(self, name: str, accepted: tuple[Any, ...]) -> None:
+        value = getattr(self, name)
+        if value not in accepted and hasattr(self, name):
+            words = [{None: "null", True: "true", False: "false"}.get(x, repr(x)) for x in accepted]
+            raise UserError(f"{name} must be {', '.join(words[:-1])} or {words[-1]}, got {value!r}")
+
+    def _check_class_sampling(self) -> None:
+        if not self.class_sampling:
+            return
+        if self.divergence != "forward_kl":
+            raise UserError(
+                f"class_sampling is {self.class_sampling}, which estimates forward_kl alone, and divergence is "
+                f"{self.divergence!r}; set it to 0 or the divergence to forward_kl"
+            )
+        if self.teacher_cache is not None and not keeps_head(self.teacher_cache_kind):
+            raise UserError(
+                f"class_sampling draws from the teacher's whole distribution, and teacher_cache_kind "
+                f"{self.teacher_cache_kind!r} does not hold it; use hidden, or teacher_cache_kind='sampled' alone"
+            )
+
+    def _check_teachers_place(self) -> None:
         check_spread(self.teacher_device_map, self.teacher_tp_plan)
         if self.teacher_offload and (self.teacher_device_map or self.teacher_tp_plan):
             given = "teacher_device_map" if self.teacher_device_map else "teacher_tp_plan"
             raise UserError(f"teacher_offload is true, but {given} says where the teacher is; set it to false")
-        if self.teacher_cache is not None:
-            check_cache_kind(self.teacher_cache_kind, self.divergence)
-            check_rows_have_signal(self.position_selection, self.teacher_cache_kind)
-        if self.label_smoothing_factor:
-            raise UserError(
-                f"label_smoothing_factor is {self.label_smoothing_factor}, which the distillation loss does not have; "
-                "set it to 0 (the teacher's probabilities are soft labels already)"
-            )
-        if self.auto_find_batch_size:
-            raise UserError("auto_find_batch_size would change the curriculum's steps in mid-run; set it to false")
-        super().__post_init__()
-        if self.dataloader_pin_memory and self.device.type == "cuda":
-            self.accelerator_config.non_blocking = True  # type: ignore[union-attr]
 
-    def _check_answering(self) -> None:
-        """Check the fields of fresh answers."""
+    def _check_share(self) -> None:
         if self.lmbda != ADAPTIVE:
             if isinstance(self.lmbda, str):
                 raise UserError(f"lmbda must be from 0 to 1, or {ADAPTIVE!r}, got {self.lmbda!r}")
             self._check_numbers("lmbda", least=0.0, most=1.0)
         elif self.eval_strategy in ("no", IntervalStrategy.NO):
             raise UserError("lmbda is 'adaptive', which looks at the validation loss; set eval_strategy to 'steps'")
-        for name in ("max_new_tokens", "sync_every"):
-            self._check_numbers(name, least=1)
-        for name in ("generation_temperature", "replay_buffer"):
-            self._check_numbers(name, least=0)
-        if self.seq_kd not in (True, False):
-            raise UserError(f"seq_kd must be true or false, got {self.seq_kd!r}")
+
+    def _check_engine(self) -> None:
         ENGINES.check(self.generation_engine)
-        check_engine_options(self.generation_options)
         if self.generation_engine == "vllm" and self.answers_anew and not is_installed():
             raise UserError(
                 "generation_engine is 'vllm', which is not installed: pip install 'srd-fast[vllm]', or use "
                 "'transformers'"
             )
+
+    def _check_buffer(self) -> None:
         if self.replay_buffer and not self.lmbda:
             raise UserError(
                 f"replay_buffer is {self.replay_buffer}, but lmbda is 0, so that nothing comes into it; set one of them"
@@ -309,22 +347,17 @@ class SRDConfig(TrainingArguments):
     def _check_numbers(
         self, name: str, above: float | None = None, least: float | None = None, most: float | None = None
     ) -> None:
-        value = getattr(self, name)
+        value: Any = getattr(self, name, None)
+        whole = _is_whole(name)
         for x in value if isinstance(value, (list, tuple)) else [value]:
             if x is None and value is None:
                 continue
             fine = isinstance(x, (int, float)) and not isinstance(x, bool) and x == x and abs(x) != float("inf")
-            if fine and above is not None:
-                fine = x > above
-            if fine and least is not None:
-                fine = x >= least
-            if fine and most is not None:
-                fine = x <= most
-            if not fine:
+            fine = fine and (not whole or x == int(x)) and (above is None or x > above)
+            if not fine or (least is not None and x < least) or (most is not None and x > most):
                 low = f"above {above:g}" if above is not None else f"at least {least:g}"
-                raise UserError(
-                    f"{name} must be {low}{f' and at most {most:g}' if most is not None else ''}, got {x!r}"
-                )
+                high = f" and at most {most:g}" if most is not None else ""
+                raise UserError(f"{name} must be {'a whole number, ' * whole}{low}{high}, got {x!r}")
 
     def of_stages(self, count: int) -> StageSettings:
         """What each stage of a curriculum trains with.

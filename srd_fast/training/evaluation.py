@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import (
@@ -39,6 +38,7 @@ from ..models import (
 from ..reflection import Sampling, open_engine, stopping_at
 from ..rouge import RougeL, choose_tokenizer
 from ..sharing import ALONE, Sharing
+from ..showing import progress_bar
 from ..teacher import HiddenRows, LiveTeacher, RowsOfSamples, TeacherCache, TeacherRows, TeacherSource, labels_with_loss
 from .corpus_metrics import check_metrics, corpus_score
 from .measure import Divergences, measure_batch
@@ -166,7 +166,9 @@ def evaluate(
             answers = runner.generate([prompts[i] for i in mine], replace(sampling, seed=seed))
             of_mine = {
                 mine[i]: reader.text(mine[i], generated)
-                for i, generated in tqdm(answers, "generate", len(mine), unit="sample", disable=not progress)
+                for i, generated in progress_bar(
+                    answers, what="generate", total=len(mine), unit="sample", shown=progress
+                )
             }
             for of_process in sharing.gather(of_mine):
                 for i, text in of_process.items():

@@ -1,6 +1,7 @@
 """How far a student is from its teacher on a batch, and how much memory the process has used."""
 
 import sys
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import psutil
@@ -18,14 +19,19 @@ METRICS = ("loss", "kl", "cross_entropy")
 _FORWARD_KL = LossOptions("forward_kl", temperature=1.0, reduction="sum", ignore_index=None)
 
 
-def check_best_metric(name: str | None) -> None:
+def check_best_metric(name: str | None, sets: Sequence[str] = ()) -> None:
     """Refuse a `metric_for_best_model` that evaluation does not give.
+
+    Args:
+        name: of the metric.
+        sets: names of the data sets, where there are several.
 
     Raises:
         UserError: it is unknown.
     """
-    if name is not None and name.removeprefix("eval_") not in METRICS:
-        raise UserError(unknown_name("metric_for_best_model", name, METRICS))
+    known = [f"{of_set}_{metric}" for of_set in sets for metric in METRICS] or METRICS
+    if name is not None and name.removeprefix("eval_") not in known:
+        raise UserError(unknown_name("metric_for_best_model", name, known))
 
 
 class Divergences(NamedTuple):
@@ -43,13 +49,19 @@ class Divergences(NamedTuple):
 
 
 @torch.no_grad()
-def measure_batch(student: nn.Module, teacher: TeacherSource | None, inputs: dict[str, Any]) -> Divergences:
+def measure_batch(
+    student: nn.Module,
+    teacher: TeacherSource | None,
+    inputs: dict[str, Any],
+    look: Callable[[Head, Tensor], None] | None = None,
+) -> Divergences:
     """Measure a student on a collated batch, without gradients and without full logits.
 
     Args:
         student: a causal language model.
         teacher: source of the teacher's rows; None: `kl` is 0.
         inputs: a batch of the collator, on the student's device.
+        look: gets the head and the [N, D] states of the tokens with loss too.
 
     Returns:
         Sums over the batch's tokens.
@@ -57,6 +69,8 @@ def measure_batch(student: nn.Module, teacher: TeacherSource | None, inputs: dic
     labels_N = labels_with_loss(inputs)
 
     def measure(head: Head, hidden_ND: Tensor) -> Divergences:
+        if look is not None:
+            look(head, hidden_ND)
         if teacher is None:
             losses = token_cross_entropy(hidden_ND, head, labels_N)
             return Divergences(losses.new_zeros(()), losses.sum(), torch.tensor(len(labels_N), device=losses.device))

@@ -73,12 +73,13 @@ class StudentPlace:
         """Whether DeepSpeed trains the student."""
         return getattr(self.accelerator.state, "deepspeed_plugin", None) is not None
 
-    def choose_head(self, student: nn.Module, own_optimizer: bool) -> None:
+    def choose_head(self, student: nn.Module, own_optimizer: bool, predicts: bool) -> None:
         """Decide whether the student's vocabulary will stay in shards, as `head_in_shards` says.
 
         Args:
             student: before it is sharded.
             own_optimizer: whether the user made the optimizer, of the weights as they are now.
+            predicts: whether evaluations look for each token's likeliest class.
 
         Raises:
             UserError: `head_in_shards` is true, and the vocabulary cannot.
@@ -88,6 +89,8 @@ class StudentPlace:
         reason = self._why_whole(student)
         if reason is None and own_optimizer:
             reason = "an optimizer of your own has the weights as they are now"
+        if reason is None and predicts:
+            reason = "compute_metrics needs the likeliest class of a whole row"
         if self.args.head_in_shards is True and reason is not None:
             raise UserError(f"head_in_shards is true, but {reason}; set it to 'auto' or false")
         world = self.args.world_size

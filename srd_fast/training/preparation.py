@@ -11,11 +11,10 @@ import torch
 import torch.distributed as dist
 from datasets import Dataset, concatenate_datasets
 from torch import nn
-from transformers import Trainer
 
 from ..curriculum import Curriculum
 from ..data import template_key
-from ..errors import UserError, first_line
+from ..errors import UserError
 from ..models import (
     check_same_kind,
     classes_of,
@@ -155,24 +154,6 @@ def freeze_what_text_never_reaches(student: nn.Module) -> None:
         beside[name].requires_grad_(False)
     if never:
         logger.info("%d weights that text never reaches are not trained, such as %s", len(never), never[0])
-
-
-def check_optimizer(args: SRDConfig) -> None:
-    """Refuse an optimizer whose package is not installed.
-
-    Args:
-        args: of the training; `optim` names the optimizer.
-
-    Raises:
-        UserError: with what to install.
-    """
-    try:
-        Trainer.get_optimizer_cls_and_kwargs(args)
-    except ImportError as e:
-        raise UserError(f"optim is {getattr(args.optim, 'value', args.optim)!r}: {first_line(e)}") from e
-    except ValueError as e:  # others are about the model, which is not there yet
-        if "install" in str(e) or "import" in str(e):
-            raise UserError(f"optim is {getattr(args.optim, 'value', args.optim)!r}: {first_line(e)}") from e
 
 
 def layout_of(

@@ -19,11 +19,13 @@ from typing import Any, TypeVar, cast
 
 import torch
 from accelerate.utils import DynamoBackend
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Sampler
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import EvalPrediction, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import PredictionOutput
 
 from ..curriculum import CurriculumPlan
 from ..data import DataFunction, DistillationCollator, Tokenisation, check_token_ids, prepare_dataset
@@ -39,6 +41,7 @@ from ..models import (
     gathered,
     hidden_states,
     is_encoder_decoder,
+    is_sharded,
     mend_generation_config,
     router_loss,
     through_head,
@@ -58,6 +61,7 @@ from ..teacher import (
     labels_with_loss,
     rows_with_loss,
 )
+from .arguments import check_packages
 from .batching import (
     READ,
     TokenBatches,
@@ -68,6 +72,7 @@ from .batching import (
     index_stream,
     make_curriculum,
     micro_batches,
+    warn_of_cut,
 )
 from .callbacks import StepHooks
 from .checkpoints import last_whole_checkpoint
@@ -77,16 +82,17 @@ from .measure import check_best_metric, measure_batch, peak_memory_mb
 from .on_policy import OWN, FreshAnswers, WithSamples, check_answering
 from .pair import ready_pair, widen_trained_weights
 from .placing import StudentPlace, check_fsdp
+from .prediction import ComputeMetrics, EvaluationSets, Predictions, check_include, named_sets, own_metrics
 from .preparation import (
     Layout,
     batch_layout,
-    check_optimizer,
     compile_models,
     compiles,
     freeze_what_text_never_reaches,
     layout_of,
     teacher_source,
 )
+from .progress import ProgressLine
 from .replay import logged_losses
 
 logger = logging.getLogger(__name__)
@@ -95,6 +101,13 @@ R = TypeVar("R")
 
 # Parts of the loss in the logs; the last only where the student's config asks for that loss.
 _LOGGED = ("divergence", "cross_entropy", "entropy", "router_loss")
+
+
+def _tokens(batch: Mapping[str, Tensor], padding: bool) -> Tensor:
+    """How many input tokens a batch has. Without a mask there is no padding."""
+    if padding or "attention_mask" not in batch:
+        return torch.tensor(batch["input_ids"].numel())
+    return batch["attention_mask"].sum()
 
 
 class SRDTrainer(Trainer):
@@ -110,8 +123,8 @@ class SRDTrainer(Trainer):
         args: an SRDConfig.
         train_dataset: rows of any format of `srd_fast.data`, or tokenised samples.
         curriculum: which samples are trained on and in which stage. Default: all of them, in one stage.
-        eval_dataset: rows for validation, in any of these formats. Evaluation gives KL(teacher, student) and
-            cross-entropy.
+        eval_dataset: rows for validation, in any of these formats, or a dictionary of several, by name. Evaluation
+            gives KL(teacher, student) and cross-entropy.
         processing_class: the student's tokenizer. It must be given.
         teacher_tokenizer: compared with the student's. Default: the one in the folder that the teacher was loaded from.
         peft_config: a PEFT configuration; the student becomes a PEFT model with it.
@@ -124,6 +137,11 @@ class SRDTrainer(Trainer):
             "answer"}.
         data_function: makes the rows, of a row or, with a parameter `path`, of a file: a function, or
             `FILE.py:FUNCTION`.
+        compute_metrics: makes further metrics of a `transformers.EvalPrediction` of all validation rows, in every
+            process. There are no logits in it: `predictions` is [rows, tokens] int64, the student's likeliest class for
+            each token with loss, beside `label_ids`, the right ones, so nothing is to be shifted; both are filled up
+            with -100. With `include_for_metrics=["inputs", "loss"]` it has the rows' token ids and each token's
+            cross-entropy too.
 
     Raises:
         UserError: an argument is missing or wrong, the student's head is not understood, the tokenizers differ, or the
@@ -148,14 +166,16 @@ class SRDTrainer(Trainer):
         data_collator: Callable[..., Any] | None = None,
         columns: Mapping[str, str] | None = None,
         data_function: str | DataFunction | None = None,
+        compute_metrics: ComputeMetrics | None = None,
     ) -> None:
         if processing_class is None:
             raise UserError("processing_class is missing: pass the student's tokenizer")
         if not isinstance(args, SRDConfig):
             raise UserError(f"args must be an SRDConfig, got {type(args).__name__}")
-        if optimizers[0] is None:
-            check_optimizer(args)
-        check_best_metric(args.metric_for_best_model)
+        check_packages(args, optimizer_given=optimizers[0] is not None)
+        check_include(args.include_for_metrics, compute_metrics)
+        if compute_metrics is None:
+            check_best_metric(args.metric_for_best_model, list(eval_dataset) if named_sets(eval_dataset) else ())
         if args.push_to_hub and args.process_index == 0:
             try_hub(args.hub_token)
         model, teacher_model = ready_pair(model, teacher_model, args, processing_class, teacher_tokenizer, peft_config)
@@ -172,9 +192,12 @@ class SRDTrainer(Trainer):
         )
         self._made = partial(prepare_dataset, tokenisation=tokenisation, columns=columns, data_function=data_function)
         train = self._made(train_dataset, name="train_dataset").dataset
-        evaluation = None
-        if eval_dataset is not None:
-            evaluation = self._made(eval_dataset, name="eval_dataset").dataset
+        held_out: EvaluationSets = None
+        if named_sets(eval_dataset):
+            held_out = {k: self._made(rows, name=f"eval_dataset {k!r}").dataset for k, rows in eval_dataset.items()}
+        elif eval_dataset is not None:
+            held_out = self._made(eval_dataset, name="eval_dataset").dataset
+        evaluation = concatenate_datasets([*held_out.values()]) if isinstance(held_out, dict) else held_out
         if args.n_gpu > 1:
             logger.warning(
                 "%d GPUs are visible to one process; using the first. For all: torchrun --nproc-per-node %d, or "
@@ -186,8 +209,9 @@ class SRDTrainer(Trainer):
             model=model,
             args=args,
             train_dataset=train,
-            eval_dataset=evaluation,
+            eval_dataset=cast(Any, held_out),
             processing_class=processing_class,
+            compute_metrics=cast(Any, compute_metrics),
             data_collator=data_collator or DistillationCollator(decoder_start=decoder_start(model)),
             callbacks=callbacks,
             optimizers=optimizers,
@@ -199,7 +223,8 @@ class SRDTrainer(Trainer):
         self._parameters: int | None = None
         self._place = StudentPlace(args, self.accelerator)
 
-        self._place.choose_head(model, own_optimizer=optimizers[0] is not None)
+        predicts = self.compute_metrics is not None and not args.prediction_loss_only
+        self._place.choose_head(model, own_optimizer=optimizers[0] is not None, predicts=predicts)
         with gathered(model):
             check_head(model, "student")
             freeze_what_text_never_reaches(model)
@@ -217,6 +242,7 @@ class SRDTrainer(Trainer):
                 f"max_steps is {args.max_steps} but the curriculum has {self.curriculum.total_steps} steps; raise "
                 "epochs_per_stage, or leave max_steps out"
             )
+        warn_of_cut(self.curriculum, args)
         if args.max_tokens_per_batch:
             self._place.check_micro_batches(model)
             check_lengths(args.max_tokens_per_batch, self.curriculum, train, encoder_decoder)
@@ -255,6 +281,9 @@ class SRDTrainer(Trainer):
                 args, processing_class, train, self.curriculum.total_steps, self._batches_of(layout, None)
             )
             self.data_collator = WithSamples(self.data_collator)
+        for theirs in (PrinterCallback, ProgressCallback):
+            self.remove_callback(theirs)
+        self.add_callback(ProgressLine())
         self._hooks = StepHooks(self.curriculum, args.reset_optimizer)
         self.add_callback(self._hooks)
         self._loss_options = LossOptions(
@@ -294,6 +323,13 @@ class SRDTrainer(Trainer):
     def _remove_unused_columns(self, dataset: Dataset, description: str | None = None) -> Dataset:
         """Keep the columns that a step reads, as arrays, which take a fifth of the time that lists take."""
         return super()._remove_unused_columns(dataset, description).with_format("numpy")
+
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        if self.args.include_num_input_tokens_seen == "no":
+            return
+        seen = [_tokens(part, self.args.include_num_input_tokens_seen == "all") for part in micro_batches(inputs)]
+        of_ranks = self.accelerator.gather(torch.stack(seen).sum().to(self.args.device))
+        self.state.num_input_tokens_seen += int(of_ranks.sum())
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Make the scheduler that follows the curriculum's learning rate.
@@ -631,50 +667,103 @@ class SRDTrainer(Trainer):
         """
         self._place.save(self.model_wrapped, cast(Any, self.processing_class), Path(folder))
 
-    @torch.no_grad()
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Measure the student on the validation rows. Values are means over tokens, in nats.
 
         Args:
-            eval_dataset: rows of any format of `srd_fast.data`. Default: the trainer's `eval_dataset`.
+            eval_dataset: rows of any format of `srd_fast.data`, a dictionary of several, or the name of one of several.
+                Default: the trainer's `eval_dataset`.
             ignore_keys: not used.
-            metric_key_prefix: the names of the metrics begin with it and "_".
+            metric_key_prefix: the names of the metrics begin with it and "_"; of several data sets, with the name of
+                the set behind it.
 
         Returns:
             `eval_loss`, which is `eval_kl`, or without a teacher the cross-entropy, so that
             `metric_for_best_model="loss"` picks the student closest to its teacher; `eval_kl`, KL(teacher, student) at
-            T = 1, not without a teacher; and `eval_cross_entropy`.
+            T = 1, not without a teacher; `eval_cross_entropy`; and what `compute_metrics` gives.
 
         Raises:
             UserError: there are no validation rows.
         """
         self._raise_if_bad(self._check.look(wait=True))
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        known: Any = self.eval_dataset
+        if isinstance(rows, str) and isinstance(known, dict) and rows in known:
+            rows = known[rows]
         if rows is None:
             raise UserError("eval_dataset is missing: pass it to SRDTrainer or to evaluate()")
+        if named_sets(rows):
+            metrics: dict[str, float] = {}
+            for name, of_set in cast(dict[str, Any], rows).items():
+                metrics |= self.evaluate(of_set, ignore_keys, f"{metric_key_prefix}_{name}")
+            return metrics
         dataset = self._made(rows, name="eval_dataset").dataset
+        wanted = self.compute_metrics is not None and not self.args.prediction_loss_only
+        metrics = self._measured(dataset, self.teacher, self._collate, metric_key_prefix, wanted)[0]
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def predict(
+        self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
+    ) -> PredictionOutput:
+        """Let the student predict each token of the responses from the tokens before it.
+
+        Args:
+            test_dataset: rows of any format of `srd_fast.data`.
+            ignore_keys: not used.
+            metric_key_prefix: the names of the metrics begin with it and "_".
+
+        Returns:
+            `predictions` [rows, tokens] int64: the likeliest class for each token with loss, where `label_ids`, of the
+            same shape, has the right one, both filled up with -100; and `metrics`, as `evaluate` has them. A teacher
+            whose rows come from a cache has none of these: then `test_loss` is the cross-entropy, and there is no KL.
+
+        Raises:
+            UserError: the rows cannot be used.
+        """
+        dataset = self._made(test_dataset, name="test_dataset").dataset
+        check_token_ids(dataset, {"student": embeddings_of(self.accelerator.unwrap_model(self.model))})
+        stored = isinstance(self.teacher, RowsOfSamples)
+        collate = StepCollator(self._collate.collate, None)
+        metrics, found = self._measured(dataset, None if stored else self.teacher, collate, metric_key_prefix, True)
+        self.control = self.callback_handler.on_predict(self.args, self.state, self.control, metrics)
+        return PredictionOutput(cast(Any, found).predictions, cast(Any, found).label_ids, metrics)
+
+    @torch.no_grad()
+    def _measured(
+        self, dataset: Dataset, teacher: TeacherSource | None, collate: StepCollator, prefix: str, predicted: bool
+    ) -> tuple[dict[str, float], EvalPrediction | None]:
+        """Metrics of the student on tokenised samples, and what it predicts if that is wanted."""
         self._place_student()
         student = self._place.inner(self.model_wrapped)
         was_training, totals = student.training, torch.zeros(3, dtype=torch.float64, device=self.args.device)
-        teacher = None if self._without_teacher else self.teacher
+        teacher = None if self._without_teacher else teacher
         student.eval()
         self._show_weights()
+        predictions = Predictions("inputs" in self.args.include_for_metrics) if predicted else None
         try:
-            for inputs in evaluation_batches(dataset, self.args, self._collate):
+            for inputs, samples in evaluation_batches(dataset, self.args, collate):
                 with self.accelerator.autocast():
                     batch = self._prepare_inputs(inputs)
-                    measured = self._place.call(self.model_wrapped, lambda x: measure_batch(student, teacher, x), batch)
+                    look = None if predictions is None else predictions.of_batch(batch, samples)
+                    measured = self._place.call(
+                        self.model_wrapped, partial(measure_batch, student, teacher, look=look), batch
+                    )
                 totals += torch.stack([measured.kl, measured.cross_entropy, measured.num_tokens]).double()
         finally:
             student.train(was_training)
         kl, cross_entropy, tokens = self.accelerator.reduce(totals, "sum").tolist()
-        found = {"loss": kl / tokens, "kl": kl / tokens, "cross_entropy": cross_entropy / tokens}
         if teacher is None:
-            del found["kl"]
-            found["loss"] = found["cross_entropy"]
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
-        self.log(dict(metrics))
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+            values = {"loss": cross_entropy / tokens, "cross_entropy": cross_entropy / tokens}
+        else:
+            values = {"loss": kl / tokens, "kl": kl / tokens, "cross_entropy": cross_entropy / tokens}
+        metrics = {f"{prefix}_{name}": value for name, value in values.items()}
+        if predictions is None:
+            return metrics, None
+        found = predictions.gathered(len(dataset), self.args.world_size)
+        if self.compute_metrics is not None:
+            metrics |= own_metrics(self.compute_metrics, found, self.args.include_for_metrics, prefix)
+        return metrics, found

@@ -24,7 +24,7 @@ from test_cli import srd_fast
 from transformers import PreTrainedTokenizerFast
 
 from srd_fast.data import IGNORE_INDEX, PreparedData, Tokenisation, first_label, prepare_dataset, read_source
-from srd_fast.errors import UserError
+from srd_fast.errors import FaultsError, UserError
 from srd_fast.losses import distillation_loss, divergence_names
 from srd_fast.run.config import RunConfig, load_run_config
 
@@ -60,13 +60,13 @@ def fuzz(strategy: st.SearchStrategy[Any], check: Check, count: int, random: boo
 
 
 def told(error: UserError, words: str = "") -> str:
-    """The message, which is one line that can be written. words: a pattern that it has."""
-    message = str(error)
-    assert re.search(words, message)
-    assert message.strip()
-    assert len(message.splitlines()) == 1
-    assert len(message.encode()) < 4000
-    return message
+    """The message, one line for each fault, which can be written. words: a pattern that each has."""
+    for message in [fault.text for fault in error.faults] if isinstance(error, FaultsError) else [str(error)]:
+        assert re.search(words, message)
+        assert message.strip()
+        assert len(message.splitlines()) == 1
+        assert len(message.encode()) < 4000
+    return str(error)
 
 
 # Rows

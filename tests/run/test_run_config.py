@@ -170,8 +170,8 @@ def test_overrides_are_values(override: str, section: str | None, key: str, valu
     ],
 )
 def test_numbers_without_a_dot_are_numbers_in_file_and_override(text: str, value: Any, config: Any) -> None:
-    assert config(f"distill: {{learning_rate: {text}}}").distill == {"learning_rate": value}
-    assert config("", f"distill.learning_rate={text}").distill == {"learning_rate": value}
+    assert config(f"distill: {{stage_learning_rates: {text}}}").distill == {"stage_learning_rates": value}
+    assert config("", f"distill.stage_learning_rates={text}").distill == {"stage_learning_rates": value}
 
 
 @pytest.mark.parametrize("name", ["2024-experiment", "7even", "1e", "e5", "0e/1e"])

@@ -4,7 +4,7 @@ from ..modes import LIVE
 from .answers import answer_inputs, answer_step
 from .cache import cache_inputs, cache_teacher
 from .data import prepare, prepare_inputs
-from .inputs import check_group, check_inputs
+from .inputs import Checks, check_group, check_inputs
 from .outcome import evaluate_inputs, evaluate_step, report
 from .run import ANSWERS, PRUNE, Run
 from .selection import (
@@ -25,6 +25,7 @@ __all__ = [
     "LIVE",
     "PARTS",
     "PRUNE",
+    "Checks",
     "Run",
     "answer_inputs",
     "answer_step",

@@ -9,7 +9,7 @@ from datasets import Dataset, concatenate_datasets
 from torch import nn
 
 from ...data import template_key
-from ...errors import UserError
+from ...errors import Faults, UserError
 from ...files import remove
 from ...models import load_model, model_without_weights
 from ...teacher import StaleCacheError, TeacherCache, open_teacher_cache
@@ -22,13 +22,35 @@ from .settings import training_config
 logger = logging.getLogger(__name__)
 
 
-def check_cache(config: RunConfig, args: SRDConfig) -> None:
-    """Refuse a kind of teacher cache that does not fit the rest of the config."""
+def check_cache(config: RunConfig, args: SRDConfig, faults: Faults | None = None) -> None:
+    """Refuse a kind of teacher cache that does not fit the rest of the config.
+
+    Args:
+        config: of the run.
+        args: of its training.
+        faults: takes what is wrong. Default: it is raised.
+
+    Raises:
+        FaultsError: something is wrong, and there are no `faults` to take it.
+    """
+    given = Faults() if faults is None else faults
     kind = config.cache.kind
     if kind != LIVE:
-        check_cache_kind(kind, args.divergence, ("config: cache.kind", "distill.divergence"))
-    if kind == "projected" and config.lora is None:
+        names = ("config: cache.kind", "distill.divergence")
+        given.check(("cache.kind", "distill.divergence", "preset"), check_cache_kind, kind, args.divergence, names)
+    given.check(("cache.kind", "lora"), _check_projected, config)
+    given.check(("cache.kind", "cache.log_sum_exp"), _check_log_sum_exp, config)
+    if faults is None:
+        given.tell()
+
+
+def _check_projected(config: RunConfig) -> None:
+    if config.cache.kind == "projected" and config.lora is None:
         raise UserError("config: cache.kind 'projected' needs a student whose head is frozen: set lora, or use hidden")
+
+
+def _check_log_sum_exp(config: RunConfig) -> None:
+    kind = config.cache.kind
     if config.cache.log_sum_exp and kind != "hidden":
         raise UserError(
             f"config: cache.log_sum_exp is true, and cache.kind is {kind!r}: only hidden keeps it; set it to false"

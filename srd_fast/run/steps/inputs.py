@@ -1,12 +1,19 @@
 """Mistakes that can be found before any work is done: names, settings, missing files, tokenizers."""
 
+import errno
+from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from ...curriculum import per_stage
 from ...data import check_made, check_source, data_function_of
-from ...errors import UserError, first_line
+from ...errors import Fault, Faults, FaultsError, UserError, first_line
+from ...files import disk_trouble
 from ...models import (
     check_same_kind,
     check_tokenizers,
@@ -14,6 +21,7 @@ from ...models import (
     load_config,
     load_tokenizer,
     model_without_weights,
+    prune_depth,
     quantisation_of,
     try_hub,
     try_merging,
@@ -23,8 +31,10 @@ from ...models import (
 from ...reflection import get_difficulties
 from ...reflection.engines import ENGINES, check_engine_options
 from ...selection import SAMPLE_POLICIES
+from ...training.arguments import PACKAGES
+from ...training.config import SRDConfig
+from ...training.corpus_metrics import check_metrics
 from ...training.measure import check_best_metric
-from ...training.preparation import check_optimizer
 from ..config import RunConfig
 from ..group import Group
 from ..modes import check_mode
@@ -32,60 +42,193 @@ from .cache import check_cache
 from .data import VALIDATION, tokenisation_of
 from .run import PRUNE, QUICKSTART
 from .selection import sample_policy
-from .settings import lora_config, share_of_batch, training_config
+from .settings import OWN_KEYS, lora_config, share_of_batch, training_config
+
+Checks = Sequence[Callable[[RunConfig], None]]
 
 
-def check_inputs(config: RunConfig) -> None:
+def check_inputs(config: RunConfig, faults: Faults | None = None, also: Checks = ()) -> None:
     """Check a config before its run.
 
+    Args:
+        config: of the run; without the keys that are known to be wrong.
+        faults: what is known to be wrong. The rest is looked at, and what depends on nothing of that is told with it.
+        also: further checks, for a config in which nothing was found.
+
     Raises:
-        UserError: for the first mistake found.
+        FaultsError: with all that is wrong.
     """
-    _check_device(config.device)
-    args = training_config(config)
-    check_optimizer(args)
-    check_mode(config, args)
-    args.of_stages(config.curate.stages)
-    lora_config(config)
-    SAMPLE_POLICIES.check(sample_policy(config)[0])
-    check_cache(config, args)
-    ENGINES.check(config.reflect.engine)
-    check_engine_options(config.reflect.engine_options)
+    faults = Faults() if faults is None else faults
+    _check_folder(config, faults)
+    faults.check("device", _check_device, config.device)
+    args = _training_args(config, faults)
+    stages = config.curate.stages
+    for name in ("epochs_per_stage", "temperature", "sft_weight", "stage_learning_rates"):
+        faults.check((f"distill.{name}", "curate.stages"), _check_stages, name, config.distill.get(name), stages)
+    faults.check(("distill.sample_selection", "preset"), lambda: SAMPLE_POLICIES.check(sample_policy(config)[0]))
+    if args is not None:
+        check_mode(config, args, faults)
+        check_cache(config, args, faults)
+        for names, needs in PACKAGES.items():
+            faults.check((f"distill.{name}" for name in names), _of_distill, needs, args)
+        metric = ("distill.metric_for_best_model",)
+        faults.check(metric, lambda: _of_distill(check_best_metric, args.metric_for_best_model))
+        if args.push_to_hub:
+            faults.check("distill.push_to_hub", try_hub, args.hub_token, "distill.push_to_hub")
+    _check_reflection(config, faults)
+    faults.check("curate", _check_reflect_again, config)
+    faults.check(("curate", "distill.save_strategy"), _check_checkpoints, config, args)
+    faults.check("evaluate.metrics", _of_config, check_metrics, config.evaluate.metrics)
+    if config.data_function is not None:
+        faults.check("data_function", data_function_of, config.data_function)
+    if not isinstance(config.validation, int):
+        faults.check(("validation", "data_function"), _must_exist, config, VALIDATION, config.validation, VALIDATION)
+    if config.data != QUICKSTART:
+        keys = ("data", "data_split", "data_function")
+        faults.check(keys, _must_exist, config, "data", config.data, config.data_split)
+    _check_models(config, faults)
+    if not faults.found:
+        for look in also:
+            faults.check((), look, config)
+    faults.tell()
+
+
+def _training_args(config: RunConfig, faults: Faults) -> SRDConfig | None:
+    """The training arguments; of a config with faults in them, what is left without these keys."""
+    try:
+        return training_config(config)
+    except FaultsError as e:
+        faults.take(e)
+        faults.doubt(name for fault in e.faults for name in fault.names)
+        if any(not fault.names for fault in e.faults):
+            return None
+    doubted = {name.partition(".")[2] for name in faults.wrong if name.startswith("distill.")}
+    rest = {name: value for name, value in config.distill.items() if name not in doubted}
+    own = {name: field.default for name, field in RunConfig.model_fields.items() if name in OWN_KEYS & {*faults.wrong}}
+    try:
+        return training_config(config.model_copy(update={"distill": rest, **own}))
+    except UserError:
+        return None  # of fields that go together: they are told
+
+
+def _of_config(look: Callable[..., Any], *given: Any) -> None:
+    try:
+        look(*given)
+    except UserError as e:
+        raise UserError(f"config: {e}") from e
+
+
+def _of_distill(look: Callable[..., Any], *given: Any) -> None:
+    try:
+        look(*given)
+    except FaultsError as e:
+        raise FaultsError([Fault(fault.names, f"config: distill: {fault.text}") for fault in e.faults]) from e
+    except UserError as e:
+        raise UserError(f"config: distill: {e}") from e
+
+
+def _check_stages(name: str, value: Any, stages: int) -> None:
+    if isinstance(value, list):
+        _of_distill(per_stage, name, value, 0.0, 0.0, stages)
+
+
+def _check_reflection(config: RunConfig, faults: Faults) -> None:
+    reflect, engine = config.reflect, config.reflect.engine
+    faults.check("reflect.engine", ENGINES.check, engine)
+    faults.check("reflect.engine", _check_engine, engine)
+    faults.check("reflect.engine_options", check_engine_options, reflect.engine_options)
+    made: dict[str, Any] = {}
+    for name in reflect.signals:
+        found = faults.check((), get_difficulties, [*made.values(), name])
+        if found is None:
+            faults.doubt(["reflect.signals"])
+        else:
+            made[next(reversed(found))] = name
+    for name in config.curate.signals or ():
+        faults.check(("reflect.signals", "curate.signals"), _check_ranked, name, made)
+
+
+def _check_ranked(name: str, made: Mapping[str, Any]) -> None:
+    extra = set(get_difficulties([name])) - set(made)
+    if extra:
+        raise UserError(f"curate.signals names {sorted(extra)}, which reflect.signals does not make")
+
+
+def _check_engine(name: str) -> None:
+    package, install = {"vllm": ("vllm", "srd-fast[vllm]"), "ray": ("ray", "srd-fast[ray]")}.get(name, (None, ""))
+    if package is not None and find_spec(package) is None:
+        raise UserError(
+            f"config: reflect.engine is {name!r}, which needs the package {package}: pip install '{install}', or set "
+            "it to auto"
+        )
+
+
+def _check_reflect_again(config: RunConfig) -> None:
     if config.curate.reflect_again and config.curate.method != "srd":
         raise UserError(
             f"config: curate.reflect_again ranks by reflection, but curate.method is {config.curate.method!r}"
         )
-    if config.curate.reflect_again and args.save_strategy == "no":
+
+
+def _check_checkpoints(config: RunConfig, args: SRDConfig | None) -> None:
+    if config.curate.reflect_again and args is not None and args.save_strategy == "no":
         raise UserError(
             "config: curate.reflect_again goes on from a checkpoint at the border of each stage, and "
             "distill.save_strategy is 'no'; set it to 'steps'"
         )
-    made = get_difficulties(config.reflect.signals)
-    extra = set(get_difficulties(config.curate.signals or ())) - set(made)
-    if extra:
-        raise UserError(f"curate.signals names {sorted(extra)}, which reflect.signals does not make")
-    if config.data_function is not None:
-        data_function_of(config.data_function)
-    if not isinstance(config.validation, int):
-        _must_exist(config, VALIDATION, config.validation, VALIDATION)
-    if config.data != QUICKSTART:
-        _must_exist(config, "data", config.data, config.data_split)
+
+
+def _check_models(config: RunConfig, faults: Faults) -> None:
+    """Look at teacher and student without their weights, and save the student as at the end of the run."""
+    teachers = faults.check("teacher", load_tokenizer, config.teacher)
+    faults.check(("teacher", "student"), _check_weights, config)
+    tokenizer = teachers
+    if config.student != PRUNE:
+        tokenizer = faults.check("student", load_tokenizer, config.student)
+        pair = ("teacher", "student", "distill.shared_vocabulary")
+        if tokenizer is not None and teachers is not None:
+            shared = config.distill.get("shared_vocabulary", False)
+            faults.check(pair, check_tokenizers, tokenizer, teachers, shared)
+            faults.check(pair, lambda: check_same_kind(load_config(config.student), load_config(config.teacher)))
+    else:
+        faults.check("init_student.encoder_layers", _check_encoder_layers, config, teachers)
+    faults.check(("teacher", "lora"), lora_config, config)
+    if tokenizer is not None:
+        speech = ("template", "chat_template_kwargs", "max_prompt_length", "max_response_length", "train_on")
+        faults.check(speech, tokenisation_of, config, tokenizer)
+        faults.check(("teacher", "student", "lora", "init_student"), _try_the_end, config, tokenizer)
+
+
+def _check_weights(config: RunConfig) -> None:
     kind = quantisation_of(config.teacher) if config.student == PRUNE else quantisation_of(config.student)
     if kind is not None:
         which = "teacher, out of which the student is cut," if config.student == PRUNE else "student"
         raise UserError(f"config: the {which} is quantised ({kind}); it needs full weights")
-    tokenizer = load_tokenizer(config.teacher)
-    if config.student != PRUNE:
-        tokenizer, teachers = load_tokenizer(config.student), tokenizer
-        check_tokenizers(tokenizer, teachers, args.shared_vocabulary)
-        check_same_kind(load_config(config.student), load_config(config.teacher))
-    elif config.init_student.encoder_layers is not None and not is_encoder_decoder(load_config(config.teacher)):
+
+
+def _check_encoder_layers(config: RunConfig, teachers: Any) -> None:
+    if teachers is None:
+        return  # it cannot be read
+    if config.init_student.encoder_layers is not None and not is_encoder_decoder(load_config(config.teacher)):
         raise UserError("config: init_student.encoder_layers is given, but the teacher has no encoder; leave it out")
-    tokenisation_of(config, tokenizer)
-    check_best_metric(args.metric_for_best_model)
-    if args.push_to_hub:
-        try_hub(args.hub_token, "distill.push_to_hub")
-    _try_the_end(config, tokenizer)
+
+
+def _check_folder(config: RunConfig, faults: Faults) -> None:
+    faults.check("output_dir", _try_folder, Path(config.output_dir))
+
+
+def _try_folder(folder: Path) -> None:
+    """Write in a run's folder, or in the next one above it that is there."""
+    there = next((x for x in (folder, *folder.absolute().parents) if x.exists()), Path("/"))
+    if not there.is_dir():
+        raise UserError(f"config: output_dir: {str(folder)!r} cannot be made: {str(there)!r} is a file")
+    try:
+        with TemporaryFile(dir=there):
+            pass
+    except OSError as e:
+        if disk_trouble(e, there) is not None and e.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(f"config: output_dir: {str(folder)!r} cannot be written: {first_line(e)}") from e
 
 
 def check_group(config: RunConfig, group: Group, shard: str | None = None) -> None:
@@ -118,14 +261,20 @@ def check_group(config: RunConfig, group: Group, shard: str | None = None) -> No
 
 def _try_the_end(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """Save and merge, as at the end of the run, a student without weights."""
-    student = model_without_weights(config.teacher if config.student == PRUNE else config.student)
+    student: Any = model_without_weights(config.teacher if config.student == PRUNE else config.student)
     adapters = lora_config(config)
     if student is None:
         return
+    if config.student == PRUNE:
+        layers = config.init_student
+        try:
+            prune_depth(student, layers.layers, layers.encoder_layers)
+        except UserError as e:
+            raise UserError(f"config: init_student: {e}") from e
     if adapters is not None:
         try:
             student = with_adapters(student, adapters)
-        except ValueError as e:
+        except Exception as e:  # of many kinds
             raise UserError(f"config: lora: {first_line(e)}") from e
         try_merging(student)
     try_saving(student, tokenizer)

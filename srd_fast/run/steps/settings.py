@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ...errors import UserError
+from ...errors import Fault, Faults, FaultsError, UserError, first_line
 from ...models import is_encoder_decoder, load_config
 from ...selection import ALL
 from ...suggest import unknown_name
@@ -16,6 +16,9 @@ from ...training.student import trainer_basics
 from ..config import RunConfig
 from ..modes import MODES, mode_fields
 
+# Keys of the config that are fields of SRDConfig.
+OWN_KEYS = {"seed", "template", "max_prompt_length", "max_response_length", "chat_template_kwargs"}
+OWN_KEYS |= {"parse_special_tokens", "train_on", "teacher_device_map"}
 # Of the section `distill`, where they are not those of SRDConfig.
 RUN_DEFAULTS: dict[str, Any] = {
     "logging_steps": 1,
@@ -49,7 +52,8 @@ def training_config(
         The training arguments.
 
     Raises:
-        UserError: a field of `distill` is unknown or wrong, or the batch cannot be divided.
+        FaultsError: fields of `distill`, or of the config beside it, are wrong. Names are keys of the config.
+        UserError: the batch cannot be divided.
     """
     basics = {**trainer_basics(torch.device(device), dtype), **RUN_DEFAULTS}
     given = {
@@ -74,8 +78,15 @@ def training_config(
             train_on=config.train_on,
             teacher_device_map=config.teacher_device_map,
         )
+    except FaultsError as e:
+        raise FaultsError([_of_config(fault) for fault in e.faults]) from e
     except Exception as e:  # transformers' own checks raise many kinds
         raise UserError(f"config: distill: {' '.join(str(e).split())[:500]}") from e
+
+
+def _of_config(fault: Fault) -> Fault:
+    names = tuple(name if name in OWN_KEYS else f"distill.{name}" for name in fault.names)
+    return Fault(names, f"config: {'' if names and names[0] in OWN_KEYS else 'distill: '}{fault.text}")
 
 
 def share_of_batch(size: int, steps: int, processes: int) -> dict[str, int]:
@@ -115,11 +126,13 @@ def lora_config(config: RunConfig) -> Any:
     except ImportError as e:
         raise UserError(f"config: lora needs the peft package: pip install 'srd-fast[peft]' ({e})") from e
     known = {f.name for f in dataclasses.fields(LoraConfig)}
+    faults = Faults()
     for name in config.lora:
         if name not in known:
-            raise UserError("config: " + unknown_name("key in lora", name, known, listed=False))
+            faults.add((f"lora.{name}",), "config: " + unknown_name("key in lora", name, known, listed=False))
+    faults.tell()
     try:
         task = "SEQ_2_SEQ_LM" if is_encoder_decoder(load_config(config.teacher)) else "CAUSAL_LM"
         return LoraConfig(**{"task_type": task, **config.lora})
     except (TypeError, ValueError) as e:
-        raise UserError(f"config: lora: {e}") from e
+        raise UserError(f"config: lora: {first_line(e)}") from e

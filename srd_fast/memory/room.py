@@ -1,0 +1,102 @@
+"""Before a run: whether its training and its files fit on this machine.
+
+A bound that takes no time comes first. Only where that does not fit, the planner is asked, which takes seconds.
+"""
+
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+
+from ..errors import UserError
+from ..models import load_config, model_without_weights
+from ..run.config import RunConfig
+from ..run.steps import LIVE, PRUNE, Run
+from .planner import plan
+
+logger = logging.getLogger(__name__)
+
+# Above what was measured: numbers that a layer keeps for each token, in widths of its states and of its inner ones;
+# bytes of the loss and of the imports.
+_WIDTHS, _INNER = 40, 8
+_BESIDES = 4 << 30
+_FLOAT = 4
+# Of a weight that is trained: itself, its gradient, and two of the optimizer. A checkpoint has all but the gradient.
+_TRAINED, _IN_CHECKPOINT = 4, 3
+
+
+def check_room(config: RunConfig) -> None:
+    """Compare what a run takes with what this machine has.
+
+    Args:
+        config: of the run, in which nothing is wrong.
+
+    Raises:
+        UserError: the training needs more memory than there is, or its checkpoints more disk than is free.
+    """
+    student = model_without_weights(config.teacher if config.student == PRUNE else config.student)
+    if student is None:
+        return
+    run = Run(config, Path(config.output_dir), {}, {})
+    _check_disk(run, student)
+    total, free = _memory(run.device)
+    if _bound(run, student) < free:
+        return
+    needed = plan(config).total
+    what = f"the step distill needs about {needed / 1e9:.1f} GB at its peak, and {run.device} has {total / 1e9:.1f} GB"
+    way_out = "srd-fast memory CONFIG --limit SIZE says which batch, accumulation and memory_budget fit"
+    if needed > total:
+        raise UserError(f"config: distill: {what}; {way_out}")
+    if needed > free:
+        logger.warning("%s, of which %.1f GB are free; %s", what, free / 1e9, way_out)
+
+
+def _memory(device: torch.device) -> tuple[int, int]:
+    """Bytes of a device, and how many of them are free."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return total, free
+    memory = psutil.virtual_memory()
+    return memory.total, memory.available
+
+
+def _bound(run: Run, student: nn.Module) -> int:
+    """More bytes than the training takes."""
+    config, args = run.config, run.args
+    text: Any = load_config(config.teacher if config.student == PRUNE else config.student).get_text_config()
+    tokens = args.per_device_train_batch_size * (config.max_prompt_length + config.max_response_length)
+    inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
+    inner = max(inner) if isinstance(inner, (list, tuple)) else inner
+    kept = text.num_hidden_layers * (_WIDTHS * text.hidden_size + _INNER * inner)
+    own = _TRAINED * _size(student)
+    teacher: Any = model_without_weights(config.teacher) if config.cache.kind == LIVE else None
+    return _FLOAT * (own + (0 if teacher is None else _size(teacher)) + 2 * tokens * kept) + _BESIDES
+
+
+def _size(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def _check_disk(run: Run, student: nn.Module) -> None:
+    """Checkpoints that are there already are overwritten or kept instead of new ones, so they do not count."""
+    args, folder = run.args, run.folder
+    there = next((x for x in (folder, *folder.absolute().parents) if x.is_dir()), Path("/"))
+    if run.config.lora is not None:
+        needed = _FLOAT * _size(student)
+    else:
+        # A new one is there before an old one goes.
+        checkpoints = 0 if args.save_strategy == "no" else (args.save_total_limit or 1) + 1
+        states = 1 if args.save_only_model else _IN_CHECKPOINT
+        needed = _FLOAT * _size(student) * (1 + checkpoints * states)
+    free = shutil.disk_usage(there).free
+    held = sum(f.stat().st_size for f in (folder / "checkpoints").rglob("*") if f.is_file())
+    if needed > free + held:
+        raise UserError(
+            f"config: output_dir: the student and its checkpoints take about {needed / 1e9:.1f} GB, and the disk of "
+            f"{str(there)!r} has {free / 1e9:.1f} GB free; lower distill.save_total_limit, set "
+            "distill.save_only_model, or name a folder on another disk"
+        )
