@@ -8,7 +8,7 @@ from .class_blocks import ClassBlocks, ClassPasses
 from .compact import SparseDivergence
 from .compact_class_blocks import CompactClassBlocks
 from .divergences import FORMULAS, Formula, RowDivergence
-from .joint_classes import join_states, join_terms, state_of, terms_of
+from .joint_classes import join_states, join_sums, join_terms, state_of, sums_of, terms_of
 from .passes import LOGIT_FLOOR
 from .pieces import ALIGNMENT, EAGER_BUFFERS, block_bytes
 from .row_numbers import RowCoefficients, RowValues
@@ -31,7 +31,9 @@ __all__ = [
     "compact_rows",
     "distillation_rows",
     "join_states",
+    "join_sums",
     "join_terms",
     "state_of",
+    "sums_of",
     "terms_of",
 ]

@@ -22,16 +22,19 @@ from .triton_sums import (
     SIDES,
     add_student,
     exponentials,
+    formula_options,
     kind_of_temperature,
     load_logits,
     log_softmax,
+    mass_from,
     merged,
     powers,
 )
 
-LABEL, ORIGIN_S, ORIGIN_T, MAX_S, SUM_S, PRODUCT_S, MAX_K, SUM_K, MAX_T, SUM_T, CROSS, DIVERGENCE, WEIGHT = (
-    tl.constexpr(i) for i in range(len(ClassBlocks.FIELDS))
-)
+(
+    LABEL, ORIGIN_S, ORIGIN_T, MAX_S, SUM_S, PRODUCT_S, MAX_K, SUM_K, MAX_T, SUM_T, CROSS, DIVERGENCE, WEIGHT, A, B, C,
+    HEAD, MASS,
+) = (tl.constexpr(i) for i in range(len(ClassBlocks.FIELDS)))  # fmt: skip
 
 
 @triton.jit
@@ -158,13 +161,18 @@ def weigh_kernel(
     skew,
     beta,
     PAIR: tl.constexpr,
+    SUMS: tl.constexpr,
     LOG2: tl.constexpr,
+    GATHER: tl.constexpr,
     STUDENT_SOFTCAP: tl.constexpr,
     TEACHER_SOFTCAP: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """`ClassBlocks.weigh`. PAIR: a divergence's (value, weight) function. LOG2: the logarithm it uses."""
+    """`ClassBlocks.weigh`, or `gather` with GATHER.
+
+    PAIR: a divergence's (value, weight) function. SUMS: what it needs first, or None. LOG2: the logarithm it uses.
+    """
     row = tl.program_id(0).to(tl.int64)
     state_ptr += first_row + row
     student_ptr += row * student_stride
@@ -175,19 +183,74 @@ def weigh_kernel(
     log_S = tl.load(state_ptr + SUM_K * N)
     M_T = tl.load(state_ptr + MAX_T * N)
     log_T = tl.load(state_ptr + SUM_T * N)
+    a = tl.load(state_ptr + A * N)
+    b = tl.load(state_ptr + B * N)
+    c = tl.load(state_ptr + C * N)
+    head = tl.load(state_ptr + HEAD * N)
     value = tl.zeros([BLOCK // WIDTH], tl.float32)
     weight = tl.zeros([BLOCK // WIDTH], tl.float32)
+    third = tl.zeros([BLOCK // WIDTH], tl.float32)
     for i in range(0, tl.cdiv(classes, BLOCK)):
         at = i * BLOCK
         z_S = load_logits(student_ptr, at, lanes, classes, classes, student_softcap, STUDENT_SOFTCAP)
         z_T = load_logits(teacher_ptr, at, lanes, classes, classes, teacher_softcap, TEACHER_SOFTCAP)
         log_q, q = log_softmax(z_S, M_K, log_S, inverse_t)
         log_p, p = log_softmax(z_T, M_T, log_T, inverse_t)
-        v, w = PAIR(log_p, log_q, p, q, skew, beta, LOG2)
+        if GATHER:
+            v, w, x = SUMS(log_p, log_q, p, q, head)
+            third += tl.sum(x, axis=1)
+        elif SUMS is not None:
+            v, w = PAIR(log_p, log_q, p, q, a, b, c)
+        else:
+            v, w = PAIR(log_p, log_q, p, q, skew, beta, LOG2)
         value += tl.sum(v, axis=1)
         weight += tl.sum(w, axis=1)
-    add(state_ptr + DIVERGENCE * N, value)
-    add(state_ptr + WEIGHT * N, weight)
+    if GATHER:
+        add(state_ptr + A * N, value)
+        add(state_ptr + B * N, weight)
+        add(state_ptr + C * N, third)
+    else:
+        add(state_ptr + DIVERGENCE * N, value)
+        if SUMS is None:
+            add(state_ptr + WEIGHT * N, weight)
+
+
+@triton.jit(do_not_specialize=["first_row", "N", "first"])
+def look_kernel(
+    state_ptr,
+    labels_ptr,
+    student_ptr,
+    teacher_ptr,
+    first_row,
+    N,
+    first,
+    classes,
+    student_stride,
+    teacher_stride,
+    temperature,
+    student_softcap,
+    teacher_softcap,
+    STUDENT_SOFTCAP: tl.constexpr,
+    TEACHER_SOFTCAP: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """`ClassBlocks.look`."""
+    row = tl.program_id(0).to(tl.int64)
+    state_ptr += first_row + row
+    teacher_ptr += row * teacher_stride
+    lanes = lanes_of(BLOCK, WIDTH)
+    inverse_t = 1.0 / temperature
+    M_T = tl.load(state_ptr + MAX_T * N)
+    log_T = tl.load(state_ptr + SUM_T * N)
+    begin = tl.load(state_ptr + HEAD * N)
+    mass = tl.zeros([BLOCK // WIDTH], tl.float32)
+    for i in range(0, tl.cdiv(classes, BLOCK)):
+        mass += mass_from(
+            teacher_ptr, i * BLOCK, lanes, classes, classes, teacher_softcap, M_T, log_T, inverse_t, begin,
+            TEACHER_SOFTCAP,
+        )  # fmt: skip
+    add(state_ptr + MASS * N, mass)
 
 
 @triton.jit
@@ -220,6 +283,7 @@ def write_kernel(
     cross_entropy_coefficient,
     divergence_coefficient,
     PAIR: tl.constexpr,
+    SUMS: tl.constexpr,
     LOG2: tl.constexpr,
     SIDE: tl.constexpr,
     TEACHER: tl.constexpr,
@@ -256,6 +320,9 @@ def write_kernel(
     origin_T = tl.load(state_ptr + ORIGIN_T * N)
     mean = tl.load(state_ptr + CROSS * N)
     W = tl.load(state_ptr + WEIGHT * N)
+    a = tl.load(state_ptr + A * N)
+    b = tl.load(state_ptr + B * N)
+    c = tl.load(state_ptr + C * N)
     # q at temperature 1 is a power of q at T times a ratio of sums, for T = 1 and 2.
     ce_of_power = ce * tl.exp2(((T_KIND * log_S - log_S1) - (M_S - M_K)) * LOG2E)
     value = tl.zeros([BLOCK // WIDTH], tl.float32)
@@ -267,8 +334,13 @@ def write_kernel(
             z_T = load_logits(teacher_ptr, at, lanes, classes, classes, teacher_softcap, TEACHER_SOFTCAP)
             log_q, q = log_softmax(z_S, M_K, log_S, inverse_t)
             log_p, p = log_softmax(z_T, M_T, log_T, inverse_t)
-            v, w = PAIR(log_p, log_q, p, q, skew, beta, LOG2)
-            if SIDE == 1:
+            if SUMS is not None:
+                v, w = PAIR(log_p, log_q, p, q, a, b, c)
+            else:
+                v, w = PAIR(log_p, log_q, p, q, skew, beta, LOG2)
+            if SUMS is not None:
+                g = div * w
+            elif SIDE == 1:
                 g = div * (w + q)
             elif SIDE == 2:
                 g = div * q * (((z_S - origin) - (z_T - origin_T) - mean) * inverse_t)
@@ -351,7 +423,8 @@ class TritonClassBlocks(ClassBlocks):
         d = self.divergence
         formula = FORMULAS["forward_kl"] if d is None or d.formula is None else d.formula
         parameters = {"skew": 0.0, "beta": 0.0} if d is None else {"skew": d.skew, "beta": d.beta}
-        return {**parameters, "PAIR": formula.triton, "LOG2": LOG2}
+        options = formula_options(formula)
+        return {**parameters, "PAIR": options["PAIR"], "SUMS": options["SUMS"], "LOG2": LOG2}
 
     def read(self, rows: slice, first: int, student_RB: Tensor, teacher_RB: Tensor | None, common: bool) -> None:
         """See `ClassBlocks.read`."""
@@ -365,7 +438,15 @@ class TritonClassBlocks(ClassBlocks):
 
     def weigh(self, rows: slice, first: int, student_RB: Tensor, teacher_RB: Tensor) -> None:
         """See `ClassBlocks.weigh`."""
-        self._launch(weigh_kernel, rows, first, student_RB, teacher_RB, **self._pair())
+        self._launch(weigh_kernel, rows, first, student_RB, teacher_RB, GATHER=False, **self._pair())
+
+    def gather(self, rows: slice, student_RB: Tensor, teacher_RB: Tensor) -> None:
+        """See `ClassBlocks.gather`."""
+        self._launch(weigh_kernel, rows, 0, student_RB, teacher_RB, GATHER=True, **self._pair())
+
+    def look(self, rows: slice, teacher_RB: Tensor) -> None:
+        """See `ClassBlocks.look`."""
+        self._launch(look_kernel, rows, 0, teacher_RB, teacher_RB)
 
     def write(
         self, rows: slice, first: int, student_RB: Tensor, teacher_RB: Tensor | None, gradient_RB: Tensor

@@ -231,7 +231,8 @@ def _plan_rows(work: LossWork, budget: int) -> LossPlan:
     size = fixed + rows * row + (min(rows * temporary, block_bytes(work.device)) if temporary else 0)
     costs, chunks = _Costs(work), -(-work.rows // max(1, rows))
     for side in work.sides:
-        reads = 1 + work.passes.weighs + work.gradients
+        looks = work.passes.looks if side is not student else 0
+        reads = 1 + looks + work.passes.of_both + work.gradients
         costs.logits(rows, side.classes, side, chunks, reads)
     if work.gradients:
         costs.gradients(rows, student.classes, itemsize, 8 if chunks > 1 else student.weight.itemsize, chunks)
@@ -268,8 +269,9 @@ def _plan_classes(work: LossWork, budget: int, block: int) -> LossPlan:
     size = fixed + rows * row + (min(rows * temporary, block_bytes(work.device)) if temporary else 0)
     costs, parts = _Costs(work), -(-n // max(1, rows))
     for side in sides:
-        reads = work.passes.reads_teacher if side is teacher else True
-        costs.logits(rows, block, side, parts * side.classes / block * (reads + work.passes.weighs + work.gradients))
+        reads = work.passes.reads_teacher + work.passes.looks if side is teacher else 1
+        reads += work.passes.of_both + work.gradients
+        costs.logits(rows, block, side, parts * side.classes / block * reads)
     if work.gradients:
         tiles = parts * student.classes / block
         costs.gradients(rows, block, 8, 8 if parts > 1 else student.weight.itemsize, tiles)
