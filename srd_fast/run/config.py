@@ -182,7 +182,7 @@ class RunConfig(_Section):
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Of everything drawn."""
     preset: str | None = None
-    """paper or official (SRD), SE-KD or SE-KD3X; what the config says itself wins."""
+    """paper or official (SRD), POCL, SE-KD or SE-KD3X; what the config says itself wins."""
     init_student: InitStudent = InitStudent()
     """How the student is cut out of its teacher, where student is prune."""
     reflect: Reflect = Reflect()

@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 from ..curriculum import per_stage
 from ..data import check_chat_template_kwargs, check_train_on
 from ..errors import UserError
-from ..losses import Projected, Sampled, get_divergence
+from ..losses import Projected, Sampled, TopK, check_rest, get_divergence
 from ..losses.options import RANGE
 from ..models import check_spread
 from ..selection import SAMPLE_POLICIES, check_rows_have_signal, make_position_policy
@@ -24,7 +24,18 @@ _SE_KD: dict[str, Any] = {
     "position_selection": "topk_student_entropy",
     "position_ratio": 0.2,
 }
-# `paper`: arXiv 2508.06135. `official`: what the authors' code does, where it differs. SE-KD3X: with classes, samples.
+# Stages that are runs of their own, as in the code of both papers' authors.
+_STAGES_ALONE: dict[str, Any] = {
+    "epochs_per_stage": 8,
+    "learning_rate": 1e-4,
+    "min_learning_rate": 1e-7,
+    "restart_learning_rate": True,
+    "reset_optimizer": True,
+    "temperature_scaling": "official",
+    "per_device_train_batch_size": 16,
+}
+# `paper`: arXiv 2508.06135. `official`: what the authors' code does, where it differs. POCL: arXiv 2506.05695, which
+# drops no sample. SE-KD3X: with classes, samples.
 TRAINING_PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
         "temperature_start": 1.0,
@@ -34,15 +45,14 @@ TRAINING_PRESETS: dict[str, dict[str, Any]] = {
         "epochs_per_stage": 8,
     },
     "official": {
+        **_STAGES_ALONE,
         "temperature": [1.0, 1.5, 2.0],
         "sft_weight": [0.2, 0.1, 0.0],
-        "epochs_per_stage": 8,
-        "learning_rate": 1e-4,
-        "min_learning_rate": 1e-7,
-        "restart_learning_rate": True,
-        "reset_optimizer": True,
-        "temperature_scaling": "official",
-        "per_device_train_batch_size": 16,
+    },
+    "POCL": {
+        **_STAGES_ALONE,
+        "temperature": [1.0, 1.33, 1.67, 2.0],
+        "sft_weight": [0.3, 0.2, 0.1, 0.0],
     },
     "SE-KD": _SE_KD,
     "SE-KD3X": {
@@ -67,7 +77,10 @@ def check_cache_kind(kind: str, divergence: str, names: tuple[str, str] = ("teac
     Raises:
         UserError: the kind is unknown, or cannot give the divergence.
     """
-    if CACHE_KINDS.get(kind).rows in (Sampled, Projected) and divergence != "forward_kl":
+    rows = CACHE_KINDS.get(kind).rows
+    if rows is TopK:
+        check_rest(divergence, f"{names[0]} {kind!r}")
+    if rows in (Sampled, Projected) and divergence != "forward_kl":
         raise UserError(
             f"{names[0]} {kind!r} gives forward_kl alone, and {names[1]} is {divergence!r}; use hidden or topk"
         )
@@ -308,7 +321,8 @@ class SRDConfig(TrainingArguments):
         """Make a config from a preset, as in `SRDConfig.from_preset("paper", output_dir=DIR)`.
 
         Args:
-            preset: "paper" (arXiv 2508.06135), "official" (the authors' code), "SE-KD" or "SE-KD3X" (arXiv 2602.01395).
+            preset: "paper" (arXiv 2508.06135), "official" (the authors' code), "POCL" (arXiv 2506.05695), "SE-KD" or "SE-KD3X"
+                (arXiv 2602.01395).
             **fields: fields of SRDConfig, used instead of the preset's.
 
         Returns:
