@@ -4,7 +4,8 @@ A *row* is one token position: its student logits, its teacher logits and its la
 row's divergence, cross-entropy and entropy, and writes the gradient on the student's logits.
 """
 
-from .class_blocks import ClassBlocks, ClassPasses
+from .class_blocks import ClassBlocks
+from .class_passes import ClassPasses
 from .compact import SparseDivergence
 from .compact_class_blocks import CompactClassBlocks
 from .divergences import FORMULAS, Formula, RowDivergence
@@ -13,12 +14,14 @@ from .passes import LOGIT_FLOOR
 from .pieces import ALIGNMENT, EAGER_BUFFERS, block_bytes
 from .row_numbers import RowCoefficients, RowValues
 from .rows import compact_rows, distillation_rows
+from .standardised import STANDARDISING, standardised_rows
 
 __all__ = [
     "ALIGNMENT",
     "EAGER_BUFFERS",
     "FORMULAS",
     "LOGIT_FLOOR",
+    "STANDARDISING",
     "ClassBlocks",
     "ClassPasses",
     "CompactClassBlocks",
@@ -33,6 +36,7 @@ __all__ = [
     "join_states",
     "join_sums",
     "join_terms",
+    "standardised_rows",
     "state_of",
     "sums_of",
     "terms_of",

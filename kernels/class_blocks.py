@@ -14,15 +14,18 @@ What is known of a row while blocks pass by is a few numbers, so the logits of a
 `read` may leave out the teacher where the logarithm of its sum is known already. Blocks come in the order of their
 classes, and none has classes on both sides of K. The sums are those of `triton_rows.py`, with class 0 as the class from
 which one-read divergences measure.
+
+One file, because every pass reads what the others left in the one state, and writes it for them.
 """
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from .class_passes import ClassPasses
 from .compiler import layout
 from .divergences import RowDivergence
 from .passes import (
@@ -44,59 +47,8 @@ from .passes import (
     tempered_statistics,
 )
 from .pieces import Pieces, row_blocks
-from .row_first import HeadSearch, looks
+from .row_first import HeadSearch
 from .row_numbers import RowCoefficients, RowNumbers, RowValues
-
-
-class ClassPasses(NamedTuple):
-    """Which passes rows go through.
-
-    Attributes:
-        reads_teacher: whether `read` takes the teacher's logits.
-        weighs: whether there is a pass for D and sum(w).
-        crosses: whether `read` finds D.
-        gathers: whether there is a pass for sums that the terms of D need.
-        looks: how often the teacher is looked at before that one.
-    """
-
-    reads_teacher: bool
-    weighs: bool
-    crosses: bool
-    gathers: bool = False
-    looks: int = 0
-
-    @property
-    def of_both(self) -> int:
-        """Passes over both sides between the first and the gradient."""
-        return self.weighs + self.gathers
-
-    @staticmethod
-    def of(
-        divergence: RowDivergence | None, lse_is_known: bool, writes: bool, compute: torch.dtype = torch.float32
-    ) -> "ClassPasses":
-        """Find the fewest passes.
-
-        Args:
-            divergence: D, one with a formula, or None.
-            lse_is_known: whether the teacher's log-sum-exp is.
-            writes: whether a gradient follows.
-            compute: dtype of the sums.
-
-        Returns:
-            The passes.
-        """
-        if divergence is None or divergence.formula is None:
-            return ClassPasses(False, False, False)
-        side, first = divergence.formula.one_read, divergence.formula.row_first
-        if first is not None:
-            # dD/dx needs no sum(w), so D may come as late as the gradient. A head begins with the largest logit, if not
-            # before: that is not known with the sum.
-            reads_teacher = first.head or not lse_is_known
-            return ClassPasses(reads_teacher, not writes, False, True, looks(compute) if first.head else 0)
-        # Reverse KL measures the teacher's logits by the student's sums; and without a gradient one pass is enough for
-        # forward KL, which then needs the teacher's logits in it.
-        known = lse_is_known and side != "student" and (writes or side is None)
-        return ClassPasses(not known, side is None, not known and side is not None)
 
 
 class ClassBlocks(RowNumbers):
@@ -311,7 +263,7 @@ class ClassBlocks(RowNumbers):
         """Find the head of each row, after `normalise`.
 
         Args:
-            look: calls `look` for every block of common classes and all rows, and joins `mass` with that of other ranks.
+            look: calls `look` for every block of common classes and all rows, and joins `mass` with other ranks'.
         """
         if self.looks:
             # The likeliest class is as far from the maximum as nothing.

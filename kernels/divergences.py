@@ -33,13 +33,8 @@ import torch
 from torch import Tensor
 
 from . import row_first
-from .jit import LN2, LOG2E, constexpr, jit
+from .jit import LN2, LOG2E, constexpr, jit, tl
 from .row_first import Three, find_head
-
-try:
-    import triton.language as tl
-except ImportError:
-    pass
 
 # Called with log p, log q, p, q and then skew and beta, or the row's three numbers.
 Terms = Callable[..., tuple[Tensor, Tensor]]

@@ -1,4 +1,4 @@
-"""`triton.jit` where Triton may be missing, and constants of the functions that it compiles."""
+"""`triton.jit` and `triton.language` where Triton may be missing, and constants of the functions that it compiles."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,7 +7,7 @@ try:
     import triton
     import triton.language as tl
 except ImportError:
-    triton = None
+    triton = tl = None
 
 
 def jit(function: Callable[..., Any]) -> Any:

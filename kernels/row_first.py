@@ -1,7 +1,7 @@
 """Divergences of which a class's terms need numbers of the whole row first, as `divergences.py` has those without.
 
-Each has three functions. `sums` gives what a class adds to three sums over the row; `settle` makes three numbers a, b, c
-of these; `terms` takes the numbers and gives the class's terms of D and of dD/dx itself, which add up to 0 over the
+Each has three functions. `sums` gives what a class adds to three sums over the row; `settle` makes three numbers a, b,
+c of these; `terms` takes the numbers and gives the class's terms of D and of dD/dx itself, which add up to 0 over the
 row: no sum(w) is needed. d = log(q/p) differs from the difference of the logits over T by a constant of the row.
 
     csd           1/4 sum_v sum_u w1_v w2_u (d_v - d_u)^2, w1 and w2 constant in the gradient
@@ -24,12 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .jit import constexpr, jit
-
-try:
-    import triton.language as tl
-except ImportError:
-    pass
+from .jit import constexpr, jit, tl
 
 # Of a class that is ruled out, log(q/p) is of the order of 1e30: its square would not be finite.
 _FAR = 1e15

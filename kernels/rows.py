@@ -183,7 +183,8 @@ class _RowLoss(RowNumbers):
         )
         max_S, s_t = merge(max_RP, self.inverse_t, s_t_RP)
         max_T, s_T = merge(max_T_RP, self.inverse_t, s_T_RP)
-        n: Normalisers | Settled = Normalisers(max_S, s_t.log(), max_T, s_T.log())
+        of_sides = Normalisers(max_S, s_t.log(), max_T, s_T.log())
+        n: Normalisers | Settled = of_sides
         if tail.shape[1]:
             rest = student_statistics(tail[:, None], self.caps[0])
             max_RP, s_RP, a_RP = (torch.cat(both, 1) for both in zip((max_RP, s_RP, a_RP), rest))
@@ -198,7 +199,7 @@ class _RowLoss(RowNumbers):
             run, terms = self.run, self.divergence.formula.terms
             label_terms = terms
             if self.divergence.formula.row_first is not None:
-                n = self._settled(self.divergence.formula.row_first, key, student, teacher, n)
+                n = self._settled(self.divergence.formula.row_first, key, student, teacher, of_sides)
             parameters = (self.inverse_t, self.skew, self.beta)
             both_RP = self.pieces.reduce(
                 (key, terms), reduction, (student, teacher), self.caps, *parameters, terms, of_rows=n

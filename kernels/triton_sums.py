@@ -69,9 +69,7 @@ def log_softmax(z, maximum, log_sum, inverse_t):
 
 
 @triton.jit
-def head_of(
-    pointer, lanes, limit, readable, softcap, maximum, log_sum, inverse_t, SOFTCAP: tl.constexpr
-):
+def head_of(pointer, lanes, limit, readable, softcap, maximum, log_sum, inverse_t, SOFTCAP: tl.constexpr):
     """Log p from which on a class is in the row's head: `row_first.HeadSearch` by one program."""
     BLOCK: tl.constexpr = lanes.numel
     low = tl.full((), -1, tl.int32)
@@ -81,7 +79,9 @@ def head_of(
         begin = -tl.maximum(middle, 0).to(tl.float32, bitcast=True)
         mass = tl.zeros([lanes.shape[0]], tl.float32)
         for i in range(0, tl.cdiv(limit, BLOCK)):
-            mass += mass_from(pointer, i * BLOCK, lanes, limit, readable, softcap, maximum, log_sum, inverse_t, begin, SOFTCAP)
+            mass += mass_from(
+                pointer, i * BLOCK, lanes, limit, readable, softcap, maximum, log_sum, inverse_t, begin, SOFTCAP
+            )
         fits = (middle < 0) | (tl.sum(mass, axis=0) <= HEAD_MASS)
         low = tl.where(fits, middle, low)
         high = tl.where(fits, high, middle)

@@ -212,7 +212,9 @@ def plain_head_share(p: Tensor, q: Tensor) -> Tensor:
     tail[..., 0] = False
     gap = (p - q).detach().abs().gather(-1, order)
     total = gap.sum(-1)
-    return torch.where(total > 0, (gap * ~tail).sum(-1) / total.clamp(min=1e-300 if p.dtype == torch.float64 else 1e-37), 0.5)
+    return torch.where(
+        total > 0, (gap * ~tail).sum(-1) / total.clamp(min=1e-300 if p.dtype == torch.float64 else 1e-37), 0.5
+    )
 
 
 def plain_cross_entropy(student_logits: Tensor, labels: Tensor) -> Tensor:
@@ -231,12 +233,14 @@ def plain_loss(
     skew: float = 0.1,
     beta: float = 0.5,
     temperature_scaling: bool = True,
+    standardize_logits: bool = False,
 ) -> Tensor:
     """a*CE + (1-a)*T^2*D of each row [N]; D over the classes that both have."""
     common = min(student_logits.shape[-1], teacher_logits.shape[-1])
-    d = plain_divergence(
-        divergence, teacher_logits[..., :common], student_logits[..., :common], temperature, skew, beta
-    )
+    z_T, z_S = teacher_logits[..., :common], student_logits[..., :common]
+    if standardize_logits:
+        z_T, z_S = ((z - z.mean(-1, keepdim=True)) / z.std(-1, correction=0, keepdim=True) for z in (z_T, z_S))
+    d = plain_divergence(divergence, z_T, z_S, temperature, skew, beta)
     scale = temperature**2 if temperature_scaling else 1.0
     return sft_weight * plain_cross_entropy(student_logits, labels) + (1 - sft_weight) * scale * d
 

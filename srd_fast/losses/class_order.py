@@ -211,7 +211,6 @@ class _Tiles:
                 student_RB = self.student.logits(part, head_S)
                 yield _Tile(part, block, head_S, student_RB, teacher_RB, common, part is self.parts[-1])
 
-
     def teachers(self) -> Iterator[tuple[slice, Tensor]]:
         """Rows and the teacher's logits of each tile; the next ones overwrite them."""
         for block in self.blocks:

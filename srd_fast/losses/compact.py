@@ -324,6 +324,10 @@ def _fields(student: StudentRows, teacher: CompactTeacher) -> dict[str, Any]:
     head, options = student.head, student.options
     if not isinstance(teacher, (TopK, Sampled, Projected)):
         raise UserError(f"teacher must be a TopK, Sampled or Projected, got {type(teacher).__name__}")
+    require(
+        not options.standardize_logits,
+        f"standardize_logits must be False with a {type(teacher).__name__} teacher, of which no row has all logits",
+    )
     _check_rows(teacher, student)
     if isinstance(teacher, TopK):
         _check_top_k(teacher)

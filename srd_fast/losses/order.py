@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..kernels import ALIGNMENT, EAGER_BUFFERS, ClassPasses, RowDivergence, block_bytes
+from ..kernels import ALIGNMENT, EAGER_BUFFERS, STANDARDISING, ClassPasses, RowDivergence, block_bytes
 from .backends import chosen_backend, compact_backend
 from .buffers import CLASSES_AT_ONCE, chunk_rows
 
@@ -106,6 +106,7 @@ class LossWork:
         eager: whether the row function makes temporaries.
         passes: with classes outside. A teacher that `read` does not take has unrounded logits.
         rows_only: whether the other order cannot do it.
+        standardised: whether the logits are standardised first, in temporaries.
         joint: where each rank has some of the classes.
     """
 
@@ -118,6 +119,7 @@ class LossWork:
     eager: bool = False
     passes: ClassPasses = ClassPasses(False, False, False)
     rows_only: bool = False
+    standardised: bool = False
     joint: JointWork | None = None
 
     @property
@@ -212,7 +214,8 @@ def _plan_rows(work: LossWork, budget: int) -> LossPlan:
     """With rows outside: the largest chunk that fits beside what is of the size of a head."""
     student, itemsize = work.student, work.student.products.itemsize
     most_classes = max(side.classes for side in work.sides)
-    temporary = EAGER_BUFFERS * most_classes * max(4, student.logits.itemsize) if work.eager else 0
+    buffers = STANDARDISING * EAGER_BUFFERS if work.standardised else EAGER_BUFFERS if work.eager else 0
+    temporary = buffers * most_classes * max(4, student.logits.itemsize)
     kept = sum(side.row_bytes for side in work.sides) + work.separate * student.classes * itemsize
     row = kept + sum(side.hidden_bytes(1) for side in work.sides)
     if work.hidden_gradient and student.width and student.hidden != student.products:

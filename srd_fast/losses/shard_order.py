@@ -67,6 +67,11 @@ def _backend(hidden_ND: Tensor, head: Head, rows: PackedRows) -> str:
             "a registered divergence sees whole rows, and no rank has these where the vocabulary is in shards: give "
             "weights that are whole (full_tensor()), or use a built-in divergence"
         )
+    if rows.standardize:
+        raise UserError(
+            "standardize_logits sees whole rows, and no rank has these where the vocabulary is in shards: give weights "
+            "that are whole (full_tensor()), or set it to False"
+        )
     logits = rows.dtypes(hidden_ND, head)[1]
     classes = head.num_classes(hidden_ND)
     if rows.compact is not None:

@@ -142,6 +142,9 @@ class SRDConfig(TrainingArguments):
     temperature_start: float = _described(1.0, "Temperature of the first stage.")
     temperature_end: float = _described(2.0, "Temperature of the last stage.")
     temperature: Any = _described(None, "One temperature, or one a stage; replaces temperature_start and _end.")
+    standardize_logits: bool = _described(
+        False, "Let the divergence be of logits less their row's mean, over its deviation (arXiv 2403.01427)."
+    )
     temperature_scaling: Any = _described(
         True, "Multiply the divergence by T^2: true, false, or 'official' (as the authors' code, by divergence)."
     )
@@ -238,6 +241,14 @@ class SRDConfig(TrainingArguments):
                     f"class_sampling draws from the teacher's whole distribution, and teacher_cache_kind "
                     f"{self.teacher_cache_kind!r} does not hold it; use hidden, or teacher_cache_kind='sampled' alone"
                 )
+        if self.standardize_logits not in (True, False):
+            raise UserError(f"standardize_logits must be true or false, got {self.standardize_logits!r}")
+        few = self.class_sampling or (self.teacher_cache is not None and not keeps_head(self.teacher_cache_kind))
+        if self.standardize_logits and few:
+            what = "class_sampling" if self.class_sampling else f"teacher_cache_kind {self.teacher_cache_kind!r}"
+            raise UserError(
+                f"standardize_logits is true, but {what} gives few of a row's logits; set it to false, or use hidden"
+            )
         if self.temperature_scaling not in (True, False, "official"):
             raise UserError(f"temperature_scaling must be true, false or 'official', got {self.temperature_scaling!r}")
         if self.torch_compile not in (True, False, None):
@@ -321,8 +332,8 @@ class SRDConfig(TrainingArguments):
         """Make a config from a preset, as in `SRDConfig.from_preset("paper", output_dir=DIR)`.
 
         Args:
-            preset: "paper" (arXiv 2508.06135), "official" (the authors' code), "POCL" (arXiv 2506.05695), "SE-KD" or "SE-KD3X"
-                (arXiv 2602.01395).
+            preset: "paper" (arXiv 2508.06135), "official" (the authors' code), "POCL" (arXiv 2506.05695), "SE-KD" or
+                "SE-KD3X" (arXiv 2602.01395).
             **fields: fields of SRDConfig, used instead of the preset's.
 
         Returns:

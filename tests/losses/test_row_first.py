@@ -187,12 +187,14 @@ def test_the_head_is_that_of_a_sort(dtype: torch.dtype, spread: float) -> None:
 
 
 def test_equally_likely_classes_are_in_one_part() -> None:
-    """.4, .2, .2, .2: one of the three would fit, all do not. .1 five times and .5: the five fit no more, in any order."""
-    for row, head in (([0.2, 0.4, 0.2, 0.2], [1]), ([0.1, 0.1, 0.5, 0.1, 0.1, 0.1], [2]), ([0.2, 0.3, 0.3, 0.2], [1, 2])):
+    """Of .4, .2, .2, .2 one of the three would fit, all do not. Beside .5 none of .1 fits."""
+    for row, head in (
+        ([0.2, 0.4, 0.2, 0.2], [1]),
+        ([0.1, 0.1, 0.5, 0.1, 0.1, 0.1], [2]),
+        ([0.2, 0.3, 0.3, 0.2], [1, 2]),
+    ):
         log_p = torch.tensor([row], dtype=torch.float64).log()
-        begin = find_head(
-            log_p.amax(-1, keepdim=True), lambda at, x=log_p: (x.exp() * (x >= at)).sum(-1, keepdim=True)
-        )
+        begin = find_head(log_p.amax(-1, keepdim=True), lambda at, x=log_p: (x.exp() * (x >= at)).sum(-1, keepdim=True))
         assert (log_p >= begin)[0].nonzero().squeeze(1).tolist() == head
 
 
