@@ -148,8 +148,8 @@ class BlockConfiguration:
     """What decides the code of a pass over a block of classes: see `triton_class_blocks.TritonClassBlocks`.
 
     work: "read", "look", "gather", "weigh" or "write". divergence: None where there is no teacher, or past its classes.
-    student, teacher, gradient: dtypes. teacher None beside a divergence: the teacher's sum is known, so `read` leaves its
-    logits out, and `write` adds to D. softcap: on both sides. classes: of the block. Others as in `Configuration`.
+    student, teacher, gradient: dtypes. teacher None beside a divergence: the teacher's sum is known, so `read` leaves
+    its logits out, and `write` adds to D. softcap: on both sides. classes: of the block. Others as in `Configuration`.
     """
 
     work: str = "read"

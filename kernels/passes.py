@@ -5,9 +5,9 @@ Shape letters: R rows, V classes, S student, T teacher, P pieces of a row, W cla
 With the teacher's logits there are three: `statistics` (maxima and sums of exponentials), `reduction` (D and sum(w))
 and `gradient`; divergences that need numbers of the row first have `mass_from` and `row_sums` besides. With a teacher
 known at few classes there are two: `tempered_statistics` and `tempered_gradient`. Eager PyTorch runs them as they
-stand; compiled, they need no V-wide temporary. Logarithms of sums, and single classes, are left to the caller: work on [R, 1]
-tensors between V-wide loops would keep the compiler from joining the loops, and a one-hot row costs a third of the
-gradient's time.
+stand; compiled, they need no V-wide temporary. Logarithms of sums, and single classes, are left to the caller: work on
+[R, 1] tensors between V-wide loops would keep the compiler from joining the loops, and a one-hot row costs a third of
+the gradient's time.
 
 A compiled loop adds a row's terms one after the other, so small ones are lost once the sum is large; eager PyTorch adds
 in pairs. Reductions therefore take pieces of a row, which `merge` joins.
