@@ -14,14 +14,13 @@ from .passes import LOGIT_FLOOR
 from .pieces import ALIGNMENT, EAGER_BUFFERS, block_bytes
 from .row_numbers import RowCoefficients, RowValues
 from .rows import compact_rows, distillation_rows
-from .standardised import STANDARDISING, standardised_rows
+from .standardised import standardised_rows
 
 __all__ = [
     "ALIGNMENT",
     "EAGER_BUFFERS",
     "FORMULAS",
     "LOGIT_FLOOR",
-    "STANDARDISING",
     "ClassBlocks",
     "ClassPasses",
     "CompactClassBlocks",

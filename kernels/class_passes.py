@@ -17,6 +17,7 @@ class ClassPasses(NamedTuple):
         crosses: whether `read` finds D.
         gathers: whether there is a pass for sums that the terms of D need.
         looks: how often the teacher is looked at before that one.
+        of_both: passes over both sides between the first and the gradient.
     """
 
     reads_teacher: bool
@@ -27,7 +28,11 @@ class ClassPasses(NamedTuple):
 
     @property
     def of_both(self) -> int:
-        """Passes over both sides between the first and the gradient."""
+        """Count the passes over both sides between the first and the gradient.
+
+        Returns:
+            Their number.
+        """
         return self.weighs + self.gathers
 
     @staticmethod

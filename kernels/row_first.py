@@ -46,7 +46,8 @@ def _uniform(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 @jit
 def apart_triton(log_p, log_q):
-    return tl.minimum(tl.maximum(log_q - log_p, -FAR, propagate_nan=tl.PropagateNan.ALL), FAR)
+    d = tl.maximum(log_q - log_p, -FAR, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(d, FAR, propagate_nan=tl.PropagateNan.ALL)
 
 
 @jit
@@ -54,7 +55,7 @@ def uniform_triton(log_p, log_q):
     return tl.where(tl.minimum(log_p, log_q) > -FAR, 1.0, 0.0)
 
 
-def as_they_are(a: Any, b: Any, c: Any) -> Any:
+def as_they_are(a: Tensor, b: Tensor, c: Tensor) -> Three:
     return a, b, c
 
 
@@ -123,12 +124,14 @@ def csd_us_sums_triton(log_p, log_q, p, q, head):
     return u * d, q * d, u
 
 
-def of_one(a: Any, b: Any, c: Any) -> Any:
+def of_one(a: Tensor, b: Tensor, c: Tensor) -> Three:
+    c = c.clamp(min=1)
     return a / c, b, 1 / c
 
 
 @jit
 def of_one_triton(a, b, c):
+    c = tl.maximum(c, 1.0)
     return a / c, b, 1 / c
 
 
@@ -165,7 +168,7 @@ def adaptive_kl_sums_triton(log_p, log_q, p, q, head):
     return in_head, gap - in_head, q * (log_q - log_p)
 
 
-def shares(a: Tensor, b: Tensor, c: Tensor) -> Any:
+def shares(a: Tensor, b: Tensor, c: Tensor) -> Three:
     total = a + b
     # Equal rows have no gap, and no gradient whatever the share is.
     share = torch.where(total > 0, a / total.clamp(min=torch.finfo(a.dtype).tiny), 0.5)

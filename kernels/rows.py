@@ -205,8 +205,6 @@ class _RowLoss(RowNumbers):
                 (key, terms), reduction, (student, teacher), self.caps, *parameters, terms, of_rows=n
             )
             value, sum_w = (x.sum(1, keepdim=True) for x in both_RP)
-            if isinstance(n, Settled):
-                sum_w = torch.zeros_like(sum_w)  # but for rounding
         else:
             run = eager
             log_q, _ = log_probabilities(student, self.caps[0], n.max_S, n.log_sum_S, self.inverse_t)

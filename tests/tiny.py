@@ -208,8 +208,9 @@ def plain_row_first(name: str, log_p: Tensor, log_q: Tensor) -> Tensor:
 def plain_head_share(p: Tensor, q: Tensor) -> Tensor:
     """Share of sum |p - q| that the likeliest classes of p have, those that add up to a half at most, or the first."""
     values, order = p.detach().sort(-1, descending=True)
-    tail = values.cumsum(-1) > 0.5
-    tail[..., 0] = False
+    # Classes that are equally likely go together.
+    last = torch.searchsorted(-values, -values, right=True) - 1
+    tail = (values.cumsum(-1).gather(-1, last) > 0.5) & (values < values[..., :1])
     gap = (p - q).detach().abs().gather(-1, order)
     total = gap.sum(-1)
     return torch.where(

@@ -18,7 +18,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..kernels import ALIGNMENT, EAGER_BUFFERS, STANDARDISING, ClassPasses, RowDivergence, block_bytes
+from ..kernels import ALIGNMENT, EAGER_BUFFERS, ClassPasses, RowDivergence, block_bytes
+from ..kernels.standardised import STANDARDISING
 from .backends import chosen_backend, compact_backend
 from .buffers import CLASSES_AT_ONCE, chunk_rows
 
