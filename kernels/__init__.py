@@ -4,15 +4,17 @@ A *row* is one token position: its student logits, its teacher logits and its la
 row's divergence, cross-entropy and entropy, and writes the gradient on the student's logits.
 """
 
-from .class_blocks import ClassBlocks, ClassPasses
+from .class_blocks import ClassBlocks
+from .class_passes import ClassPasses
 from .compact import SparseDivergence
 from .compact_class_blocks import CompactClassBlocks
 from .divergences import FORMULAS, Formula, RowDivergence
-from .joint_classes import join_states, join_terms, state_of, terms_of
+from .joint_classes import join_states, join_sums, join_terms, state_of, sums_of, terms_of
 from .passes import LOGIT_FLOOR
 from .pieces import ALIGNMENT, EAGER_BUFFERS, block_bytes
 from .row_numbers import RowCoefficients, RowValues
 from .rows import compact_rows, distillation_rows
+from .standardised import standardised_rows
 
 __all__ = [
     "ALIGNMENT",
@@ -31,7 +33,10 @@ __all__ = [
     "compact_rows",
     "distillation_rows",
     "join_states",
+    "join_sums",
     "join_terms",
+    "standardised_rows",
     "state_of",
+    "sums_of",
     "terms_of",
 ]

@@ -91,8 +91,9 @@ def examine(task: tuple[AnyConfiguration, str]) -> Finding:
     narrowest = min(finding.load_bits, finding.store_bits or finding.load_bits)
     if narrowest < 128 and configuration.aligned_rows:
         finding.broken.append(f"an access of {narrowest} bits in a hot loop")
-    if len(found.loops) != configuration.reads:
-        finding.broken.append(f"{len(found.loops)} hot loops where {configuration.reads} were meant")
+    meant = configuration.reads + configuration.looks
+    if len(found.loops) != meant:
+        finding.broken.append(f"{len(found.loops)} hot loops where {meant} were meant")
     if finding.bytes_per_logit > configuration.byte_limit:
         finding.broken.append(f"{finding.bytes_per_logit:g} bytes a logit, meant: {configuration.byte_limit}")
     return finding

@@ -9,7 +9,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from . import triton_class_blocks, triton_rows, triton_sums
-from .divergences import FORMULAS
+from .divergences import FORMULAS, RowFirst
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -61,7 +61,7 @@ def _of_divergence(divergence: str | None, target: GPUTarget) -> dict[str, Any]:
     """Compile-time arguments of kernels with a divergence."""
     formula = FORMULAS[divergence or "forward_kl"]
     log2 = triton_sums.approximate_log2 if target.backend == "cuda" else triton_sums.exact_log2
-    return {"PAIR": formula.triton, "LOG2": log2, "SIDE": triton_sums.SIDES[formula.one_read]}
+    return {**triton_sums.formula_options(formula), "LOG2": log2, "SIDE": triton_sums.SIDES[formula.one_read]}
 
 
 @dataclass(frozen=True)
@@ -92,14 +92,22 @@ class Configuration:
     @property
     def reads(self) -> int:
         """How often each logit must be read."""
-        before = 1 if self.divergence is None or FORMULAS[self.divergence].one_read else 2
-        return before + (self.gradient is not None)
+        formula = None if self.divergence is None else FORMULAS[self.divergence]
+        before = 1 if formula is None or formula.one_read else 2
+        # D is found with the gradient, or by one more read where there is none.
+        return before + (self.gradient is not None or (formula is not None and formula.row_first is not None))
+
+    @property
+    def looks(self) -> int:
+        """Loops over the teacher alone, for where its head begins; each look at it goes through one."""
+        first = None if self.divergence is None else FORMULAS[self.divergence].row_first
+        return int(first is not None and first.head)
 
     @property
     def byte_limit(self) -> int:
-        """Bytes of global memory that a student's logit, its teacher's and its gradient need."""
+        """Bytes of global memory that a student's logit, its teacher's and its gradient need in all loops."""
         both = BYTES[self.logits] * (1 if self.divergence is None else 2)
-        return self.reads * both + (BYTES[self.gradient] if self.gradient else 0)
+        return self.reads * both + self.looks * BYTES[self.logits] + (BYTES[self.gradient] if self.gradient else 0)
 
     def options(self, target: GPUTarget) -> dict[str, Any]:
         """The launcher's block of classes and compile options."""
@@ -139,9 +147,9 @@ class Configuration:
 class BlockConfiguration:
     """What decides the code of a pass over a block of classes: see `triton_class_blocks.TritonClassBlocks`.
 
-    work: "read", "weigh" or "write". divergence: None where there is no teacher, or past its classes. student, teacher,
-    gradient: dtypes. teacher None beside a divergence: the teacher's sum is known, so `read` leaves its logits out, and
-    `write` adds to D. softcap: on both sides. classes: of the block. Others as in `Configuration`.
+    work: "read", "look", "gather", "weigh" or "write". divergence: None where there is no teacher, or past its classes.
+    student, teacher, gradient: dtypes. teacher None beside a divergence: the teacher's sum is known, so `read` leaves
+    its logits out, and `write` adds to D. softcap: on both sides. classes: of the block. Others as in `Configuration`.
     """
 
     work: str = "read"
@@ -171,14 +179,25 @@ class BlockConfiguration:
         return self.teacher or self.student
 
     @property
+    def _first(self) -> RowFirst | None:
+        return None if self.divergence is None else FORMULAS[self.divergence].row_first
+
+    @property
     def reads(self) -> int:
         """How often each logit must be read."""
         return 1
 
     @property
+    def looks(self) -> int:
+        """Loops over the teacher alone beside these."""
+        return 0
+
+    @property
     def byte_limit(self) -> int:
         """Bytes of global memory that a student's logit, its teacher's and its gradient need."""
-        read = BYTES[self.student] + (BYTES[self._teacher_read] if self._teacher_read else 0)
+        read = (BYTES[self.student] if self.work != "look" else 0) + (
+            BYTES[self._teacher_read] if self._teacher_read else 0
+        )
         return read + (BYTES[self.gradient] if self.work == "write" else 0)
 
     def options(self, target: GPUTarget) -> dict[str, Any]:
@@ -188,13 +207,14 @@ class BlockConfiguration:
     def compile(self, target: GPUTarget) -> Any:
         """The `triton.compiler.CompiledKernel`."""
         options, teacher, writes = self.options(target), self._teacher_read, self.work == "write"
-        kernel = getattr(triton_class_blocks, f"{self.work}_kernel")
+        kernel = getattr(triton_class_blocks, f"{'weigh' if self.work == 'gather' else self.work}_kernel")
         widths = [BYTES[x] for x in (self.student, teacher, self.gradient if writes else None) if x]
         fixed = {
             **_of_divergence(self.divergence, target),
             "COMMON": self.divergence is not None,
+            "GATHER": self.work == "gather",
             "TEACHER": teacher is not None,
-            "VALUES": self.teacher is None,
+            "VALUES": self.teacher is None or (self.divergence is not None and self._first is not None),
             "T_KIND": self.temperature,
             "STUDENT_SOFTCAP": self.softcap,
             "TEACHER_SOFTCAP": self.softcap,
@@ -268,6 +288,8 @@ def block_configurations(quick: bool = False) -> list[BlockConfiguration]:
         known,
         {"divergence": None},
         *({"work": "weigh", "divergence": d} for d, f in FORMULAS.items() if not f.one_read),
+        *({"work": "gather", "divergence": d} for d, f in FORMULAS.items() if f.row_first),
+        *({"work": "look", "divergence": d} for d, f in FORMULAS.items() if f.row_first and f.row_first.head),
         *({"work": "write", "divergence": d} for d in FORMULAS),
         {"work": "write", **known},
         {"work": "write", "divergence": None},

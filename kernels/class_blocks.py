@@ -6,73 +6,49 @@ student, T teacher, P pieces of a row.
 What is known of a row while blocks pass by is a few numbers, so the logits of a block can go once it was seen:
 
     read    every block once: running maxima and sums of exponentials, and what one-read divergences need
+    look    every block with a teacher, many times: where a divergence that has a head and a tail divides a row
+    gather  every block with a teacher: the sums over a row that a divergence needs before its terms
     weigh   every block with a teacher: D and sum(w), for the divergences that need sum(w) before a gradient
     write   every block: the gradient
 
 `read` may leave out the teacher where the logarithm of its sum is known already. Blocks come in the order of their
 classes, and none has classes on both sides of K. The sums are those of `triton_rows.py`, with class 0 as the class from
 which one-read divergences measure.
+
+One file, because every pass reads what the others left in the one state, and writes it for them.
 """
 
 import functools
-from collections.abc import Iterator
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from .class_passes import ClassPasses
 from .compiler import layout
 from .divergences import RowDivergence
 from .passes import (
     LOGIT_FLOOR,
+    Headed,
     Normalisers,
     Origins,
+    Settled,
     crossed_statistics,
     gradient,
     logits,
+    mass_from,
     merge,
     reduction,
+    row_sums,
     statistics,
     student_gradient,
     student_statistics,
     tempered_statistics,
 )
 from .pieces import Pieces, row_blocks
+from .row_first import HeadSearch
 from .row_numbers import RowCoefficients, RowNumbers, RowValues
-
-
-class ClassPasses(NamedTuple):
-    """Which passes rows go through.
-
-    Attributes:
-        reads_teacher: whether `read` takes the teacher's logits.
-        weighs: whether there is a pass for D and sum(w).
-        crosses: whether `read` finds D.
-    """
-
-    reads_teacher: bool
-    weighs: bool
-    crosses: bool
-
-    @staticmethod
-    def of(divergence: RowDivergence | None, lse_is_known: bool, writes: bool) -> "ClassPasses":
-        """Find the fewest passes.
-
-        Args:
-            divergence: D, one with a formula, or None.
-            lse_is_known: whether the teacher's log-sum-exp is.
-            writes: whether a gradient follows.
-
-        Returns:
-            The passes.
-        """
-        if divergence is None or divergence.formula is None:
-            return ClassPasses(False, False, False)
-        side = divergence.formula.one_read
-        # Reverse KL measures the teacher's logits by the student's sums; and without a gradient one pass is enough for
-        # forward KL, which then needs the teacher's logits in it.
-        known = lse_is_known and side != "student" and (writes or side is None)
-        return ClassPasses(not known, side is None, not known and side is not None)
 
 
 class ClassBlocks(RowNumbers):
@@ -96,7 +72,7 @@ class ClassBlocks(RowNumbers):
 
     FIELDS: ClassVar = (
         "label", "origin_S", "origin_T", "max_S", "sum_S", "product_S", "max_K", "sum_K", "max_T", "sum_T", "cross",
-        "divergence", "weight",
+        "divergence", "weight", "a", "b", "c", "head", "mass",
     )  # fmt: skip
 
     def __init__(
@@ -119,7 +95,10 @@ class ClassBlocks(RowNumbers):
         self.row_weights_N = None if row_weights_N is None else row_weights_N.to(compute)
         formula = None if divergence is None else divergence.formula
         self.side = None if formula is None else formula.one_read
-        self.reads_teacher, self.weighs, self.crosses = ClassPasses.of(divergence, teacher_lse_N is not None, writes)
+        self.row_first = None if formula is None else formula.row_first
+        passes = ClassPasses.of(divergence, teacher_lse_N is not None, writes, compute)
+        self.reads_teacher, self.weighs, self.crosses, self.gathers, self.looks = passes
+        self.search: HeadSearch | None = None
         # Forward KL's sum(w) is -1, so its D may come as late as the gradient.
         self.values_on_writing = divergence is not None and not self.crosses and not self.weighs
         # Not one tensor for all: compiled code takes no two arguments that share memory.
@@ -271,8 +250,71 @@ class ClassBlocks(RowNumbers):
     def _key(self, *tensors: Tensor | None) -> Any:
         return layout(*tensors), *(c is None for c in self.caps), self.temperature_kind, self.side
 
-    def _normalisers(self, rows: slice) -> Normalisers:
-        return Normalisers(*(self.of(name, rows) for name in ("max_K", "sum_K", "max_T", "sum_T")))
+    def _normalisers(self, rows: slice) -> Normalisers | Settled:
+        names = ("max_K", "sum_K", "max_T", "sum_T")
+        if self.row_first is not None:
+            return Settled(*(self.of(name, rows) for name in (*names, *"abc")))
+        return Normalisers(*(self.of(name, rows) for name in names))
+
+    def _headed(self, rows: slice) -> Headed:
+        return Headed(*(self.of(name, rows) for name in ("max_K", "sum_K", "max_T", "sum_T", "head")))
+
+    def heads(self, look: Callable[[], None]) -> None:
+        """Find the head of each row, after `normalise`.
+
+        Args:
+            look: calls `look` for every block of common classes and all rows, and joins `mass` with other ranks'.
+        """
+        if self.looks:
+            # The likeliest class is as far from the maximum as nothing.
+            self.search = HeadSearch(-self.of("sum_T"))
+        for _ in range(self.looks):
+            assert self.search is not None
+            self.of("head").copy_(self.search.begin)
+            self.of("mass").zero_()
+            look()
+            self.search.narrow(self.of("mass"))
+        if self.search is not None:
+            self.of("head").copy_(self.search.head)
+
+    def look(self, rows: slice, teacher_RB: Tensor) -> None:
+        """Add a block of common classes to the probability of those that are at least as likely as asked for.
+
+        Args:
+            rows: which.
+            teacher_RB: [R, B] logits before the softcap.
+        """
+        for part, of_block in self._row_blocks(rows, teacher_RB, None):
+            teacher = teacher_RB[part]
+            (mass_RP,) = self._pieces(teacher).reduce(
+                self._key(teacher), mass_from, (teacher,), self.caps[1], self.inverse_t, of_rows=self._headed(of_block)
+            )
+            self.of("mass", of_block).add_(mass_RP.sum(1, keepdim=True))
+
+    def gather(self, rows: slice, student_RB: Tensor, teacher_RB: Tensor) -> None:
+        """Add a block of common classes to the sums that the terms of D need.
+
+        Args:
+            rows: which.
+            student_RB: [R, B] logits before the softcap.
+            teacher_RB: [R, B] the teacher's.
+        """
+        assert self.row_first is not None
+        sums = self.row_first.sums
+        for part, of_block in self._row_blocks(rows, student_RB, teacher_RB):
+            student, teacher = student_RB[part], teacher_RB[part]
+            found = self._pieces(student).reduce(
+                (self._key(student, teacher), sums), row_sums, (student, teacher), self.caps, self.inverse_t, sums,
+                of_rows=self._headed(of_block),
+            )  # fmt: skip
+            for name, x in zip("abc", found):
+                self.of(name, of_block).add_(x.sum(1, keepdim=True))
+
+    def settle(self) -> None:
+        """Make the numbers that the terms take of the sums, once all blocks were gathered."""
+        assert self.row_first is not None
+        for name, x in zip("abc", self.row_first.settle(*(self.of(name).clone() for name in "abc"))):
+            self.of(name).copy_(x)
 
     def weigh(self, rows: slice, first: int, student_RB: Tensor, teacher_RB: Tensor) -> None:
         """Add a block of common classes to D and sum(w) of some rows. Arguments as in `read`.
@@ -286,7 +328,8 @@ class ClassBlocks(RowNumbers):
         for part, of_block in self._row_blocks(rows, student_RB, teacher_RB):
             value, weight = self._terms(of_block, student_RB[part], teacher_RB[part])
             self.of("divergence", of_block).add_(value)
-            self.of("weight", of_block).add_(weight)
+            if self.row_first is None:
+                self.of("weight", of_block).add_(weight)
 
     def _terms(self, rows: slice, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         """What a block adds to D and sum(w), each [R, 1]."""

@@ -17,11 +17,14 @@ takes that of ratios like m/q, not of m, which makes an approximate one exact en
                       m = b p + (1-b) q
     tvd               1/2 sum |p - q|                             w = 1/2 q sign(q - p)
 
+`row_first.py` has those of which a class's terms need numbers of the whole row first.
+
 Skew divergences: Ko et al., DistiLLM, arXiv 2402.03898. Generalised JSD and its ends (b = 0 is forward KL, b = 1
 reverse KL: the limits of D/b and D/(1-b)): Agarwal et al., GKD, arXiv 2306.13649. TVD: Wen et al., f-DISTILL,
 arXiv 2307.15190.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -29,25 +32,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = None
+from . import row_first
+from .jit import LN2, LOG2E, constexpr, jit, tl
+from .row_first import Three, find_head
 
-Terms = Callable[[Tensor, Tensor, Tensor, Tensor, Any, Any], tuple[Tensor, Tensor]]
+# Called with log p, log q, p, q and then skew and beta, or the row's three numbers.
+Terms = Callable[..., tuple[Tensor, Tensor]]
 RowFunction = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-
-
-def jit(function: Callable[..., Any]) -> Any:
-    """`triton.jit`, or None without Triton."""
-    return None if triton is None else triton.jit(function)
-
-
-if triton is not None:
-    LN2 = tl.constexpr(0.6931471805599453)
-    LOG2E = tl.constexpr(1.4426950408889634)
-    ROUNDING = tl.constexpr(32 * torch.finfo(torch.float32).eps)
+ROUNDING = constexpr(32 * torch.finfo(torch.float32).eps)
 
 
 def _mixture(a: Tensor, b: Tensor, share_of_a: Any) -> Tensor:
@@ -135,6 +127,27 @@ def tvd_triton(log_p, log_q, p, q, skew, beta, LOG2):
 
 
 @dataclass(frozen=True)
+class RowFirst:
+    """What is known of a row before the terms of its classes are, see `row_first.py`: in PyTorch, and for Triton.
+
+    Args:
+        sums: (log_p, log_q, p, q, head) -> what classes add to three sums.
+        settle: the sums -> the three numbers that `Formula.terms` takes in place of skew and beta.
+        sums_triton: `sums`; None without Triton.
+        settle_triton: `settle`; None without Triton.
+        head: whether the row is first divided into a head and a tail; `head` is else None.
+        every_class: whether D needs every class by itself, so that none may be known as part of a rest.
+    """
+
+    sums: Callable[..., Three]
+    settle: Callable[..., Three]
+    sums_triton: Any
+    settle_triton: Any
+    head: bool = False
+    every_class: bool = False
+
+
+@dataclass(frozen=True)
 class Formula:
     """A divergence's two functions, each of which gives the classes' terms of D and w.
 
@@ -144,12 +157,23 @@ class Formula:
         triton: the same for Triton, with the GPU's logarithm as one more argument; None without Triton.
         one_read: "teacher" or "student" where D is a sum over that side's probabilities of log-probabilities alone, and
             w needs nothing besides but D. The Triton kernel then has both after one read of the logits. Else None.
+        row_first: where the terms need numbers of the whole row; w is then dD/dx. Else None.
     """
 
     name: str
     terms: Terms
     triton: Any
     one_read: str | None = None
+    row_first: RowFirst | None = None
+
+
+def _csd(name: str, weights: str) -> Formula:
+    """One of the weightings of concrete score distillation: ss, ts, us or uu."""
+    of = functools.partial(getattr, row_first)
+    sums = {"ss": "csd_sums", "ts": "csd_ts_sums"}.get(weights, "csd_us_sums")
+    settle = "of_one" if "u" in weights else "as_they_are"
+    both = of(sums), of(settle), of(f"{sums}_triton"), of(f"{settle}_triton")
+    return Formula(name, of(name), of(f"{name}_triton"), row_first=RowFirst(*both, every_class="u" in weights))
 
 
 FORMULAS = {
@@ -161,6 +185,23 @@ FORMULAS = {
         Formula("skew_reverse_kl", skew_reverse_kl, skew_reverse_kl_triton),
         Formula("jsd", jsd, jsd_triton),
         Formula("tvd", tvd, tvd_triton),
+        _csd("csd", "ss"),
+        _csd("csd_ts", "ts"),
+        _csd("csd_us", "us"),
+        _csd("csd_uu", "uu"),
+        Formula(
+            "adaptive_kl",
+            row_first.adaptive_kl,
+            row_first.adaptive_kl_triton,
+            row_first=RowFirst(
+                row_first.adaptive_kl_sums,
+                row_first.shares,
+                row_first.adaptive_kl_sums_triton,
+                row_first.shares_triton,
+                head=True,
+                every_class=True,
+            ),
+        ),
     )
 }
 """Name -> formula of every divergence that runs on all backends."""
@@ -220,5 +261,15 @@ class RowDivergence:
         if self.rows is not None:
             return self.rows(log_p_CK, log_q_CK)
         assert self.formula is not None
-        value, w = self.formula.terms(log_p_CK, log_q_CK, log_p_CK.exp(), log_q_CK.exp(), self.skew, self.beta)
+        row_first, both = self.formula.row_first, (log_p_CK, log_q_CK, log_p_CK.exp(), log_q_CK.exp())
+        numbers: tuple[Any, ...] = self.skew, self.beta
+        if row_first is not None:
+            head_C1 = None
+            if row_first.head:
+                likeliest_C1 = log_p_CK.amax(-1, keepdim=True)
+                head_C1 = find_head(
+                    likeliest_C1, lambda begin_C1: (both[2] * (log_p_CK >= begin_C1)).sum(-1, keepdim=True)
+                )
+            numbers = row_first.settle(*(x.sum(-1, keepdim=True) for x in row_first.sums(*both, head_C1)))
+        value, w = self.formula.terms(*both, *numbers)
         return value.sum(-1), w

@@ -7,6 +7,8 @@ the bit, and a sum of the student's equals the same sum of the teacher's where t
 the parts is the caller's business.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -71,7 +73,7 @@ def terms_of(loss: ClassBlocks) -> Tensor:
     Returns:
         [1 or 2, N].
     """
-    return torch.stack([loss.state[name] for name in ("divergence", "weight")[: 1 + loss.weighs]])
+    return sums_of(loss, ("divergence", "weight")[: 1 + loss.weighs])
 
 
 def join_terms(loss: ClassBlocks, terms_PFN: Tensor) -> None:
@@ -81,8 +83,32 @@ def join_terms(loss: ClassBlocks, terms_PFN: Tensor) -> None:
         loss: the part.
         terms_PFN: what `terms_of` gave in each.
     """
-    for name, total in zip(("divergence", "weight"), _total(terms_PFN)):
+    join_sums(loss, terms_PFN, ("divergence", "weight"))
+
+
+def join_sums(loss: ClassBlocks, sums_PFN: Tensor, names: Sequence[str]) -> None:
+    """Give a part some plain sums of all.
+
+    Args:
+        loss: the part.
+        sums_PFN: what `sums_of` gave in each.
+        names: of the fields.
+    """
+    for name, total in zip(names, _total(sums_PFN)):
         loss.state[name].copy_(total)
+
+
+def sums_of(loss: ClassBlocks, names: Sequence[str]) -> Tensor:
+    """What a part adds to some plain sums.
+
+    Args:
+        loss: the part.
+        names: of the fields.
+
+    Returns:
+        [F, N].
+    """
+    return torch.stack([loss.state[name] for name in names])
 
 
 def _total(parts: Tensor) -> Tensor:

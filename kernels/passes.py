@@ -3,10 +3,11 @@
 Shape letters: R rows, V classes, S student, T teacher, P pieces of a row, W classes of a piece.
 
 With the teacher's logits there are three: `statistics` (maxima and sums of exponentials), `reduction` (D and sum(w))
-and `gradient`. With a teacher known at few classes there are two: `tempered_statistics` and `tempered_gradient`. Eager
-PyTorch runs them as they stand; compiled, they need no V-wide temporary. Logarithms of sums, and single classes, are
-left to the caller: work on [R, 1] tensors between V-wide loops would keep the compiler from joining the loops, and a
-one-hot row costs a third of the gradient's time.
+and `gradient`; divergences that need numbers of the row first have `mass_from` and `row_sums` besides. With a teacher
+known at few classes there are two: `tempered_statistics` and `tempered_gradient`. Eager PyTorch runs them as they
+stand; compiled, they need no V-wide temporary. Logarithms of sums, and single classes, are left to the caller: work on
+[R, 1] tensors between V-wide loops would keep the compiler from joining the loops, and a one-hot row costs a third of
+the gradient's time.
 
 A compiled loop adds a row's terms one after the other, so small ones are lost once the sum is large; eager PyTorch adds
 in pairs. Reductions therefore take pieces of a row, which `merge` joins.
@@ -15,12 +16,14 @@ All softmaxes subtract the maximum from raw logits before anything else, so noth
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .divergences import Terms
+from .row_first import Three
 
 LOGIT_FLOOR = -1e30
 """Stands in for -inf: low enough that exp() gives exactly 0, high enough that differences stay finite."""
@@ -126,10 +129,50 @@ class Normalisers(NamedTuple):
     log_sum_T: Tensor
 
 
+class Settled(NamedTuple):
+    """`Normalisers`, and the three numbers of the row that a divergence needs first: each [R, 1]."""
+
+    max_S: Tensor
+    log_sum_S: Tensor
+    max_T: Tensor
+    log_sum_T: Tensor
+    a: Tensor
+    b: Tensor
+    c: Tensor
+
+
+class Headed(NamedTuple):
+    """`Normalisers`, and the teacher's log-probability from which on a class is in the head: each [R, 1]."""
+
+    max_S: Tensor
+    log_sum_S: Tensor
+    max_T: Tensor
+    log_sum_T: Tensor
+    head: Tensor
+
+
+def row_sums(
+    student: Tensor, teacher: Tensor, n: Headed, caps: Caps, inverse_t: Tensor, sums: Callable[..., Three]
+) -> Three:
+    """What pieces [R, P, W] add to the three sums that a divergence needs first, each [R, P]."""
+    max_S, log_sum_S, max_T, log_sum_T, head = (x[..., None] for x in n)
+    log_q, q = log_probabilities(student, caps[0], max_S, log_sum_S, inverse_t)
+    log_p, p = log_probabilities(teacher, caps[1], max_T, log_sum_T, inverse_t)
+    a, b, c = sums(log_p, log_q, p, q, head)
+    return a.sum(-1), b.sum(-1), c.sum(-1)
+
+
+def mass_from(teacher: Tensor, n: Headed, cap: Tensor | None, inverse_t: Tensor) -> tuple[Tensor]:
+    """Probability of the classes of pieces [R, P, W] that are at least as likely as `head`, [R, P]."""
+    max_T, log_sum_T, head = (x[..., None] for x in (n.max_T, n.log_sum_T, n.head))
+    log_p, p = log_probabilities(teacher, cap, max_T, log_sum_T, inverse_t)
+    return ((p * (log_p >= head)).sum(-1),)
+
+
 def reduction(
     student: Tensor,
     teacher: Tensor,
-    n: Normalisers,
+    n: Normalisers | Settled,
     caps: Caps,
     inverse_t: Tensor,
     skew: Tensor,
@@ -137,10 +180,10 @@ def reduction(
     terms: Terms,
 ) -> tuple[Tensor, Tensor]:
     """What pieces [R, P, W] add to D and sum(w), each [R, P]; normalisers [R, P] too, or the loops do not join."""
-    max_S, log_sum_S, max_T, log_sum_T = (x[..., None] for x in n)
+    max_S, log_sum_S, max_T, log_sum_T, *settled = (x[..., None] for x in n)
     log_q, q = log_probabilities(student, caps[0], max_S, log_sum_S, inverse_t)
     log_p, p = log_probabilities(teacher, caps[1], max_T, log_sum_T, inverse_t)
-    value, w = terms(log_p, log_q, p, q, skew, beta)
+    value, w = terms(log_p, log_q, p, q, *(settled or (skew, beta)))
     return value.sum(-1), w.sum(-1)
 
 
@@ -148,7 +191,7 @@ def gradient(
     student: Tensor,
     teacher: Tensor,
     caps: Caps,
-    n: Normalisers,
+    n: Normalisers | Settled,
     sum_w: Tensor,
     log_sum_1: Tensor,
     factors: tuple[Tensor, Tensor],
@@ -168,7 +211,7 @@ def gradient(
     log_q = (z - n.max_S) * inverse_t - n.log_sum_S
     q = log_q.exp()
     log_p, p = log_probabilities(teacher, caps[1], n.max_T, n.log_sum_T, inverse_t)
-    w = terms(log_p, log_q, p, q, skew, beta)[1]
+    w = terms(log_p, log_q, p, q, *(n[4:] or (skew, beta)))[1]
     q_1 = _at_temperature_1(q, z, n.max_S, log_sum_1, temperature_kind)
     g = factors[0] * q_1 + factors[1] * (w - q * sum_w)
     if caps[0] is not None:

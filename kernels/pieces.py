@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .compiler import Compiler, eager, layout
-from .passes import Normalisers, Origins
+from .passes import Headed, Normalisers, Origins, Settled
 
 # Bytes of V-wide tensors that a block of rows may hold: logits alone where compiled, temporaries too in eager mode.
 _BLOCK_BYTES = {"cpu": 24 << 20}
@@ -80,7 +80,7 @@ class Pieces:
         function: Callable[..., Any],
         sides: tuple[Tensor, ...],
         *args: Any,
-        of_rows: Normalisers | Origins | None = None,
+        of_rows: Normalisers | Settled | Headed | Origins | None = None,
     ) -> list[Tensor]:
         """Reduce all pieces with `function`; each result is [R, P]. of_rows: tensors [R, 1], its next argument."""
         main, *left = zip(*map(self._of, sides))

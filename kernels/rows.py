@@ -16,14 +16,18 @@ from torch import Tensor
 
 from .compact import SparseDivergence, compact_sums
 from .compiler import eager, layout
-from .divergences import RowDivergence
+from .divergences import RowDivergence, RowFirst
 from .passes import (
+    Headed,
     Normalisers,
+    Settled,
     gradient,
     log_probabilities,
     logits,
+    mass_from,
     merge,
     reduction,
+    row_sums,
     statistics,
     student_gradient,
     student_statistics,
@@ -31,6 +35,7 @@ from .passes import (
     tempered_statistics,
 )
 from .pieces import Pieces, row_blocks
+from .row_first import find_head
 from .row_numbers import RowCoefficients, RowNumbers, RowValues
 
 
@@ -178,7 +183,8 @@ class _RowLoss(RowNumbers):
         )
         max_S, s_t = merge(max_RP, self.inverse_t, s_t_RP)
         max_T, s_T = merge(max_T_RP, self.inverse_t, s_T_RP)
-        n = Normalisers(max_S, s_t.log(), max_T, s_T.log())
+        of_sides = Normalisers(max_S, s_t.log(), max_T, s_T.log())
+        n: Normalisers | Settled = of_sides
         if tail.shape[1]:
             rest = student_statistics(tail[:, None], self.caps[0])
             max_RP, s_RP, a_RP = (torch.cat(both, 1) for both in zip((max_RP, s_RP, a_RP), rest))
@@ -192,6 +198,8 @@ class _RowLoss(RowNumbers):
         if self.divergence.formula is not None:
             run, terms = self.run, self.divergence.formula.terms
             label_terms = terms
+            if self.divergence.formula.row_first is not None:
+                n = self._settled(self.divergence.formula.row_first, key, student, teacher, of_sides)
             parameters = (self.inverse_t, self.skew, self.beta)
             both_RP = self.pieces.reduce(
                 (key, terms), reduction, (student, teacher), self.caps, *parameters, terms, of_rows=n
@@ -222,6 +230,23 @@ class _RowLoss(RowNumbers):
         run((key, terms), gradient, student, teacher, *shared, terms, self.temperature_kind, target)
         self._write_label(out, labels_R1, label_S, at_label, a_R1)
         return value, cross_entropy, entropy
+
+    def _settled(self, first: RowFirst, key: Any, student: Tensor, teacher: Tensor, n: Normalisers) -> Settled:
+        """The numbers of the rows that a divergence needs before its terms."""
+        reduce, head = self.pieces.reduce, torch.zeros_like(n.max_T)
+        if first.head:
+
+            def mass(begin: Tensor) -> Tensor:
+                options = self.caps[1], self.inverse_t
+                (of_pieces,) = reduce(key, mass_from, (teacher,), *options, of_rows=Headed(*n, begin))
+                return of_pieces.sum(1, keepdim=True)
+
+            head = find_head(-n.log_sum_T, mass)
+        sums = reduce(
+            (key, first.sums), row_sums, (student, teacher), self.caps, self.inverse_t, first.sums,
+            of_rows=Headed(*n, head),
+        )  # fmt: skip
+        return Settled(*n, *first.settle(*(x.sum(1, keepdim=True) for x in sums)))
 
     def _student_block(
         self, student_RV: Tensor, labels_R1: Tensor, weights_R1: Tensor | None, out: Tensor | None

@@ -16,28 +16,41 @@ from torch import Tensor
 
 from .class_blocks import ClassBlocks
 from .divergences import FORMULAS, LOG2E
+from .triton_class_sums import (
+    CROSS,
+    DIVERGENCE,
+    LABEL,
+    MAX_K,
+    MAX_S,
+    MAX_T,
+    ORIGIN_S,
+    ORIGIN_T,
+    PRODUCT_S,
+    SUM_K,
+    SUM_S,
+    SUM_T,
+    WEIGHT,
+    A,
+    B,
+    C,
+    add,
+    lanes_of,
+    look_kernel,
+    weigh_kernel,
+)
 from .triton_sums import (
     FLOOR,
     LOG2,
     SIDES,
     add_student,
     exponentials,
+    formula_options,
     kind_of_temperature,
     load_logits,
     log_softmax,
     merged,
     powers,
 )
-
-LABEL, ORIGIN_S, ORIGIN_T, MAX_S, SUM_S, PRODUCT_S, MAX_K, SUM_K, MAX_T, SUM_T, CROSS, DIVERGENCE, WEIGHT = (
-    tl.constexpr(i) for i in range(len(ClassBlocks.FIELDS))
-)
-
-
-@triton.jit
-def lanes_of(BLOCK: tl.constexpr, WIDTH: tl.constexpr):
-    """0 to BLOCK as [GROUPS, WIDTH]: the WIDTH neighbours that a thread reads at once."""
-    return tl.arange(0, BLOCK // WIDTH)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
 
 
 @triton.jit(do_not_specialize=["first_row", "N", "first"])
@@ -141,63 +154,6 @@ def join(pointer, old, sums, m, old_maximum, maximum, c):
 
 
 @triton.jit(do_not_specialize=["first_row", "N", "first"])
-def weigh_kernel(
-    state_ptr,
-    labels_ptr,
-    student_ptr,
-    teacher_ptr,
-    first_row,
-    N,
-    first,
-    classes,
-    student_stride,
-    teacher_stride,
-    temperature,
-    student_softcap,
-    teacher_softcap,
-    skew,
-    beta,
-    PAIR: tl.constexpr,
-    LOG2: tl.constexpr,
-    STUDENT_SOFTCAP: tl.constexpr,
-    TEACHER_SOFTCAP: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """`ClassBlocks.weigh`. PAIR: a divergence's (value, weight) function. LOG2: the logarithm it uses."""
-    row = tl.program_id(0).to(tl.int64)
-    state_ptr += first_row + row
-    student_ptr += row * student_stride
-    teacher_ptr += row * teacher_stride
-    lanes = lanes_of(BLOCK, WIDTH)
-    inverse_t = 1.0 / temperature
-    M_K = tl.load(state_ptr + MAX_K * N)
-    log_S = tl.load(state_ptr + SUM_K * N)
-    M_T = tl.load(state_ptr + MAX_T * N)
-    log_T = tl.load(state_ptr + SUM_T * N)
-    value = tl.zeros([BLOCK // WIDTH], tl.float32)
-    weight = tl.zeros([BLOCK // WIDTH], tl.float32)
-    for i in range(0, tl.cdiv(classes, BLOCK)):
-        at = i * BLOCK
-        z_S = load_logits(student_ptr, at, lanes, classes, classes, student_softcap, STUDENT_SOFTCAP)
-        z_T = load_logits(teacher_ptr, at, lanes, classes, classes, teacher_softcap, TEACHER_SOFTCAP)
-        log_q, q = log_softmax(z_S, M_K, log_S, inverse_t)
-        log_p, p = log_softmax(z_T, M_T, log_T, inverse_t)
-        v, w = PAIR(log_p, log_q, p, q, skew, beta, LOG2)
-        value += tl.sum(v, axis=1)
-        weight += tl.sum(w, axis=1)
-    add(state_ptr + DIVERGENCE * N, value)
-    add(state_ptr + WEIGHT * N, weight)
-
-
-@triton.jit
-def add(pointer, terms):
-    """Add all threads' terms to a number of the row."""
-    old = tl.load(pointer)
-    tl.store(pointer, old + tl.sum(terms, axis=0))
-
-
-@triton.jit(do_not_specialize=["first_row", "N", "first"])
 def write_kernel(
     state_ptr,
     labels_ptr,
@@ -220,6 +176,7 @@ def write_kernel(
     cross_entropy_coefficient,
     divergence_coefficient,
     PAIR: tl.constexpr,
+    SUMS: tl.constexpr,
     LOG2: tl.constexpr,
     SIDE: tl.constexpr,
     TEACHER: tl.constexpr,
@@ -256,6 +213,9 @@ def write_kernel(
     origin_T = tl.load(state_ptr + ORIGIN_T * N)
     mean = tl.load(state_ptr + CROSS * N)
     W = tl.load(state_ptr + WEIGHT * N)
+    a = tl.load(state_ptr + A * N)
+    b = tl.load(state_ptr + B * N)
+    c = tl.load(state_ptr + C * N)
     # q at temperature 1 is a power of q at T times a ratio of sums, for T = 1 and 2.
     ce_of_power = ce * tl.exp2(((T_KIND * log_S - log_S1) - (M_S - M_K)) * LOG2E)
     value = tl.zeros([BLOCK // WIDTH], tl.float32)
@@ -267,8 +227,13 @@ def write_kernel(
             z_T = load_logits(teacher_ptr, at, lanes, classes, classes, teacher_softcap, TEACHER_SOFTCAP)
             log_q, q = log_softmax(z_S, M_K, log_S, inverse_t)
             log_p, p = log_softmax(z_T, M_T, log_T, inverse_t)
-            v, w = PAIR(log_p, log_q, p, q, skew, beta, LOG2)
-            if SIDE == 1:
+            if SUMS is not None:
+                v, w = PAIR(log_p, log_q, p, q, a, b, c)
+            else:
+                v, w = PAIR(log_p, log_q, p, q, skew, beta, LOG2)
+            if SUMS is not None:
+                g = div * w
+            elif SIDE == 1:
                 g = div * (w + q)
             elif SIDE == 2:
                 g = div * q * (((z_S - origin) - (z_T - origin_T) - mean) * inverse_t)
@@ -351,7 +316,8 @@ class TritonClassBlocks(ClassBlocks):
         d = self.divergence
         formula = FORMULAS["forward_kl"] if d is None or d.formula is None else d.formula
         parameters = {"skew": 0.0, "beta": 0.0} if d is None else {"skew": d.skew, "beta": d.beta}
-        return {**parameters, "PAIR": formula.triton, "LOG2": LOG2}
+        options = formula_options(formula)
+        return {**parameters, "PAIR": options["PAIR"], "SUMS": options["SUMS"], "LOG2": LOG2}
 
     def read(self, rows: slice, first: int, student_RB: Tensor, teacher_RB: Tensor | None, common: bool) -> None:
         """See `ClassBlocks.read`."""
@@ -365,7 +331,15 @@ class TritonClassBlocks(ClassBlocks):
 
     def weigh(self, rows: slice, first: int, student_RB: Tensor, teacher_RB: Tensor) -> None:
         """See `ClassBlocks.weigh`."""
-        self._launch(weigh_kernel, rows, first, student_RB, teacher_RB, **self._pair())
+        self._launch(weigh_kernel, rows, first, student_RB, teacher_RB, GATHER=False, **self._pair())
+
+    def gather(self, rows: slice, student_RB: Tensor, teacher_RB: Tensor) -> None:
+        """See `ClassBlocks.gather`."""
+        self._launch(weigh_kernel, rows, 0, student_RB, teacher_RB, GATHER=True, **self._pair())
+
+    def look(self, rows: slice, teacher_RB: Tensor) -> None:
+        """See `ClassBlocks.look`."""
+        self._launch(look_kernel, rows, 0, teacher_RB, teacher_RB)
 
     def write(
         self, rows: slice, first: int, student_RB: Tensor, teacher_RB: Tensor | None, gradient_RB: Tensor

@@ -13,7 +13,8 @@ Pass 1 keeps the running sums of `triton_sums.py` for every thread. Along with S
 from which KL = +-(B/S - (M_S - o_S) + (M_T - o_T))/t -+ ln S_S +- ln S_T, with o the label's logits or 0. The gradient
 of reverse KL is q ((z_S - o_S) - (z_T - o_T) - B/S)/t: both terms rounded alike, and no logarithms of sums.
 
-Two-read divergences need sum(w) before the first gradient element, so a second pass accumulates D and sum(w).
+Two-read divergences need sum(w) before the first gradient element, so a second pass accumulates D and sum(w). Those
+of `row_first.py` have their numbers of the row from that pass, and D from the last.
 The last pass writes  g = a (softmax(z) - onehot) + b/t (w - q sum(w)).  Passes run in alternating directions: the end
 of one is still in the L2 cache when the next begins.
 """
@@ -32,6 +33,8 @@ from .triton_sums import (
     SIDES,
     add_student,
     exponentials,
+    formula_options,
+    head_of,
     kind_of_temperature,
     load_logits,
     log_softmax,
@@ -65,6 +68,9 @@ def row_kernel(
     student_softcap,
     teacher_softcap,
     PAIR: tl.constexpr,
+    SUMS: tl.constexpr,
+    SETTLE: tl.constexpr,
+    HEAD: tl.constexpr,
     LOG2: tl.constexpr,
     SIDE: tl.constexpr,
     TEACHER: tl.constexpr,
@@ -80,7 +86,8 @@ def row_kernel(
 ):
     """One program for each row. The text at the top of this file explains the sums.
 
-    PAIR: a divergence's (value, weight) function. LOG2: the logarithm it uses. SIDE: whose sums give a one-read
+    PAIR: a divergence's (value, weight) function. SUMS, SETTLE: what one needs first, or None; HEAD: whether SUMS takes
+    where the teacher's head begins. LOG2: the logarithm it uses. SIDE: whose sums give a one-read
     divergence, 1 teacher (forward KL), 2 student (reverse KL), 0 for two reads. T_KIND: 1 or 2 for these temperatures,
     0 for any other. PADDED: V > K.
     *_readable: columns of a row, V or K or more, that may be read, and in the gradient written. WIDTH: lanes that take
@@ -156,6 +163,10 @@ def row_kernel(
     M_T = M_S
     log_S = log_S1
     log_T = log_S1
+    number_a = 0.0
+    number_b = 0.0
+    number_c = 0.0
+    value = tl.zeros([GROUPS], tl.float32)
     if TEACHER:
         if not PADDED:
             m_K = m_S
@@ -172,20 +183,47 @@ def row_kernel(
             B = merged(b, m_K, M_K, c) / S_K
             D = (B - ((M_K - origin) - (M_T - origin_T))) * inverse_t - log_S + log_T
         if SIDE == 0:
-            value = tl.zeros([GROUPS], tl.float32)
+            head = 0.0
+            if HEAD:
+                head = head_of(
+                    teacher_ptr, lanes, K, teacher_readable, teacher_softcap, M_T, log_T, inverse_t, TEACHER_SOFTCAP
+                )
             weight = tl.zeros([GROUPS], tl.float32)
+            c_sum = tl.zeros([GROUPS], tl.float32)
             for i in range(0, num_blocks):
                 first = (num_blocks - 1 - i) * BLOCK
                 z_S = load_logits(student_ptr, first, lanes, K, student_readable, student_softcap, STUDENT_SOFTCAP)
                 z_T = load_logits(teacher_ptr, first, lanes, K, teacher_readable, teacher_softcap, TEACHER_SOFTCAP)
                 log_q, q = log_softmax(z_S, M_K, log_S, inverse_t)
                 log_p, p = log_softmax(z_T, M_T, log_T, inverse_t)
-                v, w = PAIR(log_p, log_q, p, q, skew, beta, LOG2)
+                if SUMS is None:
+                    v, w = PAIR(log_p, log_q, p, q, skew, beta, LOG2)
+                else:
+                    v, w, c_terms = SUMS(log_p, log_q, p, q, head)
+                    c_sum += tl.sum(c_terms, axis=1)
                 value += tl.sum(v, axis=1)
                 weight += tl.sum(w, axis=1)
             D = tl.sum(value, axis=0)
             W = tl.sum(weight, axis=0)
-        tl.store(divergence_ptr + row, D)
+            if SUMS is not None:
+                number_a, number_b, number_c = SETTLE(D, W, tl.sum(c_sum, axis=0))
+                value = tl.zeros([GROUPS], tl.float32)
+                if not GRADIENT:
+                    for i in range(0, num_blocks):
+                        first = i * BLOCK
+                        z_S = load_logits(
+                            student_ptr, first, lanes, K, student_readable, student_softcap, STUDENT_SOFTCAP
+                        )
+                        z_T = load_logits(
+                            teacher_ptr, first, lanes, K, teacher_readable, teacher_softcap, TEACHER_SOFTCAP
+                        )
+                        log_q, q = log_softmax(z_S, M_K, log_S, inverse_t)
+                        log_p, p = log_softmax(z_T, M_T, log_T, inverse_t)
+                        v, w = PAIR(log_p, log_q, p, q, number_a, number_b, number_c)
+                        value += tl.sum(v, axis=1)
+                    D = tl.sum(value, axis=0)
+        if SUMS is None or not GRADIENT:
+            tl.store(divergence_ptr + row, D)
 
     if GRADIENT:
         factor = 1.0
@@ -208,8 +246,14 @@ def row_kernel(
                     z_K = tl.where(first + lanes < K, z_S, FLOOR)
                 log_q, q = log_softmax(z_K, M_K, log_S, inverse_t)
                 log_p, p = log_softmax(z_T, M_T, log_T, inverse_t)
-                v, w = PAIR(log_p, log_q, p, q, skew, beta, LOG2)
-                if SIDE == 1:
+                if SUMS is None:
+                    v, w = PAIR(log_p, log_q, p, q, skew, beta, LOG2)
+                else:
+                    v, w = PAIR(log_p, log_q, p, q, number_a, number_b, number_c)
+                    value += tl.sum(v, axis=1)
+                if SUMS is not None:
+                    g = div * w
+                elif SIDE == 1:
                     g = div * (w + q)
                 elif SIDE == 2:
                     # w = q log(q/p) and sum(w) = D: what rounds both alike goes first.
@@ -230,6 +274,8 @@ def row_kernel(
                 g *= 1 - u * u
             columns = first + lanes
             tl.store(gradient_ptr + columns, g.to(gradient_ptr.dtype.element_ty), mask=columns < student_readable)
+        if TEACHER and SUMS is not None:
+            tl.store(divergence_ptr + row, tl.sum(value, axis=0))
 
 
 def launch_options(
@@ -312,7 +358,7 @@ def distillation_rows_triton(
         0.0 if divergence is None else divergence.beta,
         1.0 if student_softcap is None else student_softcap,
         1.0 if teacher_softcap is None else teacher_softcap,
-        PAIR=formula.triton,
+        **formula_options(formula),
         LOG2=LOG2,
         SIDE=SIDES[formula.one_read],
         TEACHER=teacher_logits_CV is not None,

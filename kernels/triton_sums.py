@@ -6,14 +6,20 @@ one exponential more. Threads are merged after the loop. The exponential at t = 
 one at T = 1, its square at T = 2, and a second one at any other T.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
-from .divergences import LOG2E
+from . import row_first
+from .divergences import LOG2E, Formula
 from .passes import LOGIT_FLOOR
 
 FLOOR = tl.constexpr(LOGIT_FLOOR)
+NATS = tl.constexpr(row_first.NATS)
+HEAD_MASS = tl.constexpr(row_first.HEAD_MASS)
+LOOKS = tl.constexpr(row_first.looks(torch.float32))
 INTERPRETED = triton.knobs.runtime.interpret
 
 
@@ -63,6 +69,36 @@ def log_softmax(z, maximum, log_sum, inverse_t):
 
 
 @triton.jit
+def head_of(pointer, lanes, limit, readable, softcap, maximum, log_sum, inverse_t, SOFTCAP: tl.constexpr):
+    """Log p from which on a class is in the row's head: `row_first.HeadSearch` by one program."""
+    BLOCK: tl.constexpr = lanes.numel
+    low = tl.full((), -1, tl.int32)
+    high = tl.full((), NATS, tl.float32).to(tl.int32, bitcast=True)
+    for _ in range(0, LOOKS):
+        middle = low + (high - low) // 2
+        begin = -tl.maximum(middle, 0).to(tl.float32, bitcast=True)
+        mass = tl.zeros([lanes.shape[0]], tl.float32)
+        for i in range(0, tl.cdiv(limit, BLOCK)):
+            mass += mass_from(
+                pointer, i * BLOCK, lanes, limit, readable, softcap, maximum, log_sum, inverse_t, begin, SOFTCAP
+            )
+        fits = (middle < 0) | (tl.sum(mass, axis=0) <= HEAD_MASS)
+        low = tl.where(fits, middle, low)
+        high = tl.where(fits, high, middle)
+    return tl.minimum(-tl.maximum(low, 0).to(tl.float32, bitcast=True), -log_sum)
+
+
+@triton.jit
+def mass_from(
+    pointer, first, lanes, limit, readable, softcap, maximum, log_sum, inverse_t, begin, SOFTCAP: tl.constexpr
+):
+    """Each thread's probability of the classes `first` + lanes that are at least as likely as `begin`."""
+    z = load_logits(pointer, first, lanes, limit, readable, softcap, SOFTCAP)
+    log_p, p = log_softmax(z, maximum, log_sum, inverse_t)
+    return tl.sum(tl.where(log_p >= begin, p, 0.0), axis=1)
+
+
+@triton.jit
 def powers(d, step, c):
     """2^(d c) of logits less their maximum, and what sums so far shrink by where the maximum rose by -step."""
     return tl.exp2(d * c), tl.exp2(step * c)
@@ -106,6 +142,13 @@ def merged(sums, m, maximum, c):
 
 SIDES = {"teacher": 1, "student": 2, None: 0}
 """`Formula.one_read` as kernels take it."""
+
+
+def formula_options(formula: Formula) -> dict[str, Any]:
+    """A divergence's functions, as kernels take them."""
+    first = formula.row_first
+    of_row = (None, None, False) if first is None else (first.sums_triton, first.settle_triton, first.head)
+    return {"PAIR": formula.triton, **dict(zip(("SUMS", "SETTLE", "HEAD"), of_row))}
 
 
 def kind_of_temperature(temperature: float) -> int:

@@ -47,6 +47,7 @@ ARCHITECTURES = (
     "opt",
 )
 DIVERGENCES = ("forward_kl", "reverse_kl", "skew_forward_kl", "skew_reverse_kl", "jsd", "tvd")
+ROW_FIRST = ("csd", "csd_ts", "csd_us", "csd_uu", "adaptive_kl")
 
 _TEXT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.",
@@ -188,7 +189,33 @@ def plain_divergence(
         return beta * (p * (log_p - log_m)).sum(-1) + (1 - beta) * (q * (log_q - log_m)).sum(-1)
     if name == "tvd":
         return 0.5 * (p - q).abs().sum(-1)
-    raise ValueError(name)
+    return plain_row_first(name, log_p, log_q)
+
+
+def plain_row_first(name: str, log_p: Tensor, log_q: Tensor) -> Tensor:
+    """D of each row for the divergences of `ROW_FIRST`, their weights without a gradient; the head from a sort."""
+    p, q, d = log_p.exp(), log_q.exp(), (log_q - log_p).clamp(-1e15, 1e15)
+    if name == "adaptive_kl":
+        share = plain_head_share(p, q)
+        return share * (p * (log_p - log_q)).sum(-1) + (1 - share) * (q * (log_q - log_p)).sum(-1)
+    u = ((log_p > -1e29) & (log_q > -1e29)).to(p.dtype)
+    u = u / u.sum(-1, keepdim=True)
+    w_1, w_2 = {"csd": (q, q), "csd_ts": (p, q), "csd_us": (u, q), "csd_uu": (u, u)}[name]
+    w_1, w_2 = w_1.detach(), w_2.detach()
+    return 0.25 * ((w_1 + w_2) * (d - (w_1 * d).sum(-1, keepdim=True)).square()).sum(-1)
+
+
+def plain_head_share(p: Tensor, q: Tensor) -> Tensor:
+    """Share of sum |p - q| that the likeliest classes of p have, those that add up to a half at most, or the first."""
+    values, order = p.detach().sort(-1, descending=True)
+    # Classes that are equally likely go together.
+    last = torch.searchsorted(-values, -values, right=True) - 1
+    tail = (values.cumsum(-1).gather(-1, last) > 0.5) & (values < values[..., :1])
+    gap = (p - q).detach().abs().gather(-1, order)
+    total = gap.sum(-1)
+    return torch.where(
+        total > 0, (gap * ~tail).sum(-1) / total.clamp(min=1e-300 if p.dtype == torch.float64 else 1e-37), 0.5
+    )
 
 
 def plain_cross_entropy(student_logits: Tensor, labels: Tensor) -> Tensor:
@@ -207,12 +234,14 @@ def plain_loss(
     skew: float = 0.1,
     beta: float = 0.5,
     temperature_scaling: bool = True,
+    standardize_logits: bool = False,
 ) -> Tensor:
     """a*CE + (1-a)*T^2*D of each row [N]; D over the classes that both have."""
     common = min(student_logits.shape[-1], teacher_logits.shape[-1])
-    d = plain_divergence(
-        divergence, teacher_logits[..., :common], student_logits[..., :common], temperature, skew, beta
-    )
+    z_T, z_S = teacher_logits[..., :common], student_logits[..., :common]
+    if standardize_logits:
+        z_T, z_S = ((z - z.mean(-1, keepdim=True)) / z.std(-1, correction=0, keepdim=True) for z in (z_T, z_S))
+    d = plain_divergence(divergence, z_T, z_S, temperature, skew, beta)
     scale = temperature**2 if temperature_scaling else 1.0
     return sft_weight * plain_cross_entropy(student_logits, labels) + (1 - sft_weight) * scale * d
 

@@ -24,10 +24,12 @@ from .plan_file import TEXT
 from .ranking import competition_ranks, knee, rows_by_text, subset_borders
 
 KNEE = "knee"
-# `official` cuts as the authors' code does: int(N * keep / stages) samples a subset. SE-KD has no curriculum.
+# `official` cuts as the authors' code does: int(N * keep / stages) samples a subset. POCL drops
+# none. SE-KD has no curriculum.
 CURATION_PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"keep": 0.75, "stages": 3, "rrf_k": 60},
     "official": {"keep": 0.75, "stages": 3, "rrf_k": 60, "floor_subsets": True},
+    "POCL": {"keep": 1.0, "stages": 4, "rrf_k": 60},
     "SE-KD": {"method": "none", "stages": 1},
     "SE-KD3X": {"method": "none", "stages": 1},
 }

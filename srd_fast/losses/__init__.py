@@ -7,6 +7,7 @@ from .compact import (
     Projected,
     Sampled,
     TopK,
+    check_rest,
     compact_distillation_loss,
     loss_beside_compact_teacher,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "StudentRows",
     "TopK",
     "VocabularyShard",
+    "check_rest",
     "check_vocabularies",
     "compact_distillation_loss",
     "distillation_loss",

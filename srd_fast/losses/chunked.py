@@ -39,6 +39,8 @@ def _why_rows(rows: PackedRows, student: HeadWork, teacher: HeadWork | None, vis
         return "logits are given or asked for, and these are whole rows"
     if rows.divergence is not None and rows.divergence.formula is None:
         return "a registered divergence sees whole rows"
+    if rows.standardize and rows.divergence is not None:
+        return "standardize_logits needs a row's mean and deviation before its softmax"
     return None
 
 
@@ -55,8 +57,12 @@ def _work_of(
         raise UserError(f"order 'classes' cannot run: {why_rows}; use order='auto'")
     passes = ClassPasses.of(rows.divergence, rows.teacher_lse_N is not None, any(needs))
     sizes = LossWork(len(hidden_ND), student, teacher, hidden_ND.device, needs[0], needs[1], passes=passes)
+    standardised = rows.standardize and rows.divergence is not None
     return with_backend(
-        replace(sizes, rows_only=why_rows is not None), rows.backend, rows.divergence, rows.compact is not None
+        replace(sizes, rows_only=why_rows is not None, standardised=standardised),
+        rows.backend,
+        rows.divergence,
+        rows.compact is not None,
     )
 
 

@@ -29,6 +29,12 @@ class Joined(Protocol):
     def has_read(self, loss: ClassBlocks) -> None:
         """After all blocks were read."""
 
+    def has_looked(self, loss: ClassBlocks) -> None:
+        """After all were looked at once."""
+
+    def has_gathered(self, loss: ClassBlocks) -> None:
+        """After all were gathered."""
+
     def has_weighed(self, loss: ClassBlocks) -> None:
         """After all were weighed, or written where D is found there."""
 
@@ -100,6 +106,8 @@ def run_class_blocks(
     if joined is not None:
         joined.has_read(loss)
     loss.normalise()
+    if loss.gathers:
+        _gather(loss, tiles, joined)
     for tile in tiles.walk() if loss.weighs else []:
         if tile.teacher_RB is not None:
             loss.weigh(tile.rows, tile.classes.start, tile.student_RB, tile.teacher_RB)
@@ -117,6 +125,24 @@ def run_class_blocks(
     if joined is not None and loss.values_on_writing:
         joined.has_weighed(loss)
     return loss.values(), gradients.finish(rows, weights_N, joined)
+
+
+def _gather(loss: ClassBlocks, tiles: "_Tiles", joined: Joined | None) -> None:
+    """Find the numbers of rows that the terms of their divergence need."""
+
+    def look() -> None:
+        for rows, teacher_RB in tiles.teachers():
+            loss.look(rows, teacher_RB)
+        if joined is not None:
+            joined.has_looked(loss)
+
+    loss.heads(look)
+    for tile in tiles.walk():
+        if tile.teacher_RB is not None:
+            loss.gather(tile.rows, tile.student_RB, tile.teacher_RB)
+    if joined is not None:
+        joined.has_gathered(loss)
+    loss.settle()
 
 
 def class_state(
@@ -184,6 +210,14 @@ class _Tiles:
                 teacher_RB = None if teacher is None or head_T is None else teacher.logits(part, head_T)
                 student_RB = self.student.logits(part, head_S)
                 yield _Tile(part, block, head_S, student_RB, teacher_RB, common, part is self.parts[-1])
+
+    def teachers(self) -> Iterator[tuple[slice, Tensor]]:
+        """Rows and the teacher's logits of each tile; the next ones overwrite them."""
+        for block in self.blocks:
+            if self.teacher is not None and block.start < self.common:
+                head = self.teacher.of(block)
+                for part in self.parts:
+                    yield part, self.teacher.logits(part, head)
 
 
 class _Sums:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..kernels import LOGIT_FLOOR, RowDivergence, SparseDivergence
+from .divergences import get_divergence
 from .head import Head, VocabularyShard
 from .options import LossOptions, require
 from .packing import DistillationOutput, StudentRows, check_classes
@@ -150,6 +151,24 @@ def _check_top_k(teacher: TopK) -> None:
         repeated_N = teacher.ids_NK.sort(1).values.diff(dim=1).eq(0).any(1).numpy()
         first = "".join(str(row) for row in repeated_N.nonzero()[0][:1])
         require(not first, f"teacher.ids_NK of TopK must be distinct within a row, row {first} repeats one")
+
+
+def check_rest(name: str, teacher: str) -> None:
+    """Refuse a divergence that needs every class, where all but a few are known as one.
+
+    Args:
+        name: of the divergence.
+        teacher: what knows them so, for the message.
+
+    Raises:
+        UserError: it does.
+    """
+    formula = get_divergence(name).bind(0.0, 0.0).formula
+    if formula is not None and formula.row_first is not None and formula.row_first.every_class:
+        raise UserError(
+            f"divergence {name!r} counts every class by itself, and {teacher} has all but a few as one: use the "
+            "teacher's hidden states, or another divergence"
+        )
 
 
 def _check_projected(teacher: Projected, head: Head) -> None:
@@ -305,9 +324,14 @@ def _fields(student: StudentRows, teacher: CompactTeacher) -> dict[str, Any]:
     head, options = student.head, student.options
     if not isinstance(teacher, (TopK, Sampled, Projected)):
         raise UserError(f"teacher must be a TopK, Sampled or Projected, got {type(teacher).__name__}")
+    require(
+        not options.standardize_logits,
+        f"standardize_logits must be False with a {type(teacher).__name__} teacher, of which no row has all logits",
+    )
     _check_rows(teacher, student)
     if isinstance(teacher, TopK):
         _check_top_k(teacher)
+        check_rest(options.divergence, "a TopK teacher")
         ids_NK, log_p_NK, log_tail_N = (x.detach() for x in teacher)
         log_p_NB = torch.cat((log_p_NK, log_tail_N[:, None].to(log_p_NK.dtype)), 1)
         return {"compact": _Buckets(ids_NK.long(), log_p_NB, options.row_divergence)}

@@ -96,6 +96,7 @@ def distillation_loss(
     order: str = "auto",
     vocabulary: VocabularyShard | None = None,
     teacher_vocabulary: VocabularyShard | None = None,
+    standardize_logits: bool = False,
 ) -> DistillationOutput:
     """Distillation loss from last hidden states; the gradient flows into the student's hidden states, weight and bias.
 
@@ -148,6 +149,10 @@ def distillation_loss(
             predicted to be faster within `memory_budget`.
         vocabulary: which classes of all `student_weight` has, where it is this rank's block of them.
         teacher_vocabulary: the same of `teacher_weight`. It may be whole beside a student in shards.
+        standardize_logits: let D compare softmaxes at T of (z - mean) / deviation of each row's logits z, over the
+            classes that both have and the side does not rule out (Sun et al., arXiv 2403.01427). Cross-entropy and
+            entropy stay those of z.
+            Rows then go outside, and no vocabulary may be in shards.
 
     Returns:
         The loss and its parts. With rows of its own on each rank they are those of this rank's rows.
@@ -170,7 +175,7 @@ def distillation_loss(
     with refusing_together(head.shard, student_weight):
         options = LossOptions(
             divergence, temperature, skew, beta, sft_weight, temperature_scaling, reduction, ignore_index, backend,
-            memory_budget, logits_dtype, order,
+            memory_budget, logits_dtype, order, standardize_logits,
         )  # fmt: skip
         teacher_head = head_of(
             teacher_weight, teacher_bias, teacher_softcap, teacher_scale, teacher_vocabulary, side="teacher"
@@ -200,6 +205,7 @@ def distillation_loss_from_logits(
     ignore_index: int | None = -100,
     backend: str = "auto",
     memory_budget: int | None = None,
+    standardize_logits: bool = False,
 ) -> DistillationOutput:
     """Distillation loss for loops that have logits; the gradient flows into the student's logits.
 
@@ -228,6 +234,9 @@ def distillation_loss_from_logits(
         memory_budget: bytes that the loss may allocate beyond its inputs (the rows with loss, once packed) and their
             gradients; the least that it can do with where that is more. Default: a twentieth of a GPU's memory, at most
             4 GiB, and 512 MiB elsewhere.
+        standardize_logits: let D compare softmaxes at T of (z - mean) / deviation of each row's logits z, over the
+            classes that both have and the side does not rule out (Sun et al., arXiv 2403.01427). Cross-entropy and
+            entropy stay those of z.
 
     Returns:
         The loss and its parts.
@@ -238,7 +247,7 @@ def distillation_loss_from_logits(
     """
     options = LossOptions(
         divergence, temperature, skew, beta, sft_weight, temperature_scaling, reduction, ignore_index, backend,
-        memory_budget,
+        memory_budget, standardize_logits=standardize_logits,
     )  # fmt: skip
     student = StudentRows(student_logits, Head(None, None, student_softcap), labels, options, token_weights, num_items)
     return loss_beside_head(student, teacher_logits, Head(None, None, teacher_softcap))

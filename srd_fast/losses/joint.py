@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..kernels import ClassBlocks, join_states, join_terms, state_of, terms_of
+from ..kernels import ClassBlocks, join_states, join_sums, join_terms, state_of, sums_of, terms_of
 from .collectives import all_gather, reduce_scatter
 from .head import VocabularyShard
 
@@ -103,6 +103,14 @@ class JointRows:
             logits_KN = loss.kept_logits.contiguous()
             dist.all_reduce(logits_KN, group=self.group)
             loss.kept_logits.copy_(logits_KN)
+
+    def has_looked(self, loss: ClassBlocks) -> None:
+        """Join the probabilities that they found in `look`."""
+        join_sums(loss, self._of_all(sums_of(loss, ["mass"])), ["mass"])
+
+    def has_gathered(self, loss: ClassBlocks) -> None:
+        """Join the sums that they found in `gather`."""
+        join_sums(loss, self._of_all(sums_of(loss, "abc")), "abc")
 
     def has_weighed(self, loss: ClassBlocks) -> None:
         """Join what they gave to D and sum(w)."""

@@ -54,6 +54,7 @@ class LossOptions:
         memory_budget: bytes that the loss may allocate beyond its inputs and gradients. None: the device's default.
         logits_dtype: torch.float32, or None for the dtype of the matrix products.
         order: "rows" or "classes" to have that outside, "auto" for the faster of the two within the budget.
+        standardize_logits: whether D is of logits less their row's mean, over its deviation.
 
     Raises:
         UserError: an option is wrong. The message names it, its value and what it should be.
@@ -71,14 +72,16 @@ class LossOptions:
     memory_budget: int | None = None
     logits_dtype: torch.dtype | None = None
     order: str = "auto"
+    standardize_logits: bool = False
 
     def __post_init__(self) -> None:
         check_in_range("temperature", self.temperature)
         for name in ("skew", "beta", "sft_weight"):
             value = getattr(self, name)
             require(in_range(value, 0, 1), f"{name} must be a number from 0 to 1, got {value!r}")
-        scaling = self.temperature_scaling
-        require(isinstance(scaling, bool), f"temperature_scaling must be True or False, got {scaling!r}")
+        for name in ("temperature_scaling", "standardize_logits"):
+            value = getattr(self, name)
+            require(isinstance(value, bool), f"{name} must be True or False, got {value!r}")
         check_backend(self.backend)
         if self.reduction not in REDUCTIONS:
             raise UserError(unknown_name("reduction", self.reduction, REDUCTIONS))

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..kernels import ALIGNMENT, EAGER_BUFFERS, ClassPasses, RowDivergence, block_bytes
+from ..kernels.standardised import STANDARDISING
 from .backends import chosen_backend, compact_backend
 from .buffers import CLASSES_AT_ONCE, chunk_rows
 
@@ -106,6 +107,7 @@ class LossWork:
         eager: whether the row function makes temporaries.
         passes: with classes outside. A teacher that `read` does not take has unrounded logits.
         rows_only: whether the other order cannot do it.
+        standardised: whether the logits are standardised first, in temporaries.
         joint: where each rank has some of the classes.
     """
 
@@ -118,6 +120,7 @@ class LossWork:
     eager: bool = False
     passes: ClassPasses = ClassPasses(False, False, False)
     rows_only: bool = False
+    standardised: bool = False
     joint: JointWork | None = None
 
     @property
@@ -212,7 +215,8 @@ def _plan_rows(work: LossWork, budget: int) -> LossPlan:
     """With rows outside: the largest chunk that fits beside what is of the size of a head."""
     student, itemsize = work.student, work.student.products.itemsize
     most_classes = max(side.classes for side in work.sides)
-    temporary = EAGER_BUFFERS * most_classes * max(4, student.logits.itemsize) if work.eager else 0
+    buffers = STANDARDISING * EAGER_BUFFERS if work.standardised else EAGER_BUFFERS if work.eager else 0
+    temporary = buffers * most_classes * max(4, student.logits.itemsize)
     kept = sum(side.row_bytes for side in work.sides) + work.separate * student.classes * itemsize
     row = kept + sum(side.hidden_bytes(1) for side in work.sides)
     if work.hidden_gradient and student.width and student.hidden != student.products:
@@ -231,7 +235,8 @@ def _plan_rows(work: LossWork, budget: int) -> LossPlan:
     size = fixed + rows * row + (min(rows * temporary, block_bytes(work.device)) if temporary else 0)
     costs, chunks = _Costs(work), -(-work.rows // max(1, rows))
     for side in work.sides:
-        reads = 1 + work.passes.weighs + work.gradients
+        looks = work.passes.looks if side is not student else 0
+        reads = 1 + looks + work.passes.of_both + work.gradients
         costs.logits(rows, side.classes, side, chunks, reads)
     if work.gradients:
         costs.gradients(rows, student.classes, itemsize, 8 if chunks > 1 else student.weight.itemsize, chunks)
@@ -268,8 +273,9 @@ def _plan_classes(work: LossWork, budget: int, block: int) -> LossPlan:
     size = fixed + rows * row + (min(rows * temporary, block_bytes(work.device)) if temporary else 0)
     costs, parts = _Costs(work), -(-n // max(1, rows))
     for side in sides:
-        reads = work.passes.reads_teacher if side is teacher else True
-        costs.logits(rows, block, side, parts * side.classes / block * (reads + work.passes.weighs + work.gradients))
+        reads = work.passes.reads_teacher + work.passes.looks if side is teacher else 1
+        reads += work.passes.of_both + work.gradients
+        costs.logits(rows, block, side, parts * side.classes / block * reads)
     if work.gradients:
         tiles = parts * student.classes / block
         costs.gradients(rows, block, 8, 8 if parts > 1 else student.weight.itemsize, tiles)

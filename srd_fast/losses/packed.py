@@ -37,6 +37,7 @@ class PackedRows:
         teacher_lse_N: [N] logarithm of the teacher's sum of e^(z/T) over the common classes, of unrounded logits from
             products in the dtype of its head, where it is known.
         shard: where the student's head has the classes of this rank alone.
+        standardize: whether D is of standardised logits.
     """
 
     teacher_ND: Tensor | None
@@ -57,6 +58,7 @@ class PackedRows:
     student_NV: Tensor | None = None
     teacher_lse_N: Tensor | None = None
     shard: VocabularyShard | None = None
+    standardize: bool = False
 
     def dtypes(self, hidden_ND: Tensor, head: Head) -> tuple[torch.dtype, torch.dtype]:
         """Of a head's products with these hidden states, and of its logits."""

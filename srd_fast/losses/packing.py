@@ -300,6 +300,7 @@ class StudentRows:
             order=options.order,
             student_NV=self.logits_NV,
             shard=self.head.shard,
+            standardize=options.standardize_logits,
             **{"teacher_ND": None, "teacher_head": None, "divergence": None, **teacher},
         )
         per_row = options.reduction == "none"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels import RowValues, compact_rows
+from ..kernels import RowValues, compact_rows, standardised_rows
 from .backends import row_backend
 from .buffers import GradientSum, workspace
 from .head import Head
@@ -71,6 +71,10 @@ class _ChunkRows:
         teacher_CV = None
         if self.teacher is not None:
             teacher_CV, options["teacher_softcap"] = self.teacher.logits(part), self.teacher.head.softcap
+            if rows.standardize and rows.divergence is not None:
+                return standardised_rows(
+                    self._function, student_CV, teacher_CV, labels_C, rows.divergence, rows.coefficients, **options
+                )
         return self._function(student_CV, teacher_CV, labels_C, rows.divergence, rows.coefficients, **options)
 
 

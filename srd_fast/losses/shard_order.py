@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..kernels import ClassPasses, RowValues
+from ..kernels import ClassBlocks, ClassPasses, RowValues
 from .backends import chosen_backend, compact_backend
 from .buffers import GradientSum, add_product, budget_of, class_slices, workspace
 from .class_order import class_state, run_class_blocks
@@ -66,6 +66,11 @@ def _backend(hidden_ND: Tensor, head: Head, rows: PackedRows) -> str:
         raise UserError(
             "a registered divergence sees whole rows, and no rank has these where the vocabulary is in shards: give "
             "weights that are whole (full_tensor()), or use a built-in divergence"
+        )
+    if rows.standardize:
+        raise UserError(
+            "standardize_logits sees whole rows, and no rank has these where the vocabulary is in shards: give weights "
+            "that are whole (full_tensor()), or set it to False"
         )
     logits = rows.dtypes(hidden_ND, head)[1]
     classes = head.num_classes(hidden_ND)
@@ -287,9 +292,12 @@ class _Chunks:
             loss.read(everything, begin, student_CV[:, begin:end], teacher, end <= common)
         self.joint.has_read(loss)
         loss.normalise()
+        common_CK = student_CV[:, :common]
+        if loss.gathers:
+            self._gather(loss, everything, common_CK, teacher_CK)
         if loss.weighs:
             if common and teacher_CK is not None:
-                loss.weigh(everything, 0, student_CV[:, :common], teacher_CK)
+                loss.weigh(everything, 0, common_CK, teacher_CK)
             self.joint.has_weighed(loss)
         if not writes:
             return loss.values(), None
@@ -298,7 +306,23 @@ class _Chunks:
             g_CV = workspace.take("gradient", count, classes, self.products, g_CV.device)
         for begin, end, teacher in blocks:
             loss.write(everything, begin, student_CV[:, begin:end], teacher, g_CV[:, begin:end])
+        if loss.values_on_writing:
+            self.joint.has_weighed(loss)
         return loss.values(), self._products(g_CV, hidden_CD, last)
+
+    def _gather(self, loss: ClassBlocks, rows: slice, student_CK: Tensor, teacher_CK: Tensor | None) -> None:
+        """Find the numbers of rows that the terms of their divergence need."""
+
+        def look() -> None:
+            if student_CK.shape[1] and teacher_CK is not None:
+                loss.look(rows, teacher_CK)
+            self.joint.has_looked(loss)
+
+        loss.heads(look)
+        if student_CK.shape[1] and teacher_CK is not None:
+            loss.gather(rows, student_CK, teacher_CK)
+        self.joint.has_gathered(loss)
+        loss.settle()
 
     def _products(self, g_CV: Tensor, hidden_CD: Tensor, last: bool) -> Tensor | None:
         assert self.head.weight is not None

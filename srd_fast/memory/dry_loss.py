@@ -50,8 +50,12 @@ def loss_sizes(
         divergence = get_divergence(args.divergence).bind(args.skew, args.beta)
     trained = training and head.weight.requires_grad
     passes = ClassPasses.of(divergence, lse_is_known=False, writes=training)
-    whole_rows = divergence is not None and divergence.formula is None
-    sizes = LossWork(rows, of_student, of_teacher, run.device, training, trained, passes=passes, rows_only=whole_rows)
+    standardised = args.standardize_logits and divergence is not None
+    whole_rows = standardised or (divergence is not None and divergence.formula is None)
+    sizes = LossWork(
+        rows, of_student, of_teacher, run.device, training, trained,
+        passes=passes, rows_only=whole_rows, standardised=standardised,
+    )  # fmt: skip
     work, _ = with_backend(sizes, args.backend, divergence, compact=of_teacher is None)
     plan = plan_loss(work, budget_of(run.device, args.memory_budget))
     packed = 0

@@ -191,7 +191,7 @@ class RunConfig(_Section):
     answers_per_prompt: int = Field(default=1, ge=1, le=1000)
     """In offline_on_policy and seqkd; above 1 they are sampled, with reflect.temperature."""
     preset: str | None = None
-    """paper or official (SRD), SE-KD or SE-KD3X; what the config says itself wins."""
+    """paper or official (SRD), POCL, SE-KD or SE-KD3X; what the config says itself wins."""
     init_student: InitStudent = InitStudent()
     """How the student is cut out of its teacher, where student is prune."""
     reflect: Reflect = Reflect()

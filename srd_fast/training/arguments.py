@@ -95,6 +95,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "torch_compile_mode": (None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
     "padding_free": (True, False, "auto"),
     "logits_dtype": (None, "float32"),
+    "standardize_logits": (True, False),
     "head_in_shards": (True, False, "auto"),
     "seq_kd": (True, False),
     "log_level": (*get_log_levels_dict(), "passive"),

@@ -9,7 +9,7 @@ from transformers import IntervalStrategy, TrainingArguments
 from ..curriculum import per_stage
 from ..data import check_chat_template_kwargs, check_train_on
 from ..errors import Faults, UserError
-from ..losses import Projected, Sampled, get_divergence
+from ..losses import Projected, Sampled, TopK, check_rest, get_divergence
 from ..losses.backends import check_backend
 from ..losses.options import RANGE
 from ..models import check_spread
@@ -29,7 +29,18 @@ _SE_KD: dict[str, Any] = {
     "position_selection": "topk_student_entropy",
     "position_ratio": 0.2,
 }
-# `paper`: arXiv 2508.06135. `official`: what the authors' code does, where it differs. SE-KD3X: with classes, samples.
+# Stages that are runs of their own, as in the code of both papers' authors.
+_STAGES_ALONE: dict[str, Any] = {
+    "epochs_per_stage": 8,
+    "learning_rate": 1e-4,
+    "min_learning_rate": 1e-7,
+    "restart_learning_rate": True,
+    "reset_optimizer": True,
+    "temperature_scaling": "official",
+    "per_device_train_batch_size": 16,
+}
+# `paper`: arXiv 2508.06135. `official`: what the authors' code does, where it differs. POCL: arXiv 2506.05695, which
+# drops no sample. SE-KD3X: with classes, samples.
 TRAINING_PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
         "temperature_start": 1.0,
@@ -39,15 +50,14 @@ TRAINING_PRESETS: dict[str, dict[str, Any]] = {
         "epochs_per_stage": 8,
     },
     "official": {
+        **_STAGES_ALONE,
         "temperature": [1.0, 1.5, 2.0],
         "sft_weight": [0.2, 0.1, 0.0],
-        "epochs_per_stage": 8,
-        "learning_rate": 1e-4,
-        "min_learning_rate": 1e-7,
-        "restart_learning_rate": True,
-        "reset_optimizer": True,
-        "temperature_scaling": "official",
-        "per_device_train_batch_size": 16,
+    },
+    "POCL": {
+        **_STAGES_ALONE,
+        "temperature": [1.0, 1.33, 1.67, 2.0],
+        "sft_weight": [0.3, 0.2, 0.1, 0.0],
     },
     "SE-KD": _SE_KD,
     "SE-KD3X": {
@@ -72,7 +82,10 @@ def check_cache_kind(kind: str, divergence: str, names: tuple[str, str] = ("teac
     Raises:
         UserError: the kind is unknown, or cannot give the divergence.
     """
-    if CACHE_KINDS.get(kind).rows in (Sampled, Projected) and divergence != "forward_kl":
+    rows = CACHE_KINDS.get(kind).rows
+    if rows is TopK:
+        check_rest(divergence, f"{names[0]} {kind!r}")
+    if rows in (Sampled, Projected) and divergence != "forward_kl":
         raise UserError(
             f"{names[0]} {kind!r} gives forward_kl alone, and {names[1]} is {divergence!r}; use hidden or topk"
         )
@@ -148,6 +161,9 @@ class SRDConfig(TrainingArguments):
     temperature_start: float = _described(1.0, "Temperature of the first stage.")
     temperature_end: float = _described(2.0, "Temperature of the last stage.")
     temperature: Any = _described(None, "One temperature, or one a stage; replaces temperature_start and _end.")
+    standardize_logits: bool = _described(
+        False, "Let the divergence be of logits less their row's mean, over its deviation (arXiv 2403.01427)."
+    )
     temperature_scaling: Any = _described(
         True, "Multiply the divergence by T^2: true, false, or 'official' (as the authors' code, by divergence)."
     )
@@ -255,6 +271,7 @@ class SRDConfig(TrainingArguments):
         position = ("position_selection", "position_ratio", "position_steps")
         faults.check(position, make_position_policy, *(getattr(self, name) for name in position))
         faults.check(("class_sampling", "divergence", "teacher_cache_kind"), self._check_class_sampling)
+        faults.check(("standardize_logits", "class_sampling", "teacher_cache_kind"), self._check_standardising)
         faults.check(("teacher_device_map", "teacher_tp_plan", "teacher_offload"), self._check_teachers_place)
         if self.teacher_cache is not None:
             kind = self.teacher_cache_kind
@@ -303,6 +320,14 @@ class SRDConfig(TrainingArguments):
             raise UserError(
                 f"class_sampling draws from the teacher's whole distribution, and teacher_cache_kind "
                 f"{self.teacher_cache_kind!r} does not hold it; use hidden, or teacher_cache_kind='sampled' alone"
+            )
+
+    def _check_standardising(self) -> None:
+        few = self.class_sampling or (self.teacher_cache is not None and not keeps_head(self.teacher_cache_kind))
+        if self.standardize_logits and few:
+            what = "class_sampling" if self.class_sampling else f"teacher_cache_kind {self.teacher_cache_kind!r}"
+            raise UserError(
+                f"standardize_logits is true, but {what} gives few of a row's logits; set it to false, or use hidden"
             )
 
     def _check_teachers_place(self) -> None:
@@ -398,7 +423,8 @@ class SRDConfig(TrainingArguments):
         """Make a config from a preset, as in `SRDConfig.from_preset("paper", output_dir=DIR)`.
 
         Args:
-            preset: "paper" (arXiv 2508.06135), "official" (the authors' code), "SE-KD" or "SE-KD3X" (arXiv 2602.01395).
+            preset: "paper" (arXiv 2508.06135), "official" (the authors' code), "POCL" (arXiv 2506.05695), "SE-KD" or
+                "SE-KD3X" (arXiv 2602.01395).
             **fields: fields of SRDConfig, used instead of the preset's.
 
         Returns:

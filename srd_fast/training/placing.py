@@ -113,6 +113,8 @@ class StudentPlace:
             return "fsdp_config has ignored_modules of its own"
         if get_divergence(self.args.divergence).value_and_weight is not None:
             return f"divergence {self.args.divergence!r} sees whole rows of logits"
+        if self.args.standardize_logits:
+            return "standardize_logits sees whole rows of logits"
         if self.args.position_selection == "topk_student_confidence_gap":
             return f"position_selection {self.args.position_selection!r} sees whole rows of logits"
         return why_not_in_shards(student, self.args.world_size)

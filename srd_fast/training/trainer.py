@@ -291,6 +291,7 @@ class SRDTrainer(Trainer):
             skew=args.skew,
             beta=args.beta,
             temperature_scaling=args.scales_with_temperature,
+            standardize_logits=args.standardize_logits,
             ignore_index=None,  # a batch knows its rows with loss
             backend=args.backend,
             memory_budget=args.memory_budget,

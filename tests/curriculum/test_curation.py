@@ -268,6 +268,15 @@ def test_official_sizes_are_whole_quarters(count: int, size: int) -> None:
     assert len(plan.dropped) == count - 3 * size
 
 
+@pytest.mark.parametrize(("count", "sizes"), [(4, [1] * 4), (1000, [250] * 4), (1003, [251, 251, 250, 251])])
+def test_pocl_has_cumulative_quarters_of_all(count: int, sizes: list[int]) -> None:
+    scores = random_scores(count)
+    plan = curate(scores, **CURATION_PRESETS["POCL"])
+    assert [len(s) for s in plan.subsets] == sizes
+    assert plan.dropped == []
+    assert plan.kept == plain_plan(scores)[0]
+
+
 def test_paper_keeps_three_quarters_to_the_row() -> None:
     plan = curate(random_scores(1003), **CURATION_PRESETS["paper"])
     assert [len(s) for s in plan.subsets] == [251, 250, 251]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from kernel_cases import KINDS, TEMPERATURES, TOLERANCE, assert_accurate, by_backend, make_rows
 from test_losses import Problem, gradients, problem
-from tiny import DIVERGENCES, assert_same
+from tiny import DIVERGENCES, ROW_FIRST, assert_same
 from torch import Tensor
 
 from srd_fast.kernels import RowCoefficients, RowDivergence
@@ -44,6 +44,7 @@ def table() -> Iterator[Any]:
     for entry in product(BACKENDS, DTYPES, CLASSES, DIVERGENCES):
         if entry[0] in BACKENDS[:2] or entry[2] in few:
             yield entry
+    yield from product(("triton", "triton classes"), DTYPES[:2], few, ROW_FIRST)
     yield from product(("compile",), DTYPES[:2], ((97, 97), (151936, 152064)), ("reverse_kl", "jsd"))
 
 
@@ -76,7 +77,7 @@ def test_softcaps_are_as_accurate(classes: tuple[int, int], divergence: str, dty
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("divergence", [*DIVERGENCES, *ROW_FIRST])
 @pytest.mark.parametrize("kind", ["masked_apart", "one_hot", "peaked"])
 def test_nothing_is_ever_nan(kind: str, divergence: str, dtype: torch.dtype) -> None:
     for temperature in TEMPERATURES:
@@ -88,7 +89,7 @@ def test_nothing_is_ever_nan(kind: str, divergence: str, dtype: torch.dtype) -> 
 
 
 @pytest.mark.parametrize("side", ["student", "teacher"])
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("divergence", [*DIVERGENCES, *ROW_FIRST])
 def test_nan_in_the_logits_is_not_hidden(divergence: str, side: str) -> None:
     for column in (0, 2500, 4998):
         sample = make_rows("random", 3, (4999, 4999), device=DEVICE)

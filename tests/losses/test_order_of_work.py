@@ -330,6 +330,9 @@ def test_flops_are_those_of_the_products() -> None:
         ("classes", "reverse_kl", True, 8, 4),
         ("classes", "jsd", True, 10, 4),
         ("classes", "jsd", False, 10, 6),
+        ("classes", "csd", False, 10, 6),
+        ("rows", "adaptive_kl", False, 6, 2),
+        ("classes", "adaptive_kl", True, 10, 6 + 2 * 31),
     ):
         plan = plan_loss(work(4096, sizes, CUDA, divergence=divergence, known=known), 4096 * MIB, order)
         assert plan.flops == pytest.approx(4096 * 49152 * (of_student * 576 + of_teacher * 960), rel=1e-6)
@@ -338,7 +341,12 @@ def test_flops_are_those_of_the_products() -> None:
 def test_each_divergence_has_its_passes() -> None:
     for name, formula in FORMULAS.items():
         passes = ClassPasses.of(LossOptions(name).row_divergence, lse_is_known=True, writes=True)
-        assert passes.weighs == (formula.one_read is None)
-        assert passes.reads_teacher == (name == "reverse_kl")
+        first = formula.row_first
+        assert passes.weighs == (formula.one_read is None and first is None)
+        assert passes.gathers == (first is not None)
+        assert passes.looks == (31 if first is not None and first.head else 0)
+        assert passes.reads_teacher == (name in ("reverse_kl", "adaptive_kl"))
+        alone = ClassPasses.of(LossOptions(name).row_divergence, lse_is_known=True, writes=False)
+        assert alone.weighs == (formula.one_read is None)
     without_gradient = ClassPasses.of(LossOptions("forward_kl").row_divergence, lse_is_known=True, writes=False)
     assert without_gradient == ClassPasses(reads_teacher=True, weighs=False, crosses=True)

@@ -236,12 +236,17 @@ def test_presets_are_the_papers_numbers(config: Any) -> None:
     assert paper.distill["epochs_per_stage"] == official.distill["epochs_per_stage"] == 8
     assert official.distill["temperature"] == [1.0, 1.5, 2.0]
     assert official.distill["sft_weight"] == pytest.approx([1 - 0.8, 1 - 0.9, 1 - 1.0])
+    quarters = config("preset: POCL")
+    assert (quarters.curate.keep, quarters.curate.stages, quarters.curate.floor_subsets) == (1.0, 4, False)
+    assert quarters.distill["temperature"] == [1.0, 1.33, 1.67, 2.0]
+    assert quarters.distill["sft_weight"] == pytest.approx([1 - 0.7, 1 - 0.8, 1 - 0.9, 1 - 1.0])
+    assert quarters.distill["epochs_per_stage"] == 8
     assert (official.reflect.temperature, official.reflect.no_repeat_ngram_size) == (0.01, 6)
     assert (official.reflect.max_new_tokens, official.reflect.score_eos) == (256, False)
 
 
 def test_an_unknown_preset_is_named_with_the_nearest(config: Any) -> None:
-    assert "unknown preset 'papr'; did you mean 'paper'? Known: SE-KD, SE-KD3X, official, paper" in refused(
+    assert "unknown preset 'papr'; did you mean 'paper'? Known: POCL, SE-KD, SE-KD3X, official, paper" in refused(
         config, "preset: papr"
     )
 

@@ -158,6 +158,9 @@ def in_order(trainer: SRDTrainer) -> list[Mapping[str, Any]]:
         ("cohere", "skew_forward_kl", {"skew": 0.2}),
         ("qwen2", "skew_reverse_kl", {"skew": 0.2}),
         ("opt", "jsd", {"beta": 0.5}),
+        ("llama", "csd_ts", {}),
+        ("llama", "adaptive_kl", {}),
+        ("llama", "forward_kl", {"standardize_logits": True}),
     ],
 )
 def test_a_step_is_that_of_a_plain_loop(
