@@ -6,6 +6,7 @@ from .digest import model_digest
 from .encoder_decoder import check_same_kind, decoder_start, is_encoder_decoder, with_decoder
 from .flattening import enable_flattening, unfit_for_shared_prefix
 from .gathering import whole_student
+from .head_files import head_of_files
 from .heads import (
     body_of,
     body_output,
@@ -71,6 +72,7 @@ __all__ = [
     "find_head",
     "fingerprint",
     "gathered",
+    "head_of_files",
     "hidden_states",
     "is_dispatched",
     "is_emptied",
