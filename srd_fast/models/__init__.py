@@ -36,6 +36,7 @@ from .placement import (
     is_sharded,
     run_inside,
     tensor_parallel_group,
+    unpack,
     whole,
     whole_head,
 )
@@ -107,6 +108,7 @@ __all__ = [
     "try_saving",
     "uncompile_layers",
     "unfit_for_shared_prefix",
+    "unpack",
     "untie_adapted_embeddings",
     "unwrap",
     "whole",
