@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .teacher import (
         RemoteTeacher,
         TeacherCache,
+        VLLMTeacher,
         build_teacher_cache,
         cache_kind_names,
         open_teacher_cache,
@@ -66,6 +67,7 @@ _HOME = {
     "TeacherCache": "teacher",
     "TopK": "losses",
     "UserError": "errors",
+    "VLLMTeacher": "teacher",
     "VocabularyShard": "losses",
     "build_teacher_cache": "teacher",
     "cache_kind_names": "teacher",
@@ -111,6 +113,7 @@ __all__ = [
     "TeacherCache",
     "TopK",
     "UserError",
+    "VLLMTeacher",
     "VocabularyShard",
     "build_teacher_cache",
     "cache_kind_names",

@@ -12,6 +12,7 @@ import psutil
 import pytest
 import tiny
 import torch
+from test_quantised import trained
 from test_teacher_cache import SAMPLES, SHARD_BYTES, attached, files, rows_files
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -142,9 +143,11 @@ def fill(folder: Path, teacher: Any, **options: Any) -> TeacherCache:
 @pytest.mark.vllm
 @with_vllm
 def test_rows_and_caches_of_each_kind_are_those_of_the_live_teacher(
-    teacher: VLLMTeacher, source: str, tmp_path: Path
+    teacher: VLLMTeacher, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     model = load_model(source)
+    assert trained(teacher) == pytest.approx(trained(model), rel=1e-3), "beside a student"
     rows = teacher.rows({"teacher": teacher.collate_ahead(SAMPLES).to("cpu")}, 1.0)
     live = fill(tmp_path / "live", model)
     wanted = live.rows(attached(live, SAMPLES), 1.0)
