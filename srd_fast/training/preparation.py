@@ -38,6 +38,7 @@ from ..teacher import (
     StepCollator,
     TeacherCache,
     TeacherSource,
+    VLLMTeacher,
     open_teacher_cache,
 )
 from .batching import READ
@@ -86,7 +87,7 @@ def teacher_source(
     Raises:
         UserError: the teacher is not of the student's kind, or the cache cannot be used.
     """
-    if isinstance(teacher, (str, nn.Module, TeacherCache, RemoteTeacher)):
+    if isinstance(teacher, (str, nn.Module, TeacherCache, RemoteTeacher, VLLMTeacher)):
         check_same_kind(student, load_config(teacher) if isinstance(teacher, str) else teacher)
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     if args.teacher_cache is not None:
