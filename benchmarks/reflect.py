@@ -29,7 +29,8 @@ from srd_fast.data.quickstart import make_quickstart_splits
 from srd_fast.models import load_model, load_tokenizer
 from srd_fast.reflection import Reflected, TransformersEngine
 from srd_fast.reflection.signals import cross_entropy, rouge_l
-from srd_fast.reflection.vllm_engine import VLLMEngine, is_installed
+from srd_fast.reflection.vllm_engine import VLLMEngine
+from srd_fast.workers.vllm import is_installed
 
 from .rows import RESULTS, make_rows, set_threads, write
 

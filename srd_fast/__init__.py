@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from .teacher import (
         RemoteTeacher,
         TeacherCache,
+        VLLMTeacher,
         build_teacher_cache,
         cache_kind_names,
         open_teacher_cache,
@@ -81,6 +82,7 @@ _HOME = {
     "TeacherCache": "teacher",
     "TopK": "losses",
     "UserError": "errors",
+    "VLLMTeacher": "teacher",
     "VocabularyShard": "losses",
     "attach_curriculum": "integrations",
     "build_teacher_cache": "teacher",
@@ -131,6 +133,7 @@ __all__ = [
     "TeacherCache",
     "TopK",
     "UserError",
+    "VLLMTeacher",
     "VocabularyShard",
     "attach_curriculum",
     "build_teacher_cache",

@@ -6,6 +6,7 @@ from .digest import model_digest
 from .encoder_decoder import check_same_kind, decoder_start, is_encoder_decoder, with_decoder
 from .flattening import enable_flattening, evaluating, unfit_for_shared_prefix
 from .gathering import whole_student
+from .head_files import head_of_files
 from .heads import (
     body_of,
     body_output,
@@ -36,6 +37,7 @@ from .placement import (
     is_sharded,
     run_inside,
     tensor_parallel_group,
+    unpack,
     whole,
     whole_head,
 )
@@ -74,6 +76,7 @@ __all__ = [
     "find_head",
     "fingerprint",
     "gathered",
+    "head_of_files",
     "hidden_states",
     "is_dispatched",
     "is_emptied",
@@ -108,6 +111,7 @@ __all__ = [
     "try_saving",
     "uncompile_layers",
     "unfit_for_shared_prefix",
+    "unpack",
     "untie_adapted_embeddings",
     "unwrap",
     "whole",

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .placement import is_dispatched, is_sharded, state_of
+from .placement import is_dispatched, is_sharded, state_of, unpack
 
 # Entries of a configuration that do not change what the model computes.
 _NOT_OF_THE_MODEL = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
@@ -21,6 +21,7 @@ def model_digest(model: nn.Module) -> str:
 
     It does not depend on where they are. Of a sharded model all processes that have shards must ask for it.
     """
+    unpack(model)  # packed or not, it is the same model
     state = ((name, x) for key, value in state_of(model) for name, x in _plain_tensors(key, value))
 
     def digest(x: torch.Tensor) -> str:

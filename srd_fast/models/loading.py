@@ -33,6 +33,7 @@ from ..errors import UserError, first_line
 from ..files import content_digest
 from .adapters import adapter_base, load_merged
 from .encoder_decoder import is_encoder_decoder
+from .placement import unpack
 
 logger = logging.getLogger(__name__)
 
@@ -191,6 +192,7 @@ def load_model(
             )
     if kind is not None:
         logger.warning("model %s is quantised (%s): its hidden states are those of the quantised weights", source, kind)
+        unpack(model)
     return (model if place else model.to(device)).eval()
 
 

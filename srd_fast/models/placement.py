@@ -116,6 +116,17 @@ def whole(x: Tensor) -> Tensor:
     return cast(DTensor, x.to(_of_mesh(x))).full_tensor()
 
 
+def unpack(model: nn.Module) -> None:
+    """Unpack the weights that a quantiser unpacks at a model's first call, since here only parts of it are called.
+
+    Args:
+        model: any model. One of compressed-tensors then has floating-point weights, where its kernels do not run.
+    """
+    inner: Any = unwrap(model)
+    if getattr(inner, "ct_decompress_hook", None) is not None:
+        inner.hf_quantizer.compressor.decompress_model(inner)
+
+
 def whole_head(model: nn.Module, device: torch.device | str | None = None, name: str = "teacher") -> Head:
     """A model's head with its whole weight, without gradient.
 

@@ -313,7 +313,7 @@ def make_engine(
     """
     ENGINES.check(name)
     if name == AUTO:
-        from .vllm_engine import is_installed
+        from ..workers.vllm import is_installed
 
         if is_installed():
             try:

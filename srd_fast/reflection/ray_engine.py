@@ -1,13 +1,9 @@
 """Generation on the machines of a Ray cluster: actors, each with an engine of its own. This side gives them work."""
 
 import importlib.util
-import logging
-import queue
 import shutil
 import tempfile
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import EngineDiedError, UserError, first_line
 from ..models import mend_generation_config, resolve_model
+from ..workers import Pool
 from .engines import AUTO, ENGINES, Sampling, make_engine
-
-logger = logging.getLogger(__name__)
 
 
 class RayEngine:
@@ -87,9 +82,7 @@ class RayEngine:
         self._options = {"dtype": dtype or torch.float32, "batch_size": batch_size, **options}
         self._source, self._tokenizer = source, tokenizer
         self._length, self._sampling = 0, Sampling()
-        self._actors: list[Any] = []
-        self._free: queue.Queue[int] = queue.Queue()
-        self._lock, self._began = threading.Lock(), False
+        self._pool, self._began = Pool(self._new, actors, "one of Ray's actors"), False
         if engine == "vllm":
             self.token_log_probs = self._token_log_probs
 
@@ -103,99 +96,63 @@ class RayEngine:
         Raises:
             UserError: there is no cluster, it lacks room, or an engine does not start. The message says why.
         """
+        try:
+            self._pool.start()
+        except UserError:
+            self.close()
+            raise
+
+    def _join(self) -> None:
         import ray
 
-        with self._lock:
-            if self._actors:
-                return
-            try:
-                if not ray.is_initialized():
-                    ray.init(address=self._address, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-                    self._began = True
-            except (ConnectionError, RuntimeError, ValueError) as e:
-                raise UserError(f"Ray's cluster at {self._address!r} cannot be used: {first_line(e)}") from e
-            self._actors = [self._new() for _ in range(self.parallel)]
-            for index, actor in enumerate(self._actors):
-                self._ready(actor)
-                self._free.put(index)
+        try:
+            if not ray.is_initialized():
+                ray.init(address=self._address, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+                self._began = True
+        except (ConnectionError, RuntimeError, ValueError) as e:
+            raise UserError(f"Ray's cluster at {self._address!r} cannot be used: {first_line(e)}") from e
 
-    def _new(self) -> Any:
+    def _new(self, index: int) -> "_RemoteActor":
         """Begin to start an actor."""
         import ray
 
+        self._join()
         gpus = self._needs["num_gpus"]
         if gpus is None:
             gpus = self._options.get("tensor_parallel_size", 1) if ray.cluster_resources().get("GPU") else 0
         made = ray.remote(_Actor).options(num_gpus=gpus, num_cpus=self._needs["num_cpus"], max_restarts=0)
-        return made.remote(self._engine, self._source, self._tokenizer, self._length, self._sampling, self._options)
+        actor = made.remote(self._engine, self._source, self._tokenizer, self._length, self._sampling, self._options)
+        return _RemoteActor(actor, self._start_seconds, self._too_late)
 
-    def _ready(self, actor: Any) -> None:
+    def _too_late(self) -> str:
+        """Why the actors are not there, perhaps."""
         import ray
 
-        try:
-            ray.get(actor.ready.remote(), timeout=self._start_seconds)
-        except ray.exceptions.GetTimeoutError as e:
-            self.close()
-            has = {n: x for n, x in ray.cluster_resources().items() if n in ("CPU", "GPU")} if self._began else ""
-            raise UserError(
-                f"Ray has not started {self.parallel} actors in {self._start_seconds:.0f} s: each needs {self._needs}"
-                f"{f', the cluster has {has}' if has else ''}; lower actors, or raise start_seconds"
-            ) from e
-        except ray.exceptions.RayError as e:
-            self.close()
-            raise UserError(f"an engine does not start in Ray's actor: {_reason(e)}") from e
-
-    @contextmanager
-    def _actor(self) -> Iterator[Callable[..., Any]]:
-        """Give a function that asks a free actor. One that dies is started again, once."""
-        import ray
-
-        self.start()
-        index = self._free.get()
-
-        def ask(method: str, *arguments: Any) -> Any:
-            def answer() -> Any:
-                return ray.get(getattr(self._actors[index], method).remote(*arguments))
-
-            try:
-                return answer()
-            except ray.exceptions.RayTaskError as e:
-                raise UserError(f"an engine in Ray's actor failed: {_reason(e)}") from e
-            except ray.exceptions.RayActorError as e:
-                logger.warning("one of Ray's actors died and is started again: %s", first_line(e))
-            self._actors[index] = self._new()
-            self._ready(self._actors[index])
-            try:
-                return answer()
-            except ray.exceptions.RayError as e:
-                raise EngineDiedError(f"an actor of Ray died twice: {_reason(e)}") from e
-
-        try:
-            yield ask
-        finally:
-            self._free.put(index)
+        has = {n: x for n, x in ray.cluster_resources().items() if n in ("CPU", "GPU")} if self._began else ""
+        return (
+            f"Ray has not started {self.parallel} actors in {self._start_seconds:.0f} s: each needs {self._needs}"
+            f"{f', the cluster has {has}' if has else ''}; lower actors, or raise start_seconds"
+        )
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[tuple[int, list[int]]]:
         """Yield all generations when all are done."""
         if not len(prompts):
             return
-        with self._actor() as ask:
-            yield from ask("generate", [list(p) for p in prompts], sampling)
+        self.start()
+        yield from self._pool.ask("generate", [list(p) for p in prompts], sampling)
 
     def _token_log_probs(self, samples: Sequence[Sequence[int]]) -> Iterator[tuple[int, list[float]]]:
         """Yield for each sample the log-probability, in nats, of every token but the first, given those before it."""
         if not len(samples):
             return
-        with self._actor() as ask:
-            yield from ask("token_log_probs", [list(s) for s in samples])
+        self.start()
+        yield from self._pool.ask("token_log_probs", [list(s) for s in samples])
 
     def close(self) -> None:
         """End the actors, and the cluster if it began here."""
         import ray
 
-        for actor in self._actors:
-            ray.kill(actor)
-        self._actors = []
+        self._pool.close()
         if self._began:
             ray.shutdown()
             self._began = False
@@ -206,6 +163,47 @@ def _reason(error: BaseException) -> str:
     """What ended in Ray's error, in one line."""
     cause = getattr(error, "cause", None) or error
     return first_line(cause) if isinstance(cause, BaseException) else str(cause)
+
+
+class _RemoteActor:
+    """An actor, as this side sees it.
+
+    Args:
+        actor: Ray's handle of an `_Actor`.
+        start_seconds: how long its start may take, in seconds.
+        too_late: says why it may have taken longer.
+    """
+
+    def __init__(self, actor: Any, start_seconds: float, too_late: Callable[[], str]) -> None:
+        self._actor, self._start_seconds, self._too_late = actor, start_seconds, too_late
+
+    def ready(self) -> None:
+        """Wait until its engine has started."""
+        import ray
+
+        try:
+            ray.get(self._actor.ready.remote(), timeout=self._start_seconds)
+        except ray.exceptions.GetTimeoutError as e:
+            raise UserError(self._too_late()) from e
+        except ray.exceptions.RayError as e:
+            raise UserError(f"an engine does not start in Ray's actor: {_reason(e)}") from e
+
+    def ask(self, method: str, *arguments: Any) -> Any:
+        """What a method of it returns."""
+        import ray
+
+        try:
+            return ray.get(getattr(self._actor, method).remote(*arguments))
+        except ray.exceptions.RayTaskError as e:
+            raise UserError(f"an engine in Ray's actor failed: {_reason(e)}") from e
+        except ray.exceptions.RayActorError as e:
+            raise EngineDiedError(f"an actor of Ray died: {_reason(e)}") from e
+
+    def end(self) -> None:
+        """Kill it."""
+        import ray
+
+        ray.kill(self._actor)
 
 
 class _Actor:

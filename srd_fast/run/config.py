@@ -124,6 +124,10 @@ class Cache(_Section):
     """What the cache keeps of a row: hidden (exact), topk, sampled, projected; live runs the teacher in every step."""
     k: int = Field(default=64, ge=1)
     """Classes, or draws, of a row of topk and sampled."""
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """What runs the teacher to fill the cache."""
+    engine_options: dict[str, Any] = {}
+    """Keywords of VLLMTeacher, such as {tensor_parallel_size: 8}."""
     log_sum_exp: bool = False
     """Kind hidden keeps the log-sum-exp of each row's teacher logits too, 4 bytes a temperature."""
 

@@ -20,6 +20,7 @@ from .source import (
     rows_with_loss,
 )
 from .stores import CACHE_KINDS, Store, cache_kind_names, make_store, register_cache_kind
+from .vllm_teacher import VLLMTeacher
 
 __all__ = [
     "CACHE_KINDS",
@@ -37,6 +38,7 @@ __all__ = [
     "TeacherCache",
     "TeacherRows",
     "TeacherSource",
+    "VLLMTeacher",
     "at_work",
     "build_teacher_cache",
     "cache_kind_names",

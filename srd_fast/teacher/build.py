@@ -35,7 +35,7 @@ from ..models import (
 from ..showing import progress_bar
 from . import shards
 from .cache import TeacherCache
-from .fillers import Fillers
+from .fillers import Filler, Fillers, VLLMFillers
 from .folder import add_to_index, begin, digests_of, drop_damaged, drop_unfinished
 from .index import (
     FORMAT,
@@ -52,6 +52,7 @@ from .mirror import at_addresses
 from .ranks import Ranks
 from .source import rows_with_loss
 from .stores import CACHE_KINDS, HiddenStore, Store, keeps_head, make_store
+from .vllm_teacher import VLLMTeacher
 
 logger = logging.getLogger(__name__)
 
@@ -78,12 +79,12 @@ def _requests(samples: Iterable[Mapping[str, Any]]) -> list[_Request]:
 
 
 def describe(
-    teacher: nn.Module, store: Store, kind: str, template: str | None = None, source: str | None = None
+    teacher: nn.Module | VLLMTeacher, store: Store, kind: str, template: str | None = None, source: str | None = None
 ) -> dict[str, Any]:
     """What meta.json says of a cache of this teacher.
 
     Args:
-        teacher: a causal language model.
+        teacher: a causal language model, or one that vLLM runs.
         store: decides what a row keeps.
         kind: of the store.
         template: the prompt template of the samples.
@@ -93,13 +94,17 @@ def describe(
     Returns:
         The content of meta.json.
     """
-    head = find_head(teacher, "teacher")
+    if isinstance(teacher, VLLMTeacher):
+        # Rows of two engines differ by rounding. So one fills a cache, and all read it, by the teacher's files.
+        head, digest, source = teacher.head, f"{teacher.source} by vLLM", teacher.source
+    else:
+        head, digest = find_head(teacher, "teacher"), model_digest(teacher)
     assert head.weight is not None
     return {
         "format": FORMAT,
         "kind": kind,
         "options": store.options,
-        "teacher": model_digest(teacher),
+        "teacher": digest,
         "source": source,
         "revision": revision_of(teacher),
         "dtype": dtype_name(teacher),
@@ -113,7 +118,7 @@ def describe(
 
 @at_addresses
 def build_teacher_cache(
-    teacher: nn.Module,
+    teacher: nn.Module | VLLMTeacher,
     samples: Iterable[Mapping[str, Any]],
     folder: str | Path,
     *,
@@ -136,7 +141,8 @@ def build_teacher_cache(
     Args:
         teacher: a causal language model. Its dtype is that of the hidden states. It is moved to `device`, unless it is
             spread out, see `LiveTeacher`. Ranks with shards of a teacher (FSDP2) run whole samples, and in step; those
-            of tensor parallelism make one share together.
+            of tensor parallelism make one share together. Or a teacher that vLLM runs, which stays open; the first rank
+            makes everything where it takes several devices.
         samples: tokenised samples with input_ids and labels (-100 where there is no loss), such as a prepared data set.
         folder: where the cache is, or will be: a folder, or an address, as in `open_teacher_cache`.
         kind: what a row keeps, a name from `srd_fast.cache_kind_names()`: "hidden" (hidden states), "topk" (the
@@ -148,9 +154,9 @@ def build_teacher_cache(
         source: a fingerprint of where the teacher was loaded from (`srd_fast.models.fingerprint`). With it the cache
             can later be checked without the teacher's weights.
         batch_tokens: tokens of a forward pass, padding included. Default: 4,096 on a GPU; 1,024 elsewhere, where larger
-            batches are no faster and only hold lengths that differ more.
+            batches are no faster and only hold lengths that differ more. vLLM has options of its own for that.
         shard_bytes: bytes of rows in one file, the most work that a kill can cost.
-        device: where the teacher runs. Default: where it is.
+        device: where the teacher runs; of one in vLLM, where its head goes. Default: where it is.
         progress: show a progress bar.
         group: processes that fill the folder together, such as `torch.distributed.group.WORLD`. All of them call this,
             with the same samples. Default: this process alone; with a teacher in shards, all processes.
@@ -159,21 +165,24 @@ def build_teacher_cache(
         The cache, open for reading.
 
     Raises:
-        UserError: the teacher's head is quantised or not understood, the folder's cache has another teacher,
-            dtype, template or kind, or the disk has too little room.
+        UserError: the teacher's head is quantised or not understood, vLLM does not start or dies twice, the folder's
+            cache has another teacher, dtype, template or kind, or the disk has too little room.
     """
     folder = Path(folder)
     CACHE_KINDS.check(kind)
-    if group is None and is_sharded(teacher):
+    if group is None and not isinstance(teacher, VLLMTeacher) and is_sharded(teacher):
         group = dist.group.WORLD
     ranks = Ranks(group)
-    live = LiveTeacher(teacher, device, freeze=False)
+    if isinstance(teacher, VLLMTeacher):
+        live: LiveTeacher | VLLMTeacher = teacher.to(teacher.device if device is None else device)
+    else:
+        live = LiveTeacher(teacher, device, freeze=False)
     head = live.head
     store = store or make_store(kind, live.num_classes)
-    batch_tokens = batch_tokens or (4096 if live.device.type == "cuda" else 1024)
     meta = describe(teacher, store, kind, template, source)
     samples = list(samples) if isinstance(samples, Iterator) else samples
-    check_token_ids(samples, {"teacher": embeddings_of(teacher)})
+    known = teacher.num_embeddings if isinstance(teacher, VLLMTeacher) else embeddings_of(teacher)
+    check_token_ids(samples, {"teacher": known})
     requests = _requests(samples)
     index = ranks.first(lambda: _begun(folder, meta))
     with ranks.together():
@@ -191,9 +200,15 @@ def build_teacher_cache(
             shards.write_once(folder / HEAD, head.tensors, wait=True)
         return names
 
-    fillers = Fillers(live, ranks)
+    fillers: Filler
+    maker: _Maker | _VLLMMaker
+    if isinstance(live, VLLMTeacher):
+        live.reserve(max((len(r.input_ids) for r in requests), default=0))
+        fillers, maker = VLLMFillers(live, ranks), _VLLMMaker(live, store)
+    else:
+        fillers = passes = Fillers(live, ranks)
+        maker = _Maker(passes, store, batch_tokens or (4096 if live.device.type == "cuda" else 1024))
     mine = fillers.share(ranks.first(lacking))
-    maker = _Maker(fillers, store, batch_tokens)
     total = sum(r.num_rows for name in mine for r in groups[name])
     bar = progress_bar(what="teacher", total=total, unit="row", shown=progress)
     with ranks.together(), fillers.in_step(), bar:
@@ -250,12 +265,7 @@ class _Maker:
                 parts.append(self._rows(some[:size], shared))
                 ordered += some[:size]
                 some = some[size:]
-        made = {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
-        made["keys"] = torch.frombuffer(bytearray(b"".join(r.key for r in ordered)), dtype=torch.uint8).view(
-            -1, KEY_BYTES
-        )
-        made["num_rows"] = torch.tensor([r.num_rows for r in ordered])
-        return made
+        return {**{name: torch.cat([p[name] for p in parts]) for name in parts[0]}, **_of_samples(ordered)}
 
     def _batch(self, some: Sequence[_Request]) -> dict[str, Tensor]:
         batch = self.collate([{"input_ids": r.input_ids, "labels": r.labels} for r in some])
@@ -278,6 +288,34 @@ class _Maker:
             hidden_ND = rows_with_loss(states_BLD, batch["labels"].to(states_BLD.device))
             encoded = self.store.encode(hidden_ND, self.head, [r.key for r in some], [r.num_rows for r in some])
         return {name: x.cpu() for name, x in encoded.items()}
+
+
+class _VLLMMaker:
+    """Makes the rows of a file's samples by vLLM, in the file's own requests, so that it is the same when made again.
+
+    Args:
+        teacher: that vLLM runs.
+        store: decides what a row keeps.
+    """
+
+    def __init__(self, teacher: VLLMTeacher, store: Store) -> None:
+        self.teacher, self.store = teacher, store
+
+    @torch.inference_mode()
+    def make(self, group: Sequence[_Request]) -> dict[str, Tensor]:
+        """Make all tensors of the file."""
+        hidden_ND = self.teacher.hidden_rows([{"input_ids": r.input_ids, "labels": r.labels} for r in group])
+        device = self.teacher.device
+        with torch.autocast(device.type, enabled=False):
+            keys, counts = [r.key for r in group], [r.num_rows for r in group]
+            encoded = self.store.encode(hidden_ND.to(device), self.teacher.head, keys, counts)
+        return {**{name: x.cpu() for name, x in encoded.items()}, **_of_samples(group)}
+
+
+def _of_samples(group: Sequence[_Request]) -> dict[str, Tensor]:
+    """What a file says of its samples."""
+    keys = torch.frombuffer(bytearray(b"".join(r.key for r in group)), dtype=torch.uint8)
+    return {"keys": keys.view(-1, KEY_BYTES), "num_rows": torch.tensor([r.num_rows for r in group])}
 
 
 def _groups(
@@ -325,16 +363,20 @@ def _check_disk(folder: Path, groups: Sequence[Sequence[_Request]], per_row: int
         )
 
 
-def revision_of(model: nn.Module) -> str | None:
+def revision_of(model: nn.Module | VLLMTeacher) -> str | None:
     """The commit of a model from the hub, or None."""
+    if isinstance(model, VLLMTeacher):
+        return model.revision
     return getattr(getattr(model, "config", None), "_commit_hash", None)
 
 
-def dtype_name(model: nn.Module) -> str:
+def dtype_name(model: nn.Module | VLLMTeacher) -> str:
     """Of a model's weights, such as "bfloat16"."""
     return str(_dtype(model)).removeprefix("torch.")
 
 
-def _dtype(model: nn.Module) -> torch.dtype:
+def _dtype(model: nn.Module | VLLMTeacher) -> torch.dtype:
     """The dtype of a model's first parameter that is not quantised."""
+    if isinstance(model, VLLMTeacher):
+        return model.dtype
     return next(p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype.itemsize > 1)

@@ -1,9 +1,9 @@
 """How the ranks that fill a cache run a teacher, whose shards may lie on several of them."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -11,8 +11,48 @@ from . import shards
 from .folder import write_all
 from .live import LiveTeacher
 from .ranks import Ranks
+from .vllm_teacher import VLLMTeacher
 
 Makers = Mapping[str, Callable[[], Mapping[str, Tensor]]]
+
+
+class Filler(Protocol):
+    """Who makes which files of a cache, and how."""
+
+    def share(self, names: list[str]) -> list[str]:
+        """The files that this rank makes, of those that all are to make."""
+
+    def write(self, folder: Path, makers: Makers, done: Callable[[str], None]) -> None:
+        """Write this rank's share: name of each file and what makes it; done: called with each name."""
+
+    def in_step(self) -> AbstractContextManager[None]:
+        """Around the making of a share."""
+
+
+class VLLMFillers:
+    """With vLLM each rank has an engine of its own; one that takes several devices by itself is the first rank's.
+
+    Args:
+        teacher: with as many files at once as it has processes.
+        ranks: that fill the cache.
+    """
+
+    def __init__(self, teacher: VLLMTeacher, ranks: Ranks) -> None:
+        self.teacher, self.ranks = teacher, ranks
+
+    def share(self, names: list[str]) -> list[str]:
+        """The files that this rank makes."""
+        if self.teacher.spreads:
+            return names if self.ranks.rank == 0 else []
+        return self.ranks.share(names)
+
+    def write(self, folder: Path, makers: Makers, done: Callable[[str], None]) -> None:
+        """Write this rank's share."""
+        write_all(folder, makers, done, self.teacher.parallel)
+
+    def in_step(self) -> AbstractContextManager[None]:
+        """No rank needs another."""
+        return nullcontext()
 
 
 class Fillers:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Collection, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,10 @@ def drop_from_index(folder: Path, names: Collection[str]) -> None:
 
 
 def write_all(
-    folder: Path, makers: Mapping[str, Callable[[], Mapping[str, Tensor]]], done: Callable[[str], None]
+    folder: Path,
+    makers: Mapping[str, Callable[[], Mapping[str, Tensor]]],
+    done: Callable[[str], None],
+    threads: int = 1,
 ) -> None:
     """Write files that are not there. Those that another process is writing are waited for at the end.
 
@@ -88,13 +92,19 @@ def write_all(
         folder: of the cache.
         makers: name of each file, and what makes its tensors.
         done: called with the name of each file that is there.
+        threads: that make files at once.
     """
+
+    def write(name: str) -> bool:
+        return shards.write_once(folder / name, makers[name], wait=False)
+
     waiting = []
-    for name, make in makers.items():
-        if shards.write_once(folder / name, make, wait=False):
-            done(name)
-        else:
-            waiting.append(name)
+    with ThreadPoolExecutor(threads) as pool:
+        for name, is_there in zip(makers, map(write, makers) if threads == 1 else pool.map(write, makers)):
+            if is_there:
+                done(name)
+            else:
+                waiting.append(name)
     for name in waiting:
         shards.write_once(folder / name, makers[name], wait=True)
         done(name)

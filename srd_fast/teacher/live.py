@@ -21,6 +21,7 @@ from ..models import (
     is_sharded,
     run_inside,
     tensor_parallel_group,
+    unpack,
     unwrap,
     whole,
     whole_head,
@@ -61,6 +62,7 @@ class LiveTeacher:
         offload: bool = False,
         freeze: bool = True,
     ) -> None:
+        unpack(model)
         stays = _why_it_stays(model)
         if stays is not None and offload:
             raise UserError(f"teacher_offload is true, but {stays} cannot be moved; set it to false")

@@ -11,6 +11,7 @@ from transformers import PretrainedConfig
 
 from ..errors import DamagedFileError, UserError
 from ..models import check_same_kind, find_head, fingerprint, load_model, model_digest
+from ..suggest import unknown_name
 from .build import build_teacher_cache, dtype_name, revision_of
 from .cache import TeacherCache, common_classes
 from .index import compare_meta, read_index, read_meta, verify_files
@@ -18,12 +19,15 @@ from .log_sum_exp import keep_log_sum_exps
 from .mirror import at_addresses
 from .ranks import Ranks
 from .stores import make_store
+from .vllm_teacher import VLLMTeacher, check_vllm_options, source_by_vllm
+
+_ENGINES = ("transformers", "vllm")
 
 
 @at_addresses
 def open_teacher_cache(
     folder: str | Path,
-    teacher: nn.Module | str | None,
+    teacher: nn.Module | VLLMTeacher | str | None,
     samples: Sequence[Mapping[str, Any]],
     *,
     kind: str = "hidden",
@@ -39,6 +43,8 @@ def open_teacher_cache(
     device_map: str | Mapping[str, Any] | None = None,
     tp_plan: Literal["auto"] | None = None,
     group: dist.ProcessGroup | None = None,
+    engine: Literal["transformers", "vllm"] = "transformers",
+    engine_options: Mapping[str, Any] | None = None,
 ) -> "TeacherCache":
     """Open the cache in a folder. It is checked against its teacher, and first filled with samples that it lacks.
 
@@ -46,8 +52,8 @@ def open_teacher_cache(
         folder: where the cache is, or will be: a folder, or an address that fsspec knows, such as "s3://bucket/cache".
             Of an address a copy is made in the folder of converted weights ($SRD_FAST_CACHE), and what is filled is
             sent there.
-        teacher: a model; or a folder or hub id, which is loaded in `dtype` only if the cache has to be filled; or None
-            to read what is there.
+        teacher: a model; one that vLLM runs; a folder or hub id, which is loaded in `dtype` only if the cache has to be
+            filled; or None to read what is there.
         samples: tokenised samples that the cache must hold, with input_ids and labels (-100 where there is no loss).
         kind: what a row keeps, a name from `srd_fast.cache_kind_names()`: "hidden" (hidden states), "topk" (the
             likeliest classes), "sampled" (drawn classes), "projected" (the student's head, averaged), or your own.
@@ -68,6 +74,9 @@ def open_teacher_cache(
         tp_plan: "auto": each layer of a teacher given by name is split over all processes.
         group: processes that open, check and fill the cache together. All of them call this, with the same arguments.
             Default: this process alone.
+        engine: what runs a teacher given by name when the cache is filled. Rows of two engines differ by rounding, so
+            one fills a cache; all read it.
+        engine_options: keywords of `VLLMTeacher`, for the engine "vllm".
 
     Returns:
         The cache, open for reading.
@@ -77,8 +86,11 @@ def open_teacher_cache(
             are missing and there is no teacher; or it cannot be filled. The message names which.
     """
     folder, ranks = Path(folder), Ranks(group)
-    named = isinstance(teacher, str)
-    source = fingerprint(teacher) if isinstance(teacher, str) else None
+    check_engine(engine, engine_options, spread=device_map is not None or tp_plan is not None)
+    named, by_vllm = isinstance(teacher, str), engine == "vllm"
+    source = teacher.source if isinstance(teacher, VLLMTeacher) else None
+    if isinstance(teacher, str):
+        source = source_by_vllm(teacher, engine_options) if by_vllm else fingerprint(teacher)
     cache: TeacherCache | None = None
 
     def said() -> tuple[dict[str, str], dict[str, Any]]:
@@ -102,6 +114,8 @@ def open_teacher_cache(
                 "teacher": model_digest(teacher),
                 "revision": revision_of(teacher),
             }
+        elif isinstance(teacher, VLLMTeacher):
+            wanted |= {"dtype": dtype_name(teacher), "revision": revision_of(teacher)}
         elif named:
             wanted["dtype"] = str(dtype).removeprefix("torch.")
         with ranks.together():
@@ -123,19 +137,52 @@ def open_teacher_cache(
         return cache if student is None else cache.for_student(student)
     if teacher is None:
         raise UserError(f"teacher_cache {str(folder)!r} lacks samples of this data; pass the teacher, to fill it")
-    model = load_model(teacher, dtype, device, True, device_map, tp_plan) if isinstance(teacher, str) else teacher
-    head = find_head(model, "teacher").weight
-    assert head is not None
-    cache = build_teacher_cache(
-        model,
-        samples,
-        folder,
-        kind=kind,
-        store=make_store(kind, common_classes(head.shape[0], student), k, temperatures, student, log_sum_exp),
-        template=template,
-        source=source,
-        device=device,
-        progress=progress,
-        group=group,
-    )
+    started: VLLMTeacher | None = None
+    model: nn.Module | VLLMTeacher
+    if isinstance(teacher, str) and by_vllm:
+        model = started = VLLMTeacher(teacher, dtype, device, **(engine_options or {}))
+    else:
+        model = load_model(teacher, dtype, device, True, device_map, tp_plan) if isinstance(teacher, str) else teacher
+    try:
+        head = model.head.weight if isinstance(model, VLLMTeacher) else find_head(model, "teacher").weight
+        assert head is not None
+        cache = build_teacher_cache(
+            model,
+            samples,
+            folder,
+            kind=kind,
+            store=make_store(kind, common_classes(head.shape[0], student), k, temperatures, student, log_sum_exp),
+            template=template,
+            source=source,
+            device=device,
+            progress=progress,
+            group=group,
+        )
+    finally:
+        if started is not None:
+            started.close()
     return cache if student is None else cache.for_student(student)
+
+
+def check_engine(engine: str, options: Mapping[str, Any] | None, spread: bool = False) -> None:
+    """Refuse an engine, or options of it, that cannot fill a cache.
+
+    Args:
+        engine: "transformers" or "vllm".
+        options: of the engine.
+        spread: whether there is a device_map or tp_plan.
+
+    Raises:
+        UserError: for the first of them.
+    """
+    if engine not in _ENGINES:
+        raise UserError(unknown_name("engine of a teacher cache", str(engine), _ENGINES))
+    if engine == "vllm":
+        check_vllm_options(options or {})
+        if spread:
+            raise UserError(
+                "engine 'vllm' spreads a teacher by its own options (tensor_parallel_size, data_parallel_size): leave "
+                "device_map and tp_plan out"
+            )
+    elif options:
+        raise UserError(f"engine_options {sorted(options)} are for the engine 'vllm', and the engine is {engine!r}")

@@ -14,10 +14,10 @@ from ..losses.backends import check_backend
 from ..losses.options import RANGE
 from ..models import check_spread
 from ..reflection.engines import ENGINES, check_engine_options
-from ..reflection.vllm_engine import is_installed
 from ..selection import SAMPLE_POLICIES, check_rows_have_signal, make_position_policy
 from ..suggest import unknown_name
 from ..teacher.stores import CACHE_KINDS, keeps_head
+from ..workers.vllm import is_installed
 from .arguments import CHOICES, RANGES, REFUSED, check_fits, check_processes, faults_of_transformers
 from .replay import ADAPTIVE
 

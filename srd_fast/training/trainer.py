@@ -56,6 +56,7 @@ from ..teacher import (
     RowsOfSamples,
     StepCollator,
     TeacherSource,
+    VLLMTeacher,
     distillation_loss_of_rows,
     from_cache,
     labels_with_loss,
@@ -254,7 +255,7 @@ class SRDTrainer(Trainer):
         if isinstance(self.teacher, LiveTeacher):
             for samples in given:
                 check_token_ids(samples, {"teacher": embeddings_of(self.teacher.model)})
-        if isinstance(self.teacher, RemoteTeacher):
+        if isinstance(self.teacher, (RemoteTeacher, VLLMTeacher)):
             for samples in given:
                 check_token_ids(samples, {"teacher": self.teacher.num_embeddings})
         if args.class_sampling and classes > self.teacher.num_classes:

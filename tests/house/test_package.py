@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # From the lowest to the highest; a room imports from its own floor and from those below it.
 FLOORS = (
     ("errors", "suggest", "registry", "files", "own_code", "sharing", "showing"),
-    ("rouge",),
+    ("rouge", "workers"),
     ("kernels",),
     ("losses",),
     ("models",),

@@ -25,7 +25,8 @@ from srd_fast.data.quickstart import make_quickstart_rows
 from srd_fast.errors import UserError
 from srd_fast.reflection import TransformersEngine
 from srd_fast.reflection.engines import open_engine
-from srd_fast.reflection.vllm_engine import VLLMEngine, is_installed
+from srd_fast.reflection.vllm_engine import VLLMEngine
+from srd_fast.workers.vllm import is_installed
 
 pytestmark = [
     pytest.mark.vllm,

@@ -1,18 +1,21 @@
 """A quantised teacher teaches, live and through a cache, with its head in floating point; no student is quantised."""
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file, save_file
 from test_trainer import config
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from srd_fast import SRDTrainer, UserError, evaluate
 from srd_fast.models import load_model, model_digest, quantisation_of
-from srd_fast.teacher import LiveTeacher, build_teacher_cache
+from srd_fast.teacher import LiveTeacher, build_teacher_cache, open_teacher_cache
 
 SAMPLES = tiny.tiny_samples(12)
 pytestmark = pytest.mark.usefixtures("own_folder")
@@ -124,19 +127,125 @@ def test_what_would_not_be_its_own_head_or_place_is_refused(tmp_path: Path) -> N
 # As transformers loads it
 
 
+def full_model() -> PreTrainedModel:
+    return tiny.tiny_model("llama_untied", seed=1, width=32, max_position_embeddings=512)
+
+
+def in_torchao(target: Path, kind: str) -> None:
+    ao = pytest.importorskip("torchao.quantization", reason="torchao is not installed: pip install torchao")
+    from transformers import TorchAoConfig
+
+    _by_transformers(target, TorchAoConfig(getattr(ao, kind)()))
+
+
+def in_bitsandbytes(target: Path, kind: str) -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    _by_transformers(target, BitsAndBytesConfig(**{f"load_in_{kind}": True}, bnb_4bit_compute_dtype=torch.float32))
+
+
+def _by_transformers(target: Path, made: Any) -> None:
+    full_model().save_pretrained(target / "full")
+    model = AutoModelForCausalLM.from_pretrained(
+        target / "full", quantization_config=made, dtype=torch.float32, device_map="cpu"
+    )
+    model.save_pretrained(target)
+
+
+def in_compressed_tensors(target: Path, kind: str) -> None:
+    """Whole numbers or float8 for each layer's rows; transformers does not make such files, but reads them."""
+    pytest.importorskip("compressed_tensors", reason="compressed-tensors is missing: pip install compressed-tensors")
+    from compressed_tensors.compressors import ModelCompressor
+    from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    weights = {"num_bits": 8, "type": kind, "symmetric": True, "strategy": "channel"}
+    groups = {"all": {"targets": ["Linear"], "weights": weights}}
+    model, made = full_model(), QuantizationConfig(config_groups=groups, ignore=["lm_head"])
+    apply_quantization_config(model, made)
+    for module in model.modules():
+        if hasattr(module, "weight_scale"):
+            w = module.weight.detach()
+            scale, _ = calculate_qparams(w.amin(1), w.amax(1), module.quantization_scheme.weights)
+            module.weight_scale.data = scale.view_as(module.weight_scale)
+    packer = ModelCompressor(quantization_config=made)
+    packer.compress_model(model)
+    model.save_pretrained(target)
+    packer.update_config(str(target))
+
+
+def in_fp8(target: Path, kind: str) -> None:
+    """Float8 and a factor for each block of 16 x 16, which transformers makes full again where no GPU is."""
+    full_model().save_pretrained(target)
+    file = target / "model.safetensors"
+    weights = load_file(file)
+    for name in [n for n in weights if n.endswith("_proj.weight")]:
+        blocks = weights[name].unflatten(1, (-1, 16)).unflatten(0, (-1, 16))  # [rows, 16, columns, 16]
+        factors = blocks.abs().amax((1, 3)) / 448
+        weights[name] = (blocks / factors[:, None, :, None]).flatten(2).flatten(0, 1).to(torch.float8_e4m3fn)
+        weights[f"{name}_scale_inv"] = factors
+    save_file(weights, file, {"format": "pt"})
+    told = json.loads((target / "config.json").read_text())
+    told["quantization_config"] = {
+        "quant_method": "fp8",
+        "weight_block_size": [16, 16],
+        "activation_scheme": "dynamic",
+        "modules_to_not_convert": ["lm_head"],
+    }
+    (target / "config.json").write_text(json.dumps(told))
+
+
+# What makes the folder, with what, and the name that transformers has for it.
+WAYS = [
+    (in_torchao, "Int8WeightOnlyConfig", "torchao"),
+    (in_torchao, "Float8WeightOnlyConfig", "torchao"),
+    (in_bitsandbytes, "8bit", "bitsandbytes"),
+    (in_bitsandbytes, "4bit", "bitsandbytes"),
+    (in_compressed_tensors, "int", "compressed-tensors"),
+    (in_compressed_tensors, "float", "compressed-tensors"),
+    (in_fp8, "", "fp8"),
+]
+
+
+def relative(found: Tensor, wanted: Tensor) -> float:
+    return ((found - wanted).norm() / wanted.norm()).item()
+
+
+@pytest.mark.parametrize(("make", "kind", "name"), WAYS)
+def test_every_way_that_runs_on_a_cpu(make: Callable[[Path, str], None], kind: str, name: str, tmp_path: Path) -> None:
+    """Rows live and in a cache are its own logits'; a model that somebody else loaded is the same teacher."""
+    source = tmp_path / "quantised"
+    make(source, kind)
+    assert quantisation_of(str(source)) == name
+    model = load_model(str(source), quantised=True)
+    cache = open_teacher_cache(tmp_path / "cache", str(source), SAMPLES, progress=False)
+    found = cache.rows({"teacher": cache.collate(SAMPLES)}, 1.0)
+    with torch.no_grad():
+        rows = [
+            model(torch.tensor([s["input_ids"]])).logits[0, [i for i, x in enumerate(s["labels"][1:]) if x != -100]]
+            for s in SAMPLES
+        ]
+    logits_NV = torch.cat(rows)
+    # LLM.int8() rounds activations too, and which of their columns it spares depends on the batch.
+    most = 0.1 if kind == "8bit" else 1e-3
+    assert relative(found.head.project(found.hidden_ND), logits_NV) < most
+    own = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, device_map="cpu")
+    live = LiveTeacher(own)
+    ids = torch.tensor([SAMPLES[0]["input_ids"]])
+    states_BLD = live.hidden_states({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    assert relative(live.head.project(states_BLD[0]), model(ids).logits[0]) < most
+    assert relative(model(ids).logits, full_model()(ids).logits) > 1e-2, "nothing is quantised"
+    assert cache.meta["teacher"] == model_digest(own) == model_digest(model)
+    with pytest.raises(UserError, match=rf"is quantised \({name}\): it can teach"):
+        load_model(str(source))
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A folder of a model in torchao's int8, which needs no GPU."""
-    pytest.importorskip("torchao", reason="torchao is not installed: pip install torchao")
-    from torchao.quantization import Int8WeightOnlyConfig
-    from transformers import TorchAoConfig
-
-    tiny.tiny_model("llama_untied", seed=1, width=32, max_position_embeddings=512).save_pretrained(tmp_path / "full")
-    made = TorchAoConfig(Int8WeightOnlyConfig())
-    model = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "full", quantization_config=made, dtype=torch.float32, device_map="cpu"
-    )
-    model.save_pretrained(tmp_path / "int8")
+    in_torchao(tmp_path / "int8", "Int8WeightOnlyConfig")
+    full_model().save_pretrained(tmp_path / "full")
     for name in ("full", "int8"):
         tiny.tiny_tokenizer().save_pretrained(tmp_path / name)
     return tmp_path

@@ -13,7 +13,10 @@ from ...errors import Faults, UserError
 from ...files import remove
 from ...models import load_model, model_without_weights
 from ...teacher import StaleCacheError, TeacherCache, open_teacher_cache
+from ...teacher.opening import check_engine
+from ...teacher.vllm_teacher import spreads
 from ...training.config import SRDConfig, check_cache_kind
+from ...workers.vllm import check_installed
 from ..config import RunConfig
 from ..modes import LIVE, MODES, has_cache
 from .run import Run
@@ -40,6 +43,7 @@ def check_cache(config: RunConfig, args: SRDConfig, faults: Faults | None = None
         given.check(("cache.kind", "distill.divergence", "preset"), check_cache_kind, kind, args.divergence, names)
     given.check(("cache.kind", "lora"), _check_projected, config)
     given.check(("cache.kind", "cache.log_sum_exp"), _check_log_sum_exp, config)
+    given.check(("cache.engine", "cache.engine_options", "cache.kind", "teacher_device_map"), _check_engine, config)
     if faults is None:
         given.tell()
 
@@ -47,6 +51,18 @@ def check_cache(config: RunConfig, args: SRDConfig, faults: Faults | None = None
 def _check_projected(config: RunConfig) -> None:
     if config.cache.kind == "projected" and config.lora is None:
         raise UserError("config: cache.kind 'projected' needs a student whose head is frozen: set lora, or use hidden")
+
+
+def _check_engine(config: RunConfig) -> None:
+    c = config.cache
+    try:
+        check_engine(c.engine, c.engine_options, spread=config.teacher_device_map is not None)
+    except UserError as e:
+        raise UserError(f"config: cache: {e}") from e
+    if c.engine == "vllm":
+        if c.kind == LIVE:
+            raise UserError("config: cache.engine 'vllm' fills a cache, and cache.kind is 'live': name another kind")
+        check_installed()
 
 
 def _check_log_sum_exp(config: RunConfig) -> None:
@@ -60,11 +76,12 @@ def _check_log_sum_exp(config: RunConfig) -> None:
 def cache_inputs(config: RunConfig) -> Any:
     """What the cache depends on, besides the plan."""
     c = config.cache
+    by_vllm = ["vllm", c.engine_options] if c.engine == "vllm" else []
     if c.log_sum_exp:
-        return [c.kind, config.dtype, "log_sum_exp", cache_temperatures(config, training_config(config))]
+        return [c.kind, config.dtype, "log_sum_exp", cache_temperatures(config, training_config(config)), *by_vllm]
     if c.kind in (LIVE, "hidden"):
-        return [c.kind, config.dtype]  # what is kept, and reflect_again, come with the plan
-    return [c.kind, config.dtype, c.k, cache_temperatures(config, training_config(config))]
+        return [c.kind, config.dtype, *by_vllm]  # what is kept, and reflect_again, come with the plan
+    return [c.kind, config.dtype, c.k, cache_temperatures(config, training_config(config)), *by_vllm]
 
 
 def cache_temperatures(config: RunConfig, args: SRDConfig) -> list[float]:
@@ -142,15 +159,27 @@ def _filled(run: Run, samples: Sequence[Dataset], student: nn.Module | None = No
             device=run.device,
             repair=True,
             progress=run.group.rank == 0,
+            engine=c.engine,
+            engine_options=c.engine_options,
             **run.teacher_spread,
         )
 
-    try:
+    # An engine that spreads over devices takes those of all: the others find the cache filled.
+    first_alone = spreads(c.engine_options)
+    if first_alone and run.group.rank:
+        run.group.meet()
         return opened().to(run.device)
+    try:
+        cache = opened()
     except StaleCacheError as e:
-        run.group.meet()  # all have seen it, and nobody writes into it
+        if not first_alone:
+            run.group.meet()  # all have seen it, and nobody writes into it
         if run.group.rank == 0:
             logger.warning("%s: making it again", str(e).partition(";")[0])
             remove(folder)
+        if not first_alone:
+            run.group.meet()
+        cache = opened()
+    if first_alone:
         run.group.meet()
-        return opened().to(run.device)
+    return cache.to(run.device)

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ...curriculum import CurriculumPlan
 from ...data import IGNORE_INDEX, TOKENISED_FEATURES
 from ...files import temporary_path
-from ...models import check_head, load_model, load_tokenizer, quantisation_of
+from ...models import check_head, head_of_files, load_model, load_tokenizer, quantisation_of
 from ...rouge import choose_tokenizer
 from ...teacher import LiveTeacher
 from ...training.config import SRDConfig
@@ -104,7 +104,9 @@ class Run:
 
         A student that was cut out of it has shown already that it is understood.
         """
-        if self.config.student != PRUNE:
+        if self.config.cache.engine == "vllm":
+            head_of_files(self.config.teacher, self.dtype)  # vLLM itself starts when the cache is filled
+        elif self.config.student != PRUNE:
             place = "cpu" if quantisation_of(self.config.teacher) is None else self.device
             model = load_model(self.config.teacher, self.dtype, place, quantised=True, **self.teacher_spread)
             if self.teacher_spread:

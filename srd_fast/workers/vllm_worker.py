@@ -1,4 +1,4 @@
-"""The process that runs vLLM: `python -m srd_fast.reflection.vllm_worker FD`. Only `vllm_engine` starts it.
+"""The process that runs vLLM: `python -m srd_fast.workers.vllm_worker FD`. Only `vllm.py` starts it.
 
 Requests are lines of JSON on standard input, answers lines of JSON on the file descriptor FD. What vLLM prints goes to
 the log. The first request names the model and options. When standard input ends, the process ends too, whatever it is
@@ -32,8 +32,8 @@ def _start(request: dict[str, Any]) -> Any:
         adapter = LoRARequest("student", 1, model)
         model = lora["base_model_name_or_path"]
         options = {"enable_lora": True, "max_lora_rank": _lora_rank(lora["r"]), **options}
-    if request["ngrams"]:
-        options["logits_processors"] = ["srd_fast.reflection.vllm_ngrams:NoRepeatNgrams"]
+    if request.get("logits_processors"):
+        options["logits_processors"] = request["logits_processors"]
     if current_platform.is_cpu():
         options.setdefault("enforce_eager", True)
     config = _text_config(model)
@@ -113,6 +113,19 @@ def _score(llm: Any, adapter: Any, request: dict[str, Any]) -> list[list[float]]
     ]
 
 
+def _states(llm: Any, request: dict[str, Any]) -> None:
+    """Write the states of some rows of each sample, after the final norm, to a file."""
+    import torch
+    from safetensors.torch import save_file
+    from vllm import PoolingParams
+
+    params = PoolingParams(task="token_embed", use_activation=False)
+    given = [{"prompt_token_ids": p} for p in request["states"]]
+    outputs = llm.encode(given, params, pooling_task="token_embed", use_tqdm=False)
+    rows = [o.outputs.data[torch.tensor(of_sample)] for o, of_sample in zip(outputs, request["rows"])]
+    save_file({"hidden": torch.cat(rows).cpu()}, request["file"])
+
+
 def _run(llm: Any, adapter: Any, prompts: list[list[int]], params: Any) -> Any:
     """Generate with an empty prefix cache, so that repeated work gives the same."""
     llm.reset_prefix_cache()
@@ -140,6 +153,9 @@ def main() -> None:
             if llm is None:
                 llm, adapter = _start(request)
                 answer: dict[str, Any] = {"result": None}
+            elif "states" in request:
+                _states(llm, request)
+                answer = {"result": None}
             elif "samples" in request:
                 answer = {"result": _score(llm, adapter, request)}
             else:
