@@ -346,7 +346,7 @@ def test_what_cannot_be_answered_is_said_first(tokenizer: PreTrainedTokenizerFas
 
 
 def on_policy_needs_vllm() -> bool:
-    from srd_fast.reflection.vllm_engine import is_installed
+    from srd_fast.workers.vllm import is_installed
 
     return is_installed()
 
