@@ -15,7 +15,7 @@ from ..teacher import TeacherSource, distillation_loss_of_rows, labels_with_loss
 
 # What an evaluation during training gives, without the prefix "eval_". Of each, less is better.
 METRICS = ("loss", "kl", "cross_entropy")
-_FORWARD_KL = LossOptions("forward_kl", temperature=1.0, reduction="sum", ignore_index=None)
+_FORWARD_KL = LossOptions("forward_kl", temperature=1.0, reduction="none", ignore_index=None)
 
 
 def check_best_metric(name: str | None) -> None:
@@ -42,7 +42,24 @@ class Divergences(NamedTuple):
     num_tokens: Tensor
 
 
-@torch.no_grad()
+class TokenDivergences(NamedTuple):
+    """Of each of N tokens, in nats.
+
+    Attributes:
+        kl_N: [N] KL(teacher, student) at T = 1; 0 without a teacher.
+        cross_entropy_N: [N] of the labels.
+        num_tokens: how many tokens the loss counts.
+    """
+
+    kl_N: Tensor
+    cross_entropy_N: Tensor
+    num_tokens: Tensor
+
+    def summed(self) -> Divergences:
+        """The sums over the tokens."""
+        return Divergences(self.kl_N.sum(), self.cross_entropy_N.sum(), self.num_tokens)
+
+
 def measure_batch(student: nn.Module, teacher: TeacherSource | None, inputs: dict[str, Any]) -> Divergences:
     """Measure a student on a collated batch, without gradients and without full logits.
 
@@ -54,14 +71,29 @@ def measure_batch(student: nn.Module, teacher: TeacherSource | None, inputs: dic
     Returns:
         Sums over the batch's tokens.
     """
+    return measure_tokens(student, teacher, inputs).summed()
+
+
+@torch.no_grad()
+def measure_tokens(student: nn.Module, teacher: TeacherSource | None, inputs: dict[str, Any]) -> TokenDivergences:
+    """Do what `measure_batch` does, and keep the tokens apart.
+
+    Args:
+        student: a causal language model.
+        teacher: source of the teacher's rows; None: `kl_N` is 0.
+        inputs: a batch of the collator, on the student's device.
+
+    Returns:
+        The values of the tokens with loss, sample after sample.
+    """
     labels_N = labels_with_loss(inputs)
 
-    def measure(head: Head, hidden_ND: Tensor) -> Divergences:
+    def measure(head: Head, hidden_ND: Tensor) -> TokenDivergences:
         if teacher is None:
             losses = token_cross_entropy(hidden_ND, head, labels_N)
-            return Divergences(losses.new_zeros(()), losses.sum(), torch.tensor(len(labels_N), device=losses.device))
+            return TokenDivergences(torch.zeros_like(losses), losses, torch.tensor(len(labels_N), device=losses.device))
         out = distillation_loss_of_rows(StudentRows(hidden_ND, head, labels_N, _FORWARD_KL), teacher.rows(inputs, 1.0))
-        return Divergences(out.divergence, out.cross_entropy, out.num_items)
+        return TokenDivergences(out.divergence, out.cross_entropy, out.num_items)
 
     return through_head(student, measure, rows_with_loss(hidden_states(student, inputs), inputs))
 
