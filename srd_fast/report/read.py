@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from srd_fast.curriculum import CurriculumPlan
 from srd_fast.errors import UserError
+from srd_fast.report.answers import ValidationAnswers, read_answers
 from srd_fast.report.files import Fields, read_json, read_table, read_text
 
 FloatArray = npt.NDArray[np.float64]
@@ -155,6 +156,7 @@ class Run:
     summary: Summary | None
     config: str | None
     selection: Selection | None = None
+    answers: ValidationAnswers | None = None
 
 
 def read_run(run_folder: str | Path) -> Run:
@@ -176,6 +178,7 @@ def read_run(run_folder: str | Path) -> Run:
         summary=_read_summary(folder / "summary.json"),
         config=read_text(folder / "config.yaml"),
         selection=_read_selection(folder / "selection.json"),
+        answers=read_answers(folder),
     )
 
 

@@ -252,7 +252,9 @@ def _stored(cache: RowsOfSamples, samples: Sequence[Mapping[str, Any]], device: 
 
 
 @torch.no_grad()
-def _measure_states(cache: TeacherCache, samples: Sequence[Mapping[str, Any]], device: torch.device) -> TokenDivergences:
+def _measure_states(
+    cache: TeacherCache, samples: Sequence[Mapping[str, Any]], device: torch.device
+) -> TokenDivergences:
     """Run `measure_tokens` without a teacher, from the hidden states of a cache that the model filled."""
     rows = cache.rows({"teacher": _stored(cache, samples, device)}, 1.0)
     labels_N = torch.tensor([y for s in samples for y in s["labels"][1:] if y != IGNORE_INDEX], device=device)
