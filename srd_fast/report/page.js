@@ -252,7 +252,10 @@
       const [left, top] = [at[0] + box.left - outer.left, at[1] + box.top - outer.top];
       mark.style.left = `${left}px`;
       mark.style.top = `${top}px`;
-      const scores = table.columns.map((column, i) => `${column.title} ${shown(table, i, row)}`).join(" · ");
+      const scores = table.columns
+        .map((column, i) => (column.minor ? "" : `${column.title} ${shown(table, i, row)}`))
+        .filter(Boolean)
+        .join(" · ");
       tip.replaceChildren(make("p", "label", `${table.ids[row]} · ${place(table, row)}`), make("p", "label", scores));
       for (const texts of table.texts) {
         const own = excerpt(texts, row, 220);

@@ -113,6 +113,7 @@ class Summary:
     data: dict[str, float]
     evaluation: dict[str, Evaluation]
     timings: dict[str, float]
+    """Seconds by step. Those of the evaluation itself are known to steps.json alone, which is written after it."""
     training: dict[str, float]
     environment: dict[str, str]
     stages: tuple[dict[str, float], ...] = ()
@@ -175,7 +176,7 @@ def read_run(run_folder: str | Path) -> Run:
         reflections=_read_reflections(folder / "reflections.parquet"),
         plan=_read_plan(folder / "plan.json"),
         metrics=_read_metrics(folder / "metrics.jsonl"),
-        summary=_read_summary(folder / "summary.json"),
+        summary=_read_summary(folder / "summary.json", _seconds(folder / "steps.json")),
         config=read_text(folder / "config.yaml"),
         selection=_read_selection(folder / "selection.json"),
         answers=read_answers(folder),
@@ -270,7 +271,17 @@ def _columns(rows: Mapping[float, Fields], names: Sequence[str]) -> dict[str, Fl
     return {name: np.array([row.number(name) for row in ordered], dtype=np.float64) for name in names}
 
 
-def _read_summary(path: Path) -> Summary | None:
+def _seconds(path: Path) -> dict[str, float]:
+    """What each finished step took; empty without a ledger, or with one that the run itself will refuse."""
+    try:
+        fields = read_json(path)
+        found = {} if fields is None else {name: fields.child(name).number("seconds") for name in fields.data}
+    except UserError:
+        return {}
+    return {name: value for name, value in found.items() if name != "report"}
+
+
+def _read_summary(path: Path, seconds: Mapping[str, float]) -> Summary | None:
     fields = read_json(path)
     if fields is None:
         return None
@@ -283,7 +294,7 @@ def _read_summary(path: Path) -> Summary | None:
         divergence=fields.text("divergence"),
         data=fields.child("data").numbers(),
         evaluation={name: _evaluation(models.child(name)) for name in models.data},
-        timings=fields.child("timings").numbers(),
+        timings={**seconds, **fields.child("timings").numbers()},
         training=fields.child("training").numbers(),
         environment={name: str(value) for name, value in environment.data.items()},
         stages=tuple(row.numbers() for row in fields.objects("stages")),

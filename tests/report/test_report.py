@@ -218,6 +218,28 @@ def test_metrics_of_answers_have_columns_of_their_own(tmp_path: Path) -> None:
     assert "<td>31.0</td>" in page
 
 
+@pytest.mark.parametrize(
+    ("ledger", "total"),
+    [
+        (None, "1 h 08 min"),
+        ({"evaluate": {"seconds": 1800.0}, "report": {"seconds": 9000.0}}, "1 h 38 min"),
+        ({"reflect": {"seconds": 5.0}, "evaluate": {"seconds": 1.0}}, "1 h 08 min"),
+        ({"evaluate": "damaged"}, "1 h 08 min"),
+    ],
+)
+def test_the_total_has_the_evaluation_that_ended_after_the_summary(
+    tmp_path: Path, ledger: dict[str, object] | None, total: str
+) -> None:
+    write_summary(tmp_path)
+    if ledger is not None:
+        (tmp_path / "steps.json").write_text(json.dumps(ledger))
+    page = write_report(tmp_path).read_text()
+    assert re.findall(r'<th scope="row">total</th><td>([^<]+)<', page) == [total]
+    rows = re.findall(r"<tr><td>([\w-]+)</td><td>[^<]+</td><td aria-hidden", page)
+    with_it = isinstance((ledger or {}).get("evaluate"), dict)
+    assert rows == ["prepare", "reflect", "distill", *(["evaluate"] if with_it else [])]
+
+
 def test_labels_of_small_numbers_survive_in_the_plots(full: tuple[Path, str]) -> None:
     assert any(">0.0004<" in svg for svg in pictures(full[1]))
 
