@@ -68,6 +68,13 @@ def read_answers(folder: Path) -> ValidationAnswers | None:
     )
 
 
+def texts_of(table: pa.Table) -> tuple[dict[str, str], dict[str, str]]:
+    """sample_id -> prompt, and sample_id -> references, one below the other."""
+    ids = table["sample_id"].to_pylist()
+    joined = ("\n– or –\n".join(x or []) for x in table["references"].to_pylist())
+    return dict(zip(ids, table["prompt"].to_pylist())), dict(zip(ids, joined))
+
+
 def _measures(rows: Fields) -> RowMeasures:
     ids = [str(x) for x in rows.items("sample_id")]
 

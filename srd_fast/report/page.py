@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import jinja2
 
 from srd_fast.curriculum import CurriculumPlan
+from srd_fast.errors import UserError
 from srd_fast.report.figures import curves_view, difficulty_view, schedule_view, throughput_view
 from srd_fast.report.numbers import count, duration, missing, number, points
 from srd_fast.report.read import Evaluation, Run
@@ -77,6 +79,20 @@ def page_of(template: str, **views: Any) -> str:
     script = (Path(__file__).parent / "page.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return environment.get_template(template).render(script=script, script_hash=f"sha256-{digest}", **views)
+
+
+def write_page(target: Path, page: str) -> Path:
+    """Write a page, replacing an older one in a single step, and return its path."""
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        # JSON may carry a lone surrogate, which UTF-8 cannot.
+        temporary.write_bytes(page.encode("utf-8", errors="replace"))
+        os.replace(temporary, target)
+    except OSError as error:
+        raise UserError(f"{target}: cannot be written: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return target
 
 
 def _title(run: Run) -> list[str]:

@@ -175,7 +175,7 @@ def read_run(run_folder: str | Path) -> Run:
         num_validation=_count_rows(folder / "data" / "validation.parquet"),
         reflections=_read_reflections(folder / "reflections.parquet"),
         plan=_read_plan(folder / "plan.json"),
-        metrics=_read_metrics(folder / "metrics.jsonl"),
+        metrics=read_metrics(folder / "metrics.jsonl"),
         summary=_read_summary(folder / "summary.json", _seconds(folder / "steps.json")),
         config=read_text(folder / "config.yaml"),
         selection=_read_selection(folder / "selection.json"),
@@ -236,7 +236,8 @@ TRAIN_COLUMNS = (
 VALIDATION_COLUMNS = ("step", "kl", "cross_entropy")
 
 
-def _read_metrics(path: Path) -> Metrics | None:
+def read_metrics(path: Path) -> Metrics | None:
+    """What was measured while training; None if there is no file."""
     text = read_text(path)
     if text is None:
         return None

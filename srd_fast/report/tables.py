@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from srd_fast.report.answers import texts_of
 from srd_fast.report.figures import named_groups
 from srd_fast.report.plots import spread_ties
 from srd_fast.report.read import FloatArray, Run
@@ -91,14 +92,7 @@ def validation_table(run: Run) -> Table | None:
     models = [(answers.models[name], name, label) for name, label in MODELS if name in answers.models]
     first = models[0][0]
     ids = list(first.index)
-    prompts: dict[str, str | None] = {}
-    references: dict[str, str] = {}
-    if answers.table is not None:
-        names = answers.table["sample_id"].to_pylist()
-        prompts = dict(zip(names, answers.table["prompt"].to_pylist()))
-        joined = ("\n– or –\n".join(x or []) for x in answers.table["references"].to_pylist())
-        references = dict(zip(names, joined))
-
+    prompts, references = ({}, {}) if answers.table is None else texts_of(answers.table)
     columns, texts = [], []
     for model, name, label in models:
         at = [model.index.get(sample_id) for sample_id in ids]
