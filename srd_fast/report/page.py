@@ -13,6 +13,7 @@ import jinja2
 from srd_fast.curriculum import CurriculumPlan
 from srd_fast.errors import UserError
 from srd_fast.report.figures import curves_view, difficulty_view, schedule_view, throughput_view
+from srd_fast.report.idle import ranking_view
 from srd_fast.report.numbers import count, duration, missing, number, points
 from srd_fast.report.read import Evaluation, Run
 from srd_fast.report.rows import fit
@@ -39,6 +40,7 @@ def render(run: Run) -> str:
         "scores": _scores(run),
         "examples": examples_view(run),
         "difficulty": difficulty,
+        "ranking": ranking_view(run),
         "schedule": schedule_view(run),
         "curves": curves_view(run),
         "throughput": throughput_view(run),

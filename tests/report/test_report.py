@@ -22,6 +22,7 @@ EVIL = '<script>alert(1)</script><img src="https://evil.example/x.png" onerror=a
 SECTIONS = (
     "Before and after",
     "Difficulty map",
+    "What the ranking follows",
     "Stages over time",
     "Loss and validation",
     "Speed and memory",
@@ -191,6 +192,8 @@ def test_full_page_has_every_section_in_order(full: tuple[Path, str]) -> None:
         ("Easiest kept rows", "row-00"),
         ("Hardest kept rows", "row-17"),
         ("Hardest dropped rows", "row-22"),
+        ("Nearest to the border: the last kept", "row-17"),
+        ("Nearest to the border: the first dropped", "row-18"),
     ):
         assert re.search(rf'{title}</h3>\s*<article class="sample">\s*<header><span class="id">{first}<', page)
 
