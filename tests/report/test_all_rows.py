@@ -145,6 +145,7 @@ def test_a_table_fits_its_bytes_and_says_what_it_left_out(count: int, length: in
         assert np.diff([0, *content["with_texts"], listed]).max() <= 4 * listed / with_text + 1
 
 
+@pytest.mark.slow
 def test_a_page_of_100000_rows_is_five_megabytes_at_most(tmp_path: Path) -> None:
     count = 100_000
     random = np.random.default_rng(0)
