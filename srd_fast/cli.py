@@ -246,6 +246,26 @@ _step_command("evaluate", "Teacher, starting and distilled student on the valida
 _step_command("report", "One page from the run folder: report.html.")
 
 
+@app.command("compare")
+def compare(
+    runs: Annotated[
+        list[str], typer.Argument(metavar="RUN...", help="Run folders; RUN:start, RUN:student and RUN:teacher are one.")
+    ],
+    output: Annotated[Path, typer.Option(help="The page.")] = Path("comparison.html"),
+) -> None:
+    """Runs side by side on the validation rows that they share: KL, cross-entropy and ROUGE-L with paired intervals.
+
+    Each distilled student against its start, and against that of the first run. A difference inside its interval is
+    said to be none.
+    """
+    _for_one_process("compare")
+    from .report import compare_runs, comparison_text, write_comparison
+
+    comparison = compare_runs(runs)
+    typer.echo(comparison_text(comparison))
+    typer.echo(f"page: {write_comparison(comparison, output)}")
+
+
 @app.command("memory")
 def memory(
     config: _Config,

@@ -22,7 +22,8 @@ EDGE, GRID, SHADE = "#c4c9cf", "#e6e8eb", "#f1f2f4"
 
 # One unit of a figure is one CSS pixel, so that text has the same size in the plots as on the page.
 WIDE, NARROW = 920, 352
-RASTER_DPI = 180
+# Of what is drawn as pixels; coarse where there are so many points that it would make a huge page.
+RASTER_DPI, COARSE_DPI = 180, 110
 
 STYLE = {
     "axes.axisbelow": True,
@@ -66,23 +67,23 @@ class Picture:
     alt: str
 
 
-def picture(draw: Callable[[bool], Figure], alt: str) -> Picture:
+def picture(draw: Callable[[bool], Figure], alt: str, dpi: int = RASTER_DPI) -> Picture:
     """Call ``draw(narrow)`` for both layouts under the page's style and encode what it draws."""
     # The default style first: a user's own matplotlibrc must not change the page.
     with matplotlib.style.context(["default", STYLE]):
-        return Picture(_encode(draw(False)), _encode(draw(True)), alt)
+        return Picture(_encode(draw(False), dpi), _encode(draw(True), dpi), alt)
 
 
-def _encode(figure: Figure) -> str:
-    return "data:image/svg+xml;base64," + base64.b64encode(svg_of(figure).encode()).decode()
+def _encode(figure: Figure, dpi: int) -> str:
+    return "data:image/svg+xml;base64," + base64.b64encode(svg_of(figure, dpi).encode()).decode()
 
 
-def svg_of(figure: Figure) -> str:
+def svg_of(figure: Figure, dpi: int = RASTER_DPI) -> str:
     """The figure as SVG; its bytes depend on the figure alone."""
     buffer = io.StringIO()
     metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     with matplotlib.rc_context({"svg.hashsalt": "srd-fast"}):
-        figure.savefig(buffer, format="svg", dpi=RASTER_DPI, metadata=metadata)
+        figure.savefig(buffer, format="svg", dpi=dpi, metadata=metadata)
     svg = _FONT.sub(_PAGE_FONT, buffer.getvalue())
     # A hundredth of a pixel is more than anyone sees. Labels stand between the tags, not in their attributes.
     return _ATTRIBUTE.sub(lambda match: _LONG_NUMBER.sub(r"\1", match[0]), svg)

@@ -3,17 +3,28 @@
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from srd_fast.curriculum import CurriculumPlan
-from srd_fast.report.canvas import DROPPED, picture, sequence
+from srd_fast.report.canvas import COARSE_DPI, DROPPED, RASTER_DPI, picture, sequence
 from srd_fast.report.numbers import missing, number, rows
-from srd_fast.report.plots import Group, curves, difficulty_map, schedule, stage_bands, throughput
+from srd_fast.report.plots import (
+    MOST_POINTS,
+    Group,
+    curves,
+    difficulty_map,
+    frame_of,
+    schedule,
+    stage_bands,
+    throughput,
+)
 from srd_fast.report.read import FloatArray, Reflections, Run
 
 
 def difficulty_view(run: Run) -> dict[str, Any]:
     """The difficulty map with its legend; without a plan, every scored row in one colour."""
-    view: dict[str, Any] = {"missing": missing(run, "reflections.parquet", "plan.json"), "picture": None}
+    absent = missing(run, "reflections.parquet", "plan.json")
+    view: dict[str, Any] = {"missing": absent, "picture": None, "frames": None}
     reflections = run.reflections
     if reflections is None:
         return view
@@ -33,6 +44,8 @@ def difficulty_view(run: Run) -> dict[str, Any]:
         f"(ROUGE-L) against how surprising it finds the reference (cross-entropy). {rows(zero)} at exactly 0 "
         f"and {rows(one)} at exactly 100 are spread over the shaded strips. Bars count rows."
     )
+    if len(rouge) > MOST_POINTS:
+        view["caption"] += f" {MOST_POINTS:,} of them are drawn, taken evenly; the bars count all."
     if beyond:
         view["caption"] += (
             f" {rows(beyond)} above {right_edge:.1f} nats per token {_are(beyond)} drawn at the right edge."
@@ -44,27 +57,37 @@ def difficulty_view(run: Run) -> dict[str, Any]:
         f"{number(float(entropy.min()))} to {number(float(entropy.max()))} nats per token, with a histogram "
         f"on each axis. " + "; ".join(f"{label}: {size}" for label, _, _, size in legend) + "."
     )
-    view["picture"] = picture(lambda narrow: difficulty_map(groups, right_edge, narrow), alt)
+    figures: dict[bool, Figure] = {}
+
+    def draw(narrow: bool) -> Figure:
+        figures[narrow] = difficulty_map(groups, right_edge, narrow)
+        return figures[narrow]
+
+    view["picture"] = picture(draw, alt, COARSE_DPI if len(rouge) > MOST_POINTS else RASTER_DPI)
+    view["frames"] = {"edge": right_edge, "wide": frame_of(figures[False]), "narrow": frame_of(figures[True])}
     return view
 
 
-def groups_of(reflections: Reflections, plan: CurriculumPlan | None) -> tuple[list[Group], int]:
-    """The subsets from easy to hard, then the dropped rows; and how many rows of the plan cannot be drawn."""
+def named_groups(reflections: Reflections, plan: CurriculumPlan | None) -> list[tuple[str, str, list[str], bool]]:
+    """(label, colour, sample ids, whether they are kept): the subsets from easy to hard, then the dropped rows."""
     if plan is None:
-        named = [("scored, no plan yet", sequence(2)[0], list(reflections.index), True)]
-    else:
-        subsets = [subset for subset in plan.subsets if subset]
-        labels = [f"subset {i}" for i in range(1, len(subsets) + 1)]
-        if len(subsets) > 1:
-            labels[0] += ", easiest"
-            labels[-1] += ", hardest"
-        elif subsets:
-            labels = ["kept"]
-        colours = sequence(max(len(subsets), 2))
-        named = [(label, colours[i], subsets[i], True) for i, label in enumerate(labels)]
-        named += [("dropped", DROPPED, [row["sample_id"] for row in plan.dropped], False)]
+        return [("scored, no plan yet", sequence(2)[0], list(reflections.index), True)]
+    subsets = [subset for subset in plan.subsets if subset]
+    labels = [f"subset {i}" for i in range(1, len(subsets) + 1)]
+    if len(subsets) > 1:
+        labels[0] += ", easiest"
+        labels[-1] += ", hardest"
+    elif subsets:
+        labels = ["kept"]
+    colours = sequence(max(len(subsets), 2))
+    named = [(label, colours[i], subsets[i], True) for i, label in enumerate(labels)]
+    return [*named, ("dropped", DROPPED, [row["sample_id"] for row in plan.dropped], False)]
+
+
+def groups_of(reflections: Reflections, plan: CurriculumPlan | None) -> tuple[list[Group], int]:
+    """The groups with the scores of their rows; and how many rows of the plan cannot be drawn."""
     groups, undrawn = [], 0
-    for label, colour, ids, kept in named:
+    for label, colour, ids, kept in named_groups(reflections, plan):
         entropy = np.array([reflections.score("cross_entropy", sample_id) for sample_id in ids], dtype=np.float64)
         rouge = np.array([reflections.score("rouge_l", sample_id) for sample_id in ids], dtype=np.float64)
         drawn = np.isfinite(entropy) & np.isfinite(rouge)

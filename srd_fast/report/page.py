@@ -1,6 +1,9 @@
 """Puts the page together: a small view per section, rendered by ``template.html``, all of it escaped."""
 
+import base64
+import hashlib
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,19 +11,66 @@ from typing import Any
 import jinja2
 
 from srd_fast.curriculum import CurriculumPlan
+from srd_fast.errors import UserError
 from srd_fast.report.figures import curves_view, difficulty_view, schedule_view, throughput_view
+from srd_fast.report.idle import ranking_view
 from srd_fast.report.numbers import count, duration, missing, number, points
 from srd_fast.report.read import Evaluation, Run
+from srd_fast.report.rows import fit
 from srd_fast.report.samples import examples_view, samples_view, selection_view, unscored_view
+from srd_fast.report.tables import training_table, validation_table
 
 MODELS = (("teacher", "Teacher"), ("start", "Starting student"), ("student", "Distilled student"))
+MOST_BYTES = 5_000_000
+# The validation rows have a share of what figures and scores of training rows leave, and a least share of the page.
+BYTES_OF_SCORES, SHARE_OF_VALIDATION, LEAST_OF_VALIDATION = 40, 0.3, 0.05
+ROOM_OF_SENTENCES = 1000
 # Metrics of answers beside ROUGE-L, where they were asked for.
 _METRICS = {"bleu": "BLEU", "chrf": "chrF"}
 STEPS = ("prepare", "init-student", "reflect", "curate", "answers", "cache", "distill", "evaluate")
 
 
 def render(run: Run) -> str:
-    """The whole page as HTML."""
+    """The whole page as HTML, at most `MOST_BYTES` long."""
+    difficulty = difficulty_view(run)
+    views: dict[str, Any] = {
+        "title": _title(run),
+        "result": _result(run),
+        "facts": _facts(run),
+        "scores": _scores(run),
+        "examples": examples_view(run),
+        "difficulty": difficulty,
+        "ranking": ranking_view(run),
+        "schedule": schedule_view(run),
+        "curves": curves_view(run),
+        "throughput": throughput_view(run),
+        "samples": samples_view(run),
+        "unscored": unscored_view(run),
+        "selection": selection_view(run),
+        "timings": _timings(run),
+        "environment": _environment(run),
+        "config": run.config,
+        "config_missing": missing(run, "config.yaml"),
+    }
+    tables = {
+        "validation_rows": validation_table(run),
+        "training_rows": training_table(run, difficulty["frames"]),
+    }
+    room = MOST_BYTES - len(page_of("template.html", **views, **dict.fromkeys(tables)).encode(errors="replace"))
+    blocks: dict[str, Any] = dict.fromkeys(tables)
+    listed = tables["training_rows"]
+    spare = room - (BYTES_OF_SCORES * len(listed.ids) if listed else 0)
+    for name, table in tables.items():
+        if table is not None and len(table.ids):
+            share = room if name == "training_rows" else max(SHARE_OF_VALIDATION * spare, LEAST_OF_VALIDATION * room)
+            text, left_out = fit(table, int(share) - ROOM_OF_SENTENCES)
+            blocks[name] = {"json": text, "left_out": left_out}
+            room -= len(text.encode(errors="replace"))
+    return page_of("template.html", **views, **blocks)
+
+
+def page_of(template: str, **views: Any) -> str:
+    """Fill a template; its Content-Security-Policy names the script by its hash, so that no other can run."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -28,24 +78,23 @@ def render(run: Run) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("template.html").render(
-        title=_title(run),
-        result=_result(run),
-        facts=_facts(run),
-        scores=_scores(run),
-        examples=examples_view(run),
-        difficulty=difficulty_view(run),
-        schedule=schedule_view(run),
-        curves=curves_view(run),
-        throughput=throughput_view(run),
-        samples=samples_view(run),
-        unscored=unscored_view(run),
-        selection=selection_view(run),
-        timings=_timings(run),
-        environment=_environment(run),
-        config=run.config,
-        config_missing=missing(run, "config.yaml"),
-    )
+    script = (Path(__file__).parent / "page.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return environment.get_template(template).render(script=script, script_hash=f"sha256-{digest}", **views)
+
+
+def write_page(target: Path, page: str) -> Path:
+    """Write a page, replacing an older one in a single step, and return its path."""
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        # JSON may carry a lone surrogate, which UTF-8 cannot.
+        temporary.write_bytes(page.encode("utf-8", errors="replace"))
+        os.replace(temporary, target)
+    except OSError as error:
+        raise UserError(f"{target}: cannot be written: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return target
 
 
 def _title(run: Run) -> list[str]:

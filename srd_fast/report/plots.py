@@ -19,6 +19,9 @@ Band = tuple[float, float, int]
 STRIP = (3.0, 11.0)
 GOLDEN = 0.6180339887498949
 
+# More than these hide one another, and make a huge page.
+MOST_POINTS = 8_000
+
 # Steps; a longer line is drawn as pixels.
 LONGEST_LINE = 1000
 
@@ -70,6 +73,16 @@ def _stages(stages: FloatArray) -> list[npt.NDArray[np.intp]]:
     return np.split(np.arange(len(stages)), np.flatnonzero(np.diff(stages)) + 1)
 
 
+def frame_of(figure: Figure) -> dict[str, float]:
+    """Where the first axes of a finished figure lie, as shares of it from the upper left, and the ends of the axes."""
+    axes = figure.axes[0]
+    box = axes.get_position()
+    (x0, x1), (y0, y1) = axes.get_xlim(), axes.get_ylim()
+    found = {"left": box.x0, "right": box.x1, "top": 1 - box.y1, "bottom": 1 - box.y0}
+    found |= {"x0": x0, "x1": x1, "y0": y0, "y1": y1}
+    return {name: round(float(value), 5) for name, value in found.items()}
+
+
 def difficulty_map(groups: Sequence[Group], right_edge: float, narrow: bool) -> Figure:
     """ROUGE-L against cross-entropy, a histogram along each axis; points beyond ``right_edge`` sit on it."""
     figure = new_figure(NARROW, 400) if narrow else new_figure(WIDE, 560)
@@ -114,23 +127,30 @@ def difficulty_map(groups: Sequence[Group], right_edge: float, narrow: bool) -> 
 
 def _scatter(axes: Axes, groups: Sequence[Group], right_edge: float, size: float) -> None:
     total = sum(len(group.rouge_l) for group in groups)
-    alpha = float(np.clip(14 / np.sqrt(max(total, 1)), 0.12, 0.75))
+    alpha = float(np.clip(14 / np.sqrt(max(min(total, MOST_POINTS), 1)), 0.12, 0.75))
     for group in groups:
         if not group.kept:
-            x = np.minimum(group.cross_entropy, right_edge)
+            some = _evenly(len(group.rouge_l), total)
+            x = np.minimum(group.cross_entropy, right_edge)[some]
             style: dict[str, Any] = {"marker": "x", "linewidths": 1, "alpha": min(1.0, alpha * 1.6)}
-            axes.scatter(x, _spread_ties(group.rouge_l), s=size, c=group.colour, rasterized=True, **style)
+            axes.scatter(x, spread_ties(group.rouge_l)[some], s=size, c=group.colour, rasterized=True, **style)
     kept = [group for group in groups if group.kept]
     if kept:
         x = np.minimum(np.concatenate([group.cross_entropy for group in kept]), right_edge)
-        y = np.concatenate([_spread_ties(group.rouge_l) for group in kept])
+        y = np.concatenate([spread_ties(group.rouge_l) for group in kept])
         colours = np.repeat([group.colour for group in kept], [len(group.rouge_l) for group in kept])
         # Drawn in a shuffled order, so that no subset hides another.
         order = np.random.default_rng(0).permutation(len(x))
+        order = order[_evenly(len(order), total)]
         axes.scatter(x[order], y[order], s=size, c=colours[order], alpha=alpha, linewidths=0, rasterized=True)
 
 
-def _spread_ties(rouge_l: FloatArray) -> FloatArray:
+def _evenly(count: int, total: int) -> npt.NDArray[np.int64]:
+    """Of some of all points, the share that is drawn."""
+    return np.linspace(0, count - 1, min(count, -(-count * MOST_POINTS // max(total, 1)))).astype(np.int64)
+
+
+def spread_ties(rouge_l: FloatArray) -> FloatArray:
     """Points of ROUGE-L, with exact 0 and 100 spread evenly over their strips."""
     points = rouge_l * 100
     offset = STRIP[0] + 1 + (STRIP[1] - STRIP[0] - 2) * (np.arange(len(points)) * GOLDEN % 1)

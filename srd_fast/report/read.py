@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from srd_fast.curriculum import CurriculumPlan
 from srd_fast.errors import UserError
+from srd_fast.report.answers import ValidationAnswers, read_answers
 from srd_fast.report.files import Fields, read_json, read_table, read_text
 
 FloatArray = npt.NDArray[np.float64]
@@ -112,6 +113,7 @@ class Summary:
     data: dict[str, float]
     evaluation: dict[str, Evaluation]
     timings: dict[str, float]
+    """Seconds by step. Those of the evaluation itself are known to steps.json alone, which is written after it."""
     training: dict[str, float]
     environment: dict[str, str]
     stages: tuple[dict[str, float], ...] = ()
@@ -157,6 +159,7 @@ class Run:
     summary: Summary | None
     config: str | None
     selection: Selection | None = None
+    answers: ValidationAnswers | None = None
 
 
 def read_run(run_folder: str | Path) -> Run:
@@ -174,10 +177,11 @@ def read_run(run_folder: str | Path) -> Run:
         num_validation=_count_rows(folder / "data" / "validation.parquet"),
         reflections=_read_reflections(folder / "reflections.parquet"),
         plan=_read_plan(folder / "plan.json"),
-        metrics=_read_metrics(folder / "metrics.jsonl"),
-        summary=_read_summary(folder / "summary.json"),
+        metrics=read_metrics(folder / "metrics.jsonl"),
+        summary=_read_summary(folder / "summary.json", _seconds(folder / "steps.json")),
         config=read_text(folder / "config.yaml"),
         selection=_read_selection(folder / "selection.json"),
+        answers=read_answers(folder),
     )
 
 
@@ -234,7 +238,8 @@ TRAIN_COLUMNS = (
 VALIDATION_COLUMNS = ("step", "kl", "cross_entropy")
 
 
-def _read_metrics(path: Path) -> Metrics | None:
+def read_metrics(path: Path) -> Metrics | None:
+    """What was measured while training; None if there is no file."""
     text = read_text(path)
     if text is None:
         return None
@@ -269,7 +274,17 @@ def _columns(rows: Mapping[float, Fields], names: Sequence[str]) -> dict[str, Fl
     return {name: np.array([row.number(name) for row in ordered], dtype=np.float64) for name in names}
 
 
-def _read_summary(path: Path) -> Summary | None:
+def _seconds(path: Path) -> dict[str, float]:
+    """What each finished step took; empty without a ledger, or with one that the run itself will refuse."""
+    try:
+        fields = read_json(path)
+        found = {} if fields is None else {name: fields.child(name).number("seconds") for name in fields.data}
+    except UserError:
+        return {}
+    return {name: value for name, value in found.items() if name != "report"}
+
+
+def _read_summary(path: Path, seconds: Mapping[str, float]) -> Summary | None:
     fields = read_json(path)
     if fields is None:
         return None
@@ -282,7 +297,7 @@ def _read_summary(path: Path) -> Summary | None:
         divergence=fields.text("divergence"),
         data=fields.child("data").numbers(),
         evaluation={name: _evaluation(models.child(name)) for name in models.data},
-        timings=fields.child("timings").numbers(),
+        timings={**seconds, **fields.child("timings").numbers()},
         training=fields.child("training").numbers(),
         environment={name: str(value) for name, value in environment.data.items()},
         stages=tuple(row.numbers() for row in fields.objects("stages")),

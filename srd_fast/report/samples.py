@@ -7,7 +7,7 @@ from srd_fast.curriculum import CurriculumPlan
 from srd_fast.report.numbers import missing, number, points
 from srd_fast.report.read import Run
 
-SHOWN = 5
+SHOWN, NEAREST = 5, 3
 UNSCORED_SHOWN = 20
 # A longer text is cut, so that a few huge rows do not make a huge page.
 MAX_CHARACTERS = 6000
@@ -31,7 +31,12 @@ def samples_view(run: Run) -> dict[str, Any]:
         ("Easiest kept rows", kept[:SHOWN]),
         ("Hardest kept rows", hardest),
         ("Hardest dropped rows", dropped[::-1][:SHOWN]),
+        # A person can judge a border by the rows on its two sides.
+        ("Nearest to the border: the last kept", kept[::-1][:NEAREST] if dropped else []),
+        ("Nearest to the border: the first dropped", dropped[:NEAREST]),
     ):
+        if title.startswith("Nearest") and not ids:
+            continue
         cards = [_card(run, plan, sample_id, subset_of, reasons) for sample_id in ids]
         view["groups"].append((title, cards))
     return view

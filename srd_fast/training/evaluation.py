@@ -41,7 +41,7 @@ from ..sharing import ALONE, Sharing
 from ..showing import progress_bar
 from ..teacher import HiddenRows, LiveTeacher, RowsOfSamples, TeacherCache, TeacherRows, TeacherSource, labels_with_loss
 from .corpus_metrics import check_metrics, corpus_score
-from .measure import Divergences, measure_batch
+from .measure import TokenDivergences, measure_tokens
 
 
 def evaluate(
@@ -64,6 +64,7 @@ def evaluate(
     train_on: str = "last",
     rouge_tokenizer: str = "auto",
     num_examples: int = 5,
+    per_row: bool = False,
     sharing: Sharing = ALONE,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -96,6 +97,7 @@ def evaluate(
         rouge_tokenizer: how ROUGE-L cuts text into words, a name that `srd_fast.rouge.RougeL` takes. "auto" chooses by
             the references of all of `dataset`.
         num_examples: how many answers `examples` has.
+        per_row: give each row's answer and measures too, as `rows`.
         sharing: the processes that make this call together, each for some of the batches. The first gets the results,
             which are to the bit those of one process; the others get an empty dictionary.
         progress: show a progress bar.
@@ -104,7 +106,9 @@ def evaluate(
         A dict: rouge_l, 0 to 1, the best over a sample's references, mean over samples; rouge_l_std, its standard
         deviation over seeds, or None with fewer than two; each of `metrics`, 0 to 1, of all answers together;
         cross_entropy in nats per token; kl in nats per token, or None; num_samples; num_tokens; and examples, each with
-        sample_id, prompt, reference and generation.
+        sample_id, prompt, reference and generation. With `per_row` also rows, a dict of columns with one value a row:
+        sample_id; generation, of the last seed; rouge_l, mean over seeds; cross_entropy and kl, sums over the row's
+        tokens in nats, kl None without a teacher; num_tokens.
 
     Raises:
         UserError: `states` and `teacher` are both given, `seeds` are given at temperature 0, a metric is unknown or its
@@ -157,6 +161,7 @@ def evaluate(
     check_positions(lengths, of_prompts, ids, {"teacher": teacher}, way_out)
     scorer = RougeL(choose_tokenizer(rouge_tokenizer, references))
     means, generations = [], [""] * len(samples)
+    of_answers: list[list[float]] = []  # by seed
     # Whole batches, so that each answer has the neighbours that it has in one process.
     batches = list(batches_by_length(of_prompts, batch_size))[sharing.rank :: sharing.world]
     mine = sorted(i for batch in batches for i in batch)
@@ -175,12 +180,14 @@ def evaluate(
                     generations[i] = text
             if sharing.rank:
                 continue
-            means.append(statistics.fmean(scorer.score_all(generations, references)))
+            of_answers.append(scorer.score_all(generations, references))
+            means.append(statistics.fmean(of_answers[-1]))
             for name in metrics:
                 of_corpus[name].append(corpus_score(name, generations, references))
 
     collate = DistillationCollator(decoder_start=decoder_start(model))
     of_batches: dict[int, Tensor] = {}
+    of_rows: dict[int, list[float]] = {}
     model.eval()
     device = entry_device(model) if own is None else own.device
     for number, indices in enumerate(batches_by_length([len(x) for x in input_ids], batch_size)):
@@ -194,13 +201,15 @@ def evaluate(
             if isinstance(source, RowsOfSamples):
                 batch["teacher"] = _stored(source, some, device)
             if own is None:
-                measured = measure_batch(model, source, batch)
+                measured = measure_tokens(model, source, batch)
             else:
                 measured = _measure_rows(own.rows(batch, 1.0), labels_with_loss(batch))
-        of_batches[number] = torch.stack([x.cpu().double() for x in measured])
+        of_batches[number] = torch.stack([x.cpu().double() for x in measured.summed()])
+        of_rows.update(zip(indices, _by_sample(measured, some)))
     for module, mode in zip(watched, modes):
         module.train(mode)
     found = {number: x for of_process in sharing.gather(of_batches) for number, x in of_process.items()}
+    measured_rows = {i: x for of_process in sharing.gather(of_rows) for i, x in of_process.items()}
     if sharing.rank:
         return {}
     totals = torch.zeros(3, dtype=torch.float64)
@@ -211,6 +220,15 @@ def evaluate(
         {"sample_id": i, "prompt": p, "reference": (r or [""])[0], "generation": g}
         for i, p, r, g in zip(samples["sample_id"], samples["prompt"], references, generations)
     ]
+    sums = list(zip(*(measured_rows[i] for i in range(len(samples)))))
+    rows = {
+        "sample_id": list(samples["sample_id"]),
+        "generation": generations,
+        "rouge_l": [statistics.fmean(x) for x in zip(*of_answers)],
+        "cross_entropy": list(sums[1]),
+        "kl": None if source is None else list(sums[0]),
+        "num_tokens": [int(x) for x in sums[2]],
+    }
     return {
         "rouge_l": statistics.fmean(means),
         "rouge_l_std": statistics.stdev(means) if len(means) > 1 else None,
@@ -220,7 +238,15 @@ def evaluate(
         "num_samples": len(samples),
         "num_tokens": int(tokens),
         "examples": examples[:num_examples],
+        **({"rows": rows} if per_row else {}),
     }
+
+
+def _by_sample(measured: TokenDivergences, samples: Sequence[Mapping[str, Any]]) -> list[list[float]]:
+    """KL, cross-entropy and tokens of each sample of a batch, in float64."""
+    counts = [sum(y != IGNORE_INDEX for y in s["labels"][1:]) for s in samples]
+    columns = [x.double().cpu().split(counts) for x in (measured.kl_N, measured.cross_entropy_N)]
+    return [[kl.sum().item(), entropy.sum().item(), n] for kl, entropy, n in zip(*columns, counts)]
 
 
 def _stored(cache: RowsOfSamples, samples: Sequence[Mapping[str, Any]], device: torch.device) -> dict[str, Tensor]:
@@ -228,16 +254,18 @@ def _stored(cache: RowsOfSamples, samples: Sequence[Mapping[str, Any]], device: 
 
 
 @torch.no_grad()
-def _measure_states(cache: TeacherCache, samples: Sequence[Mapping[str, Any]], device: torch.device) -> Divergences:
-    """Run `measure_batch` without a teacher, from the hidden states of a cache that the model filled."""
+def _measure_states(
+    cache: TeacherCache, samples: Sequence[Mapping[str, Any]], device: torch.device
+) -> TokenDivergences:
+    """Run `measure_tokens` without a teacher, from the hidden states of a cache that the model filled."""
     rows = cache.rows({"teacher": _stored(cache, samples, device)}, 1.0)
     labels_N = torch.tensor([y for s in samples for y in s["labels"][1:] if y != IGNORE_INDEX], device=device)
     return _measure_rows(rows, labels_N, cache.meta["kind"])
 
 
 @torch.no_grad()
-def _measure_rows(rows: TeacherRows, labels_N: Tensor, kind: str = "hidden") -> Divergences:
+def _measure_rows(rows: TeacherRows, labels_N: Tensor, kind: str = "hidden") -> TokenDivergences:
     if not isinstance(rows, HiddenRows):
         raise UserError(f"states must be a cache of kind 'hidden', got {kind!r}")
     losses_N = token_cross_entropy(rows.hidden_ND, rows.head, labels_N)
-    return Divergences(losses_N.new_zeros(()), losses_N.sum(), torch.tensor(len(labels_N)))
+    return TokenDivergences(torch.zeros_like(losses_N), losses_N, torch.tensor(len(labels_N)))

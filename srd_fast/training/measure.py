@@ -16,7 +16,7 @@ from ..teacher import TeacherSource, distillation_loss_of_rows, labels_with_loss
 
 # What an evaluation during training gives, without the prefix "eval_". Of each, less is better.
 METRICS = ("loss", "kl", "cross_entropy")
-_FORWARD_KL = LossOptions("forward_kl", temperature=1.0, reduction="sum", ignore_index=None)
+_FORWARD_KL = LossOptions("forward_kl", temperature=1.0, reduction="none", ignore_index=None)
 
 
 def check_best_metric(name: str | None, sets: Sequence[str] = ()) -> None:
@@ -48,7 +48,23 @@ class Divergences(NamedTuple):
     num_tokens: Tensor
 
 
-@torch.no_grad()
+class TokenDivergences(NamedTuple):
+    """Of each of N tokens, in nats.
+
+    Attributes:
+        kl_N: [N] KL(teacher, student) at T = 1; 0 without a teacher.
+        cross_entropy_N: [N] of the labels.
+    """
+
+    kl_N: Tensor
+    cross_entropy_N: Tensor
+
+    def summed(self) -> Divergences:
+        """The sums over the tokens."""
+        tokens = torch.full((), len(self.kl_N), device=self.kl_N.device)
+        return Divergences(self.kl_N.sum(), self.cross_entropy_N.sum(), tokens)
+
+
 def measure_batch(
     student: nn.Module,
     teacher: TeacherSource | None,
@@ -66,18 +82,37 @@ def measure_batch(
     Returns:
         Sums over the batch's tokens.
     """
+    return measure_tokens(student, teacher, inputs, look).summed()
+
+
+@torch.no_grad()
+def measure_tokens(
+    student: nn.Module,
+    teacher: TeacherSource | None,
+    inputs: dict[str, Any],
+    look: Callable[[Head, Tensor], None] | None = None,
+) -> TokenDivergences:
+    """Do what `measure_batch` does, and keep the tokens apart.
+
+    Args:
+        student: a causal language model.
+        teacher: source of the teacher's rows; None: `kl_N` is 0.
+        inputs: a batch of the collator, on the student's device.
+        look: gets the head and the [N, D] states of the tokens with loss too.
+
+    Returns:
+        The values of the tokens with loss, sample after sample.
+    """
     labels_N = labels_with_loss(inputs)
 
-    def measure(head: Head, hidden_ND: Tensor) -> Divergences:
+    def measure(head: Head, hidden_ND: Tensor) -> TokenDivergences:
         if look is not None:
             look(head, hidden_ND)
         if teacher is None:
             losses = token_cross_entropy(hidden_ND, head, labels_N)
-            return Divergences(losses.new_zeros(()), losses.sum(), torch.tensor(len(labels_N), device=losses.device))
+            return TokenDivergences(torch.zeros_like(losses), losses)
         out = distillation_loss_of_rows(StudentRows(hidden_ND, head, labels_N, _FORWARD_KL), teacher.rows(inputs, 1.0))
-        # Not `num_items`, which a head in shards counts over all ranks.
-        tokens = torch.full((), len(labels_N), device=labels_N.device)
-        return Divergences(out.divergence, out.cross_entropy, tokens)
+        return TokenDivergences(out.divergence, out.cross_entropy)
 
     return through_head(student, measure, rows_with_loss(hidden_states(student, inputs), inputs))
 

@@ -1,6 +1,7 @@
 """The HTML report: nothing from the data is markup, nothing is loaded, every section tells what it has or lacks."""
 
 import base64
+import hashlib
 import json
 import math
 import re
@@ -21,6 +22,7 @@ EVIL = '<script>alert(1)</script><img src="https://evil.example/x.png" onerror=a
 SECTIONS = (
     "Before and after",
     "Difficulty map",
+    "What the ranking follows",
     "Stages over time",
     "Loss and validation",
     "Speed and memory",
@@ -137,9 +139,12 @@ def pictures(page: str) -> list[str]:
 
 def test_data_never_becomes_markup(full: tuple[Path, str]) -> None:
     page = full[1]
+    # The page's own: the rows, which no browser executes, and what lists them.
+    assert [found.get("type") for tag, found in Tags(page).tags if tag == "script"] == ["application/json", None]
+    page = re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)
     assert "<script" not in page.lower()
     tags = Tags(page)
-    assert {tag for tag, _ in tags.tags}.isdisjoint({"script", "iframe", "object", "embed", "base", "form"})
+    assert {tag for tag, _ in tags.tags}.isdisjoint({"iframe", "object", "embed", "base", "form"})
     assert not [name for _, attributes in tags.tags for name in attributes if name.startswith("on")]
     # It is all there as text: title, heading, prompts, references, answers, reasons, examples, configuration.
     assert tags.text.count("<script>alert(1)</script>") > 40
@@ -169,7 +174,10 @@ def test_content_security_policy_comes_first(full: tuple[Path, str]) -> None:
     assert len(policies) == 1
     policy = tags[policies[0]][1]["content"] or ""
     assert {"default-src 'none'", "style-src 'unsafe-inline'", "img-src data:"} <= set(policy.split("; "))
-    assert "script" not in policy
+    script = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script[0].encode()).digest()).decode()
+    assert [x for x in policy.split("; ") if "script" in x] == [f"script-src 'sha256-{digest}'"]
+    assert len(script) == 1
     loads = [i for i, (tag, _) in enumerate(tags) if tag in ("style", "link", "img")]
     assert policies[0] < min(loads)
 
@@ -184,6 +192,8 @@ def test_full_page_has_every_section_in_order(full: tuple[Path, str]) -> None:
         ("Easiest kept rows", "row-00"),
         ("Hardest kept rows", "row-17"),
         ("Hardest dropped rows", "row-22"),
+        ("Nearest to the border: the last kept", "row-17"),
+        ("Nearest to the border: the first dropped", "row-18"),
     ):
         assert re.search(rf'{title}</h3>\s*<article class="sample">\s*<header><span class="id">{first}<', page)
 
@@ -209,6 +219,28 @@ def test_metrics_of_answers_have_columns_of_their_own(tmp_path: Path) -> None:
     assert re.findall(r'<th scope="col">(ROUGE-L|BLEU|chrF) <span class="unit">points', page) == ["ROUGE-L", "BLEU"]
     assert re.findall(r"<strong>([^<]+)</strong>", page) == ["39.8 ± 1.0", "20.0", "2.341", "0.931"]
     assert "<td>31.0</td>" in page
+
+
+@pytest.mark.parametrize(
+    ("ledger", "total"),
+    [
+        (None, "1 h 08 min"),
+        ({"evaluate": {"seconds": 1800.0}, "report": {"seconds": 9000.0}}, "1 h 38 min"),
+        ({"reflect": {"seconds": 5.0}, "evaluate": {"seconds": 1.0}}, "1 h 08 min"),
+        ({"evaluate": "damaged"}, "1 h 08 min"),
+    ],
+)
+def test_the_total_has_the_evaluation_that_ended_after_the_summary(
+    tmp_path: Path, ledger: dict[str, object] | None, total: str
+) -> None:
+    write_summary(tmp_path)
+    if ledger is not None:
+        (tmp_path / "steps.json").write_text(json.dumps(ledger))
+    page = write_report(tmp_path).read_text()
+    assert re.findall(r'<th scope="row">total</th><td>([^<]+)<', page) == [total]
+    rows = re.findall(r"<tr><td>([\w-]+)</td><td>[^<]+</td><td aria-hidden", page)
+    with_it = isinstance((ledger or {}).get("evaluate"), dict)
+    assert rows == ["prepare", "reflect", "distill", *(["evaluate"] if with_it else [])]
 
 
 def test_labels_of_small_numbers_survive_in_the_plots(full: tuple[Path, str]) -> None:

@@ -47,20 +47,20 @@ class Answers:
             yield i, self.tokenizer(self.table[sampling.seed][i]).input_ids
 
 
-def plain_sums(
+def plain_rows(
     student: PreTrainedModel, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, **options: Any
-) -> tuple[float, float, int]:
-    """KL(teacher, student) and cross-entropy per token, row by row, from full logits in float64."""
-    kl, entropy, tokens = 0.0, 0.0, 0
+) -> list[tuple[float, float, int]]:
+    """KL(teacher, student), cross-entropy and tokens of each row, from full logits in float64."""
+    found = []
     for sample in prepare_dataset(ROWS, Tokenisation(tokenizer, **options)).dataset:
         ids, labels = torch.tensor([sample["input_ids"]]), torch.tensor(sample["labels"][1:])
         log_q = torch.log_softmax(student(input_ids=ids).logits[0, :-1].double(), -1)
         log_p = torch.log_softmax(teacher(input_ids=ids).logits[0, :-1].double(), -1)
         rows = labels != -100
-        kl += (log_p.exp() * (log_p - log_q)).sum(-1)[rows].sum().item()
-        entropy -= log_q[rows].gather(1, labels[rows, None]).sum().item()
-        tokens += int(rows.sum())
-    return kl / tokens, entropy / tokens, tokens
+        kl = (log_p.exp() * (log_p - log_q)).sum(-1)[rows].sum().item()
+        entropy = -log_q[rows].gather(1, labels[rows, None]).sum().item()
+        found.append((kl, entropy, int(rows.sum())))
+    return found
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 32])
@@ -73,12 +73,16 @@ def test_divergence_and_cross_entropy_are_means_over_the_response_tokens(
     tiny_tokenizer: PreTrainedTokenizerFast,
 ) -> None:
     with torch.no_grad():
-        kl, entropy, tokens = plain_sums(tiny_model, teacher, tiny_tokenizer, template=template)
-    found = run(tiny_model, tiny_tokenizer, teacher=teacher, batch_size=batch_size, template=template)
+        of_rows = [*zip(*plain_rows(tiny_model, teacher, tiny_tokenizer, template=template))]
+    tokens = sum(of_rows[2])
+    kl, entropy = (sum(x) / tokens for x in of_rows[:2])
+    found = run(tiny_model, tiny_tokenizer, teacher=teacher, batch_size=batch_size, template=template, per_row=True)
     assert found["kl"] == pytest.approx(kl, rel=1e-5)
     assert found["cross_entropy"] == pytest.approx(entropy, rel=1e-5)
     assert (found["num_tokens"], found["num_samples"]) == (tokens, len(ROWS))
     assert kl > 0.5
+    for name, values in zip(("kl", "cross_entropy", "num_tokens"), of_rows):
+        assert found["rows"][name] == pytest.approx(values, rel=1e-5), name
 
 
 def test_a_model_is_at_no_distance_from_itself(
@@ -146,10 +150,16 @@ def test_seeds_give_a_mean_and_a_deviation(
     table = {10: ["one two", "three four"], 20: ["one two", "x"], 30: ["x", "y"]}
     engine = Answers(tiny_tokenizer, table)
     sampling = Sampling(max_new_tokens=7, temperature=0.9)
-    found = run(tiny_model, tiny_tokenizer, rows, engine="answers", seeds=[10, 20, 30], sampling=sampling)
+    asked: dict[str, Any] = {"engine": "answers", "seeds": [10, 20, 30], "sampling": sampling}
+    found = run(tiny_model, tiny_tokenizer, rows, **asked, per_row=True)
     assert found["rouge_l"] == pytest.approx(0.5)
     assert found["rouge_l_std"] == pytest.approx(statistics.stdev([1, 0.5, 0]))
     assert [(s.seed, s.temperature, s.max_new_tokens) for s in engine.samplings] == [(n, 0.9, 7) for n in (10, 20, 30)]
+    of_rows = found["rows"]
+    assert of_rows["rouge_l"] == pytest.approx([2 / 3, 1 / 3])
+    assert (of_rows["generation"], of_rows["kl"]) == (["x", "y"], None)
+    assert len(set(of_rows["sample_id"])) == 2
+    assert "rows" not in run(tiny_model, tiny_tokenizer, rows, **asked)
 
 
 def test_seeds_sample_and_greedy_does_not(tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast) -> None:

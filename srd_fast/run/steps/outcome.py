@@ -85,7 +85,7 @@ def _evaluations(run: Run) -> dict[str, Any]:
             todo[name] = key, source
     if todo:
         run.group.everywhere(_evaluate, run, todo, kept)
-    return {name: {k: v for k, v in kept[name].items() if k != "key"} for name in models}
+    return {name: {k: v for k, v in kept[name].items() if k not in ("key", "rows")} for name in models}
 
 
 def _evaluate(run: Run, todo: Mapping[str, tuple[str, str]], kept: dict[str, Any]) -> None:
@@ -114,6 +114,7 @@ def _evaluate(run: Run, todo: Mapping[str, tuple[str, str]], kept: dict[str, Any
             batch_size=c.batch_size,
             rouge_tokenizer=run.rouge_tokenizer,
             metrics=c.metrics,
+            per_row=True,
             sharing=run.group,
             progress=run.group.rank == 0,
         )

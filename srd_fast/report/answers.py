@@ -1,0 +1,94 @@
+"""What each model answered to each validation row, and how it measured there: evaluation.json and the split."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from srd_fast.report.files import Fields, read_json, read_table
+
+
+@dataclass(frozen=True)
+class RowMeasures:
+    """One model on the validation rows, NaN where something was not measured.
+
+    Args:
+        index: sample_id -> its place in the columns.
+        generations: the answers.
+        rouge_l: 0 to 1.
+        cross_entropy: summed over the tokens of a row, in nats.
+        kl: to the teacher, summed likewise.
+        num_tokens: with loss.
+    """
+
+    index: Mapping[str, int]
+    generations: list[str]
+    rouge_l: npt.NDArray[np.float64]
+    cross_entropy: npt.NDArray[np.float64]
+    kl: npt.NDArray[np.float64]
+    num_tokens: npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class ValidationAnswers:
+    """The validation rows, and what models made of them. models has the keys "teacher", "start" and "student"."""
+
+    table: pa.Table | None
+    models: dict[str, RowMeasures]
+
+
+def read_answers(folder: Path) -> ValidationAnswers | None:
+    """The measures of single rows.
+
+    Args:
+        folder: of a run.
+
+    Returns:
+        What it holds; None where it has none, as runs of versions before there were any.
+
+    Raises:
+        UserError: a file is damaged.
+    """
+    fields = read_json(folder / "evaluation.json")
+    if fields is None:
+        return None
+    models = {}
+    for name in ("teacher", "start", "student"):
+        rows = fields.child(name).child("rows")
+        if rows.data:
+            models[name] = _measures(rows)
+    if not models:
+        return None
+    return ValidationAnswers(
+        read_table(folder / "data" / "validation.parquet", ("sample_id", "prompt", "references")), models
+    )
+
+
+def texts_of(table: pa.Table) -> tuple[dict[str, str], dict[str, str]]:
+    """sample_id -> prompt, and sample_id -> references, one below the other."""
+    ids = table["sample_id"].to_pylist()
+    joined = ("\n– or –\n".join(x or []) for x in table["references"].to_pylist())
+    return dict(zip(ids, table["prompt"].to_pylist())), dict(zip(ids, joined))
+
+
+def _measures(rows: Fields) -> RowMeasures:
+    ids = [str(x) for x in rows.items("sample_id")]
+
+    def numbers(name: str) -> npt.NDArray[np.float64]:
+        values = rows.items(name) or [math.nan] * len(ids)
+        if len(values) != len(ids):
+            raise rows.fail(name, "as long as sample_id")
+        try:
+            return np.array(values, dtype=np.float64)
+        except (TypeError, ValueError):
+            raise rows.fail(name, "a list of numbers") from None
+
+    generations = [str(x) for x in rows.items("generation")]
+    if len(generations) != len(ids):
+        raise rows.fail("generation", "as long as sample_id")
+    columns = (numbers(name) for name in ("rouge_l", "cross_entropy", "kl", "num_tokens"))
+    return RowMeasures({x: i for i, x in enumerate(ids)}, generations, *columns)

@@ -1,0 +1,153 @@
+"""The page of `srd-fast compare`: values, differences with their intervals, curves, and every model's answers."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from srd_fast.report.canvas import DROPPED, INK, LINE, MUTED, NARROW, WIDE, new_figure, picture, sequence
+from srd_fast.report.comparison import MEASURES, Comparison, Pair, change, interval
+from srd_fast.report.numbers import rows as rows_in_words
+from srd_fast.report.page import MOST_BYTES, ROOM_OF_SENTENCES, page_of, write_page
+from srd_fast.report.plots import NICE
+from srd_fast.report.read import FloatArray
+from srd_fast.report.rows import Column, Table, Texts, fit
+
+
+def render_comparison(comparison: Comparison) -> str:
+    """The whole page as HTML, at most `MOST_BYTES` long."""
+    views: dict[str, Any] = {
+        "measures": MEASURES,
+        "models": [
+            (label, [m.text(x) for m, x in zip(MEASURES, values)]) for label, values in comparison.models
+        ],
+        "num_rows": rows_in_words(comparison.num_rows) if comparison.shared else "",
+        "pairs": [
+            (pair.first, pair.second, pair.rows,
+             [(d.measure.title, d.measure.unit, change(d), interval(d), d.verdict) for d in pair.differences])
+            for pair in comparison.pairs
+        ],
+        "differences_view": _differences_view(comparison.pairs),
+        "curves": _curves_view(comparison),
+    }  # fmt: skip
+    room = MOST_BYTES - len(page_of("comparison.html", **views, answers=None).encode(errors="replace"))
+    if not comparison.shared:
+        return page_of("comparison.html", **views, answers=None)
+    text, left_out = fit(_answers(comparison), room - ROOM_OF_SENTENCES)
+    return page_of("comparison.html", **views, answers={"json": text, "left_out": left_out})
+
+
+def _differences_view(pairs: Sequence[Pair]) -> dict[str, Any]:
+    view: dict[str, Any] = {"missing": "", "picture": None, "caption": ""}
+    if not any(not d.reason for pair in pairs for d in pair.differences):
+        view["missing"] = "No difference could be measured."
+        return view
+    view["caption"] = (
+        "Difference of the second model from the first, with its interval over the validation rows. Grey: the "
+        "interval holds 0, so no difference is shown. The better side is to the left for KL and cross-entropy, to the "
+        "right for ROUGE-L."
+    )
+    alt = "; ".join(
+        f"{pair.second} against {pair.first}, {d.measure.title}: {change(d)} {interval(d)}, {d.verdict}"
+        for pair in pairs
+        for d in pair.differences
+    )
+    view["picture"] = picture(lambda narrow: _intervals(pairs, narrow), f"Differences with intervals. {alt}.")
+    return view
+
+
+def _intervals(pairs: Sequence[Pair], narrow: bool) -> Figure:
+    height = 60 + 30 * len(pairs)
+    figure = new_figure(NARROW, 3 * height) if narrow else new_figure(WIDE, height + 20)
+    panels = figure.subplots(3, 1) if narrow else figure.subplots(1, 3, sharey=True)
+    for axes, measure, number in zip(panels, MEASURES, range(3)):
+        axes.set_title(f"{measure.title} ({measure.unit})")
+        axes.axvline(0, color=MUTED, linewidth=0.9)
+        for y, pair in enumerate(pairs):
+            d = pair.differences[number]
+            if d.reason:
+                continue
+            colour = DROPPED if d.verdict == "no difference" else LINE
+            ends = [measure.scale * d.low, measure.scale * d.high]
+            axes.plot(ends, [y, y], color=colour, linewidth=2.5)
+            axes.plot(measure.scale * (d.second - d.first), y, "o", color=colour, markersize=6)
+        axes.set_yticks(range(len(pairs)), [f"{i + 1}" for i in range(len(pairs))])
+        axes.set_ylim(len(pairs) - 0.5, -0.5)
+        axes.xaxis.set_major_locator(MaxNLocator(4, steps=NICE))
+    return figure
+
+
+def _curves_view(comparison: Comparison) -> dict[str, Any]:
+    curves = {
+        label: metrics.validation for label, metrics in comparison.metrics.items() if len(metrics.validation["step"])
+    }
+    view: dict[str, Any] = {"missing": "", "picture": None, "caption": "Measured while training."}
+    if not curves:
+        view["missing"] = "No run's metrics.jsonl holds a validation row."
+        return view
+    colours = dict(zip(curves, sequence(max(len(curves), 2))))
+    view["legend"] = [(label, colours[label], True, "") for label in curves]
+    alt = "; ".join(f"{label}: KL {_last(x['kl'])} at step {x['step'][-1]:.0f}" for label, x in curves.items())
+
+    def draw(narrow: bool) -> Figure:
+        figure = new_figure(NARROW, 420) if narrow else new_figure(WIDE, 260)
+        panels = figure.subplots(2, 1, sharex=True) if narrow else figure.subplots(1, 2)
+        for axes, name, title in zip(panels, ("kl", "cross_entropy"), ("validation KL", "validation cross-entropy")):
+            for label, columns in curves.items():
+                seen = np.isfinite(columns[name])
+                axes.plot(columns["step"][seen], columns[name][seen], color=colours[label], marker="o", markersize=3.5)
+            axes.set_title(f"{title} (nats per token)", color=INK)
+            axes.margins(x=0.02, y=0.1)
+            axes.yaxis.set_major_locator(MaxNLocator(5, steps=NICE))
+            axes.xaxis.set_major_locator(MaxNLocator(6, steps=NICE, integer=True))
+        for axes in panels[-1:] if narrow else panels:
+            axes.set_xlabel("optimizer step")
+        return figure
+
+    view["picture"] = picture(draw, f"Validation curves. {alt}.")
+    return view
+
+
+def _last(values: FloatArray) -> str:
+    seen = values[np.isfinite(values)]
+    return f"{seen[-1]:.3f}" if len(seen) else "not measured"
+
+
+def _answers(comparison: Comparison) -> Table:
+    """Every shared row with what each model answered; ROUGE-L and KL of each."""
+    ids = comparison.shared
+    columns, texts = [], []
+    for i, model in enumerate(comparison.given, 1):
+        at = [model.rows.index[x] for x in ids]
+        columns.append(Column(f"ROUGE‑L, {i}", "points", 100 * model.rows.rouge_l[at], i < len(comparison.given)))
+        kl = model.rows.kl[at] / np.maximum(model.rows.num_tokens[at], 1)
+        if not all(map(math.isnan, kl)):
+            columns.append(Column(f"KL, {i}", "nats per token", kl, i < len(comparison.given)))
+        texts.append(Texts(f"{i}: {model.label}", [model.rows.generations[place] for place in at]))
+    columns.sort(key=lambda column: column.title.startswith("KL"))
+    prompts, references = comparison.prompts, comparison.references
+    of_row = [
+        Texts("prompt", [prompts.get(x) for x in ids], whole=True),
+        Texts("reference", [references.get(x) for x in ids]),
+    ]
+    return Table(ids, columns, [*of_row, *texts])
+
+
+def write_comparison(comparison: Comparison, target: Path) -> Path:
+    """Write the page of a comparison.
+
+    Args:
+        comparison: what `compare_runs` gave.
+        target: the file; an older one is replaced.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    return write_page(target, render_comparison(comparison))

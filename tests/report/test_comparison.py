@@ -1,0 +1,196 @@
+"""`srd-fast compare`: paired intervals that hold what they say, and a difference inside its interval is none."""
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from test_all_rows import HOSTILE, blocks
+from test_report import Tags
+from typer.testing import CliRunner
+
+from srd_fast.cli import app
+from srd_fast.errors import UserError
+from srd_fast.report import compare_runs, comparison_text, write_comparison
+from srd_fast.report.comparison import LEVEL, paired_interval
+from srd_fast.run.config import RunConfig
+from srd_fast.run.pipeline import execute
+from srd_fast.run.steps import outcome
+
+COUNT = 60
+
+
+def write_run(
+    folder: Path,
+    kl: tuple[float, float],
+    seed: int = 0,
+    ids: range = range(COUNT),
+    teacher: str = "t",
+    changed: dict[str, Any] | None = None,
+) -> str:
+    """A run whose models have a KL per token, start and student, beside noise of the rows that all runs share."""
+    folder.mkdir()
+    noise, own = np.random.default_rng(99).normal(0, 3, 500)[: len(ids)], np.random.default_rng(seed)
+    (folder / "data").mkdir()
+    table = {"sample_id": [f"v{i}" for i in ids], "prompt": [HOSTILE[i % 3] for i in ids]}
+    references = pa.array([[HOSTILE[1]]] * len(ids))
+    pq.write_table(pa.table(table | {"references": references}), folder / "data" / "validation.parquet")
+    models: dict[str, Any] = {}
+    for name, level in zip(("start", "student"), kl):
+        rows = {
+            "sample_id": table["sample_id"],
+            "generation": [HOSTILE[i % 3] for i in ids],
+            "rouge_l": own.uniform(0.2, 0.4, len(ids)).tolist(),
+            "cross_entropy": (10 * (4 + noise) + own.normal(0, 1, len(ids))).tolist(),
+            "kl": (10 * (level + 4 + noise) + own.normal(0, 1, len(ids))).tolist(),
+            "num_tokens": [10] * len(ids),
+        }
+        models[name] = {"key": "", "rows": rows | (changed or {})}
+    (folder / "evaluation.json").write_text(json.dumps(models))
+    (folder / "summary.json").write_text(json.dumps({"teacher": teacher}))
+    return str(folder)
+
+
+def verdicts(*runs: str) -> list[list[str]]:
+    return [[d.verdict for d in pair.differences] for pair in compare_runs(runs).pairs]
+
+
+def test_start_and_student_differ_and_two_seeds_do_not(tmp_path: Path) -> None:
+    """Between rows KL varies by 3, between models by 0.1: pairs alone can tell."""
+    one = write_run(tmp_path / "a", (2.0, 1.0), 5)
+    other = write_run(tmp_path / "b", (2.0, 1.0), 2)
+    near = write_run(tmp_path / "c", (2.0, 1.1), 4)
+    none = "no difference"
+    assert verdicts(one, other, near) == [
+        *[["better", none, none]] * 3,
+        [none] * 3,
+        ["worse", none, none],
+    ]
+    assert verdicts(f"{one}:student", f"{one}:start") == [["worse", none, none]]
+    text = comparison_text(compare_runs([one, other]))
+    assert "60 validation rows that all have" in text
+    assert re.search(
+        r"a, distilled student against a, starting student, 60 rows\n  KL to the teacher +-1\.0\d\d +\[-1", text
+    )
+    assert text.count("better") == 2
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
+    random, inside = np.random.default_rng(1), 0
+    for _ in range(150):
+        weights = random.integers(5, 40, 50).astype(float)
+        low, high = paired_interval(random.exponential(0.3 * weights), weights, level=0.9)
+        inside += low <= 0.3 <= high
+    assert 0.8 <= inside / 150 <= 0.97
+    apart = random.normal(0, 1, 400)
+    ends = paired_interval(apart, np.ones(400))
+    # What theory gives for a mean at that level: 2.39 standard errors.
+    assert ends == pytest.approx(apart.mean() + np.array([-2.39, 2.39]) * apart.std() / 20, abs=0.02)
+    assert paired_interval(apart, np.ones(400)) == ends
+    assert paired_interval(apart, np.ones(400), 0.5)[1] < ends[1]
+    assert pytest.approx(0.9833, abs=1e-4) == LEVEL
+
+
+def test_what_cannot_be_compared_is_said(tmp_path: Path) -> None:
+    one = write_run(tmp_path / "a", (2.0, 1.0))
+    for name, changes, expected in (
+        ("teacher", {"teacher": "another"}, ["not comparable: other teachers", "no difference", "no difference"]),
+        ("tokens", {"changed": {"num_tokens": [11] * COUNT}}, [*["not comparable: other tokens"] * 2, "no difference"]),
+        ("no-kl", {"changed": {"kl": None}}, ["not measured", "no difference", "no difference"]),
+        ("few", {"ids": range(COUNT - 5, COUNT)}, ["too few rows to tell"] * 3),
+    ):
+        other = write_run(tmp_path / name, (2.0, 1.0), **changes)
+        comparison = compare_runs([one, other])
+        assert [d.verdict for d in comparison.pairs[-1].differences] == expected, name
+        assert expected[0] in comparison_text(comparison)
+    assert comparison.num_rows == comparison.pairs[-1].num_rows == 5
+    assert comparison.pairs[0].num_rows == COUNT
+
+
+def test_runs_with_other_validation_rows_are_compared_apart(tmp_path: Path) -> None:
+    """Then the rows' own spread, 3, is in the interval: 0.3 is no difference any more, and 5 is one."""
+    one, *others = (
+        write_run(tmp_path / str(i), (9.0, level), i, ids=range(100 * i, 100 * i + COUNT))
+        for i, level in enumerate((1.0, 1.3, 6.0))
+    )
+    comparison = compare_runs([one, *others])
+    assert [pair.differences[0].verdict for pair in comparison.pairs[3:]] == ["no difference", "worse"]
+    assert [pair.paired for pair in comparison.pairs] == [True] * 3 + [False] * 2
+    apart = comparison.pairs[3].differences[0]
+    assert apart.high - apart.low == pytest.approx(2 * 2.39 * 3 * math.sqrt(2 / COUNT), rel=0.3)
+    assert "each on validation rows of its own" in comparison_text(comparison)
+    page = write_comparison(comparison, tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "those that all have are too few" in page
+    assert not blocks(page)
+
+
+def test_runs_that_cannot_be_compared_are_refused(tmp_path: Path) -> None:
+    one = write_run(tmp_path / "a", (2.0, 1.0))
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "evaluation.json").write_text(json.dumps({"student": {"key": "", "kl": 1.0}}))
+    (tmp_path / "new").mkdir()
+    for runs, said in (
+        ([one, str(tmp_path / "nowhere")], "nowhere: there is no such run folder"),
+        (
+            [one, str(tmp_path / "old")],
+            r"old: evaluation\.json holds no measures of .*config\.yaml --force",
+        ),
+        ([one, str(tmp_path / "new")], r"new: evaluation\.json is missing .*evaluate .*config\.yaml writes them"),
+        ([f"{one}:teacher"], r"holds no measures of single rows \(teacher\)"),
+        ([f"{one}:start"], "is one model: give a run folder, or two models"),
+        ([one, one], "is given twice"),
+    ):
+        with pytest.raises(UserError, match=said):
+            compare_runs(runs)
+    with pytest.raises(UserError, match="cannot be written"):
+        write_comparison(compare_runs([one]), tmp_path / "no folder" / "page.html")
+
+
+def test_the_page_has_values_intervals_curves_and_answers(tmp_path: Path) -> None:
+    runs = [
+        write_run(tmp_path / name, (2.0, level), seed) for seed, (name, level) in enumerate([("a", 1.0), ("b", 1.2)])
+    ]
+    for run in runs:
+        (Path(run) / "metrics.jsonl").write_text(
+            '{"kind": "eval", "step": 0, "kl": 2.0}\n{"kind": "eval", "step": 9, "kl": 1}\n'
+        )
+    page = write_comparison(compare_runs(runs), tmp_path / "page.html").read_text(encoding="utf-8")
+    assert page.count('class="card"') == 2
+    assert re.findall(r"<strong>(\w+)</strong>", page) == ["better", "better"]
+    assert "3. b, distilled student against a, distilled student" in page
+    data = blocks(page)["validation-rows"]
+    assert [x["label"] for x in data["texts"][2:]][::3] == ["1: a, starting student", "4: b, distilled student"]
+    assert data["texts"][0]["values"][:3] == list(HOSTILE[:3])
+    assert [found.get("type") for tag, found in Tags(page).tags if tag == "script"] == ["application/json", None]
+    assert "<script>alert" not in page
+
+
+@pytest.mark.slow
+def test_runs_of_tiny_models_with_two_seeds_do_not_differ(
+    tiny_teacher_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outcome, "write_report", lambda folder: (folder / "report.html").write_text(""))
+    for seed in (0, 1):
+        config = {
+            "teacher": str(tiny_teacher_folder), "output_dir": str(tmp_path / f"seed-{seed}"), "seed": seed,
+            "max_rows": 24, "validation": 24, "dtype": "float32",
+            "init_student": {"layers": 2, "warmup_steps": 0},
+            "reflect": {"engine": "transformers", "max_new_tokens": 4, "batch_size": 8},
+            "evaluate": {"max_new_tokens": 4},
+            "distill": {"per_device_train_batch_size": 4, "epochs_per_stage": 2, "learning_rate": 2e-3,
+                        "eval_strategy": "no", "save_strategy": "no"},
+        }  # fmt: skip
+        execute(RunConfig(**config), say=lambda text: None)
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, ["compare", "seed-0", "seed-1"])
+    assert done.exit_code == 0, done.output
+    first, second, seeds = done.output.split("\n\n")[1:]
+    for before_and_after in (first, second):
+        assert re.search(r"KL to the teacher .* better", before_and_after), done.output
+    assert seeds.count("no difference") == 3, done.output
+    assert (tmp_path / "comparison.html").stat().st_size > 50_000
