@@ -1,4 +1,7 @@
-"""`srd-fast`: the verbs. Exit status 0, 2 with a line for each mistake of a user, 130 or 143 when stopped."""
+"""`srd-fast`: the verbs. Exit status 0, 2 with a line for each mistake of a user, 130 or 143 when stopped.
+
+One file, because it is the command's manual: each verb is its words, its options and one call.
+"""
 
 import logging
 import os

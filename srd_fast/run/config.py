@@ -12,7 +12,8 @@ from ..data import check_chat_template_kwargs, check_columns, shown
 from ..errors import Faults, FaultsError, UserError
 from ..reflection.reflect import REFLECTION_PRESETS
 from ..suggest import unknown_name
-from ..training.config import TRAINING_PRESETS, SRDConfig, with_preset
+from ..training.config import SRDConfig
+from ..training.presets import TRAINING_PRESETS, with_preset
 from .modes import KD, MODES, mode_fields
 from .synonyms import SYNONYMS
 from .yaml_values import apply_override, checked, read_yaml, shown_value

@@ -148,18 +148,18 @@ def check_mode(config: "RunConfig", args: SRDConfig, faults: Faults) -> None:
         faults: takes what is wrong, naming the key, its value and the way out.
     """
     weights = ("distill.sft_weight", "distill.sft_weight_start", "distill.sft_weight_end")
-    faults.check(("mode", *weights, "curate.stages"), _check_weights, config, args)
+    faults.check(("mode", *weights), _check_weights, config, args)
     faults.check(("mode", "distill.lmbda"), _check_share, config, args)
     faults.check(("mode", "answers_per_prompt", "reflect.temperature"), _check_several, config)
     faults.check(("mode", "curate.reflect_again"), _check_ranked_once, config)
 
 
 def _check_weights(config: "RunConfig", args: SRDConfig) -> None:
-    weights = args.of_stages(config.curate.stages).sft_weights
-    if not MODES.get(config.mode).teacher and set(weights) != {1.0}:
+    if not MODES.get(config.mode).teacher and not args.only_cross_entropy:
+        given = (args.sft_weight_start, args.sft_weight_end) if args.sft_weight is None else args.sft_weight
         raise UserError(
             f"config: mode {config.mode!r} trains on the cross-entropy alone, and the sft_weight of its stages is "
-            f"{weights}; leave it out of distill, or use mode kd"
+            f"{given}; leave it out of distill, or use mode kd"
         )
 
 

@@ -137,7 +137,11 @@ class VLLMTeacher:
         return self.head.weight.device
 
     def reserve(self, length: int) -> None:
-        """Say before the first samples how many tokens they have at most. Default: as many as the model takes."""
+        """Say before the first samples how many tokens they have at most. Default: as many as the model takes.
+
+        Args:
+            length: tokens of the longest sample.
+        """
         self._length = max(self._length, length)
 
     def hidden_rows(self, samples: Sequence[Mapping[str, Any]]) -> Tensor:

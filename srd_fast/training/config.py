@@ -1,4 +1,4 @@
-"""`SRDConfig`: the training arguments of selective reflection distillation, and its presets."""
+"""`SRDConfig`: the training arguments of selective reflection distillation."""
 
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, NamedTuple
@@ -19,54 +19,9 @@ from ..suggest import unknown_name
 from ..teacher.stores import CACHE_KINDS, keeps_head
 from ..workers.vllm import is_installed
 from .arguments import CHOICES, RANGES, REFUSED, check_fits, check_processes, faults_of_transformers
+from .presets import TRAINING_PRESETS, with_preset
 from .replay import ADAPTIVE
 
-# SE-KD (arXiv 2602.01395): KL at temperature 1 on the fifth of each response that the student is least sure of.
-_SE_KD: dict[str, Any] = {
-    "divergence": "forward_kl",
-    "temperature": 1.0,
-    "sft_weight": 0.0,
-    "position_selection": "topk_student_entropy",
-    "position_ratio": 0.2,
-}
-# Stages that are runs of their own, as in the code of both papers' authors.
-_STAGES_ALONE: dict[str, Any] = {
-    "epochs_per_stage": 8,
-    "learning_rate": 1e-4,
-    "min_learning_rate": 1e-7,
-    "restart_learning_rate": True,
-    "reset_optimizer": True,
-    "temperature_scaling": "official",
-    "per_device_train_batch_size": 16,
-}
-# `paper`: arXiv 2508.06135. `official`: what the authors' code does, where it differs. POCL: arXiv 2506.05695, which
-# drops no sample. SE-KD3X: with classes, samples.
-TRAINING_PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {
-        "temperature_start": 1.0,
-        "temperature_end": 2.0,
-        "sft_weight_start": 0.3,
-        "sft_weight_end": 0.1,
-        "epochs_per_stage": 8,
-    },
-    "official": {
-        **_STAGES_ALONE,
-        "temperature": [1.0, 1.5, 2.0],
-        "sft_weight": [0.2, 0.1, 0.0],
-    },
-    "POCL": {
-        **_STAGES_ALONE,
-        "temperature": [1.0, 1.33, 1.67, 2.0],
-        "sft_weight": [0.3, 0.2, 0.1, 0.0],
-    },
-    "SE-KD": _SE_KD,
-    "SE-KD3X": {
-        **_SE_KD,
-        "class_sampling": 64,
-        "sample_selection": "topk_student_entropy",
-        "sample_ratio": 0.2,
-    },
-}
 # Ends of the names of metrics of which less is better; TrainingArguments knows "loss" alone.
 _LESS_IS_BETTER = ("loss", "kl", "entropy", "divergence", "perplexity")
 
@@ -89,15 +44,6 @@ def check_cache_kind(kind: str, divergence: str, names: tuple[str, str] = ("teac
         raise UserError(
             f"{names[0]} {kind!r} gives forward_kl alone, and {names[1]} is {divergence!r}; use hidden or topk"
         )
-
-
-def with_preset(preset: str, fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a preset, replaced by the given ones. A given start or end removes the preset's list of stages."""
-    base = dict(TRAINING_PRESETS[preset])
-    for name in ("temperature", "sft_weight"):
-        if f"{name}_start" in fields or f"{name}_end" in fields:
-            base.pop(name, None)
-    return {**base, **fields}
 
 
 def _described(default: Any, text: str) -> Any:

@@ -268,4 +268,4 @@ def _measure_rows(rows: TeacherRows, labels_N: Tensor, kind: str = "hidden") -> 
     if not isinstance(rows, HiddenRows):
         raise UserError(f"states must be a cache of kind 'hidden', got {kind!r}")
     losses_N = token_cross_entropy(rows.hidden_ND, rows.head, labels_N)
-    return TokenDivergences(torch.zeros_like(losses_N), losses_N, torch.tensor(len(labels_N)))
+    return TokenDivergences(torch.zeros_like(losses_N), losses_N)

@@ -28,8 +28,8 @@ from srd_fast.kernels.class_blocks import ClassBlocks
 
 BACKEND = ("triton" if INTERPRETED else "eager") + BY_CLASSES
 COUNT = 2 if INTERPRETED else 7
-# Interpreted, what takes a moment in PyTorch takes seconds: most of it is marked slow there.
-SLOW = pytest.mark.slow if INTERPRETED else ()
+# Interpreted, what takes a moment in PyTorch takes seconds: most of it is marked long there.
+SLOW = pytest.mark.long if INTERPRETED else ()
 BY_DEFAULT = ("forward_kl", "jsd")
 FEW = [pytest.param(d, marks=() if d in BY_DEFAULT else SLOW, id=f"{BACKEND}-{d}") for d in DIVERGENCES]
 

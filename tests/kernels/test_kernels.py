@@ -712,6 +712,7 @@ print(json.dumps({"same": same, "said": [str(w.message) for w in caught]}))
 """
 
 
+@pytest.mark.slow
 @not_interpreted
 def test_without_a_compiler_there_is_one_warning_and_eager_mode(tmp_path: Path) -> None:
     missing = {"CXX": "/nonexistent/c++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}

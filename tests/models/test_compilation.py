@@ -469,6 +469,7 @@ def assert_same_curve(found: SRDTrainer, expected: SRDTrainer, tolerance: float 
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fields",
     [

@@ -240,7 +240,10 @@ def _tear_all_checkpoints(folder: Path) -> None:
 DAMAGE = [_truncate_weights, _lose_student, _tear_a_line, _tear_a_checkpoint, _tear_all_checkpoints]
 
 
-@pytest.mark.parametrize("damage", DAMAGE, ids=[d.__name__.strip("_") for d in DAMAGE])
+@pytest.mark.parametrize(
+    "damage",
+    [pytest.param(d, marks=pytest.mark.slow if d in DAMAGE[1:4] else (), id=d.__name__.strip("_")) for d in DAMAGE],
+)
 def test_a_damaged_student_is_distilled_again(
     damage: Callable[[Path], None], copy: Path, finished: Path, config_file: Path
 ) -> None:
@@ -693,8 +696,8 @@ MISTAKES: dict[str, tuple[str, str]] = {
     "more quickstart rows than there are": ("max_rows=5000", "2600"),
     "unknown divergence": (
         "distill.divergence=foward_kl",
-        "unknown divergence 'foward_kl'; did you mean 'forward_kl'? Known: forward_kl, jsd, reverse_kl, "
-        "skew_forward_kl, skew_reverse_kl, tvd",
+        "unknown divergence 'foward_kl'; did you mean 'forward_kl'? Known: adaptive_kl, csd, csd_ts, "
+        "csd_us, csd_uu, forward_kl, jsd, reverse_kl, skew_forward_kl, skew_reverse_kl, tvd",
     ),
     "keep of nothing": ("curate.keep=0", "curate.keep"),
     "keep of more than all": ("curate.keep=1.5", "curate.keep"),

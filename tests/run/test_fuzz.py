@@ -603,6 +603,7 @@ def run_config_file(tiny_teacher_folder: Path, tmp_path_factory: pytest.TempPath
     """A config with which the step prepare works."""
     path = tmp_path_factory.mktemp("cli") / "config.yaml"
     limits = {"max_prompt_length": 400, "max_response_length": 64, "validation": 1, "curate": {"stages": 1}}
+    limits["init_student"] = {"layers": 2}
     path.write_text(yaml.safe_dump({"teacher": str(tiny_teacher_folder), **limits}))
     return path
 

@@ -210,6 +210,7 @@ def apart_from_start(folder: Path) -> float:
     return max(float((ours[n] - theirs[n]).abs().max()) for n in theirs)
 
 
+@pytest.mark.slow
 def test_they_log_and_evaluate_the_same(pair: Pair) -> None:
     kept = pair.folder / "kept"
     ours, theirs = trained(kept), trained(pair.alone)
@@ -227,6 +228,7 @@ def test_they_log_and_evaluate_the_same(pair: Pair) -> None:
     assert chosen[0]["samples"][0]["chosen"] == chosen[1]["samples"][0]["chosen"]
 
 
+@pytest.mark.slow
 def test_the_first_alone_speaks_and_a_second_command_does_nothing(pair: Pair) -> None:
     first, second = pair.results("whole")
     assert (first.status, second.status) == (0, 0), first
@@ -238,6 +240,7 @@ def test_the_first_alone_speaks_and_a_second_command_does_nothing(pair: Pair) ->
     assert first.steps("unchanged") == list(STEP_NAMES)
 
 
+@pytest.mark.slow
 def test_a_folder_in_use_is_refused_once(pair: Pair) -> None:
     first, second = pair.results("in use")
     assert f"output_dir {str(pair.folder / 'run')!r} is in use by process " in first.error()
@@ -249,6 +252,7 @@ def test_a_folder_in_use_is_refused_once(pair: Pair) -> None:
     assert (second.status, second.err) == (2, "")
 
 
+@pytest.mark.slow
 def test_an_error_in_one_process_ends_all_and_is_said_once(pair: Pair) -> None:
     first, second = pair.results("a mistake of one")
     assert (first.status, second.status) == (2, 2)
@@ -263,6 +267,7 @@ def test_an_error_in_one_process_ends_all_and_is_said_once(pair: Pair) -> None:
     assert "Traceback" not in first.err
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_stops_all_after_the_step(pair: Pair) -> None:
     first, second = pair.results("stopped")
     assert (first.status, second.status) == (128 + signal.SIGTERM,) * 2
@@ -270,6 +275,7 @@ def test_a_signal_to_one_stops_all_after_the_step(pair: Pair) -> None:
     assert "stopped" not in second.err
 
 
+@pytest.mark.slow
 def test_killed_it_ends_the_other_and_one_process_goes_on(pair: Pair) -> None:
     """From the checkpoint of the signal's step, then past the kill, and with another number of processes to the end."""
     assert pair.statuses == [0, -signal.SIGKILL]

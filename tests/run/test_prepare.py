@@ -80,6 +80,7 @@ def chat(question: str, answer: str) -> dict[str, Any]:
 def config_of(folder: Path, teacher: Path, rows: list[dict[str, Any]], *overrides: str) -> Any:
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     wanted = [f"teacher={teacher}", f"data={folder / 'rows.jsonl'}", f"output_dir={folder / 'run'}", "validation=2"]
+    wanted += ["init_student.layers=2"]
     return load_run_config(None, [*wanted, "curate.stages=1", *overrides])
 
 

@@ -449,6 +449,7 @@ def test_a_disk_that_fills_after_training_keeps_the_student(
         assert student_bytes(folder) == student_bytes(finished)
 
 
+@pytest.mark.slow
 def test_a_read_only_disk_is_one_line(finished: Path, config_file: Path, tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", 8 << 20) as disk:
         shutil.copytree(finished, disk / "run")

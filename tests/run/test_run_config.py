@@ -10,7 +10,7 @@ from srd_fast.curriculum import CURATION_PRESETS
 from srd_fast.errors import UserError
 from srd_fast.reflection.reflect import REFLECTION_PRESETS
 from srd_fast.run.config import RunConfig, load_run_config
-from srd_fast.training.config import TRAINING_PRESETS
+from srd_fast.training.presets import TRAINING_PRESETS
 
 
 @pytest.fixture

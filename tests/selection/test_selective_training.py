@@ -524,8 +524,8 @@ REFUSED = (
     [
         *[({n: x}, f"{n} must be above 0 and at most 1") for n in ("position_ratio", "sample_ratio") for x in (0, 1.1)],
         ({"position_ratio": float("nan")}, "position_ratio must be above 0"),
-        ({"position_steps": 0}, "position_steps must be at least 1"),
-        ({"class_sampling": -1}, "class_sampling must be at least 0"),
+        ({"position_steps": 0}, "position_steps must be a whole number, at least 1"),
+        ({"class_sampling": -1}, "class_sampling must be a whole number, at least 0"),
         ({"position_selection": "stochastics"}, "unknown position_selection 'stochastics'; did you mean 'stochastic'"),
         ({"sample_selection": "topk_student_entrop"}, "did you mean 'topk_student_entropy'"),
         ({"class_sampling": 8}, "class_sampling is 8, which estimates forward_kl alone, and divergence is 'skew_rev"),

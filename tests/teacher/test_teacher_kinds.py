@@ -138,6 +138,7 @@ def trained(given: Any, **fields: Any) -> list[float]:
     return [e["divergence"] for e in trainer.state.log_history if "divergence" in e] + [trainer.evaluate()["eval_kl"]]
 
 
+@pytest.mark.slow
 def test_a_student_learns_the_same_beside_it() -> None:
     folder = saved(llama())
     expected, spread = trained(folder), {"teacher_device_map": PARTLY_ON_DISK}

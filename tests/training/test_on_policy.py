@@ -317,7 +317,7 @@ def test_what_cannot_be_answered_is_said_first(tokenizer: PreTrainedTokenizerFas
         ({"lmbda": -0.1}, "lmbda must be at least 0"),
         ({"lmbda": "adaptve"}, "lmbda must be from 0 to 1, or 'adaptive', got 'adaptve'"),
         ({"lmbda": ADAPTIVE}, "set eval_strategy to 'steps'"),
-        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be a whole number, at least 1"),
         ({"generation_temperature": -1.0}, "generation_temperature must be at least 0"),
         ({"lmbda": 0.0, "replay_buffer": 9}, "replay_buffer is 9, but lmbda is 0"),
         ({"seq_kd": "yes"}, "seq_kd must be true or false, got 'yes'"),

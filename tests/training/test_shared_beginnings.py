@@ -254,6 +254,7 @@ def shares(trainer: SRDTrainer) -> bool:
     return bool(collator.share_prefix)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fields",
     [

@@ -121,7 +121,7 @@ def test_float32_logits_of_bfloat16_products(tokenizer: PreTrainedTokenizerFast)
     # On a CPU an unrounded product of bfloat16 factors is one of their float32 copies.
     assert set(products.seen[V_T]) == {(torch.float32,) * 3}
     assert set(products.seen[V_S]) == {(torch.float32,) * 3, (torch.bfloat16,) * 3}
-    with pytest.raises(UserError, match="logits_dtype must be 'float32', or null for the training's, got 'float64'"):
+    with pytest.raises(UserError, match="logits_dtype must be null or 'float32', got 'float64'"):
         config(logits_dtype="float64")
 
 
