@@ -1,6 +1,6 @@
 """Compile the loss kernels for GPUs without having one, and check the machine code against what the design promises.
 
-    python -m srd_fast.kernels.aot [--target sm_90] [--quick] [--json FILE]
+    python -m srd_fast.kernels.aot [--target sm_90] [--quick] [--in-turn] [--json FILE]
 
 prints, for every configuration of `aot_kernels.py` and every target: registers of a thread, spills, shared memory of a
 program, bits that a load and a store of the hot loops move at once, bytes of global memory, exp2 and instructions for
@@ -99,10 +99,12 @@ def examine(task: tuple[AnyConfiguration, str]) -> Finding:
     return finding
 
 
-def report(targets: list[str], quick: bool = False) -> Iterator[Finding]:
-    """A finding for each configuration and target, from two processes."""
+def report(targets: list[str], quick: bool = False, in_turn: bool = False) -> Iterator[Finding]:
+    """A finding for each configuration and target, or for each configuration and one target, from two processes."""
     every: list[AnyConfiguration] = [*configurations(quick), *block_configurations(quick)]
     tasks = [(configuration, target) for configuration in every for target in targets]
+    if in_turn:
+        tasks = [(configuration, targets[i % len(targets)]) for i, configuration in enumerate(every)]
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         yield from pool.imap(examine, tasks)
 
@@ -129,13 +131,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m srd_fast.kernels.aot", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--target", choices=TARGETS, action="append", help="one target; may be repeated (default: all)")
     parser.add_argument("--quick", action="store_true", help="three divergences at T = 2 in bf16")
+    parser.add_argument(
+        "--in-turn", action="store_true", help="each configuration for one of the targets, which take turns"
+    )
     parser.add_argument("--json", metavar="FILE", help="write the findings as a list of objects too")
     options = parser.parse_args(arguments)
     if triton_sums.INTERPRETED:
         parser.error("TRITON_INTERPRET is set: the interpreter compiles nothing")
     findings = []
     print(_HEADER, flush=True)
-    for finding in report(options.target or list(TARGETS), options.quick):
+    for finding in report(options.target or list(TARGETS), options.quick, options.in_turn):
         findings.append(finding)
         print(line(finding), flush=True)
     if options.json:
