@@ -40,7 +40,7 @@ _STAGES_ALONE: dict[str, Any] = {
     "per_device_train_batch_size": 16,
 }
 # `paper`: arXiv 2508.06135. `official`: what the authors' code does, where it differs. POCL: arXiv 2506.05695, which
-# drops no sample. SE-KD3X: with classes, samples.
+# drops no sample. SE-KD3X: with classes, samples. `learnable` chooses samples, and leaves training as it is.
 TRAINING_PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
         "temperature_start": 1.0,
@@ -54,6 +54,7 @@ TRAINING_PRESETS: dict[str, dict[str, Any]] = {
         "temperature": [1.0, 1.5, 2.0],
         "sft_weight": [0.2, 0.1, 0.0],
     },
+    "learnable": {},
     "POCL": {
         **_STAGES_ALONE,
         "temperature": [1.0, 1.33, 1.67, 2.0],
@@ -423,8 +424,8 @@ class SRDConfig(TrainingArguments):
         """Make a config from a preset, as in `SRDConfig.from_preset("paper", output_dir=DIR)`.
 
         Args:
-            preset: "paper" (arXiv 2508.06135), "official" (the authors' code), "POCL" (arXiv 2506.05695), "SE-KD" or
-                "SE-KD3X" (arXiv 2602.01395).
+            preset: "paper" (arXiv 2508.06135), "official" (the authors' code), "learnable" (the defaults), "POCL"
+                (arXiv 2506.05695), "SE-KD" or "SE-KD3X" (arXiv 2602.01395).
             **fields: fields of SRDConfig, used instead of the preset's.
 
         Returns:

@@ -171,7 +171,7 @@ def _plan_from(run: Run, plan: CurriculumPlan, stage: int) -> CurriculumPlan:
     if last_whole_checkpoint(checkpoints) != str(student):
         _train(run, plan, until=border)
     scores = reflect_together(run, str(student), checkpoints / PARTS)
-    made = replan(plan, stage, scores)
+    made = replan(plan, stage, scores, run.config.seed)
     write_parquet(scores, checkpoints / f"reflections-stage-{stage + 1}.parquet")
     made.save(path)
     remove(checkpoints / PARTS)
