@@ -102,6 +102,18 @@ class CurriculumPlan:
         """All kept sample ids, in the plan's order."""
         return self.stage_ids(len(self.subset_columns))
 
+    @property
+    def ranked_by(self) -> list[str]:
+        """The signals that rank: those with a weight."""
+        return [name for name, signal in self.signals.items() if signal.weight]
+
+    @property
+    def is_by_ease(self) -> bool:
+        """Whether the subsets go from easy to hard: not where chance or a gap to the teacher orders them."""
+        by = self.ranked_by if self.order == RANKED else [self.order]
+        chance = self.order == SHUFFLED or (self.order == RANKED and self.method == "random")
+        return not chance and by != ["gap"]
+
     def stage_ids(self, stage: int) -> list[str]:
         """List the samples of a stage: those of its subset and of all before it (Baby Step).
 

@@ -49,17 +49,17 @@ def difficulty_view(run: Run) -> dict[str, Any]:
 
 
 def groups_of(reflections: Reflections, plan: CurriculumPlan | None) -> tuple[list[Group], int]:
-    """The subsets from easy to hard, then the dropped rows; and how many rows of the plan cannot be drawn."""
+    """The subsets in their order, then the dropped rows; and how many rows of the plan cannot be drawn."""
     if plan is None:
         named = [("scored, no plan yet", sequence(2)[0], list(reflections.index), True)]
     else:
         subsets = [subset for subset in plan.subsets if subset]
         labels = [f"subset {i}" for i in range(1, len(subsets) + 1)]
-        if len(subsets) > 1:
+        if len(subsets) == 1:
+            labels = ["kept"]
+        elif subsets and plan.is_by_ease:
             labels[0] += ", easiest"
             labels[-1] += ", hardest"
-        elif subsets:
-            labels = ["kept"]
         colours = sequence(max(len(subsets), 2))
         named = [(label, colours[i], subsets[i], True) for i, label in enumerate(labels)]
         named += [("dropped", DROPPED, [row["sample_id"] for row in plan.dropped], False)]

@@ -102,7 +102,7 @@ def test_the_plan_file_says_the_order(tmp_path: Path) -> None:
 def test_weights_alone_stand_for_reflects_own_signals() -> None:
     named = {"gap": Signal(True, 2.0), "rouge_l": Signal(True, 0.5)}
     assert curate(scores(), signals={"gap": 2, "rouge_l": 0.5}) == curate(scores(), signals=named)
-    assert HIGHER_IS_EASIER == {signal.name: signal.higher_is_easier for signal in _BUILT_IN}
+    assert {signal.name: signal.higher_is_easier for signal in _BUILT_IN} == HIGHER_IS_EASIER
 
 
 @pytest.mark.parametrize(

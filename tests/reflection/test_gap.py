@@ -51,13 +51,14 @@ def planted(teacher: PreTrainedModel, student: PreTrainedModel, count: int = 12)
                 with torch.no_grad():
                     ids = torch.cat([ids, model(input_ids=ids[None]).logits[0, -1].argmax()[None]])
         labels = [-100] * len(prompt) + ids[len(prompt) :].tolist()
-        samples.append({
-            "sample_id": f"{who}{i:02d}", "input_ids": ids.tolist(), "labels": labels, "prompt": "", "references": ["x"],
-        })  # fmt: skip
+        sample = {"sample_id": f"{who}{i:02d}", "input_ids": ids.tolist(), "labels": labels}
+        samples.append({**sample, "prompt": "", "references": ["x"]})
     return samples
 
 
-@pytest.mark.parametrize("architecture", ["llama_untied", "gemma2", "cohere", "phi"])
+@pytest.mark.parametrize(
+    "architecture", ["llama_untied", "gemma2", *(pytest.param(a, marks=pytest.mark.slow) for a in ("cohere", "phi"))]
+)
 def test_the_gap_ranks_what_the_teacher_knows_and_the_student_does_not(architecture: str) -> None:
     tokenizer = tiny.tiny_tokenizer()
     teacher, student = (tiny.tiny_model(architecture, seed=s, layers=n).double() for s, n in ((1, 3), (2, 2)))
@@ -80,7 +81,7 @@ def texts(tiny_tokenizer: PreTrainedTokenizerFast) -> Dataset:
     return prepare_dataset(make_quickstart_rows(10, seed=1), Tokenisation(tiny_tokenizer)).dataset
 
 
-@pytest.mark.parametrize("score_eos", [True, False])
+@pytest.mark.parametrize("score_eos", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_a_model_its_folder_and_its_cache_say_the_same(
     score_eos: bool,
     texts: Dataset,
@@ -151,7 +152,7 @@ def test_processes_share_the_samples(
     assert gap_in(("sharing", _Half(0, others))) == alone
 
 
-@pytest.mark.parametrize("name", ["t5", "bart"])
+@pytest.mark.parametrize("name", ["t5", pytest.param("bart", marks=pytest.mark.slow)])
 def test_of_models_with_an_encoder(name: str) -> None:
     tokenizer = encoder_decoders.tiny_tokenizer(name)
     student, teacher = (encoder_decoders.tiny_model(name, seed=s) for s in (0, 1))

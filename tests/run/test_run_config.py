@@ -246,8 +246,9 @@ def test_presets_are_the_papers_numbers(config: Any) -> None:
 
 
 def test_an_unknown_preset_is_named_with_the_nearest(config: Any) -> None:
-    assert "unknown preset 'papr'; did you mean 'paper'? Known: POCL, SE-KD, SE-KD3X, learnable, official, paper" in refused(
-        config, "preset: papr"
+    assert (
+        "unknown preset 'papr'; did you mean 'paper'? Known: POCL, SE-KD, SE-KD3X, learnable, official, paper"
+        in refused(config, "preset: papr")
     )
 
 
