@@ -9,8 +9,8 @@ run side by side before (`--seeds 1 & ... --seeds 2`) are only read.
 
 Printed and written for each method, means over seeds and their standard deviations: on held-out rows KL to the teacher,
 cross-entropy (nats per token) and ROUGE-L. Of the first seed, which must have run alone: seconds of a training step
-(median), of all of them and of filling the cache (which `learnable` fills while it scores); peak resident memory of the training process; bytes of the teacher's
-cache.
+(median), of all of them and of filling the cache (which `learnable` fills while it scores); peak resident memory of the
+training process; bytes of the teacher's cache.
 """
 
 import argparse

@@ -164,7 +164,8 @@ def _plan_from(run: Run, plan: CurriculumPlan, stage: int) -> CurriculumPlan:
     if path.is_file():
         return CurriculumPlan.load(path)
     train = run.data("train")
-    border = make_curriculum(plan, train, run.args).stages[stage].first_step
+    # Between two trainings of a group nothing says how many there are; these settings are of all together.
+    border = make_curriculum(plan, train, run.args, processes=1).stages[stage].first_step
     if 0 < run.args.max_steps <= border:
         return plan
     student = checkpoints / f"checkpoint-{border}"
