@@ -64,7 +64,7 @@ def finished(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory)
         patched.setattr(build._Maker, "make", counted)
         patched.setattr(LiveTeacher, "rows", interrupted)
         for view in ("difficulty_view", "schedule_view", "curves_view", "throughput_view"):  # pictures take seconds
-            patched.setattr(page, view, lambda run: {"missing": "left out", "picture": None})
+            patched.setattr(page, view, lambda run: {"missing": "left out", "picture": None, "frames": None})
         patched.setattr(sys, "argv", ["srd-fast", "run", str(config_file(settings, folder)), "--quiet"])
         package = logging.getLogger("srd_fast")
         kept = package.handlers[:], package.propagate, package.level
