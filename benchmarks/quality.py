@@ -1,4 +1,4 @@
-"""What the student is worth: plain distillation, SE-KD, SE-KD3X, SRD and both together, at as many optimizer steps.
+"""What the student is worth: plain distillation, SE-KD, SE-KD3X, SRD, both, and controls, at as many optimizer steps.
 
     python -m benchmarks.quality --data TRAIN.jsonl --validation DEV.jsonl --output-dir runs/quality
 
@@ -9,8 +9,8 @@ run side by side before (`--seeds 1 & ... --seeds 2`) are only read.
 
 Printed and written for each method, means over seeds and their standard deviations: on held-out rows KL to the teacher,
 cross-entropy (nats per token) and ROUGE-L. Of the first seed, which must have run alone: seconds of a training step
-(median), of all of them and of filling the cache; peak resident memory of the training process; bytes of the teacher's
-cache.
+(median), of all of them and of filling the cache (which `learnable` fills while it scores); peak resident memory of the
+training process; bytes of the teacher's cache.
 """
 
 import argparse
@@ -36,6 +36,7 @@ METHODS: dict[str, list[str]] = {
     "SRD": ["preset=paper"],
     "SRD + SE-KD": ["preset=paper", "distill.position_selection=topk_student_entropy", "distill.position_ratio=0.2"],
     "random 75 %, random stages": ["preset=paper", "curate.method=random"],
+    "learnable": ["preset=learnable"],
 }
 
 
@@ -78,7 +79,8 @@ def measure(args: argparse.Namespace, method: str, seed: int, base: Path, config
     if not (folder / "summary.json").is_file():
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(base, folder)
-        srd_fast("curate", config, overrides)
+        for verb in ("reflect", "curate"):  # reflections are the base's, but for signals of the method's own
+            srd_fast(verb, config, overrides)
         more = epochs(args, folder)
         for verb in ("cache", "distill", "evaluate"):
             srd_fast(verb, config, [*overrides, *more])

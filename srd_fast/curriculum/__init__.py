@@ -1,16 +1,19 @@
 """Which samples are trained on, and when: curated by difficulty into subsets, then a schedule of stages."""
 
-from .curation import CURATION_PRESETS, DEFAULT_SIGNALS, KNEE, curate, replan
-from .plan import METHODS, CurriculumPlan, Signal
+from .curation import CURATION_PRESETS, DEFAULT_SIGNALS, HIGHER_IS_EASIER, KNEE, curate, replan
+from .plan import METHODS, RANKED, SHUFFLED, CurriculumPlan, Signal
 from .plan_file import PLAN_FORMAT
 from .schedule import Curriculum, Stage, per_stage
 
 __all__ = [
     "CURATION_PRESETS",
     "DEFAULT_SIGNALS",
+    "HIGHER_IS_EASIER",
     "KNEE",
     "METHODS",
     "PLAN_FORMAT",
+    "RANKED",
+    "SHUFFLED",
     "Curriculum",
     "CurriculumPlan",
     "Signal",

@@ -19,21 +19,27 @@ from datasets import Dataset
 
 from ..errors import UserError, first_line
 from ..suggest import unknown_name
-from .plan import FUSED, METHODS, REASONS, SETTINGS, CurriculumPlan, Signal
+from .plan import FUSED, METHODS, RANKED, REASONS, SETTINGS, SHUFFLED, CurriculumPlan, Signal
 from .plan_file import TEXT
-from .ranking import competition_ranks, knee, rows_by_text, subset_borders
+from .ranking import competition_ranks, knee, places_of, rows_by_text, subset_borders
 
 KNEE = "knee"
 # `official` cuts as the authors' code does: int(N * keep / stages) samples a subset. POCL drops
-# none. SE-KD has no curriculum.
+# none. SE-KD has no curriculum. `learnable` drops what the student knows as well as its teacher does.
 CURATION_PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"keep": 0.75, "stages": 3, "rrf_k": 60},
     "official": {"keep": 0.75, "stages": 3, "rrf_k": 60, "floor_subsets": True},
+    "learnable": {"keep": 0.75, "stages": 3, "signals": {"gap": 1.0}, "order": SHUFFLED},
     "POCL": {"keep": 1.0, "stages": 4, "rrf_k": 60},
     "SE-KD": {"method": "none", "stages": 1},
     "SE-KD3X": {"method": "none", "stages": 1},
 }
 DEFAULT_SIGNALS = {"rouge_l": Signal(higher_is_easier=True), "cross_entropy": Signal(higher_is_easier=False)}
+# Directions of `reflect`'s own signals. A sample with a large gap is not easy: it is kept, and comes first.
+HIGHER_IS_EASIER = {
+    "rouge_l": True, "cross_entropy": False, "teacher_cross_entropy": False, "gap": True,
+    "exact_match": True, "chrf": True, "bleu": True, "execution": True,
+}  # fmt: skip
 
 
 def curate(
@@ -42,14 +48,15 @@ def curate(
     keep: float | Literal["knee"] = 0.75,
     stages: int = 3,
     rrf_k: float = 60,
-    signals: Mapping[str, Signal | Mapping[str, Any]] | None = None,
+    signals: Mapping[str, Signal | Mapping[str, Any] | float] | None = None,
     method: str = "srd",
     seed: int = 0,
     floor_subsets: bool = False,
+    order: str = RANKED,
 ) -> CurriculumPlan:
     """Rank samples by fused difficulty, keep the easiest, and cut them into subsets from easy to hard.
 
-    The order is total and does not depend on the order of rows: first by fused score (high first), then by
+    The ranking is total and does not depend on the order of rows: first by fused score (high first), then by
     cross-entropy (low first, if it is a column), then by sample_id. Within a signal, equal values share the better
     rank.
 
@@ -67,12 +74,16 @@ def curate(
             the hard tail; the plan's `keep` is then the share that this makes.
         stages: number of subsets, at least 1.
         rrf_k: k above 0 of the score 1 / (k + rank) that a signal gives to a sample.
-        signals: column -> Signal. Default: rouge_l (higher is easier) and cross_entropy (lower is easier).
+        signals: column -> Signal, or the weight of one of `reflect`'s own. Default: rouge_l (higher is easier) and
+            cross_entropy (lower is easier).
         method: "srd" ranks by difficulty. Two others are controls: "random" ranks at random and keeps the same number;
             "none" keeps every ranked sample, whatever `keep` is, in the first subset, so every stage trains on all.
-        seed: of the random ranking.
+        seed: of the random ranking, and of the order "shuffled".
         floor_subsets: cut subsets of int(N * keep / stages) samples, as the authors' code does. Otherwise sizes differ
             by at most 1.
+        order: of the kept samples, from which the subsets are cut; what is dropped does not depend on it. "ranked":
+            the ranking's; "shuffled"; or a signal, the easy end first (of "gap" the large one). It is one of `signals`
+            (weight 0: it does not rank) or one of `reflect`'s own.
 
     Returns:
         The plan.
@@ -90,6 +101,11 @@ def curate(
     if not rrf_k > 0:
         raise UserError(f"rrf_k must be above 0, got {rrf_k!r}")
     chosen = {n: _signal(n, s) for n, s in (signals or DEFAULT_SIGNALS).items()}
+    if order not in (RANKED, SHUFFLED, *chosen):
+        if order not in HIGHER_IS_EASIER:
+            known = [RANKED, SHUFFLED, *chosen]
+            raise UserError(unknown_name("order", str(order), known) + "; or put that column among the signals")
+        chosen[order] = Signal(HIGHER_IS_EASIER[order], 0.0)
     names, columns = _columns(scores, {"sample_id", *chosen, "cross_entropy", "reason"})
     for name in ("sample_id", *chosen):
         if name not in names:
@@ -114,12 +130,12 @@ def curate(
     for name, signal in chosen.items():
         fused += signal.weight / (rrf_k + competition_ranks(values[name], signal.higher_is_easier))
     if method == "random":
-        order = np.random.default_rng(seed).permutation(np.arange(count))
+        ranking = np.random.default_rng(seed).permutation(np.arange(count))
     elif "cross_entropy" in names:
-        order = np.lexsort((_floats("cross_entropy", columns["cross_entropy"])[rows], -fused))
+        ranking = np.lexsort((_floats("cross_entropy", columns["cross_entropy"])[rows], -fused))
     else:
-        order = np.argsort(-fused, kind="stable")
-    ranked = ids.take(rows[order])
+        ranking = np.argsort(-fused, kind="stable")
+    ranked = ids.take(rows[ranking])
 
     share = 1.0
     if method == "none":
@@ -134,34 +150,41 @@ def curate(
                 "keep"
             )
     kept = borders[-1]
+    ordered = ranked
+    if order != RANKED:
+        by = values[order][ranking[:kept]] if order in chosen else None
+        ordered = ranked.take(places_of(kept, by, by is not None and chosen[order].higher_is_easier, seed))
     texts = (f"{'drawn' if method == 'random' else 'fused rank'} ", f" of {count}, beyond the {kept} kept", "")
     before, after, joint = (pa.scalar(t, TEXT) for t in texts)
     ranks = pa.array(np.arange(kept + 1, count + 1)).cast(TEXT)
     dropped = [ranked[kept:], pc.binary_join_element_wise(before, ranks, after, joint)]
     return CurriculumPlan(
-        subsets=[ranked[a:b] for a, b in pairwise(borders)],
+        subsets=[ordered[a:b] for a, b in pairwise(borders)],
         dropped=pa.RecordBatch.from_arrays(dropped, schema=REASONS),
         unscored=unscored,
-        fused=pa.RecordBatch.from_arrays([ranked, pa.array(fused[order])], schema=FUSED),
+        fused=pa.RecordBatch.from_arrays([ranked, pa.array(fused[ranking])], schema=FUSED),
         method=method,
         keep=share,
         keep_rule=KNEE if isinstance(keep, str) and method != "none" else "ratio",
         stages=stages,
         rrf_k=rrf_k,
         signals=chosen,
+        order=order,
     )
 
 
-def replan(plan: CurriculumPlan, stage: int, scores: Dataset) -> CurriculumPlan:
+def replan(plan: CurriculumPlan, stage: int, scores: Dataset, seed: int = 0) -> CurriculumPlan:
     """Fill a plan's subsets from `stage` on anew, with new scores.
 
     The subsets before it stay, and the others keep their sizes. All samples outside those that stay are ranked as
-    `curate` ranks them with the plan's signals: dropped samples may come in, kept ones may go.
+    `curate` ranks them with the plan's signals: dropped samples may come in, kept ones may go. Those that are kept come
+    in the plan's order.
 
     Args:
         plan: the old plan.
         stage: the first subset to fill anew, from 0.
         scores: columns as for `curate`.
+        seed: of the order "shuffled".
 
     Returns:
         The new plan.
@@ -173,10 +196,14 @@ def replan(plan: CurriculumPlan, stage: int, scores: Dataset) -> CurriculumPlan:
     found = curate(Dataset(left), keep=1.0, stages=1, rrf_k=plan.rrf_k, signals=plan.signals)
     ranked, sizes = found.subset_columns[0], [len(s) for s in plan.subset_columns[stage:]]
     borders = [min(x, len(ranked)) for x in accumulate(sizes, initial=0)]
-    rest = ranked[borders[-1] :].to_pylist()
+    kept, rest = ranked[: borders[-1]], ranked[borders[-1] :].to_pylist()
+    if plan.order != RANKED and len(kept):
+        again = Dataset(left.filter(pc.is_in(left["sample_id"], value_set=kept.cast(left["sample_id"].type))))
+        rules: dict[str, Any] = {"rrf_k": plan.rrf_k, "signals": plan.signals, "order": plan.order, "seed": seed}
+        kept = curate(again, keep=1.0, stages=1, **rules).subset_columns[0]
     why = f"ranked beyond the {borders[-1]} kept at the border of stage {stage + 1}"
     return CurriculumPlan(
-        subsets=[*stay, *(ranked[a:b] for a, b in pairwise(borders))],
+        subsets=[*stay, *(kept[a:b] for a, b in pairwise(borders))],
         dropped=[{"sample_id": i, "reason": why} for i in rest],
         unscored=found.unscored,
         fused={**{i: plan.fused[i] for i in before.to_pylist() if i in plan.fused}, **found.fused},
@@ -184,14 +211,16 @@ def replan(plan: CurriculumPlan, stage: int, scores: Dataset) -> CurriculumPlan:
     )
 
 
-def _signal(name: str, given: Signal | Mapping[str, Any]) -> Signal:
+def _signal(name: str, given: Signal | Mapping[str, Any] | float) -> Signal:
     if isinstance(given, Signal):
         return given
+    if isinstance(given, (int, float)) and name in HIGHER_IS_EASIER:
+        return Signal(HIGHER_IS_EASIER[name], float(given))
     try:
-        return Signal(**given)
+        return Signal(**given)  # type: ignore[arg-type]
     except TypeError:
         raise UserError(
-            f"signal {name!r} must have higher_is_easier (true or false) and optionally weight, got {dict(given)!r}"
+            f"signal {name!r} must have higher_is_easier (true or false) and optionally weight, got {given!r}"
         ) from None
 
 

@@ -12,10 +12,12 @@ from ..errors import UserError
 from .plan_file import TEXT, read_plan, unreadable, write_plan
 
 METHODS = ("srd", "random", "none")
+# Orders of the kept samples that are no signal's.
+RANKED, SHUFFLED = "ranked", "shuffled"
 REASONS = pa.schema({"sample_id": TEXT, "reason": TEXT})
 FUSED = pa.schema({"sample_id": TEXT, "score": pa.float64()})
 # Attributes of a plan beside its samples.
-SETTINGS = ("method", "keep", "keep_rule", "stages", "rrf_k", "signals")
+SETTINGS = ("method", "keep", "keep_rule", "stages", "rrf_k", "signals", "order")
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class CurriculumPlan:
     they are first asked for; `subset_columns` are the columns themselves.
 
     Args:
-        subsets: sample ids, the easiest subset first, from easy to hard within each. Later subsets may be empty.
+        subsets: sample ids, the subset of the first stage first, each in `order`. Later subsets may be empty.
         dropped: rows of "sample_id" and "reason" for samples beyond the kept ones, from easier to harder.
         unscored: such rows for samples that could not be ranked.
         fused: sample_id -> fused score of every ranked sample; higher is easier.
@@ -48,6 +50,8 @@ class CurriculumPlan:
         rrf_k: k of the score 1 / (k + rank).
         signals: column of the scores -> Signal.
         keep_rule: "ratio" if `keep` was given, "knee" if it was found.
+        order: of the kept samples, from which the subsets are cut: "ranked" (from easy to hard), "shuffled", or the
+            signal by which they are sorted.
 
     Raises:
         UserError: a row of `dropped` or `unscored` lacks its sample_id or reason, or a score is not finite.
@@ -65,16 +69,17 @@ class CurriculumPlan:
         rrf_k: float = 60,
         signals: Mapping[str, Signal] | None = None,
         keep_rule: str = "ratio",
+        order: str = RANKED,
     ) -> None:
         self.subset_columns = [s.cast(TEXT) if isinstance(s, pa.Array) else pa.array(s, TEXT) for s in subsets]
         self.dropped_rows, self.unscored_rows = _reason_rows("dropped", dropped), _reason_rows("unscored", unscored)
         self.fused_rows = _score_rows({} if fused is None else fused)
         self.method, self.keep, self.keep_rule = method, keep, keep_rule
-        self.stages, self.rrf_k, self.signals = stages, rrf_k, dict(signals or {})
+        self.stages, self.rrf_k, self.signals, self.order = stages, rrf_k, dict(signals or {}), order
 
     @cached_property
     def subsets(self) -> list[list[str]]:
-        """Sample ids, the easiest subset first, from easy to hard within each."""
+        """Sample ids, the subset of the first stage first, each in the plan's order."""
         return [s.to_pylist() for s in self.subset_columns]
 
     @cached_property
@@ -94,17 +99,29 @@ class CurriculumPlan:
 
     @property
     def kept(self) -> list[str]:
-        """All kept sample ids, from easy to hard."""
+        """All kept sample ids, in the plan's order."""
         return self.stage_ids(len(self.subset_columns))
 
+    @property
+    def ranked_by(self) -> list[str]:
+        """The signals that rank: those with a weight."""
+        return [name for name, signal in self.signals.items() if signal.weight]
+
+    @property
+    def is_by_ease(self) -> bool:
+        """Whether the subsets go from easy to hard: not where chance or a gap to the teacher orders them."""
+        by = self.ranked_by if self.order == RANKED else [self.order]
+        chance = self.order == SHUFFLED or (self.order == RANKED and self.method == "random")
+        return not chance and by != ["gap"]
+
     def stage_ids(self, stage: int) -> list[str]:
-        """List the samples of a stage: those of its subset and of all easier ones (Baby Step).
+        """List the samples of a stage: those of its subset and of all before it (Baby Step).
 
         Args:
             stage: its number, from 0.
 
         Returns:
-            Sample ids, from easy to hard.
+            Sample ids, in the plan's order.
         """
         return [s for subset in self.subsets[: stage + 1] for s in subset]
 
@@ -114,7 +131,7 @@ class CurriculumPlan:
         """Make a plan with other subsets and dropped samples, and the same scores and settings.
 
         Args:
-            subsets: sample ids, the easiest subset first.
+            subsets: sample ids, the subset of the first stage first.
             dropped: rows of "sample_id" and "reason".
 
         Returns:

@@ -25,6 +25,20 @@ def competition_ranks(values: np.ndarray, higher_is_easier: bool) -> np.ndarray:
     return ranks
 
 
+def places_of(kept: int, values: np.ndarray | None, higher_is_easier: bool, seed: int) -> np.ndarray:
+    """Places in the ranking of the kept samples, in an order of their own.
+
+    Args:
+        kept: how many there are.
+        values: [kept] of the signal that orders them, in the ranking's order; None: they are shuffled.
+        higher_is_easier: whether a high value comes first. Equal values keep the ranking's order.
+        seed: of the shuffling.
+    """
+    if values is None:
+        return np.random.default_rng([seed, kept]).permutation(kept)
+    return np.argsort(-values if higher_is_easier else values, kind="stable")
+
+
 def subset_borders(exact: float, stages: int, floor_subsets: bool) -> list[int]:
     """Positions in the ranking where subsets begin, and where the last ends. exact: how many to keep, unrounded."""
     if floor_subsets:

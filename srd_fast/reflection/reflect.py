@@ -28,6 +28,7 @@ from ..rouge import choose_tokenizer
 from ..sharing import ALONE, Sharing
 from ..showing import progress_bar
 from ..suggest import unknown_name
+from ..teacher.source import TeacherSource
 from .engines import (
     AUTO,
     ENGINES,
@@ -38,15 +39,18 @@ from .engines import (
     open_engine,
     stopping_at,
 )
+from .gap import check_teacher, check_teacher_given, teacher_source
 from .parts import compute_parts, cut, part_name, read_part, write_part
 from .shards import samples_of_shard
 from .signals import Reflected, get_difficulties
 
 logger = logging.getLogger(__name__)
 
-# Reflection settings of the authors' code; `paper` leaves them open.
+# Reflection settings of the authors' code; `paper` leaves them open. `learnable` ranks by the gap alone; the others,
+# which cost little beside it, are for the page.
 REFLECTION_PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"max_new_tokens": 256},
+    "learnable": {"signals": ["rouge_l", "cross_entropy", "teacher_cross_entropy", "gap"]},
     "official": {"max_new_tokens": 256, "temperature": 0.01, "no_repeat_ngram_size": 6, "score_eos": False},
 }
 CROSS_ENTROPY_BY = ("student", "engine")
@@ -83,6 +87,7 @@ def reflect(
     sharing: Sharing = ALONE,
     keep_ids: bool = False,
     progress: bool = True,
+    teacher: PreTrainedModel | TeacherSource | str | None = None,
 ) -> Dataset:
     """Let the student answer every prompt, and score how hard each sample is for it.
 
@@ -124,10 +129,14 @@ def reflect(
         keep_ids: add the column generated_ids, the token ids of each answer without the one that ended it. An answer of
             `max_new_tokens` of them was cut.
         progress: show a progress bar.
+        teacher: what the signals "teacher_cross_entropy" and "gap" compare with: a model with the student's tokenizer;
+            a folder or hub id to load one from, in `dtype` on `device`, once the answers are there; or a cache of kind
+            "hidden" that holds the samples (`open_teacher_cache`), which then runs no teacher.
 
     Returns:
         A data set in the order of the samples, with sample_id, generation, one column for each signal (rouge_l from 0
-        to 1, cross_entropy in nats per token; NaN where a sample cannot be scored), and reason (why not, or None).
+        to 1, cross-entropies and gap in nats per token; NaN where a sample cannot be scored), and reason (why not, or
+        None).
 
     Raises:
         UserError: an argument is wrong, the rows or the student cannot be used, or the shard has no sample.
@@ -136,6 +145,7 @@ def reflect(
     if max_new_tokens is not None:
         sampling = replace(sampling, max_new_tokens=max_new_tokens)
     functions = list(get_difficulties(signals).values())
+    check_teacher_given(teacher, functions)
     ENGINES.check(engine)
     check_engine_options(engine_options)
     if cross_entropy_by not in CROSS_ENTROPY_BY:
@@ -161,6 +171,7 @@ def reflect(
     length = max(prompts) + sampling.max_new_tokens
     way_out = "lower max_new_tokens, or shorten them"
     check_positions(counts, prompts, ids, {"student": student}, way_out, sampling.max_new_tokens)
+    check_teacher(teacher, student, samples)
     if cross_entropy_by == "engine":
         length = max(length, 1 + max(counts))
     with open_engine(
@@ -201,6 +212,7 @@ def reflect(
         test_seconds=test_seconds,
         test_memory_mb=test_memory_mb,
         sharing=sharing,
+        teacher=teacher_source(teacher, dtype, device),
     )
     if sharing.rank:
         for signal in functions:

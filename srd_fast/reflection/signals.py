@@ -4,6 +4,8 @@ import importlib.util
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,9 @@ from ..registry import Registry
 from ..rouge import RougeL, normal_form
 from ..sharing import ALONE, Sharing
 from ..showing import progress_bar
+from ..teacher.source import TeacherSource
 from .execution import pass_rates
+from .gap import gap, teacher_cross_entropy
 from .parts import cut
 
 logger = logging.getLogger(__name__)
@@ -37,6 +41,7 @@ class Reflected:
     order. test_seconds, test_memory_mb: limits of each test of `execution`.
     log_probs: where the engine gave them, the log-probability (nats) of every token but the first of each sample.
     sharing: the processes that share the work of signals marked `shared`. The first alone computes the others.
+    teacher: where its rows come from, if `reflect` was given one.
     """
 
     dataset: Dataset
@@ -51,6 +56,17 @@ class Reflected:
     test_seconds: float = 5.0
     test_memory_mb: int = 512
     sharing: Sharing = ALONE
+    teacher: TeacherSource | None = None
+
+    @cached_property
+    def student_losses(self) -> list[float]:
+        """`cross_entropy`, computed once for all signals that are made of it."""
+        return cross_entropy(self)
+
+    @cached_property
+    def teacher_losses(self) -> list[float]:
+        """`teacher_cross_entropy`, computed once for all signals that are made of it."""
+        return teacher_cross_entropy(self)
 
 
 @dataclass(frozen=True)
@@ -58,6 +74,7 @@ class Difficulty:
     """A signal: its column, what computes it, its direction, and a package that it needs of the extra `metrics`.
 
     shared: all processes of a group call it, and the first one's values count.
+    needs_teacher: whether it looks at the teacher.
     """
 
     name: str
@@ -65,6 +82,7 @@ class Difficulty:
     higher_is_easier: bool
     package: str | None = None
     shared: bool = False
+    needs_teacher: bool = False
 
 
 def rouge_l(reflected: Reflected) -> list[float]:
@@ -187,7 +205,11 @@ def execution(reflected: Reflected) -> list[float]:
 
 _BUILT_IN = (
     Difficulty("rouge_l", rouge_l, higher_is_easier=True),
-    Difficulty("cross_entropy", cross_entropy, higher_is_easier=False, shared=True),
+    Difficulty("cross_entropy", attrgetter("student_losses"), higher_is_easier=False, shared=True),
+    Difficulty(
+        "teacher_cross_entropy", attrgetter("teacher_losses"), higher_is_easier=False, shared=True, needs_teacher=True
+    ),
+    Difficulty("gap", gap, higher_is_easier=True, shared=True, needs_teacher=True),
     Difficulty("execution", execution, higher_is_easier=True),
     Difficulty("exact_match", exact_match, higher_is_easier=True),
     Difficulty("chrf", chrf, higher_is_easier=True, package="sacrebleu"),

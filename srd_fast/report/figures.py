@@ -69,14 +69,15 @@ def difficulty_view(run: Run) -> dict[str, Any]:
 
 
 def named_groups(reflections: Reflections, plan: CurriculumPlan | None) -> list[tuple[str, str, list[str], bool]]:
-    """(label, colour, sample ids, whether they are kept): the subsets from easy to hard, then the dropped rows."""
+    """(label, colour, sample ids, whether they are kept): the subsets in their order, then the dropped rows."""
     if plan is None:
         return [("scored, no plan yet", sequence(2)[0], list(reflections.index), True)]
     subsets = [subset for subset in plan.subsets if subset]
     labels = [f"subset {i}" for i in range(1, len(subsets) + 1)]
     if len(subsets) > 1:
-        labels[0] += ", easiest"
-        labels[-1] += ", hardest"
+        if plan.is_by_ease:
+            labels[0] += ", easiest"
+            labels[-1] += ", hardest"
     elif subsets:
         labels = ["kept"]
     colours = sequence(max(len(subsets), 2))

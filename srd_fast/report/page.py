@@ -10,7 +10,7 @@ from typing import Any
 
 import jinja2
 
-from srd_fast.curriculum import CurriculumPlan
+from srd_fast.curriculum import RANKED, SHUFFLED, CurriculumPlan
 from srd_fast.errors import UserError
 from srd_fast.report.figures import curves_view, difficulty_view, schedule_view, throughput_view
 from srd_fast.report.idle import ranking_view
@@ -179,6 +179,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         ("sample passes", count(training.get("sample_passes", math.nan))),
         ("tokens trained on", count(training.get("tokens", math.nan))),
         ("curriculum", _plan_in_words(run.plan)),
+        ("ranked by", _signals_in_words(run.plan)),
         *_reflected_again(run),
     ]
     return [(label, value) for label, value in facts if value != "–"]
@@ -206,7 +207,17 @@ def _plan_in_words(plan: CurriculumPlan | None) -> str:
     parts += [
         f"{len(some):,} {what}" for some, what in ((plan.dropped, "dropped"), (plan.unscored, "unscored")) if some
     ]
+    if plan.order != RANKED and plan.method != "none":
+        parts.append("subsets shuffled" if plan.order == SHUFFLED else f"subsets in the order of {plan.order}")
     return f"{how}: {', '.join(parts)}"
+
+
+def _signals_in_words(plan: CurriculumPlan | None) -> str:
+    """The signals of a ranking, each with its weight where that is not 1."""
+    if plan is None or plan.method != "srd":
+        return "–"
+    weights = {name: plan.signals[name].weight for name in plan.ranked_by}
+    return ", ".join(name if weight == 1 else f"{name} (weight {weight:g})" for name, weight in weights.items()) or "–"
 
 
 def _scores(run: Run) -> dict[str, Any]:

@@ -27,10 +27,11 @@ def samples_view(run: Run) -> dict[str, Any]:
     order = "fused rank, as in the plan" if plan.fused else "ROUGE-L, then cross-entropy"
     view["note"] = f"Ordered by {order}. The answer is the starting student's."
     hardest = [sample_id for sample_id in kept[::-1][:SHOWN] if sample_id not in kept[:SHOWN]]
+    easy, hard, dropped_title = _titles(plan)
     for title, ids in (
-        ("Easiest kept rows", kept[:SHOWN]),
-        ("Hardest kept rows", hardest),
-        ("Hardest dropped rows", dropped[::-1][:SHOWN]),
+        (easy, kept[:SHOWN]),
+        (hard, hardest),
+        (dropped_title, dropped[::-1][:SHOWN]),
         # A person can judge a border by the rows on its two sides.
         ("Nearest to the border: the last kept", kept[::-1][:NEAREST] if dropped else []),
         ("Nearest to the border: the first dropped", dropped[:NEAREST]),
@@ -40,6 +41,13 @@ def samples_view(run: Run) -> dict[str, Any]:
         cards = [_card(run, plan, sample_id, subset_of, reasons) for sample_id in ids]
         view["groups"].append((title, cards))
     return view
+
+
+def _titles(plan: CurriculumPlan) -> tuple[str, str, str]:
+    """Of the first and the last kept rows of the ranking, and of its last rows. A large gap is no ease."""
+    if plan.ranked_by == ["gap"]:
+        return "Kept rows with the most to learn", "Kept rows with the least to learn", "Dropped rows with the least"
+    return "Easiest kept rows", "Hardest kept rows", "Hardest dropped rows"
 
 
 def selection_view(run: Run) -> dict[str, Any] | None:

@@ -97,11 +97,13 @@ class Curate(_Section):
     keep: float | Literal["knee"] = 0.75
     """The share of samples to keep, or knee: until the hard tail of the difficulties begins."""
     stages: int = Field(default=3, ge=1, le=100_000)
-    """How many subsets, from easy to hard."""
+    """How many subsets."""
     rrf_k: float = Field(default=60, gt=0)
     """k of reciprocal rank fusion."""
     signals: dict[str, float] | None = None
     """Signal -> weight. Default: every signal of reflect, with weight 1."""
+    order: str = "ranked"
+    """Of what is kept, before it is cut into subsets: ranked, shuffled, or a signal, its easy end (large gap) first."""
     floor_subsets: bool = False
     """Subsets of int(N / stages) samples, as the authors' code makes them."""
     reflect_again: bool = False
@@ -196,7 +198,7 @@ class RunConfig(_Section):
     answers_per_prompt: int = Field(default=1, ge=1, le=1000)
     """In offline_on_policy and seqkd; above 1 they are sampled, with reflect.temperature."""
     preset: str | None = None
-    """paper or official (SRD), POCL, SE-KD or SE-KD3X; what the config says itself wins."""
+    """paper or official (SRD), learnable, POCL, SE-KD or SE-KD3X; what the config says itself wins."""
     init_student: InitStudent = InitStudent()
     """How the student is cut out of its teacher, where student is prune."""
     reflect: Reflect = Reflect()

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..errors import Faults, UserError
+from ..reflection import get_difficulties
 from ..registry import Registry
 from ..suggest import unknown_name
 from ..training.config import ADAPTIVE, SRDConfig
@@ -182,6 +183,23 @@ def _check_several(config: "RunConfig") -> None:
             f"config: answers_per_prompt is {several}, and reflect.temperature is 0, with which all of them would be "
             "the same; set it to 1, or answers_per_prompt to 1"
         )
+
+
+def check_signals(config: "RunConfig") -> None:
+    """Refuse signals that look at a teacher in a mode that has none.
+
+    Raises:
+        UserError: naming the mode, the signal and the way out.
+    """
+    mode = MODES.get(config.mode)
+    if mode.teacher or mode.answers == TEACHER or not reflects(config):
+        return
+    for signal in get_difficulties(config.reflect.signals).values():
+        if signal.needs_teacher:
+            raise UserError(
+                f"config: reflect.signals has {signal.name!r}, which compares with a teacher, and mode "
+                f"{config.mode!r} has none; leave it out, or use mode kd"
+            )
 
 
 def _check_ranked_once(config: "RunConfig") -> None:

@@ -115,22 +115,26 @@ def casts_kept() -> Iterator[None]:
             torch.clear_autocast_cache()
 
 
-def make_curriculum(plan: CurriculumPlan, samples: Dataset, args: SRDConfig) -> Curriculum:
+def make_curriculum(
+    plan: CurriculumPlan, samples: Dataset, args: SRDConfig, processes: int | None = None
+) -> Curriculum:
     """Make the schedule that `args` give to a plan of these samples.
 
     Args:
         plan: which samples belong to which stage.
         samples: tokenised, with sample_id.
         args: of the training.
+        processes: that share a step, at least 1. Default: as many as train now.
 
     Returns:
         The schedule.
     """
+    world = args.world_size if processes is None else processes
     stages = args.of_stages(len(plan.subset_columns))
     return Curriculum(
         plan,
         samples["sample_id"],
-        batch_size=args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        batch_size=args.per_device_train_batch_size * args.gradient_accumulation_steps * world,
         epochs_per_stage=stages.epochs,
         temperatures=stages.temperatures,
         sft_weights=stages.sft_weights,

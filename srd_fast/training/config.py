@@ -369,8 +369,8 @@ class SRDConfig(TrainingArguments):
         """Make a config from a preset, as in `SRDConfig.from_preset("paper", output_dir=DIR)`.
 
         Args:
-            preset: "paper" (arXiv 2508.06135), "official" (the authors' code), "POCL" (arXiv 2506.05695), "SE-KD" or
-                "SE-KD3X" (arXiv 2602.01395).
+            preset: "paper" (arXiv 2508.06135), "official" (the authors' code), "learnable" (the defaults), "POCL"
+                (arXiv 2506.05695), "SE-KD" or "SE-KD3X" (arXiv 2602.01395).
             **fields: fields of SRDConfig, used instead of the preset's.
 
         Returns:

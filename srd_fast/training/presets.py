@@ -21,7 +21,7 @@ _STAGES_ALONE: dict[str, Any] = {
     "per_device_train_batch_size": 16,
 }
 # `paper`: arXiv 2508.06135. `official`: what the authors' code does, where it differs. POCL: arXiv 2506.05695, which
-# drops no sample. SE-KD3X: with classes, samples.
+# drops no sample. SE-KD3X: with classes, samples. `learnable` chooses samples, and leaves training as it is.
 TRAINING_PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
         "temperature_start": 1.0,
@@ -35,6 +35,7 @@ TRAINING_PRESETS: dict[str, dict[str, Any]] = {
         "temperature": [1.0, 1.5, 2.0],
         "sft_weight": [0.2, 0.1, 0.0],
     },
+    "learnable": {},
     "POCL": {
         **_STAGES_ALONE,
         "temperature": [1.0, 1.33, 1.67, 2.0],

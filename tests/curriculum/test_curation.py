@@ -508,6 +508,7 @@ def test_a_plan_of_lists_is_a_plan_of_columns() -> None:
     changes: dict[str, Any] = {
         "subsets": found.subsets[:2], "dropped": found.dropped[1:], "unscored": found.dropped[:1], "stages": 2,
         "fused": {**found.fused, "x": 0.5}, "keep": 0.6, "keep_rule": "knee", "rrf_k": 61, "signals": {},
+        "order": "shuffled",
     }  # fmt: skip
     for name, change in changes.items():
         assert CurriculumPlan(**{**given, name: change}) != found, name
@@ -546,7 +547,7 @@ def test_pieces_are_laid_out_as_json_lays_them_out(chunk: int, tmp_path: Path, m
         text = (tmp_path / f"{i}.json").read_text(encoding="utf-8")
         content = json.loads(text)
         assert text == json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-        names = ["format", "method", "keep", "keep_rule", "stages", "rrf_k", "signals"]
+        names = ["format", "method", "keep", "keep_rule", "stages", "rrf_k", "signals", "order"]
         assert list(content) == [*names, "subsets", "dropped", "unscored", "fused"]
         for name in ("subsets", "dropped", "unscored", "fused"):
             assert content[name] == getattr(plan, name)
@@ -559,12 +560,16 @@ def test_scores_of_any_size_come_back_to_the_bit(tmp_path: Path) -> None:
     assert list(CurriculumPlan.load(tmp_path / "plan.json").fused.values()) == values
 
 
-def test_a_plan_from_before_the_knee_is_read(tmp_path: Path) -> None:
+def test_a_plan_from_before_the_knee_and_orders_is_read(tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text(_broken_plans()["whole"])
-    assert CurriculumPlan.load(tmp_path / "plan.json").keep_rule == "ratio"
+    plan = CurriculumPlan.load(tmp_path / "plan.json")
+    assert (plan.keep_rule, plan.order) == ("ratio", "ranked")
 
 
-@pytest.mark.parametrize("options", [{}, {"method": "random"}, {"method": "none"}, {"floor_subsets": True}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"method": "random"}, {"method": "none"}, {"floor_subsets": True}, {"order": "cross_entropy"}],
+)
 def test_a_saved_plan_comes_back_equal(options: dict[str, Any], tmp_path: Path) -> None:
     scores = random_scores(101)
     scores["rouge_l"][0] = math.nan

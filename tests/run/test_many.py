@@ -36,6 +36,7 @@ from srd_fast.run.steps.settings import share_of_batch
 ROOT = Path(__file__).resolve().parents[2]
 SAME = ("data", "start", "reflections.parquet", "plan.json", "teacher_cache")
 STEPS, SAVE_STEPS = 11, 3
+SIGNALS = ["rouge_l", "cross_entropy", "gap"]
 
 
 def config(teacher: Path) -> dict[str, Any]:
@@ -48,7 +49,7 @@ def config(teacher: Path) -> dict[str, Any]:
         "max_prompt_length": 400,
         "max_response_length": 64,
         "init_student": {"layers": 2, "warmup_steps": 3, "warmup_batch_size": 4},
-        "reflect": {"engine": "transformers", "max_new_tokens": 6, "batch_size": 2},
+        "reflect": {"engine": "transformers", "max_new_tokens": 6, "batch_size": 2, "signals": SIGNALS},
         "evaluate": {"max_new_tokens": 6, "batch_size": 2, "seeds": [1, 2]},
         "curate": {"reflect_again": True, "stages": 2},
         "distill": {

@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 from srd_fast.curriculum import CurriculumPlan, curate, replan
 from srd_fast.errors import UserError
 from srd_fast.run.config import RunConfig
+from srd_fast.run.group import Group
 from srd_fast.run.pipeline import execute
-from srd_fast.run.steps import training
+from srd_fast.run.steps import Run, training
 
 STAGES = 3
 
@@ -111,6 +112,30 @@ def test_without_it_the_plan_stays(settings: dict[str, Any], finished: Path, tmp
     ours, theirs = (load_file(f / "student" / "model.safetensors") for f in (tmp_path, finished))
     assert any(not ours[n].equal(theirs[n]) for n in theirs)
     assert json.loads((tmp_path / "summary.json").read_text())["stages"] == []
+
+
+def test_a_border_is_found_between_two_trainings_of_a_group(
+    settings: dict[str, Any], finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There accelerate's state is gone, with which the settings knew how many train."""
+    trained: list[int | None] = []
+    run = Run(RunConfig(**{**settings, "output_dir": str(finished)}), finished, {}, {}, Group(world=2))
+    assert run.args.world_size == 1
+    monkeypatch.setattr(type(run.args), "world_size", property(lambda self: pytest.fail("asked how many train")))
+    monkeypatch.setattr(training, "_train", lambda run, plan, until: trained.append(until))
+    monkeypatch.setattr(training, "reflect_together", interrupted)
+    monkeypatch.setattr(training, "last_whole_checkpoint", lambda folder: None)
+    (finished / "checkpoints" / "plan-stage-3.json").rename(finished / "kept.json")
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            training._plan_from(run, run.plan, 2)
+    finally:
+        (finished / "kept.json").rename(finished / "checkpoints" / "plan-stage-3.json")
+    assert trained == [3 + 6]  # 6 and 12 of 18 samples, two epochs, 4 a step
+
+
+def interrupted(*_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt
 
 
 def test_a_random_plan_cannot_be_ranked_anew(settings: dict[str, Any], tmp_path: Path) -> None:

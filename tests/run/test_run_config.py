@@ -54,7 +54,7 @@ def test_a_misspelt_key_gets_the_nearest_right_one(text: str, given: str, neares
 
 
 def test_an_unknown_key_comes_with_the_known_ones(config: Any) -> None:
-    assert "Known: floor_subsets, keep, method, reflect_again, rrf_k, signals, stages" in refused(
+    assert "Known: floor_subsets, keep, method, order, reflect_again, rrf_k, signals, stages" in refused(
         config, "curate: {zzz: 1}"
     )
 
@@ -206,7 +206,7 @@ def test_wrong_overrides(override: str, complaint: str, config: Any) -> None:
     assert complaint in refused(config, "seed: 1", override)
 
 
-@pytest.mark.parametrize("preset", ["paper", "official"])
+@pytest.mark.parametrize("preset", ["paper", "official", "learnable"])
 def test_a_preset_lies_under_explicit_keys(preset: str, config: Any) -> None:
     plain = config(f"preset: {preset}")
     assert plain.distill == TRAINING_PRESETS[preset]
@@ -246,8 +246,9 @@ def test_presets_are_the_papers_numbers(config: Any) -> None:
 
 
 def test_an_unknown_preset_is_named_with_the_nearest(config: Any) -> None:
-    assert "unknown preset 'papr'; did you mean 'paper'? Known: POCL, SE-KD, SE-KD3X, official, paper" in refused(
-        config, "preset: papr"
+    assert (
+        "unknown preset 'papr'; did you mean 'paper'? Known: POCL, SE-KD, SE-KD3X, learnable, official, paper"
+        in refused(config, "preset: papr")
     )
 
 

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from datasets import Dataset, concatenate_datasets
 from torch import nn
+from transformers import PreTrainedModel
 
 from ...data import template_key
 from ...errors import Faults, UserError
 from ...files import remove
-from ...models import load_model, model_without_weights
+from ...models import load_model, model_without_weights, quantisation_of
 from ...teacher import StaleCacheError, TeacherCache, open_teacher_cache
 from ...teacher.opening import check_engine
 from ...teacher.vllm_teacher import spreads
@@ -94,7 +95,7 @@ def cache_teacher(run: Run) -> None:
     run.group.everywhere(open_cache, run)
 
 
-def open_cache(run: Run, student: nn.Module | None = None) -> TeacherCache | None:
+def open_cache(run: Run, student: nn.Module | None = None, whole: bool = False) -> TeacherCache | None:
     """Open the run's cache, complete. Missing and damaged parts are made, a cache of another teacher is replaced.
 
     As all that opens the cache, it is done by all processes of a group at once, which share what there is to make.
@@ -103,6 +104,7 @@ def open_cache(run: Run, student: nn.Module | None = None) -> TeacherCache | Non
         run: of which the cache is part.
         student: the starting student, if it is loaded already. Compact kinds look at its head, log-sum-exps at the
             number of its classes.
+        whole: with all training samples, kept or not, as before there is a plan.
 
     Returns:
         The cache, or None where the run has none.
@@ -111,7 +113,7 @@ def open_cache(run: Run, student: nn.Module | None = None) -> TeacherCache | Non
     if not has_cache(run.config):
         return None
     train = run.trained_on
-    if not run.config.curate.reflect_again:  # then a dropped sample may come back
+    if not whole and not run.config.curate.reflect_again:  # then a dropped sample may come back
         kept = set(run.plan.kept)
         train = train.select([i for i, sample_id in enumerate(train["sample_id"]) if sample_id in kept])
     if student is None and (c.kind != "hidden" or c.log_sum_exp):
@@ -134,6 +136,24 @@ def warm_up_cache(run: Run) -> TeacherCache | None:
     if not held or c.warmup_steps * c.warmup_batch_size < len(train):
         return None
     return _filled(run, [train, run.data("validation")])
+
+
+def scoring_teacher(run: Run, alone: bool = False) -> TeacherCache | PreTrainedModel | str:
+    """The teacher as signals want it: of all training samples.
+
+    A cache of hidden states is filled for them now, so that the teacher sees each sample once in the whole run. Where
+    the run keeps none of the data's own answers, the teacher runs once more.
+
+    Args:
+        run: of which it is.
+        alone: that other processes, with samples of their own, do not see this folder.
+    """
+    own = MODES.get(run.config.mode).makes_answers
+    if not alone and not own and run.config.cache.kind == "hidden":
+        cache = open_cache(run, whole=True)
+        if cache is not None:
+            return cache
+    return run.teacher if run.teacher_spread or quantisation_of(run.config.teacher) else run.config.teacher
 
 
 def validation_cache(run: Run) -> TeacherCache | None:

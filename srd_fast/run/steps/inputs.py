@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ...curriculum import per_stage
+from ...curriculum import RANKED, SHUFFLED, per_stage
 from ...data import check_made, check_source, data_function_of
 from ...errors import Fault, Faults, FaultsError, UserError, first_line
 from ...files import disk_trouble
@@ -31,13 +31,14 @@ from ...models import (
 from ...reflection import get_difficulties
 from ...reflection.engines import ENGINES, check_engine_options
 from ...selection import SAMPLE_POLICIES
+from ...suggest import unknown_name
 from ...training.arguments import PACKAGES
 from ...training.config import SRDConfig
 from ...training.corpus_metrics import check_metrics
 from ...training.measure import check_best_metric
 from ..config import RunConfig
 from ..group import Group
-from ..modes import check_mode
+from ..modes import check_mode, check_signals
 from .cache import check_cache
 from .data import VALIDATION, tokenisation_of
 from .run import PRUNE, QUICKSTART
@@ -146,12 +147,20 @@ def _check_reflection(config: RunConfig, faults: Faults) -> None:
             made[next(reversed(found))] = name
     for name in config.curate.signals or ():
         faults.check(("reflect.signals", "curate.signals"), _check_ranked, name, made)
+    faults.check(("reflect.signals", "curate.order"), _check_order, config.curate.order, made)
+    faults.check(("reflect.signals", "mode", "curate.method"), check_signals, config)
 
 
 def _check_ranked(name: str, made: Mapping[str, Any]) -> None:
     extra = set(get_difficulties([name])) - set(made)
     if extra:
         raise UserError(f"curate.signals names {sorted(extra)}, which reflect.signals does not make")
+
+
+def _check_order(order: str, made: Mapping[str, Any]) -> None:
+    if order not in (RANKED, SHUFFLED, *made):
+        known = [RANKED, SHUFFLED, *made]
+        raise UserError("config: curate.order: " + unknown_name("order", order, known) + ", or a signal of reflect's")
 
 
 def _check_engine(name: str) -> None:

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from transformers import PreTrainedModel
 
-from ...curriculum import CurriculumPlan, Signal, curate
+from ...curriculum import RANKED, SHUFFLED, CurriculumPlan, Signal, curate
 from ...files import content_digest, remove
 from ...models import fingerprint, load_model, quantisation_of
 from ...reflection import Sampling, get_difficulties, reflect
@@ -14,12 +15,12 @@ from ...reflection.shards import merge_shards, shard_file, shard_files, write_sh
 from ...reflection.signals import signal_files
 from ...selection import ALL, select_samples
 from ...sharing import ALONE, Sharing
-from ...teacher import LiveTeacher
+from ...teacher import LiveTeacher, TeacherCache
 from ...training.config import SRDConfig
 from ...training.student import prune_and_warm_up
 from ..config import RunConfig
 from ..modes import reflects
-from .cache import warm_up_cache
+from .cache import scoring_teacher, warm_up_cache
 from .run import PRUNE, Run, write_parquet
 
 
@@ -76,7 +77,8 @@ def reflect_shard(run: Run, shard: str) -> Path:
     """Run `reflect_step` for one shard "k/n" of the samples, and return the file of its scores."""
     run.check_teacher()
     target, parts = shard_file(run.folder, shard), shard_parts(run.folder, shard)
-    write_shard(reflect_with(run, run.start, parts, shard), target, _made_from(run))
+    teacher = scoring_teacher(run, alone=True) if looks_at_teacher(run.config) else None
+    write_shard(reflect_with(run, run.start, parts, shard, teacher=teacher), target, _made_from(run))
     remove(parts)
     return target
 
@@ -98,15 +100,18 @@ def reflect_together(
 
     An engine that spreads over devices or machines by itself is left to the first of them.
     """
-    c = run.config.reflect
+    c, teacher = run.config.reflect, None
+    scored = samples is None and looks_at_teacher(run.config)
     sizes = [c.engine_options.get(name, 1) for name in ("tensor_parallel_size", "data_parallel_size")]
     if c.engine == "ray" or sizes != [1, 1]:
-        return reflect_with(run, model, parts, samples=samples, seed=seed)
+        teacher = run.group.everywhere(scoring_teacher, run) if scored else None
+        return reflect_with(run, model, parts, samples=samples, seed=seed, teacher=teacher)
     return run.group.everywhere(_reflect_share, run, model, parts, samples, seed)
 
 
 def _reflect_share(run: Run, model: str, parts: Path, samples: Dataset | None, seed: int | None) -> Dataset:
-    return reflect_with(run, model, parts, sharing=run.group, samples=samples, seed=seed)
+    teacher = scoring_teacher(run) if samples is None and looks_at_teacher(run.config) else None
+    return reflect_with(run, model, parts, sharing=run.group, samples=samples, seed=seed, teacher=teacher)
 
 
 def reflect_with(
@@ -117,6 +122,7 @@ def reflect_with(
     sharing: Sharing = ALONE,
     samples: Dataset | None = None,
     seed: int | None = None,
+    teacher: TeacherCache | PreTrainedModel | str | None = None,
 ) -> Dataset:
     """Reflections of the training rows by a model, with the settings of the section `reflect`.
 
@@ -128,6 +134,7 @@ def reflect_with(
         sharing: the processes that do it together.
         samples: answer these alone, and do not score the answers. Default: the training rows.
         seed: of the draws. Default: the run's.
+        teacher: for signals that look at one.
 
     Returns:
         The answers, and their scores.
@@ -157,7 +164,13 @@ def reflect_with(
         sharing=sharing,
         keep_ids=True,
         progress=run.group.rank == 0,
+        teacher=teacher,
     )
+
+
+def looks_at_teacher(config: RunConfig) -> bool:
+    """Whether a signal of the run compares with the teacher."""
+    return any(signal.needs_teacher for signal in get_difficulties(config.reflect.signals).values())
 
 
 def reflect_inputs(config: RunConfig) -> Any:
@@ -177,7 +190,10 @@ def curate_inputs(config: RunConfig) -> Any:
     """What the plan depends on, besides the scores."""
     policy, ratio = sample_policy(config)
     samples = None if policy == ALL else [policy, ratio, config.dtype]
-    return [config.curate.model_dump(), config.seed if config.curate.method == "random" else None, samples]
+    c = config.curate
+    # Without an order that is not given, so that plans of runs from before it stay valid.
+    given = c.model_dump(exclude={"order"} if c.order == RANKED else None)
+    return [given, config.seed if c.method == "random" or c.order == SHUFFLED else None, samples]
 
 
 def curate_step(run: Run) -> None:
@@ -185,6 +201,10 @@ def curate_step(run: Run) -> None:
     c = run.config.curate
     signals = get_difficulties(c.signals or run.config.reflect.signals)
     weights = list((c.signals or dict.fromkeys(signals, 1.0)).values())
+    ranks = {n: Signal(s.higher_is_easier, w) for (n, s), w in zip(signals.items(), weights)}
+    for name, signal in get_difficulties(run.config.reflect.signals).items():
+        if name == c.order and name not in ranks:
+            ranks[name] = Signal(signal.higher_is_easier, 0.0)
     if not reflects(run.config):
         ids = list(run.data("train")["sample_id"])
         CurriculumPlan([ids, *([] for _ in range(1, c.stages))], method="none", stages=c.stages).save(
@@ -196,7 +216,8 @@ def curate_step(run: Run) -> None:
         keep=c.keep,
         stages=c.stages,
         rrf_k=c.rrf_k,
-        signals={n: Signal(s.higher_is_easier, w) for (n, s), w in zip(signals.items(), weights)},
+        signals=ranks,
+        order=c.order,
         method=c.method,
         seed=run.config.seed,
         floor_subsets=c.floor_subsets,

@@ -164,14 +164,15 @@ def _plan_from(run: Run, plan: CurriculumPlan, stage: int) -> CurriculumPlan:
     if path.is_file():
         return CurriculumPlan.load(path)
     train = run.data("train")
-    border = make_curriculum(plan, train, run.args).stages[stage].first_step
+    # Between two trainings of a group nothing says how many there are; these settings are of all together.
+    border = make_curriculum(plan, train, run.args, processes=1).stages[stage].first_step
     if 0 < run.args.max_steps <= border:
         return plan
     student = checkpoints / f"checkpoint-{border}"
     if last_whole_checkpoint(checkpoints) != str(student):
         _train(run, plan, until=border)
     scores = reflect_together(run, str(student), checkpoints / PARTS)
-    made = replan(plan, stage, scores)
+    made = replan(plan, stage, scores, run.config.seed)
     write_parquet(scores, checkpoints / f"reflections-stage-{stage + 1}.parquet")
     made.save(path)
     remove(checkpoints / PARTS)
