@@ -74,12 +74,11 @@ def named_groups(reflections: Reflections, plan: CurriculumPlan | None) -> list[
         return [("scored, no plan yet", sequence(2)[0], list(reflections.index), True)]
     subsets = [subset for subset in plan.subsets if subset]
     labels = [f"subset {i}" for i in range(1, len(subsets) + 1)]
-    if len(subsets) > 1:
-        if plan.is_by_ease:
-            labels[0] += ", easiest"
-            labels[-1] += ", hardest"
-    elif subsets:
+    if len(subsets) == 1:
         labels = ["kept"]
+    elif subsets and plan.is_by_ease:
+        labels[0] += ", easiest"
+        labels[-1] += ", hardest"
     colours = sequence(max(len(subsets), 2))
     named = [(label, colours[i], subsets[i], True) for i, label in enumerate(labels)]
     return [*named, ("dropped", DROPPED, [row["sample_id"] for row in plan.dropped], False)]

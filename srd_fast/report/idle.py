@@ -17,6 +17,7 @@ NAMES = {
     "rouge_l": "ROUGE-L",
     "cross_entropy": "cross-entropy",
     "teacher_cross_entropy": "the teacher's own cross-entropy",
+    "gap": "the gap to the teacher",
 }
 _LETTER, _LATIN = regex.compile(r"\p{L}"), regex.compile(r"\p{Latin}")
 
@@ -55,7 +56,7 @@ def ranking_view(run: Run) -> dict[str, Any] | None:
         }
         measured |= {NAMES.get(name, name): values for name, values in scores.items()}
         view["correlations"] = [(name, spearman(hardness, values)) for name, values in measured.items()]
-        ranked_by = [n for n in plan.signals if n in scores]
+        ranked_by = [n for n in plan.ranked_by if n in scores]
         view["sentences"] = [
             *_by_length(hardness, length, is_dropped),
             *_between(scores, ranked_by),

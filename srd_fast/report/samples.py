@@ -27,11 +27,8 @@ def samples_view(run: Run) -> dict[str, Any]:
     order = "fused rank, as in the plan" if plan.fused else "ROUGE-L, then cross-entropy"
     view["note"] = f"Ordered by {order}. The answer is the starting student's."
     hardest = [sample_id for sample_id in kept[::-1][:SHOWN] if sample_id not in kept[:SHOWN]]
-    easy, hard, dropped_title = _titles(plan)
     for title, ids in (
-        (easy, kept[:SHOWN]),
-        (hard, hardest),
-        (dropped_title, dropped[::-1][:SHOWN]),
+        *zip(_titles(plan), (kept[:SHOWN], hardest, dropped[::-1][:SHOWN])),
         # A person can judge a border by the rows on its two sides.
         ("Nearest to the border: the last kept", kept[::-1][:NEAREST] if dropped else []),
         ("Nearest to the border: the first dropped", dropped[:NEAREST]),
