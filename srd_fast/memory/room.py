@@ -82,8 +82,13 @@ def _size(model: nn.Module) -> int:
 
 
 def _check_disk(run: Run, student: nn.Module) -> None:
-    """Checkpoints that are there already are overwritten or kept instead of new ones, so they do not count."""
+    """Checkpoints that are there already are overwritten or kept instead of new ones, so they do not count.
+
+    Where the student is there, its training is over, or what is there makes room for it.
+    """
     args, folder = run.args, run.folder
+    if (folder / "student").is_dir():
+        return
     there = next((x for x in (folder, *folder.absolute().parents) if x.is_dir()), Path("/"))
     if run.config.lora is not None:
         needed = _FLOAT * _size(student)
@@ -96,7 +101,7 @@ def _check_disk(run: Run, student: nn.Module) -> None:
     held = sum(f.stat().st_size for f in (folder / "checkpoints").rglob("*") if f.is_file())
     if needed > free + held:
         raise UserError(
-            f"config: output_dir: the student and its checkpoints take about {needed / 1e9:.1f} GB, and the disk of "
-            f"{str(there)!r} has {free / 1e9:.1f} GB free; lower distill.save_total_limit, set "
+            f"config: output_dir: the student and its checkpoints take about {needed / 1e9:.3g} GB, and the disk of "
+            f"{str(there)!r} has {free / 1e9:.3g} GB free; lower distill.save_total_limit, set "
             "distill.save_only_model, or name a folder on another disk"
         )

@@ -45,7 +45,7 @@ def figures_of(folder: Path) -> dict[Cell, dict[str, float]]:
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_cells_through_real_processes(tmp_path: Path) -> None:
     mine, results = tmp_path / "mine.py", tmp_path / "results"
     mine.write_text(OUT_OF_MEMORY, encoding="utf-8")

@@ -37,7 +37,7 @@ def of_pairs(name: str, log_p: Tensor, log_q: Tensor) -> Tensor:
     return 0.25 * (w_1[..., :, None] * w_2[..., None, :] * pairs).sum((-1, -2))
 
 
-@pytest.mark.parametrize("backend", ["eager", pytest.param("compile", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("compile", marks=pytest.mark.long)])
 @pytest.mark.parametrize("order", ["rows", "classes"])
 @pytest.mark.parametrize("name", ROW_FIRST)
 def test_loss_and_gradients_are_those_of_the_definition(name: str, order: str, backend: str) -> None:

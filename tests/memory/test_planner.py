@@ -135,7 +135,7 @@ def test_fake_passes_through_two_stacks_save_what_real_ones_do(name: str) -> Non
 # Plans
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_plan_of_two_stacks(tmp_path: Path) -> None:
     tokenizer = encoder_decoders.tiny_tokenizer("t5")
     for name in ("t5", "t5_untied"):
@@ -195,7 +195,7 @@ def test_adapters_alone_are_trained(tiny_teacher_folder: Path, tmp_path: Path) -
     assert parts["optimizer"] == pytest.approx(2 * parts["adapters"], abs=100)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_what_each_teacher_keeps(tiny_teacher_folder: Path, tmp_path: Path) -> None:
     head = 400 * 32 * 4
     kinds = {}
@@ -293,7 +293,7 @@ def test_what_is_no_size(text: str) -> None:
         fitting.parse_bytes(text)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_what_is_proposed_fits_and_trains_the_same(tiny_teacher_folder: Path, tmp_path: Path) -> None:
     config = made_config(tiny_teacher_folder, tmp_path, "distill.gradient_accumulation_steps=3")
     whole = planner.plan(config)
@@ -325,7 +325,7 @@ def test_the_command(tiny_teacher_folder: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_old_name_of_the_command_says_the_new_one(tmp_path: Path) -> None:
     command = shutil.which("srd-fast", path=str(Path(sys.executable).parent))
     assert command, "there is no srd-fast beside python: install the package"
@@ -338,7 +338,7 @@ def test_the_old_name_of_the_command_says_the_new_one(tmp_path: Path) -> None:
     assert (old.returncode, old.stdout) == (new.returncode, new.stdout) == (2, "")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_nothing_fits(tiny_teacher_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nothing fits in 0\.01 GB: the least is 0\.01 GB, of which process takes"):
         fitting.fit(made_config(tiny_teacher_folder, tmp_path), BASE // 2 + BASE // 4)
