@@ -1,6 +1,7 @@
 """`SRDConfig`: the training arguments of selective reflection distillation."""
 
 from dataclasses import MISSING, dataclass, field, fields
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -188,10 +189,12 @@ class SRDConfig(TrainingArguments):
         if self.disable_tqdm is None:
             self.disable_tqdm = False  # transformers would go by the level of its log
         faults = Faults()
-        for name in REFUSED:
+        known = partial(hasattr, self)  # of transformers' fields some came with later versions
+        for name in filter(known, REFUSED):
             faults.check(name, check_fits, self, name)
         for name, (least, most) in RANGES.items():
-            faults.check(name, self._check_numbers, name, None, least, most)
+            if known(name):
+                faults.check(name, self._check_numbers, name, None, least, most)
         faults.check("divergence", get_divergence, self.divergence)
         for name in ("temperature", "temperature_start", "temperature_end"):
             faults.check(name, self._check_numbers, name, None, *RANGE)
@@ -213,7 +216,8 @@ class SRDConfig(TrainingArguments):
         faults.check("backend", check_backend, self.backend)
         faults.check("memory_budget", self._check_numbers, "memory_budget", 0)
         for name, accepted in CHOICES.items():
-            faults.check(name, self._check_choice, name, accepted)
+            if known(name):
+                faults.check(name, self._check_choice, name, accepted)
         position = ("position_selection", "position_ratio", "position_steps")
         faults.check(position, make_position_policy, *(getattr(self, name) for name in position))
         faults.check(("class_sampling", "divergence", "teacher_cache_kind"), self._check_class_sampling)
@@ -250,7 +254,7 @@ class SRDConfig(TrainingArguments):
 
     def _check_choice(self, name: str, accepted: tuple[Any, ...]) -> None:
         value = getattr(self, name)
-        if value not in accepted and hasattr(self, name):
+        if value not in accepted:
             words = [{None: "null", True: "true", False: "false"}.get(x, repr(x)) for x in accepted]
             raise UserError(f"{name} must be {', '.join(words[:-1])} or {words[-1]}, got {value!r}")
 
