@@ -45,6 +45,7 @@ def finished(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory)
     return run(settings, tmp_path_factory.mktemp("again") / "run")
 
 
+@pytest.mark.slow
 def test_later_subsets_are_filled_by_the_new_scores(finished: Path) -> None:
     plans = [CurriculumPlan.load(finished / "plan.json")]
     for stage in range(2, STAGES + 1):

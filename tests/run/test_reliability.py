@@ -614,6 +614,7 @@ def test_many_samples_are_not_all_listed(tokenizer: PreTrainedTokenizerFast) -> 
     assert listed == [samples[i]["sample_id"] for i in trainer.curriculum.indices()][:16]
 
 
+@pytest.mark.slow
 def test_the_command_ends_with_the_sample_ids(untrained: Path, config_file: Path, tmp_path: Path) -> None:
     """A learning rate that no float32 survives; what was finished before is kept."""
     command = (config_file, f"output_dir={untrained}", "distill.learning_rate=1e30", "distill.optim=sgd")

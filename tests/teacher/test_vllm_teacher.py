@@ -168,6 +168,7 @@ def test_rows_and_caches_of_each_kind_are_those_of_the_live_teacher(
                     torch.testing.assert_close(x, y, rtol=1e-3, atol=2e-3 if kind == "topk" else 1e-4)
 
 
+@pytest.mark.long
 @pytest.mark.vllm
 @with_vllm
 def test_a_killed_engine_and_a_killed_run_end_with_the_same_bytes(
