@@ -6,6 +6,7 @@ from .beside import CacheBesideTeacher, at_work, from_cache
 from .build import build_teacher_cache
 from .cache import TeacherCache
 from .collator import StepCollator
+from .elsewhere import TeacherElsewhere
 from .live import LiveTeacher
 from .opening import open_teacher_cache
 from .remote import RemoteTeacher, serve_teacher
@@ -36,6 +37,7 @@ __all__ = [
     "StepCollator",
     "Store",
     "TeacherCache",
+    "TeacherElsewhere",
     "TeacherRows",
     "TeacherSource",
     "VLLMTeacher",

@@ -16,16 +16,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.data import get_worker_info
 
 from ..data import DistillationCollator
 from ..errors import UserError, first_line
 from ..losses import Head
 from ..models import decoder_start, embeddings_of, is_encoder_decoder, is_sharded
-from .cache import ComingRows
+from .elsewhere import TeacherElsewhere
 from .live import LiveTeacher
 from .roles import Roles
-from .source import HiddenRows, TeacherRows, rows_with_loss
+from .source import rows_with_loss
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +70,7 @@ class _Line:
         return content, source
 
 
-class RemoteTeacher:
+class RemoteTeacher(TeacherElsewhere):
     """A student's side of a teacher on other ranks: `SRDTrainer` takes it as `teacher_model`.
 
     The teacher's head comes once, and is whole on each student. Hidden states come in the teacher's dtype, 2 D_T bytes
@@ -85,6 +84,8 @@ class RemoteTeacher:
         UserError: this rank runs the teacher, or the teacher could not be opened.
     """
 
+    where = "on other ranks"
+
     def __init__(self, roles: Roles) -> None:
         if roles.teaches:
             raise UserError(f"rank {roles.rank} runs the teacher: call serve_teacher there, not RemoteTeacher")
@@ -96,9 +97,9 @@ class RemoteTeacher:
         self._teacher += roles.rank % self._receive()["teachers"]
         said = self._receive()
         self.head = Head(said["weight"], said["bias"], said["softcap"], said["scale"])
-        self.num_classes: int = said["weight"].shape[0]
-        self.num_embeddings: int = said["embeddings"]  # token ids must be below it
-        self.is_encoder_decoder: bool = said["encoder_decoder"]
+        self.num_classes = said["weight"].shape[0]
+        self.num_embeddings = said["embeddings"]
+        self.is_encoder_decoder = said["encoder_decoder"]
         self._is_open = True
         atexit.register(self.close)
 
@@ -111,65 +112,11 @@ class RemoteTeacher:
             raise UserError(f"the teacher on rank {self._teacher}: {found['error']}")
         return found
 
-    def to(self, device: torch.device | str) -> "RemoteTeacher":
-        """Move the teacher's head.
-
-        Args:
-            device: where the student trains.
-
-        Returns:
-            The source itself.
-        """
-        self.head = self.head.on(device)
-        return self
-
-    def collate(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """Ask for the rows of a batch's samples, and wait for them.
-
-        Args:
-            samples: tokenised, with input_ids and labels.
-
-        Returns:
-            Tensors on the CPU by name, for `rows`.
-        """
-        rows, read = self._asked(samples)
-        read.result()
-        return rows
-
-    def collate_ahead(self, samples: Sequence[Mapping[str, Any]]) -> ComingRows:
-        """Ask for the rows of a batch's samples.
-
-        Args:
-            samples: tokenised, with input_ids and labels.
-
-        Returns:
-            An object whose `to(device)` waits for the rows and returns them.
-
-        Raises:
-            UserError: a worker process of the data loader asks.
-        """
-        return ComingRows(*self._asked(samples))
-
-    def _asked(self, samples: Sequence[Mapping[str, Any]]) -> "tuple[dict[str, Tensor], Future[None]]":
-        if get_worker_info() is not None:
-            raise UserError("dataloader_num_workers must be 0 with a teacher on other ranks: workers cannot ask it")
+    def _begin(self, samples: Sequence[Mapping[str, Any]], rows: dict[str, Tensor]) -> Future[None]:
         ids, labels = ([torch.as_tensor(np.asarray(s[name])) for s in samples] for name in ("input_ids", "labels"))
         request = {"input_ids": ids, "labels": labels}
         self._writer.submit(self._line.send, request, self._teacher, _REQUEST)
-        rows: dict[str, Tensor] = {}
-        return rows, self._reader.submit(lambda: rows.update(self._receive()))
-
-    def rows(self, batch: Mapping[str, Any], temperature: float) -> TeacherRows:
-        """Return the rows that came with a batch. They do not depend on the temperature.
-
-        Args:
-            batch: with what `collate` returned under "teacher".
-            temperature: not used.
-
-        Returns:
-            Hidden states and the head.
-        """
-        return HiddenRows(batch["teacher"]["hidden"], self.head)
+        return self._reader.submit(lambda: rows.update(self._receive()))
 
     def close(self) -> None:
         """Let the teacher end, when all its students have called this. The end of the process calls it too."""

@@ -8,22 +8,20 @@ The head is read alone from the model's files.
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.utils.data import get_worker_info
 
 from ..data import IGNORE_INDEX
 from ..errors import UserError
 from ..models import fingerprint, head_of_files, load_config, resolve_model
 from ..workers.vllm import check_installed, check_sizes, vllm_pool
-from .cache import ComingRows
+from .elsewhere import TeacherElsewhere
 from .index import json_text
-from .source import HiddenRows, TeacherRows
 
 # What hidden states need, and why none of it is to choose.
 _FIXED: dict[str, Any] = {
@@ -70,7 +68,7 @@ def spreads(options: Mapping[str, Any]) -> bool:
     return any(options.get(name, 1) != 1 for name in sizes)
 
 
-class VLLMTeacher:
+class VLLMTeacher(TeacherElsewhere):
     """A teacher run by vLLM in `data_parallel_size` processes, which start with the first samples and end with `close`.
 
     It fills caches (`open_teacher_cache`, `build_teacher_cache`), and `SRDTrainer` takes it as `teacher_model`: the
@@ -92,6 +90,8 @@ class VLLMTeacher:
         UserError: vLLM is missing, an option is not one for hidden states, or the head cannot be read.
     """
 
+    where = "in vLLM"
+
     def __init__(
         self,
         source: str,
@@ -112,7 +112,7 @@ class VLLMTeacher:
         self.revision: str | None = getattr(load_config(source), "_commit_hash", None)
         self.head, self.num_embeddings = head_of_files(source, dtype, device)
         assert self.head.weight is not None
-        self.num_classes: int = self.head.weight.shape[0]
+        self.num_classes = self.head.weight.shape[0]
         self.is_encoder_decoder = False
         given = {
             "gpu_memory_utilization": 0.8,
@@ -208,57 +208,8 @@ class VLLMTeacher:
                 )
         self._is_tried = True
 
-    def to(self, device: torch.device | str) -> "VLLMTeacher":
-        """Move the teacher's head.
-
-        Args:
-            device: where the student trains.
-
-        Returns:
-            The source itself.
-        """
-        self.head = self.head.on(device)
-        return self
-
-    def collate(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """Run the teacher on a batch's samples, and wait for it.
-
-        Args:
-            samples: tokenised, with input_ids and labels.
-
-        Returns:
-            Tensors on the CPU by name, for `rows`.
-        """
-        return {"hidden": self.hidden_rows(samples)}
-
-    def collate_ahead(self, samples: Sequence[Mapping[str, Any]]) -> ComingRows:
-        """Run the teacher on a batch's samples while the caller goes on.
-
-        Args:
-            samples: tokenised, with input_ids and labels.
-
-        Returns:
-            An object whose `to(device)` waits for the rows and returns them.
-
-        Raises:
-            UserError: a worker process of the data loader asks.
-        """
-        if get_worker_info() is not None:
-            raise UserError("dataloader_num_workers must be 0 with a teacher in vLLM: workers cannot ask it")
-        rows: dict[str, Tensor] = {}
-        return ComingRows(rows, self._reader.submit(lambda: rows.update(self.collate(samples))))
-
-    def rows(self, batch: Mapping[str, Any], temperature: float) -> TeacherRows:
-        """Return the rows that came with a batch. They do not depend on the temperature.
-
-        Args:
-            batch: with what `collate` returned under "teacher".
-            temperature: not used.
-
-        Returns:
-            Hidden states and the head.
-        """
-        return HiddenRows(batch["teacher"]["hidden"], self.head)
+    def _begin(self, samples: Sequence[Mapping[str, Any]], rows: dict[str, Tensor]) -> Future[None]:
+        return self._reader.submit(lambda: rows.update(hidden=self.hidden_rows(samples)))
 
     def close(self) -> None:
         """End the processes. When this returns, their memory is free, on a GPU too."""

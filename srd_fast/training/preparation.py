@@ -33,12 +33,11 @@ from ..teacher import (
     CacheBesideTeacher,
     LiveTeacher,
     NoTeacher,
-    RemoteTeacher,
     RowsOfSamples,
     StepCollator,
     TeacherCache,
+    TeacherElsewhere,
     TeacherSource,
-    VLLMTeacher,
     at_work,
     open_teacher_cache,
 )
@@ -89,7 +88,7 @@ def teacher_source(
     Raises:
         UserError: the teacher is not of the student's kind, or the cache cannot be used.
     """
-    if isinstance(teacher, (str, nn.Module, TeacherCache, RemoteTeacher, VLLMTeacher)):
+    if isinstance(teacher, (str, nn.Module, TeacherCache, TeacherElsewhere)):
         check_same_kind(student, load_config(teacher) if isinstance(teacher, str) else teacher)
     if teacher is None and args.teacher_cache is None:
         return NoTeacher(classes_of(student, "student"))

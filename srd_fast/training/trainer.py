@@ -52,11 +52,10 @@ from ..selection import BatchSelection, Signals, items_of, select_samples
 from ..teacher import (
     LiveTeacher,
     NoTeacher,
-    RemoteTeacher,
     RowsOfSamples,
     StepCollator,
+    TeacherElsewhere,
     TeacherSource,
-    VLLMTeacher,
     distillation_loss_of_rows,
     from_cache,
     labels_with_loss,
@@ -255,7 +254,7 @@ class SRDTrainer(Trainer):
         if isinstance(self.teacher, LiveTeacher):
             for samples in given:
                 check_token_ids(samples, {"teacher": embeddings_of(self.teacher.model)})
-        if isinstance(self.teacher, (RemoteTeacher, VLLMTeacher)):
+        if isinstance(self.teacher, TeacherElsewhere):
             for samples in given:
                 check_token_ids(samples, {"teacher": self.teacher.num_embeddings})
         if args.class_sampling and classes > self.teacher.num_classes:
