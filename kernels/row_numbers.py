@@ -4,7 +4,7 @@ Shape letters: C rows of a chunk, R rows of a block.
 """
 
 import functools
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -39,6 +39,25 @@ class RowValues(NamedTuple):
     divergence: Tensor
     cross_entropy: Tensor
     entropy: Tensor
+
+
+class RowBackend(Protocol):
+    """`distillation_rows` and its equals."""
+
+    def __call__(
+        self,
+        student_logits_CV: Tensor,
+        teacher_logits_CV: Tensor | None,
+        labels_C: Tensor,
+        divergence: RowDivergence | None,
+        coefficients: RowCoefficients,
+        *,
+        student_softcap: float | None = None,
+        teacher_softcap: float | None = None,
+        row_weights_C: Tensor | None = None,
+        gradient_CV: Tensor | None = None,
+    ) -> RowValues:
+        """See `distillation_rows`."""
 
 
 class RowNumbers:

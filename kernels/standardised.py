@@ -10,38 +10,18 @@ In D alone, logits z become y = (z - mean) / deviation of their row, over the cl
 Cross-entropy and entropy stay those of the logits as they are.
 """
 
-from typing import Protocol
-
 import torch
 from torch import Tensor
 
 from .divergences import RowDivergence
 from .passes import LOGIT_FLOOR, logits
 from .pieces import EAGER_BUFFERS, block_bytes
-from .row_numbers import RowCoefficients, RowValues
+from .row_numbers import RowBackend, RowCoefficients, RowValues
 
 # A row whose classes are all alike is no further from its mean than this.
 _LEAST = 1e-7
 STANDARDISING = 2
 """How many times `EAGER_BUFFERS` are alive at once, those of the row function among them."""
-
-
-class RowFunction(Protocol):
-    """`distillation_rows` and its equals."""
-
-    def __call__(
-        self,
-        student_logits_CV: Tensor,
-        teacher_logits_CV: Tensor | None,
-        labels_C: Tensor,
-        divergence: RowDivergence | None,
-        coefficients: RowCoefficients,
-        *,
-        student_softcap: float | None = None,
-        row_weights_C: Tensor | None = None,
-        gradient_CV: Tensor | None = None,
-    ) -> RowValues:
-        """See `distillation_rows`."""
 
 
 class _Standardised:
@@ -68,7 +48,7 @@ class _Standardised:
 
 
 def standardised_rows(
-    function: RowFunction,
+    function: RowBackend,
     student_logits_CV: Tensor,
     teacher_logits_CV: Tensor,
     labels_C: Tensor,

@@ -5,13 +5,13 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..errors import UserError
-from ..kernels import ClassBlocks, RowCoefficients, RowDivergence, RowValues, distillation_rows
+from ..kernels import ClassBlocks, RowDivergence, distillation_rows
+from ..kernels.row_numbers import RowBackend
 from ..suggest import unknown_name
 
 BACKENDS = ("auto", "triton", "compile", "eager")
@@ -34,25 +34,6 @@ def expect_logits(number: float) -> Iterator[None]:
         yield
     finally:
         _logits_to_come.reset(token)
-
-
-class RowBackend(Protocol):
-    """`distillation_rows` and its equals."""
-
-    def __call__(
-        self,
-        student_logits_CV: Tensor,
-        teacher_logits_CV: Tensor | None,
-        labels_C: Tensor,
-        divergence: RowDivergence | None,
-        coefficients: RowCoefficients,
-        *,
-        student_softcap: float | None = None,
-        teacher_softcap: float | None = None,
-        row_weights_C: Tensor | None = None,
-        gradient_CV: Tensor | None = None,
-    ) -> RowValues:
-        """See `srd_fast.kernels.distillation_rows`."""
 
 
 def check_backend(name: Any) -> None:
