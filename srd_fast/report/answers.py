@@ -11,6 +11,9 @@ import pyarrow as pa
 
 from srd_fast.report.files import Fields, read_json, read_table
 
+# The models of a run, in the order in which pages show them.
+NAMES = {"teacher": "teacher", "start": "starting student", "student": "distilled student"}
+
 
 @dataclass(frozen=True)
 class RowMeasures:
@@ -57,7 +60,7 @@ def read_answers(folder: Path) -> ValidationAnswers | None:
     if fields is None:
         return None
     models = {}
-    for name in ("teacher", "start", "student"):
+    for name in NAMES:
         rows = fields.child(name).child("rows")
         if rows.data:
             models[name] = _measures(rows)

@@ -16,11 +16,10 @@ from pathlib import Path
 import numpy as np
 
 from srd_fast.errors import UserError
-from srd_fast.report.answers import RowMeasures, ValidationAnswers, read_answers, texts_of
+from srd_fast.report.answers import NAMES, RowMeasures, ValidationAnswers, read_answers, texts_of
 from srd_fast.report.files import read_json
 from srd_fast.report.read import FloatArray, Metrics, read_metrics
 
-NAMES = {"teacher": "teacher", "start": "starting student", "student": "distilled student"}
 LEVEL = 1 - 0.05 / 3
 RESAMPLES = 4000
 # Fewer rows say too little for an interval.

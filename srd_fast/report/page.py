@@ -12,6 +12,7 @@ import jinja2
 
 from srd_fast.curriculum import RANKED, SHUFFLED, CurriculumPlan
 from srd_fast.errors import UserError
+from srd_fast.report.answers import NAMES
 from srd_fast.report.figures import curves_view, difficulty_view, schedule_view, throughput_view
 from srd_fast.report.idle import ranking_view
 from srd_fast.report.numbers import count, duration, missing, number, points
@@ -20,7 +21,6 @@ from srd_fast.report.rows import fit
 from srd_fast.report.samples import examples_view, samples_view, selection_view, unscored_view
 from srd_fast.report.tables import training_table, validation_table
 
-MODELS = (("teacher", "Teacher"), ("start", "Starting student"), ("student", "Distilled student"))
 MOST_BYTES = 5_000_000
 # The validation rows have a share of what figures and scores of training rows leave, and a least share of the page.
 BYTES_OF_SCORES, SHARE_OF_VALIDATION, LEAST_OF_VALIDATION = 40, 0.3, 0.05
@@ -225,7 +225,7 @@ def _scores(run: Run) -> dict[str, Any]:
     absent = missing(run, "summary.json")
     if absent or run.summary is None:
         return {"missing": absent, "rows": [], "note": "", "metrics": []}
-    evaluations = {name: _evaluation(run, name) for name, _ in MODELS}
+    evaluations = {name: _evaluation(run, name) for name in NAMES}
     rouge = {name: points(e.rouge_l) for name, e in evaluations.items()}
     entropy = {name: number(e.cross_entropy) for name, e in evaluations.items()}
     kl = {name: number(e.kl) for name, e in evaluations.items()}
@@ -237,11 +237,11 @@ def _scores(run: Run) -> dict[str, Any]:
     of_answers = [rouge, *others.values()]
     best = [*(_best(texts, max) for texts in of_answers), _best(entropy, min), _best(kl, min)]
     rows = []
-    for name, label in MODELS:
+    for name, label in NAMES.items():
         spread = evaluations[name].rouge_l_std
         spread_text = "" if math.isnan(spread) else f" ± {100 * spread:.1f}"
         texts = (rouge[name] + spread_text, *(x[name] for x in others.values()), entropy[name], kl[name])
-        rows.append((label, [(text, name == winner) for text, winner in zip(texts, best, strict=True)]))
+        rows.append((label.capitalize(), [(text, name == winner) for text, winner in zip(texts, best, strict=True)]))
     note = _scores_note(run, list(evaluations.values()))
     return {"missing": "", "rows": rows, "note": note, "metrics": list(others)}
 
@@ -255,7 +255,7 @@ def _best(texts: dict[str, str], pick: Any) -> str | None:
 
 
 def _scores_note(run: Run, evaluations: Sequence[Evaluation]) -> str:
-    absent = [label.lower() for (name, label) in MODELS if run.summary and name not in run.summary.evaluation]
+    absent = [label for name, label in NAMES.items() if run.summary and name not in run.summary.evaluation]
     measured = next((e for e in evaluations if not math.isnan(e.num_samples)), None)
     note = ""
     if measured:

@@ -5,13 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from srd_fast.report.answers import texts_of
+from srd_fast.report.answers import NAMES, texts_of
 from srd_fast.report.figures import named_groups
 from srd_fast.report.plots import spread_ties
 from srd_fast.report.read import FloatArray, Run
 from srd_fast.report.rows import Column, Table, Texts
-
-MODELS = (("teacher", "teacher"), ("start", "starting student"), ("student", "distilled student"))
 
 
 def training_table(run: Run, frames: dict[str, Any] | None) -> Table | None:
@@ -69,12 +67,8 @@ def training_table(run: Run, frames: dict[str, Any] | None) -> Table | None:
 
 def _texts(run: Run, ids: list[str]) -> tuple[list[str | None], list[str | None]]:
     """Prompt and references of the rows; several references one below the other."""
-    if run.train is None:
-        return [None] * len(ids), [None] * len(ids)
-    prompts, references = (run.train.table[name].to_pylist() for name in ("prompt", "references"))
-    rows = [run.train.index.get(sample_id) for sample_id in ids]
-    joined = [None if i is None else "\n– or –\n".join(references[i] or []) for i in rows]
-    return [None if i is None else prompts[i] for i in rows], joined
+    prompts, references = ({}, {}) if run.train is None else texts_of(run.train.table)
+    return [prompts.get(x) for x in ids], [references.get(x) for x in ids]
 
 
 def validation_table(run: Run) -> Table | None:
@@ -89,7 +83,7 @@ def validation_table(run: Run) -> Table | None:
     answers = run.answers
     if answers is None:
         return None
-    models = [(answers.models[name], name, label) for name, label in MODELS if name in answers.models]
+    models = [(answers.models[name], name, label) for name, label in NAMES.items() if name in answers.models]
     first = models[0][0]
     ids = list(first.index)
     prompts, references = ({}, {}) if answers.table is None else texts_of(answers.table)
