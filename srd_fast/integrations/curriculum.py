@@ -13,7 +13,7 @@ from transformers.trainer_utils import has_length
 
 from ..curriculum import Curriculum, CurriculumPlan, per_stage
 from ..errors import UserError
-from ..training.batching import IndexStream
+from ..training.batching import IndexStream, check_max_steps
 from ..training.trainer import SRDTrainer
 
 logger = logging.getLogger(__name__)
@@ -91,11 +91,7 @@ def attach_curriculum(
         learning_rates=[args.learning_rate] * stages,
         seed=args.data_seed if args.data_seed is not None else args.seed,
     )
-    if args.max_steps > curriculum.total_steps:
-        raise UserError(
-            f"max_steps is {args.max_steps} but the curriculum has {curriculum.total_steps} steps; raise "
-            "epochs_per_stage, or leave max_steps out"
-        )
+    check_max_steps(curriculum, args)
     args.num_train_epochs = 1.0
     trainer._get_train_sampler = lambda *a, **k: IndexStream(curriculum)  # type: ignore[method-assign]
     trainer.add_callback(_Stages(trainer, curriculum, on_stage))

@@ -33,6 +33,7 @@ from ..teacher import (
     distillation_loss_of_rows,
     rows_with_loss,
 )
+from ..teacher.live import moved
 from .batch import label_places, samples_of, states_of, with_rows
 
 # Models that were looked at: those whose weights are whole were seen to give their own logits.
@@ -203,20 +204,14 @@ def _rows_of_teacher(
         if isinstance(teacher, RowsOfSamples):
             teacher.to(device)
             rows = batch["teacher"] if "teacher" in batch else teacher.collate(samples_of(batch))
-            batch = {**batch, "teacher": _moved(rows, device)}
+            batch = {**batch, "teacher": moved(rows, device)}
         return teacher.rows(batch, temperature)
     _, inner = _understood(teacher, "teacher")
     place = entry_device(inner)
     with torch.no_grad(), evaluating(inner), _precision(inner):
-        there = batch if place == device else {name: _moved(x, place) for name, x in batch.items()}
+        there = batch if place == device else moved(batch, place)
         states_BLD = run_inside(inner, lambda x: states_of(inner, x), there)
         return HiddenRows(rows_with_loss(states_BLD, there).to(device), whole_head(inner, device))
-
-
-def _moved(x: Any, device: torch.device) -> Any:
-    if isinstance(x, dict):
-        return {name: _moved(value, device) for name, value in x.items()}
-    return x.to(device) if hasattr(x, "to") else x
 
 
 def _of_labels(token_weights: Any, batch: Mapping[str, Any]) -> Tensor:

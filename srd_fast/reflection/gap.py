@@ -1,12 +1,12 @@
 """What the teacher says of the references, and how far the student is behind it: what there is to learn."""
 
 import math
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 from datasets import Dataset
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from ..data import IGNORE_INDEX, DistillationCollator, answer_ends, check_token_ids, prompt_lengths, token_counts
@@ -25,6 +25,7 @@ from ..models import (
 from ..showing import progress_bar
 from ..teacher import LiveTeacher
 from ..teacher.collator import StepCollator
+from ..teacher.live import moved
 from ..teacher.source import HiddenRows, RowsOfSamples, TeacherSource, labels_with_loss
 from .parts import cut
 
@@ -51,7 +52,7 @@ def teacher_cross_entropy(reflected: "Reflected") -> list[float]:
     for indices in mine:
         some = rows[indices]
         samples = [dict(zip(some, row)) for row in zip(*some.values())]
-        batch = _moved(collate(samples), device)
+        batch = moved(collate(samples), device)
         given = source.rows(batch, 1.0)
         if not isinstance(given, HiddenRows):
             raise UserError(
@@ -108,11 +109,3 @@ def teacher_source(
     if isinstance(teacher, str):
         teacher = load_model(teacher, dtype, device, quantised=True)
     return LiveTeacher(teacher, freeze=False) if isinstance(teacher, nn.Module) else teacher
-
-
-def _moved(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """A batch on a device; within it are the teacher's rows, where it was run before."""
-    return {
-        name: _moved(x, device) if isinstance(x, dict) else x.to(device) if isinstance(x, Tensor) else x
-        for name, x in batch.items()
-    }

@@ -163,7 +163,7 @@ class LiveTeacher:
         if self.peers is None:
             return self._states(read)
         batches: list[dict[str, Any]] = [{} for _ in range(self.peers.size())]
-        dist.all_gather_object(batches, _moved(read, "cpu"), self.peers)
+        dist.all_gather_object(batches, moved(read, "cpu"), self.peers)
         mine = self.peers.rank()
         if all(_are_equal(b, batches[0]) for b in batches[1:]):
             return self._states(read)
@@ -171,7 +171,7 @@ class LiveTeacher:
         return of_all[mine]
 
     def _states(self, batch: Mapping[str, Any]) -> Tensor:
-        return whole(self.run(hidden_states, self.model, _moved(batch, self.entry))).to(self.device)
+        return whole(self.run(hidden_states, self.model, moved(batch, self.entry))).to(self.device)
 
     def some_batch(self) -> dict[str, Tensor]:
         """A batch of one token, for a pass that only other ranks need."""
@@ -197,8 +197,19 @@ def _why_it_stays(model: nn.Module) -> str | None:
     return _QUANTISED if getattr(unwrap(model), "hf_quantizer", None) is not None else None
 
 
-def _moved(batch: Mapping[str, Any], device: torch.device | str) -> dict[str, Any]:
-    return {name: x.to(device) if isinstance(x, Tensor) else x for name, x in batch.items()}
+def moved(batch: Any, device: torch.device | str) -> Any:
+    """A batch on a device. Within it may be the rows of a teacher that was run before, or that is running.
+
+    Args:
+        batch: a dictionary, which may hold others.
+        device: where its tensors go.
+
+    Returns:
+        The like of it; what cannot be moved stays as it is.
+    """
+    if isinstance(batch, Mapping):
+        return {name: moved(x, device) for name, x in batch.items()}
+    return batch.to(device) if hasattr(batch, "to") else batch
 
 
 def _are_equal(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:

@@ -117,13 +117,11 @@ def check_fits(args: TrainingArguments, name: str) -> None:
 
     Args:
         args: of the training.
-        name: of the field; one that this version of transformers does not have is fine.
+        name: of the field.
 
     Raises:
         UserError: with the way out.
     """
-    if not hasattr(args, name):
-        return
     value = getattr(args, name)
     value = getattr(value, "value", value)
     if value not in REFUSED[name].accepted:

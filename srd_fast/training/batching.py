@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch.utils.data import Sampler
+from transformers import TrainingArguments
 
 from ..curriculum import Curriculum, CurriculumPlan
 from ..data import IGNORE_INDEX, divide_by_tokens, prompt_lengths, sequence_lengths, token_counts
@@ -146,6 +147,23 @@ def make_curriculum(
         lengths=[len(ids) for ids in samples["input_ids"]] if args.length_buckets > 1 else None,
         length_buckets=args.length_buckets,
     )
+
+
+def check_max_steps(curriculum: Curriculum, args: TrainingArguments) -> None:
+    """Refuse a `max_steps` beyond the end of a curriculum.
+
+    Args:
+        curriculum: of the training.
+        args: of the training.
+
+    Raises:
+        UserError: with the way out.
+    """
+    if args.max_steps > curriculum.total_steps:
+        raise UserError(
+            f"max_steps is {args.max_steps} but the curriculum has {curriculum.total_steps} steps; raise "
+            "epochs_per_stage, or leave max_steps out"
+        )
 
 
 def warn_of_cut(curriculum: Curriculum, args: SRDConfig) -> None:

@@ -259,7 +259,7 @@ class FreshAnswers:
             process. weights_lag: how many steps the weights of an engine were behind at most. lmbda: the share that
             the next step has.
         """
-        sums = torch.tensor(list(self._counts.values()), dtype=torch.float64, device=self.args.device).float()
+        sums = torch.tensor(list(self._counts.values()), dtype=torch.float32, device=self.args.device)
         total = dict(zip(_COUNTED, add(sums).tolist(), strict=True))
         steps = max(1.0, total["steps"])
         found = {

@@ -68,6 +68,7 @@ from .batching import (
     casts_kept,
     check_fit,
     check_lengths,
+    check_max_steps,
     evaluation_batches,
     index_stream,
     make_curriculum,
@@ -237,11 +238,7 @@ class SRDTrainer(Trainer):
         with gathered(model), self.accelerator.autocast():
             plan = select_samples(plan, train, model, processing_class, args.sample_selection, args.sample_ratio)
         self.curriculum = make_curriculum(plan, train, args)
-        if args.max_steps > self.curriculum.total_steps:
-            raise UserError(
-                f"max_steps is {args.max_steps} but the curriculum has {self.curriculum.total_steps} steps; raise "
-                "epochs_per_stage, or leave max_steps out"
-            )
+        check_max_steps(self.curriculum, args)
         warn_of_cut(self.curriculum, args)
         if args.max_tokens_per_batch:
             self._place.check_micro_batches(model)

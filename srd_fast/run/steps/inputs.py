@@ -60,7 +60,7 @@ def check_inputs(config: RunConfig, faults: Faults | None = None, also: Checks =
         FaultsError: with all that is wrong.
     """
     faults = Faults() if faults is None else faults
-    _check_folder(config, faults)
+    faults.check("output_dir", _try_folder, Path(config.output_dir))
     faults.check("device", _check_device, config.device)
     args = _training_args(config, faults)
     stages = config.curate.stages
@@ -220,10 +220,6 @@ def _check_encoder_layers(config: RunConfig, teachers: Any) -> None:
         return  # it cannot be read
     if config.init_student.encoder_layers is not None and not is_encoder_decoder(load_config(config.teacher)):
         raise UserError("config: init_student.encoder_layers is given, but the teacher has no encoder; leave it out")
-
-
-def _check_folder(config: RunConfig, faults: Faults) -> None:
-    faults.check("output_dir", _try_folder, Path(config.output_dir))
 
 
 def _try_folder(folder: Path) -> None:
