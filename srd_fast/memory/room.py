@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from ..errors import UserError
-from ..models import load_config, model_without_weights
+from ..models import model_without_weights
 from ..run.config import RunConfig
-from ..run.steps import LIVE, PRUNE, Run
+from ..run.steps import LIVE, Run, student_without_weights
 from .planner import plan
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ def check_room(config: RunConfig) -> None:
     Raises:
         UserError: the training needs more memory than there is, or its checkpoints more disk than is free.
     """
-    student = model_without_weights(config.teacher if config.student == PRUNE else config.student)
+    student = student_without_weights(config)
     if student is None:
         return
     run = Run(config, Path(config.output_dir), {}, {})
@@ -64,10 +64,10 @@ def _memory(device: torch.device) -> tuple[int, int]:
     return memory.total, memory.available
 
 
-def _bound(run: Run, student: nn.Module) -> int:
+def _bound(run: Run, student: Any) -> int:
     """More bytes than the training takes."""
     config, args = run.config, run.args
-    text: Any = load_config(config.teacher if config.student == PRUNE else config.student).get_text_config()
+    text: Any = student.config.get_text_config()
     tokens = args.per_device_train_batch_size * (config.max_prompt_length + config.max_response_length)
     inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
     inner = max(inner) if isinstance(inner, (list, tuple)) else inner

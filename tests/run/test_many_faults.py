@@ -1,6 +1,6 @@
 """Configs with any number of faults: all of them are told at once, before a step has run.
 
-`pytest -n 0 -m slow tests/run/test_many_faults.py` tries 2,000 of them, and runs some of those that have none.
+`pytest -n 0 -m long tests/run/test_many_faults.py` tries 2,000 of them, and runs some of those that have none.
 """
 
 import json
@@ -283,6 +283,18 @@ def test_room_on_the_disk_is_looked_at(
     ):
         execute(config, checks=[room.check_room])
     assert not Path("run").exists()
+
+
+def test_a_pruned_student_takes_the_room_of_the_layers_it_keeps(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its files, its optimizer's states and three checkpoints: ten times the weights."""
+    config = config_here(here, **{"init_student.layers": 1})
+    needed = 4 * 10 * sum(p.numel() for p in tiny.tiny_model("llama", layers=1).parameters())
+    disk = {"free": needed}
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Disk", (), disk))
+    room.check_room(config)
+    disk["free"] -= 1
+    with pytest.raises(UserError, match="output_dir: the student and its checkpoints take"):
+        room.check_room(config)
 
 
 @pytest.mark.long

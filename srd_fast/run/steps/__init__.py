@@ -4,7 +4,7 @@ from ..modes import LIVE
 from .answers import answer_inputs, answer_step
 from .cache import cache_inputs, cache_teacher
 from .data import prepare, prepare_inputs
-from .inputs import Checks, check_group, check_inputs
+from .inputs import Checks, check_group, check_inputs, student_without_weights
 from .outcome import evaluate_inputs, evaluate_step, report
 from .run import ANSWERS, PRUNE, Run
 from .selection import (
@@ -47,4 +47,5 @@ __all__ = [
     "report",
     "shard_parts",
     "student_inputs",
+    "student_without_weights",
 ]

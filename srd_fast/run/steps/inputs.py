@@ -264,18 +264,33 @@ def check_group(config: RunConfig, group: Group, shard: str | None = None) -> No
     share_of_batch(args.per_device_train_batch_size, args.gradient_accumulation_steps, group.world)
 
 
-def _try_the_end(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Save and merge, as at the end of the run, a student without weights."""
-    student: Any = model_without_weights(config.teacher if config.student == PRUNE else config.student)
-    adapters = lora_config(config)
-    if student is None:
-        return
-    if config.student == PRUNE:
-        layers = config.init_student
+def student_without_weights(config: RunConfig) -> Any:
+    """The student that a run trains, on the device "meta"; None where only loading tells what it is.
+
+    Args:
+        config: of the run.
+
+    Raises:
+        UserError: the teacher cannot be pruned to `init_student`'s layers, or a model's config cannot be read.
+    """
+    if config.student != PRUNE:
+        return model_without_weights(config.student)
+    student: Any = model_without_weights(config.teacher)
+    layers = config.init_student
+    if student is not None:
         try:
             prune_depth(student, layers.layers, layers.encoder_layers)
         except UserError as e:
             raise UserError(f"config: init_student: {e}") from e
+    return student
+
+
+def _try_the_end(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Save and merge, as at the end of the run, a student without weights."""
+    student = student_without_weights(config)
+    adapters = lora_config(config)
+    if student is None:
+        return
     if adapters is not None:
         try:
             student = with_adapters(student, adapters)
