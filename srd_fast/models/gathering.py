@@ -1,5 +1,6 @@
 """A student that lies in shards on many processes, made whole in the memory of one, to be saved."""
 
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -56,7 +57,10 @@ def _whole_state(wrapped: nn.Module, inner: nn.Module) -> dict[str, Tensor]:
 def _without_weights(model: nn.Module) -> nn.Module:
     """A model of the same class and configuration, and with the same adapters; its weights are still to come."""
     inner: Any = unwrap(model)
-    copy = _class_before_sharding(inner)._from_config(inner.config, dtype=torch.float32)
+    config = deepcopy(inner.config)
+    # transformers sharded it while loading. The copy is whole, and saving it must not wait for other processes.
+    config.__dict__.pop("distributed_config", None)
+    copy = _class_before_sharding(inner)._from_config(config, dtype=torch.float32)
     copy.generation_config = inner.generation_config
     if inner is model:
         return copy

@@ -71,8 +71,8 @@ def tensor_parallel_group(model: nn.Module) -> dist.ProcessGroup | None:
     elif mesh.ndim == 1:
         return mesh.get_group()
     raise UserError(
-        f"the teacher's weights are sharded over a mesh of {mesh.ndim} dimensions ({', '.join(names) or 'no names'}); "
-        "call the one of tensor parallelism 'tp' (mesh_dim_names)"
+        f"the weights of {type(model).__name__} are sharded over a mesh of {mesh.ndim} dimensions "
+        f"({', '.join(names) or 'no names'}); call the one of tensor parallelism 'tp' (mesh_dim_names)"
     )
 
 

@@ -27,6 +27,7 @@ from ..models import (
     is_sharded,
     loading_whole,
     save_student,
+    tensor_parallel_group,
     whole_student,
     why_not_in_shards,
 )
@@ -232,6 +233,26 @@ class StudentPlace:
                 "FSDP1 has been seen to lose the optimizer's state when it goes on from a checkpoint (on a CPU): "
                 "use FSDP2 (fsdp_config={'version': 2}) for a run that is to be resumed"
             )
+
+
+def check_not_divided(student: Any) -> None:
+    """Refuse a student of which each process has a part of every sample's products, or some of the layers or experts.
+
+    Args:
+        student: as it was given.
+
+    Raises:
+        UserError: with the way out.
+    """
+    spread = getattr(getattr(student, "config", None), "distributed_config", None)
+    sizes = {name: getattr(spread, name, None) or 1 for name in ("tp_size", "pp_size", "ep_size")}
+    given = ", ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
+    if given or tensor_parallel_group(student) is not None:
+        raise UserError(
+            f"model: the student is divided over processes ({given or 'tensor parallelism'}), but every process trains "
+            "on samples of its own; load it without, and put it in shards with fsdp, deepspeed or "
+            "DistributedConfig(fsdp_size=N), or call model_distillation_loss in a loop of your own"
+        )
 
 
 def check_fsdp(args: SRDConfig) -> None:

@@ -82,7 +82,7 @@ from .health import BadStep, DivergenceTrend, StepCheck, not_finite, skips_on_th
 from .measure import check_best_metric, measure_batch, peak_memory_mb
 from .on_policy import OWN, FreshAnswers, WithSamples, check_answering
 from .pair import ready_pair, widen_trained_weights
-from .placing import StudentPlace, check_fsdp
+from .placing import StudentPlace, check_fsdp, check_not_divided
 from .prediction import ComputeMetrics, EvaluationSets, Predictions, check_include, named_sets, own_metrics
 from .preparation import (
     Layout,
@@ -206,6 +206,7 @@ class SRDTrainer(Trainer):
             )  # fmt: skip
             args._n_gpu = 1
         check_fsdp(args)
+        check_not_divided(model)
         super().__init__(
             model=model,
             args=args,

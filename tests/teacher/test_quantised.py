@@ -273,7 +273,7 @@ def test_a_run_takes_it_as_teacher_alone(student: str, folder: Path) -> None:
     (folder / "config.yaml").write_text(
         f"{{teacher: {folder}/int8, student: {given}, data: {folder}/rows.jsonl, validation: 4, dtype: float32, "
         f"output_dir: {folder}/run, max_prompt_length: 400, max_response_length: 16, curate: {{stages: 1}}, "
-        "reflect: {engine: transformers, max_new_tokens: 3}, evaluate: {max_new_tokens: 3}, "
+        "init_student: {layers: 1}, reflect: {engine: transformers, max_new_tokens: 3}, evaluate: {max_new_tokens: 3}, "
         "distill: {epochs_per_stage: 1, per_device_train_batch_size: 4}}"
     )
     result = srd_fast("run", folder / "config.yaml")

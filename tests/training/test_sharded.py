@@ -53,6 +53,8 @@ CASES: dict[str, dict[str, Any]] = {
     "fsdp1, head with a bias": {"engine": "fsdp1", "architecture": "phi", "evaluate_first": False},
     "fsdp1, adapters": {"engine": "fsdp1", "lora": True},
     "ddp": {"engine": "ddp", "resume": True},
+    "by transformers": {"engine": "transformers", "load": True},
+    "by transformers, accumulation": {"engine": "transformers", "load": True, "accumulation": 2, "architecture": "phi"},
 }
 WITH_DEEPSPEED: dict[str, dict[str, Any]] = {
     "zero3 while loading": {"engine": "zero3", "load": True},
@@ -64,6 +66,8 @@ WITH_DEEPSPEED: dict[str, dict[str, Any]] = {
 }
 # Trainings whose tensors are looked at.
 WATCH, WIDE = "watch", 4096
+# A student whose layers are split.
+DIVIDED = "divided"
 WATCHED: dict[str, dict[str, Any]] = {
     "gathered": {"head_in_shards": False},
     "tied": {},
@@ -141,7 +145,7 @@ def made(
     teacher = tiny_student(architecture, seed=1, width=24, vocab=vocab + 12)
     weights = folder / f"weights-{os.environ.get('RANK')}"
     if load:
-        student.save_pretrained(weights)
+        save_here(student, weights)
     args = SRDConfig(
         output_dir=str(folder),
         use_cpu=True,
@@ -167,8 +171,10 @@ def made(
         PartialState._shared_state |= {"distributed_type": DistributedType.MULTI_GPU, "device": torch.device("cpu")}
     if load:
         from transformers import AutoModelForCausalLM
+        from transformers.distributed import DistributedConfig
 
-        student = AutoModelForCausalLM.from_pretrained(weights)
+        sharded = {"distributed_config": DistributedConfig(fsdp_size=world)} if engine == "transformers" else {}
+        student = AutoModelForCausalLM.from_pretrained(weights, **sharded)
     torch.manual_seed(0)  # of the adapters
     ids = [s["sample_id"] for s in SAMPLES]
     return SRDTrainer(
@@ -181,6 +187,14 @@ def made(
         processing_class=tiny.tiny_tokenizer(),
         peft_config=adapters() if lora else None,
     )
+
+
+def save_here(model: Any, folder: Path) -> None:
+    """In every process: `save_pretrained` writes in the first one alone."""
+    from safetensors.torch import save_model
+
+    model.config.save_pretrained(folder)
+    save_model(model, str(folder / "model.safetensors"), metadata={"format": "pt"})
 
 
 def adapters() -> Any:
@@ -232,6 +246,40 @@ def train(folder: Path, world: int, resume: bool = False, evaluate_first: bool =
     return found
 
 
+def divided(folder: Path) -> dict[str, Any]:
+    """A student whose layers are split over all processes: what the trainer says, what a loop of one's own gives."""
+    from torch.distributed.tensor import DTensor
+    from transformers import AutoModelForCausalLM
+    from transformers.distributed import DistributedConfig
+
+    from srd_fast import model_distillation_loss
+    from srd_fast.errors import UserError
+    from srd_fast.training.placing import check_not_divided
+
+    found: dict[str, Any] = {}
+    batch = tiny.collate(tiny.tiny_samples(4, seed=3))
+    for architecture in ("llama", "llama_untied"):
+        student = tiny.tiny_model(architecture, num_key_value_heads=2)
+        if "RANK" in os.environ:
+            weights = folder / f"{architecture}-{os.environ['RANK']}"
+            save_here(student, weights)
+            student = AutoModelForCausalLM.from_pretrained(
+                weights, distributed_config=DistributedConfig(tp_plan="auto")
+            )
+        try:
+            check_not_divided(student)
+            said = ""
+        except UserError as e:
+            said = str(e)
+        out = model_distillation_loss(student, tiny.tiny_model("llama", seed=1, width=24), batch)
+        out.loss.backward()
+        gradients = {n: p.grad for n, p in student.named_parameters()}
+        whole = {n: g.full_tensor() if isinstance(g, DTensor) else g for n, g in gradients.items()}
+        split = sum(isinstance(g, DTensor) for g in gradients.values())
+        found[architecture] = {"said": said, "loss": out.loss.item(), "gradients": whole, "split": split}
+    return found
+
+
 def largest(folder: Path, world: int, **case: Any) -> int:
     """Elements of the largest tensor that a training makes in a step, with the optimizer's."""
     from transformers import TrainerCallback
@@ -269,12 +317,14 @@ def worker(folder: Path, names: list[str]) -> None:
     results: dict[str, Any] = {}
     for i, (name, case) in enumerate(WATCHED.items() if WATCH in names else ()):
         results[name] = largest(folder / f"watched-{i}", world, **case)
-    for i, name in enumerate(n for n in names if n != WATCH):
+    for i, name in enumerate(n for n in names if n not in (WATCH, DIVIDED)):
         case = {**CASES, **WITH_DEEPSPEED}[name]
         if world == 4:
             case = {k: v for k, v in case.items() if k != "resume"}
         results[name] = train(folder / str(i), world, **case)
         torch.distributed.barrier()
+    if DIVIDED in names:
+        results[DIVIDED] = divided(folder)
     torch.save(results, folder / f"rank{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -318,7 +368,7 @@ def results_of(folder: Path, world: int, names: list[str]) -> tuple[list[Results
     """What each rank saw, case by case, and what this process sees with the whole batch."""
     processes = start_ranks(folder, world, names)
     try:
-        named = [name for name in names if name != WATCH]
+        named = [name for name in names if name not in (WATCH, DIVIDED)]
         expected = {name: alone(folder / f"alone-{i}", name) for i, name in enumerate(named)}
         statuses = [process.wait(timeout=400) for process in processes]
     finally:
@@ -330,7 +380,7 @@ def results_of(folder: Path, world: int, names: list[str]) -> tuple[list[Results
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Results], Results]:
-    return results_of(tmp_path_factory.mktemp("two"), 2, [*CASES, WATCH])
+    return results_of(tmp_path_factory.mktemp("two"), 2, [*CASES, WATCH, DIVIDED])
 
 
 def check(name: str, ranks: list[Results], alone: Results) -> None:
@@ -377,6 +427,22 @@ def test_no_process_makes_a_tensor_of_the_size_of_a_head_in_shards(two: tuple[li
         assert made_in_a_step.pop("gathered") >= WIDE * 16  # type: ignore[operator]
         for name, elements in made_in_a_step.items():
             assert elements <= WIDE * 16 // 2, name  # type: ignore[operator]
+
+
+def test_a_student_whose_layers_are_split_is_for_loops_of_ones_own(
+    two: tuple[list[Results], Results], tmp_path: Path
+) -> None:
+    """The trainer refuses it; `model_distillation_loss` gives loss and gradients of one process, tied or not."""
+    for architecture, expected in divided(tmp_path).items():
+        assert expected["said"] == ""
+        for rank in two[0]:
+            found = rank[DIVIDED][architecture]
+            assert "divided over processes (tp_size 2), but every process trains on samples" in found["said"]
+            assert found["split"] >= 15
+            assert found["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+            assert found["gradients"].keys() == expected["gradients"].keys()
+            for name, gradient in expected["gradients"].items():
+                assert_same(found["gradients"][name], gradient, 1e-5, name)
 
 
 @pytest.fixture(scope="module")
