@@ -1,4 +1,4 @@
-"""The real command under torchrun, any of its four processes killed at random, ends as one process does.
+"""The real command under torchrun and accelerate launch, whichever of its processes is killed, ends as one does.
 
 SRD_FAST_KILLS says how often (default 10), SRD_FAST_KILLS_SEED which and when. Minutes; CONTRIBUTING has the command.
 """
@@ -76,20 +76,35 @@ def same(folder: Path, alone: Path) -> float:
     return apart(folder, alone)
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("pair", ["tiny", "quickstart"])
-def test_killed_at_random_it_ends_as_one_process_does(pair: str, tiny_teacher_folder: Path, tmp_path: Path) -> None:
-    config_file, alone, folder = tmp_path / "config.yaml", tmp_path / "alone", tmp_path / "run"
-    if pair == "tiny":
-        config_file.write_text(yaml.safe_dump(config(tiny_teacher_folder)))
-    else:
-        shutil.copy(ROOT / "examples" / "quickstart.yaml", config_file)
+def alone_and_config(folder: Path, teacher: Path | None) -> tuple[Path, Path, float]:
+    """The run of one process with its config and seconds: of a tiny teacher, or the quickstart's."""
+    config_file, alone = folder / "config.yaml", folder / "alone"
+    quickstart = yaml.safe_load((ROOT / "examples" / "quickstart.yaml").read_text())
     # dtype: the same numbers in a batch and in its parts need float32.
-    config_file.write_text(yaml.safe_dump({**yaml.safe_load(config_file.read_text()), "dtype": "float32"}))
+    whole = {**(quickstart if teacher is None else config(teacher)), "dtype": "float32"}
+    config_file.write_text(yaml.safe_dump(whole))
     one = [sys.executable, "-m", "srd_fast", "run", str(config_file), f"output_dir={alone}"]
     began = time.monotonic()
     subprocess.run(one, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    lasts, draw, kills, attempt = time.monotonic() - began, random.Random(SEED), 0, 0
+    return alone, config_file, time.monotonic() - began
+
+
+@pytest.mark.long
+def test_accelerate_launch_ends_as_one_process_does(tiny_teacher_folder: Path, tmp_path: Path) -> None:
+    alone, config_file, _ = alone_and_config(tmp_path, tiny_teacher_folder)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "-m"]
+    command += ["srd_fast", "run", str(config_file), f"output_dir={tmp_path / 'run'}"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert same(tmp_path / "run", alone) < 1e-5
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("pair", ["tiny", "quickstart"])
+def test_killed_at_random_it_ends_as_one_process_does(pair: str, tiny_teacher_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    alone, config_file, lasts = alone_and_config(tmp_path, tiny_teacher_folder if pair == "tiny" else None)
+    draw, kills, attempt = random.Random(SEED), 0, 0
     while kills < KILLS or not (folder / "report.html").exists():
         group = Group(config_file, folder, tmp_path / f"{attempt}.log")
         attempt += 1
