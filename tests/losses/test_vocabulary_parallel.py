@@ -4,9 +4,6 @@ This file is also the program of those processes, gloo on the CPU: `python test_
 RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set, as torchrun sets them. One start of processes runs all cases.
 """
 
-import os
-import socket
-import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -18,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import Ranks
 from torch import Tensor
 
 from srd_fast.kernels import FORMULAS
@@ -593,38 +591,16 @@ def large(rank: int, world: int) -> Found:
     }
 
 
-def start(folder: Path, world: int, names: str = "all") -> list[subprocess.Popen[bytes]]:
-    """Processes of this file that know each other; what they say goes to FOLDER/rankN.txt."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    common = {**os.environ, "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    common |= {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
-    command = [sys.executable, str(Path(__file__).resolve()), str(folder), names]
-    processes = []
-    for rank in range(world):
-        with (folder / f"rank{rank}.txt").open("w") as output:
-            env = {**common, "RANK": str(rank)}
-            processes.append(subprocess.Popen(command, env=env, stdout=output, stderr=subprocess.STDOUT))
-    return processes
-
-
-def finish(folder: Path, processes: list[subprocess.Popen[bytes]]) -> list[Found]:
+def found_by(folder: Path, world: int, names: str = "all") -> list[Found]:
     """What each rank found."""
-    try:
-        statuses = [process.wait(timeout=240) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    said = "\n".join((folder / f"rank{r}.txt").read_text()[-3000:] for r in range(len(processes)))
-    assert statuses == [0] * len(processes), said
-    return [torch.load(folder / f"rank{r}.pt", weights_only=False) for r in range(len(processes))]
+    with Ranks(__file__, folder, world, names, TRITON_INTERPRET="1") as ranks:
+        return ranks.results()
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> list[Found]:
     folder = tmp_path_factory.mktemp("two")
-    return finish(folder, start(folder, 2))
+    return found_by(folder, 2)
 
 
 def expected_of(c: Case) -> Found:
@@ -795,14 +771,14 @@ def test_no_rank_waits_for_one_that_refuses(name: str, two: list[Found]) -> None
 
 @pytest.mark.long
 def test_four_ranks_find_what_one_process_does(tmp_path: Path) -> None:
-    ranks = finish(tmp_path, start(tmp_path, 4))
+    ranks = found_by(tmp_path, 4)
     for name, c in CASES.items():
         check(c, ranks, name)
 
 
 @pytest.mark.long
 def test_compiled_passes_find_it_too(tmp_path: Path) -> None:
-    ranks = finish(tmp_path, start(tmp_path, 2, "compiled"))
+    ranks = found_by(tmp_path, 2, "compiled")
     for name, c in COMPILED.items():
         check(c, ranks, name)
 
@@ -812,8 +788,8 @@ def test_a_vocabulary_of_262144_takes_each_of_four_ranks_a_quarter(tmp_path: Pat
     from tiny import assert_same
 
     (tmp_path / "one").mkdir()
-    (alone,) = finish(tmp_path / "one", start(tmp_path / "one", 1, "large"))
-    ranks = finish(tmp_path, start(tmp_path, 4, "large"))
+    (alone,) = found_by(tmp_path / "one", 1, "large")
+    ranks = found_by(tmp_path, 4, "large")
     assert [rank["head"] * 4 for rank in ranks] == [alone["head"]] * 4
     for rank in ranks:
         # Logits of both sides are 512 MiB alone; what does not grow with V is less than this.

@@ -10,8 +10,6 @@ import os
 import pickle
 import shutil
 import signal
-import socket
-import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -22,6 +20,7 @@ from unittest import mock
 import pytest
 import torch
 import yaml
+from ranks import Ranks, free_ports
 from safetensors.torch import load_file
 from test_cli import Result, srd_fast
 
@@ -132,27 +131,6 @@ def worker(folder: Path) -> None:
         (folder / f"{name}-{rank}.pickle").write_bytes(pickle.dumps(result))
 
 
-def free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for s in sockets:
-            s.bind(("127.0.0.1", 0))
-        return [s.getsockname()[1] for s in sockets]
-
-
-def started(folder: Path) -> "list[subprocess.Popen[bytes]]":
-    ports = " ".join(map(str, free_ports(len(COMMANDS))))
-    common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "PORTS": ports}
-    common |= {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    processes = []
-    for rank in ("0", "1"):
-        with (folder / f"rank{rank}.txt").open("w") as output:
-            environment = {**common, "RANK": rank, "LOCAL_RANK": rank}
-            command = [sys.executable, str(Path(__file__).resolve()), str(folder)]
-            processes.append(subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT))
-    return processes
-
-
 # What one process makes, and what two made
 
 
@@ -172,15 +150,10 @@ def pair(tiny_teacher_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
     folder = tmp_path_factory.mktemp("many")
     content = config(tiny_teacher_folder)
     (folder / "config.yaml").write_text(yaml.safe_dump(content))
-    processes = started(folder)
-    try:
+    with Ranks(__file__, folder, 2, PORTS=" ".join(free_ports(len(COMMANDS)))) as ranks:
         alone = execute(RunConfig(**{**content, "output_dir": str(folder / "alone")}), say=lambda text: None)
-        statuses = [process.wait(timeout=300) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    said = "\n".join((folder / f"rank{r}.txt").read_text()[-3000:] for r in (0, 1))
-    assert (folder / "stopped-0.pickle").is_file(), said
+        statuses = ranks.statuses()
+    assert (folder / "stopped-0.pickle").is_file(), ranks.said()
     return Pair(folder, alone, statuses)
 
 

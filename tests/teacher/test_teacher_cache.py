@@ -27,6 +27,7 @@ import pytest
 import test_distributed
 import tiny
 import torch
+from ranks import Ranks
 from safetensors.torch import load_file
 from test_trainer import StopAt, Watched, config, three_stages
 from tiny import assert_same
@@ -96,15 +97,10 @@ def _quick_collection() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, list[Any]]]:
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     """Two ranks of this file, at work from the start because they begin with seconds of imports."""
-    folder = tmp_path_factory.mktemp("ranks")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(test_distributed, "__file__", __file__)  # the program that start_ranks starts
-        processes = test_distributed.start_ranks(folder)
-    yield folder, processes
-    for process in processes:
-        process.kill()
+    with Ranks(__file__, tmp_path_factory.mktemp("ranks"), 2) as ranks:
+        yield ranks
 
 
 @pytest.fixture(scope="module")
@@ -930,14 +926,11 @@ def rank(folder: Path) -> None:
     torch.distributed.destroy_process_group()
 
 
-def test_two_ranks_fill_one_cache_and_train_as_one_process(ranks: tuple[Path, list[Any]], tmp_path: Path) -> None:
-    folder, processes = ranks
+def test_two_ranks_fill_one_cache_and_train_as_one_process(ranks: Ranks, tmp_path: Path) -> None:
     live = test_distributed.train(tmp_path / "live", 1, "llama")
     alone = test_distributed.train(tmp_path / "alone", 1, "llama", teacher_cache=str(tmp_path / "own"))
-    statuses = [process.wait(timeout=120) for process in processes]
-    assert statuses == [0, 0], "\n".join((folder / f"rank{r}.txt").read_text()[-3000:] for r in (0, 1))
-    assert files(folder / "cache") == files(tmp_path / "own")
-    results = [torch.load(folder / f"rank{r}.pt") for r in (0, 1)]
+    results = ranks.results(120)
+    assert files(ranks.folder / "cache") == files(tmp_path / "own")
     for found in (*results, alone):
         assert found["order"] == live["order"]
         for name, weight in live["weights"].items():

@@ -8,8 +8,6 @@ by `tp_plan`, as users make them; nothing is declared in place of accelerate.
 import gc
 import os
 import shutil
-import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ import pytest
 import tiny
 import torch
 import torch.distributed as dist
+from ranks import Ranks, free_ports
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -185,31 +184,6 @@ def worker(folder: Path) -> None:
     torch.save(results, folder / f"rank{rank}.pt")
 
 
-def free_ports(count: int) -> list[str]:
-    sockets = [socket.socket() for _ in range(count)]
-    for s in sockets:
-        s.bind(("127.0.0.1", 0))
-    ports = [str(s.getsockname()[1]) for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
-
-
-def start_ranks(folder: Path) -> list[subprocess.Popen[bytes]]:
-    """Processes of this file that know each other; what they say goes to FOLDER/rankN.txt."""
-    port, *others = free_ports(3)
-    common = {**os.environ, "WORLD_SIZE": str(WORLD), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    common |= {"PORTS": " ".join(others), "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    common |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "SRD_FAST_CACHE": str(folder / "cache")}
-    command = [sys.executable, str(Path(__file__).resolve()), str(folder)]
-    processes = []
-    for rank in map(str, range(WORLD)):
-        with (folder / f"rank{rank}.txt").open("w") as output:
-            env = {**common, "RANK": rank, "LOCAL_RANK": rank}
-            processes.append(subprocess.Popen(command, env=env, stdout=output, stderr=subprocess.STDOUT))
-    return processes
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
@@ -226,14 +200,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def ranks(folder: Path) -> list[Results]:
     """What each rank saw, case by case."""
-    processes = start_ranks(folder)
-    try:
-        statuses = [process.wait(timeout=300) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert statuses == [0] * WORLD, "\n".join((folder / f"rank{r}.txt").read_text()[-3000:] for r in range(WORLD))
-    return [torch.load(folder / f"rank{r}.pt") for r in range(WORLD)]
+    more = {"PORTS": " ".join(free_ports(2)), "SRD_FAST_CACHE": str(folder / "cache")}
+    with Ranks(__file__, folder, WORLD, **more) as ranks:
+        return ranks.results()
 
 
 @pytest.fixture(scope="module")

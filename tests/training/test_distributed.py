@@ -6,8 +6,6 @@ MASTER_ADDR and MASTER_PORT set, as torchrun sets them. One pair of processes ru
 
 import gc
 import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ import encoder_decoders
 import pytest
 import tiny
 import torch
+from ranks import Ranks
 from spies import products_of
 from tiny import assert_same
 
@@ -125,42 +124,15 @@ def worker(folder: Path) -> None:
     torch.distributed.destroy_process_group()
 
 
-def start_ranks(folder: Path) -> list[subprocess.Popen[bytes]]:
-    """Two processes of this file that know each other; what they say goes to FOLDER/rankN.txt."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    common |= {
-        "PYTHONPATH": os.pathsep.join(sys.path),
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "TRANSFORMERS_VERBOSITY": "error",
-    }
-    command = [sys.executable, str(Path(__file__).resolve()), str(folder)]
-    processes = []
-    for rank in ("0", "1"):
-        with (folder / f"rank{rank}.txt").open("w") as output:
-            env = {**common, "RANK": rank, "LOCAL_RANK": rank}
-            processes.append(subprocess.Popen(command, env=env, stdout=output, stderr=subprocess.STDOUT))
-    return processes
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Results], Results]:
     """What each of two ranks saw, case by case, and what this process sees with the whole batch."""
     folder = tmp_path_factory.mktemp("ranks")
-    processes = start_ranks(folder)
-    try:
+    with Ranks(__file__, folder, 2) as ranks:
         left_out = ("accumulation", "max_tokens_per_batch")
         cases = {name: {k: v for k, v in case.items() if k not in left_out} for name, case in CASES.items()}
         alone = {name: train(folder / "alone", 1, **case) for name, case in cases.items()}
-        statuses = [process.wait(timeout=300) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert statuses == [0, 0], "\n".join((folder / f"rank{r}.txt").read_text()[-3000:] for r in (0, 1))
-    return [torch.load(folder / f"rank{r}.pt") for r in (0, 1)], alone
+        return ranks.results(), alone
 
 
 def test_the_ranks_have_different_numbers_of_tokens(runs: tuple[list[Results], Results]) -> None:

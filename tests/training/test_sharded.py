@@ -12,8 +12,6 @@ With `deepspeed` installed (DS_ACCELERATOR=cpu) its cases run too; they are skip
 import gc
 import importlib.util
 import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from ranks import Ranks
 from spies import Largest
 from tiny import assert_same
 
@@ -329,34 +328,6 @@ def worker(folder: Path, names: list[str]) -> None:
     torch.distributed.destroy_process_group()
 
 
-def start_ranks(folder: Path, world: int, names: list[str], file: str = __file__) -> list[subprocess.Popen[bytes]]:
-    """Processes of a file that know each other; what they say goes to FOLDER/rankN.txt."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    common = {
-        **os.environ,
-        "WORLD_SIZE": str(world),
-        "LOCAL_WORLD_SIZE": str(world),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    common |= {
-        "PYTHONPATH": os.pathsep.join(sys.path),
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "TRANSFORMERS_VERBOSITY": "error",
-        "DS_ACCELERATOR": "cpu",
-    }
-    command = [sys.executable, str(Path(file).resolve()), str(folder), *names]
-    processes = []
-    for rank in map(str, range(world)):
-        with (folder / f"rank{rank}.txt").open("w") as output:
-            env = {**common, "RANK": rank, "LOCAL_RANK": rank}
-            processes.append(subprocess.Popen(command, env=env, stdout=output, stderr=subprocess.STDOUT))
-    return processes
-
-
 def alone(folder: Path, name: str) -> dict[str, Any]:
     """A case in this process, with the whole batch."""
     case = {**CASES, **WITH_DEEPSPEED}[name]
@@ -366,16 +337,10 @@ def alone(folder: Path, name: str) -> dict[str, Any]:
 
 def results_of(folder: Path, world: int, names: list[str]) -> tuple[list[Results], Results]:
     """What each rank saw, case by case, and what this process sees with the whole batch."""
-    processes = start_ranks(folder, world, names)
-    try:
+    with Ranks(__file__, folder, world, *names) as ranks:
         named = [name for name in names if name not in (WATCH, DIVIDED)]
         expected = {name: alone(folder / f"alone-{i}", name) for i, name in enumerate(named)}
-        statuses = [process.wait(timeout=400) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert statuses == [0] * world, "\n".join((folder / f"rank{r}.txt").read_text()[-3000:] for r in range(world))
-    return [torch.load(folder / f"rank{r}.pt") for r in range(world)], expected
+        return ranks.results(400), expected
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import test_sharded as sharded
 import torch
+from ranks import Ranks
 from tiny import assert_same
 
 pytestmark = pytest.mark.long
@@ -29,17 +30,6 @@ PAIRS: dict[str, dict[str, Any]] = {
     "FSDP2, head gathered": {"engine": "fsdp2", "head_in_shards": False},
     **({"ZeRO-3": {"engine": "zero3"}} if sharded.HAS_DEEPSPEED else {}),
 }
-
-
-def ended(folder: Path, world: int, *what: str) -> None:
-    """Start processes of this file, and wait until they have done something."""
-    processes = sharded.start_ranks(folder, world, list(what), __file__)
-    try:
-        statuses = [process.wait(timeout=1200) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert statuses == [0] * world, "\n".join((folder / f"rank{r}.txt").read_text()[-3000:] for r in range(world))
 
 
 def go_on(folder: Path, begin: int, end: int) -> None:
@@ -127,7 +117,7 @@ def test_a_training_goes_on_with_another_number_of_processes(tmp_path: Path) -> 
 
     begin = 0
     for world, end in STARTS:
-        ended(tmp_path, world, "resume", str(begin), str(end))
+        Ranks(__file__, tmp_path, world, "resume", str(begin), str(end)).end(1200)
         begin = end
     for name, case in RESUMED.items():
         expected = sharded.train(tmp_path / "alone" / name, 1, engine="one", evaluate_first=False, **case)["student"]
@@ -138,7 +128,7 @@ def test_a_training_goes_on_with_another_number_of_processes(tmp_path: Path) -> 
 
 
 def test_the_quickstarts_pair_in_shards_trains_as_in_one_process(tmp_path: Path) -> None:
-    ended(tmp_path, 2, "pair")
+    Ranks(__file__, tmp_path, 2, "pair").end(1200)
     expected = real(tmp_path / "alone", 1, "one")
     assert len(expected["logs"]) == STEPS
     for name, found in torch.load(tmp_path / "found.pt").items():
