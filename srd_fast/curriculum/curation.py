@@ -38,7 +38,7 @@ DEFAULT_SIGNALS = {"rouge_l": Signal(higher_is_easier=True), "cross_entropy": Si
 # Directions of `reflect`'s own signals. A sample with a large gap is not easy: it is kept, and comes first.
 HIGHER_IS_EASIER = {
     "rouge_l": True, "cross_entropy": False, "teacher_cross_entropy": False, "gap": True,
-    "exact_match": True, "chrf": True, "bleu": True, "execution": True,
+    "exact_match": True, "numeric_match": True, "chrf": True, "bleu": True, "execution": True,
 }  # fmt: skip
 
 

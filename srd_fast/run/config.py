@@ -146,8 +146,8 @@ class Evaluate(_Section):
     """Answers are sampled once for each. Default: one greedy answer."""
     temperature: float = Field(default=1.0, gt=0)
     """Of sampled answers."""
-    metrics: list[Literal["bleu", "chrf"]] = []
-    """Of the answers, besides ROUGE-L."""
+    metrics: list[str] = []
+    """Of the answers, besides ROUGE-L: exact_match, numeric_match, execution, bleu, chrf, FILE.py:FUNCTION."""
 
 
 class RunConfig(_Section):

@@ -32,9 +32,9 @@ from ...reflection import get_difficulties
 from ...reflection.engines import ENGINES, check_engine_options
 from ...selection import SAMPLE_POLICIES
 from ...suggest import unknown_name
+from ...training.answer_metrics import ROUGE_L, get_metrics
 from ...training.arguments import PACKAGES
 from ...training.config import SRDConfig
-from ...training.corpus_metrics import check_metrics
 from ...training.measure import check_best_metric
 from ..config import RunConfig
 from ..group import Group
@@ -72,14 +72,15 @@ def check_inputs(config: RunConfig, faults: Faults | None = None, also: Checks =
         check_cache(config, args, faults)
         for names, needs in PACKAGES.items():
             faults.check((f"distill.{name}" for name in names), _of_distill, needs, args)
-        metric = ("distill.metric_for_best_model",)
-        faults.check(metric, lambda: _of_distill(check_best_metric, args.metric_for_best_model))
+        metric = ("distill.metric_for_best_model", "distill.eval_metrics")
+        faults.check(metric, _of_distill, _check_best, args)
         if args.push_to_hub:
             faults.check("distill.push_to_hub", try_hub, args.hub_token, "distill.push_to_hub")
     _check_reflection(config, faults)
     faults.check("curate", _check_reflect_again, config)
-    faults.check(("curate", "distill.save_strategy"), _check_checkpoints, config, args)
-    faults.check("evaluate.metrics", _of_config, check_metrics, config.evaluate.metrics)
+    saving = ("save_strategy", "save_total_limit", "early_stopping_patience", "metric_for_best_model")
+    faults.check(("curate", *(f"distill.{name}" for name in saving)), _check_checkpoints, config, args)
+    faults.check("evaluate.metrics", _of_config, get_metrics, (ROUGE_L, *config.evaluate.metrics))
     if config.data_function is not None:
         faults.check("data_function", data_function_of, config.data_function)
     if not isinstance(config.validation, int):
@@ -126,6 +127,11 @@ def _of_distill(look: Callable[..., Any], *given: Any) -> None:
         raise FaultsError([Fault(fault.names, f"config: distill: {fault.text}") for fault in e.faults]) from e
     except UserError as e:
         raise UserError(f"config: distill: {e}") from e
+
+
+def _check_best(args: SRDConfig) -> None:
+    of_answers = get_metrics(args.answer_metrics) if args.eval_generate else None
+    check_best_metric(args.metric_for_best_model, of_answers=of_answers)
 
 
 def _check_stages(name: str, value: Any, stages: int) -> None:
@@ -180,11 +186,18 @@ def _check_reflect_again(config: RunConfig) -> None:
 
 
 def _check_checkpoints(config: RunConfig, args: SRDConfig | None) -> None:
-    if config.curate.reflect_again and args is not None and args.save_strategy == "no":
+    if not config.curate.reflect_again or args is None:
+        return
+    said = "config: curate.reflect_again goes on from a checkpoint at the border of each stage, and"
+    if args.save_strategy == "no":
+        raise UserError(f"{said} distill.save_strategy is 'no'; set it to 'steps'")
+    if args.early_stopping_patience:
         raise UserError(
-            "config: curate.reflect_again goes on from a checkpoint at the border of each stage, and "
-            "distill.save_strategy is 'no'; set it to 'steps'"
+            f"{said} distill.early_stopping_patience is {args.early_stopping_patience}, which may end training before "
+            "one; set it to 0"
         )
+    if args.metric_for_best_model is not None and args.save_total_limit == 1:
+        raise UserError(f"{said} distill.save_total_limit is 1, which leaves the best one alone; set it to 2")
 
 
 def _check_models(config: RunConfig, faults: Faults) -> None:
