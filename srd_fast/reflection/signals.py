@@ -25,6 +25,7 @@ from ..rouge import RougeL, normal_form
 from ..sharing import ALONE, Sharing
 from ..showing import progress_bar
 from ..teacher.source import TeacherSource
+from .attempts import PASS_RATE, pass_rate
 from .execution import pass_rates
 from .final_number import final_number
 from .gap import gap, teacher_cross_entropy
@@ -32,7 +33,8 @@ from .parts import cut
 
 logger = logging.getLogger(__name__)
 
-RESERVED = ("sample_id", "generation", "reason")  # columns of `reflect` besides the signals
+# Columns of `reflect` besides the signals.
+RESERVED = ("sample_id", "generation", "generated_ids", "attempts", "attempt_ids", "reason")
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ class Reflected:
     log_probs: where the engine gave them, the log-probability (nats) of every token but the first of each sample.
     sharing: the processes that share the work of signals marked `shared`. The first alone computes the others.
     teacher: where its rows come from, if `reflect` was given one.
+    attempts: for each attempt the answers to all samples, those of the first being `generations`; judge: the signal
+    that says which of them pass.
     """
 
     dataset: Dataset
@@ -59,6 +63,8 @@ class Reflected:
     test_memory_mb: int = 512
     sharing: Sharing = ALONE
     teacher: TeacherSource | None = None
+    attempts: Sequence[Sequence[str]] = ()
+    judge: "Difficulty | None" = None
 
     @cached_property
     def student_losses(self) -> list[float]:
@@ -233,6 +239,7 @@ _BUILT_IN = (
     Difficulty("execution", execution, higher_is_easier=True),
     Difficulty("exact_match", exact_match, higher_is_easier=True),
     Difficulty("numeric_match", numeric_match, higher_is_easier=True),
+    Difficulty(PASS_RATE, pass_rate, higher_is_easier=True, of_answers=False),
     Difficulty("chrf", chrf, higher_is_easier=True, package="sacrebleu"),
     Difficulty("bleu", bleu, higher_is_easier=True, package="sacrebleu"),
 )

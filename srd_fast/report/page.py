@@ -217,6 +217,9 @@ def _plan_in_words(plan: CurriculumPlan | None) -> str:
     ]
     if plan.order != RANKED and plan.method != "none":
         parts.append("subsets shuffled" if plan.order == SHUFFLED else f"subsets in the order of {plan.order}")
+    parts += [f"{name} from {low:g} to {high:g}" for name, (low, high) in plan.band.items()]
+    if plan.weight_by is not None:
+        parts.append(f"weighed by p(1 - p) of {plan.weight_by}")
     return f"{how}: {', '.join(parts)}"
 
 

@@ -28,7 +28,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import PredictionOutput
 
 from ..curriculum import CurriculumPlan
-from ..data import DataFunction, DistillationCollator, Tokenisation, check_token_ids, prepare_dataset
+from ..data import WEIGHT, DataFunction, DistillationCollator, Tokenisation, check_token_ids, prepare_dataset
 from ..errors import UserError
 from ..losses import DistillationOutput, Head, LossOptions, StudentRows, check_vocabularies
 from ..models import (
@@ -76,6 +76,7 @@ from .batching import (
     make_curriculum,
     micro_batches,
     warn_of_cut,
+    with_weights,
 )
 from .best import BestStep
 from .callbacks import StepHooks
@@ -245,6 +246,7 @@ class SRDTrainer(Trainer):
         with gathered(model), self.accelerator.autocast():
             plan = select_samples(plan, train, model, processing_class, args.sample_selection, args.sample_ratio)
         self.curriculum = make_curriculum(plan, train, args)
+        self.train_dataset = cast(Any, with_weights(plan, train))
         check_max_steps(self.curriculum, args)
         warn_of_cut(self.curriculum, args)
         if args.max_tokens_per_batch:
@@ -330,7 +332,7 @@ class SRDTrainer(Trainer):
         return index_stream(self.curriculum, cast(Any, self.train_dataset), from_cache(self.teacher))
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = READ  # type: ignore[assignment]
+        self._signature_columns = [*READ, WEIGHT]  # type: ignore[assignment]
 
     def _remove_unused_columns(self, dataset: Dataset, description: str | None = None) -> Dataset:
         """Keep the columns that a step reads, as arrays, which take a fifth of the time that lists take."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ...curriculum import RANKED, SHUFFLED, per_stage
+from ...curriculum import RANKED, SHUFFLED, check_band, per_stage
 from ...data import check_made, check_source, data_function_of
 from ...errors import Fault, Faults, FaultsError, UserError, first_line
 from ...files import disk_trouble
@@ -28,7 +28,8 @@ from ...models import (
     try_saving,
     with_adapters,
 )
-from ...reflection import get_difficulties
+from ...reflection import get_difficulties, get_difficulty
+from ...reflection.attempts import check_attempts
 from ...reflection.engines import ENGINES, check_engine_options
 from ...selection import SAMPLE_POLICIES
 from ...suggest import unknown_name
@@ -151,16 +152,37 @@ def _check_reflection(config: RunConfig, faults: Faults) -> None:
             faults.doubt(["reflect.signals"])
         else:
             made[next(reversed(found))] = name
-    for name in config.curate.signals or ():
-        faults.check(("reflect.signals", "curate.signals"), _check_ranked, name, made)
+    asked = ("reflect.attempts", "reflect.temperature", "reflect.signals", "reflect.judge")
+    faults.check(asked, _check_attempts, config, made)
+    for key in ("signals", "band"):
+        for name in getattr(config.curate, key) or ():
+            faults.check(("reflect.signals", f"curate.{key}"), _check_ranked, name, made, key)
+    for name, given in config.curate.band.items():
+        faults.check("curate.band", _of_config, check_band, name, given)
+    faults.check(("reflect.signals", "curate.weight_by"), _check_weighed, config.curate.weight_by, made)
     faults.check(("reflect.signals", "curate.order"), _check_order, config.curate.order, made)
     faults.check(("reflect.signals", "mode", "curate.method"), check_signals, config)
 
 
-def _check_ranked(name: str, made: Mapping[str, Any]) -> None:
+def _check_attempts(config: RunConfig, made: Mapping[str, Any]) -> None:
+    c = config.reflect
+    try:
+        check_attempts(c.attempts, c.temperature, made, get_difficulty(c.judge))
+    except UserError as e:
+        raise UserError(f"config: reflect: {e}") from e
+
+
+def _check_ranked(name: str, made: Mapping[str, Any], key: str) -> None:
     extra = set(get_difficulties([name])) - set(made)
     if extra:
-        raise UserError(f"curate.signals names {sorted(extra)}, which reflect.signals does not make")
+        raise UserError(f"curate.{key} names {sorted(extra)}, which reflect.signals does not make")
+
+
+def _check_weighed(name: str | None, made: Mapping[str, Any]) -> None:
+    if name is not None and name not in made:
+        raise UserError(
+            f"config: curate.weight_by is {name!r}, which reflect.signals does not make: it makes {', '.join(made)}"
+        )
 
 
 def _check_order(order: str, made: Mapping[str, Any]) -> None:
