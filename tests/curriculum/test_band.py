@@ -84,7 +84,7 @@ def test_what_is_no_band_or_weight_is_said() -> None:
         ({"band": {"pass_rate": [0.3, 0.4]}}, "only 8 of 8 samples could be scored, and 8 of those are outside"),
         (
             {"weight_by": "cross_entropy"},
-            "weight_by is 'cross_entropy', which must be from 0 to 1 in every row, found 2",
+            "'cross_entropy', which must be from 0 to 1 in every row, found 2",
         ),
         ({"weight_by": "rate"}, "unknown column 'rate'"),
     ):
