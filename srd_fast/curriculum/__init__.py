@@ -1,6 +1,6 @@
 """Which samples are trained on, and when: curated by difficulty into subsets, then a schedule of stages."""
 
-from .curation import CURATION_PRESETS, DEFAULT_SIGNALS, HIGHER_IS_EASIER, KNEE, curate, replan
+from .curation import CURATION_PRESETS, DEFAULT_SIGNALS, HIGHER_IS_EASIER, KNEE, check_band, curate, replan
 from .plan import METHODS, RANKED, SHUFFLED, CurriculumPlan, Signal
 from .plan_file import PLAN_FORMAT
 from .schedule import Curriculum, Stage, per_stage
@@ -18,6 +18,7 @@ __all__ = [
     "CurriculumPlan",
     "Signal",
     "Stage",
+    "check_band",
     "curate",
     "per_stage",
     "replan",

@@ -19,7 +19,7 @@ from datasets import Dataset
 
 from ..errors import UserError, first_line
 from ..suggest import unknown_name
-from .plan import FUSED, METHODS, RANKED, REASONS, SETTINGS, SHUFFLED, CurriculumPlan, Signal
+from .plan import FUSED, METHODS, RANKED, REASONS, SETTINGS, SHUFFLED, WEIGHTS, CurriculumPlan, Signal
 from .plan_file import TEXT
 from .ranking import competition_ranks, knee, places_of, rows_by_text, subset_borders
 
@@ -38,7 +38,8 @@ DEFAULT_SIGNALS = {"rouge_l": Signal(higher_is_easier=True), "cross_entropy": Si
 # Directions of `reflect`'s own signals. A sample with a large gap is not easy: it is kept, and comes first.
 HIGHER_IS_EASIER = {
     "rouge_l": True, "cross_entropy": False, "teacher_cross_entropy": False, "gap": True,
-    "exact_match": True, "chrf": True, "bleu": True, "execution": True,
+    "exact_match": True, "numeric_match": True, "chrf": True, "bleu": True, "execution": True,
+    "pass_rate": True,
 }  # fmt: skip
 
 
@@ -53,6 +54,8 @@ def curate(
     seed: int = 0,
     floor_subsets: bool = False,
     order: str = RANKED,
+    band: Mapping[str, Sequence[float]] | None = None,
+    weight_by: str | None = None,
 ) -> CurriculumPlan:
     """Rank samples by fused difficulty, keep the easiest, and cut them into subsets from easy to hard.
 
@@ -84,6 +87,11 @@ def curate(
         order: of the kept samples, from which the subsets are cut; what is dropped does not depend on it. "ranked":
             the ranking's; "shuffled"; or a signal, the easy end first (of "gap" the large one). It is one of `signals`
             (weight 0: it does not rank) or one of `reflect`'s own.
+        band: column -> its least and greatest value. A sample outside is dropped before the ranking, whatever the
+            method is, so that `keep` is a share of those within: {"pass_rate": [0.1, 0.9]} leaves out what the student
+            never or always solves.
+        weight_by: a column with p from 0 to 1, such as "pass_rate". In the loss a sample weighs p(1 - p), over the mean
+            of the kept ones (PACED, arXiv 2603.11178); samples that would weigh 0 are dropped as those outside a band.
 
     Returns:
         The plan.
@@ -106,24 +114,32 @@ def curate(
             known = [RANKED, SHUFFLED, *chosen]
             raise UserError(unknown_name("order", str(order), known) + "; or put that column among the signals")
         chosen[order] = Signal(HIGHER_IS_EASIER[order], 0.0)
-    names, columns = _columns(scores, {"sample_id", *chosen, "cross_entropy", "reason"})
-    for name in ("sample_id", *chosen):
+    limits = {name: check_band(name, given) for name, given in (band or {}).items()}
+    looked_at = dict.fromkeys([*chosen, *limits, *([] if weight_by is None else [weight_by])])
+    names, columns = _columns(scores, {"sample_id", *looked_at, "cross_entropy", "reason"})
+    for name in ("sample_id", *looked_at):
         if name not in names:
             raise UserError(unknown_name("column", name, names) + "; the scores must have it")
     ids = _texts(columns["sample_id"])
     by_id, unique = rows_by_text(ids)
     if ids.null_count or not unique:
         raise UserError("sample_id must be unique in the scores, and every row must have one")
-    values = {n: _floats(n, columns[n]) for n in chosen}
+    values = {n: _floats(n, columns[n]) for n in looked_at}
     reasons = _reasons(_texts(columns["reason"]) if "reason" in names else pa.nulls(len(ids), TEXT), values)
     rankable = reasons.is_null()
     bad = pc.invert(rankable)
     unscored = pa.RecordBatch.from_arrays([ids.filter(bad), reasons.filter(bad)], schema=REASONS)
     # Rows in the order of their ids from here on: the sorts are stable, so this is their last tie-break.
     rows = by_id[rankable.to_numpy(zero_copy_only=False)[by_id]]
+    within, outside = _in_band({n: values[n][rows] for n in looked_at}, limits, weight_by)
+    outside = pa.RecordBatch.from_arrays([ids.take(rows[~within]), outside], schema=REASONS)
+    rows = rows[within]
     count = len(rows)
     if count < stages:
-        raise UserError(f"stages is {stages} but only {count} of {len(ids)} samples could be scored")
+        left = f", and {len(outside)} of those are outside the band or weigh nothing" if len(outside) else ""
+        raise UserError(
+            f"stages is {stages} but only {count + len(outside)} of {len(ids)} samples could be scored{left}"
+        )
 
     values = {n: v[rows] for n, v in values.items()}
     fused = np.zeros(count)
@@ -157,10 +173,11 @@ def curate(
     texts = (f"{'drawn' if method == 'random' else 'fused rank'} ", f" of {count}, beyond the {kept} kept", "")
     before, after, joint = (pa.scalar(t, TEXT) for t in texts)
     ranks = pa.array(np.arange(kept + 1, count + 1)).cast(TEXT)
-    dropped = [ranked[kept:], pc.binary_join_element_wise(before, ranks, after, joint)]
+    hardest = [ranked[kept:], pc.binary_join_element_wise(before, ranks, after, joint)]
+    dropped = [pa.RecordBatch.from_arrays(hardest, schema=REASONS), outside]
     return CurriculumPlan(
         subsets=[ordered[a:b] for a, b in pairwise(borders)],
-        dropped=pa.RecordBatch.from_arrays(dropped, schema=REASONS),
+        dropped=pa.Table.from_batches(dropped).combine_chunks().to_batches()[0] if len(outside) else dropped[0],
         unscored=unscored,
         fused=pa.RecordBatch.from_arrays([ranked, pa.array(fused[ranking])], schema=FUSED),
         method=method,
@@ -170,6 +187,9 @@ def curate(
         rrf_k=rrf_k,
         signals=chosen,
         order=order,
+        band=limits,
+        weight_by=weight_by,
+        weights=None if weight_by is None else _weights(ranked[:kept], values[weight_by][ranking[:kept]]),
     )
 
 
@@ -193,7 +213,8 @@ def replan(plan: CurriculumPlan, stage: int, scores: Dataset, seed: int = 0) -> 
     before = pa.concat_arrays(stay)
     table = scores.with_format("arrow")[:]
     left = table.filter(pc.invert(pc.is_in(table["sample_id"], value_set=before.cast(table["sample_id"].type))))
-    found = curate(Dataset(left), keep=1.0, stages=1, rrf_k=plan.rrf_k, signals=plan.signals)
+    kept_by: dict[str, Any] = {"band": plan.band, "weight_by": plan.weight_by}
+    found = curate(Dataset(left), keep=1.0, stages=1, rrf_k=plan.rrf_k, signals=plan.signals, **kept_by)
     ranked, sizes = found.subset_columns[0], [len(s) for s in plan.subset_columns[stage:]]
     borders = [min(x, len(ranked)) for x in accumulate(sizes, initial=0)]
     kept, rest = ranked[: borders[-1]], ranked[borders[-1] :].to_pylist()
@@ -204,11 +225,56 @@ def replan(plan: CurriculumPlan, stage: int, scores: Dataset, seed: int = 0) -> 
     why = f"ranked beyond the {borders[-1]} kept at the border of stage {stage + 1}"
     return CurriculumPlan(
         subsets=[*stay, *(kept[a:b] for a, b in pairwise(borders))],
-        dropped=[{"sample_id": i, "reason": why} for i in rest],
+        dropped=[*({"sample_id": i, "reason": why} for i in rest), *found.dropped],
         unscored=found.unscored,
         fused={**{i: plan.fused[i] for i in before.to_pylist() if i in plan.fused}, **found.fused},
+        weights={**{i: plan.weights[i] for i in before.to_pylist() if i in plan.weights}, **found.weights},
         **{name: getattr(plan, name) for name in SETTINGS},
     )
+
+
+def check_band(name: str, given: Any) -> tuple[float, float]:
+    """The limits of a signal's band.
+
+    Args:
+        name: of the signal.
+        given: its least and greatest value.
+
+    Raises:
+        UserError: they are not two numbers in order.
+    """
+    fine = isinstance(given, (list, tuple)) and len(given) == 2 and all(isinstance(x, (int, float)) for x in given)
+    if not fine or not given[0] <= given[1]:
+        raise UserError(f"band of {name!r} must be its least and greatest value, such as [0.1, 0.9], got {given!r}")
+    return float(given[0]), float(given[1])
+
+
+def _in_band(
+    values: Mapping[str, np.ndarray], limits: Mapping[str, tuple[float, float]], weight_by: str | None
+) -> tuple[np.ndarray, pa.Array]:
+    """Which rows are within all bands and weigh something, and why each of the others is not."""
+    count = len(next(iter(values.values())))
+    within, reasons = np.ones(count, dtype=bool), np.full(count, None, dtype=object)
+
+    def leave_out(rows: np.ndarray, name: str, why: str) -> None:
+        new = rows & within
+        reasons[new] = [f"{name} is {x:g}, {why}" for x in values[name][new]]
+        within[new] = False
+
+    for name, (low, high) in limits.items():
+        leave_out((values[name] < low) | (values[name] > high), name, f"outside the band {low:g} to {high:g}")
+    if weight_by is not None:
+        p = values[weight_by]
+        if ((p < 0) | (p > 1)).any():
+            worst = p[(p < 0) | (p > 1)][0]
+            raise UserError(f"weight_by is {weight_by!r}, which must be from 0 to 1 in every row, found {worst:g}")
+        leave_out((p == 0) | (p == 1), weight_by, "with which it weighs nothing")
+    return within, pa.array(reasons[~within], TEXT)
+
+
+def _weights(ids: pa.Array, p: np.ndarray) -> pa.RecordBatch:
+    """PACED's p(1 - p)."""
+    return pa.RecordBatch.from_arrays([ids, pa.array(p * (1 - p))], schema=WEIGHTS)
 
 
 def _signal(name: str, given: Signal | Mapping[str, Any] | float) -> Signal:

@@ -16,8 +16,10 @@ METHODS = ("srd", "random", "none")
 RANKED, SHUFFLED = "ranked", "shuffled"
 REASONS = pa.schema({"sample_id": TEXT, "reason": TEXT})
 FUSED = pa.schema({"sample_id": TEXT, "score": pa.float64()})
-# Attributes of a plan beside its samples.
-SETTINGS = ("method", "keep", "keep_rule", "stages", "rrf_k", "signals", "order")
+WEIGHTS = pa.schema({"sample_id": TEXT, "weight": pa.float64()})
+# Attributes of a plan beside its samples; in its file the last two are there where they say something.
+SETTINGS = ("method", "keep", "keep_rule", "stages", "rrf_k", "signals", "order", "band", "weight_by")
+_OPTIONAL = ("band", "weight_by")
 
 
 @dataclass(frozen=True)
@@ -52,9 +54,13 @@ class CurriculumPlan:
         keep_rule: "ratio" if `keep` was given, "knee" if it was found.
         order: of the kept samples, from which the subsets are cut: "ranked" (from easy to hard), "shuffled", or the
             signal by which they are sorted.
+        band: column of the scores -> its least and greatest value in a kept sample.
+        weight_by: the column that weights come from, or None.
+        weights: sample_id -> its weight in the loss, where there are any. A trainer divides them by the mean over the
+            kept samples.
 
     Raises:
-        UserError: a row of `dropped` or `unscored` lacks its sample_id or reason, or a score is not finite.
+        UserError: a row of `dropped` or `unscored` lacks its sample_id or reason, or a score or weight is not finite.
     """
 
     def __init__(
@@ -70,12 +76,18 @@ class CurriculumPlan:
         signals: Mapping[str, Signal] | None = None,
         keep_rule: str = "ratio",
         order: str = RANKED,
+        band: Mapping[str, Sequence[float]] | None = None,
+        weight_by: str | None = None,
+        weights: Mapping[str, float] | pa.RecordBatch | None = None,
     ) -> None:
         self.subset_columns = [s.cast(TEXT) if isinstance(s, pa.Array) else pa.array(s, TEXT) for s in subsets]
         self.dropped_rows, self.unscored_rows = _reason_rows("dropped", dropped), _reason_rows("unscored", unscored)
-        self.fused_rows = _score_rows({} if fused is None else fused)
+        self.fused_rows = _number_rows("fused scores", {} if fused is None else fused, FUSED)
+        self.weight_rows = _number_rows("weights", {} if weights is None else weights, WEIGHTS)
         self.method, self.keep, self.keep_rule = method, keep, keep_rule
         self.stages, self.rrf_k, self.signals, self.order = stages, rrf_k, dict(signals or {}), order
+        self.band = {name: (float(low), float(high)) for name, (low, high) in (band or {}).items()}
+        self.weight_by = weight_by
 
     @cached_property
     def subsets(self) -> list[list[str]]:
@@ -96,6 +108,11 @@ class CurriculumPlan:
     def fused(self) -> dict[str, float]:
         """sample_id -> fused score of every ranked sample, from easy to hard; higher is easier."""
         return dict(zip(self.fused_rows["sample_id"].to_pylist(), self.fused_rows["score"].to_pylist()))
+
+    @cached_property
+    def weights(self) -> dict[str, float]:
+        """sample_id -> weight in the loss; empty where all weigh the same."""
+        return dict(zip(self.weight_rows["sample_id"].to_pylist(), self.weight_rows["weight"].to_pylist()))
 
     @property
     def kept(self) -> list[str]:
@@ -126,19 +143,24 @@ class CurriculumPlan:
         return [s for subset in self.subsets[: stage + 1] for s in subset]
 
     def with_subsets(
-        self, subsets: Sequence[Sequence[str] | pa.Array], dropped: Sequence[Mapping[str, str]]
+        self,
+        subsets: Sequence[Sequence[str] | pa.Array],
+        dropped: Sequence[Mapping[str, str]],
+        weights: Mapping[str, float] | None = None,
     ) -> "CurriculumPlan":
         """Make a plan with other subsets and dropped samples, and the same scores and settings.
 
         Args:
             subsets: sample ids, the subset of the first stage first.
             dropped: rows of "sample_id" and "reason".
+            weights: sample_id -> weight in the loss. Default: those that are there.
 
         Returns:
             The new plan.
         """
         settings = {name: getattr(self, name) for name in SETTINGS}
-        return CurriculumPlan(subsets, dropped, self.unscored_rows, self.fused_rows, **settings)
+        own = self.weight_rows if weights is None else weights
+        return CurriculumPlan(subsets, dropped, self.unscored_rows, self.fused_rows, **settings, weights=own)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, CurriculumPlan):
@@ -149,6 +171,7 @@ class CurriculumPlan:
             and self.dropped_rows.equals(other.dropped_rows)
             and self.unscored_rows.equals(other.unscored_rows)
             and (self.fused_rows.equals(other.fused_rows) or self.fused == other.fused)
+            and (self.weight_rows.equals(other.weight_rows) or self.weights == other.weights)
         )
 
     def __repr__(self) -> str:
@@ -163,9 +186,10 @@ class CurriculumPlan:
         Args:
             path: the file. `CurriculumPlan.load` reads an equal plan from it.
         """
-        settings = {name: getattr(self, name) for name in SETTINGS}
+        settings = {name: x for name in SETTINGS if (x := getattr(self, name)) or name not in _OPTIONAL}
         settings["signals"] = {n: asdict(s) for n, s in self.signals.items()}
-        write_plan(path, settings, self.subset_columns, self.dropped_rows, self.unscored_rows, self.fused_rows)
+        numbers = {"fused": self.fused_rows, **({"weights": self.weight_rows} if len(self.weight_rows) else {})}
+        write_plan(path, settings, self.subset_columns, self.dropped_rows, self.unscored_rows, numbers)
 
     @classmethod
     def load(cls, path: str | Path) -> "CurriculumPlan":
@@ -197,10 +221,10 @@ def _reason_rows(name: str, rows: Sequence[Mapping[str, str]] | pa.RecordBatch) 
     return batch
 
 
-def _score_rows(fused: Mapping[str, float] | pa.RecordBatch) -> pa.RecordBatch:
-    if isinstance(fused, pa.RecordBatch):
-        return fused
-    columns = [pa.array(list(fused), TEXT), pa.array(list(fused.values()), pa.float64())]
+def _number_rows(what: str, given: Mapping[str, float] | pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
+    if isinstance(given, pa.RecordBatch):
+        return given
+    columns = [pa.array(list(given), TEXT), pa.array(list(given.values()), pa.float64())]
     if columns[1].null_count or pc.all(pc.is_finite(columns[1])).as_py() is False:
-        raise UserError("fused scores must be finite numbers")
-    return pa.RecordBatch.from_arrays(columns, schema=FUSED)
+        raise UserError(f"{what} must be finite numbers")
+    return pa.RecordBatch.from_arrays(columns, schema=schema)

@@ -23,7 +23,7 @@ def write_plan(
     subsets: Sequence[pa.Array],
     dropped: pa.RecordBatch,
     unscored: pa.RecordBatch,
-    fused: pa.RecordBatch,
+    numbers: Mapping[str, pa.RecordBatch],
 ) -> None:
     """Write a plan as JSON, atomically and in pieces.
 
@@ -33,7 +33,7 @@ def write_plan(
         subsets: sample ids of each subset.
         dropped: columns sample_id and reason.
         unscored: columns sample_id and reason.
-        fused: columns sample_id and score.
+        numbers: by name, columns of sample_id and a number.
     """
     target = Path(path)
     ids = (_block("[]", _pieces(s, _json_items, 3), 3) for s in subsets)
@@ -41,7 +41,7 @@ def write_plan(
         "subsets": _block("[]", ids, 2),
         "dropped": _block("[]", _pieces(dropped, _json_reasons, 2), 2),
         "unscored": _block("[]", _pieces(unscored, _json_reasons, 2), 2),
-        "fused": _block("{}", _pieces(fused, _json_scores, 2), 2),
+        **{name: _block("{}", _pieces(rows, _json_numbers, 2), 2) for name, rows in numbers.items()},
     }
     with temporary_path(target).open("w", encoding="utf-8") as f:
         f.write(json.dumps({"format": PLAN_FORMAT, **settings}, indent=1, ensure_ascii=False).removesuffix("\n}"))
@@ -105,8 +105,8 @@ def _json_items(ids: pa.Array, between: str) -> str:
     return between.join(_quoted(ids))
 
 
-def _json_scores(rows: pa.RecordBatch, between: str) -> str:
-    numbers = rows["score"].cast(TEXT).to_pylist()  # the shortest that reads back equal, as repr has it, but faster
+def _json_numbers(rows: pa.RecordBatch, between: str) -> str:
+    numbers = rows.column(1).cast(TEXT).to_pylist()  # the shortest that reads back equal, as repr has it, but faster
     return between.join(map(": ".join, zip(_quoted(rows["sample_id"]), numbers)))
 
 

@@ -2,6 +2,7 @@
 
 from .answers import Answers, answer_ends, answered, end_of
 from .batches import (
+    WEIGHT,
     DistillationCollator,
     batches_by_length,
     divide_by_tokens,
@@ -32,6 +33,7 @@ __all__ = [
     "ROW_FORMATS",
     "TOKENISED_FEATURES",
     "TRAIN_ON",
+    "WEIGHT",
     "Answers",
     "DataFunction",
     "DistillationCollator",

@@ -13,6 +13,9 @@ from transformers import PreTrainedTokenizerBase
 from ..models import shared_starts
 from .tokenisation import IGNORE_INDEX, first_label
 
+# Of a sample that does not weigh as much as others in the loss.
+WEIGHT = "weight"
+
 
 def pad_right(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
     """[B, L] int64; shorter rows are filled at the end with `value`."""

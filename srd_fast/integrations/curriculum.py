@@ -67,6 +67,11 @@ def attach_curriculum(
             range. The message names it.
     """
     _check_trainer(trainer)
+    if plan.weights:
+        raise UserError(
+            f"the plan weighs samples by {plan.weight_by!r}, and a trainer's own loss takes no weights: curate without "
+            "weight_by, or train with SRDTrainer"
+        )
     args, data = trainer.args, trainer.train_dataset
     ids = _ids_of(data, sample_ids)
     stages = len(plan.subset_columns)

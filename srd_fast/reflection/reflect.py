@@ -29,6 +29,7 @@ from ..sharing import ALONE, Sharing
 from ..showing import progress_bar
 from ..suggest import unknown_name
 from ..teacher.source import TeacherSource
+from .attempts import check_attempts
 from .engines import (
     AUTO,
     ENGINES,
@@ -42,7 +43,7 @@ from .engines import (
 from .gap import check_teacher, check_teacher_given, teacher_source
 from .parts import compute_parts, cut, part_name, read_part, write_part
 from .shards import samples_of_shard
-from .signals import Reflected, get_difficulties
+from .signals import Reflected, get_difficulties, get_difficulty
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +69,8 @@ def reflect(
     sampling: Sampling | None = None,
     max_new_tokens: int | None = None,
     signals: Sequence[str] = ("rouge_l", "cross_entropy"),
+    attempts: int = 1,
+    judge: str = "exact_match",
     cross_entropy_by: str = "student",
     batch_size: int = 32,
     template: str = "alpaca",
@@ -101,6 +104,10 @@ def reflect(
         sampling: how answers are generated. Default: greedy, at most 128 new tokens.
         max_new_tokens: the longest answer, at least 1, instead of `sampling`'s.
         signals: names from `difficulty_names()`, or `FILE.py:NAME` or `package.module:NAME` for a function of your own.
+        attempts: answers to each prompt, for the signal "pass_rate"; above 1 they are sampled, with the seeds from
+            `sampling.seed` on. The other signals look at the first.
+        judge: the signal that says which attempts pass, those that it gives 1: "exact_match", "numeric_match" (the
+            final number, as in GSM8K), "execution" (all tests), or a function of your own.
         cross_entropy_by: "student" computes it from hidden states through the fused loss, without logits. "engine"
             takes the engine's log-probabilities (vLLM's `prompt_logprobs`).
         batch_size: samples of a forward pass or a generation, at least 1.
@@ -126,17 +133,17 @@ def reflect(
             and ends as if it had not been.
         sharing: the processes that make this call together, each for some of the parts. The first gets the scores,
             which are to the bit those of one process; the others get a data set without rows.
-        keep_ids: add the column generated_ids, the token ids of each answer without the one that ended it. An answer of
-            `max_new_tokens` of them was cut.
+        keep_ids: add the column generated_ids, the token ids of each answer without the one that ended it, and for
+            several attempts attempt_ids. An answer of `max_new_tokens` of them was cut.
         progress: show a progress bar.
         teacher: what the signals "teacher_cross_entropy" and "gap" compare with: a model with the student's tokenizer;
             a folder or hub id to load one from, in `dtype` on `device`, once the answers are there; or a cache of kind
             "hidden" that holds the samples (`open_teacher_cache`), which then runs no teacher.
 
     Returns:
-        A data set in the order of the samples, with sample_id, generation, one column for each signal (rouge_l from 0
-        to 1, cross-entropies and gap in nats per token; NaN where a sample cannot be scored), and reason (why not, or
-        None).
+        A data set in the order of the samples, with sample_id, generation, for several attempts the list attempts, one
+        column for each signal (rouge_l and pass_rate from 0 to 1, cross-entropies and gap in nats per token; NaN where
+        a sample cannot be scored), and reason (why not, or None).
 
     Raises:
         UserError: an argument is wrong, the rows or the student cannot be used, or the shard has no sample.
@@ -144,8 +151,9 @@ def reflect(
     sampling = sampling or Sampling()
     if max_new_tokens is not None:
         sampling = replace(sampling, max_new_tokens=max_new_tokens)
-    functions = list(get_difficulties(signals).values())
+    functions, judging = list(get_difficulties(signals).values()), get_difficulty(judge)
     check_teacher_given(teacher, functions)
+    check_attempts(attempts, sampling.temperature, [signal.name for signal in functions], judging)
     ENGINES.check(engine)
     check_engine_options(engine_options)
     if cross_entropy_by not in CROSS_ENTROPY_BY:
@@ -192,11 +200,15 @@ def reflect(
             made_by = {"student": given, **engine_settings(runner, sampling)}
             if not hasattr(runner, "settings"):
                 made_by["options"] = {"batch_size": batch_size, **(engine_options or {})}
-        generated = _generate(runner, samples, sampling, parts_folder, made_by, sharing, progress)
+        generated = [
+            _generate(runner, samples, replace(sampling, seed=seed), parts_folder, made_by, sharing, progress)
+            for seed in range(sampling.seed, sampling.seed + attempts)
+        ]
         log_probs = _log_probs(runner, samples, sharing, progress) if cross_entropy_by == "engine" else None
     if isinstance(student, str):
         model = model.to(device)  # type: ignore[arg-type]
-    generations = [answers.text(i, g) for i, g in enumerate(generated)]
+    texts = [[answers.text(i, ids_of) for i, ids_of in enumerate(of_attempt)] for of_attempt in generated]
+    generations = texts[0]
     if sharing.rank == 0:
         warn_of_answers_alike(generations)
     reflected = Reflected(
@@ -213,6 +225,8 @@ def reflect(
         test_memory_mb=test_memory_mb,
         sharing=sharing,
         teacher=teacher_source(teacher, dtype, device),
+        attempts=texts,
+        judge=judging,
     )
     if sharing.rank:
         for signal in functions:
@@ -221,7 +235,10 @@ def reflect(
         return Dataset.from_dict({"sample_id": []})
     found: dict[str, list[Any]] = {"sample_id": ids, "generation": generations}
     if keep_ids:
-        found["generated_ids"] = generated
+        found["generated_ids"] = generated[0]
+    if attempts > 1:
+        found["attempts"] = list(map(list, zip(*texts)))
+        found |= {"attempt_ids": list(map(list, zip(*generated)))} if keep_ids else {}
     reasons: list[str | None] = [
         None if any(r.strip() for r in references) else "empty reference" for references in samples["references"]
     ]
@@ -261,6 +278,7 @@ def _generate(
         return [row[: lengths[i]] for row, i in zip(samples[list(indices)]["input_ids"], indices)]
 
     paths: list[Path] = []
+    made_by = {**made_by, "seed": sampling.seed}  # which another attempt has another of
     found: dict[int, list[list[int]]] = {}
     if folder is not None:
         Path(folder).mkdir(parents=True, exist_ok=True)

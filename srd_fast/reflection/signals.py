@@ -2,6 +2,7 @@
 
 import importlib.util
 import logging
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,13 +25,16 @@ from ..rouge import RougeL, normal_form
 from ..sharing import ALONE, Sharing
 from ..showing import progress_bar
 from ..teacher.source import TeacherSource
+from .attempts import PASS_RATE, pass_rate
 from .execution import pass_rates
+from .final_number import final_number
 from .gap import gap, teacher_cross_entropy
 from .parts import cut
 
 logger = logging.getLogger(__name__)
 
-RESERVED = ("sample_id", "generation", "reason")  # columns of `reflect` besides the signals
+# Columns of `reflect` besides the signals.
+RESERVED = ("sample_id", "generation", "generated_ids", "attempts", "attempt_ids", "reason")
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,8 @@ class Reflected:
     log_probs: where the engine gave them, the log-probability (nats) of every token but the first of each sample.
     sharing: the processes that share the work of signals marked `shared`. The first alone computes the others.
     teacher: where its rows come from, if `reflect` was given one.
+    attempts: for each attempt the answers to all samples, those of the first being `generations`; judge: the signal
+    that says which of them pass.
     """
 
     dataset: Dataset
@@ -57,6 +63,8 @@ class Reflected:
     test_memory_mb: int = 512
     sharing: Sharing = ALONE
     teacher: TeacherSource | None = None
+    attempts: Sequence[Sequence[str]] = ()
+    judge: "Difficulty | None" = None
 
     @cached_property
     def student_losses(self) -> list[float]:
@@ -75,6 +83,7 @@ class Difficulty:
 
     shared: all processes of a group call it, and the first one's values count.
     needs_teacher: whether it looks at the teacher.
+    of_answers: whether it scores answers, so that it is a metric of an evaluation too.
     """
 
     name: str
@@ -83,6 +92,7 @@ class Difficulty:
     package: str | None = None
     shared: bool = False
     needs_teacher: bool = False
+    of_answers: bool = True
 
 
 def rouge_l(reflected: Reflected) -> list[float]:
@@ -174,6 +184,17 @@ def exact_match(reflected: Reflected) -> list[float]:
     return [float(normalised(g) in map(normalised, references)) for g, references in answers]
 
 
+def numeric_match(reflected: Reflected) -> list[float]:
+    """1 where the answer ends in the number that one of its references ends in (GSM8K), else 0; NaN where no reference
+    has a number."""
+
+    def score(answer: str, references: Sequence[str]) -> float:
+        wanted = {final_number(r) for r in references} - {None}
+        return float(final_number(answer) in wanted) if wanted else math.nan
+
+    return [score(g, r) for g, r in zip(reflected.generations, reflected.dataset["references"])]
+
+
 def chrf(reflected: Reflected) -> list[float]:
     """chrF2 of each answer (sacrebleu's, character 6-grams), 0..1, the best over its references."""
     from sacrebleu.metrics import CHRF
@@ -205,13 +226,20 @@ def execution(reflected: Reflected) -> list[float]:
 
 _BUILT_IN = (
     Difficulty("rouge_l", rouge_l, higher_is_easier=True),
-    Difficulty("cross_entropy", attrgetter("student_losses"), higher_is_easier=False, shared=True),
+    Difficulty("cross_entropy", attrgetter("student_losses"), False, shared=True, of_answers=False),
     Difficulty(
-        "teacher_cross_entropy", attrgetter("teacher_losses"), higher_is_easier=False, shared=True, needs_teacher=True
+        "teacher_cross_entropy",
+        attrgetter("teacher_losses"),
+        higher_is_easier=False,
+        shared=True,
+        needs_teacher=True,
+        of_answers=False,
     ),
-    Difficulty("gap", gap, higher_is_easier=True, shared=True, needs_teacher=True),
+    Difficulty("gap", gap, higher_is_easier=True, shared=True, needs_teacher=True, of_answers=False),
     Difficulty("execution", execution, higher_is_easier=True),
     Difficulty("exact_match", exact_match, higher_is_easier=True),
+    Difficulty("numeric_match", numeric_match, higher_is_easier=True),
+    Difficulty(PASS_RATE, pass_rate, higher_is_easier=True, of_answers=False),
     Difficulty("chrf", chrf, higher_is_easier=True, package="sacrebleu"),
     Difficulty("bleu", bleu, higher_is_easier=True, package="sacrebleu"),
 )

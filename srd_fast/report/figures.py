@@ -7,13 +7,14 @@ from matplotlib.figure import Figure
 
 from srd_fast.curriculum import CurriculumPlan
 from srd_fast.report.canvas import COARSE_DPI, DROPPED, RASTER_DPI, picture, sequence
-from srd_fast.report.numbers import missing, number, rows
+from srd_fast.report.numbers import missing, number, rows, title_of
 from srd_fast.report.plots import (
     MOST_POINTS,
     Group,
     curves,
     difficulty_map,
     frame_of,
+    metrics_of_answers,
     schedule,
     stage_bands,
     throughput,
@@ -162,13 +163,16 @@ def curves_view(run: Run) -> dict[str, Any]:
     )
     if not len(validation["step"]):
         view["caption"] += " metrics.jsonl holds no validation row."
-    alt = "Four line plots over the steps: " + ", ".join(
+    if run.summary is not None and run.summary.best is not None:
+        view["caption"] += f" The student that was kept is that of step {run.summary.best.step:,.0f}."
+    alt = "Line plots over the steps: " + ", ".join(
         f"{label} {_first_to_last(values)}"
         for label, values in (
             ("training loss", train["loss"]),
             ("training divergence", train["divergence"]),
             ("validation KL", validation["kl"]),
             ("validation cross-entropy", validation["cross_entropy"]),
+            *((f"validation {title_of(name)}", validation[name]) for name in metrics_of_answers(validation)),
         )
     )
     view["picture"] = picture(lambda narrow: curves(train, validation, bands, narrow), f"{alt}.")

@@ -59,6 +59,10 @@ class Fields:
         """A list of objects."""
         return [Fields(self.path, item, f"{name}[{i}]") for i, item in enumerate(self.items(name))]
 
+    def numeric(self) -> list[str]:
+        """The keys whose values are numbers."""
+        return [n for n, x in self.data.items() if isinstance(x, int | float) and not isinstance(x, bool)]
+
     def numbers(self) -> dict[str, float]:
         """Every key of this object as a number."""
         return {name: self.number(name) for name in self.data}

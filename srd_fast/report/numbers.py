@@ -5,6 +5,16 @@ import math
 from srd_fast.report.read import Run
 
 NOTHING = "–"
+# Metrics of answers from 0 to 1, of which more is better. Others are the user's own.
+TITLES = {
+    "rouge_l": "ROUGE-L",
+    "exact_match": "exact match",
+    "numeric_match": "final number",
+    "execution": "tests passed",
+    "bleu": "BLEU",
+    "chrf": "chrF",
+}
+_NATS = {"kl": "KL to the teacher", "cross_entropy": "cross-entropy", "loss": "loss"}
 
 # What a run folder may hold: the field of Run, and who writes the file.
 _WRITTEN_BY = {
@@ -30,6 +40,16 @@ def missing(run: Run, *files: str) -> str:
 def points(rouge_l: float) -> str:
     """ROUGE-L from 0..1 as points from 0 to 100."""
     return NOTHING if math.isnan(rouge_l) else f"{100 * rouge_l:.1f}"
+
+
+def title_of(metric: str) -> str:
+    """What a page calls a metric; a user's own by its name."""
+    return TITLES.get(metric) or _NATS.get(metric, metric)
+
+
+def value_of(metric: str, value: float) -> str:
+    """A metric's value, in points where it is one from 0 to 1."""
+    return points(value) if metric in TITLES else number(value)
 
 
 def number(value: float) -> str:

@@ -15,8 +15,8 @@ from srd_fast.errors import UserError
 from srd_fast.report.answers import NAMES
 from srd_fast.report.figures import curves_view, difficulty_view, schedule_view, throughput_view
 from srd_fast.report.idle import ranking_view
-from srd_fast.report.numbers import count, duration, missing, number, points
-from srd_fast.report.read import Evaluation, Run
+from srd_fast.report.numbers import TITLES, count, duration, missing, number, points, title_of, value_of
+from srd_fast.report.read import Evaluation, Run, Summary
 from srd_fast.report.rows import fit
 from srd_fast.report.samples import examples_view, samples_view, selection_view, unscored_view
 from srd_fast.report.tables import training_table, validation_table
@@ -25,8 +25,6 @@ MOST_BYTES = 5_000_000
 # The validation rows have a share of what figures and scores of training rows leave, and a least share of the page.
 BYTES_OF_SCORES, SHARE_OF_VALIDATION, LEAST_OF_VALIDATION = 40, 0.3, 0.05
 ROOM_OF_SENTENCES = 1000
-# Metrics of answers beside ROUGE-L, where they were asked for.
-_METRICS = {"bleu": "BLEU", "chrf": "chrF"}
 STEPS = ("prepare", "init-student", "reflect", "curate", "answers", "cache", "distill", "evaluate")
 
 
@@ -176,6 +174,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         *[(label, count(answers[name])) for name, label in _ANSWERS.items() if answers.get(name)],
         ("divergence", summary.divergence if summary and summary.divergence else "–"),
         ("optimizer steps", count(training.get("steps", math.nan))),
+        ("student kept", _best_in_words(summary)),
         ("sample passes", count(training.get("sample_passes", math.nan))),
         ("tokens trained on", count(training.get("tokens", math.nan))),
         ("curriculum", _plan_in_words(run.plan)),
@@ -183,6 +182,15 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         *_reflected_again(run),
     ]
     return [(label, value) for label, value in facts if value != "–"]
+
+
+def _best_in_words(summary: Summary | None) -> str:
+    """Whose student was kept, where it is not the last step's."""
+    best = summary.best if summary else None
+    if best is None:
+        return "–"
+    by = f"validation {title_of(best.metric)} ({value_of(best.metric, best.value)})"
+    return f"that of step {count(best.step)}, the best by {by}"
 
 
 def _reflected_again(run: Run) -> list[tuple[str, str]]:
@@ -209,6 +217,9 @@ def _plan_in_words(plan: CurriculumPlan | None) -> str:
     ]
     if plan.order != RANKED and plan.method != "none":
         parts.append("subsets shuffled" if plan.order == SHUFFLED else f"subsets in the order of {plan.order}")
+    parts += [f"{name} from {low:g} to {high:g}" for name, (low, high) in plan.band.items()]
+    if plan.weight_by is not None:
+        parts.append(f"weighed by p(1 - p) of {plan.weight_by}")
     return f"{how}: {', '.join(parts)}"
 
 
@@ -229,13 +240,14 @@ def _scores(run: Run) -> dict[str, Any]:
     rouge = {name: points(e.rouge_l) for name, e in evaluations.items()}
     entropy = {name: number(e.cross_entropy) for name, e in evaluations.items()}
     kl = {name: number(e.kl) for name, e in evaluations.items()}
+    asked = dict.fromkeys(metric for e in evaluations.values() for metric in e.metrics)
     others = {
-        title: {name: points(getattr(e, field)) for name, e in evaluations.items()}
-        for field, title in _METRICS.items()
-        if any(not math.isnan(getattr(e, field)) for e in evaluations.values())
+        metric: {name: value_of(metric, e.metrics.get(metric, math.nan)) for name, e in evaluations.items()}
+        for metric in asked
     }
-    of_answers = [rouge, *others.values()]
-    best = [*(_best(texts, max) for texts in of_answers), _best(entropy, min), _best(kl, min)]
+    # Of a metric of the user's own the page does not know which is better.
+    best_others = [_best(texts, max) if metric in TITLES else None for metric, texts in others.items()]
+    best = [_best(rouge, max), *best_others, _best(entropy, min), _best(kl, min)]
     rows = []
     for name, label in NAMES.items():
         spread = evaluations[name].rouge_l_std
@@ -243,7 +255,7 @@ def _scores(run: Run) -> dict[str, Any]:
         texts = (rouge[name] + spread_text, *(x[name] for x in others.values()), entropy[name], kl[name])
         rows.append((label.capitalize(), [(text, name == winner) for text, winner in zip(texts, best, strict=True)]))
     note = _scores_note(run, list(evaluations.values()))
-    return {"missing": "", "rows": rows, "note": note, "metrics": list(others)}
+    return {"missing": "", "rows": rows, "note": note, "metrics": [(title_of(m), m in TITLES) for m in others]}
 
 
 def _best(texts: dict[str, str], pick: Any) -> str | None:

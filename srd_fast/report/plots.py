@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from srd_fast.report.canvas import INK, LINE, MUTED, NARROW, SHADE, WIDE, new_figure, shade_stages
-from srd_fast.report.read import FloatArray
+from srd_fast.report.numbers import title_of
+from srd_fast.report.read import VALIDATION_COLUMNS, FloatArray
 
 Band = tuple[float, float, int]
 
@@ -195,16 +196,21 @@ def schedule(train: dict[str, FloatArray], bands: list[Band], narrow: bool) -> F
 
 
 def curves(train: dict[str, FloatArray], validation: dict[str, FloatArray], bands: list[Band], narrow: bool) -> Figure:
-    """Training loss and divergence with a smoothed line, validation KL and cross-entropy as points."""
-    figure = new_figure(NARROW, 760) if narrow else new_figure(WIDE, 480)
-    grid = figure.subplots(4, 1, sharex=True) if narrow else figure.subplots(2, 2, sharex=True).ravel()
-    panels = (
+    """Training loss and divergence with a smoothed line, what was measured on the validation rows as points."""
+    panels = [
         (train, "loss", "training loss"),
         (train, "divergence", "training divergence (nats per token)"),
         (validation, "kl", "validation KL to the teacher (nats per token)"),
         (validation, "cross_entropy", "validation cross-entropy (nats per token)"),
-    )
-    for i, (axes, (source, name, title)) in enumerate(zip(grid, panels, strict=True)):
+        *((validation, name, f"validation {title_of(name)}") for name in metrics_of_answers(validation)),
+    ]
+    columns = 1 if narrow else 2
+    lines = -(-len(panels) // columns)
+    figure = new_figure(NARROW, 190 * lines) if narrow else new_figure(WIDE, 240 * lines)
+    grid = figure.subplots(lines, columns, sharex=True, squeeze=False).ravel()
+    for spare in grid[len(panels) :]:
+        spare.set_visible(False)
+    for i, (axes, (source, name, title)) in enumerate(zip(grid, panels)):
         shade_stages(axes, bands, labels=i < (1 if narrow else 2))
         axes.set_title(title, pad=18 if i < (1 if narrow else 2) else 5)
         values = source[name]
@@ -220,9 +226,15 @@ def curves(train: dict[str, FloatArray], validation: dict[str, FloatArray], band
             axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color=MUTED)
         axes.margins(x=0.01, y=0.1)
         axes.yaxis.set_major_locator(MaxNLocator(5, steps=NICE))
-    for axes in grid[-1:] if narrow else grid[-2:]:
+    for axes in grid[: len(panels)][-columns:]:
+        axes.tick_params(labelbottom=True)
         _label_steps(axes)
     return figure
+
+
+def metrics_of_answers(validation: dict[str, FloatArray]) -> list[str]:
+    """Names of the metrics of generated answers that were measured while training."""
+    return [name for name in validation if name not in VALIDATION_COLUMNS]
 
 
 def throughput(train: dict[str, FloatArray], bands: list[Band], narrow: bool) -> Figure:

@@ -71,7 +71,10 @@ class Reflections:
 
 @dataclass(frozen=True)
 class Metrics:
-    """Columns over steps, one value per step in increasing order, such as ``train["loss"]``."""
+    """Columns over steps, one value per step in increasing order, such as ``train["loss"]``.
+
+    ``validation`` has ``kl`` and ``cross_entropy``, and the metrics of answers that were measured, by name.
+    """
 
     train: dict[str, FloatArray]
     validation: dict[str, FloatArray]
@@ -95,11 +98,20 @@ class Evaluation:
     rouge_l_std: float = math.nan
     cross_entropy: float = math.nan
     kl: float = math.nan
-    bleu: float = math.nan
-    chrf: float = math.nan
     num_samples: float = math.nan
     num_tokens: float = math.nan
     examples: tuple[Example, ...] = ()
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Others of the answers, by name."""
+
+
+@dataclass(frozen=True)
+class BestStep:
+    """The step whose student was kept, as the best by a metric on the validation rows."""
+
+    step: float
+    metric: str
+    value: float
 
 
 @dataclass(frozen=True)
@@ -119,6 +131,7 @@ class Summary:
     stages: tuple[dict[str, float], ...] = ()
     mode: str = ""
     answers: dict[str, float] = field(default_factory=dict)
+    best: BestStep | None = None
 
 
 @dataclass(frozen=True)
@@ -263,7 +276,9 @@ def read_metrics(path: Path) -> Metrics | None:
                 raise row.fail("step", "a number")
             # A resumed run repeats steps: what it wrote last is what the final student saw.
             rows[step] = row
-    metrics = Metrics(_columns(train, TRAIN_COLUMNS), _columns(validation, VALIDATION_COLUMNS))
+    measured = {name for row in validation.values() for name in row.numeric()}
+    columns = (*VALIDATION_COLUMNS, *sorted(measured - {*VALIDATION_COLUMNS, "generation_seconds"}))
+    metrics = Metrics(_columns(train, TRAIN_COLUMNS), _columns(validation, columns))
     stage = metrics.train["stage"]
     stage[~(stage >= 1)] = 1
     return metrics
@@ -303,7 +318,14 @@ def _read_summary(path: Path, seconds: Mapping[str, float]) -> Summary | None:
         stages=tuple(row.numbers() for row in fields.objects("stages")),
         mode=fields.text("mode"),
         answers=fields.child("answers").numbers(),
+        best=_best(fields.child("best")),
     )
+
+
+def _best(fields: Fields) -> BestStep | None:
+    if not fields.data:
+        return None
+    return BestStep(fields.number("step"), fields.text("metric"), fields.number("value"))
 
 
 def _read_selection(path: Path) -> Selection | None:
@@ -323,6 +345,9 @@ def _read_selection(path: Path) -> Selection | None:
     return Selection(fields.text("policy"), ratio, saved, edges, candidates, chosen, samples)
 
 
+_OF_EVALUATION = {"rouge_l", "rouge_l_std", "cross_entropy", "kl", "num_samples", "num_tokens", "examples", "rows"}
+
+
 def _evaluation(fields: Fields) -> Evaluation:
     examples = tuple(
         Example(row.text("sample_id"), row.text("prompt"), row.text("reference"), row.text("generation"))
@@ -333,9 +358,8 @@ def _evaluation(fields: Fields) -> Evaluation:
         rouge_l_std=fields.number("rouge_l_std"),
         cross_entropy=fields.number("cross_entropy"),
         kl=fields.number("kl"),
-        bleu=fields.number("bleu"),
-        chrf=fields.number("chrf"),
         num_samples=fields.number("num_samples"),
         num_tokens=fields.number("num_tokens"),
         examples=examples,
+        metrics={n: x for n in fields.numeric() if n not in _OF_EVALUATION and not math.isnan(x := fields.number(n))},
     )

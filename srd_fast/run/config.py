@@ -77,6 +77,10 @@ class Reflect(_Section):
     """No run of so many tokens comes twice; 0: any may."""
     signals: list[str] = Field(default=["rouge_l", "cross_entropy"], min_length=1)
     """What makes a sample easy: names of difficulty_names(), FILE.py:FUNCTION or package.module:function."""
+    attempts: int = Field(default=1, ge=1, le=1000)
+    """Answers to each prompt, for the signal pass_rate; above 1 they are sampled."""
+    judge: str = "exact_match"
+    """Which attempts pass: exact_match, numeric_match (the final number), execution, FILE.py:FUNCTION (1 passes)."""
     cross_entropy_by: Literal["student", "engine"] = "student"
     """Who computes the cross-entropy: the student once more, or the engine."""
     test_seconds: float = Field(default=5.0, gt=0)
@@ -104,6 +108,10 @@ class Curate(_Section):
     """Signal -> weight. Default: every signal of reflect, with weight 1."""
     order: str = "ranked"
     """Of what is kept, before it is cut into subsets: ranked, shuffled, or a signal, its easy end (large gap) first."""
+    band: dict[str, list[float]] = {}
+    """Signal -> its least and greatest value in a kept sample, such as {pass_rate: [0.1, 0.9]}."""
+    weight_by: str | None = None
+    """A signal p from 0 to 1, such as pass_rate: samples weigh p(1 - p) in the loss (PACED). Default: all the same."""
     floor_subsets: bool = False
     """Subsets of int(N / stages) samples, as the authors' code makes them."""
     reflect_again: bool = False
@@ -146,8 +154,8 @@ class Evaluate(_Section):
     """Answers are sampled once for each. Default: one greedy answer."""
     temperature: float = Field(default=1.0, gt=0)
     """Of sampled answers."""
-    metrics: list[Literal["bleu", "chrf"]] = []
-    """Of the answers, besides ROUGE-L."""
+    metrics: list[str] = []
+    """Of the answers, besides ROUGE-L: exact_match, numeric_match, execution, bleu, chrf, FILE.py:FUNCTION."""
 
 
 class RunConfig(_Section):

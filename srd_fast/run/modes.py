@@ -87,7 +87,8 @@ def mode_fields(mode: Mode, given: Mapping[str, Any]) -> dict[str, Any]:
 
 def reflects(config: "RunConfig") -> bool:
     """Whether a run looks at the starting student's answers: all do but fine-tuning on all samples as they are."""
-    return config.mode != SFT or config.curate.method != "none"
+    curate = config.curate
+    return config.mode != SFT or curate.method != "none" or bool(curate.band) or curate.weight_by is not None
 
 
 def fine_tuning(config: "RunConfig", model: str, output: str | None = None) -> "RunConfig":
@@ -119,7 +120,9 @@ def fine_tuning(config: "RunConfig", model: str, output: str | None = None) -> "
             "teacher": source,
             "student": source,
             "output_dir": output or f"{config.output_dir}-{model}-sft",
-            "curate": config.curate.model_copy(update={"method": "none", "stages": 1, "reflect_again": False}),
+            "curate": config.curate.model_copy(
+                update={"method": "none", "stages": 1, "reflect_again": False, "band": {}, "weight_by": None}
+            ),
             "distill": {k: v for k, v in config.distill.items() if k not in weights},
             "answers_per_prompt": 1,
         }

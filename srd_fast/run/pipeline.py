@@ -24,7 +24,7 @@ from ..reflection.shards import parse_shard
 from . import steps
 from .config import RunConfig, read_run_config
 from .group import Group
-from .modes import KD, MODES, has_cache, reflects
+from .modes import MODES, has_cache, reflects
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ STEPS = (
     Step(
         "distill",
         lambda c: ["student", "metrics.jsonl"],
-        lambda c: [c.distill, c.lora, c.dtype, c.seed, *([] if c.mode == KD else [c.mode])],
+        steps.distill_inputs,
         ("cache",),
         steps.distill,
         ("checkpoints",),

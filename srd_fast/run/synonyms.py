@@ -37,6 +37,8 @@ SYNONYMS: dict[str, dict[str, str]] = {
         **dict.fromkeys(("lambda", "student_data_fraction", "on_policy_share"), "lmbda"),
         **dict.fromkeys(("max_completion_length", "gen_max_length"), "max_new_tokens"),
         **dict.fromkeys(("capacity", "buffer_size"), "replay_buffer"),
+        **dict.fromkeys(("predict_with_generate", "generate_during_eval"), "eval_generate"),
+        **dict.fromkeys(("patience", "early_stopping"), "early_stopping_patience"),
         **dict.fromkeys(("lmbda_skew", "skew_alpha", "skew_lambda"), "skew"),
         **dict.fromkeys(("clip_grad", "grad_clip", "gradient_clipping"), "max_grad_norm"),
         **dict.fromkeys(("compile", "use_compile"), "torch_compile"),

@@ -142,7 +142,8 @@ class BatchSelection:
         self._step = step
         place = (self.args.seed, step, self._micro_batch, self.args.process_index)
         generator = batch_generator(student_ND.device, *place)
-        seen = Seen(student_ND, rows, labels_N)
+        weights_N = batch.get("loss_weights")
+        seen = Seen(student_ND, rows, labels_N, weights_N)
         if self.policy is not None:
             signals = Signals(
                 student_ND, head, labels_N, lambda: rows, temperature, self.args.memory_budget, self.args.logits
@@ -152,7 +153,10 @@ class BatchSelection:
             )
             self.selected.add(signals, chosen.indices_K, kept=logits_KV is not None)
             at = chosen.indices_K
-            seen = Seen(student_ND[at], take_rows(rows, at), labels_N[at], chosen.weights_K, logits_KV)
+            weights_K = chosen.weights_K
+            if weights_N is not None:
+                weights_K = weights_N[at] if weights_K is None else weights_N[at] * weights_K
+            seen = Seen(student_ND[at], take_rows(rows, at), labels_N[at], weights_K, logits_KV)
         if not self.args.class_sampling:
             return seen
         if not isinstance(seen.rows, HiddenRows):

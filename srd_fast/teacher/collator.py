@@ -3,12 +3,17 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ..data import DistillationCollator, with_borders, with_loss_rows
+import numpy as np
+import torch
+
+from ..data import WEIGHT, DistillationCollator, with_borders, with_loss_rows
 from .source import RowsOfSamples
 
 
 class StepCollator:
     """Collates as another collator does, and adds what a step would otherwise have to wait for.
+
+    Of samples with a `weight` the batch has loss_weights [N] float32, one for each row with loss.
 
     Args:
         collate: the other collator.
@@ -28,7 +33,14 @@ class StepCollator:
         return {**self._collated(samples), "teacher": rows}
 
     def _collated(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        weights = [s[WEIGHT] for s in samples if WEIGHT in s]
+        if weights:
+            samples = [{k: v for k, v in s.items() if k != WEIGHT} for s in samples]
         if not isinstance(self.collate, DistillationCollator):
             # Other collators take lists: `[-100] + labels` is a sum where the labels are an array.
             samples = [{k: getattr(v, "tolist", lambda v=v: v)() for k, v in s.items()} for s in samples]
-        return with_loss_rows(with_borders(self.collate(samples)))
+        batch = with_loss_rows(with_borders(self.collate(samples)))
+        if weights:
+            of_rows = np.repeat(np.array(weights, np.float32), batch["loss_counts"])
+            batch["loss_weights"] = torch.from_numpy(of_rows)
+        return batch

@@ -98,6 +98,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "standardize_logits": (True, False),
     "head_in_shards": (True, False, "auto"),
     "seq_kd": (True, False),
+    "eval_generate": (True, False),
     "log_level": (*get_log_levels_dict(), "passive"),
     "log_level_replica": (*get_log_levels_dict(), "passive"),
     "include_num_input_tokens_seen": (True, False, "all", "non_padding", "no"),

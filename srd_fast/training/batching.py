@@ -13,7 +13,7 @@ from torch.utils.data import Sampler
 from transformers import TrainingArguments
 
 from ..curriculum import Curriculum, CurriculumPlan
-from ..data import IGNORE_INDEX, divide_by_tokens, prompt_lengths, sequence_lengths, token_counts
+from ..data import IGNORE_INDEX, WEIGHT, divide_by_tokens, prompt_lengths, sequence_lengths, token_counts
 from ..errors import UserError
 from ..models import check_positions
 from ..teacher import StepCollator, TeacherCache
@@ -147,6 +147,32 @@ def make_curriculum(
         lengths=[len(ids) for ids in samples["input_ids"]] if args.length_buckets > 1 else None,
         length_buckets=args.length_buckets,
     )
+
+
+def with_weights(plan: CurriculumPlan, samples: Dataset) -> Dataset:
+    """Give samples the weights of a plan, if it has any, over the mean of those that are kept.
+
+    Args:
+        plan: of these samples.
+        samples: tokenised, with sample_id.
+
+    Returns:
+        The samples, with a column `WEIGHT`, or as they are.
+
+    Raises:
+        UserError: a kept sample has no weight, or none weighs anything.
+    """
+    if not plan.weights:
+        return samples
+    kept = plan.kept
+    lost = next((i for i in kept if i not in plan.weights), None)
+    if lost is not None:
+        raise UserError(f"the plan has weights, and none of sample {lost!r}, which it keeps: curate again")
+    mean = sum(plan.weights[i] for i in kept) / len(kept)
+    if not mean > 0:
+        raise UserError("the plan's weights are 0 for all samples that it keeps, and there is nothing to train on")
+    # Samples outside the plan are never drawn.
+    return samples.add_column(WEIGHT, [plan.weights.get(i, 0.0) / mean for i in samples["sample_id"]])
 
 
 def check_max_steps(curriculum: Curriculum, args: TrainingArguments) -> None:

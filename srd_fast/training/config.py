@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from transformers import IntervalStrategy, TrainingArguments
+from transformers import TrainingArguments
 
 from ..curriculum import per_stage
 from ..data import check_chat_template_kwargs, check_train_on
@@ -14,17 +14,14 @@ from ..losses import Projected, Sampled, TopK, check_rest, get_divergence
 from ..losses.backends import check_backend
 from ..losses.options import RANGE
 from ..models import check_spread
-from ..reflection.engines import ENGINES, check_engine_options
 from ..selection import SAMPLE_POLICIES, check_rows_have_signal, make_position_policy
 from ..suggest import unknown_name
 from ..teacher.stores import CACHE_KINDS, keeps_head
-from ..workers.vllm import is_installed
+from .answer_fields import check_answers, less_is_better
+from .answer_metrics import DEFAULT_METRICS
 from .arguments import CHOICES, RANGES, REFUSED, check_fits, check_processes, faults_of_transformers
 from .presets import TRAINING_PRESETS, with_preset
 from .replay import ADAPTIVE
-
-# Ends of the names of metrics of which less is better; TrainingArguments knows "loss" alone.
-_LESS_IS_BETTER = ("loss", "kl", "entropy", "divergence", "perplexity")
 
 
 def check_cache_kind(kind: str, divergence: str, names: tuple[str, str] = ("teacher_cache_kind", "divergence")) -> None:
@@ -178,13 +175,28 @@ class SRDConfig(TrainingArguments):
     seq_kd: bool = _described(False, "All other steps are on fresh answers of the teacher.")
     max_new_tokens: int = _described(128, "Longest fresh answer.")
     generation_temperature: float = _described(1.0, "Of fresh answers; 0: greedy. `temperature` is the divergence's.")
-    generation_engine: str = _described("transformers", "What makes fresh answers; see engine_names().")
+    generation_engine: str = _described(
+        "transformers", "What makes fresh answers, and those of evaluations; see engine_names()."
+    )
     generation_options: dict[str, Any] | None = _described(None, "Keywords of that engine.")
     sync_every: int = _described(1, "Steps after which an engine with weights of its own gets the student's anew.")
     replay_buffer: int = _described(0, "Own answers that are kept to be trained on again; 0: none.")
 
+    eval_generate: bool = _described(False, "Let evaluations answer the validation prompts too, and score the answers.")
+    eval_metrics: list[str] | None = _described(
+        None,
+        "Of these answers: rouge_l, exact_match, numeric_match, execution, bleu, chrf, FILE.py:FUNCTION; default the "
+        "first two.",
+    )
+    eval_generate_rows: int | None = _described(None, "Validation rows that are answered, evenly over all; null: all.")
+    eval_max_new_tokens: int | None = _described(None, "Longest answer of an evaluation; null: max_new_tokens.")
+    eval_temperature: float = _described(0.0, "Of these answers; 0: greedy. The paper samples at 1.")
+    early_stopping_patience: int = _described(
+        0, "Evaluations without a better metric_for_best_model after which training ends; 0: it does not."
+    )
+
     def __post_init__(self) -> None:
-        if self.greater_is_better is None and str(self.metric_for_best_model or "").endswith(_LESS_IS_BETTER):
+        if self.greater_is_better is None and less_is_better(self):
             self.greater_is_better = False
         if self.disable_tqdm is None:
             self.disable_tqdm = False  # transformers would go by the level of its log
@@ -228,14 +240,13 @@ class SRDConfig(TrainingArguments):
             faults.check(("teacher_cache_kind", "divergence"), check_cache_kind, kind, self.divergence)
             seen = ("position_selection", "teacher_cache_kind")
             faults.check(seen, check_rows_have_signal, self.position_selection, kind)
-        for name in ("max_new_tokens", "sync_every"):
+        for name in ("max_new_tokens", "sync_every", "eval_max_new_tokens", "eval_generate_rows"):
             faults.check(name, self._check_numbers, name, None, 1)
-        for name in ("generation_temperature", "replay_buffer"):
+        for name in ("generation_temperature", "replay_buffer", "eval_temperature", "early_stopping_patience"):
             faults.check(name, self._check_numbers, name, None, 0)
-        faults.check(("lmbda", "eval_strategy"), self._check_share)
-        faults.check(("generation_engine", "lmbda", "seq_kd"), self._check_engine)
-        faults.check("generation_options", check_engine_options, self.generation_options)
-        faults.check(("replay_buffer", "lmbda"), self._check_buffer)
+        if self.lmbda != ADAPTIVE and not isinstance(self.lmbda, str):
+            faults.check("lmbda", self._check_numbers, "lmbda", None, 0.0, 1.0)
+        check_answers(self, faults)
         given = {name: getattr(self, name) for name in faults.wrong}
         for name in given:  # so that transformers looks at the others
             setattr(self, name, _default_of(name))
@@ -286,27 +297,15 @@ class SRDConfig(TrainingArguments):
             given = "teacher_device_map" if self.teacher_device_map else "teacher_tp_plan"
             raise UserError(f"teacher_offload is true, but {given} says where the teacher is; set it to false")
 
-    def _check_share(self) -> None:
-        if self.lmbda != ADAPTIVE:
-            if isinstance(self.lmbda, str):
-                raise UserError(f"lmbda must be from 0 to 1, or {ADAPTIVE!r}, got {self.lmbda!r}")
-            self._check_numbers("lmbda", least=0.0, most=1.0)
-        elif self.eval_strategy in ("no", IntervalStrategy.NO):
-            raise UserError("lmbda is 'adaptive', which looks at the validation loss; set eval_strategy to 'steps'")
+    @property
+    def answer_metrics(self) -> tuple[str, ...]:
+        """Names of the metrics of generated answers."""
+        return DEFAULT_METRICS if self.eval_metrics is None else tuple(self.eval_metrics)
 
-    def _check_engine(self) -> None:
-        ENGINES.check(self.generation_engine)
-        if self.generation_engine == "vllm" and self.answers_anew and not is_installed():
-            raise UserError(
-                "generation_engine is 'vllm', which is not installed: pip install 'srd-fast[vllm]', or use "
-                "'transformers'"
-            )
-
-    def _check_buffer(self) -> None:
-        if self.replay_buffer and not self.lmbda:
-            raise UserError(
-                f"replay_buffer is {self.replay_buffer}, but lmbda is 0, so that nothing comes into it; set one of them"
-            )
+    @property
+    def answer_limit(self) -> int:
+        """Tokens of the longest answer of an evaluation."""
+        return self.max_new_tokens if self.eval_max_new_tokens is None else self.eval_max_new_tokens
 
     @property
     def answers_anew(self) -> bool:

@@ -5,25 +5,18 @@ from collections.abc import Sequence
 from itertools import zip_longest
 
 from ..errors import UserError
-from ..suggest import unknown_name
 
 CORPUS_METRICS = ("bleu", "chrf")
 
 
-def check_metrics(names: Sequence[str]) -> None:
-    """Refuse names of metrics that cannot be computed.
-
-    Args:
-        names: the names.
+def check_sacrebleu(name: str) -> None:
+    """Refuse a metric of sacrebleu's where that is not installed.
 
     Raises:
-        UserError: a name is not in `CORPUS_METRICS`, or sacrebleu is not installed.
+        UserError: with what to install.
     """
-    for name in names:
-        if name not in CORPUS_METRICS:
-            raise UserError(unknown_name("metric", name, CORPUS_METRICS))
-    if names and importlib.util.find_spec("sacrebleu") is None:
-        raise UserError(f"metric {names[0]!r} needs the sacrebleu package: pip install 'srd-fast[metrics]'")
+    if importlib.util.find_spec("sacrebleu") is None:
+        raise UserError(f"metric {name!r} needs the sacrebleu package: pip install 'srd-fast[metrics]'")
 
 
 def corpus_score(name: str, answers: Sequence[str], references: Sequence[Sequence[str]]) -> float:

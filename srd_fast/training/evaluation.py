@@ -12,13 +12,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import (
     IGNORE_INDEX,
-    Answers,
     DataFunction,
     DistillationCollator,
     Tokenisation,
     batches_by_length,
     check_token_ids,
-    first_label,
     prepare_dataset,
 )
 from ..errors import UserError
@@ -36,11 +34,10 @@ from ..models import (
     load_model,
 )
 from ..reflection import Sampling, open_engine, stopping_at
-from ..rouge import RougeL, choose_tokenizer
 from ..sharing import ALONE, Sharing
-from ..showing import progress_bar
 from ..teacher import HiddenRows, LiveTeacher, RowsOfSamples, TeacherCache, TeacherRows, TeacherSource, labels_with_loss
-from .corpus_metrics import check_metrics, corpus_score
+from .answer_metrics import ROUGE_L, AnswerMetrics, AnswerScores, get_metrics
+from .answering import Prompts
 from .measure import TokenDivergences, measure_tokens
 
 
@@ -83,7 +80,9 @@ def evaluate(
         sampling: how answers are generated. Default: greedy, at most 128 new tokens.
         seeds: generate once for each seed, at `sampling.temperature`, which must be above 0. ROUGE-L is their mean, as
             are the other metrics of answers.
-        metrics: of the answers besides ROUGE-L, names from `CORPUS_METRICS`: "bleu" and "chrf", by sacrebleu.
+        metrics: of the answers besides ROUGE-L: "bleu" and "chrf" of all together, by sacrebleu; "exact_match",
+            "numeric_match" (the final number, as in GSM8K) and "execution", means over the rows; or `FILE.py:NAME` or
+            `package.module:NAME` for a function of your own, one that `reflect` takes as a signal.
         batch_size: samples of a forward pass, at least 1.
         template: prompt template of rows that are not tokenised yet: "alpaca", "chat", or text with {instruction} and
             {input}.
@@ -104,7 +103,7 @@ def evaluate(
 
     Returns:
         A dict: rouge_l, 0 to 1, the best over a sample's references, mean over samples; rouge_l_std, its standard
-        deviation over seeds, or None with fewer than two; each of `metrics`, 0 to 1, of all answers together;
+        deviation over seeds, or None with fewer than two; each of `metrics`, mean over seeds;
         cross_entropy in nats per token; kl in nats per token, or None; num_samples; num_tokens; and examples, each with
         sample_id, prompt, reference and generation. With `per_row` also rows, a dict of columns with one value a row:
         sample_id; generation, of the last seed; rouge_l, mean over seeds; cross_entropy and kl, sums over the row's
@@ -119,7 +118,7 @@ def evaluate(
         raise UserError("states are those of a model that is evaluated without a teacher; leave one of the two out")
     if seeds and sampling.temperature <= 0:
         raise UserError("evaluation seeds need a sampling temperature above 0 (the paper's is 1.0)")
-    check_metrics(metrics)
+    get_metrics((ROUGE_L, *metrics))
     model = load_model(model, quantised=True) if isinstance(model, str) else model
     own = LiveTeacher(model, freeze=False) if is_dispatched(model) or is_sharded(model) else None
     if own is None:
@@ -149,41 +148,23 @@ def evaluate(
     )
     samples = prepare_dataset(dataset, tokenisation, columns=columns, data_function=data_function).dataset
     check_token_ids(samples, {n: embeddings_of(m) for n, m in (("model", model), ("teacher", teacher)) if m in watched})
-    reader = Answers(samples, tokenizer)
-    sampling = stopping_at(sampling, reader.stop_ids)
-    references = list(samples["references"])
+    scored = AnswerMetrics((ROUGE_L, *metrics), samples, tokenizer, rouge_tokenizer, batch_size)
+    prompts = Prompts(samples, tokenizer, batch_size)
+    sampling = stopping_at(sampling, prompts.reader.stop_ids)
     input_ids, labels = list(samples["input_ids"]), list(samples["labels"])
-    prompts = [x[: first_label(y)] for x, y in zip(input_ids, labels)]
-    length = max(map(len, prompts)) + sampling.max_new_tokens
     lengths, ids, way_out = [*map(len, input_ids)], samples["sample_id"], "lower max_new_tokens, or shorten them"
-    of_prompts = [*map(len, prompts)]
+    of_prompts = [*map(len, prompts.ids)]
     check_positions(lengths, of_prompts, ids, {"model": model}, way_out, sampling.max_new_tokens)
     check_positions(lengths, of_prompts, ids, {"teacher": teacher}, way_out)
-    scorer = RougeL(choose_tokenizer(rouge_tokenizer, references))
-    means, generations = [], [""] * len(samples)
-    of_answers: list[list[float]] = []  # by seed
-    # Whole batches, so that each answer has the neighbours that it has in one process.
-    batches = list(batches_by_length(of_prompts, batch_size))[sharing.rank :: sharing.world]
-    mine = sorted(i for batch in batches for i in batch)
-    of_corpus: dict[str, list[float]] = {name: [] for name in metrics}
-    with open_engine(engine, model, tokenizer, length=length, sampling=sampling, batch_size=batch_size) as runner:
+    generations: list[str] = []
+    of_seeds: list[AnswerScores] = []
+    with open_engine(
+        engine, model, tokenizer, length=prompts.longest(sampling), sampling=sampling, batch_size=batch_size
+    ) as runner:
         for seed in seeds or (sampling.seed,):
-            answers = runner.generate([prompts[i] for i in mine], replace(sampling, seed=seed))
-            of_mine = {
-                mine[i]: reader.text(mine[i], generated)
-                for i, generated in progress_bar(
-                    answers, what="generate", total=len(mine), unit="sample", shown=progress
-                )
-            }
-            for of_process in sharing.gather(of_mine):
-                for i, text in of_process.items():
-                    generations[i] = text
-            if sharing.rank:
-                continue
-            of_answers.append(scorer.score_all(generations, references))
-            means.append(statistics.fmean(of_answers[-1]))
-            for name in metrics:
-                of_corpus[name].append(corpus_score(name, generations, references))
+            generations = prompts.answered(runner, replace(sampling, seed=seed), sharing, progress)
+            if not sharing.rank:
+                of_seeds.append(scored(generations, model))
 
     collate = DistillationCollator(decoder_start=decoder_start(model))
     of_batches: dict[int, Tensor] = {}
@@ -216,23 +197,24 @@ def evaluate(
     for number in sorted(found):  # in this order, so that the sum is that of one process to the bit
         totals += found[number]
     kl, cross_entropy, tokens = totals.tolist()
+    means = {name: [x.means[name] for x in of_seeds] for name in scored.metrics}
     examples = [
         {"sample_id": i, "prompt": p, "reference": (r or [""])[0], "generation": g}
-        for i, p, r, g in zip(samples["sample_id"], samples["prompt"], references, generations)
+        for i, p, r, g in zip(samples["sample_id"], samples["prompt"], scored.references, generations)
     ]
     sums = list(zip(*(measured_rows[i] for i in range(len(samples)))))
     rows = {
         "sample_id": list(samples["sample_id"]),
         "generation": generations,
-        "rouge_l": [statistics.fmean(x) for x in zip(*of_answers)],
+        "rouge_l": [statistics.fmean(x) for x in zip(*(of_seed.rows[ROUGE_L] for of_seed in of_seeds))],
         "cross_entropy": list(sums[1]),
         "kl": None if source is None else list(sums[0]),
         "num_tokens": [int(x) for x in sums[2]],
     }
     return {
-        "rouge_l": statistics.fmean(means),
-        "rouge_l_std": statistics.stdev(means) if len(means) > 1 else None,
-        **{name: statistics.fmean(scores) for name, scores in of_corpus.items()},
+        "rouge_l": statistics.fmean(means[ROUGE_L]),
+        "rouge_l_std": statistics.stdev(means[ROUGE_L]) if len(of_seeds) > 1 else None,
+        **{name: statistics.fmean(values) for name, values in means.items() if name != ROUGE_L},
         "cross_entropy": cross_entropy / tokens,
         "kl": kl / tokens if source is not None else None,
         "num_samples": len(samples),

@@ -1,7 +1,7 @@
 """How far a student is from its teacher on a batch, and how much memory the process has used."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import psutil
@@ -19,19 +19,22 @@ METRICS = ("loss", "kl", "cross_entropy")
 _FORWARD_KL = LossOptions("forward_kl", temperature=1.0, reduction="none", ignore_index=None)
 
 
-def check_best_metric(name: str | None, sets: Sequence[str] = ()) -> None:
+def check_best_metric(name: str | None, sets: Sequence[str] = (), of_answers: Iterable[str] | None = None) -> None:
     """Refuse a `metric_for_best_model` that evaluation does not give.
 
     Args:
         name: of the metric.
         sets: names of the data sets, where there are several.
+        of_answers: names of the metrics of generated answers; None where evaluations generate none.
 
     Raises:
         UserError: it is unknown.
     """
-    known = [f"{of_set}_{metric}" for of_set in sets for metric in METRICS] or METRICS
+    metrics = [*METRICS, *(of_answers or ())]
+    known = [f"{of_set}_{metric}" for of_set in sets for metric in metrics] or metrics
     if name is not None and name.removeprefix("eval_") not in known:
-        raise UserError(unknown_name("metric_for_best_model", name, known))
+        way = "; metrics of answers, such as rouge_l, are there with eval_generate" if of_answers is None else ""
+        raise UserError(unknown_name("metric_for_best_model", name, known) + way)
 
 
 class Divergences(NamedTuple):

@@ -19,6 +19,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ..data import WEIGHT
+
 ADAPTIVE = "adaptive"
 Kind = Literal["data", "fresh", "replayed"]
 DATA: Kind = "data"
@@ -27,6 +29,8 @@ REPLAYED: Kind = "replayed"
 # By how much the validation loss must grow for phi to grow, and by how much that does.
 TOLERANCE, RAISE = 0.1, 0.1
 _DIGITS = 9
+# Of a sample what a step reads, besides its weight.
+_TOKENS = ("input_ids", "labels")
 
 
 def place_seed(*place: int) -> int:
@@ -92,6 +96,11 @@ class AnswerSchedule:
         return REPLAYED if self.capacity and held >= self.capacity and draw >= anew else FRESH
 
 
+def _plain(sample: Mapping[str, Any]) -> dict[str, Any]:
+    weight = {WEIGHT: float(sample[WEIGHT])} if WEIGHT in sample else {}
+    return {**{name: list(map(int, sample[name])) for name in _TOKENS}, **weight}
+
+
 class ReplayBuffer:
     """The last answers of a student, as tokenised samples.
 
@@ -101,17 +110,17 @@ class ReplayBuffer:
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
-        self._kept: list[dict[str, list[int]]] = []
+        self._kept: list[dict[str, Any]] = []
 
     def __len__(self) -> int:
         return len(self._kept)
 
     def add(self, samples: Iterable[Mapping[str, Any]]) -> None:
         """Keep samples, in their order."""
-        self._kept += [{n: list(map(int, s[n])) for n in ("input_ids", "labels")} for s in samples]
+        self._kept += [_plain(s) for s in samples]
         del self._kept[: max(0, len(self._kept) - self.capacity)]
 
-    def draw(self, count: int, seed: int) -> list[dict[str, list[int]]]:
+    def draw(self, count: int, seed: int) -> list[dict[str, Any]]:
         """Draw samples, each once while there are enough.
 
         Args:
@@ -124,7 +133,9 @@ class ReplayBuffer:
     def save(self, file: Path) -> None:
         """Write all that is kept."""
         kind = pa.list_(pa.int32())
-        columns = {n: pa.array([s[n] for s in self._kept], kind) for n in ("input_ids", "labels")}
+        columns = {n: pa.array([s[n] for s in self._kept], kind) for n in _TOKENS}
+        if any(WEIGHT in s for s in self._kept):
+            columns[WEIGHT] = pa.array([s[WEIGHT] for s in self._kept], pa.float64())
         pq.write_table(pa.table(columns), file)
 
     def load(self, file: Path) -> None:

@@ -28,7 +28,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import PredictionOutput
 
 from ..curriculum import CurriculumPlan
-from ..data import DataFunction, DistillationCollator, Tokenisation, check_token_ids, prepare_dataset
+from ..data import WEIGHT, DataFunction, DistillationCollator, Tokenisation, check_token_ids, prepare_dataset
 from ..errors import UserError
 from ..losses import DistillationOutput, Head, LossOptions, StudentRows, check_vocabularies
 from ..models import (
@@ -61,6 +61,8 @@ from ..teacher import (
     labels_with_loss,
     rows_with_loss,
 )
+from .answer_metrics import get_metrics
+from .answering import EvaluationAnswers, check_generation
 from .arguments import check_packages
 from .batching import (
     READ,
@@ -74,7 +76,9 @@ from .batching import (
     make_curriculum,
     micro_batches,
     warn_of_cut,
+    with_weights,
 )
+from .best import BestStep
 from .callbacks import StepHooks
 from .checkpoints import last_whole_checkpoint
 from .config import SRDConfig
@@ -176,7 +180,11 @@ class SRDTrainer(Trainer):
         check_packages(args, optimizer_given=optimizers[0] is not None)
         check_include(args.include_for_metrics, compute_metrics)
         if compute_metrics is None:
-            check_best_metric(args.metric_for_best_model, list(eval_dataset) if named_sets(eval_dataset) else ())
+            check_best_metric(
+                args.metric_for_best_model,
+                list(eval_dataset) if named_sets(eval_dataset) else (),
+                get_metrics(args.answer_metrics) if args.eval_generate else None,
+            )
         if args.push_to_hub and args.process_index == 0:
             try_hub(args.hub_token)
         model, teacher_model = ready_pair(model, teacher_model, args, processing_class, teacher_tokenizer, peft_config)
@@ -239,6 +247,7 @@ class SRDTrainer(Trainer):
         with gathered(model), self.accelerator.autocast():
             plan = select_samples(plan, train, model, processing_class, args.sample_selection, args.sample_ratio)
         self.curriculum = make_curriculum(plan, train, args)
+        self.train_dataset = cast(Any, with_weights(plan, train))
         check_max_steps(self.curriculum, args)
         warn_of_cut(self.curriculum, args)
         if args.max_tokens_per_batch:
@@ -272,8 +281,13 @@ class SRDTrainer(Trainer):
         self._collate = StepCollator(self.data_collator, rows)
         self.data_collator = self._batches_of(layout, rows)
         self._answers: FreshAnswers | None = None
+        self._evaluation_answers: EvaluationAnswers | None = None
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled or is_sharded(model)
+        if args.eval_generate:
+            sets = [*held_out.values()] if isinstance(held_out, dict) else [held_out] if held_out else []
+            check_generation(args, model, sets, sharded)
+            self._evaluation_answers = EvaluationAnswers(args, processing_class, self.accelerator.autocast)
         if args.answers_anew:
-            sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled or is_sharded(model)
             check_answering(args, model, self.teacher, classes, self.curriculum, train, sharded)
             self._answers = FreshAnswers(
                 args, processing_class, train, self.curriculum.total_steps, self._batches_of(layout, None)
@@ -284,6 +298,7 @@ class SRDTrainer(Trainer):
         self.add_callback(ProgressLine())
         self._hooks = StepHooks(self.curriculum, args.reset_optimizer)
         self.add_callback(self._hooks)
+        self.add_callback(BestStep(args.early_stopping_patience))
         self._loss_options = LossOptions(
             divergence="forward_kl" if self._without_teacher else args.divergence,
             skew=args.skew,
@@ -302,6 +317,7 @@ class SRDTrainer(Trainer):
         self._check = StepCheck(args.device)
         self._trend = DivergenceTrend()
         self.selection = BatchSelection(args, classes)
+        self._keeps_best = args.load_best_model_at_end
         self._started = time.monotonic()
 
     def _batches_of(self, layout: Layout, rows: RowsOfSamples | None) -> StepCollator | TokenBatches:
@@ -317,7 +333,7 @@ class SRDTrainer(Trainer):
         return index_stream(self.curriculum, cast(Any, self.train_dataset), from_cache(self.teacher))
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = READ  # type: ignore[assignment]
+        self._signature_columns = [*READ, WEIGHT]  # type: ignore[assignment]
 
     def _remove_unused_columns(self, dataset: Dataset, description: str | None = None) -> Dataset:
         """Keep the columns that a step reads, as arrays, which take a fifth of the time that lists take."""
@@ -498,6 +514,8 @@ class SRDTrainer(Trainer):
         Returns:
             The batches, and how many tokens with loss they have over all ranks.
         """
+        if self.control.should_training_stop:
+            return [], None  # it had ended when it was interrupted
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self._answers is None or not batches:
             return batches, items
@@ -507,6 +525,13 @@ class SRDTrainer(Trainer):
                 batches, self.state.global_step, self._validation_losses(), student, self.teacher
             )
         return made, items if made is batches else self._get_num_items_in_batch(made, device)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Save every step that is the best so far, whatever `save_steps` says, so that it is there in the end."""
+        is_best = super()._determine_best_metric(metrics, trial)
+        if is_best and self._keeps_best:
+            self.control.should_save = True
+        return is_best
 
     def _validation_losses(self) -> list[float]:
         return logged_losses(self.state.log_history, self.state.global_step)
@@ -681,7 +706,9 @@ class SRDTrainer(Trainer):
         Returns:
             `eval_loss`, which is `eval_kl`, or without a teacher the cross-entropy, so that
             `metric_for_best_model="loss"` picks the student closest to its teacher; `eval_kl`, KL(teacher, student) at
-            T = 1, not without a teacher; `eval_cross_entropy`; and what `compute_metrics` gives.
+            T = 1, not without a teacher; `eval_cross_entropy`; what `compute_metrics` gives; and with `eval_generate`
+            the student's answers' `eval_rouge_l`, `eval_exact_match` or other `eval_metrics`, which are means over rows
+            from 0 to 1, and `eval_generation_seconds`.
 
         Raises:
             UserError: there are no validation rows.
@@ -701,6 +728,11 @@ class SRDTrainer(Trainer):
         dataset = self._made(rows, name="eval_dataset").dataset
         wanted = self.compute_metrics is not None and not self.args.prediction_loss_only
         metrics = self._measured(dataset, self.teacher, self._collate, metric_key_prefix, wanted)[0]
+        if self._evaluation_answers is not None:
+            if self._answers is not None:
+                self._answers.close()  # two engines with weights of their own may not fit on a device
+            found = self._evaluation_answers.measure(dataset, self._place.inner(self.model_wrapped))
+            metrics |= {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

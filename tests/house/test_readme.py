@@ -106,6 +106,12 @@ def surroundings(
         trained(names, printed)
         assert CurriculumPlan.load("plan.json") == names["plan"]
 
+    def kept_the_best(names: Names, printed: str) -> None:
+        history = names["trainer"].state.log_history
+        found = {x["step"]: x["eval_rouge_l"] for x in history if "eval_rouge_l" in x}
+        best = max(found, key=lambda step: found[step])
+        assert f"{best} {found[best]}\n" in printed
+
     def with_a_teacher_in_a_folder() -> Names:
         make_tiny_model(2).save_pretrained("DIR_OR_HUB_ID")
         tiny_tokenizer.save_pretrained("DIR_OR_HUB_ID")
@@ -219,6 +225,7 @@ def surroundings(
         "README: The loss alone": Surroundings(hidden_states, differentiated),
         "README: From TRL": Surroundings(from_trl, two_steps),
         "training: Training from Python": Surroundings(from_python, trained_and_saved),
+        "training: The best student by its answers": Surroundings(from_python, kept_the_best),
         "teacher: The teacher, once": Surroundings(with_a_teacher_in_a_folder, trained_from_the_cache),
         "loss: The loss alone": Surroundings(hidden_states, differentiated),
         "loss: A loop of your own": Surroundings(in_a_loop, went_down),

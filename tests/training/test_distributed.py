@@ -7,6 +7,7 @@ MASTER_ADDR and MASTER_PORT set, as torchrun sets them. One pair of processes ru
 import gc
 import os
 import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,13 @@ CASES: dict[str, dict[str, Any]] = {
     "micro-batches": {"architecture": "llama", "max_tokens_per_batch": 48},
     "compiled layers": {"architecture": "llama", "torch_compile": True, "torch_compile_backend": "eager"},
     "softcap, checkpointing": {"architecture": "gemma2", "divergence": "forward_kl", "gradient_checkpointing": True},
+}
+CASES["answers in evaluations"] = {
+    "architecture": "llama",
+    "eval_generate": True,
+    "eval_metrics": ["rouge_l", f"{Path(__file__).resolve()}:told"],
+    "eval_temperature": 1.0,
+    "eval_max_new_tokens": 4,
 }
 CASES["towers beside the text's, checkpointing"] = {"architecture": "gemma3_vision", "gradient_checkpointing": True}
 # Apart from the others: bfloat16 rounds another sum on each rank.
@@ -106,6 +114,14 @@ def train(
         "metrics": [first, trainer.evaluate()],
         "products": products.seen,
     }
+
+
+def told(reflected: Any) -> list[float]:
+    """A number of each answer that another answer does not have."""
+    return [float(zlib.crc32(text.encode())) for text in reflected.generations]
+
+
+told.higher_is_easier = True  # type: ignore[attr-defined]
 
 
 def adapters() -> Any:
@@ -195,6 +211,15 @@ def test_two_processes_evaluate_each_row_once(case: str, runs: tuple[list[Result
         for found, expected in zip(rank[case]["metrics"], alone[case]["metrics"], strict=True):
             for name in ("eval_kl", "eval_cross_entropy"):
                 assert found[name] == pytest.approx(expected[name], rel=1e-4), name
+
+
+def test_two_processes_answer_as_one_does(runs: tuple[list[Results], Results]) -> None:
+    """Before training to the bit; after it both ranks have the same metrics of new answers."""
+    ranks, alone = ([x["answers in evaluations"]["metrics"] for x in of_runs] for of_runs in (runs[0], [runs[1]]))
+    for before, after in ranks:
+        for name in ("eval_told", "eval_rouge_l"):
+            assert before[name] == alone[0][0][name]
+        assert after["eval_told"] == ranks[0][1]["eval_told"] != before["eval_told"]
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from .selection import (
     shard_parts,
     student_inputs,
 )
-from .training import distill
+from .training import distill, distill_inputs
 
 __all__ = [
     "ANSWERS",
@@ -36,6 +36,7 @@ __all__ = [
     "curate_inputs",
     "curate_step",
     "distill",
+    "distill_inputs",
     "evaluate_inputs",
     "evaluate_step",
     "init_student",

@@ -70,7 +70,8 @@ def answer_step(run: Run) -> None:
     folder.mkdir(exist_ok=True)
     write_parquet(Dataset.from_dict(columns, features=TOKENISED_FEATURES), folder / "train.parquet")
     subsets = [[name for sample_id in subset for name in names[sample_id]] for subset in plan.subsets]
-    plan.with_subsets([s for s in subsets if s], plan.dropped).save(folder / "plan.json")
+    weights = {name: plan.weights[x] for x, of_prompt in names.items() for name in of_prompt if plan.weights}
+    plan.with_subsets([s for s in subsets if s], plan.dropped, weights).save(folder / "plan.json")
     write_text(folder / COUNTS, json_text(counts))
     remove(run.folder / PARTS)
 
@@ -100,8 +101,10 @@ def _rounds(run: Run, samples: Dataset) -> Iterator[list[list[int]]]:
     """Token ids of one answer to each sample, as often as there are answers a prompt."""
     rounds = range(run.config.answers_per_prompt)
     if MODES.get(run.config.mode).answers == STUDENT:
-        yield _reflections(run, samples["sample_id"])
-        rounds = rounds[1:]
+        made_already = rounds[: run.config.reflect.attempts]
+        for number in made_already:
+            yield _reflections(run, samples["sample_id"], number)
+        rounds = rounds[len(made_already) :]
         model = run.start
     else:
         model = run.config.teacher
@@ -110,12 +113,14 @@ def _rounds(run: Run, samples: Dataset) -> Iterator[list[list[int]]]:
         yield made["generated_ids"]
 
 
-def _reflections(run: Run, sample_ids: Sequence[str]) -> list[list[int]]:
-    """The reflections of samples. Those from before their ids were kept are tokenised again."""
+def _reflections(run: Run, sample_ids: Sequence[str], number: int = 0) -> list[list[int]]:
+    """The reflections of samples, or another attempt. Those from before their ids were kept are tokenised again."""
     table = pq.read_table(run.folder / "reflections.parquet")
     place = {sample_id: i for i, sample_id in enumerate(table["sample_id"].to_pylist())}
     texts = table["generation"].to_pylist()
     kept = table["generated_ids"].to_pylist() if "generated_ids" in table.column_names else [None] * len(texts)
+    if number:
+        kept = [attempts[number] for attempts in table["attempt_ids"].to_pylist()]
     tokenisation = tokenisation_of(run.config, run.tokenizer)
     guard = tokenisation.encoder.guard
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ...curriculum import RANKED, SHUFFLED, per_stage
+from ...curriculum import RANKED, SHUFFLED, check_band, per_stage
 from ...data import check_made, check_source, data_function_of
 from ...errors import Fault, Faults, FaultsError, UserError, first_line
 from ...files import disk_trouble
@@ -28,13 +28,14 @@ from ...models import (
     try_saving,
     with_adapters,
 )
-from ...reflection import get_difficulties
+from ...reflection import get_difficulties, get_difficulty
+from ...reflection.attempts import check_attempts
 from ...reflection.engines import ENGINES, check_engine_options
 from ...selection import SAMPLE_POLICIES
 from ...suggest import unknown_name
+from ...training.answer_metrics import ROUGE_L, get_metrics
 from ...training.arguments import PACKAGES
 from ...training.config import SRDConfig
-from ...training.corpus_metrics import check_metrics
 from ...training.measure import check_best_metric
 from ..config import RunConfig
 from ..group import Group
@@ -72,14 +73,15 @@ def check_inputs(config: RunConfig, faults: Faults | None = None, also: Checks =
         check_cache(config, args, faults)
         for names, needs in PACKAGES.items():
             faults.check((f"distill.{name}" for name in names), _of_distill, needs, args)
-        metric = ("distill.metric_for_best_model",)
-        faults.check(metric, lambda: _of_distill(check_best_metric, args.metric_for_best_model))
+        metric = ("distill.metric_for_best_model", "distill.eval_metrics")
+        faults.check(metric, _of_distill, _check_best, args)
         if args.push_to_hub:
             faults.check("distill.push_to_hub", try_hub, args.hub_token, "distill.push_to_hub")
     _check_reflection(config, faults)
     faults.check("curate", _check_reflect_again, config)
-    faults.check(("curate", "distill.save_strategy"), _check_checkpoints, config, args)
-    faults.check("evaluate.metrics", _of_config, check_metrics, config.evaluate.metrics)
+    saving = ("save_strategy", "save_total_limit", "early_stopping_patience", "metric_for_best_model")
+    faults.check(("curate", *(f"distill.{name}" for name in saving)), _check_checkpoints, config, args)
+    faults.check("evaluate.metrics", _of_config, get_metrics, (ROUGE_L, *config.evaluate.metrics))
     if config.data_function is not None:
         faults.check("data_function", data_function_of, config.data_function)
     if not isinstance(config.validation, int):
@@ -128,6 +130,11 @@ def _of_distill(look: Callable[..., Any], *given: Any) -> None:
         raise UserError(f"config: distill: {e}") from e
 
 
+def _check_best(args: SRDConfig) -> None:
+    of_answers = get_metrics(args.answer_metrics) if args.eval_generate else None
+    check_best_metric(args.metric_for_best_model, of_answers=of_answers)
+
+
 def _check_stages(name: str, value: Any, stages: int) -> None:
     if isinstance(value, list):
         _of_distill(per_stage, name, value, 0.0, 0.0, stages)
@@ -145,16 +152,37 @@ def _check_reflection(config: RunConfig, faults: Faults) -> None:
             faults.doubt(["reflect.signals"])
         else:
             made[next(reversed(found))] = name
-    for name in config.curate.signals or ():
-        faults.check(("reflect.signals", "curate.signals"), _check_ranked, name, made)
+    asked = ("reflect.attempts", "reflect.temperature", "reflect.signals", "reflect.judge")
+    faults.check(asked, _check_attempts, config, made)
+    for key in ("signals", "band"):
+        for name in getattr(config.curate, key) or ():
+            faults.check(("reflect.signals", f"curate.{key}"), _check_ranked, name, made, key)
+    for name, given in config.curate.band.items():
+        faults.check("curate.band", _of_config, check_band, name, given)
+    faults.check(("reflect.signals", "curate.weight_by"), _check_weighed, config.curate.weight_by, made)
     faults.check(("reflect.signals", "curate.order"), _check_order, config.curate.order, made)
     faults.check(("reflect.signals", "mode", "curate.method"), check_signals, config)
 
 
-def _check_ranked(name: str, made: Mapping[str, Any]) -> None:
+def _check_attempts(config: RunConfig, made: Mapping[str, Any]) -> None:
+    c = config.reflect
+    try:
+        check_attempts(c.attempts, c.temperature, made, get_difficulty(c.judge))
+    except UserError as e:
+        raise UserError(f"config: reflect: {e}") from e
+
+
+def _check_ranked(name: str, made: Mapping[str, Any], key: str) -> None:
     extra = set(get_difficulties([name])) - set(made)
     if extra:
-        raise UserError(f"curate.signals names {sorted(extra)}, which reflect.signals does not make")
+        raise UserError(f"curate.{key} names {sorted(extra)}, which reflect.signals does not make")
+
+
+def _check_weighed(name: str | None, made: Mapping[str, Any]) -> None:
+    if name is not None and name not in made:
+        raise UserError(
+            f"config: curate.weight_by is {name!r}, which reflect.signals does not make: it makes {', '.join(made)}"
+        )
 
 
 def _check_order(order: str, made: Mapping[str, Any]) -> None:
@@ -180,11 +208,18 @@ def _check_reflect_again(config: RunConfig) -> None:
 
 
 def _check_checkpoints(config: RunConfig, args: SRDConfig | None) -> None:
-    if config.curate.reflect_again and args is not None and args.save_strategy == "no":
+    if not config.curate.reflect_again or args is None:
+        return
+    said = "config: curate.reflect_again goes on from a checkpoint at the border of each stage, and"
+    if args.save_strategy == "no":
+        raise UserError(f"{said} distill.save_strategy is 'no'; set it to 'steps'")
+    if args.early_stopping_patience:
         raise UserError(
-            "config: curate.reflect_again goes on from a checkpoint at the border of each stage, and "
-            "distill.save_strategy is 'no'; set it to 'steps'"
+            f"{said} distill.early_stopping_patience is {args.early_stopping_patience}, which may end training before "
+            "one; set it to 0"
         )
+    if args.metric_for_best_model is not None and args.save_total_limit == 1:
+        raise UserError(f"{said} distill.save_total_limit is 1, which leaves the best one alone; set it to 2")
 
 
 def _check_models(config: RunConfig, faults: Faults) -> None:

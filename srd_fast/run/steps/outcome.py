@@ -11,9 +11,10 @@ import torch
 import transformers
 
 from ...curriculum import CurriculumPlan
-from ...files import write_text
+from ...files import content_digest, write_text
 from ...models import load_model
 from ...reflection import Sampling
+from ...reflection.signals import signal_files
 from ...report import write_report
 from ...training.evaluation import evaluate
 from ..config import RunConfig
@@ -29,7 +30,8 @@ def evaluate_inputs(config: RunConfig) -> Any:
     settings = config.evaluate.model_dump()
     if not settings["metrics"]:  # evaluations from before there were any stay valid
         del settings["metrics"]
-    return [settings, config.reflect.rouge_tokenizer, config.dtype]
+    own = [content_digest(file) for file in signal_files(config.evaluate.metrics)]
+    return [settings, config.reflect.rouge_tokenizer, config.dtype, *own]
 
 
 def evaluate_step(run: Run) -> None:
@@ -54,6 +56,7 @@ def evaluate_step(run: Run) -> None:
         "evaluation": _evaluations(run),
         "timings": {name: entry["seconds"] for name, entry in run.ledger.items() if "seconds" in entry},
         "training": _training_figures(run),
+        **({"best": best} if (best := _best_step(run)) else {}),
         "stages": _stages(run),
         "environment": {
             "device": str(run.device),
@@ -123,8 +126,18 @@ def _evaluate(run: Run, todo: Mapping[str, tuple[str, str]], kept: dict[str, Any
             write_text(path, json_text(kept))
 
 
+def _metric_rows(run: Run) -> list[dict[str, Any]]:
+    return [json.loads(x) for x in (run.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def _best_step(run: Run) -> dict[str, Any]:
+    """Whose student was kept, where it is not the last step's: step, metric and value."""
+    found = [row for row in _metric_rows(run) if row["kind"] == "best"]
+    return {name: value for name, value in found[-1].items() if name != "kind"} if found else {}
+
+
 def _training_figures(run: Run) -> dict[str, Any]:
-    rows = [json.loads(x) for x in (run.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = _metric_rows(run)
     train = {r["step"]: r for r in rows if r["kind"] == "train"}
     steps = max(train)
     spent = sorted(r["tokens_per_second"] for r in train.values())

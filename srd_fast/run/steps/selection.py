@@ -151,6 +151,8 @@ def reflect_with(
             **{name: getattr(c, name) for name in sampled}, seed=run.config.seed if seed is None else seed
         ),
         signals=c.signals if samples is None else (),
+        attempts=c.attempts if samples is None else 1,
+        judge=c.judge,
         cross_entropy_by=c.cross_entropy_by,
         batch_size=c.batch_size,
         rouge_tokenizer=run.rouge_tokenizer,
@@ -175,8 +177,11 @@ def looks_at_teacher(config: RunConfig) -> bool:
 
 def reflect_inputs(config: RunConfig) -> Any:
     """What reflections depend on, besides the student: the settings, and the code of the user's own signals."""
-    own = [content_digest(file) for file in signal_files(config.reflect.signals)]
-    return [config.reflect.model_dump(), config.dtype, config.seed if config.reflect.temperature > 0 else None, own]
+    c = config.reflect
+    own = [content_digest(file) for file in signal_files([*c.signals, *([c.judge] if c.attempts > 1 else [])])]
+    # Without attempts that are not asked for, so that reflections of runs from before them stay valid.
+    given = c.model_dump(exclude={"attempts", "judge"} if c.attempts == 1 else None)
+    return [given, config.dtype, config.seed if c.temperature > 0 else None, own]
 
 
 def sample_policy(config: RunConfig) -> tuple[str, float]:
@@ -191,8 +196,9 @@ def curate_inputs(config: RunConfig) -> Any:
     policy, ratio = sample_policy(config)
     samples = None if policy == ALL else [policy, ratio, config.dtype]
     c = config.curate
-    # Without an order that is not given, so that plans of runs from before it stay valid.
-    given = c.model_dump(exclude={"order"} if c.order == RANKED else None)
+    # Without what is not given, so that plans of runs from before it stay valid.
+    plain: dict[str, Any] = {"order": RANKED, "band": {}, "weight_by": None}
+    given = c.model_dump(exclude={name for name, value in plain.items() if getattr(c, name) == value})
     return [given, config.seed if c.method == "random" or c.order == SHUFFLED else None, samples]
 
 
@@ -221,6 +227,8 @@ def curate_step(run: Run) -> None:
         method=c.method,
         seed=run.config.seed,
         floor_subsets=c.floor_subsets,
+        band=c.band,
+        weight_by=c.weight_by,
     )
     policy, ratio = sample_policy(run.config)
     if policy != ALL:

@@ -11,14 +11,17 @@ from transformers import TrainerCallback
 
 from ...curriculum import CurriculumPlan, replan
 from ...data import IGNORE_INDEX
-from ...files import remove, replace_folder, temporary_path, write_text
+from ...files import content_digest, remove, replace_folder, temporary_path, write_text
 from ...models import load_model
+from ...reflection.signals import signal_files
 from ...sharing import ALONE, Sharing
 from ...teacher import CacheBesideTeacher, LiveTeacher
 from ...training.batching import make_curriculum
+from ...training.best import best_of
 from ...training.checkpoints import last_whole_checkpoint
 from ...training.trainer import SRDTrainer
-from ..modes import MODES
+from ..config import RunConfig
+from ..modes import KD, MODES
 from ..stopping import stopping_later
 from .cache import open_cache
 from .run import Run, json_text, write_parquet
@@ -27,6 +30,13 @@ from .settings import lora_config
 
 SELECTION = "selection.json"
 SHOWN_SAMPLES = 6
+
+
+def distill_inputs(config: RunConfig) -> Any:
+    """What training depends on, besides plan, start and cache: its settings, and code of the user's in its metrics."""
+    mode = [] if config.mode == KD else [config.mode]
+    own = [content_digest(file) for file in signal_files(config.distill.get("eval_metrics") or ())]
+    return [config.distill, config.lora, config.dtype, config.seed, *mode, *own]
 
 
 class _MetricsFile(TrainerCallback):
@@ -40,12 +50,18 @@ class _MetricsFile(TrainerCallback):
         if "loss" in logs:
             row = {"kind": "train", "step": state.global_step, **logs}
         elif "eval_cross_entropy" in logs:
-            measured = {n: logs[f"eval_{n}"] for n in ("kl", "cross_entropy") if f"eval_{n}" in logs}
+            measured = {n.removeprefix("eval_"): x for n, x in logs.items() if n.startswith("eval_")}
             row = {"kind": "eval", "step": state.global_step, **measured}
+            del row["loss"]  # which is the KL, or without a teacher the cross-entropy
         else:
             return
-        with self.path.open("a", encoding="utf-8") as f:
-            f.write(json.dumps(row) + "\n")
+        add_line(self.path, row)
+
+
+def add_line(path: Path, row: dict[str, Any]) -> None:
+    """Append a row to a file of json lines."""
+    with path.open("a", encoding="utf-8") as f:
+        f.write(json.dumps(row) + "\n")
 
 
 def distill(run: Run) -> None:
@@ -70,6 +86,7 @@ def distill(run: Run) -> None:
 def _keep_student(run: Run, trainer: SRDTrainer) -> None:
     """Write the finished student, and what its training chose of the positions."""
     positions = None if trainer.selection.policy is None else selected_positions(trainer, run.group)
+    best = best_of(trainer.args, trainer.state)
     finished = temporary_path(run.folder / "student")
     if run.group.rank == 0:
         remove(run.folder / SELECTION)
@@ -79,6 +96,8 @@ def _keep_student(run: Run, trainer: SRDTrainer) -> None:
     trainer.save_student(finished)  # the first process writes; where the student is in shards, all gather it
     if run.group.rank == 0:
         replace_folder(finished, run.folder / "student")
+        if best is not None:
+            add_line(run.folder / "metrics.jsonl", {"kind": "best", **best._asdict()})
 
 
 def selected_positions(trainer: SRDTrainer, sharing: Sharing = ALONE) -> dict[str, Any]:
@@ -136,6 +155,8 @@ def _trained(run: Run, plan: CurriculumPlan, until: int | None, checkpoint: str 
         callbacks=[_MetricsFile(run.folder / "metrics.jsonl")] if run.group.rank == 0 else [],
         peft_config=lora_config(run.config),
     )
+    if until is not None:
+        trainer.args.load_best_model_at_end = False  # the best is kept, and the last goes on
     if checkpoint is None and args.eval_strategy != "no":
         trainer.evaluate()
     with stopping_later(run.group.any_of) as save_and_stop:

@@ -1,0 +1,63 @@
+"""Difficulty by attempts: the share of several sampled answers to a prompt that pass.
+
+What passes is for a judge to say, another signal: the final number (GSM8K), an exact match, tests that run, or a
+function of the user's. Weights p(1 - p) of such a share p are those of PACED (arXiv 2603.11178); see `curate`.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from ..errors import UserError
+
+if TYPE_CHECKING:
+    from .signals import Difficulty, Reflected
+
+PASS_RATE = "pass_rate"
+# What a judge gives an answer that passes.
+FULL = 1.0
+
+
+def pass_rate(reflected: "Reflected") -> list[float]:
+    """The share of a sample's attempts that the judge gives 1 (or more), 0..1; NaN where it says nothing of one."""
+    assert reflected.judge is not None
+    judged = [reflected.judge.function(replace(reflected, generations=texts)) for texts in reflected.attempts]
+
+    def share(values: Iterable[float]) -> float:
+        passed = [math.nan if math.isnan(x) else float(x >= FULL) for x in values]
+        return sum(passed) / len(passed)
+
+    return [share(values) for values in zip(*judged, strict=True)]
+
+
+def check_attempts(attempts: int, temperature: float, signals: Iterable[str], judge: "Difficulty") -> None:
+    """Refuse settings with which attempts would be the same, or nothing would come of them.
+
+    Args:
+        attempts: answers to each prompt.
+        temperature: of their sampling.
+        signals: names of the signals that are computed.
+        judge: of the attempts.
+
+    Raises:
+        UserError: naming the field, its value and the way out.
+    """
+    if not isinstance(attempts, int) or isinstance(attempts, bool) or attempts < 1:
+        raise UserError(f"attempts must be a whole number of at least 1, got {attempts!r}")
+    looked_at = PASS_RATE in signals
+    if looked_at and attempts < 2:
+        raise UserError(f"signal {PASS_RATE!r} is a share of several attempts, and attempts is 1; set it to 8, say")
+    if attempts > 1 and not looked_at:
+        raise UserError(
+            f"attempts is {attempts}, and no signal looks at them: add {PASS_RATE!r} to the signals, or set it to 1"
+        )
+    if attempts > 1 and not temperature:
+        raise UserError(
+            f"attempts is {attempts}, and temperature is 0, with which all of them would be the same; set it to 1"
+        )
+    if not judge.of_answers or not judge.higher_is_easier:
+        raise UserError(
+            f"judge {judge.name!r} does not say of an answer whether it passes: take numeric_match, exact_match, "
+            "execution, or a function of your own that gives 1 to an answer that passes"
+        )

@@ -1,0 +1,106 @@
+"""Fields of `SRDConfig` about answers that are generated while a student is trained: which of them go together."""
+
+from typing import TYPE_CHECKING
+
+from transformers import IntervalStrategy
+
+from ..errors import Faults, UserError
+from ..reflection.engines import ENGINES, check_engine_options
+from ..workers.vllm import is_installed
+from .answer_metrics import get_metrics
+from .replay import ADAPTIVE
+
+if TYPE_CHECKING:
+    from .config import SRDConfig
+
+# Ends of the names of metrics of which less is better; TrainingArguments knows "loss" alone.
+_LESS_IS_BETTER = ("loss", "kl", "entropy", "divergence", "perplexity")
+# Of the answers of evaluations, with the value that says nothing.
+_OF_EVALUATIONS = {
+    "eval_metrics": None, "eval_generate_rows": None, "eval_max_new_tokens": None, "eval_temperature": 0.0,
+}  # fmt: skip
+
+
+def check_answers(args: "SRDConfig", faults: Faults) -> None:
+    """Note fields that would do nothing, or that lack another one.
+
+    Args:
+        args: before `TrainingArguments` has looked at them.
+        faults: takes what is wrong.
+    """
+    faults.check(("lmbda", "eval_strategy"), _check_share, args)
+    faults.check(("generation_engine", "lmbda", "seq_kd", "eval_generate"), _check_engine, args)
+    faults.check("generation_options", check_engine_options, args.generation_options)
+    faults.check(("replay_buffer", "lmbda"), _check_buffer, args)
+    faults.check("eval_metrics", _check_metrics, args)
+    for name, nothing in _OF_EVALUATIONS.items():
+        faults.check((name, "eval_generate"), _check_asked_for, args, name, nothing)
+    faults.check(("early_stopping_patience", "metric_for_best_model", "eval_strategy"), _check_patience, args)
+
+
+def less_is_better(args: "SRDConfig") -> bool:
+    """Whether `metric_for_best_model` is one of which less is better: a distance, or a metric of answers that says so.
+
+    Args:
+        args: with or without such a metric.
+    """
+    metric = str(args.metric_for_best_model or "")
+    try:
+        of_answers = get_metrics(args.answer_metrics) if args.eval_generate else {}
+    except UserError:
+        of_answers = {}  # it is told with the rest
+    # Of several evaluation sets the name of the set is before it.
+    ends = [name for name in of_answers if metric == name or metric.endswith(f"_{name}")]
+    if ends:
+        return not of_answers[max(ends, key=len)].higher_is_better
+    return metric.endswith(_LESS_IS_BETTER)
+
+
+def _never_evaluates(args: "SRDConfig") -> bool:
+    return args.eval_strategy in ("no", IntervalStrategy.NO)
+
+
+def _check_share(args: "SRDConfig") -> None:
+    if isinstance(args.lmbda, str) and args.lmbda != ADAPTIVE:
+        raise UserError(f"lmbda must be from 0 to 1, or {ADAPTIVE!r}, got {args.lmbda!r}")
+    if args.lmbda == ADAPTIVE and _never_evaluates(args):
+        raise UserError("lmbda is 'adaptive', which looks at the validation loss; set eval_strategy to 'steps'")
+
+
+def _check_engine(args: "SRDConfig") -> None:
+    ENGINES.check(args.generation_engine)
+    if args.generation_engine == "vllm" and (args.answers_anew or args.eval_generate) and not is_installed():
+        raise UserError(
+            "generation_engine is 'vllm', which is not installed: pip install 'srd-fast[vllm]', or use 'transformers'"
+        )
+
+
+def _check_buffer(args: "SRDConfig") -> None:
+    if args.replay_buffer and not args.lmbda:
+        raise UserError(
+            f"replay_buffer is {args.replay_buffer}, but lmbda is 0, so that nothing comes into it; set one of them"
+        )
+
+
+def _check_metrics(args: "SRDConfig") -> None:
+    given = args.eval_metrics
+    if given is not None and (not isinstance(given, (list, tuple)) or not given):
+        raise UserError(f"eval_metrics must be a list of metrics, such as [rouge_l], got {given!r}")
+    get_metrics(args.answer_metrics)
+
+
+def _check_asked_for(args: "SRDConfig", name: str, nothing: float | None) -> None:
+    value = getattr(args, name)
+    if not args.eval_generate and value != nothing:
+        raise UserError(f"{name} is {value!r}, but eval_generate is false, and nothing is answered; set it to true")
+
+
+def _check_patience(args: "SRDConfig") -> None:
+    if not args.early_stopping_patience:
+        return
+    said = f"early_stopping_patience is {args.early_stopping_patience}, but"
+    # With load_best_model_at_end alone transformers takes the loss.
+    if args.metric_for_best_model is None and not args.load_best_model_at_end:
+        raise UserError(f"{said} there is no metric_for_best_model to look at; set it, for example to kl")
+    if _never_evaluates(args):
+        raise UserError(f"{said} eval_strategy is 'no'; set it to 'steps'")

@@ -1,0 +1,206 @@
+"""A model answers held-out prompts: in an evaluation of its own, or at intervals while it is trained."""
+
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from accelerate.utils import broadcast_object_list, gather_object
+from datasets import Dataset
+from torch import nn
+from transformers import PreTrainedTokenizerBase, TrainingArguments
+
+from ..data import Answers, batches_by_length, first_label, prompt_lengths, token_counts
+from ..errors import UserError
+from ..models import check_positions
+from ..reflection import GenerationEngine, Sampling, open_engine, stopping_at
+from ..sharing import Sharing
+from ..showing import progress_bar
+from .answer_metrics import AnswerMetrics
+from .config import SRDConfig
+
+
+class Prompts:
+    """The prompts of samples, and what reads the answers to them.
+
+    Args:
+        samples: tokenised.
+        tokenizer: of the samples.
+        batch_size: prompts that are answered together.
+    """
+
+    def __init__(self, samples: Dataset, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> None:
+        self.reader, self.batch_size = Answers(samples, tokenizer), batch_size
+        rows: Any = samples.select_columns(["input_ids", "labels"])
+        self.ids = [row["input_ids"][: first_label(row["labels"])] for row in rows]
+
+    def longest(self, sampling: Sampling) -> int:
+        """Tokens of the longest prompt and its answer."""
+        return max(map(len, self.ids)) + sampling.max_new_tokens
+
+    def answered(self, engine: GenerationEngine, sampling: Sampling, sharing: Sharing, progress: bool) -> list[str]:
+        """Answer all prompts.
+
+        Args:
+            engine: of the model.
+            sampling: with the tokens that end answers.
+            sharing: the processes that do it together. Each takes whole batches, so that an answer has the neighbours
+                that it has in one process.
+            progress: show a progress bar.
+
+        Returns:
+            The text of each answer; in another process than the first of those that share, it may be empty.
+        """
+        batches = list(batches_by_length([*map(len, self.ids)], self.batch_size))[sharing.rank :: sharing.world]
+        mine = sorted(i for batch in batches for i in batch)
+        made = engine.generate([self.ids[i] for i in mine], sampling)
+        bar = progress_bar(made, what="generate", total=len(mine), unit="sample", shown=progress)
+        of_mine = {mine[i]: self.reader.text(mine[i], generated) for i, generated in bar}
+        texts = [""] * len(self.ids)
+        for of_process in sharing.gather(of_mine):
+            for i, text in of_process.items():
+                texts[i] = text
+        return texts
+
+
+class Training(Sharing):
+    """The processes of a training, for what they do together between its steps.
+
+    Args:
+        args: of the training.
+    """
+
+    def __init__(self, args: TrainingArguments) -> None:
+        self.rank, self.world = args.process_index, args.world_size
+
+    def share(self, value: Any) -> Any:
+        """The value of the first process, in every process."""
+        values = [value]
+        if self.world > 1:
+            broadcast_object_list(values)
+        return values[0]
+
+    def gather(self, mine: Any) -> list[Any]:
+        """The values of all, by rank, in every process."""
+        return [mine] if self.world == 1 else list(gather_object([mine]))
+
+
+@contextmanager
+def draws_kept(device: torch.device) -> Iterator[None]:
+    """Let no draw in the block change those after it: of Python, NumPy and torch, on the host and the device."""
+    of_python, of_numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)
+
+
+def check_generation(args: SRDConfig, student: nn.Module, sets: Sequence[Dataset], sharded: bool) -> None:
+    """Refuse a training whose evaluations could not have answers.
+
+    Args:
+        args: of the training, with `eval_generate`.
+        student: the model that is trained.
+        sets: tokenised validation samples.
+        sharded: whether the student's weights are.
+
+    Raises:
+        UserError: the student cannot answer while it trains, prompts leave no room for answers, or there are none.
+    """
+    if sharded:
+        raise UserError(
+            "eval_generate is true, but the student's weights lie in shards, and it cannot answer while it trains; "
+            "train it whole, or set it to false and evaluate saved students (srd_fast.evaluate)"
+        )
+    if not sets:
+        raise UserError("eval_generate is true, but there is no eval_dataset: give one, or set it to false")
+    for samples in sets:
+        rows = samples.select(chosen_rows(len(samples), args.eval_generate_rows))
+        check_positions(
+            token_counts(rows),
+            prompt_lengths(rows),
+            rows["sample_id"],
+            {"student": student},
+            "lower eval_max_new_tokens or max_prompt_length",
+            args.answer_limit,
+        )
+
+
+def chosen_rows(count: int, most: int | None) -> list[int]:
+    """Places of the rows that are answered, evenly over all of them: the same at each evaluation."""
+    if most is None or most >= count:
+        return list(range(count))
+    return [i * count // most for i in range(most)]
+
+
+class _Set(NamedTuple):
+    prompts: Prompts
+    metrics: AnswerMetrics
+
+
+class EvaluationAnswers:
+    """Answers validation prompts with the weights of a moment, and scores the answers.
+
+    They depend on the weights, the seed and the rows alone. No draw of the training's is used.
+
+    Args:
+        args: of the training.
+        tokenizer: of the student.
+        autocast: makes the context in which the student runs.
+    """
+
+    def __init__(
+        self,
+        args: SRDConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        autocast: Callable[[], AbstractContextManager[Any]],
+    ) -> None:
+        self.args, self.tokenizer, self.autocast = args, tokenizer, autocast
+        self.sharing = Training(args)
+        self._sets: dict[str, _Set] = {}
+
+    def measure(self, samples: Dataset, student: Any) -> Mapping[str, float]:
+        """Let the student answer, in all processes together.
+
+        Args:
+            samples: tokenised.
+            student: without wrappers.
+
+        Returns:
+            The value of each metric, and generation_seconds; the same in every process.
+        """
+        began, args = time.monotonic(), self.args
+        prompts, metrics = self._set(samples)
+        sampling = Sampling(max_new_tokens=args.answer_limit, temperature=args.eval_temperature, seed=args.seed)
+        sampling = stopping_at(sampling, prompts.reader.stop_ids)
+        engine = open_engine(
+            args.generation_engine,
+            student,
+            self.tokenizer,
+            length=prompts.longest(sampling),
+            sampling=sampling,
+            batch_size=prompts.batch_size,
+            **(args.generation_options or {}),
+        )
+        with draws_kept(args.device), self.autocast(), engine as runner:
+            answers = prompts.answered(runner, sampling, self.sharing, progress=False)
+            # By one process: tests of code depend on the clock, and a function of the user's may draw.
+            found = metrics(answers, student).means if self.sharing.rank == 0 else {}
+        shared: dict[str, float] = self.sharing.share({**found, "generation_seconds": time.monotonic() - began})
+        return shared
+
+    def _set(self, samples: Dataset) -> _Set:
+        key = samples._fingerprint
+        if key not in self._sets:
+            size = self.args.per_device_eval_batch_size
+            rows = samples.select(chosen_rows(len(samples), self.args.eval_generate_rows))
+            prompts = Prompts(rows, self.tokenizer, size)
+            self._sets[key] = _Set(
+                prompts, AnswerMetrics(self.args.answer_metrics, rows, self.tokenizer, batch_size=size)
+            )
+        return self._sets[key]

@@ -1,0 +1,110 @@
+"""The best step of a training by its evaluations: where its checkpoint is, when to stop looking, and what is said.
+
+All of it follows from what was logged, so a training that was killed ends with the same student.
+"""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..showing import say_json, style
+
+
+class Best(NamedTuple):
+    """The step whose student was the best.
+
+    Attributes:
+        step: its number.
+        metric: by which it is, without "eval_".
+        value: of the metric.
+    """
+
+    step: int
+    metric: str
+    value: float
+
+
+def best_of(args: TrainingArguments, state: TrainerState) -> Best | None:
+    """The step whose student a finished training has; None where that is the last one.
+
+    Args:
+        args: of the training.
+        state: at its end.
+    """
+    if not args.load_best_model_at_end or state.best_model_checkpoint is None or not state.best_global_step:
+        return None
+    metric = str(args.metric_for_best_model).removeprefix("eval_")
+    return Best(int(state.best_global_step), metric, float(state.best_metric or 0.0))
+
+
+def evaluations_since_best(history: Iterable[Mapping[str, Any]], metric: str, greater_is_better: bool) -> int:
+    """How many evaluations came after the best one.
+
+    Args:
+        history: a Trainer's `log_history`.
+        metric: as it is logged.
+        greater_is_better: its direction.
+
+    Returns:
+        0 if the last is better than all before it, or there is none. What is measured before the first step does not
+        count.
+    """
+    values = {x["step"]: float(x[metric]) for x in history if metric in x and x["step"]}
+    best, since = float("nan"), 0
+    for step in sorted(values):
+        value = values[step]
+        better = best != best or (value > best if greater_is_better else value < best)
+        best, since = (value, 0) if better else (best, since + 1)
+    return since
+
+
+class BestStep(TrainerCallback):
+    """Ends a training whose metric no longer gets better, and says whose student is kept.
+
+    Args:
+        patience: evaluations without a better metric; 0: no end but the schedule's.
+    """
+
+    def __init__(self, patience: int = 0) -> None:
+        self.patience = patience
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Find the best checkpoint where it is now, and end at once where the training had ended already."""
+        best = Path(str(args.output_dir)) / f"checkpoint-{state.best_global_step}"
+        if state.best_global_step and best.is_dir():  # the folder may have been copied or moved
+            state.best_model_checkpoint = str(best)
+        self._end_if_due(args, state, control)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Count."""
+        self._end_if_due(args, state, control)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Say whose student is kept."""
+        best = best_of(args, state)
+        if best is None or not state.is_world_process_zero or style() == "quiet":
+            return
+        if style() == "json":
+            say_json(event="best", **best._asdict())
+        else:
+            early = f", after {self.patience} evaluations without a better one" if self._is_due(args, state) else ""
+            print(
+                f"the student is that of step {best.step}, the best by {best.metric} ({best.value:.4g}); training "
+                f"ended at step {state.global_step}{early}",
+                flush=True,
+            )
+
+    def _end_if_due(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
+        if self._is_due(args, state):
+            control.should_training_stop = True
+
+    def _is_due(self, args: TrainingArguments, state: TrainerState) -> bool:
+        metric = f"eval_{str(args.metric_for_best_model).removeprefix('eval_')}"
+        since = evaluations_since_best(state.log_history, metric, bool(args.greater_is_better))
+        return 0 < self.patience <= since
