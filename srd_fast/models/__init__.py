@@ -31,6 +31,7 @@ from .loading import (
     resolve_model,
 )
 from .placement import (
+    called_by_parts,
     entry_device,
     is_dispatched,
     is_fully_sharded,
@@ -58,6 +59,7 @@ __all__ = [
     "body_output",
     "cache_folder",
     "call_through",
+    "called_by_parts",
     "check_head",
     "check_positions",
     "check_same_kind",

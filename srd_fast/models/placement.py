@@ -5,6 +5,7 @@ is fetched or gathered.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, TypeVar, cast
 
@@ -107,6 +108,32 @@ def run_inside(model: nn.Module, run: Callable[..., T], *args: Any) -> T:
     if not isinstance(model, FSDPModule):
         return run(*args)
     return call_through(model, unwrap(model), run, *args)  # FSDP2 moves the tensors among these to its device
+
+
+@contextmanager
+def called_by_parts(model: nn.Module) -> Iterator[bool]:
+    """Let code of other libraries call a model or the models inside of it, as `generate` does.
+
+    Args:
+        model: any model, without wrappers.
+
+    Yields:
+        Whether all processes must call it equally often, because FSDP2 gathers its weights in each call.
+    """
+    if not is_fully_sharded(model) or dist.get_world_size() == 1:
+        yield False
+        return
+    if not isinstance(model, FSDPModule):
+        yield True
+        return
+    # The outermost call tells FSDP2 which module is the root, and adapters' `generate` leaves it out, so its own
+    # weights would stay in shards.
+    run_inside(model, lambda *_, **__: None)
+    model.unshard()
+    try:
+        yield True
+    finally:
+        model.reshard()
 
 
 def whole(x: Tensor) -> Tensor:

@@ -10,11 +10,12 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 import torch
+from torch import distributed
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import batches_by_length, pad_id
 from ..errors import UserError
-from ..models import decoder_start, embeddings_of, entry_device, load_model, unwrap
+from ..models import called_by_parts, decoder_start, embeddings_of, entry_device, load_model, unwrap
 from ..registry import Registry
 
 logger = logging.getLogger(__name__)
@@ -141,6 +142,10 @@ def until_end(ids: Sequence[int], ends: set[int]) -> list[int]:
     return list(ids[: next((n for n, token in enumerate(ids) if token in ends), len(ids))])
 
 
+# Of a process that has no batch of its own left while others do.
+_IDLE = Sampling(max_new_tokens=1)
+
+
 class TransformersEngine:
     """`transformers` generation in batches of like length, longest first.
 
@@ -190,16 +195,33 @@ class TransformersEngine:
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[tuple[int, list[int]]]:
-        """Yields batch by batch. Sampled text depends on the seed and on which prompts share a batch."""
+        """Yields batch by batch. Sampled text depends on the seed and on which prompts share a batch.
+
+        All processes that have shards of a model generate together, each from prompts of its own.
+        """
         config, was_training = self._config(sampling), self.model.training
+        batches = list(batches_by_length([len(p) for p in prompts], self.batch_size))
         self.model.eval()
         try:
-            for indices in batches_by_length([len(p) for p in prompts], self.batch_size):
-                yield from zip(indices, self._batch([prompts[i] for i in indices], config, sampling))
+            with called_by_parts(self.model) as together:
+                more_elsewhere = self._most(len(batches)) - len(batches) if together else 0
+                for indices in batches:
+                    given = [prompts[i] for i in indices]
+                    yield from zip(indices, self._batch(given, config, sampling, together))
+                for _ in range(more_elsewhere):
+                    self._batch([[self.pad]], self._config(_IDLE), _IDLE, together)
         finally:
             self.model.train(was_training)
 
-    def _batch(self, prompts: list[Sequence[int]], config: GenerationConfig, sampling: Sampling) -> list[list[int]]:
+    def _most(self, batches: int) -> int:
+        """The most batches that a process has."""
+        most = torch.tensor(batches, device=entry_device(self.model))
+        distributed.all_reduce(most, distributed.ReduceOp.MAX)
+        return int(most)
+
+    def _batch(
+        self, prompts: list[Sequence[int]], config: GenerationConfig, sampling: Sampling, together: bool
+    ) -> list[list[int]]:
         width = max(1, *(len(p) for p in prompts))
         ids = torch.full((len(prompts), width), self.pad, dtype=torch.long)
         mask = torch.zeros_like(ids)
@@ -212,7 +234,10 @@ class TransformersEngine:
             if sampling.temperature > 0:
                 torch.manual_seed(sampling.seed_of(prompts))
             out = self.model.generate(
-                input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config
+                input_ids=ids.to(device),
+                attention_mask=mask.to(device),
+                generation_config=config,
+                synced_gpus=together or None,
             )
         begun = width if self.start is None else 1  # what generate returns begins with the prompt, or the start token
         return [until_end(row, {*self.ends, *sampling.stop_ids}) for row in out[:, begun:].tolist()]

@@ -63,7 +63,7 @@ def check_answering(
     classes: int,
     curriculum: Curriculum,
     train: Dataset,
-    sharded: bool,
+    why_silent: str | None,
 ) -> None:
     """Refuse a training whose steps could not have fresh answers.
 
@@ -74,16 +74,16 @@ def check_answering(
         classes: of the student.
         curriculum: of `train`.
         train: tokenised samples.
-        sharded: whether the student's weights are.
+        why_silent: why the student cannot answer, if it cannot.
 
     Raises:
         UserError: the student or the teacher cannot run on new answers, or prompts leave no room for them.
     """
     asked = f"lmbda is {args.lmbda!r}" if args.lmbda else "seq_kd is true"
-    if sharded:
+    if why_silent is not None:
         raise UserError(
-            f"{asked}, but the student's weights lie in shards, and it cannot answer while it trains; train it whole, "
-            "or set it to 0 and make the answers beforehand (mode offline_on_policy)"
+            f"{asked}, but {why_silent}; train the student whole or by FSDP2, or set it to 0 and make the answers "
+            "beforehand (mode offline_on_policy)"
         )
     live = at_work(teacher)
     if isinstance(live, RowsOfSamples):

@@ -198,6 +198,19 @@ class StudentPlace:
         if failures[0] is not None:
             raise failures[0]
 
+    def why_silent(self, student: nn.Module) -> str | None:
+        """Why a student cannot answer prompts while it trains; None where it can.
+
+        Args:
+            student: the model that is trained.
+        """
+        if self.has_deepspeed or self.fsdp_version == 1:
+            return f"it cannot answer while it trains by {'DeepSpeed' if self.has_deepspeed else 'FSDP1'}"
+        engine = self.args.generation_engine
+        if engine != "transformers" and (self.fsdp is not None or is_sharded(student)):
+            return f"generation_engine {engine!r} does not read a student in shards, as 'transformers' does"
+        return None
+
     def check_micro_batches(self, student: nn.Module) -> None:
         """Refuse `max_tokens_per_batch`, where it is set and processes could not divide a step each in its own way.
 

@@ -41,7 +41,6 @@ from ..models import (
     gathered,
     hidden_states,
     is_encoder_decoder,
-    is_sharded,
     mend_generation_config,
     router_loss,
     through_head,
@@ -282,13 +281,13 @@ class SRDTrainer(Trainer):
         self.data_collator = self._batches_of(layout, rows)
         self._answers: FreshAnswers | None = None
         self._evaluation_answers: EvaluationAnswers | None = None
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled or is_sharded(model)
+        why_silent = self._place.why_silent(model)
         if args.eval_generate:
             sets = [*held_out.values()] if isinstance(held_out, dict) else [held_out] if held_out else []
-            check_generation(args, model, sets, sharded)
+            check_generation(args, model, sets, why_silent)
             self._evaluation_answers = EvaluationAnswers(args, processing_class, self.accelerator.autocast)
         if args.answers_anew:
-            check_answering(args, model, self.teacher, classes, self.curriculum, train, sharded)
+            check_answering(args, model, self.teacher, classes, self.curriculum, train, why_silent)
             self._answers = FreshAnswers(
                 args, processing_class, train, self.curriculum.total_steps, self._batches_of(layout, None)
             )

@@ -31,6 +31,17 @@ STEPS, MIDDLE = 10, 4
 SHARDS = {"state_dict_type": "SHARDED_STATE_DICT"}
 Results = dict[str, dict[str, Any]]
 
+# Fresh answers in steps, the same in any process; of five validation prompts one process has a batch more.
+ANSWERS: dict[str, Any] = {
+    "lmbda": 1.0,
+    "generation_temperature": 0.0,
+    "max_new_tokens": 5,
+    "eval_generate": True,
+    "eval_generate_rows": 5,
+    "eval_max_new_tokens": 4,
+    "eval_metrics": [f"{Path(__file__).parent / 'test_distributed.py'}:told"],
+}
+
 # engine: what shards the student; the others are of the student and the training.
 CASES: dict[str, dict[str, Any]] = {
     "fsdp2": {"engine": "fsdp2", "resume": True},
@@ -48,6 +59,8 @@ CASES: dict[str, dict[str, Any]] = {
         "sample_selection": "topk_student_entropy",
         "sample_ratio": 0.8,
     },
+    "fsdp2, answers": {"engine": "fsdp2", **ANSWERS},
+    "fsdp2, head gathered, adapters, answers": {"engine": "fsdp2", "lora": True, "head_in_shards": False, **ANSWERS},
     "fsdp1": {"engine": "fsdp1"},
     "fsdp1, head with a bias": {"engine": "fsdp1", "architecture": "phi", "evaluate_first": False},
     "fsdp1, adapters": {"engine": "fsdp1", "lora": True},
@@ -364,6 +377,7 @@ def check(name: str, ranks: list[Results], alone: Results) -> None:
         for ours, theirs in zip(found["metrics"], expected["metrics"], strict=True):
             for value in ("eval_kl", "eval_cross_entropy"):
                 assert ours[value] == pytest.approx(theirs[value], rel=1e-5), value
+            assert ours.get("eval_told") == theirs.get("eval_told")
         if expected["positions"] is not None:
             assert found["positions"][0] == pytest.approx(expected["positions"][0], rel=1e-4)
             assert found["positions"][1] == expected["positions"][1]
