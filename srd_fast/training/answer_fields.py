@@ -35,6 +35,7 @@ def check_answers(args: "SRDConfig", faults: Faults) -> None:
     faults.check("eval_metrics", _check_metrics, args)
     for name, nothing in _OF_EVALUATIONS.items():
         faults.check((name, "eval_generate"), _check_asked_for, args, name, nothing)
+    faults.check(("eval_generate", "fsdp", "deepspeed"), _check_whole, args)
     faults.check(("early_stopping_patience", "metric_for_best_model", "eval_strategy"), _check_patience, args)
 
 
@@ -93,6 +94,26 @@ def _check_asked_for(args: "SRDConfig", name: str, nothing: float | None) -> Non
     value = getattr(args, name)
     if not args.eval_generate and value != nothing:
         raise UserError(f"{name} is {value!r}, but eval_generate is false, and nothing is answered; set it to true")
+
+
+def check_whole(sharded: bool) -> None:
+    """Refuse evaluations with answers of a student whose weights lie in shards.
+
+    Args:
+        sharded: whether they do.
+
+    Raises:
+        UserError: with the way out.
+    """
+    if sharded:
+        raise UserError(
+            "eval_generate is true, but the student's weights lie in shards (FSDP, DeepSpeed), and it cannot answer "
+            "while it trains; train it whole, or set it to false and evaluate saved students (srd_fast.evaluate)"
+        )
+
+
+def _check_whole(args: "SRDConfig") -> None:
+    check_whole(args.eval_generate and bool(args.fsdp or args.deepspeed))
 
 
 def _check_patience(args: "SRDConfig") -> None:

@@ -19,6 +19,7 @@ from ..models import check_positions
 from ..reflection import GenerationEngine, Sampling, open_engine, stopping_at
 from ..sharing import Sharing
 from ..showing import progress_bar
+from .answer_fields import check_whole
 from .answer_metrics import AnswerMetrics
 from .config import SRDConfig
 
@@ -112,11 +113,7 @@ def check_generation(args: SRDConfig, student: nn.Module, sets: Sequence[Dataset
     Raises:
         UserError: the student cannot answer while it trains, prompts leave no room for answers, or there are none.
     """
-    if sharded:
-        raise UserError(
-            "eval_generate is true, but the student's weights lie in shards, and it cannot answer while it trains; "
-            "train it whole, or set it to false and evaluate saved students (srd_fast.evaluate)"
-        )
+    check_whole(sharded)
     if not sets:
         raise UserError("eval_generate is true, but there is no eval_dataset: give one, or set it to false")
     for samples in sets:
