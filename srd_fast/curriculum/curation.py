@@ -5,6 +5,7 @@ which may decide how many are kept: Kneedle, Satopää et al., ICDCS workshops 2
 throughout, so ten million of them are ranked and written in a minute and 4 GiB (`python -m benchmarks.curate`).
 """
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
@@ -22,6 +23,8 @@ from ..suggest import unknown_name
 from .plan import FUSED, METHODS, RANKED, REASONS, SETTINGS, SHUFFLED, WEIGHTS, CurriculumPlan, Signal
 from .plan_file import TEXT
 from .ranking import competition_ranks, knee, places_of, rows_by_text, subset_borders
+
+logger = logging.getLogger(__name__)
 
 KNEE = "knee"
 # `official` cuts as the authors' code does: int(N * keep / stages) samples a subset. POCL drops
@@ -198,7 +201,7 @@ def replan(plan: CurriculumPlan, stage: int, scores: Dataset, seed: int = 0) -> 
 
     The subsets before it stay, and the others keep their sizes. All samples outside those that stay are ranked as
     `curate` ranks them with the plan's signals: dropped samples may come in, kept ones may go. Those that are kept come
-    in the plan's order.
+    in the plan's order. Where the plan has a band and none of them is within it, the plan stays as it is.
 
     Args:
         plan: the old plan.
@@ -213,6 +216,9 @@ def replan(plan: CurriculumPlan, stage: int, scores: Dataset, seed: int = 0) -> 
     before = pa.concat_arrays(stay)
     table = scores.with_format("arrow")[:]
     left = table.filter(pc.invert(pc.is_in(table["sample_id"], value_set=before.cast(table["sample_id"].type))))
+    if not _any_within(left, plan):
+        logger.warning("at the border of stage %d no sample is within the plan's band; it stays as it is", stage + 1)
+        return plan
     kept_by: dict[str, Any] = {"band": plan.band, "weight_by": plan.weight_by}
     found = curate(Dataset(left), keep=1.0, stages=1, rrf_k=plan.rrf_k, signals=plan.signals, **kept_by)
     ranked, sizes = found.subset_columns[0], [len(s) for s in plan.subset_columns[stage:]]
@@ -270,6 +276,15 @@ def _in_band(
             raise UserError(f"weight_by is {weight_by!r}, which must be from 0 to 1 in every row, found {worst:g}")
         leave_out((p == 0) | (p == 1), weight_by, "with which it weighs nothing")
     return within, pa.array(reasons[~within], TEXT)
+
+
+def _any_within(scores: pa.Table, plan: CurriculumPlan) -> bool:
+    looked_at = [*plan.band, *([] if plan.weight_by is None else [plan.weight_by])]
+    if not looked_at:
+        return True
+    values = {name: _floats(name, scores[name]) for name in looked_at}
+    scored = np.all([np.isfinite(x) for x in values.values()], axis=0)
+    return bool(_in_band({n: x[scored] for n, x in values.items()}, plan.band, plan.weight_by)[0].any())
 
 
 def _weights(ids: pa.Array, p: np.ndarray) -> pa.RecordBatch:

@@ -35,6 +35,11 @@ def check_answers(args: "SRDConfig", faults: Faults) -> None:
     faults.check("eval_metrics", _check_metrics, args)
     for name, nothing in _OF_EVALUATIONS.items():
         faults.check((name, "eval_generate"), _check_asked_for, args, name, nothing)
+    faults.check(
+        ("eval_generate", "lmbda", "seq_kd", "fsdp", "fsdp_config", "deepspeed", "generation_engine"),
+        _check_shards,
+        args,
+    )
     faults.check(("early_stopping_patience", "metric_for_best_model", "eval_strategy"), _check_patience, args)
 
 
@@ -93,6 +98,37 @@ def _check_asked_for(args: "SRDConfig", name: str, nothing: float | None) -> Non
     value = getattr(args, name)
     if not args.eval_generate and value != nothing:
         raise UserError(f"{name} is {value!r}, but eval_generate is false, and nothing is answered; set it to true")
+
+
+def why_silent(args: "SRDConfig", deepspeed: bool, fsdp_version: int | None, in_shards: bool) -> str | None:
+    """Why a student cannot answer prompts while it trains.
+
+    Args:
+        args: of the training.
+        deepspeed: whether DeepSpeed trains it.
+        fsdp_version: of the FSDP that shards it; None: none does.
+        in_shards: whether its weights lie in shards, by FSDP or before it came.
+
+    Returns:
+        The reason; None where it can.
+    """
+    if deepspeed or fsdp_version == 1:
+        return f"it cannot answer while it trains by {'DeepSpeed' if deepspeed else 'FSDP1'}"
+    if in_shards and args.generation_engine != "transformers":
+        return f"generation_engine {args.generation_engine!r} does not read a student in shards, as 'transformers' does"
+    return None
+
+
+def _check_shards(args: "SRDConfig") -> None:
+    given = args.fsdp_config if isinstance(args.fsdp_config, dict) else {}
+    is_first = str(given.get("version", given.get("fsdp_version"))) == "1"
+    reason = why_silent(args, bool(args.deepspeed), 1 if args.fsdp and is_first else None, bool(args.fsdp))
+    asked = [f"{n} is {getattr(args, n)!r}" for n in ("eval_generate", "lmbda", "seq_kd") if getattr(args, n)]
+    if asked and reason is not None:
+        raise UserError(
+            f"{' and '.join(asked)}, but {reason}; train the student whole or by FSDP2, or make its answers before "
+            "training (mode offline_on_policy) and after it (srd_fast.evaluate)"
+        )
 
 
 def _check_patience(args: "SRDConfig") -> None:

@@ -31,6 +31,7 @@ from ..models import (
     whole_student,
     why_not_in_shards,
 )
+from .answer_fields import why_silent
 from .checkpoints import check_engine
 from .config import SRDConfig
 
@@ -204,12 +205,8 @@ class StudentPlace:
         Args:
             student: the model that is trained.
         """
-        if self.has_deepspeed or self.fsdp_version == 1:
-            return f"it cannot answer while it trains by {'DeepSpeed' if self.has_deepspeed else 'FSDP1'}"
-        engine = self.args.generation_engine
-        if engine != "transformers" and (self.fsdp is not None or is_sharded(student)):
-            return f"generation_engine {engine!r} does not read a student in shards, as 'transformers' does"
-        return None
+        in_shards = self.fsdp is not None or is_sharded(student)
+        return why_silent(self.args, self.has_deepspeed, self.fsdp_version, in_shards)
 
     def check_micro_batches(self, student: nn.Module) -> None:
         """Refuse `max_tokens_per_batch`, where it is set and processes could not divide a step each in its own way.

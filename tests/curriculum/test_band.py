@@ -74,6 +74,8 @@ def test_ranked_anew_it_keeps_band_and_weights() -> None:
         {"s1": 0.09, "s2": 0.1875, "s3": 0.25, "s0": 0.25, "s5": 0.25, "s7": 0.25}
     )
     assert {row["sample_id"] for row in new.dropped} == {"s4", "s6"}
+    solved = Dataset.from_dict({**SCORES, "pass_rate": [1.0] * 8})
+    assert replan(plan, 1, solved) == plan, "nothing is left to learn, and the stage goes on with what it had"
 
 
 def test_what_is_no_band_or_weight_is_said() -> None:

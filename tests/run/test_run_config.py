@@ -54,8 +54,9 @@ def test_a_misspelt_key_gets_the_nearest_right_one(text: str, given: str, neares
 
 
 def test_an_unknown_key_comes_with_the_known_ones(config: Any) -> None:
-    assert "Known: floor_subsets, keep, method, order, reflect_again, rrf_k, signals, stages" in refused(
-        config, "curate: {zzz: 1}"
+    assert (
+        "Known: band, floor_subsets, keep, method, order, reflect_again, rrf_k, signals, stages, weight_by"
+        in refused(config, "curate: {zzz: 1}")
     )
 
 

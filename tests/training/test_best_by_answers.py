@@ -23,7 +23,8 @@ ROWS, HELD_OUT = tiny.tiny_samples(8, longest=6), tiny.tiny_samples(5, seed=3, l
 
 
 def told(reflected: Any) -> list[float]:
-    """A number of each answer that another answer does not have."""
+    """A number of each answer that another answer does not have. It draws, as a function of the user's may."""
+    _ = random.random(), np.random.rand(), torch.rand(1)
     return [zlib.crc32(text.encode()) / 2**32 for text in reflected.generations]
 
 
@@ -210,21 +211,19 @@ def test_killed_and_resumed_it_keeps_the_same_student(tokenizer: PreTrainedToken
     fields = {**BEST_TOLD, "eval_temperature": 1.0, "save_total_limit": 2}
     whole = make(tokenizer, {**fields, "output_dir": str(tmp_path / "whole")})
     whole.train()
-    best = whole.state.best_global_step
-    for kill in (2, 5):
-        place = {**fields, "output_dir": str(tmp_path / f"killed-{kill}")}
-        make(tokenizer, {**place, "max_steps": kill}).train()
-        resumed = make(tokenizer, place)
-        resumed.train(resume_from_checkpoint=True)
-        assert resumed.state.best_global_step == best
-        assert resumed.state.best_metric == whole.state.best_metric
-        for name, weight in whole.model.state_dict().items():
-            assert weight.equal(resumed.model.state_dict()[name]), name
-        ours, theirs = (
-            {x["step"]: x["eval_told"] for x in t.state.log_history if "eval_told" in x} for t in (resumed, whole)
-        )
-        assert ours == theirs
-        assert len(set(ours.values())) > 3, "the answers do not change"
+    place = {**fields, "output_dir": str(tmp_path / "killed")}
+    make(tokenizer, {**place, "max_steps": 3}).train()
+    resumed = make(tokenizer, place)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.best_global_step == whole.state.best_global_step
+    assert resumed.state.best_metric == whole.state.best_metric
+    for name, weight in whole.model.state_dict().items():
+        assert weight.equal(resumed.model.state_dict()[name]), name
+    ours, theirs = (
+        {x["step"]: x["eval_told"] for x in t.state.log_history if "eval_told" in x} for t in (resumed, whole)
+    )
+    assert ours == theirs
+    assert len(set(ours.values())) > 3, "the answers do not change"
 
 
 def test_a_training_that_had_ended_early_does_not_go_on(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
@@ -257,6 +256,14 @@ def test_what_cannot_be_is_said_first(tokenizer: PreTrainedTokenizerFast) -> Non
         ({"eval_max_new_tokens": 0}, "eval_max_new_tokens must be a whole number, at least 1"),
         ({"eval_temperature": -1}, "eval_temperature must be at least 0"),
         ({"eval_generate": False}, "eval_max_new_tokens is 5, but eval_generate is false"),
+        (
+            {"fsdp": "full_shard", "fsdp_config": {"version": 1}},
+            "eval_generate is True, but it cannot answer while it trains by FSDP1; train the student whole or by FSDP2",
+        ),
+        (
+            {"fsdp": "full_shard", "generation_engine": "vllm"},
+            "generation_engine 'vllm' does not read a student in shards, as 'transformers' does",
+        ),
         ({"generation_engine": "vlm"}, "unknown engine 'vlm'; did you mean 'vllm'"),
         ({"early_stopping_patience": 2}, "there is no metric_for_best_model to look at"),
         ({"early_stopping_patience": 2, "metric_for_best_model": "kl"}, "eval_strategy is 'no'; set it to 'steps'"),

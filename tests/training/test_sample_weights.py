@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from datasets import Dataset
 from tiny import IGNORE, plain_cross_entropy, plain_divergence
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast, TrainerCallback
+from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
 
 from srd_fast import CurriculumPlan, SRDConfig, SRDTrainer, UserError, attach_curriculum
 from srd_fast.training.replay import ReplayBuffer
@@ -153,6 +154,10 @@ def test_weights_that_cannot_be_are_refused(tokenizer: PreTrainedTokenizerFast) 
         make(tokenizer, CurriculumPlan([IDS[:4]], weights=dict.fromkeys(IDS[:3], 1.0)))
     with pytest.raises(UserError, match="weights are 0 for all samples"):
         make(tokenizer, CurriculumPlan([IDS[:2]], weights=dict.fromkeys(IDS[:2], 0.0)))
-    trainer = make(tokenizer)
-    with pytest.raises(UserError):
-        attach_curriculum(trainer, PLAN)
+    others = Trainer(
+        tiny.tiny_model("llama", layers=1),
+        TrainingArguments("out", use_cpu=True, report_to=[]),
+        train_dataset=Dataset.from_list(ROWS),
+    )
+    with pytest.raises(UserError, match="the plan weighs samples by 'pass_rate', and a trainer's own loss takes no"):
+        attach_curriculum(others, PLAN)
