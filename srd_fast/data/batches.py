@@ -11,7 +11,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ..models import shared_starts
-from .tokenisation import IGNORE_INDEX, first_label
+from .columns import IGNORE_INDEX, first_label
 
 
 def pad_right(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
