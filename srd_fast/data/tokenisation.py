@@ -219,10 +219,10 @@ class Tokenisation:
             prompt, answer = self.chat.split(conversation, bool(self._parse))
             theirs = ""
             if self.privileged is not None:
-                seen = self.privileged.conversation(conversation, row, references[0])
-                theirs, _ = self.chat.split(seen, bool(self._parse))
-            made = self._of_chat(row, conversation, references, prompt, answer)
-            return replace(made, later=later, privileged=theirs)
+                more = self.privileged.conversation(conversation, row, references[0])
+                theirs, _ = self.chat.split(more, bool(self._parse))
+            draft = self._of_chat(row, conversation, references, prompt, answer)
+            return replace(draft, later=later, privileged=theirs)
         fields, references, template = self._fields(row, columns)
         by_row = not {"prompt", TEXT}.isdisjoint(columns)
         parse = by_row if self._parse is None else self._parse

@@ -16,6 +16,23 @@ SELF = "self"
 _FILE = "teacher.safetensors"
 
 
+def check_decay(decay: float | None, keeps_dtype: bool = False) -> None:
+    """Refuse a decay of a moving average that is none.
+
+    Args:
+        decay: `self_ema_decay`.
+        keeps_dtype: whether narrow weights are trained as they are: small parts of them vanish.
+
+    Raises:
+        UserError: with the way out.
+    """
+    number = isinstance(decay, (int, float)) and not isinstance(decay, bool)
+    if decay is not None and not (number and 0 <= decay < 1):
+        raise UserError(f"self_ema_decay must be from 0 to below 1, or null for a teacher that stays, got {decay!r}")
+    if decay is not None and keeps_dtype:
+        raise UserError("self_ema_decay needs weights in float32, and keep_student_dtype is true; set it to false")
+
+
 class OwnTeacher(LiveTeacher):
     """A student's weights as they are now, as its teacher.
 

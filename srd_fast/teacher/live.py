@@ -64,7 +64,7 @@ class LiveTeacher:
         freeze: bool = True,
         autocast: torch.dtype | None = None,
     ) -> None:
-        self._dtype = None if autocast == torch.float32 else autocast
+        self._dtype: torch.dtype | None = None
         unpack(model)
         stays = _why_it_stays(model)
         if stays is not None and offload:
@@ -91,6 +91,7 @@ class LiveTeacher:
         # A body in the host's memory is tried there.
         tried, place = (own, None) if offload else (self.head, self.entry)
         self.run(check_head, self.model, "teacher", tried, place, on_device=False)
+        self._dtype = None if autocast == torch.float32 else autocast
         pairs = (own.weight, self.head.weight), (own.bias, self.head.bias)
         self._heads = {id(x): there for x, there in pairs if x is not None and there is not None}
         if offload and self.device.type == "cuda":

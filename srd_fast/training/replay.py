@@ -19,6 +19,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ..data import read_columns
+
 ADAPTIVE = "adaptive"
 Kind = Literal["data", "fresh", "replayed"]
 DATA: Kind = "data"
@@ -107,8 +109,8 @@ class ReplayBuffer:
         return len(self._kept)
 
     def add(self, samples: Iterable[Mapping[str, Any]]) -> None:
-        """Keep samples, in their order."""
-        self._kept += [{n: list(map(int, s[n])) for n in ("input_ids", "labels")} for s in samples]
+        """Keep what a step reads of samples, in their order."""
+        self._kept += [{n: list(map(int, s[n])) for n in read_columns(list(s))} for s in samples]
         del self._kept[: max(0, len(self._kept) - self.capacity)]
 
     def draw(self, count: int, seed: int) -> list[dict[str, list[int]]]:
@@ -124,7 +126,8 @@ class ReplayBuffer:
     def save(self, file: Path) -> None:
         """Write all that is kept."""
         kind = pa.list_(pa.int32())
-        columns = {n: pa.array([s[n] for s in self._kept], kind) for n in ("input_ids", "labels")}
+        names = list(self._kept[0]) if self._kept else ["input_ids", "labels"]
+        columns = {n: pa.array([s[n] for s in self._kept], kind) for n in names}
         pq.write_table(pa.table(columns), file)
 
     def load(self, file: Path) -> None:
