@@ -204,6 +204,7 @@ def _check_models(config: RunConfig, faults: Faults) -> None:
     faults.check(("teacher", "lora"), lora_config, config)
     if tokenizer is not None:
         speech = ("template", "chat_template_kwargs", "max_prompt_length", "max_response_length", "train_on")
+        speech += ("privileged_template", "max_privileged_length")
         faults.check(speech, tokenisation_of, config, tokenizer)
         faults.check(("teacher", "student", "lora", "init_student"), _try_the_end, config, tokenizer)
 

@@ -11,10 +11,12 @@ import torch
 import transformers
 
 from ...curriculum import CurriculumPlan
+from ...data import DistillationCollator, teachers_samples
 from ...files import write_text
-from ...models import load_model
+from ...models import decoder_start, load_model
 from ...reflection import Sampling
 from ...report import write_report
+from ...teacher import LiveTeacher, PrivilegedTeacher, TeacherCache
 from ...training.evaluation import evaluate
 from ..config import RunConfig
 from ..modes import MODES
@@ -97,16 +99,13 @@ def _evaluate(run: Run, todo: Mapping[str, tuple[str, str]], kept: dict[str, Any
         kept: the content of evaluation.json. The results are added.
     """
     path, c = run.folder / "evaluation.json", run.config.evaluate
-    cache = validation_cache(run)
+    cache, validation = validation_cache(run), run.data("validation")
     for name, (key, source) in todo.items():
         is_teacher = name == "teacher"
-        if cache is None:
-            of_teacher: dict[str, Any] = {} if is_teacher else {"teacher": run.teacher}
-        else:
-            of_teacher = {"states" if is_teacher else "teacher": cache}
+        of_teacher: dict[str, Any] = {"states": cache} if is_teacher else {"teacher": _teacher(run, cache)}
         result = evaluate(
             run.teacher if is_teacher else load_model(source, run.dtype, run.device),
-            run.data("validation"),
+            teachers_samples(validation) if is_teacher else validation,
             run.tokenizer,
             **of_teacher,
             sampling=Sampling(max_new_tokens=c.max_new_tokens, temperature=c.temperature if c.seeds else 0.0),
@@ -121,6 +120,16 @@ def _evaluate(run: Run, todo: Mapping[str, tuple[str, str]], kept: dict[str, Any
         if run.group.rank == 0:
             kept[name] = {"key": key, **result}
             write_text(path, json_text(kept))
+
+
+def _teacher(run: Run, cache: TeacherCache | None) -> Any:
+    """What gives the teacher's rows of the validation samples."""
+    if not MODES.get(run.config.mode).itself:
+        return run.teacher if cache is None else cache
+    if cache is not None:
+        return PrivilegedTeacher(cache, DistillationCollator())
+    collate = DistillationCollator(decoder_start=decoder_start(run.teacher))
+    return PrivilegedTeacher(LiveTeacher(run.teacher, freeze=False), collate)
 
 
 def _training_figures(run: Run) -> dict[str, Any]:

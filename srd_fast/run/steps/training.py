@@ -14,11 +14,11 @@ from ...data import IGNORE_INDEX
 from ...files import remove, replace_folder, temporary_path, write_text
 from ...models import load_model
 from ...sharing import ALONE, Sharing
-from ...teacher import CacheBesideTeacher, LiveTeacher
+from ...teacher import SELF, CacheBesideTeacher, LiveTeacher
 from ...training.batching import make_curriculum
 from ...training.checkpoints import last_whole_checkpoint
 from ...training.trainer import SRDTrainer
-from ..modes import MODES
+from ..modes import MODES, answers_anew, shares_weights
 from ..stopping import stopping_later
 from .cache import open_cache
 from .run import Run, json_text, write_parquet
@@ -146,13 +146,14 @@ def _trained(run: Run, plan: CurriculumPlan, until: int | None, checkpoint: str 
 
 def _teacher(run: Run, student: nn.Module) -> Any:
     """What the student is distilled from; None where its loss has no teacher."""
-    mode = MODES.get(run.config.mode)
-    if not mode.teacher:
+    if not MODES.get(run.config.mode).teacher:
         return None
+    if shares_weights(run.config):
+        return SELF
     cache = open_cache(run, student)
     if cache is None:
         return run.teacher
-    if not mode.fresh:
+    if not answers_anew(run.config):
         return cache
     return CacheBesideTeacher(cache.for_student(student), LiveTeacher(run.teacher, run.device))
 
