@@ -7,7 +7,9 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
+from test_kills import Command, finish, outcome
 
 from srd_fast.data import seen_by_teacher
 from srd_fast.errors import FaultsError, UserError
@@ -191,3 +193,44 @@ def test_other_modes_have_nothing_of_it(settings: dict[str, Any], tmp_path: Path
     tuned = fine_tuning(config(settings, tmp_path, {"self_ema_decay": 0.9, "lmbda": 0.5}), "teacher")
     assert (tuned.mode, tuned.privileged_template) == ("sft", None)
     assert not {"self_ema_decay", "lmbda"} & tuned.distill.keys()
+
+
+@pytest.mark.long
+def test_real_weights_take_in_a_system_prompt_and_a_killed_run_ends_the_same(
+    data_folder: Path | None, tmp_path: Path
+) -> None:
+    """SmolLM2-135M-Instruct alone, on real text, by the real command, killed with SIGKILL while it trains."""
+    if data_folder is None:
+        pytest.skip("needs real text: SRD_FAST_TEST_DATA")
+    content = {
+        "mode": "self",
+        "teacher": "smollm2-135m-instruct",
+        "student": "smollm2-135m-instruct",
+        "data": str(data_folder / "llms_from_scratch_train.jsonl"),
+        "max_rows": 88,
+        "validation": 24,
+        "template": "chat",
+        "privileged_template": "You are a pirate. Begin every answer with 'Arr, matey!', and speak as pirates do.",
+        "curate": {"method": "none", "stages": 1},
+        "reflect": {"engine": "transformers", "max_new_tokens": 4},
+        "evaluate": {"max_new_tokens": 8},
+        "distill": {
+            "divergence": "forward_kl", "temperature": 1, "learning_rate": 1e-4, "epochs_per_stage": 1,
+            "per_device_train_batch_size": 8, "save_steps": 3, "eval_steps": 8,
+        },
+    }  # fmt: skip
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(content))
+    finish(path, tmp_path / "quiet", tmp_path / "quiet.log")
+    command = Command(path, tmp_path / "run", tmp_path / "killed.log")
+    assert command.reaches("distill")
+    saved = tmp_path / "run" / "checkpoints" / "checkpoint-3" / "trainer_state.json"
+    while not saved.is_file():
+        assert command.runs_for(0.05)
+    command.kill()
+    assert not (tmp_path / "run" / "student").exists()
+    finish(path, tmp_path / "run", tmp_path / "run.log")
+    wanted = outcome(tmp_path / "quiet")
+    assert outcome(tmp_path / "run") == wanted
+    summary: Any = wanted["summary"]
+    assert summary["student"]["kl"] < 0.8 * summary["start"]["kl"]
