@@ -111,10 +111,11 @@ def check_answering(
         raise UserError(f"seq_kd needs a teacher that can answer, a model, not {type(live).__name__}")
     kept = sorted({i for stage in curriculum.stages for i in stage.samples.tolist()})
     theirs = live.model if isinstance(live, LiveTeacher) else live
-    way_out = "lower max_new_tokens or max_prompt_length"
-    for samples, models in ((taught, {"teacher": theirs}), (train, {"student": student})):
+    of_teacher = "prompt" if taught is train else "privileged"
+    for samples, models, prompt in ((taught, {"teacher": theirs}, of_teacher), (train, {"student": student}, "prompt")):
         used = samples.select(kept)
         prompts = prompt_lengths(used)
+        way_out = f"lower max_new_tokens or max_{prompt}_length"
         check_positions(token_counts(used), prompts, used["sample_id"], models, way_out, args.max_new_tokens)
     longest = max(prompts) + args.max_new_tokens + is_encoder_decoder(student)
     if 0 < args.max_tokens_per_batch < longest:
@@ -151,7 +152,7 @@ class FreshAnswers:
         self.schedule = AnswerSchedule(args.lmbda, args.replay_buffer, total_steps, args.seed)
         self.buffer = ReplayBuffer(args.replay_buffer)
         self.ends, self.eos = answer_ends(train, tokenizer), int(tokenizer.eos_token_id)
-        self.length = max(longest, *prompt_lengths(train)) + args.max_new_tokens
+        self.length = max(longest, max(prompt_lengths(train))) + args.max_new_tokens
         sampling = Sampling(max_new_tokens=args.max_new_tokens, temperature=args.generation_temperature)
         self._sampling = stopping_at(sampling, sorted(self.ends - {self.eos}))
         self._engines: dict[str, tuple[GenerationEngine, int]] = {}

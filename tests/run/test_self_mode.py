@@ -207,16 +207,16 @@ def test_real_weights_take_in_a_system_prompt_and_a_killed_run_ends_the_same(
         "teacher": "smollm2-135m-instruct",
         "student": "smollm2-135m-instruct",
         "data": str(data_folder / "llms_from_scratch_train.jsonl"),
-        "max_rows": 88,
-        "validation": 24,
+        "max_rows": 40,
+        "validation": 8,
         "template": "chat",
         "privileged_template": "You are a pirate. Begin every answer with 'Arr, matey!', and speak as pirates do.",
         "curate": {"method": "none", "stages": 1},
-        "reflect": {"engine": "transformers", "max_new_tokens": 4},
-        "evaluate": {"max_new_tokens": 8},
+        "reflect": {"engine": "transformers", "max_new_tokens": 1},
+        "evaluate": {"max_new_tokens": 2},
         "distill": {
             "divergence": "forward_kl", "temperature": 1, "learning_rate": 1e-4, "epochs_per_stage": 1,
-            "per_device_train_batch_size": 8, "save_steps": 3, "eval_steps": 8,
+            "per_device_train_batch_size": 4, "save_steps": 3, "save_total_limit": 1, "eval_steps": 8,
         },
     }  # fmt: skip
     path = tmp_path / "config.yaml"
