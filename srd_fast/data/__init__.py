@@ -18,22 +18,27 @@ from .batches import (
 )
 from .chat import check_chat_template_kwargs, template_key
 from .checks import check_token_ids
+from .columns import IGNORE_INDEX, PRIVILEGED_FEATURES, PRIVILEGED_IDS, TOKENISED_FEATURES, first_label, read_columns
 from .conversations import TRAIN_ON, check_train_on
 from .files import SourceRow, shown
 from .formats import ROW_FORMATS, register_row_format, row_format_names
 from .mapping import check_columns
 from .own_rows import DataFunction, check_made, data_function_of, made_rows
+from .privileged import WHOLE_COLUMN, check_privileged_template, seen_by_teacher, teachers_samples
 from .rows import Rows
-from .samples import TOKENISED_FEATURES, PreparedData, content_id, prepare_dataset
+from .samples import PreparedData, content_id, prepare_dataset
 from .sources import check_source, read_rows, read_source, rows_of, source_files, source_path
-from .tokenisation import IGNORE_INDEX, Tokenisation, first_label
+from .tokenisation import Tokenisation
 
 __all__ = [
     "IGNORE_INDEX",
+    "PRIVILEGED_FEATURES",
+    "PRIVILEGED_IDS",
     "ROW_FORMATS",
     "TOKENISED_FEATURES",
     "TRAIN_ON",
     "WEIGHT",
+    "WHOLE_COLUMN",
     "Answers",
     "DataFunction",
     "DistillationCollator",
@@ -47,6 +52,7 @@ __all__ = [
     "check_chat_template_kwargs",
     "check_columns",
     "check_made",
+    "check_privileged_template",
     "check_source",
     "check_token_ids",
     "check_train_on",
@@ -62,15 +68,18 @@ __all__ = [
     "padded_tokens",
     "prepare_dataset",
     "prompt_lengths",
+    "read_columns",
     "read_rows",
     "read_source",
     "register_row_format",
     "row_format_names",
     "rows_of",
+    "seen_by_teacher",
     "sequence_lengths",
     "shown",
     "source_files",
     "source_path",
+    "teachers_samples",
     "template_key",
     "token_counts",
     "with_borders",

@@ -7,7 +7,7 @@ import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from .tokenisation import IGNORE_INDEX, first_label
+from .columns import IGNORE_INDEX, first_label
 
 
 class Answers:

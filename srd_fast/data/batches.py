@@ -11,7 +11,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ..models import shared_starts
-from .tokenisation import IGNORE_INDEX, first_label
+from .columns import IGNORE_INDEX, first_label
 
 # Of a sample that does not weigh as much as others in the loss.
 WEIGHT = "weight"

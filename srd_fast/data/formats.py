@@ -23,7 +23,7 @@ Convert = Callable[[Row], Row]
 TEXT = "text"
 _MOST_STATES = 10_000
 # What every row may have besides the columns of its format.
-CARRIED = ("sample_id", "references", "tests", "tools", "system")
+CARRIED = ("sample_id", "references", "tests", "tools", "system", "privileged")
 STANDARD = (("instruction", "output"), ("prompt", "completion"), ("messages",), ("input_ids", "labels"), (TEXT,))
 
 
@@ -34,7 +34,7 @@ class RowFormat:
     Args:
         columns: that a row has to have.
         convert: a row with values in these columns -> a row of a standard format. Its `sample_id`, `references`,
-            `tests`, `tools` and `system` are kept. None: the rows are of a standard format.
+            `tests`, `tools`, `system` and `privileged` are kept. None: the rows are of a standard format.
         optional: columns that it reads where they are there.
     """
 
@@ -158,7 +158,7 @@ ROW_FORMATS: Registry[RowFormat] = Registry(
         "instruction": RowFormat(("instruction", "output"), None, ("input",)),
         "prompt": RowFormat(("prompt", "completion"), _prompt_completion),
         "messages": RowFormat(("messages",), _messages),
-        "tokenised": RowFormat(("input_ids", "labels"), None, ("prompt",)),
+        "tokenised": RowFormat(("input_ids", "labels"), None, ("prompt", "privileged_ids")),
         "sharegpt": _conversation("conversations"),
         "conversation": _conversation("conversation"),
         "preference": _chosen("prompt"),

@@ -39,7 +39,7 @@ class Prompts:
             prompts: guarded, and whether the chat template rendered it; of those there may be less ids, but too many.
         """
         chats = iter(self.encoder.ids_of_all([self._readable(text) for text, is_chat in prompts if is_chat]))
-        texts = [text for text, is_chat in prompts if not is_chat]
+        texts = [self._readable(text) for text, is_chat in prompts if not is_chat]
         others = iter(self._once(ids, text) for ids, text in zip(self.encoder.ids_of_all(texts, True), texts))
         return [next(chats) if is_chat else next(others) for _, is_chat in prompts]
 

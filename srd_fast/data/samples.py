@@ -14,6 +14,9 @@ Turns of `messages` may have whatever else the chat template knows (name, tool_c
 content is text, or a list of parts of text. Where the chat template is used, the column `tools` holds schemas of
 functions, and `system` a system text.
 
+With a `privileged_template` samples have the prompt of the teacher too, `privileged_ids`, see `privileged.py`; the
+column `privileged` is a text for it.
+
 A column `references` (a list of texts) replaces the response as the texts that answers are scored against. A column
 `tests` (a text or a list of texts) holds Python source that the code in an answer has to pass, see
 `reflection/execution.py`.
@@ -35,9 +38,10 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
-from datasets import Dataset, Features, List, Value
+from datasets import Dataset, Features
 
 from ..errors import UserError, first_line
+from .columns import PRIVILEGED_FEATURES, TOKENISED_FEATURES
 from .files import SourceRow, shown
 from .formats import RowFormat, choose_format
 from .mapping import advice, check_columns, check_found, mapped_formats, renamed
@@ -51,16 +55,6 @@ from .values import encodable, given_tests
 
 logger = logging.getLogger(__name__)
 
-TOKENISED_FEATURES = Features(
-    {
-        "sample_id": Value("string"),
-        "prompt": Value("string"),
-        "references": List(Value("string")),
-        "input_ids": List(Value("int32")),
-        "labels": List(Value("int32")),
-        "tests": List(Value("string")),
-    }
-)
 _WITHOUT_TESTS = Features({name: kind for name, kind in TOKENISED_FEATURES.items() if name != "tests"})
 _MOST_NAMES = 100
 _AT_ONCE = 1000
@@ -130,12 +124,16 @@ class _Reading:
     tokenisation: Tokenisation
     rejected: list[tuple[str, str]] = field(default_factory=list)
     cuts: Counter[str] = field(default_factory=Counter)
-    tables: Tables = field(default_factory=lambda: Tables(TOKENISED_FEATURES.arrow_schema))
     unused: set[str] = field(default_factory=set)
+    _unprivileged: list[str] = field(default_factory=list)
     _seen: Counter[str] = field(default_factory=Counter)
     _places: dict[str, str] = field(default_factory=dict)
     _repeated: dict[str, list[str]] = field(default_factory=dict)
     _without: str = ""
+
+    def __post_init__(self) -> None:
+        self.features = TOKENISED_FEATURES if self.tokenisation.privileged is None else PRIVILEGED_FEATURES
+        self.tables = Tables(self.features.arrow_schema)
 
     def take(self, rows: Sequence[SourceRow]) -> None:
         """Make samples of the next rows."""
@@ -155,7 +153,7 @@ class _Reading:
             samples.append({"sample_id": row.sample_id, **sample, "tests": tests})
             self._without = self._without or ("" if row.has_given_id else row.where)
         if samples:
-            self.tables.add({name: [sample[name] for sample in samples] for name in TOKENISED_FEATURES})
+            self.tables.add({name: [sample[name] for sample in samples] for name in self.features})
 
     def check_given_ids(self) -> None:
         """Refuse a sample_id that several rows have, and data where only some rows have one.
@@ -164,10 +162,27 @@ class _Reading:
             UserError: naming the places.
         """
         for given, where in self._repeated.items():
-            listed = ", ".join(where[:5]) + (", ..." if len(where) > 5 else "")
-            raise UserError(f"sample_id {shown(given)!r} is used by {len(where)} rows; it must be unique: {listed}")
+            raise UserError(
+                f"sample_id {shown(given)!r} is used by {len(where)} rows; it must be unique: {_places(where)}"
+            )
         if self._places and self._without:
             raise UserError(f"{self._without} has no sample_id while others have one; give all rows one")
+
+    def check_privileged(self, name: str) -> None:
+        """Refuse data of which a row does not say what the teacher is to read.
+
+        Args:
+            name: of the data.
+
+        Raises:
+            UserError: naming the places.
+        """
+        if self._unprivileged:
+            raise UserError(
+                f"{name}: {len(self._unprivileged)} rows have nothing that the teacher alone could read: "
+                f"{_places(self._unprivileged)}; give each a text in the column privileged (another one: columns: "
+                "{privileged: NAME}; tokenised rows: privileged_ids), or a privileged_template without {privileged}"
+            )
 
     def _read(self, row: SourceRow) -> "_Row":
         columns = row.columns
@@ -187,6 +202,9 @@ class _Reading:
                 sample_id = given
             if wrong is not None:
                 raise wrong
+            if self.tokenisation.lacks_privileged(standard, kind):
+                self._unprivileged.append(row.where)
+                raise UserError("there is nothing that the teacher alone could read")
             if sample_id is None:
                 raise UserError("the row is nested too deeply, or holds what JSON cannot")
         except UserError as e:
@@ -217,6 +235,11 @@ class _Reading:
         first = self._places.setdefault(given, where)
         if first is not where:
             self._repeated.setdefault(given, [first]).append(where)
+
+
+def _places(where: Sequence[str]) -> str:
+    """The first places of several for a message."""
+    return ", ".join(where[:5]) + (", ..." if len(where) > 5 else "")
 
 
 @dataclass
@@ -280,9 +303,12 @@ def prepare_dataset(
         The samples and the rejected rows.
 
     Raises:
-        UserError: columns are missing, ids repeat, no row can be used, or more than `max_bad_rows` cannot.
+        UserError: columns are missing, ids repeat, no row can be used, or more than `max_bad_rows` cannot; or a row has
+            nothing for the teacher, where the tokenisation wants something.
     """
-    if isinstance(data, Dataset) and data.features == TOKENISED_FEATURES and len(data):
+    if isinstance(data, Dataset) and data.features == PRIVILEGED_FEATURES and len(data):
+        return PreparedData(data)
+    if isinstance(data, Dataset) and data.features == TOKENISED_FEATURES and len(data) and not tokenisation.privileged:
         return PreparedData(data)
     if isinstance(data, Dataset) and data.features == _WITHOUT_TESTS and len(data):
         return PreparedData(data.add_column("tests", [[]] * len(data), feature=TOKENISED_FEATURES["tests"]))
@@ -300,6 +326,7 @@ def prepare_dataset(
     while some := list(islice(every, _AT_ONCE)):
         reading.take(some)
     reading.check_given_ids()
+    reading.check_privileged(name)
     rejected, cuts = reading.rejected, reading.cuts
     if not reading.tables.rows:
         raise UserError(f"{name}: none of {count} rows is usable; first: {_told(rejected[:1])}")

@@ -38,10 +38,11 @@ class PromptTemplate:
 
 def _render_alpaca(fields: Mapping[str, Any]) -> str:
     chosen = _ALPACA_INPUT if fields.get("input") else _ALPACA
-    return _substitute(chosen, fields)
+    return substituted(chosen, fields)
 
 
-def _substitute(template: str, fields: Mapping[str, Any]) -> str:
+def substituted(template: str, fields: Mapping[str, Any]) -> str:
+    """A format string with fields in their places; what is not there is empty."""
     parts = []
     for literal, name, _, _ in Formatter().parse(template):
         parts.append(literal)
@@ -76,9 +77,9 @@ def get_template(template: str) -> PromptTemplate:
 
     def render(fields: Mapping[str, Any]) -> str:
         if "input" in names or not fields.get("input"):
-            return _substitute(template, fields)
+            return substituted(template, fields)
         joined = f"{fields['instruction']}\n{fields['input']}"
-        return _substitute(template, {**fields, "instruction": joined})
+        return substituted(template, {**fields, "instruction": joined})
 
     return PromptTemplate(render, parts[-1][0] if parts[-1][1] is None else "")
 

@@ -1,8 +1,9 @@
 """Turns one row's columns into one tokenised sample."""
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -10,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import UserError
 from .chat import ChatTemplate, check_chat_template_kwargs
+from .columns import IGNORE_INDEX, PRIVILEGED_IDS
 from .conversations import (
     ALL,
     ASSISTANT,
@@ -23,47 +25,17 @@ from .conversations import (
     tools_of,
     with_system,
 )
+from .drafts import AS_IT_IS, Draft
 from .encoding import TextEncoder
 from .formats import TEXT
+from .privileged import PrivilegedTemplate
 from .prompts import LONGEST_TOKEN, RESPONSES_CUT, Prompts
 from .templates import PromptTemplate, get_template, parted
-from .values import encodable, text_of, texts_of
+from .tokenised_rows import given_privileged_ids, tokenised_sample
+from .values import encodable, given_references, text_of, texts_of
 
 T = TypeVar("T")
-IGNORE_INDEX = -100
 CHAT = "chat"
-_AS_IT_IS = get_template("{instruction}")
-
-
-@dataclass(frozen=True)
-class _Draft:
-    """A row rendered: what is left is to tokenise it, and to cut it where it is too long.
-
-    Args:
-        row: it was made of.
-        prompt: guarded.
-        answer: guarded.
-        ended: whether the answer has the token that ends it.
-        references: that answers are scored against.
-        chat: the conversation; None for a prompt of text.
-        said: of a conversation, the references as the row has them.
-        later: what is said in a conversation behind the answer, where all answers are trained on.
-        fields: of a prompt of text.
-        template: of a prompt of text.
-        parse: whether special tokens in the fields are parsed.
-    """
-
-    row: Mapping[str, Any]
-    prompt: str
-    answer: str
-    ended: bool
-    references: list[str]
-    chat: Conversation | None = None
-    said: list[str] = field(default_factory=list)
-    later: tuple[Turn, ...] = ()
-    fields: Mapping[str, Any] = field(default_factory=dict)
-    template: PromptTemplate = _AS_IT_IS
-    parse: bool = False
 
 
 def _or_error(make: Callable[..., T], *args: Any) -> T | UserError:
@@ -92,9 +64,12 @@ class Tokenisation:
             with the special tokens that the tokenizer gives to each.
         train_on: which of the assistant's turns of a conversation have loss: "last", or "all". Of all, the first is
             answered and scored, and what there is behind its question has max_response_length tokens at most.
+        privileged_template: what the teacher reads, see `PrivilegedTemplate`; samples then have its prompt too.
+            Default: what the student reads.
+        max_privileged_length: tokens of that prompt, at least 1. A row with a longer one cannot be used.
 
     Raises:
-        UserError: a length is below 1, the tokenizer has no end-of-sequence token, the template or its variables cannot
+        UserError: a length is below 1, the tokenizer has no end-of-sequence token, a template or its variables cannot
             be used, or all turns are to be trained on with an encoder-decoder model.
     """
 
@@ -108,11 +83,13 @@ class Tokenisation:
         parse_special_tokens: bool | None = None,
         encoder_decoder: bool = False,
         train_on: str = LAST,
+        privileged_template: str | None = None,
+        max_privileged_length: int = 2048,
     ) -> None:
-        if max_prompt_length < 1 or max_response_length < 1:
+        if min(max_prompt_length, max_response_length, max_privileged_length) < 1:
             raise UserError(
-                f"max_prompt_length and max_response_length must be at least 1, got {max_prompt_length} "
-                f"and {max_response_length}"
+                "max_prompt_length, max_response_length and max_privileged_length must be at least 1, got "
+                f"{max_prompt_length}, {max_response_length} and {max_privileged_length}"
             )
         if tokenizer.eos_token_id is None:
             raise UserError("the tokenizer has no eos_token; responses must end in one")
@@ -128,6 +105,8 @@ class Tokenisation:
             _ = self.chat
         self.template: PromptTemplate = get_template("alpaca" if self._all_chat else template)
         self.prompts = Prompts(self.encoder, max_prompt_length, encoder_decoder)
+        self.privileged = None if privileged_template is None else PrivilegedTemplate(privileged_template)
+        self._teachers = Prompts(self.encoder, max_privileged_length, encoder_decoder)
         self.max_prompt_length = max_prompt_length
         self.max_response_length = max_response_length
         self._parse = parse_special_tokens
@@ -147,6 +126,18 @@ class Tokenisation:
         """Whether the chat template applies to rows with these columns."""
         has_chat = bool(getattr(self.tokenizer, "chat_template", None))
         return has_chat if "messages" in columns else self._all_chat and not {"labels", TEXT} & set(columns)
+
+    def without_privileged(self) -> "Tokenisation":
+        """The same for samples whose teacher has no prompt of its own."""
+        found = copy.copy(self)
+        found.privileged = None
+        return found
+
+    def lacks_privileged(self, row: Mapping[str, Any], columns: Sequence[str]) -> bool:
+        """Whether a row does not say what the teacher is to read, and has to."""
+        if self.privileged is None:
+            return False
+        return row.get(PRIVILEGED_IDS) is None if "labels" in columns else self.privileged.lacks(row)
 
     def sample(
         self, row: Mapping[str, Any], columns: Sequence[str], cuts: Counter[str] | None = None
@@ -179,26 +170,46 @@ class Tokenisation:
             For each row its sample, or the reason why there is none.
         """
         drafts = [_or_error(self._draft, row, columns) for row, columns in rows]
-        rendered = [d for d in drafts if isinstance(d, _Draft)]
+        rendered = [d for d in drafts if isinstance(d, Draft)]
         prompts = iter(self.prompts.ids_of_all([(d.prompt, d.chat is not None) for d in rendered]))
         answers = iter(self._answers_together([d.answer for d in rendered]))
+        privileged = iter(self._privileged_ids(rendered))
         made: list[dict[str, Any] | UserError] = []
         for draft in drafts:
-            if isinstance(draft, _Draft):
-                made.append(_or_error(self._finish, draft, next(prompts), next(answers), cuts))
+            if isinstance(draft, Draft):
+                ids = next(prompts), next(answers), next(privileged)
+                made.append(_or_error(self._finish, draft, *ids, cuts))
             else:
                 made.append(draft)
         return made
+
+    def _privileged_ids(self, drafts: Sequence[Draft]) -> list[list[int]]:
+        """Ids of the prompts of the teacher."""
+        if self.privileged is None:
+            return [[] for _ in drafts]
+        return self._teachers.ids_of_all([(d.privileged, d.chat is not None) for d in drafts])
+
+    def _with_privileged(self, sample: dict[str, Any], ids: list[int]) -> dict[str, Any]:
+        if self.privileged is None:
+            return sample
+        if len(ids) > self._teachers.most:
+            raise UserError(
+                f"the prompt of the teacher is longer than max_privileged_length {self._teachers.most}; raise that, or "
+                "shorten the privileged text"
+            )
+        return {**sample, PRIVILEGED_IDS: ids}
 
     def _answers_together(self, answers: Sequence[str]) -> list[list[int]]:
         """Ids of the beginnings of answers that there is room for."""
         kept = [text[: self.max_response_length * LONGEST_TOKEN] for text in answers]
         return (self.encoder.target_ids_of_all if self.encoder_decoder else self.encoder.continuation_ids_of_all)(kept)
 
-    def _draft(self, row: Mapping[str, Any], columns: Sequence[str]) -> "dict[str, Any] | _Draft":
+    def _draft(self, row: Mapping[str, Any], columns: Sequence[str]) -> dict[str, Any] | Draft:
         """A row rendered, before it is tokenised; one that is tokenised already is its sample."""
         if "labels" in columns:
-            return self._tokenised(row)
+            made = tokenised_sample(row, self.tokenizer, self._ends, self.max_prompt_length + self.max_response_length)
+            ids = [] if self.privileged is None else given_privileged_ids(row, self.tokenizer)
+            return self._with_privileged(made, ids)
         if self.is_chat(columns):
             conversation, references = self._conversation(row, columns)
             later: tuple[Turn, ...] = ()
@@ -206,7 +217,12 @@ class Tokenisation:
                 conversation, later = conversation.up_to_first_answer()
                 references = [conversation.answer["content"]] if later else references
             prompt, answer = self.chat.split(conversation, bool(self._parse))
-            return replace(self._of_chat(row, conversation, references, prompt, answer), later=later)
+            theirs = ""
+            if self.privileged is not None:
+                more = self.privileged.conversation(conversation, row, references[0])
+                theirs, _ = self.chat.split(more, bool(self._parse))
+            draft = self._of_chat(row, conversation, references, prompt, answer)
+            return replace(draft, later=later, privileged=theirs)
         fields, references, template = self._fields(row, columns)
         by_row = not {"prompt", TEXT}.isdisjoint(columns)
         parse = by_row if self._parse is None else self._parse
@@ -215,20 +231,32 @@ class Tokenisation:
         answer, ended = self._up_to_end(self.encoder.guard(references[0], parse))
         if parse:
             references = [self._said(r) for r in references]
-        return _Draft(row, prompt, answer, ended, references, fields=fields, template=template, parse=parse)
+        theirs = ""
+        if self.privileged is not None:
+            seen = self.privileged.fields(fields, row, references[0])
+            theirs = template.render(self.encoder.guard(seen, parse))
+            encodable(self.encoder.plain(theirs), "the prompt of the teacher")
+        return Draft(
+            row, prompt, answer, ended, references, fields=fields, template=template, parse=parse, privileged=theirs
+        )
 
     def _of_chat(
         self, row: Mapping[str, Any], conversation: Conversation, references: list[str], prompt: str, answer: str
-    ) -> "_Draft":
+    ) -> Draft:
         answer, ended = self.chat.ended(answer)
         text, said = self.encoder.plain(answer), references
         # With a tool call the content is a part of what there is to score; thoughts may be gone from the rendering.
         if conversation.does_more_than_say or references[0].strip() not in text:
             references = [self.encoder.without_special(text).strip()]
-        return _Draft(row, prompt, answer, ended, references, chat=conversation, said=said)
+        return Draft(row, prompt, answer, ended, references, chat=conversation, said=said)
 
     def _finish(
-        self, draft: "_Draft", prompt_ids: list[int], begun: list[int], cuts: Counter[str] | None
+        self,
+        draft: Draft,
+        prompt_ids: list[int],
+        begun: list[int],
+        privileged_ids: list[int],
+        cuts: Counter[str] | None,
     ) -> dict[str, Any]:
         """The sample of a draft whose texts are tokenised. Only a prompt that is too long is rendered again."""
         counted: Counter[str] = Counter()
@@ -248,17 +276,19 @@ class Tokenisation:
             response, labels = self._all_answers(draft, draft.chat, begun, counted)
         else:
             labels = response = self._up_to_limit(draft.answer, begun, draft.ended, counted)
-        if cuts is not None:
-            cuts.update(counted)
-        return {
+        sample = {
             "prompt": prompt,
-            "references": self._given_references(draft.row) or draft.references,
+            "references": given_references(draft.row) or draft.references,
             "input_ids": prompt_ids + response,
             "labels": [IGNORE_INDEX] * len(prompt_ids) + labels,
         }
+        sample = self._with_privileged(sample, privileged_ids)
+        if cuts is not None:
+            cuts.update(counted)
+        return sample
 
     def _all_answers(
-        self, draft: "_Draft", chat: Conversation, begun: list[int], cuts: Counter[str]
+        self, draft: Draft, chat: Conversation, begun: list[int], cuts: Counter[str]
     ) -> tuple[list[int], list[int]]:
         """Ids and labels of all that stands behind the first question of a conversation, within the limit."""
         ids, labels = list(begun), list(begun)
@@ -351,50 +381,13 @@ class Tokenisation:
         self, row: Mapping[str, Any], columns: Sequence[str]
     ) -> tuple[dict[str, str], list[str], PromptTemplate]:
         if "prompt" in columns:
-            return {"instruction": text_of(row, "prompt")}, texts_of(row["completion"], "completion"), _AS_IT_IS
+            return {"instruction": text_of(row, "prompt")}, texts_of(row["completion"], "completion"), AS_IT_IS
         if TEXT in columns:
             ends_in = self.chat.ends_in if self._all_chat else self.template.ends_in
             prompt, answer = parted(text_of(row, TEXT), ends_in, self._name)
-            return {"instruction": prompt}, [answer], _AS_IT_IS
+            return {"instruction": prompt}, [answer], AS_IT_IS
         if "messages" in columns:
             return *one_exchange(row), self.template
         given = row.get("input")
         fields = {"instruction": text_of(row, "instruction"), "input": "" if given is None else text_of(row, "input")}
         return fields, texts_of(row["output"], "output"), self.template
-
-    def _tokenised(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        ids, labels = row["input_ids"], row["labels"]
-        if not isinstance(ids, list) or not isinstance(labels, list) or len(ids) != len(labels):
-            raise UserError("input_ids and labels must be lists of the same length")
-        if not all(isinstance(x, int) and not isinstance(x, bool) for x in (*ids, *labels)):
-            raise UserError("input_ids and labels must hold whole numbers")
-        size = len(self.tokenizer)
-        bad = [i for i in ids if not 0 <= i < size] + [x for x in labels if x != IGNORE_INDEX and not 0 <= x < size]
-        if bad:
-            raise UserError(f"token id {bad[0]} is outside the tokenizer's {size}")
-        start = first_label(labels)
-        if start == len(labels) or start == 0:
-            raise UserError("labels must have -100 over the prompt and then at least one token with loss")
-        limit = self.max_prompt_length + self.max_response_length
-        if len(ids) > limit:
-            raise UserError(f"{len(ids)} tokens, above max_prompt_length + max_response_length = {limit}")
-        # The student answers the first turn, whose prompt ends at the first label, so that turn alone is its reference.
-        response = labels[start : next((i for i in range(start, len(ids)) if labels[i] == IGNORE_INDEX), len(ids))]
-        if self.tokenizer.convert_ids_to_tokens(response[-1]) in self._ends:
-            response = response[:-1]
-        references = [str(self.tokenizer.decode(response, skip_special_tokens=True))]
-        references = self._given_references(row) or references
-        prompt = str(self.tokenizer.decode(ids[:start])) if row.get("prompt") is None else text_of(row, "prompt")
-        return {"prompt": prompt, "references": references, "input_ids": ids, "labels": labels}
-
-    def _given_references(self, row: Mapping[str, Any]) -> list[str] | None:
-        """The texts in the column `references`, or None without one."""
-        given = row.get("references")
-        if given is not None and not isinstance(given, list):
-            raise UserError(f"references must be a list of texts, got {type(given).__name__}")
-        return texts_of(given, "references") if given else None
-
-
-def first_label(labels: Sequence[int]) -> int:
-    """Index of the first token with loss, which is the length of the prompt."""
-    return next((i for i, x in enumerate(labels) if x != IGNORE_INDEX), len(labels))

@@ -43,3 +43,11 @@ def given_tests(row: Mapping[str, Any]) -> list[str]:
     """The tests in the column `tests`; none without one."""
     given = row.get("tests")
     return [] if given is None or (isinstance(given, (str, list)) and not given) else texts_of(given, "tests")
+
+
+def given_references(row: Mapping[str, Any]) -> list[str] | None:
+    """The texts in the column `references`, or None without one."""
+    given = row.get("references")
+    if given is not None and not isinstance(given, list):
+        raise UserError(f"references must be a list of texts, got {type(given).__name__}")
+    return texts_of(given, "references") if given else None

@@ -33,6 +33,7 @@ from ..models import (
     varlen,
 )
 from ..run.config import RunConfig
+from ..run.modes import shares_weights
 from ..run.steps import LIVE, PRUNE, Run
 from ..run.steps.cache import cache_temperatures
 from ..run.steps.settings import lora_config
@@ -98,7 +99,10 @@ def _make_student(config: RunConfig, device: torch.device, live: LiveBytes, args
 def _make_teacher(config: RunConfig, run: Run, student: Any, offload: bool) -> tuple[Any, list[Tensor], Head]:
     """The teacher's body if it runs, its other tensors that stay in memory, and its head."""
     kind = config.cache.kind
-    model = _make_model(config.teacher, run.dtype, torch.device("cpu") if offload else run.device)
+    if shares_weights(config) and config.lora is not None:  # what it has of its own are adapters
+        return student, [], find_head(student).on("meta")
+    dtype = torch.float32 if shares_weights(config) else run.dtype
+    model = _make_model(config.teacher, dtype, torch.device("cpu") if offload else run.device)
     model.eval().requires_grad_(False)
     head = find_head(model)
     apart = head if offload or run.teacher_spread else Head(None)

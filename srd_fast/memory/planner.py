@@ -17,7 +17,7 @@ from ..data import read_source, source_files
 from ..losses import expect_logits
 from ..models import is_encoder_decoder, load_config
 from ..run.config import RunConfig
-from ..run.modes import LIVE, MODES, has_cache
+from ..run.modes import LIVE, MODES, answers_anew, has_cache
 from ..run.steps import Run
 from ..run.steps.cache import check_cache
 from ..run.steps.data import QUICKSTART_ROWS
@@ -174,7 +174,7 @@ def in_a_step(config: RunConfig) -> RunConfig:
         config: of the run.
     """
     mode, cache = MODES.get(config.mode), config.cache
-    if mode.fresh:  # the teacher runs beside its cache
+    if mode.teacher and (answers_anew(config) or not has_cache(config)):  # the teacher runs, also beside its cache
         cache = cache.model_copy(update={"kind": LIVE})
     elif not mode.teacher:  # in whose place each label is one draw
         cache = cache.model_copy(update={"kind": "sampled", "k": 1})
@@ -184,8 +184,10 @@ def in_a_step(config: RunConfig) -> RunConfig:
 def _not_counted(config: RunConfig, run: Run) -> Iterator[str]:
     if run.teacher_spread and in_a_step(config).cache.kind == LIVE:
         yield _SPREAD
-    if MODES.get(config.mode).fresh:
+    if answers_anew(config):
         yield "the generation of fresh answers"
+    if MODES.get(config.mode).itself and not has_cache(config):
+        yield "the longer prompts of the teacher"
 
 
 def plan(config: RunConfig) -> MemoryPlan:
@@ -216,7 +218,7 @@ def plan(config: RunConfig) -> MemoryPlan:
 
     with expect_logits(run.expected_logits() or math.inf):
         made = simulate(in_a_step(config), args, largest)
-        kept_rows = simulate(config, args, largest) if MODES.get(config.mode).fresh and has_cache(config) else made
+        kept_rows = simulate(config, args, largest) if answers_anew(config) and has_cache(config) else made
     parts = {**made.parts, "process": _CUDA_BASE if run.device.type == "cuda" else _process_bytes()}
     parts["cache rows"] = 2 * made.batch.rows * made.row_bytes
     kept = (

@@ -16,7 +16,7 @@ from ..errors import UserError
 from ..models import model_without_weights
 from ..run.config import RunConfig
 from ..run.steps import LIVE, Run, student_without_weights
-from .planner import plan
+from .planner import in_a_step, plan
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ def _bound(run: Run, student: Any) -> int:
     inner = max(inner) if isinstance(inner, (list, tuple)) else inner
     kept = text.num_hidden_layers * (_WIDTHS * text.hidden_size + _INNER * inner)
     own = _TRAINED * _size(student)
-    teacher: Any = model_without_weights(config.teacher) if config.cache.kind == LIVE else None
+    teacher: Any = model_without_weights(config.teacher) if in_a_step(config).cache.kind == LIVE else None
     return _FLOAT * (own + (0 if teacher is None else _size(teacher)) + 2 * tokens * kept) + _BESIDES
 
 

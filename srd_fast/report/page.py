@@ -153,7 +153,8 @@ _COUNTED = {
 _MODES = {"": "–", "kd": "–", "sft": "sft (fine-tuning)", "seqkd": "seqkd (the teacher's answers)",
           "offline_on_policy": "offline on-policy (the starting student's answers)",
           "on_policy": "on-policy (fresh answers of the student)",
-          "distillm": "distillm (fresh and replayed answers of the student)"}  # fmt: skip
+          "distillm": "distillm (fresh and replayed answers of the student)",
+          "self": "self (the teacher is the starting student, and reads more)"}  # fmt: skip
 _ANSWERS = {"answers": "answers trained on", "cut": "answers cut", "empty": "empty answers dropped"}
 
 

@@ -25,6 +25,7 @@ _NULLABLE = {"max_bad_rows", "parse_special_tokens"}
 # Fields of SRDConfig that the run sets itself, or that mean nothing in it.
 _SET_BY_RUN = {"output_dir", "seed", "num_train_epochs", "template", "max_prompt_length", "max_response_length"}
 _SET_BY_RUN |= {"chat_template_kwargs", "parse_special_tokens", "columns", "data_function", "train_on"}
+_SET_BY_RUN |= {"privileged_template", "max_privileged_length"}
 _SET_BY_RUN |= {"do_train", "do_eval", "do_predict", "resume_from_checkpoint", "local_rank"}
 _SET_BY_RUN |= {"teacher_device_map", "teacher_tp_plan", "teacher_cache", "teacher_cache_kind", "teacher_cache_k"}
 DISTILL_FIELDS = {f.name for f in dataclass_fields(SRDConfig) if f.init} - _SET_BY_RUN
@@ -195,6 +196,10 @@ class RunConfig(_Section):
     """Tokens; longer prompts lose the end of their input text, longer chats their oldest turns first."""
     max_response_length: int = Field(default=256, ge=2)
     """Tokens, with the one that ends the response; longer ones are cut."""
+    privileged_template: str | None = None
+    """What mode self's teacher alone reads: text with {prompt}, {response}, {privileged}. Default: {privileged}."""
+    max_privileged_length: int = Field(default=2048, ge=1)
+    """Tokens of the prompt that it then has; a row with a longer one is not used."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of models at work; auto is bfloat16 where the device computes in it."""
     device: str = "auto"
@@ -202,7 +207,7 @@ class RunConfig(_Section):
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Of everything drawn."""
     mode: str = KD
-    """Whose answers are trained on, by which loss: kd, sft, seqkd, offline_on_policy, on_policy or distillm."""
+    """Whose answers are trained on, by which loss: kd, sft, seqkd, offline_on_policy, on_policy, distillm, self."""
     answers_per_prompt: int = Field(default=1, ge=1, le=1000)
     """In offline_on_policy and seqkd; above 1 they are sampled, with reflect.temperature."""
     preset: str | None = None

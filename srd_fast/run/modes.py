@@ -8,12 +8,15 @@ on_policy           data's, or fresh ones of the    the distillation loss, JSD u
                     student for a share of steps    arXiv 2306.13649)
 distillm            the same, by a share that grows the distillation loss, skew reverse KL (DistiLLM,
                     with the validation loss        arXiv 2402.03898)
+self                data's, or fresh ones of the    the distillation loss, JSD unless another is asked for, to the
+                    student for a share of steps    student's own start, which reads more (OPSD, arXiv 2601.18734)
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ..data import WHOLE_COLUMN
 from ..errors import Faults, UserError
 from ..reflection import get_difficulties
 from ..registry import Registry
@@ -24,7 +27,7 @@ if TYPE_CHECKING:
     from .config import RunConfig
 
 DATA, TEACHER, STUDENT = "data", "teacher", "student"
-KD, SFT = "kd", "sft"
+KD, SFT, SELF = "kd", "sft", "self"
 LIVE, PRUNE = "live", "prune"
 
 
@@ -36,13 +39,15 @@ class Mode:
         answers: whose answers stand in the rows that are trained on: the "data"'s, or those that the "teacher" or the
             starting "student" gave once before training.
         teacher: whether the loss has a teacher. Without one it is the cross-entropy, and there is no cache.
-        fresh: whether the student answers anew while it trains.
+        fresh: whether the student answers anew while it trains; None where it may.
+        itself: whether the teacher is the starting student, which reads privileged text.
         fields: of the section `distill`, where it has no value.
     """
 
     answers: str = DATA
     teacher: bool = True
-    fresh: bool = False
+    fresh: bool | None = False
+    itself: bool = False
     fields: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -66,6 +71,7 @@ MODES = Registry(
                 "lmbda": ADAPTIVE, "replay_buffer": 1000,
             },
         ),
+        SELF: Mode(fresh=None, itself=True, fields={"divergence": "jsd", "sft_weight": 0.0}),
     },
 )  # fmt: skip
 
@@ -113,7 +119,8 @@ def fine_tuning(config: "RunConfig", model: str, output: str | None = None) -> "
             f"config: student is {PRUNE!r}, so there is none before the run: cut it with srd-fast init-student and "
             "give its folder, or fine-tune the teacher"
         )
-    weights = ("sft_weight", "sft_weight_start", "sft_weight_end")
+    of_modes = {"sft_weight", "sft_weight_start", "sft_weight_end"}
+    of_modes |= {"lmbda", "seq_kd", "replay_buffer", "self_ema_decay"}
     return config.model_copy(
         update={
             "mode": SFT,
@@ -123,16 +130,35 @@ def fine_tuning(config: "RunConfig", model: str, output: str | None = None) -> "
             "curate": config.curate.model_copy(
                 update={"method": "none", "stages": 1, "reflect_again": False, "band": {}, "weight_by": None}
             ),
-            "distill": {k: v for k, v in config.distill.items() if k not in weights},
+            "distill": {k: v for k, v in config.distill.items() if k not in of_modes},
             "answers_per_prompt": 1,
+            "privileged_template": None,
         }
     )
+
+
+def privileged_template(config: "RunConfig") -> str | None:
+    """What the teacher of a run reads besides, as a template; None where it reads what the student reads."""
+    return (config.privileged_template or WHOLE_COLUMN) if MODES.get(config.mode).itself else None
+
+
+def answers_anew(config: "RunConfig") -> bool:
+    """Whether any step of a run is on answers that are made for it."""
+    fields = mode_fields(MODES.get(config.mode), config.distill)
+    return bool(fields.get("lmbda")) or fields.get("seq_kd") is True
+
+
+def shares_weights(config: "RunConfig") -> bool:
+    """Whether a live teacher of a run is made of the weights of the student that is trained."""
+    moves = config.distill.get("self_ema_decay") is not None
+    return MODES.get(config.mode).itself and not has_cache(config) and (moves or config.lora is not None)
 
 
 def has_cache(config: "RunConfig") -> bool:
     """Whether a run keeps its teacher's rows.
 
-    It does not where every step is on fresh answers, of which nothing can be known before.
+    It does not where every step is on fresh answers, of which nothing can be known before, or where the teacher is the
+    student itself and is there in any case.
 
     Args:
         config: of the run.
@@ -140,7 +166,8 @@ def has_cache(config: "RunConfig") -> bool:
     mode = MODES.get(config.mode)
     fields = mode_fields(mode, config.distill)
     always_fresh = fields.get("lmbda") == 1 or fields.get("seq_kd") is True
-    return mode.teacher and config.cache.kind != LIVE and not always_fresh
+    beside = mode.itself and (answers_anew(config) or fields.get("self_ema_decay") is not None)
+    return mode.teacher and config.cache.kind != LIVE and not always_fresh and not beside
 
 
 def check_mode(config: "RunConfig", args: SRDConfig, faults: Faults) -> None:
@@ -156,6 +183,11 @@ def check_mode(config: "RunConfig", args: SRDConfig, faults: Faults) -> None:
     faults.check(("mode", "distill.lmbda"), _check_share, config, args)
     faults.check(("mode", "answers_per_prompt", "reflect.temperature"), _check_several, config)
     faults.check(("mode", "curate.reflect_again"), _check_ranked_once, config)
+    faults.check(("mode", "teacher", "student"), _check_itself, config)
+    faults.check(("mode", "privileged_template"), _check_privileged, config)
+    faults.check(("mode", "distill.self_ema_decay", "cache.kind"), _check_average, config, args)
+    places = ("distill.teacher_offload", "teacher_device_map")
+    faults.check(("mode", "lora", "distill.self_ema_decay", *places), _check_place, config, args)
 
 
 def _check_weights(config: "RunConfig", args: SRDConfig) -> None:
@@ -169,8 +201,9 @@ def _check_weights(config: "RunConfig", args: SRDConfig) -> None:
 
 def _check_share(config: "RunConfig", args: SRDConfig) -> None:
     mode = MODES.get(config.mode)
-    if mode.fresh != bool(args.lmbda):
-        way = "set it above 0, or use mode kd" if mode.fresh else "use mode on_policy or distillm, or leave it out"
+    if mode.fresh is not None and mode.fresh != bool(args.lmbda):
+        others = "use mode on_policy, distillm or self, or leave it out"
+        way = "set it above 0, or use mode kd" if mode.fresh else others
         raise UserError(f"config: distill.lmbda is {args.lmbda!r} in mode {config.mode!r}; {way}")
 
 
@@ -189,19 +222,20 @@ def _check_several(config: "RunConfig") -> None:
 
 
 def check_signals(config: "RunConfig") -> None:
-    """Refuse signals that look at a teacher in a mode that has none.
+    """Refuse signals that look at a teacher in a mode that has none, or that has the student itself.
 
     Raises:
         UserError: naming the mode, the signal and the way out.
     """
     mode = MODES.get(config.mode)
-    if mode.teacher or mode.answers == TEACHER or not reflects(config):
+    if (mode.teacher and not mode.itself) or mode.answers == TEACHER or not reflects(config):
         return
+    why = "has the student's start for one" if mode.itself else "has none"
     for signal in get_difficulties(config.reflect.signals).values():
         if signal.needs_teacher:
             raise UserError(
                 f"config: reflect.signals has {signal.name!r}, which compares with a teacher, and mode "
-                f"{config.mode!r} has none; leave it out, or use mode kd"
+                f"{config.mode!r} {why}; leave it out, or use mode kd"
             )
 
 
@@ -210,4 +244,42 @@ def _check_ranked_once(config: "RunConfig") -> None:
         raise UserError(
             f"config: curate.reflect_again changes which prompts are trained on, and mode {config.mode!r} has made "
             "their answers by then; set it to false"
+        )
+
+
+def _check_itself(config: "RunConfig") -> None:
+    if MODES.get(config.mode).itself and config.teacher != config.student:
+        raise UserError(
+            f"config: mode {config.mode!r} has the starting student as its teacher, and teacher is {config.teacher!r} "
+            f"and student {config.student!r}: give both the same model, or use mode kd"
+        )
+
+
+def _check_privileged(config: "RunConfig") -> None:
+    if config.privileged_template is not None and not MODES.get(config.mode).itself:
+        raise UserError(
+            f"config: privileged_template is {config.privileged_template!r}, and in mode {config.mode!r} the teacher "
+            "reads what the student reads; leave it out, or use mode self"
+        )
+
+
+def _check_average(config: "RunConfig", args: SRDConfig) -> None:
+    if args.self_ema_decay is None:
+        return
+    told = f"config: distill.self_ema_decay is {args.self_ema_decay}"
+    if not MODES.get(config.mode).itself:
+        raise UserError(f"{told}, and in mode {config.mode!r} the teacher is not the student; leave it out")
+    if config.cache.kind != LIVE:
+        raise UserError(
+            f"{told}, with which the teacher changes at every step, and cache.kind is {config.cache.kind!r}; set it to "
+            f"{LIVE!r}"
+        )
+
+
+def _check_place(config: "RunConfig", args: SRDConfig) -> None:
+    given = "distill.teacher_offload" if args.teacher_offload else "teacher_device_map"
+    if shares_weights(config) and (args.teacher_offload or config.teacher_device_map is not None):
+        raise UserError(
+            f"config: {given} is given, and the teacher, which shares the weights of the student, is where that is; "
+            "leave it out"
         )

@@ -7,8 +7,10 @@ from .build import build_teacher_cache
 from .cache import TeacherCache
 from .collator import StepCollator
 from .elsewhere import TeacherElsewhere
+from .itself import SELF, OwnTeacher
 from .live import LiveTeacher
 from .opening import open_teacher_cache
+from .privileged import PrivilegedTeacher
 from .remote import RemoteTeacher, serve_teacher
 from .roles import Roles, split_ranks
 from .source import (
@@ -25,11 +27,14 @@ from .vllm_teacher import VLLMTeacher
 
 __all__ = [
     "CACHE_KINDS",
+    "SELF",
     "CacheBesideTeacher",
     "DamagedFileError",
     "HiddenRows",
     "LiveTeacher",
     "NoTeacher",
+    "OwnTeacher",
+    "PrivilegedTeacher",
     "RemoteTeacher",
     "Roles",
     "RowsOfSamples",

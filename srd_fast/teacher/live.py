@@ -38,7 +38,7 @@ _READ |= {"decoder_input_ids", "decoder_attention_mask"}
 
 
 class LiveTeacher:
-    """A teacher that runs beside the student, in eval mode and its own dtype, outside autocast.
+    """A teacher that runs beside the student, in eval mode and its own dtype, outside the student's autocast.
 
     A model that is spread out stays as it is: over several devices, in the host's memory or on disk (`device_map`,
     accelerate's hooks), or in shards on several processes (tensor parallelism, FSDP2), which must then all make one,
@@ -49,6 +49,7 @@ class LiveTeacher:
         device: where the hidden states go, and where a model that is in one place runs. Default: where its head is.
         offload: keep its body in the host's memory and copy it to `device` for each batch. The head stays on `device`.
         freeze: switch off the gradients of its parameters, so that no optimizer can train it.
+        autocast: bfloat16 or float16, for products in it beside weights in float32. Default: no autocast.
 
     Raises:
         UserError: the teacher's head is quantised, a quantised teacher would have to be moved, `offload` is asked for a
@@ -61,7 +62,9 @@ class LiveTeacher:
         device: torch.device | str | None = None,
         offload: bool = False,
         freeze: bool = True,
+        autocast: torch.dtype | None = None,
     ) -> None:
+        self._dtype: torch.dtype | None = None
         unpack(model)
         stays = _why_it_stays(model)
         if stays is not None and offload:
@@ -88,6 +91,7 @@ class LiveTeacher:
         # A body in the host's memory is tried there.
         tried, place = (own, None) if offload else (self.head, self.entry)
         self.run(check_head, self.model, "teacher", tried, place, on_device=False)
+        self._dtype = None if autocast == torch.float32 else autocast
         pairs = (own.weight, self.head.weight), (own.bias, self.head.bias)
         self._heads = {id(x): there for x, there in pairs if x is not None and there is not None}
         if offload and self.device.type == "cuda":
@@ -122,15 +126,18 @@ class LiveTeacher:
         # Weights that FSDP2 gathers in inference mode cannot be looked at outside of it.
         return torch.no_grad() if self.sharded else torch.inference_mode()
 
+    def _autocast(self, device: torch.device) -> AbstractContextManager[Any]:
+        return torch.autocast(device.type, self._dtype, enabled=self._dtype is not None)
+
     def compile(self, **options: Any) -> str | None:
         """Run `compile_layers` on the model as `rows` runs it, with the same options and result."""
         if self.sharded or is_dispatched(self.model):
             return "its weights are spread out"
         with self._on_device():
-            return compile_layers(self.model, lambda: torch.autocast(self.device.type, enabled=False), **options)
+            return compile_layers(self.model, lambda: self._autocast(self.device), **options)
 
     def run(self, function: Callable[..., T], *args: Any, on_device: bool = True) -> T:
-        """Call a function of the model's parts as `hidden_states` does: inside its wrapper, outside autocast.
+        """Call a function of the model's parts as `hidden_states` does: inside its wrapper, in its own autocast.
 
         Args:
             function: of the model's parts.
@@ -141,7 +148,7 @@ class LiveTeacher:
             What it returns.
         """
         place = self._on_device() if on_device else nullcontext()
-        with self._without_gradient(), place, torch.autocast(self.entry.type, enabled=False):
+        with self._without_gradient(), place, self._autocast(self.entry):
             try:
                 return run_inside(self.model, function, *args)
             finally:

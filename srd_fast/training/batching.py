@@ -22,8 +22,6 @@ from .config import SRDConfig
 logger = logging.getLogger(__name__)
 
 MICRO_BATCHES = "micro_batches"
-# Columns of the samples that a step reads.
-READ = ["input_ids", "labels"]
 # Steps whose samples the system is told to read from the cache beforehand.
 _AHEAD = 4
 
@@ -56,7 +54,7 @@ def index_stream(curriculum: Curriculum, samples: Dataset, teacher: Any) -> Inde
 
     Args:
         curriculum: of these samples.
-        samples: tokenised.
+        samples: tokenised, as the teacher sees them.
         teacher: any source of rows; only a cache has something to read.
 
     Returns:
@@ -64,7 +62,10 @@ def index_stream(curriculum: Curriculum, samples: Dataset, teacher: Any) -> Inde
     """
     if not isinstance(teacher, TeacherCache):
         return IndexStream(curriculum)
-    rows, places = samples.select_columns(["sample_id", *READ]).with_format("numpy"), dict[int, Any]()
+    rows, places = (
+        samples.select_columns(["sample_id", "input_ids", "labels"]).with_format("numpy"),
+        dict[int, Any](),
+    )
 
     def will_need(indices: list[int]) -> None:
         new = [i for i in indices if i not in places]
@@ -212,7 +213,13 @@ def warn_of_cut(curriculum: Curriculum, args: SRDConfig) -> None:
     )  # fmt: skip
 
 
-def check_fit(train: Dataset, evaluation: Dataset | None, curriculum: Curriculum, models: Mapping[str, object]) -> None:
+def check_fit(
+    train: Dataset,
+    evaluation: Dataset | None,
+    curriculum: Curriculum,
+    models: Mapping[str, object],
+    privileged: bool = False,
+) -> None:
     """Refuse samples of the curriculum or of the evaluation that are longer than a model's positions.
 
     Args:
@@ -220,6 +227,7 @@ def check_fit(train: Dataset, evaluation: Dataset | None, curriculum: Curriculum
         evaluation: tokenised samples, or None.
         curriculum: of `train`.
         models: by what they are called.
+        privileged: whether prompts are those of a teacher that reads more.
 
     Raises:
         UserError: naming the longest sample.
@@ -227,7 +235,7 @@ def check_fit(train: Dataset, evaluation: Dataset | None, curriculum: Curriculum
     used = train.select(sorted({i for stage in curriculum.stages for i in stage.samples.tolist()}))
     for samples in (used, evaluation):
         if samples is not None:
-            way_out = "lower max_prompt_length or max_response_length"
+            way_out = f"lower max_{'privileged' if privileged else 'prompt'}_length or max_response_length"
             check_positions(token_counts(samples), prompt_lengths(samples), samples["sample_id"], models, way_out)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from ..curriculum import Curriculum
+from ..teacher import OwnTeacher
 
 
 class StepHooks(TrainerCallback):
@@ -37,3 +38,17 @@ class StepHooks(TrainerCallback):
         taken = max(self.seconds, 1e-9), max(self.steps, 1)
         self.seconds, self.steps = 0.0, 0
         return taken
+
+
+class FollowStudent(TrainerCallback):
+    """Moves a teacher towards its student after each optimizer step.
+
+    Args:
+        teacher: the student's own.
+    """
+
+    def __init__(self, teacher: OwnTeacher) -> None:
+        self.teacher = teacher
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.teacher.follow()

@@ -8,7 +8,7 @@ import torch
 from transformers import TrainingArguments
 
 from ..curriculum import per_stage
-from ..data import check_chat_template_kwargs, check_train_on
+from ..data import check_chat_template_kwargs, check_privileged_template, check_train_on
 from ..errors import Faults, UserError
 from ..losses import Projected, Sampled, TopK, check_rest, get_divergence
 from ..losses.backends import check_backend
@@ -16,6 +16,7 @@ from ..losses.options import RANGE
 from ..models import check_spread
 from ..selection import SAMPLE_POLICIES, check_rows_have_signal, make_position_policy
 from ..suggest import unknown_name
+from ..teacher.itself import check_decay
 from ..teacher.stores import CACHE_KINDS, keeps_head
 from .answer_fields import check_answers, less_is_better
 from .answer_metrics import DEFAULT_METRICS
@@ -132,6 +133,10 @@ class SRDConfig(TrainingArguments):
         None, "Whether special tokens in the data's text are parsed; null: in prompt/completion rows alone."
     )
     train_on: str = _described("last", "Which answers of a conversation have loss: last or all.")
+    privileged_template: str | None = _described(
+        None, "What the teacher alone reads: text with any of {prompt}, {response} and {privileged}; null: no more."
+    )
+    max_privileged_length: int = _described(2048, "Tokens of the prompt of the teacher; no row may have a longer one.")
     backend: str = _described("auto", "Loss backend.")
     memory_budget: int | None = _described(None, "Bytes that the loss may allocate beyond its inputs and gradients.")
     logits_dtype: str | None = _described(
@@ -152,6 +157,9 @@ class SRDConfig(TrainingArguments):
     teacher_offload: bool = _described(False, "Keep a live teacher's body in the host's memory between steps.")
     teacher_device_map: Any = _described(
         None, "Where the parts of a teacher given by name go: 'auto', or a device, 'cpu' or 'disk' for each module."
+    )
+    self_ema_decay: float | None = _described(
+        None, "The teacher 'self' follows the student with this decay, 0 to below 1; null: it stays as at the start."
     )
     teacher_tp_plan: str | None = _described(None, "'auto': each layer of such a teacher is split over all processes.")
     head_in_shards: Any = _described(
@@ -215,7 +223,8 @@ class SRDConfig(TrainingArguments):
         for name in ("epochs_per_stage", "stage_learning_rates", "learning_rate"):
             faults.check(name, self._check_numbers, name, 0.0)
         sizes = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
-        for name in ("max_prompt_length", "max_response_length", "teacher_cache_k", "position_steps", *sizes):
+        lengths = ("max_prompt_length", "max_response_length", "max_privileged_length")
+        for name in (*lengths, "teacher_cache_k", "position_steps", *sizes):
             faults.check(name, self._check_numbers, name, None, 1)
         for name in ("min_learning_rate", "length_buckets", "max_tokens_per_batch", "class_sampling"):
             faults.check(name, self._check_numbers, name, None, 0)
@@ -224,6 +233,8 @@ class SRDConfig(TrainingArguments):
         kwargs = faults.check("chat_template_kwargs", check_chat_template_kwargs, self.chat_template_kwargs)
         self.chat_template_kwargs = kwargs or None
         faults.check("train_on", check_train_on, self.train_on)
+        faults.check("privileged_template", check_privileged_template, self.privileged_template)
+        faults.check("self_ema_decay", check_decay, self.self_ema_decay, self.keep_student_dtype)
         faults.check("sample_selection", SAMPLE_POLICIES.check, self.sample_selection)
         faults.check("backend", check_backend, self.backend)
         faults.check("memory_budget", self._check_numbers, "memory_budget", 0)

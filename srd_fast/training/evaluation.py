@@ -18,6 +18,7 @@ from ..data import (
     batches_by_length,
     check_token_ids,
     prepare_dataset,
+    read_columns,
 )
 from ..errors import UserError
 from ..losses import token_cross_entropy
@@ -36,6 +37,7 @@ from ..models import (
 from ..reflection import Sampling, open_engine, stopping_at
 from ..sharing import ALONE, Sharing
 from ..teacher import HiddenRows, LiveTeacher, RowsOfSamples, TeacherCache, TeacherRows, TeacherSource, labels_with_loss
+from ..teacher.live import moved
 from .answer_metrics import ROUGE_L, AnswerMetrics, AnswerScores, get_metrics
 from .answering import Prompts
 from .measure import TokenDivergences, measure_tokens
@@ -151,7 +153,7 @@ def evaluate(
     scored = AnswerMetrics((ROUGE_L, *metrics), samples, tokenizer, rouge_tokenizer, batch_size)
     prompts = Prompts(samples, tokenizer, batch_size)
     sampling = stopping_at(sampling, prompts.reader.stop_ids)
-    input_ids, labels = list(samples["input_ids"]), list(samples["labels"])
+    input_ids = list(samples["input_ids"])
     lengths, ids, way_out = [*map(len, input_ids)], samples["sample_id"], "lower max_new_tokens, or shorten them"
     of_prompts = [*map(len, prompts.ids)]
     check_positions(lengths, of_prompts, ids, {"model": model}, way_out, sampling.max_new_tokens)
@@ -167,6 +169,7 @@ def evaluate(
                 of_seeds.append(scored(generations, model))
 
     collate = DistillationCollator(decoder_start=decoder_start(model))
+    read = {name: list(samples[name]) for name in read_columns(samples.column_names)}
     of_batches: dict[int, Tensor] = {}
     of_rows: dict[int, list[float]] = {}
     model.eval()
@@ -174,13 +177,13 @@ def evaluate(
     for number, indices in enumerate(batches_by_length([len(x) for x in input_ids], batch_size)):
         if number % sharing.world != sharing.rank:
             continue
-        some = [{"input_ids": input_ids[i], "labels": labels[i]} for i in indices]
+        some = [{name: column[i] for name, column in read.items()} for i in indices]
         if states is not None:
             measured = _measure_states(states, some, device)
         else:
             batch: dict[str, Any] = {k: v.to(device) for k, v in collate(some).items()}
             if isinstance(source, RowsOfSamples):
-                batch["teacher"] = _stored(source, some, device)
+                batch["teacher"] = moved(source.collate(some), device)
             if own is None:
                 measured = measure_tokens(model, source, batch)
             else:
@@ -231,16 +234,12 @@ def _by_sample(measured: TokenDivergences, samples: Sequence[Mapping[str, Any]])
     return [[kl.sum().item(), entropy.sum().item(), n] for kl, entropy, n in zip(*columns, counts)]
 
 
-def _stored(cache: RowsOfSamples, samples: Sequence[Mapping[str, Any]], device: torch.device) -> dict[str, Tensor]:
-    return {name: x.to(device) for name, x in cache.collate(samples).items()}
-
-
 @torch.no_grad()
 def _measure_states(
     cache: TeacherCache, samples: Sequence[Mapping[str, Any]], device: torch.device
 ) -> TokenDivergences:
     """Run `measure_tokens` without a teacher, from the hidden states of a cache that the model filled."""
-    rows = cache.rows({"teacher": _stored(cache, samples, device)}, 1.0)
+    rows = cache.rows({"teacher": moved(cache.collate(samples), device)}, 1.0)
     labels_N = torch.tensor([y for s in samples for y in s["labels"][1:] if y != IGNORE_INDEX], device=device)
     return _measure_rows(rows, labels_N, cache.meta["kind"])
 

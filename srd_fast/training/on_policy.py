@@ -15,7 +15,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ..curriculum import Curriculum
-from ..data import answer_ends, answered, end_of, first_label, prompt_lengths, token_counts
+from ..data import (
+    PRIVILEGED_IDS,
+    answer_ends,
+    answered,
+    end_of,
+    first_label,
+    prompt_lengths,
+    seen_by_teacher,
+    token_counts,
+)
 from ..errors import UserError
 from ..models import check_positions, is_encoder_decoder
 from ..reflection import Sampling
@@ -63,6 +72,7 @@ def check_answering(
     classes: int,
     curriculum: Curriculum,
     train: Dataset,
+    taught: Dataset,
     why_silent: str | None,
 ) -> None:
     """Refuse a training whose steps could not have fresh answers.
@@ -74,6 +84,7 @@ def check_answering(
         classes: of the student.
         curriculum: of `train`.
         train: tokenised samples.
+        taught: the same as the teacher sees them.
         why_silent: why the student cannot answer, if it cannot.
 
     Raises:
@@ -98,11 +109,14 @@ def check_answering(
         )
     if args.seq_kd and not isinstance(live, LiveTeacher):
         raise UserError(f"seq_kd needs a teacher that can answer, a model, not {type(live).__name__}")
-    used = train.select(sorted({i for stage in curriculum.stages for i in stage.samples.tolist()}))
-    prompts = prompt_lengths(used)
-    models = {"student": student, "teacher": live.model if isinstance(live, LiveTeacher) else live}
-    way_out = "lower max_new_tokens or max_prompt_length"
-    check_positions(token_counts(used), prompts, used["sample_id"], models, way_out, args.max_new_tokens)
+    kept = sorted({i for stage in curriculum.stages for i in stage.samples.tolist()})
+    theirs = live.model if isinstance(live, LiveTeacher) else live
+    of_teacher = "prompt" if taught is train else "privileged"
+    for samples, models, prompt in ((taught, {"teacher": theirs}, of_teacher), (train, {"student": student}, "prompt")):
+        used = samples.select(kept)
+        prompts = prompt_lengths(used)
+        way_out = f"lower max_new_tokens or max_{prompt}_length"
+        check_positions(token_counts(used), prompts, used["sample_id"], models, way_out, args.max_new_tokens)
     longest = max(prompts) + args.max_new_tokens + is_encoder_decoder(student)
     if 0 < args.max_tokens_per_batch < longest:
         raise UserError(
@@ -122,6 +136,7 @@ class FreshAnswers:
         train: the tokenised samples.
         total_steps: of the curriculum.
         collate: makes a batch, or micro-batches, of samples, without a cache's rows.
+        longest: tokens of the longest prompt that the teacher sees.
     """
 
     def __init__(
@@ -131,12 +146,13 @@ class FreshAnswers:
         train: Dataset,
         total_steps: int,
         collate: Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]],
+        longest: int,
     ) -> None:
         self.args, self.tokenizer, self.collate = args, tokenizer, collate
         self.schedule = AnswerSchedule(args.lmbda, args.replay_buffer, total_steps, args.seed)
         self.buffer = ReplayBuffer(args.replay_buffer)
         self.ends, self.eos = answer_ends(train, tokenizer), int(tokenizer.eos_token_id)
-        self.length = max(prompt_lengths(train)) + args.max_new_tokens
+        self.length = max(longest, max(prompt_lengths(train))) + args.max_new_tokens
         sampling = Sampling(max_new_tokens=args.max_new_tokens, temperature=args.generation_temperature)
         self._sampling = stopping_at(sampling, sorted(self.ends - {self.eos}))
         self._engines: dict[str, tuple[GenerationEngine, int]] = {}
@@ -195,7 +211,8 @@ class FreshAnswers:
         student: nn.Module,
     ) -> list[dict[str, Any]]:
         """The samples with answers of the student, or of the teacher if it is given."""
-        prompts = [[int(x) for x in s["input_ids"][: first_label(s["labels"])]] for s in samples]
+        seen = [s if teacher is None or PRIVILEGED_IDS not in s else seen_by_teacher(s) for s in samples]
+        prompts = [[int(x) for x in s["input_ids"][: first_label(s["labels"])]] for s in seen]
         sampling = Sampling(**{**vars(self._sampling), "seed": seed})
         if teacher is None:
             found = dict(self._engine("student", student, step).generate(prompts, sampling))

@@ -20,7 +20,7 @@ from ..models import (
     unwrap,
     with_adapters,
 )
-from ..teacher import LiveTeacher
+from ..teacher import SELF, LiveTeacher
 from .config import SRDConfig
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ def ready_pair(
 
     Args:
         student: the model that is trained, or its folder or hub id, which is loaded in float32.
-        teacher: a model, its folder or hub id, a source of rows, or None to read a cache that is there, or for
+        teacher: a model, its folder or hub id, a source of rows, "self", or None to read a cache that is there, or for
             training on the cross-entropy alone.
         args: of the training.
         tokenizer: the student's.
@@ -67,7 +67,9 @@ def ready_pair(
         )
     for name, model in (("student", trained), ("teacher", teacher)):
         refuse_trained_prompts(model, name)
-    check_teachers_tokenizer(tokenizer, teacher_tokenizer, teacher, args)
+    check_privileged(teacher, args)
+    if not is_self(teacher):
+        check_teachers_tokenizer(tokenizer, teacher_tokenizer, teacher, args)
     if peft_config is not None:
         trained = with_adapters(trained, peft_config)
     untie_adapted_embeddings(trained)
@@ -79,6 +81,44 @@ def ready_pair(
         )
     mend_generation_config(trained, "student")
     return trained, teacher
+
+
+def is_self(teacher: Any) -> bool:
+    """Whether the student is to be its own teacher."""
+    return isinstance(teacher, str) and teacher == SELF
+
+
+def check_privileged(teacher: Any, args: SRDConfig) -> None:
+    """Refuse settings of a teacher that reads more than its student, or of one that is the student, for another one.
+
+    Args:
+        teacher: as `ready_pair` gets it.
+        args: of the training.
+
+    Raises:
+        UserError: with the way out.
+    """
+    if args.privileged_template is not None and teacher is None and args.teacher_cache is None:
+        raise UserError("privileged_template says what the teacher alone reads, and there is none; leave it out")
+    if not is_self(teacher):
+        if args.self_ema_decay is not None:
+            raise UserError(f"self_ema_decay is {args.self_ema_decay}, which is for teacher_model 'self'; leave it out")
+        return
+    if args.privileged_template is None:
+        raise UserError(
+            "teacher_model is 'self', and without a privileged_template it reads what the student reads, so that there "
+            "is nothing to learn: set it to '{privileged}' for a text of each row, or to one text for all"
+        )
+    other = "pass the folder of the starting student as teacher_model instead"
+    if args.teacher_cache is not None:
+        raise UserError(
+            f"teacher_model is 'self', which runs beside the student, and teacher_cache is {args.teacher_cache!r}; "
+            f"leave it out, or {other}, which can fill one"
+        )
+    if args.teacher_offload or args.teacher_device_map or args.teacher_tp_plan:
+        named = ("teacher_offload", "teacher_device_map", "teacher_tp_plan")
+        given = next(name for name in named if getattr(args, name))
+        raise UserError(f"teacher_model is 'self', which is where the student is; leave {given} out, or {other}")
 
 
 def uncompiled(model: Any, name: str) -> Any:

@@ -33,6 +33,7 @@ from ..teacher import (
     CacheBesideTeacher,
     LiveTeacher,
     NoTeacher,
+    OwnTeacher,
     RowsOfSamples,
     StepCollator,
     TeacherCache,
@@ -41,8 +42,8 @@ from ..teacher import (
     at_work,
     open_teacher_cache,
 )
-from .batching import READ
 from .config import SRDConfig
+from .pair import is_self
 
 logger = logging.getLogger(__name__)
 
@@ -74,13 +75,13 @@ def teacher_source(
     """Open what the teacher's rows come from. A cache is first filled with what the curriculum and the evaluation need.
 
     Args:
-        teacher: a model, its folder or hub id, a source of rows, or None to read a cache that is there, or for
+        teacher: a model, its folder or hub id, a source of rows, "self", or None to read a cache that is there, or for
             training without any.
-        student: for caches that project the teacher's rows.
+        student: for caches that project the teacher's rows, and for "self".
         args: of the training.
         curriculum: of `train`.
-        train: tokenised samples.
-        evaluation: tokenised samples, or None.
+        train: tokenised samples, as the teacher sees them.
+        evaluation: tokenised samples, as the teacher sees them, or None.
 
     Returns:
         The source.
@@ -88,12 +89,14 @@ def teacher_source(
     Raises:
         UserError: the teacher is not of the student's kind, or the cache cannot be used.
     """
+    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+    if is_self(teacher):
+        return OwnTeacher(student, args.device, dtype, args.self_ema_decay)
     if isinstance(teacher, (str, nn.Module, TeacherCache, TeacherElsewhere)):
         check_same_kind(student, load_config(teacher) if isinstance(teacher, str) else teacher)
     if teacher is None and args.teacher_cache is None:
         return NoTeacher(classes_of(student, "student"))
     given = teacher
-    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     if args.teacher_cache is not None:
         kept = sorted({i for stage in curriculum.stages for i in stage.samples.tolist()})
         wanted = [train.select(kept)]
@@ -173,7 +176,7 @@ def layout_of(
     Raises:
         UserError: batches have no padding, and a model needs it.
     """
-    if "cu_seq_lens" not in StepCollator(collate, None)([{name: sample[name] for name in READ}]):
+    if "cu_seq_lens" not in StepCollator(collate, None)([{name: sample[name] for name in ("input_ids", "labels")}]):
         return Layout()
     for name, model in _running(student, teacher).items():
         if (reason := enable_flattening(model)) is not None:

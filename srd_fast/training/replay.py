@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..data import WEIGHT
+from ..data import WEIGHT, read_columns
 
 ADAPTIVE = "adaptive"
 Kind = Literal["data", "fresh", "replayed"]
@@ -98,7 +98,7 @@ class AnswerSchedule:
 
 def _plain(sample: Mapping[str, Any]) -> dict[str, Any]:
     weight = {WEIGHT: float(sample[WEIGHT])} if WEIGHT in sample else {}
-    return {**{name: list(map(int, sample[name])) for name in _TOKENS}, **weight}
+    return {**{name: list(map(int, sample[name])) for name in read_columns(list(sample))}, **weight}
 
 
 class ReplayBuffer:
@@ -133,7 +133,8 @@ class ReplayBuffer:
     def save(self, file: Path) -> None:
         """Write all that is kept."""
         kind = pa.list_(pa.int32())
-        columns = {n: pa.array([s[n] for s in self._kept], kind) for n in _TOKENS}
+        names = read_columns(list(self._kept[0]) if self._kept else _TOKENS)
+        columns = {n: pa.array([s[n] for s in self._kept], kind) for n in names}
         if any(WEIGHT in s for s in self._kept):
             columns[WEIGHT] = pa.array([s[WEIGHT] for s in self._kept], pa.float64())
         pq.write_table(pa.table(columns), file)

@@ -28,7 +28,17 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import PredictionOutput
 
 from ..curriculum import CurriculumPlan
-from ..data import WEIGHT, DataFunction, DistillationCollator, Tokenisation, check_token_ids, prepare_dataset
+from ..data import (
+    WEIGHT,
+    DataFunction,
+    DistillationCollator,
+    Tokenisation,
+    check_token_ids,
+    prepare_dataset,
+    prompt_lengths,
+    read_columns,
+    teachers_samples,
+)
 from ..errors import UserError
 from ..losses import DistillationOutput, Head, LossOptions, StudentRows, check_vocabularies
 from ..models import (
@@ -41,6 +51,7 @@ from ..models import (
     gathered,
     hidden_states,
     is_encoder_decoder,
+    is_sharded,
     mend_generation_config,
     router_loss,
     through_head,
@@ -51,6 +62,8 @@ from ..selection import BatchSelection, Signals, items_of, select_samples
 from ..teacher import (
     LiveTeacher,
     NoTeacher,
+    OwnTeacher,
+    PrivilegedTeacher,
     RowsOfSamples,
     StepCollator,
     TeacherElsewhere,
@@ -64,7 +77,6 @@ from .answer_metrics import get_metrics
 from .answering import EvaluationAnswers, check_generation
 from .arguments import check_packages
 from .batching import (
-    READ,
     TokenBatches,
     casts_kept,
     check_fit,
@@ -78,13 +90,13 @@ from .batching import (
     with_weights,
 )
 from .best import BestStep
-from .callbacks import StepHooks
+from .callbacks import FollowStudent, StepHooks
 from .checkpoints import last_whole_checkpoint
 from .config import SRDConfig
 from .health import BadStep, DivergenceTrend, StepCheck, not_finite, skips_on_the_device
 from .measure import check_best_metric, measure_batch, peak_memory_mb
 from .on_policy import OWN, FreshAnswers, WithSamples, check_answering
-from .pair import ready_pair, widen_trained_weights
+from .pair import is_self, ready_pair, widen_trained_weights
 from .placing import StudentPlace, check_fsdp, check_not_divided
 from .prediction import ComputeMetrics, EvaluationSets, Predictions, check_include, named_sets, own_metrics
 from .preparation import (
@@ -123,6 +135,8 @@ class SRDTrainer(Trainer):
         teacher_model: a model of the same kind with the same tokenizer, or any object with the methods of
             `TeacherSource`. It is never trained. A folder or hub id is loaded where it is needed: with
             `args.teacher_cache` only to fill the cache, so that the teacher takes no memory while the student trains.
+            "self": the student as it is now, or with `self_ema_decay` a moving average of it, which reads more than the
+            student (`privileged_template`). Weights that are not trained stand in memory once.
             None: read the cache that is there; or, with `sft_weight` 1 and no cache, train on the cross-entropy alone.
         args: an SRDConfig.
         train_dataset: rows of any format of `srd_fast.data`, or tokenised samples.
@@ -188,7 +202,7 @@ class SRDTrainer(Trainer):
             try_hub(args.hub_token)
         model, teacher_model = ready_pair(model, teacher_model, args, processing_class, teacher_tokenizer, peft_config)
         encoder_decoder = is_encoder_decoder(model)
-        tokenisation = Tokenisation(
+        self._tokenisation = Tokenisation(
             processing_class,
             args.template,
             args.max_prompt_length,
@@ -197,8 +211,12 @@ class SRDTrainer(Trainer):
             args.parse_special_tokens,
             encoder_decoder,
             args.train_on,
+            args.privileged_template,
+            args.max_privileged_length,
         )
-        self._made = partial(prepare_dataset, tokenisation=tokenisation, columns=columns, data_function=data_function)
+        self._made = partial(
+            prepare_dataset, tokenisation=self._tokenisation, columns=columns, data_function=data_function
+        )
         train = self._made(train_dataset, name="train_dataset").dataset
         held_out: EvaluationSets = None
         if named_sets(eval_dataset):
@@ -238,9 +256,13 @@ class SRDTrainer(Trainer):
             check_head(model, "student")
             freeze_what_text_never_reaches(model)
         widen_trained_weights(model, args)
-        given = [train, *([] if evaluation is None else [evaluation])]
-        for samples in given:
+        for samples in (train, *([] if evaluation is None else [evaluation])):
             check_token_ids(samples, {"student": embeddings_of(model)})
+        # As the teacher sees them.
+        privileged = args.privileged_template is not None
+        self._taught = teachers_samples(train) if privileged else train
+        held_out_taught = teachers_samples(evaluation) if privileged and evaluation is not None else evaluation
+        given = [self._taught, *([] if held_out_taught is None else [held_out_taught])]
         classes = classes_of(model, "student")
         plan = curriculum or CurriculumPlan(subsets=[list(train["sample_id"])], method="none")
         with gathered(model), self.accelerator.autocast():
@@ -252,9 +274,18 @@ class SRDTrainer(Trainer):
         if args.max_tokens_per_batch:
             self._place.check_micro_batches(model)
             check_lengths(args.max_tokens_per_batch, self.curriculum, train, encoder_decoder)
-        check_fit(train, evaluation, self.curriculum, {"student": model, "teacher": teacher_model})
+        itself = is_self(teacher_model)
+        check_fit(train, evaluation, self.curriculum, {"student": model})
+        check_fit(
+            self._taught, held_out_taught, self.curriculum, {"teacher": model if itself else teacher_model}, privileged
+        )
+        if itself and (self.is_fsdp_enabled or self.is_deepspeed_enabled or is_sharded(model)):
+            raise UserError(
+                "teacher_model is 'self', but the student's weights lie in shards: pass the folder of the starting "
+                "student as teacher_model instead, or train it whole"
+            )
         with gathered(model):
-            self.teacher = teacher_source(teacher_model, model, args, self.curriculum, train, evaluation)
+            self.teacher = teacher_source(teacher_model, model, args, self.curriculum, self._taught, held_out_taught)
         self._without_teacher = isinstance(self.teacher, NoTeacher)
         check_vocabularies(classes, self.teacher.num_classes)
         if isinstance(self.teacher, LiveTeacher):
@@ -276,6 +307,10 @@ class SRDTrainer(Trainer):
                 layout = layout_of(self.data_collator, train[0], model, self.teacher)
             if compiles(args, self.curriculum.total_steps):
                 compile_models(model, self.teacher, args, self.accelerator.autocast, layout.flattened)
+        # What gives the rows, of samples as it sees them.
+        self._source = self.teacher
+        if privileged:
+            self.teacher = PrivilegedTeacher(self._source, self.data_collator)
         rows = self.teacher if isinstance(self.teacher, RowsOfSamples) else None
         self._collate = StepCollator(self.data_collator, rows)
         self.data_collator = self._batches_of(layout, rows)
@@ -287,9 +322,15 @@ class SRDTrainer(Trainer):
             check_generation(args, model, sets, why_silent)
             self._evaluation_answers = EvaluationAnswers(args, processing_class, self.accelerator.autocast)
         if args.answers_anew:
-            check_answering(args, model, self.teacher, classes, self.curriculum, train, why_silent)
+            check_answering(args, model, self._source, classes, self.curriculum, train, self._taught, why_silent)
+            fresh = self.teacher.at_work() if isinstance(self.teacher, PrivilegedTeacher) else None
             self._answers = FreshAnswers(
-                args, processing_class, train, self.curriculum.total_steps, self._batches_of(layout, None)
+                args,
+                processing_class,
+                train,
+                self.curriculum.total_steps,
+                self._batches_of(layout, fresh),
+                max(prompt_lengths(self._taught)),
             )
             self.data_collator = WithSamples(self.data_collator)
         for theirs in (PrinterCallback, ProgressCallback):
@@ -298,6 +339,8 @@ class SRDTrainer(Trainer):
         self._hooks = StepHooks(self.curriculum, args.reset_optimizer)
         self.add_callback(self._hooks)
         self.add_callback(BestStep(args.early_stopping_patience))
+        if isinstance(self._source, OwnTeacher):
+            self.add_callback(FollowStudent(self._source))
         self._loss_options = LossOptions(
             divergence="forward_kl" if self._without_teacher else args.divergence,
             skew=args.skew,
@@ -329,10 +372,11 @@ class SRDTrainer(Trainer):
         )
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        return index_stream(self.curriculum, cast(Any, self.train_dataset), from_cache(self.teacher))
+        return index_stream(self.curriculum, self._taught, from_cache(self._source))
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = [*READ, WEIGHT]  # type: ignore[assignment]
+        columns = cast(Any, self.train_dataset).column_names
+        self._signature_columns = [*read_columns(columns), WEIGHT]  # type: ignore[assignment]
 
     def _remove_unused_columns(self, dataset: Dataset, description: str | None = None) -> Dataset:
         """Keep the columns that a step reads, as arrays, which take a fifth of the time that lists take."""
@@ -500,6 +544,8 @@ class SRDTrainer(Trainer):
         self.selection.save(folder)
         if self._answers is not None:
             self._answers.save(folder)
+        if isinstance(self._source, OwnTeacher) and self.args.should_save:
+            self._source.save(folder)
         super()._save_checkpoint(model, trial)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
@@ -521,7 +567,7 @@ class SRDTrainer(Trainer):
         student = self._place.inner(self.model_wrapped)
         with self.accelerator.autocast(), torch.no_grad():
             made = self._answers.in_place_of(
-                batches, self.state.global_step, self._validation_losses(), student, self.teacher
+                batches, self.state.global_step, self._validation_losses(), student, self._source
             )
         return made, items if made is batches else self._get_num_items_in_batch(made, device)
 
@@ -657,6 +703,8 @@ class SRDTrainer(Trainer):
             self.selection.load(Path(resume_from_checkpoint))
             if self._answers is not None:
                 self._answers.load(Path(resume_from_checkpoint))
+            if isinstance(self._source, OwnTeacher):
+                self._source.load(Path(resume_from_checkpoint))
         if self._place.in_shards:
             self._place_student()  # the Trainer would make the optimizer of shards and whole weights, in other groups
         self.selection.begin()
@@ -749,12 +797,14 @@ class SRDTrainer(Trainer):
         Returns:
             `predictions` [rows, tokens] int64: the likeliest class for each token with loss, where `label_ids`, of the
             same shape, has the right one, both filled up with -100; and `metrics`, as `evaluate` has them. A teacher
-            whose rows come from a cache has none of these: then `test_loss` is the cross-entropy, and there is no KL.
+            whose rows come from a cache, or that reads more than the student, has none of these: then `test_loss` is
+            the cross-entropy, and there is no KL.
 
         Raises:
             UserError: the rows cannot be used.
         """
-        dataset = self._made(test_dataset, name="test_dataset").dataset
+        plain = self._tokenisation.without_privileged()
+        dataset = self._made(test_dataset, name="test_dataset", tokenisation=plain).dataset
         check_token_ids(dataset, {"student": embeddings_of(self.accelerator.unwrap_model(self.model))})
         stored = isinstance(self.teacher, RowsOfSamples)
         collate = StepCollator(self._collate.collate, None)

@@ -234,6 +234,29 @@ def test_a_teacher_that_is_spread_out_is_not_guessed(tiny_teacher_folder: Path, 
     assert "not counted" not in str(cached)
 
 
+@pytest.mark.slow
+def test_a_student_that_is_its_own_teacher_stands_there_once_beside_adapters(
+    tiny_teacher_folder: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("peft")
+    itself = ("mode=self", f"student={tiny_teacher_folder}", "dtype=float32")
+    lora, live = "lora={r: 4, target_modules: [q_proj]}", "cache.kind=live"
+    cached, whole, adapted = (
+        planner.plan(made_config(tiny_teacher_folder, tmp_path, *itself, *more)) for more in ((), (live,), (live, lora))
+    )
+    weights = whole.parts["student weights"]
+    assert cached.parts["teacher"] == 400 * 32 * 4
+    assert whole.parts["teacher"] == pytest.approx(weights, rel=0.01)
+    assert "teacher" not in adapted.parts
+    assert (cached.disk > 0, whole.disk, adapted.disk) == (True, 0, 0)
+    assert "not counted: the longer prompts of the teacher" in str(adapted)
+    # Fresh answers need it beside the student too.
+    fresh = planner.plan(made_config(tiny_teacher_folder, tmp_path, *itself, "distill.lmbda=0.5"))
+    assert fresh.parts["teacher"] == whole.parts["teacher"]
+    assert fresh.disk == 0
+    assert "not counted: the generation of fresh answers and the longer prompts" in str(fresh)
+
+
 def test_checkpointing_and_smaller_batches_keep_fewer_activations(tiny_teacher_folder: Path, tmp_path: Path) -> None:
     def activations(*overrides: str) -> int:
         return planner.plan(made_config(tiny_teacher_folder, tmp_path, *overrides)).parts["activations"]

@@ -241,7 +241,7 @@ def test_a_mode_without_what_it_needs_says_so_first(settings: dict[str, Any], tm
     distill = settings["distill"]
     for changes, words in {
         ("mode", "sdt"): "unknown mode 'sdt'; did you mean 'sft'",
-        ("mode", "self"): "unknown mode 'self'",
+        ("mode", "slef"): "unknown mode 'slef'; did you mean 'self'",
         ("answers_per_prompt", 2): "mode 'kd' does not train on answers made beforehand; set it to 1",
         ("mode", "sft", "distill", "sft_weight", 0.5): r"mode 'sft' trains on the cross-entropy alone.*is 0\.5;",
         ("mode", "seqkd", "distill", "sft_weight_end", 0.5): "mode 'seqkd' trains on the cross-entropy alone",
@@ -284,4 +284,4 @@ def test_a_mode_wins_over_a_preset_and_the_config_over_both() -> None:
     assert not has_cache(load_run_config(None, ["mode=on_policy", "distill.lmbda=1"]))
     assert not has_cache(load_run_config(None, ["mode=on_policy", "distill.seq_kd=true"]))
     assert has_cache(load_run_config(None, ["mode=distillm"]))
-    assert set(MODES.names()) == {"kd", "sft", "seqkd", "offline_on_policy", "on_policy", "distillm"}
+    assert set(MODES.names()) == {"kd", "sft", "seqkd", "offline_on_policy", "on_policy", "distillm", "self"}

@@ -9,7 +9,7 @@ from datasets import Dataset, concatenate_datasets
 from torch import nn
 from transformers import PreTrainedModel
 
-from ...data import template_key
+from ...data import teachers_samples, template_key
 from ...errors import Faults, UserError
 from ...files import remove
 from ...models import load_model, model_without_weights, quantisation_of
@@ -168,7 +168,7 @@ def _filled(run: Run, samples: Sequence[Dataset], student: nn.Module | None = No
         return open_teacher_cache(
             folder,
             run.config.teacher,
-            concatenate_datasets(list(samples)),
+            concatenate_datasets([teachers_samples(some) for some in samples]),
             kind=c.kind,
             k=c.k,
             temperatures=cache_temperatures(run.config, run.args),

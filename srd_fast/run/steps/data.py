@@ -22,6 +22,7 @@ from ...data import (
     read_source,
     source_files,
     source_path,
+    teachers_samples,
     token_counts,
 )
 from ...data.prompts import PROMPTS_CUT, RESPONSES_CUT, TURNS_DROPPED
@@ -38,6 +39,7 @@ from ...models import (
 )
 from ...own_code import file_of
 from ..config import RunConfig
+from ..modes import privileged_template
 from .run import PRUNE, QUICKSTART, Run, json_text, write_parquet
 
 QUICKSTART_ROWS = 256
@@ -83,6 +85,8 @@ def _rows_made(config: RunConfig) -> list[Any]:
         made["data_function"] = [config.data_function, None if file is None else content_digest(file)]
     if config.train_on != TRAIN_ON[0]:
         made["train_on"] = config.train_on
+    if privileged_template(config) is not None:
+        made["privileged"] = [privileged_template(config), config.max_privileged_length]
     return [made] if made else []
 
 
@@ -111,6 +115,8 @@ def tokenisation_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> To
         config.parse_special_tokens,
         is_encoder_decoder(load_config(config.teacher)),
         config.train_on,
+        privileged_template(config),
+        config.max_privileged_length,
     )
 
 
@@ -160,10 +166,16 @@ def prepare(run: Run) -> None:
 
 def _check_positions(config: RunConfig, train: Dataset, validation: Dataset) -> None:
     """Refuse rows that a model would fail on, in a forward pass or when it answers."""
-    models = {"teacher": config.teacher, **({} if config.student == PRUNE else {"student": config.student})}
+    students = {} if config.student == PRUNE else {"student": config.student}
+    way_out = "lower max_{}_length, max_response_length or max_new_tokens"
+    of_teacher = way_out.format("prompt" if privileged_template(config) is None else "privileged")
     for samples, new_tokens in ((train, config.reflect.max_new_tokens), (validation, config.evaluate.max_new_tokens)):
-        way_out, ids = "lower max_prompt_length, max_response_length or max_new_tokens", samples["sample_id"]
-        check_positions(token_counts(samples), prompt_lengths(samples), ids, models, way_out, new_tokens)
+        for seen, models, way in (
+            (teachers_samples(samples), {"teacher": config.teacher}, of_teacher),
+            (samples, students, way_out.format("prompt")),
+        ):
+            ids = seen["sample_id"]
+            check_positions(token_counts(seen), prompt_lengths(seen), ids, models, way, new_tokens)
 
 
 def _hold_out(samples: Dataset, count: int, seed: int) -> tuple[Dataset, Dataset]:

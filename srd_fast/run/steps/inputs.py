@@ -238,7 +238,8 @@ def _check_models(config: RunConfig, faults: Faults) -> None:
         faults.check("init_student.encoder_layers", _check_encoder_layers, config, teachers)
     faults.check(("teacher", "lora"), lora_config, config)
     if tokenizer is not None:
-        speech = ("template", "chat_template_kwargs", "max_prompt_length", "max_response_length", "train_on")
+        lengths = ("max_prompt_length", "max_response_length", "max_privileged_length")
+        speech = ("template", "chat_template_kwargs", "train_on", "privileged_template", *lengths)
         faults.check(speech, tokenisation_of, config, tokenizer)
         faults.check(("teacher", "student", "lora", "init_student"), _try_the_end, config, tokenizer)
 

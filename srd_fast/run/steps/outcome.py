@@ -11,11 +11,13 @@ import torch
 import transformers
 
 from ...curriculum import CurriculumPlan
+from ...data import DistillationCollator, teachers_samples
 from ...files import content_digest, write_text
-from ...models import load_model
+from ...models import decoder_start, load_model
 from ...reflection import Sampling
 from ...reflection.signals import signal_files
 from ...report import write_report
+from ...teacher import LiveTeacher, PrivilegedTeacher, TeacherCache
 from ...training.evaluation import evaluate
 from ..config import RunConfig
 from ..modes import MODES
@@ -100,16 +102,13 @@ def _evaluate(run: Run, todo: Mapping[str, tuple[str, str]], kept: dict[str, Any
         kept: the content of evaluation.json. The results are added.
     """
     path, c = run.folder / "evaluation.json", run.config.evaluate
-    cache = validation_cache(run)
+    cache, validation = validation_cache(run), run.data("validation")
     for name, (key, source) in todo.items():
         is_teacher = name == "teacher"
-        if cache is None:
-            of_teacher: dict[str, Any] = {} if is_teacher else {"teacher": run.teacher}
-        else:
-            of_teacher = {"states" if is_teacher else "teacher": cache}
+        of_teacher: dict[str, Any] = {"states": cache} if is_teacher else {"teacher": _teacher(run, cache)}
         result = evaluate(
             run.teacher if is_teacher else load_model(source, run.dtype, run.device),
-            run.data("validation"),
+            teachers_samples(validation) if is_teacher else validation,
             run.tokenizer,
             **of_teacher,
             sampling=Sampling(max_new_tokens=c.max_new_tokens, temperature=c.temperature if c.seeds else 0.0),
@@ -134,6 +133,16 @@ def _best_step(run: Run) -> dict[str, Any]:
     """Whose student was kept, where it is not the last step's: step, metric and value."""
     found = [row for row in _metric_rows(run) if row["kind"] == "best"]
     return {name: value for name, value in found[-1].items() if name != "kind"} if found else {}
+
+
+def _teacher(run: Run, cache: TeacherCache | None) -> Any:
+    """What gives the teacher's rows of the validation samples."""
+    if not MODES.get(run.config.mode).itself:
+        return run.teacher if cache is None else cache
+    if cache is not None:
+        return PrivilegedTeacher(cache, DistillationCollator())
+    collate = DistillationCollator(decoder_start=decoder_start(run.teacher))
+    return PrivilegedTeacher(LiveTeacher(run.teacher, freeze=False), collate)
 
 
 def _training_figures(run: Run) -> dict[str, Any]:

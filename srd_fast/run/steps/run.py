@@ -15,7 +15,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...curriculum import CurriculumPlan
-from ...data import IGNORE_INDEX, TOKENISED_FEATURES
+from ...data import IGNORE_INDEX, PRIVILEGED_FEATURES, PRIVILEGED_IDS, TOKENISED_FEATURES
 from ...files import temporary_path
 from ...models import check_head, head_of_files, load_model, load_tokenizer, quantisation_of
 from ...rouge import choose_tokenizer
@@ -185,7 +185,8 @@ def has_fast_bfloat16(device: torch.device) -> bool:
 
 
 def _samples(file: Path) -> Dataset:
-    return Dataset.from_parquet(str(file), features=TOKENISED_FEATURES, keep_in_memory=True)
+    features = PRIVILEGED_FEATURES if PRIVILEGED_IDS in pq.read_schema(file).names else TOKENISED_FEATURES
+    return Dataset.from_parquet(str(file), features=features, keep_in_memory=True)
 
 
 def json_text(content: Any) -> str:

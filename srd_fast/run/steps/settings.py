@@ -14,11 +14,11 @@ from ...suggest import unknown_name
 from ...training.config import SRDConfig
 from ...training.student import trainer_basics
 from ..config import RunConfig
-from ..modes import MODES, mode_fields
+from ..modes import MODES, mode_fields, privileged_template
 
 # Keys of the config that are fields of SRDConfig.
 OWN_KEYS = {"seed", "template", "max_prompt_length", "max_response_length", "chat_template_kwargs"}
-OWN_KEYS |= {"parse_special_tokens", "train_on", "teacher_device_map"}
+OWN_KEYS |= {"parse_special_tokens", "train_on", "teacher_device_map", "privileged_template", "max_privileged_length"}
 # Of the section `distill`, where they are not those of SRDConfig.
 RUN_DEFAULTS: dict[str, Any] = {
     "logging_steps": 1,
@@ -76,6 +76,8 @@ def training_config(
             chat_template_kwargs=config.chat_template_kwargs or None,
             parse_special_tokens=config.parse_special_tokens,
             train_on=config.train_on,
+            privileged_template=privileged_template(config),
+            max_privileged_length=config.max_privileged_length,
             teacher_device_map=config.teacher_device_map,
         )
     except FaultsError as e:

@@ -15,13 +15,13 @@ from ...files import content_digest, remove, replace_folder, temporary_path, wri
 from ...models import load_model
 from ...reflection.signals import signal_files
 from ...sharing import ALONE, Sharing
-from ...teacher import CacheBesideTeacher, LiveTeacher
+from ...teacher import SELF, CacheBesideTeacher, LiveTeacher
 from ...training.batching import make_curriculum
 from ...training.best import best_of
 from ...training.checkpoints import last_whole_checkpoint
 from ...training.trainer import SRDTrainer
 from ..config import RunConfig
-from ..modes import KD, MODES
+from ..modes import KD, MODES, answers_anew, shares_weights
 from ..stopping import stopping_later
 from .cache import open_cache
 from .run import Run, json_text, write_parquet
@@ -167,13 +167,14 @@ def _trained(run: Run, plan: CurriculumPlan, until: int | None, checkpoint: str 
 
 def _teacher(run: Run, student: nn.Module) -> Any:
     """What the student is distilled from; None where its loss has no teacher."""
-    mode = MODES.get(run.config.mode)
-    if not mode.teacher:
+    if not MODES.get(run.config.mode).teacher:
         return None
+    if shares_weights(run.config):
+        return SELF
     cache = open_cache(run, student)
     if cache is None:
         return run.teacher
-    if not mode.fresh:
+    if not answers_anew(run.config):
         return cache
     return CacheBesideTeacher(cache.for_student(student), LiveTeacher(run.teacher, run.device))
 

@@ -1,0 +1,33 @@
+"""Columns of tokenised samples."""
+
+from collections.abc import Sequence
+
+from datasets import Features, List, Value
+
+# The label of a token without loss.
+IGNORE_INDEX = -100
+# Of samples whose teacher has a prompt of its own, which is this column.
+PRIVILEGED_IDS = "privileged_ids"
+TOKENISED_FEATURES = Features(
+    {
+        "sample_id": Value("string"),
+        "prompt": Value("string"),
+        "references": List(Value("string")),
+        "input_ids": List(Value("int32")),
+        "labels": List(Value("int32")),
+        "tests": List(Value("string")),
+    }
+)
+PRIVILEGED_FEATURES = Features({**TOKENISED_FEATURES, PRIVILEGED_IDS: List(Value("int32"))})
+# What a step reads of them.
+_READ = ("input_ids", "labels", PRIVILEGED_IDS)
+
+
+def first_label(labels: Sequence[int]) -> int:
+    """Index of the first token with loss, which is the length of the prompt."""
+    return next((i for i, x in enumerate(labels) if x != IGNORE_INDEX), len(labels))
+
+
+def read_columns(names: Sequence[str]) -> list[str]:
+    """Which of a data set's columns a step reads."""
+    return [name for name in _READ if name in names]
