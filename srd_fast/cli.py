@@ -258,8 +258,8 @@ def compare(
 ) -> None:
     """Runs side by side on the validation rows that they share: KL, cross-entropy and ROUGE-L with paired intervals.
 
-    Each distilled student against its start, and against that of the first run. A difference inside its interval is
-    said to be none.
+    Each distilled student against its start, and against that of the first run. Runs that differ by the seed alone are
+    one side. A difference inside its interval is said to be none.
     """
     _for_one_process("compare")
     from .report import compare_runs, comparison_text, write_comparison

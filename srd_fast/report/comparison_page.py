@@ -10,30 +10,25 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from srd_fast.report.canvas import DROPPED, INK, LINE, MUTED, NARROW, WIDE, new_figure, picture, sequence
-from srd_fast.report.comparison import MEASURES, Comparison, Pair, change, interval
+from srd_fast.report.comparison import Comparison, Pair, change, interval
 from srd_fast.report.numbers import rows as rows_in_words
 from srd_fast.report.page import MOST_BYTES, ROOM_OF_SENTENCES, page_of, write_page
 from srd_fast.report.plots import NICE
 from srd_fast.report.read import FloatArray
 from srd_fast.report.rows import Column, Table, Texts, fit
+from srd_fast.report.sides import MEASURES
 
 
 def render_comparison(comparison: Comparison) -> str:
     """The whole page as HTML, at most `MOST_BYTES` long."""
     views: dict[str, Any] = {
         "measures": MEASURES,
-        "models": [
-            (label, [m.text(x) for m, x in zip(MEASURES, values)]) for label, values in comparison.models
-        ],
+        "models": comparison.models,
         "num_rows": rows_in_words(comparison.num_rows) if comparison.shared else "",
-        "pairs": [
-            (pair.first, pair.second, pair.rows,
-             [(d.measure.title, d.measure.unit, change(d), interval(d), d.verdict) for d in pair.differences])
-            for pair in comparison.pairs
-        ],
-        "differences_view": _differences_view(comparison.pairs),
+        "pairs": pairs_view(comparison.pairs),
+        "differences_view": differences_view(comparison.pairs),
         "curves": _curves_view(comparison),
-    }  # fmt: skip
+    }
     room = MOST_BYTES - len(page_of("comparison.html", **views, answers=None).encode(errors="replace"))
     if not comparison.shared:
         return page_of("comparison.html", **views, answers=None)
@@ -41,13 +36,23 @@ def render_comparison(comparison: Comparison) -> str:
     return page_of("comparison.html", **views, answers={"json": text, "left_out": left_out})
 
 
-def _differences_view(pairs: Sequence[Pair]) -> dict[str, Any]:
+def pairs_view(pairs: Sequence[Pair]) -> list[tuple[Any, ...]]:
+    """Pairs as the macro `pairs` of `parts.html` takes them."""
+    return [
+        (pair.first, pair.second, pair.basis,
+         [(d.measure.title, d.measure.unit, change(d), interval(d), d.verdict) for d in pair.differences])
+        for pair in pairs
+    ]  # fmt: skip
+
+
+def differences_view(pairs: Sequence[Pair]) -> dict[str, Any]:
+    """The picture of all differences with their intervals."""
     view: dict[str, Any] = {"missing": "", "picture": None, "caption": ""}
     if not any(not d.reason for pair in pairs for d in pair.differences):
         view["missing"] = "No difference could be measured."
         return view
     view["caption"] = (
-        "Difference of the second model from the first, with its interval over the validation rows. Grey: the "
+        "Difference of the second model from the first, with its interval. Grey: the "
         "interval holds 0, so no difference is shown. The better side is to the left for KL and cross-entropy, to the "
         "right for ROUGE-L."
     )
@@ -118,16 +123,19 @@ def _last(values: FloatArray) -> str:
 
 
 def _answers(comparison: Comparison) -> Table:
-    """Every shared row with what each model answered; ROUGE-L and KL of each."""
+    """Every shared row with what each model answered; ROUGE-L and KL of each, means over seeds."""
     ids = comparison.shared
     columns, texts = [], []
     for i, model in enumerate(comparison.given, 1):
-        at = [model.rows.index[x] for x in ids]
-        columns.append(Column(f"ROUGE‑L, {i}", "points", 100 * model.rows.rouge_l[at], i < len(comparison.given)))
-        kl = model.rows.kl[at] / np.maximum(model.rows.num_tokens[at], 1)
+        rouge, sums, tokens = (model.by_row(field, ids) for field in ("rouge_l", "kl", "num_tokens"))
+        columns.append(Column(f"ROUGE‑L, {i}", "points", 100 * rouge, i < len(comparison.given)))
+        kl = sums / np.maximum(tokens, 1)
         if not all(map(math.isnan, kl)):
             columns.append(Column(f"KL, {i}", "nats per token", kl, i < len(comparison.given)))
-        texts.append(Texts(f"{i}: {model.label}", [model.rows.generations[place] for place in at]))
+        shown = model.of_seeds[0]
+        which = f", seed {shown.seed}" if len(model.of_seeds) > 1 else ""
+        answers = [shown.rows.generations[shown.rows.index[x]] for x in ids]
+        texts.append(Texts(f"{i}: {model.label}{which}", answers))
     columns.sort(key=lambda column: column.title.startswith("KL"))
     prompts, references = comparison.prompts, comparison.references
     of_row = [
