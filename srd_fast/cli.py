@@ -129,7 +129,7 @@ def _for_one_process(verb: str) -> None:
 
 @app.command()
 def run(config: _Config, overrides: _Overrides = None, quiet: _QuietFlag = False, as_json: _JsonFlag = False) -> None:
-    """Every step: prepare, init-student, reflect, curate, (answers,) cache, distill, evaluate, report.
+    """Every step: prepare, init-student, reflect, curate, (answers,) cache, distill, evaluate, (controls,) report.
 
     The config's mode says which there are. A step is skipped when its output is there and was made from the same
     inputs. Stopped, the same command goes on.
@@ -246,6 +246,7 @@ _step_command("curate", "Rank, drop and stage the samples: plan.json.")
 _step_command("cache", "Run the teacher once over the kept samples: teacher_cache/.")
 _step_command("distill", "Train along the plan: checkpoints/, metrics.jsonl, student/.")
 _step_command("evaluate", "Teacher, starting and distilled student on the validation rows: summary.json.")
+_step_command("controls", "Train the config's controls, from the run's start and cache: controls/.")
 _step_command("report", "One page from the run folder: report.html.")
 
 

@@ -40,6 +40,7 @@ from ..config import RunConfig
 from ..group import Group
 from ..modes import check_mode, check_signals
 from .cache import check_cache
+from .controls import check_controls
 from .data import VALIDATION, tokenisation_of
 from .run import PRUNE, QUICKSTART
 from .selection import sample_policy
@@ -79,6 +80,7 @@ def check_inputs(config: RunConfig, faults: Faults | None = None, also: Checks =
     _check_reflection(config, faults)
     faults.check("curate", _check_reflect_again, config)
     faults.check(("curate", "distill.save_strategy"), _check_checkpoints, config, args)
+    faults.check(("controls", "curate.method"), check_controls, config)
     faults.check("evaluate.metrics", _of_config, check_metrics, config.evaluate.metrics)
     if config.data_function is not None:
         faults.check("data_function", data_function_of, config.data_function)

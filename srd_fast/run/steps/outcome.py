@@ -14,7 +14,7 @@ from ...curriculum import CurriculumPlan
 from ...files import write_text
 from ...models import load_model
 from ...reflection import Sampling
-from ...report import write_report
+from ...report import controls_json, write_report
 from ...training.evaluation import evaluate
 from ..config import RunConfig
 from ..modes import MODES
@@ -153,5 +153,7 @@ def _stages(run: Run) -> list[dict[str, Any]]:
 
 
 def report(run: Run) -> None:
-    """Write report.html."""
+    """Write report.html; beside controls also report.json, how the run differs from them."""
     write_report(run.folder)
+    if run.config.controls:
+        write_text(run.folder / "report.json", json_text(controls_json(run.folder)))
