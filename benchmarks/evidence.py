@@ -52,6 +52,8 @@ from .rows import device_name, set_threads, version_of
 SMOLLM2 = "smollm2-135m-instruct"
 # To save what is under way, to write tables and to leave.
 LAST_SECONDS = 45.0
+# Of three stages, in ratio 1 : 2 : 3.
+LEAST_STEPS = 6
 # No task begins with less left.
 LEAST_SECONDS = 30.0
 # Options of which figures depend, besides the number of steps.
@@ -155,7 +157,7 @@ class Evidence:
             if own is None or full is None:
                 return None
             extra = own["reflect_seconds"] if cell.name in REFLECTING else 0.0
-            steps = max(3, round((args.steps * full["step_seconds"] - extra) / own["step_seconds"]))
+            steps = max(LEAST_STEPS, round((args.steps * full["step_seconds"] - extra) / own["step_seconds"]))
         own_task = {
             **common, "do": "cell", "folder": str(place / cell.slug), "base": str(base), "steps": steps,
             "overrides": [*CELLS[cell.name], *args.set], "sampling_seeds": args.sampling_seeds,
@@ -253,7 +255,7 @@ def main() -> None:
     parser.add_argument("--cells", nargs="+", choices=list(CELLS), default=list(CELLS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--equal", nargs="+", choices=EQUAL, default=list(EQUAL))
-    parser.add_argument("--steps", type=int, default=160, help="of 16 samples, at least 6")
+    parser.add_argument("--steps", type=int, default=160, help="of 16 samples")
     parser.add_argument("--rows", type=int, help="of the training rows")
     parser.add_argument("--validation-rows", type=int, help="of each validation file")
     parser.add_argument("--new-tokens", type=int, help="of an answer; default: as fits the data")
@@ -268,8 +270,10 @@ def main() -> None:
     args = parser.parse_args()
     if args.data is None and not args.table and any(DATA[x].train for x in args.sets):
         parser.error("give --data, or --sets quickstart")
-    if args.steps < 6:
-        parser.error(f"--steps is {args.steps}, and three stages with steps in ratio 1 : 2 : 3 have 6 at least")
+    if args.steps < LEAST_STEPS:
+        parser.error(
+            f"--steps is {args.steps}, and three stages with steps in ratio 1 : 2 : 3 have {LEAST_STEPS} at least"
+        )
     # Whoever ends this process ends what runs.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     if not args.table:

@@ -77,9 +77,10 @@ def make_cell(task: dict[str, Any]) -> dict[str, Any]:
     """A student, and its figures."""
     config = config_of(task)
     begin_from(Path(task["base"]), config)
-    for step in ("prepare", "reflect", "curate"):  # done, but where the cell has signals of its own
-        execute(config, only=step)
     folder = Path(task["folder"])
+    own_signals = not (folder / "reflections.parquet").is_symlink()
+    for step in ("reflect", "curate") if own_signals else ("curate",):
+        execute(config, only=step)
     passes = epochs_of(CurriculumPlan.load(folder / "plan.json"), task["steps"])
     config = config_of(task, f"distill.epochs_per_stage={json.dumps(passes)}")
     energy = _joules(task["device"]) if task["alone"] else None
