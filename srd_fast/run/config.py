@@ -222,13 +222,6 @@ class RunConfig(_Section):
         MODES.check(given)
         return given
 
-    @field_validator("controls")
-    @classmethod
-    def _each_once(cls, given: list[str]) -> list[str]:
-        if len(set(given)) < len(given):
-            raise ValueError("must name each control once")
-        return given
-
     @field_validator("validation")
     @classmethod
     def _some_rows(cls, given: Any) -> Any:

@@ -200,7 +200,7 @@ def test_what_is_wrong_with_controls_is_said_before_any_work(settings: dict[str,
         (["controls=[random]", "curate.method=random"], r"controls is \['random'\], and curate.method is 'random'"),
         (["controls=[none]", "distill.sample_selection=topk_student_entropy"], "which trains on all samples"),
         (["controls=[srd]"], "controls.0: input should be 'random' or 'none', got 'srd'"),
-        (["controls=[none, none]"], "controls: must name each control once"),
+        (["controls=[none, none]"], "controls is .*: name each control once"),
     ):
         with pytest.raises((FaultsError, UserError), match=said):
             execute(load_run_config(None, [*common, *changes]), say=lambda news: None)

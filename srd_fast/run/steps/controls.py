@@ -59,11 +59,13 @@ def control_config(config: RunConfig, name: str, plan: CurriculumPlan) -> RunCon
 
 
 def check_controls(config: RunConfig) -> None:
-    """Refuse controls of a run that is one itself, or that could not have all samples.
+    """Refuse controls that come twice, of a run that is one itself, or that could not have all samples.
 
     Raises:
         UserError: naming the keys and the way out.
     """
+    if len({*config.controls}) < len(config.controls):
+        raise UserError(f"config: controls is {config.controls}: name each control once")
     if config.controls and config.curate.method != "srd":
         raise UserError(
             f"config: controls is {config.controls}, and curate.method is {config.curate.method!r}, which is a control "
