@@ -6,11 +6,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+Process = subprocess.Popen[bytes]
 
 
 class Failed(Exception):  # noqa: N818
@@ -26,27 +27,38 @@ def run_limited(command: list[str], seconds: float, log: Path | None = None) -> 
 
     log: a file for what it prints. It gets a group of its own, and its group is ended whatever happens here.
     """
-    out: Any = log.open("wb") if log else None
-    process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out and subprocess.STDOUT, start_new_session=True)
+    process = start(command, log)
     try:
         return process.wait(None if seconds == float("inf") else max(0.0, seconds))
     except subprocess.TimeoutExpired:
         return None
     finally:
+        end([process], 10)
+
+
+def start(command: list[str], log: Path | None = None) -> Process:
+    """Begin a command in the checkout's root, in a group of its own; what it prints goes to the log, if given."""
+    out: Any = log.open("wb") if log else None
+    try:
+        return subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out and subprocess.STDOUT, start_new_session=True)
+    finally:
         if out:
             out.close()
-        if process.poll() is None:
-            _end(process)
 
 
-def _end(process: "subprocess.Popen[bytes]") -> None:
-    # It may have processes in groups of their own, which it ends on SIGTERM.
-    os.killpg(process.pid, signal.SIGTERM)
-    try:
-        process.wait(10)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+def end(processes: Iterable[Process], grace: float) -> None:
+    """End the groups of processes that still run; they have so many seconds to do it themselves."""
+    running = [p for p in processes if p.poll() is None]
+    for process in running:
+        # It may have processes in groups of their own, which it ends on SIGTERM.
+        os.killpg(process.pid, signal.SIGTERM)
+    last = time.monotonic() + grace
+    for process in running:
+        try:
+            process.wait(max(0.0, last - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def run_task(task: Mapping[str, Any], folder: Path, most: float, deadline: float) -> dict[str, Any]:

@@ -71,8 +71,10 @@ def spans(found: Iterable[Row], metric: str, *, unit: float = 1.0, base: str | N
             print(f"{metric} of {provider} in {case!r} not drawn: no {base} to compare with")
             continue
         sd = values.get((case, provider, f"{metric}_sd"), 0.0)
-        low = values.get((case, provider, f"{metric}_p20"), middle - sd)
-        high = values.get((case, provider, f"{metric}_p80"), middle + sd)
+        low = values.get((case, provider, f"{metric}_p20"), values.get((case, provider, f"{metric}_low"), middle - sd))
+        high = values.get(
+            (case, provider, f"{metric}_p80"), values.get((case, provider, f"{metric}_high"), middle + sd)
+        )
         drawn[case, provider] = middle / one, low / one, high / one
     return drawn
 

@@ -9,7 +9,7 @@ The same rows give the same bytes. A figure whose rows are not there is left out
 import argparse
 import re
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -114,22 +114,21 @@ def reflect(folder: Path) -> Figure:
     return bar_figure(title, found, shape_panels(found, panel))
 
 
-def quality(folder: Path) -> Figure:
-    """What students are worth and what their training takes."""
+def evidence(folder: Path) -> Figure:
+    """What students are worth, and by how much they differ from full KD and from random dropping."""
     labels = {
         "kl": "KL to the teacher\n(nats per token)\nlower is better",
-        "cross_entropy": "cross-entropy\n(nats per token)\nlower is better",
         "rouge_l": "ROUGE-L\n(0 to 1)\nhigher is better",
-        "step_seconds": "a training step\n(seconds)\nlower is better",
+        "kl_vs_full": "KL minus\nthat of full KD\n(nats per token)\nleft of 0 is better",
+        "kl_vs_random": "KL minus that of\nrandom dropping\n(nats per token)\nleft of 0 is better",
     }
-    found = rows_of(folder, "quality", *labels)
+    found = rows_of(folder, "evidence", *labels)
 
     def panels(part: list[Row]) -> list[Panel]:
-        *worth, seconds = labels
-        dots = [Panel("", labels[m], spans(part, m), "{:.3f}", dots=True) for m in worth]
-        return [*dots, Panel("", labels[seconds], spans(part, seconds), "{:,.2f}")]
+        marks = {m: 0.0 if "_vs_" in m else None for m in labels}
+        return [Panel("", labels[m], spans(part, m), "{:.3f}", dots=True, mark=marks[m]) for m in labels]
 
-    title = "Students on held-out rows, means and standard deviations over seeds, and the time of a training step"
+    title = "Students on held-out rows: means and standard deviations over seeds; differences with their intervals"
     return bar_figure(title, found, metric_panels(found, panels))
 
 
@@ -179,16 +178,16 @@ DRAWINGS: dict[str, Callable[[Path], Figure]] = {
     "scale": scale,
     "train": train,
     "reflect": reflect,
-    "quality": quality,
+    "evidence": evidence,
 }
 
 
-def draw(results: Path, figures: Path) -> None:
-    """Every figure whose rows are there."""
+def draw(results: Path, figures: Path, only: Collection[str] = tuple(DRAWINGS)) -> None:
+    """Every figure whose rows are there, or some of them."""
     figures.mkdir(parents=True, exist_ok=True)
     with house_style():
-        for name, drawing in DRAWINGS.items():
-            path = figures / f"{name}.svg"
+        for name in only:
+            drawing, path = DRAWINGS[name], figures / f"{name}.svg"
             try:
                 figure = drawing(results)
             except LookupError as reason:

@@ -1,7 +1,7 @@
 """Every benchmark one after the other, then the tables and figures from their rows.
 
     python -m benchmarks.run --quick                            # small sizes, under a quarter of an hour on two cores
-    python -m benchmarks.run --data TRAIN.jsonl --validation DEV.jsonl       # all there is; hours
+    python -m benchmarks.run --data FOLDER/TRAIN.jsonl                        # all there is; hours
     python -m benchmarks.run --quick --only loss rivals
 
 Rows go to runs/benchmarks (`--results`), tables to tables.md beside them, figures to its folder `figures`. What fails
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from .tables import OTHER_TABLES, TABLES, all_rows, render
 
-# Arguments of each benchmark: of a full run, and of a quick one. DATA, VALIDATION and FOLDER stand for what is given.
+# Arguments of each benchmark: of a full run, and of a quick one. DATA and FOLDER stand for the rows and their folder.
 FULL = {
     "rivals": [""],
     "loss": ["--shapes smollm2 qwen2.5 llama3 gemma3"],
@@ -41,7 +41,7 @@ FULL = {
         "--data DATA --variant packing --steps 13",
         "--data DATA --teacher-ratio 20 --steps 8 --dtype bfloat16",
     ],
-    "quality": ["--data DATA --validation VALIDATION"],
+    "evidence": ["--data FOLDER --sets llms_from_scratch --layers 15 --equal passes --seeds 0 1 2"],
 }
 QUICK = {
     "rivals": [""],
@@ -55,9 +55,9 @@ QUICK = {
     "stores": ["--rows 128"],
     "reflect": ["--rows 8 --new-tokens 16 --groups 1 --batch-sizes 8"],
     "train": ["--rows 64 --steps 2", "--rows 64 --steps 2 --memory", "--rows 64 --steps 2 --trl"],
-    "quality": [
-        "--max-rows 48 --validation 8 --steps 3 --warmup-steps 2 --seeds 0 --methods 'full KD' SRD "
-        "--set reflect.max_new_tokens=32 evaluate.max_new_tokens=32",
+    "evidence": [
+        "--sets quickstart --layers 8 --teachers 'as it is' --equal passes --seeds 0 --cells 'full KD' SRD "
+        "--rows 48 --validation-rows 12 --steps 6 --warmup-steps 2 --new-tokens 16 --sampling-seeds 10",
     ],
 }
 
@@ -67,19 +67,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small sizes, the quickstart's rows")
     parser.add_argument("--data", type=Path, help="training rows, json lines; needed without --quick")
-    parser.add_argument("--validation", type=Path, help="held-out rows; needed without --quick")
     parser.add_argument("--only", nargs="+", choices=list(FULL), default=list(FULL))
     parser.add_argument("--results", type=Path, default=Path("runs/benchmarks"))
     args = parser.parse_args()
-    if not args.quick and not (args.data and args.validation):
-        parser.error("give --data and --validation, or --quick")
+    if not args.quick and not args.data:
+        parser.error("give --data, or --quick")
     folder = args.results.resolve()
-    stand_for = {"DATA": args.data, "VALIDATION": args.validation, "FOLDER": args.data and args.data.parent}
+    stand_for = {"DATA": args.data, "FOLDER": args.data and args.data.parent}
     failed, began = [], time.monotonic()
     for name in args.only:
         for given in (QUICK if args.quick else FULL)[name]:
             options = [str(stand_for.get(x) or x) for x in shlex.split(given)]
-            options += ["--output-dir", str(folder / "runs")] if name == "quality" else []
             command = [sys.executable, "-m", f"benchmarks.{name}", *options, "--results", str(folder)]
             print(f"\n[{time.monotonic() - began:.0f} s] python -m benchmarks.{name} {given}", flush=True)
             if subprocess.run(command, check=False).returncode:

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from .claims import claims
+from .evidence_grid import REFERENCES
 from .markdown import Figures, Group, Line, groups, reasons, table
 from .providers import NOT_THE_LOSS, PROVIDERS
 from .rows import LEFT_OUT, PRODUCTS, RESULTS, Row, natural, read
@@ -160,27 +161,64 @@ def stores(rows: list[Row]) -> str:
     return table(head, body)
 
 
-def quality(rows: list[Row]) -> str:
-    """Methods over seeds."""
+def _over_seeds(f: dict[str, float], metric: str, digits: int = 3, factor: float = 1.0) -> str:
+    """Mean and deviation; empty if it was not measured."""
+    sd = f.get(f"{metric}_sd")
+    mean = "" if metric not in f else f"{f[metric] * factor:.{digits}f}"
+    return mean + ("" if sd is None else f" ± {sd * factor:.{digits}f}")
 
-    def spread(f: dict[str, float], metric: str, digits: int, factor: float = 1.0) -> str:
-        sd = f.get(f"{metric}_sd")
-        return f"{f[metric] * factor:.{digits}f}" + ("" if sd is None else f" ± {sd * factor:.{digits}f}")
+
+def _apart(f: dict[str, float], metric: str, digits: int = 3, factor: float = 1.0) -> str:
+    """A difference with its interval; none where the interval holds 0."""
+    ends = [f.get(f"{metric}_{end}") for end in ("low", "high")]
+    low, high = (None if x is None else x * factor for x in ends)
+    if low is None or high is None:
+        return ""
+    apart = "none" if low <= 0 <= high else f"{f[metric] * factor:+.{digits}f}"
+    return f"{apart} [{low:+.{digits}f}, {high:+.{digits}f}]"
+
+
+def _first_sampled(figures: Figures) -> str:
+    """The metric of answers sampled on the first validation set."""
+    return next((m for f in figures.values() for m in f if re.fullmatch(r"sampled_rouge_l@[^:]*?(?<!_sd)", m)), "")
+
+
+def evidence(rows: list[Row]) -> str:
+    """Students of every cell over seeds, and what they cost."""
 
     def cost(f: dict[str, float], metric: str, factor: float = 1.0, digits: int = 0) -> str:
         return f"{f[metric] * factor:.{digits}f}" if metric in f else ""
 
     body: list[Line] = []
-    for (case, _, _, machine), figures in groups(rows, "quality").items():
+    for (case, shape, _, machine), figures in groups(rows, "evidence").items():
         first = next(iter(figures.values()))
-        begin = [case, "starting student", f"{first['start_kl']:.3f}", "", f"{100 * first['start_rouge_l']:.1f}"]
-        body.append((machine, [*begin, *[""] * 4]))
+        begin = [f"{shape}, {case}", "starting student", "", _over_seeds(first, "start_kl"), ""]
+        body.append((machine, [*begin, _over_seeds(first, "start_rouge_l", 1, 100), *[""] * 6]))
+        sampled = _first_sampled(figures)
         for name, f in figures.items():
-            scores = [spread(f, "kl", 3), spread(f, "cross_entropy", 3), spread(f, "rouge_l", 1, 100)]
+            worth = [_over_seeds(f, "kl"), _over_seeds(f, "cross_entropy"), _over_seeds(f, "rouge_l", 1, 100)]
+            worth += [_over_seeds(f, sampled, 1, 100), _over_seeds(f, "exact_match", 1, 100)]
             costs = [cost(f, "step_seconds", digits=2), cost(f, "cache_seconds"), cost(f, "peak_memory_mb")]
-            body.append((machine, ["", name, *scores, *costs, cost(f, "cache_bytes", 1e-6, 1)]))
-    head = ["", "", "KL, nats", "cross-entropy, nats", "ROUGE-L", "a step, s", "cache, s", "peak MB", "cache MB"]
-    return table(head, body)
+            body.append((machine, ["", name, cost(f, "seeds"), *worth, *costs, cost(f, "cache_bytes", 1e-6, 1)]))
+    head = ["", "", "seeds", "KL, nats", "cross-entropy, nats", "ROUGE-L", "ROUGE-L, sampled", "right, %"]
+    head += ["a step, s", "cache, s", "peak MB", "cache MB"]
+    used = [i for i in range(len(head)) if not body or i < 2 or any(cells[i] for _, cells in body)]
+    return table([head[i] for i in used], [(machine, [cells[i] for i in used]) for machine, cells in body])
+
+
+def evidence_differences(rows: list[Row]) -> str:
+    """Every cell against full KD and against random dropping."""
+    measures: tuple[tuple[str, int, float], ...] = (("kl", 3, 1.0), ("cross_entropy", 3, 1.0), ("rouge_l", 1, 100.0))
+    body: list[Line] = []
+    for (case, shape, _, machine), figures in groups(rows, "evidence").items():
+        where = f"{shape}, {case}"
+        for name, f in figures.items():
+            cells = [_apart(f, f"{m}_vs_{x}", n, scale) for x in REFERENCES.values() for m, n, scale in measures]
+            if any(cells):
+                body.append((machine, [where, name, *cells]))
+                where = ""
+    titles = ("KL", "cross-entropy", "ROUGE-L")
+    return table(["", "", *(f"{title}, from {x}" for x in REFERENCES for title in titles)], body)
 
 
 def limits(rows: list[Row], benchmark: str = "limits") -> str:
@@ -297,7 +335,8 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "large-vocabulary": large_vocabulary,
     "stores": stores,
     "selection": selection,
-    "quality": quality,
+    "evidence": evidence,
+    "evidence-differences": evidence_differences,
 }
 
 # Of benchmarks whose rows no page shows.

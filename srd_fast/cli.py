@@ -129,7 +129,7 @@ def _for_one_process(verb: str) -> None:
 
 @app.command()
 def run(config: _Config, overrides: _Overrides = None, quiet: _QuietFlag = False, as_json: _JsonFlag = False) -> None:
-    """Every step: prepare, init-student, reflect, curate, (answers,) cache, distill, evaluate, report.
+    """Every step: prepare, init-student, reflect, curate, (answers,) cache, distill, evaluate, (controls,) report.
 
     The config's mode says which there are. A step is skipped when its output is there and was made from the same
     inputs. Stopped, the same command goes on.
@@ -246,6 +246,7 @@ _step_command("curate", "Rank, drop and stage the samples: plan.json.")
 _step_command("cache", "Run the teacher once over the kept samples: teacher_cache/.")
 _step_command("distill", "Train along the plan: checkpoints/, metrics.jsonl, student/.")
 _step_command("evaluate", "Teacher, starting and distilled student on the validation rows: summary.json.")
+_step_command("controls", "Train the config's controls, from the run's start and cache: controls/.")
 _step_command("report", "One page from the run folder: report.html.")
 
 
@@ -258,8 +259,8 @@ def compare(
 ) -> None:
     """Runs side by side on the validation rows that they share: KL, cross-entropy and ROUGE-L with paired intervals.
 
-    Each distilled student against its start, and against that of the first run. A difference inside its interval is
-    said to be none.
+    Each distilled student against its start, and against that of the first run. Runs that differ by the seed alone are
+    one side. A difference inside its interval is said to be none.
     """
     _for_one_process("compare")
     from .report import compare_runs, comparison_text, write_comparison

@@ -50,8 +50,8 @@ def write_text(target: Path, text: str) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a file or folder, if it exists."""
-    if path.is_dir():
+    """Delete a file or folder, if it exists; of a link the link alone."""
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)

@@ -15,7 +15,7 @@ from torch import nn
 from ..errors import UserError
 from ..models import model_without_weights
 from ..run.config import RunConfig
-from ..run.steps import LIVE, Run, student_without_weights
+from ..run.steps import LIVE, Run, control_folder, student_without_weights
 from .planner import in_a_step, plan
 
 logger = logging.getLogger(__name__)
@@ -84,10 +84,12 @@ def _size(model: nn.Module) -> int:
 def _check_disk(run: Run, student: nn.Module) -> None:
     """Checkpoints that are there already are overwritten or kept instead of new ones, so they do not count.
 
-    Where the student is there, its training is over, or what is there makes room for it.
+    Where the student is there, its training is over, or what is there makes room for it. Controls are trainings too.
     """
     args, folder = run.args, run.folder
-    if (folder / "student").is_dir():
+    folders = [folder, *(control_folder(run.config, name) for name in run.config.controls)]
+    ahead = [f for f in folders if not (f / "student").is_dir()]
+    if not ahead:
         return
     there = next((x for x in (folder, *folder.absolute().parents) if x.is_dir()), Path("/"))
     if run.config.lora is not None:
@@ -97,11 +99,13 @@ def _check_disk(run: Run, student: nn.Module) -> None:
         checkpoints = 0 if args.save_strategy == "no" else (args.save_total_limit or 1) + 1
         states = 1 if args.save_only_model else _IN_CHECKPOINT
         needed = _FLOAT * _size(student) * (1 + checkpoints * states)
+    needed *= len(ahead)
     free = shutil.disk_usage(there).free
-    held = sum(f.stat().st_size for f in (folder / "checkpoints").rglob("*") if f.is_file())
+    held = sum(f.stat().st_size for x in ahead for f in (x / "checkpoints").rglob("*") if f.is_file())
     if needed > free + held:
+        controls = f", with its {len(folders) - 1} controls," if run.config.controls else ""
         raise UserError(
-            f"config: output_dir: the student and its checkpoints take about {needed / 1e9:.3g} GB, and the disk of "
-            f"{str(there)!r} has {free / 1e9:.3g} GB free; lower distill.save_total_limit, set "
+            f"config: output_dir: the student and its checkpoints{controls} take about {needed / 1e9:.3g} GB, and the "
+            f"disk of {str(there)!r} has {free / 1e9:.3g} GB free; lower distill.save_total_limit, set "
             "distill.save_only_model, or name a folder on another disk"
         )

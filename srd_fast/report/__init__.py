@@ -4,10 +4,11 @@ from pathlib import Path
 
 from srd_fast.report.comparison import compare_runs, comparison_text
 from srd_fast.report.comparison_page import write_comparison
+from srd_fast.report.controls import controls_json
 from srd_fast.report.page import render, write_page
 from srd_fast.report.read import read_run
 
-__all__ = ["compare_runs", "comparison_text", "write_comparison", "write_report"]
+__all__ = ["compare_runs", "comparison_text", "controls_json", "write_comparison", "write_report"]
 
 
 def write_report(run_folder: str | Path) -> Path:

@@ -1,68 +1,39 @@
 """Models of one or more runs side by side on the validation rows that they share, with intervals of the differences.
 
-A difference is the second model's minus the first's on the same rows. Its interval comes from rows drawn anew, with
-replacement, in pairs: what another set of such rows would give. It holds 95 % for the three measures of a pair
-together, each at 1 - 0.05 / 3. What lies inside its interval with 0 is said to be none. What another seed of training
-would give is another question: it takes runs with other seeds. A run's seed also draws its validation rows: where two
-models share too few, the rows of each are drawn apart, which the wider interval pays for.
+Runs whose config differs by the seed alone are one side: its values are means over seeds. A difference is the second
+side's minus the first's, seed by seed and row by row where both have them. Its interval is over rows drawn anew and
+over seeds (`intervals`), and holds 95 % for the three measures of a pair together, each at 1 - 0.05 / 3. What lies
+inside its interval with 0 is said to be none. With one seed on both sides it knows nothing of seeds. A run's seed also
+draws its validation rows: where two models share too few, the rows of each are drawn apart, which the wider interval
+pays for.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 
 import numpy as np
 
 from srd_fast.errors import UserError
-from srd_fast.report.answers import NAMES, RowMeasures, ValidationAnswers, read_answers, texts_of
-from srd_fast.report.files import read_json
-from srd_fast.report.read import FloatArray, Metrics, read_metrics
-
-LEVEL = 1 - 0.05 / 3
-RESAMPLES = 4000
-# Fewer rows say too little for an interval.
-LEAST_ROWS = 10
-
-
-@dataclass(frozen=True)
-class Measure:
-    """What is compared. of_tokens: a sum over tokens, divided by their number; else a mean over rows."""
-
-    field: str
-    title: str
-    unit: str
-    scale: float
-    digits: int
-    of_tokens: bool
-    higher_is_better: bool
-
-    def text(self, value: float, sign: bool = False) -> str:
-        """The value as it is shown; a dash if it was not measured."""
-        return "–" if math.isnan(value) else format(self.scale * value, f"{'+' if sign else ''}.{self.digits}f")
-
-
-MEASURES = (
-    Measure("kl", "KL to the teacher", "nats per token", 1.0, 3, True, False),
-    Measure("cross_entropy", "cross-entropy", "nats per token", 1.0, 3, True, False),
-    Measure("rouge_l", "ROUGE-L", "points", 100.0, 1, False, True),
+from srd_fast.report.answers import NAMES, texts_of
+from srd_fast.report.intervals import FloatArray, Measured, difference_interval
+from srd_fast.report.read import Metrics, read_metrics
+from srd_fast.report.sides import (
+    MEASURES,
+    Given,
+    Measure,
+    Model,
+    labels_of,
+    mean_and_deviation,
+    measured,
+    read_models,
+    sides_of,
 )
 
-
-@dataclass(frozen=True)
-class Model:
-    """One model of a run, and its measures on the run's validation rows."""
-
-    label: str
-    run: Path
-    teacher: str
-    rows: RowMeasures
-
-    def value(self, measure: Measure, places: Sequence[int]) -> float:
-        """The measure over some of its rows."""
-        values = getattr(self.rows, measure.field)[places]
-        return float(values.sum() / self.rows.num_tokens[places].sum() if measure.of_tokens else values.mean())
+LEVEL = 1 - 0.05 / 3
+# Fewer rows say too little for an interval.
+LEAST_ROWS = 10
 
 
 @dataclass(frozen=True)
@@ -88,18 +59,32 @@ class Difference:
 
 @dataclass(frozen=True)
 class Pair:
-    """The second of two models against the first, on the rows that both have; not paired: each on its own."""
+    """The second of two models against the first.
+
+    Args:
+        first: its label.
+        second: its label.
+        num_rows: of a seed's validation rows, those that both have; 0 where each is measured on its own.
+        num_seeds: of the first and of the second.
+        paired: whether they are compared seed by seed, and so on as many of each.
+        differences: one for each of `MEASURES`.
+    """
 
     first: str
     second: str
     num_rows: int
+    num_seeds: tuple[int, int]
+    paired: bool
     differences: list[Difference]
-    paired: bool = True
 
     @property
-    def rows(self) -> str:
-        """Which rows it rests on, in words."""
-        return f"{self.num_rows:,} rows" if self.paired else "each on validation rows of its own"
+    def basis(self) -> str:
+        """Which rows and seeds it rests on, in words."""
+        rows = f"{self.num_rows:,} rows" if self.num_rows else "each on validation rows of its own"
+        if max(self.num_seeds) == 1:
+            return rows
+        first, second = self.num_seeds
+        return f"{rows}, " + (f"{first} seeds in pairs" if self.paired else f"{second} against {first} seeds")
 
 
 @dataclass(frozen=True)
@@ -128,14 +113,20 @@ class Comparison:
         return len(self.shared)
 
     @property
-    def models(self) -> list[tuple[str, list[float]]]:
-        """The label of each model, and its `MEASURES` over the shared rows."""
-        at = [[model.rows.index[x] for x in self.shared or model.rows.index] for model in self.given]
-        return [(m.label, [m.value(x, places) for x in MEASURES]) for m, places in zip(self.given, at)]
+    def models(self) -> list[tuple[str, list[str]]]:
+        """The label of each model, and its `MEASURES` over the shared rows as text, of seeds mean ± deviation."""
+        return [(m.label, [_of_seeds(x, m.values(x, self.shared)) for x in MEASURES]) for m in self.given]
+
+
+def _of_seeds(measure: Measure, values: Sequence[float]) -> str:
+    mean, deviation = mean_and_deviation(values)
+    return measure.text(mean) + ("" if math.isnan(deviation) else f" ± {measure.text(deviation)}")
 
 
 def compare_runs(runs: Sequence[str]) -> Comparison:
     """Compare the distilled students of runs, each with its starting student, and all with the first.
+
+    Runs whose config differs by the seed alone are one side. Where all are, they are compared with each other too.
 
     Args:
         runs: run folders. FOLDER:start, FOLDER:student and FOLDER:teacher are one model of a run.
@@ -146,142 +137,102 @@ def compare_runs(runs: Sequence[str]) -> Comparison:
     Raises:
         UserError: a folder is not that of a run, lacks measures of single rows, or only one model is given.
     """
-    chosen = [_models(given) for given in _distinct(runs)]
-    labels = _labels([models[-1][0] for models in chosen])
-    named = [
-        [Model(f"{label}, {NAMES[name]}", folder, teacher, rows) for folder, name, teacher, rows, _ in models]
-        for label, models in zip(labels, chosen)
-    ]
-    pairs = [(models[0], models[-1]) for models in named if len(models) > 1]
-    pairs += [(named[0][-1], models[-1]) for models in named[1:]]
-    if not pairs:
-        raise UserError(f"{runs[0]} is one model: give a run folder, or two models")
-    everything = list(chain.from_iterable(named))
-    shared = _shared(everything)
-    table = chosen[0][0][4].table
-    prompts, references = ({}, {}) if table is None else texts_of(table)
-    found = {label: read_metrics(models[0][0] / "metrics.jsonl") for label, models in zip(labels, chosen)}
-    metrics = {label: x for label, x in found.items() if x is not None}
-    return Comparison(shared, everything, [_pair(*pair) for pair in pairs], prompts, references, metrics)
-
-
-def _distinct(runs: Sequence[str]) -> list[str]:
     if len(set(runs)) < len(runs):
         twice = next(x for i, x in enumerate(runs) if x in runs[:i])
         raise UserError(f"{twice} is given twice; give each run once")
-    return list(runs)
+    chosen = [read_models(given) for given in runs]
+    labels = dict(zip(runs, labels_of([models[0].run for models in chosen])))
+    of_run = {id(models): label for models, label in zip(chosen, labels.values())}
+    sides = [_side(side, of_run[id(side[0])]) for side in sides_of(chosen)]
+    if len(sides) == 1 and len(chosen) > 1:
+        sides += [_side([models], of_run[id(models)]) for models in chosen]
+        pairs = [(one[0], one[-1]) for one in sides if len(one) > 1]
+        pairs += [(sides[1][-1], one[-1]) for one in sides[2:]]
+    else:
+        pairs = [(one[0], one[-1]) for one in sides if len(one) > 1]
+        pairs += [(sides[0][-1], one[-1]) for one in sides[1:]]
+    if not pairs:
+        raise UserError(f"{runs[0]} is one model: give a run folder, or two models")
+    everything = list(chain.from_iterable(sides))
+    table = chosen[0][0].table
+    prompts, references = ({}, {}) if table is None else texts_of(table)
+    found = {of_run[id(models)]: read_metrics(models[0].run / "metrics.jsonl") for models in chosen}
+    metrics = {label: x for label, x in found.items() if x is not None}
+    made = [compare_models(*pair) for pair in pairs]
+    return Comparison(_shared(everything), everything, made, prompts, references, metrics)
 
 
-def _models(given: str) -> list[tuple[Path, str, str, RowMeasures, ValidationAnswers]]:
-    """(folder, model's name, teacher, its measures, the run's) of start and student of a run, or of one model."""
-    folder, _, name = given.rpartition(":")
-    if name not in NAMES or not folder:
-        folder, name = given, ""
-    path = Path(folder)
-    if not path.is_dir():
-        raise UserError(f"{path}: there is no such run folder")
-    wanted = [name] if name else ["start", "student"]
-    answers = read_answers(path)
-    lacking = [n for n in wanted if answers is None or n not in answers.models]
-    if answers is None or lacking:
-        done = (path / "evaluation.json").is_file()
-        raise UserError(
-            f"{path}: evaluation.json {'holds no measures of single rows' if done else 'is missing'} "
-            f"({', '.join(NAMES[n] for n in lacking)}): srd-fast evaluate {path / 'config.yaml'}"
-            f"{' --force' if done else ''} writes them"
-        )
-    summary = read_json(path / "summary.json")
-    teacher = "" if summary is None else summary.text("teacher")
-    return [(path, n, teacher, answers.models[n], answers) for n in wanted]
-
-
-def _labels(folders: Sequence[Path]) -> list[str]:
-    """The shortest ends of the paths that tell the folders apart."""
-    parts = [folder.absolute().parts for folder in folders]
-    length = next(n for n in range(1, max(map(len, parts)) + 1) if len({p[-n:] for p in parts}) == len(set(parts)))
-    return ["/".join(p[-length:]).lstrip("/") for p in parts]
+def _side(runs: Sequence[Sequence[Given]], label: str) -> list[Model]:
+    """Each model of runs that differ by their seed."""
+    seeds = f" ({len(runs)} seeds)" if len(runs) > 1 else ""
+    return [Model(f"{label}{seeds}, {NAMES[of_seeds[0].name]}", list(of_seeds)) for of_seeds in zip(*runs, strict=True)]
 
 
 def _shared(models: Sequence[Model]) -> list[str]:
     """The rows that all have. Empty if they are too few, although each model has enough."""
-    shared = [x for x in models[0].rows.index if all(x in model.rows.index for model in models)]
-    apart = len(shared) < LEAST_ROWS <= min(len(model.rows.index) for model in models)
-    return [] if apart else shared
+    rows = [model.rows for model in models]
+    sets = [set(x) for x in rows]
+    shared = [x for x in rows[0] if all(x in of_model for of_model in sets)]
+    fewest = min(len(one.rows.index) for model in models for one in model.of_seeds)
+    return [] if len(shared) < LEAST_ROWS <= fewest else shared
 
 
-def _pair(first: Model, second: Model) -> Pair:
-    shared = _shared([first, second])
-    at = [[model.rows.index[x] for x in shared or model.rows.index] for model in (first, second)]
-    tokens = [model.rows.num_tokens[places] for model, places in zip((first, second), at)]
+def compare_models(first: Model, second: Model) -> Pair:
+    """The second model against the first, in pairs of seeds and rows where both have them.
+
+    Args:
+        first: a model.
+        second: another, of runs with the same teacher if their KL is to be compared.
+    """
+    seeds = [one.seed for one in first.of_seeds], [one.seed for one in second.of_seeds]
+    common = [x for x in seeds[0] if x is not None and x in seeds[1]]
+    paired = bool(common) or len(seeds[0]) == len(seeds[1]) == 1
+    if common:
+        first, second = (
+            Model(m.label, [x for s in common for x in m.of_seeds if x.seed == s]) for m in (first, second)
+        )
+    rows, num_rows = _rows_of_seeds(first, second, paired)
     differences = []
     for measure in MEASURES:
-        before, after = (model.value(measure, places) for model, places in zip((first, second), at))
+        sides = [
+            [measured(one.rows, measure, ids) for one, ids in zip(model.of_seeds, of_model)]
+            for model, of_model in zip((first, second), rows)
+        ]
+        before, after = (mean_and_deviation([x.mean for x in side])[0] for side in sides)
+        apart = {x.rows for side in sides for x in side}
         reason = ""
-        if first.teacher != second.teacher and (measure.field == "kl" or (measure.of_tokens and not shared)):
+        if first.teacher != second.teacher and (measure.field == "kl" or (measure.of_tokens and not num_rows)):
             reason = "not comparable: other teachers"
-        elif measure.of_tokens and shared and not np.array_equal(tokens[0], tokens[1]):
+        elif measure.of_tokens and _counted_otherwise(chain.from_iterable(sides)):
             reason = "not comparable: other tokens"
         elif math.isnan(before + after):
             reason = "not measured"
-        elif min(map(len, at)) < LEAST_ROWS:
+        elif min(map(len, apart)) < LEAST_ROWS:
             reason = "too few rows to tell"
-        low = high = math.nan
-        if not reason:
-            values = [getattr(model.rows, measure.field)[places] for model, places in zip((first, second), at)]
-            weights = tokens if measure.of_tokens else [np.ones(len(places)) for places in at]
-            if shared:
-                low, high = paired_interval(values[1] - values[0], weights[0])
-            else:
-                low, high = unpaired_interval(values, weights)
+        low, high = (math.nan, math.nan) if reason else difference_interval(sides[0], sides[1], LEVEL, paired)
         differences.append(Difference(measure, before, after, low, high, reason))
-    return Pair(first.label, second.label, len(shared), differences, bool(shared))
+    counts = len(first.of_seeds), len(second.of_seeds)
+    return Pair(first.label, second.label, num_rows, counts, paired, differences)
 
 
-def paired_interval(differences: FloatArray, weights: FloatArray, level: float = LEVEL) -> tuple[float, float]:
-    """The percentile bootstrap interval of sum(differences) / sum(weights) over rows drawn anew.
-
-    Args:
-        differences: [rows] second minus first on the same row.
-        weights: [rows] what the sum is divided by: tokens, or ones.
-        level: between 0 and 1.
-
-    Returns:
-        Its two ends; the same for the same input.
-    """
-    return _ends(_drawn_anew(differences, weights, np.random.default_rng(0)), level)
-
-
-def unpaired_interval(
-    values: Sequence[FloatArray], weights: Sequence[FloatArray], level: float = LEVEL
-) -> tuple[float, float]:
-    """The interval of the difference of two such quotients, each over rows of its own.
-
-    Args:
-        values: [rows] of the first and of the second.
-        weights: [rows] likewise.
-        level: between 0 and 1.
-
-    Returns:
-        Its two ends; the same for the same input.
-    """
-    random = np.random.default_rng(0)
-    first, second = (_drawn_anew(x, w, random) for x, w in zip(values, weights))
-    return _ends(second - first, level)
+def _rows_of_seeds(first: Model, second: Model, paired: bool) -> tuple[list[list[Sequence[str]]], int]:
+    """For each seed of each model the rows that it is measured on; how many of them two models share, at least."""
+    shared = _shared([first, second])
+    if shared:
+        return [[shared] * len(model.of_seeds) for model in (first, second)], len(shared)
+    own: list[list[Sequence[str]]] = [[list(x.rows.index) for x in model.of_seeds] for model in (first, second)]
+    if not paired:
+        return own, 0
+    of_pairs = [_shared([Model("", [x]), Model("", [y])]) for x, y in zip(first.of_seeds, second.of_seeds)]
+    if not all(of_pairs):
+        return own, 0
+    return [[*of_pairs], [*of_pairs]], min(map(len, of_pairs))
 
 
-def _drawn_anew(values: FloatArray, weights: FloatArray, random: np.random.Generator) -> FloatArray:
-    """The quotient of the sums of `RESAMPLES` sets of as many rows."""
-    count, found = len(values), []
-    step = max(1, 2_000_000 // count)
-    for start in range(0, RESAMPLES, step):
-        drawn = random.integers(0, count, (min(step, RESAMPLES - start), count))
-        found.append(values[drawn].sum(1) / weights[drawn].sum(1))
-    return np.concatenate(found)
-
-
-def _ends(found: FloatArray, level: float) -> tuple[float, float]:
-    low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+def _counted_otherwise(given: Iterable[Measured]) -> bool:
+    """Whether the same rows have other numbers of tokens."""
+    of_rows: dict[tuple[str, ...], FloatArray] = {}
+    return any(not np.array_equal(of_rows.setdefault(x.rows, x.weights), x.weights) for x in given)
 
 
 def comparison_text(comparison: Comparison) -> str:
@@ -294,14 +245,18 @@ def comparison_text(comparison: Comparison) -> str:
         Several lines.
     """
     titles = [f"{m.title} ({m.unit})" for m in MEASURES]
-    table = [["", *titles]]
-    table += [[label, *(m.text(x) for m, x in zip(MEASURES, values))] for label, values in comparison.models]
+    table = [["", *titles], *([label, *values] for label, values in comparison.models)]
     of = f"{comparison.num_rows} validation rows that all have" if comparison.shared else "each on its validation rows"
     lines = [of, *_aligned(table)]
     for pair in comparison.pairs:
-        lines += ["", f"{pair.second} against {pair.first}, {pair.rows}"]
-        lines += _aligned([[f"  {d.measure.title}", change(d), interval(d), d.verdict] for d in pair.differences])
+        lines += ["", *pair_lines(pair)]
     return "\n".join(lines)
+
+
+def pair_lines(pair: Pair) -> list[str]:
+    """A pair as lines for a terminal."""
+    rows = [[f"  {d.measure.title}", change(d), interval(d), d.verdict] for d in pair.differences]
+    return [f"{pair.second} against {pair.first}, {pair.basis}", *_aligned(rows)]
 
 
 def change(difference: Difference) -> str:

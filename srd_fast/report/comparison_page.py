@@ -1,7 +1,6 @@
 """The page of `srd-fast compare`: values, differences with their intervals, curves, and every model's answers."""
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,76 +8,32 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from srd_fast.report.canvas import DROPPED, INK, LINE, MUTED, NARROW, WIDE, new_figure, picture, sequence
-from srd_fast.report.comparison import MEASURES, Comparison, Pair, change, interval
+from srd_fast.report.canvas import INK, NARROW, WIDE, new_figure, picture, sequence
+from srd_fast.report.comparison import Comparison
+from srd_fast.report.differences import differences_view, pairs_view
 from srd_fast.report.numbers import rows as rows_in_words
 from srd_fast.report.page import MOST_BYTES, ROOM_OF_SENTENCES, page_of, write_page
 from srd_fast.report.plots import NICE
 from srd_fast.report.read import FloatArray
 from srd_fast.report.rows import Column, Table, Texts, fit
+from srd_fast.report.sides import MEASURES
 
 
 def render_comparison(comparison: Comparison) -> str:
     """The whole page as HTML, at most `MOST_BYTES` long."""
     views: dict[str, Any] = {
         "measures": MEASURES,
-        "models": [
-            (label, [m.text(x) for m, x in zip(MEASURES, values)]) for label, values in comparison.models
-        ],
+        "models": comparison.models,
         "num_rows": rows_in_words(comparison.num_rows) if comparison.shared else "",
-        "pairs": [
-            (pair.first, pair.second, pair.rows,
-             [(d.measure.title, d.measure.unit, change(d), interval(d), d.verdict) for d in pair.differences])
-            for pair in comparison.pairs
-        ],
-        "differences_view": _differences_view(comparison.pairs),
+        "pairs": pairs_view(comparison.pairs),
+        "differences_view": differences_view(comparison.pairs),
         "curves": _curves_view(comparison),
-    }  # fmt: skip
+    }
     room = MOST_BYTES - len(page_of("comparison.html", **views, answers=None).encode(errors="replace"))
     if not comparison.shared:
         return page_of("comparison.html", **views, answers=None)
     text, left_out = fit(_answers(comparison), room - ROOM_OF_SENTENCES)
     return page_of("comparison.html", **views, answers={"json": text, "left_out": left_out})
-
-
-def _differences_view(pairs: Sequence[Pair]) -> dict[str, Any]:
-    view: dict[str, Any] = {"missing": "", "picture": None, "caption": ""}
-    if not any(not d.reason for pair in pairs for d in pair.differences):
-        view["missing"] = "No difference could be measured."
-        return view
-    view["caption"] = (
-        "Difference of the second model from the first, with its interval over the validation rows. Grey: the "
-        "interval holds 0, so no difference is shown. The better side is to the left for KL and cross-entropy, to the "
-        "right for ROUGE-L."
-    )
-    alt = "; ".join(
-        f"{pair.second} against {pair.first}, {d.measure.title}: {change(d)} {interval(d)}, {d.verdict}"
-        for pair in pairs
-        for d in pair.differences
-    )
-    view["picture"] = picture(lambda narrow: _intervals(pairs, narrow), f"Differences with intervals. {alt}.")
-    return view
-
-
-def _intervals(pairs: Sequence[Pair], narrow: bool) -> Figure:
-    height = 60 + 30 * len(pairs)
-    figure = new_figure(NARROW, 3 * height) if narrow else new_figure(WIDE, height + 20)
-    panels = figure.subplots(3, 1) if narrow else figure.subplots(1, 3, sharey=True)
-    for axes, measure, number in zip(panels, MEASURES, range(3)):
-        axes.set_title(f"{measure.title} ({measure.unit})")
-        axes.axvline(0, color=MUTED, linewidth=0.9)
-        for y, pair in enumerate(pairs):
-            d = pair.differences[number]
-            if d.reason:
-                continue
-            colour = DROPPED if d.verdict == "no difference" else LINE
-            ends = [measure.scale * d.low, measure.scale * d.high]
-            axes.plot(ends, [y, y], color=colour, linewidth=2.5)
-            axes.plot(measure.scale * (d.second - d.first), y, "o", color=colour, markersize=6)
-        axes.set_yticks(range(len(pairs)), [f"{i + 1}" for i in range(len(pairs))])
-        axes.set_ylim(len(pairs) - 0.5, -0.5)
-        axes.xaxis.set_major_locator(MaxNLocator(4, steps=NICE))
-    return figure
 
 
 def _curves_view(comparison: Comparison) -> dict[str, Any]:
@@ -118,16 +73,19 @@ def _last(values: FloatArray) -> str:
 
 
 def _answers(comparison: Comparison) -> Table:
-    """Every shared row with what each model answered; ROUGE-L and KL of each."""
+    """Every shared row with what each model answered; ROUGE-L and KL of each, means over seeds."""
     ids = comparison.shared
     columns, texts = [], []
     for i, model in enumerate(comparison.given, 1):
-        at = [model.rows.index[x] for x in ids]
-        columns.append(Column(f"ROUGE‑L, {i}", "points", 100 * model.rows.rouge_l[at], i < len(comparison.given)))
-        kl = model.rows.kl[at] / np.maximum(model.rows.num_tokens[at], 1)
+        rouge, sums, tokens = (model.by_row(field, ids) for field in ("rouge_l", "kl", "num_tokens"))
+        columns.append(Column(f"ROUGE‑L, {i}", "points", 100 * rouge, i < len(comparison.given)))
+        kl = sums / np.maximum(tokens, 1)
         if not all(map(math.isnan, kl)):
             columns.append(Column(f"KL, {i}", "nats per token", kl, i < len(comparison.given)))
-        texts.append(Texts(f"{i}: {model.label}", [model.rows.generations[place] for place in at]))
+        shown = model.of_seeds[0]
+        which = f", seed {shown.seed}" if len(model.of_seeds) > 1 else ""
+        answers = [shown.rows.generations[shown.rows.index[x]] for x in ids]
+        texts.append(Texts(f"{i}: {model.label}{which}", answers))
     columns.sort(key=lambda column: column.title.startswith("KL"))
     prompts, references = comparison.prompts, comparison.references
     of_row = [

@@ -84,10 +84,11 @@ def _ranks(values: FloatArray) -> FloatArray:
 def explained(hardness: FloatArray, length: FloatArray) -> float:
     """The share of the variance of the ranks that any function of the length explains, 0 to 1.
 
-    Rows are put in bins of equal size by length; what the bins' means explain is corrected for their number.
+    Rows are put in bins of equal size by length; what the bins' means explain is corrected for their number. NaN where
+    rows are too few, or all equally hard.
     """
     ranks, bins = _ranks(hardness), min(BINS, len(hardness) // LEAST_OF_BIN)
-    if bins < 2:
+    if bins < 2 or not ranks.std():
         return float("nan")
     bin_of = np.minimum(((_ranks(length) - 1) * bins / len(length)).astype(np.int64), bins - 1)
     used = np.unique(bin_of)

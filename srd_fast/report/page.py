@@ -13,6 +13,7 @@ import jinja2
 from srd_fast.curriculum import RANKED, SHUFFLED, CurriculumPlan
 from srd_fast.errors import UserError
 from srd_fast.report.answers import NAMES
+from srd_fast.report.controls import controls_view, read_controls
 from srd_fast.report.figures import curves_view, difficulty_view, schedule_view, throughput_view
 from srd_fast.report.idle import ranking_view
 from srd_fast.report.numbers import TITLES, count, duration, missing, number, points, title_of, value_of
@@ -25,7 +26,7 @@ MOST_BYTES = 5_000_000
 # The validation rows have a share of what figures and scores of training rows leave, and a least share of the page.
 BYTES_OF_SCORES, SHARE_OF_VALIDATION, LEAST_OF_VALIDATION = 40, 0.3, 0.05
 ROOM_OF_SENTENCES = 1000
-STEPS = ("prepare", "init-student", "reflect", "curate", "answers", "cache", "distill", "evaluate")
+STEPS = ("prepare", "init-student", "reflect", "curate", "answers", "cache", "distill", "evaluate", "controls")
 
 
 def render(run: Run) -> str:
@@ -36,6 +37,7 @@ def render(run: Run) -> str:
         "result": _result(run),
         "facts": _facts(run),
         "scores": _scores(run),
+        "controls": controls_view(read_controls(run.folder)),
         "examples": examples_view(run),
         "difficulty": difficulty,
         "ranking": ranking_view(run),

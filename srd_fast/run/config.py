@@ -210,6 +210,8 @@ class RunConfig(_Section):
     """Whose answers are trained on, by which loss: kd, sft, seqkd, offline_on_policy, on_policy, distillm, self."""
     answers_per_prompt: int = Field(default=1, ge=1, le=1000)
     """In offline_on_policy and seqkd; above 1 they are sampled, with reflect.temperature."""
+    controls: list[Literal["random", "none"]] = []
+    """Trained too, from the same start and cache: random drops and stages by chance, none trains on all samples."""
     preset: str | None = None
     """paper or official (SRD), learnable, POCL, SE-KD or SE-KD3X; what the config says itself wins."""
     init_student: InitStudent = InitStudent()

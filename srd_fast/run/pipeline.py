@@ -6,17 +6,18 @@ folder keeps it with a digest of every output. A step is skipped if both still m
 
 import hashlib
 import json
-import logging
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import transformers
 import yaml
 
+from ..curriculum import CurriculumPlan
 from ..errors import UserError, first_line
 from ..files import content_digest, disk_trouble, in_use, remove, write_text
 from ..losses import expect_logits, is_out_of_memory
@@ -24,53 +25,8 @@ from ..reflection.shards import parse_shard
 from . import steps
 from .config import RunConfig, read_run_config
 from .group import Group
+from .ledger import Ledger, News, Step
 from .modes import MODES, has_cache, reflects
-
-logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Step:
-    """One step of a run.
-
-    Args:
-        name: of the step.
-        outputs: what it makes, as paths in the run folder.
-        depends: the part of the config that it depends on.
-        after: steps that come before it.
-        run: does it.
-        caches: paths from which an interrupted step goes on; --force deletes them.
-        in_run: whether a run has the step. Otherwise those after it come after the steps before it.
-    """
-
-    name: str
-    outputs: Callable[[RunConfig], list[str]]
-    depends: Callable[[RunConfig], Any]
-    after: tuple[str, ...]
-    run: Callable[["steps.Run"], None]
-    caches: tuple[str, ...] = ()
-    in_run: Callable[[RunConfig], bool] = lambda c: True
-
-
-class News(str):
-    """A line about a step of a run.
-
-    Args:
-        text: the line.
-        step: name of the step.
-        state: "skipped", "started" or "done".
-        seconds: that it took, or None.
-    """
-
-    def __new__(cls, text: str, step: str, state: str, seconds: float | None = None) -> "News":
-        made = super().__new__(cls, text)
-        made.step, made.state, made.seconds = step, state, seconds
-        return made
-
-    step: str
-    state: str
-    seconds: float | None
-
 
 STEPS = (
     Step("prepare", lambda c: ["data"], steps.prepare_inputs, (), steps.prepare),
@@ -131,8 +87,25 @@ STEPS = (
         steps.evaluate_step,
         ("evaluation.json",),
     ),
-    Step("report", lambda c: ["report.html"], lambda c: None, ("evaluate",), steps.report),
+    Step(
+        "controls",
+        steps.control_outputs,
+        lambda c: c.controls,
+        ("evaluate",),
+        lambda run: _train_controls(run),
+        (steps.CONTROLS,),
+        in_run=lambda c: bool(c.controls),
+    ),
+    Step(
+        "report",
+        lambda c: ["report.html", *(["report.json"] if c.controls else [])],
+        lambda c: None,
+        ("controls",),
+        steps.report,
+    ),
 )
+# What another run may have made, where it would be made from the same.
+_BEGINNING = ("prepare", "init-student", "reflect")
 
 
 def steps_of(config: RunConfig) -> tuple[Step, ...]:
@@ -154,40 +127,6 @@ STEP_NAMES = tuple(step.name for step in steps_of(RunConfig()))
 
 def _hash(content: Any) -> str:
     return hashlib.blake2b(json.dumps(content, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
-
-
-class Ledger:
-    """`steps.json`: for each finished step its fingerprint, the digests of its outputs, and its seconds."""
-
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / "steps.json"
-        self.entries: dict[str, dict[str, Any]] = {}
-        if self.path.is_file():
-            try:
-                content = json.loads(self.path.read_text(encoding="utf-8"))
-                self.entries = {
-                    name: {
-                        "fingerprint": e["fingerprint"],
-                        "outputs": dict(e["outputs"]),
-                        "seconds": float(e["seconds"]),
-                    }
-                    for name, e in content.items()
-                }
-            except (ValueError, KeyError, TypeError, AttributeError):
-                logger.warning("%s is damaged: every step is done again", self.path)
-
-    def is_valid(self, step: Step, fingerprint: str, config: RunConfig, folder: Path) -> bool:
-        """Whether the step was done with the same inputs, and its outputs are unchanged."""
-        entry = self.entries.get(step.name)
-        if entry is None or entry.get("fingerprint") != fingerprint:
-            return False
-        return all(entry["outputs"].get(o) == content_digest(folder / o) is not None for o in step.outputs(config))
-
-    def record(self, step: Step, fingerprint: str, config: RunConfig, folder: Path, seconds: float) -> None:
-        """Write down a finished step, atomically."""
-        outputs = {o: content_digest(folder / o) for o in step.outputs(config)}
-        self.entries[step.name] = {"fingerprint": fingerprint, "outputs": outputs, "seconds": seconds}
-        write_text(self.path, json.dumps(self.entries, indent=1))
 
 
 def fingerprints(config: RunConfig) -> dict[str, str]:
@@ -311,16 +250,23 @@ def _execute(
 ) -> None:
     """Run `execute` in a folder that this process holds."""
     steps.check_group(config, group, shard)
-    wanted = fingerprints(config)
-    write_text(folder / "config.yaml", yaml.safe_dump(config.model_dump(), sort_keys=False))
-    ledger = Ledger(folder)
-    run = steps.Run(config, folder, wanted, ledger.entries, group)
+    wanted, ledger = fingerprints(config), Ledger(folder)
+    run = steps.Run(config, folder, wanted, ledger.entries, group, say)
     group.share((config, folder, wanted, {}))
     todo = steps_of(config)
     if only is not None and only not in {step.name for step in todo}:
         raise UserError(
             f"config: this run, of mode {config.mode!r}, has no step {only!r}: srd-fast run CONFIG does all it has"
         )
+    _do(run, ledger, only, force, shard)
+
+
+def _do(
+    run: "steps.Run", ledger: Ledger, only: str | None = None, force: bool = False, shard: str | None = None
+) -> None:
+    """Do every step of a run that is not done, or one step."""
+    config, folder, wanted, todo = run.config, run.folder, run.fingerprints, steps_of(run.config)
+    write_text(folder / "config.yaml", yaml.safe_dump(config.model_dump(), sort_keys=False))
     needed = {step.name for step in todo} if only is None else {only, *_before(only, todo)}
     for number, step in enumerate(todo, 1):
         if step.name not in needed:
@@ -339,21 +285,82 @@ def _execute(
                 remove(steps.shard_parts(folder, shard))
             with expect_logits(run.expected_logits()):
                 done = steps.reflect_shard(run, shard)
-            say(News(f"{place}, shard {shard}: {done}", step.name, "done"))
+            run.say(News(f"{place}, shard {shard}: {done}", step.name, "done"))
             continue
         if force and only == step.name:
             for cache in step.caches:
                 remove(folder / cache)
         elif valid:
-            say(News(f"{place}: unchanged, skipped", step.name, "skipped"))
+            run.say(News(f"{place}: unchanged, skipped", step.name, "skipped"))
             continue
-        say(News(f"{place} ...", step.name, "started"))
+        for output in step.outputs(config):
+            if (folder / output).is_symlink():  # of the run that this one began from
+                (folder / output).unlink()
+        run.say(News(f"{place} ...", step.name, "started"))
         started = time.monotonic()
         with expect_logits(run.expected_logits()):
             step.run(run)
         seconds = time.monotonic() - started
         ledger.record(step, wanted[step.name], config, folder, seconds)
-        say(News(f"{place}: done in {seconds:.0f} s", step.name, "done", round(seconds, 3)))
+        run.say(News(f"{place}: done in {seconds:.0f} s", step.name, "done", round(seconds, 3)))
+
+
+def begin_from(source: Path, config: RunConfig) -> None:
+    """Let a run begin with what another one has made: data, start and reflections, and its teacher's cache.
+
+    They are links to the other's files. What would be made from something else is left to the run itself. The cache is
+    shared in any case, since it knows samples by their content; where it is of another teacher or kind, the run makes
+    one of its own.
+
+    Args:
+        source: the other run's folder.
+        config: of the run.
+    """
+    folder = Path(config.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    theirs, ours, wanted = Ledger(source), Ledger(folder), fingerprints(config)
+    for step in steps_of(config):
+        entry = theirs.entries.get(step.name)
+        if step.name not in _BEGINNING or entry is None or entry["fingerprint"] != wanted[step.name]:
+            continue
+        if ours.entries.get(step.name, {}).get("outputs") != entry["outputs"]:
+            for output in step.outputs(config):
+                _link(source, folder, output)
+            ours.adopt(step, entry)
+    if has_cache(config) and not os.path.lexists(folder / "teacher_cache") and (source / "teacher_cache").is_dir():
+        _link(source, folder, "teacher_cache")
+    steps.adopt_evaluations(source, folder)
+
+
+def _link(source: Path, folder: Path, name: str) -> None:
+    """Make a link, which stays right where both folders are moved together."""
+    remove(folder / name)
+    (folder / name).symlink_to(os.path.relpath((source / name).resolve(), folder.resolve()))
+
+
+def _train_controls(run: "steps.Run") -> None:
+    """Do a run for each control, in a folder of its own, from this run's start and cache."""
+    main = (run.config, run.folder, run.fingerprints, run.ledger)
+    say, plan = run.say, CurriculumPlan.load(run.folder / "plan.json")
+    if has_cache(run.config):  # filled before there were controls, it lacks the dropped samples
+        steps.cache_teacher(run)
+        outputs = run.ledger["cache"]["outputs"]
+        outputs.update({name: content_digest(run.folder / name) for name in outputs})
+    for name in run.config.controls:
+        config = steps.control_config(main[0], name, plan)
+        folder = Path(config.output_dir)
+        begin_from(main[1], config)
+        with in_use(folder, "output_dir"):
+            ledger = Ledger(folder)
+            run.group.everywhere(steps.Run.turn_to, run, config, folder, fingerprints(config), ledger.entries)
+            run.say = _said_of(name, say)
+            _do(run, ledger)
+    run.group.everywhere(steps.Run.turn_to, run, *main)
+    run.say = say
+
+
+def _said_of(control: str, say: Callable[[News], None]) -> Callable[[News], None]:
+    return lambda news: say(News(f"{control}: {news}", f"controls.{control}.{news.step}", news.state, news.seconds))
 
 
 def _before(name: str, among: Iterable[Step]) -> set[str]:

@@ -93,16 +93,19 @@ def train_rows() -> list[rows.Row]:
 
 
 def other_rows() -> list[rows.Row]:
-    """Reflection on few and on many rows; quality."""
+    """Reflection on few and on many rows; evidence."""
     found = []
     for number in (64, 847):
         figures = {name: {"tokens_per_second": number / 8} for name in ("script", "transformers, 64", "vllm, 2")}
         found += rows.make_rows("reflect", figures, shape=f"smollm2-135m-instruct, {number} rows")
-    quality = {}
+    evidence = {}
     for i, name in enumerate(METHODS):
         means = {"kl": 0.8 + 0.03 * i, "cross_entropy": 2.4 + 0.02 * i, "rouge_l": 0.3 - 0.01 * i}
-        quality[name] = means | {f"{k}_sd": 0.02 * v for k, v in means.items()} | {"step_seconds": 3.0 - 0.2 * i}
-    return found + rows.make_rows("quality", quality, case="100 steps, 3 seeds", shape="train, 15 layers")
+        evidence[name] = means | {f"{k}_sd": 0.02 * v for k, v in means.items()}
+        for reference in ("full", "random") if i else ():
+            apart = f"kl_vs_{reference}"
+            evidence[name] |= {apart: 0.03 * i, f"{apart}_low": 0.02 * i, f"{apart}_high": 0.05 * i}
+    return found + rows.make_rows("evidence", evidence, case="100 steps, equal passes", shape="train, 15 layers")
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +135,7 @@ UNITS = {
     "scale": ["time (seconds)", "peak memory (MiB)", "N (rows)", "V (classes)", "D (width)", "samples", "0.9999"],
     "train": ["time / time of plain loop", "peak memory / peak memory of plain loop"],
     "reflect": ["tokens per second", "847 rows"],
-    "quality": ["(nats per token)", "ROUGE-L", "(0 to 1)", "(seconds)"],
+    "evidence": ["(nats per token)", "ROUGE-L", "(0 to 1)", "that of full KD", "left of 0 is better"],
 }
 
 
@@ -159,7 +162,7 @@ def test_says_why_figures_are_left_out(tmp_path: Path, capsys: pytest.CaptureFix
     assert [p.name for p in tmp_path.glob("*.svg")] == ["loss_memory.svg"]
     assert "loss_time.svg left out: no seconds in loss.csv" in printed
     assert "train.svg left out: nothing to compare with" in printed
-    for name in ("limits", "scale", "reflect", "quality"):
+    for name in ("limits", "scale", "reflect", "evidence"):
         assert f"{name}.svg left out: no rows in {name}.csv" in printed
 
 

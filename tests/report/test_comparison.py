@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from test_all_rows import HOSTILE, blocks
 from test_report import Tags
 from typer.testing import CliRunner
@@ -17,7 +18,8 @@ from typer.testing import CliRunner
 from srd_fast.cli import app
 from srd_fast.errors import UserError
 from srd_fast.report import compare_runs, comparison_text, write_comparison
-from srd_fast.report.comparison import LEVEL, paired_interval
+from srd_fast.report.comparison import LEVEL
+from srd_fast.report.intervals import Measured, difference_interval
 from srd_fast.run.config import RunConfig
 from srd_fast.run.pipeline import execute
 from srd_fast.run.steps import outcome
@@ -32,6 +34,7 @@ def write_run(
     ids: range = range(COUNT),
     teacher: str = "t",
     changed: dict[str, Any] | None = None,
+    config: dict[str, Any] | None = None,
 ) -> str:
     """A run whose models have a KL per token, start and student, beside noise of the rows that all runs share."""
     folder.mkdir()
@@ -53,6 +56,8 @@ def write_run(
         models[name] = {"key": "", "rows": rows | (changed or {})}
     (folder / "evaluation.json").write_text(json.dumps(models))
     (folder / "summary.json").write_text(json.dumps({"teacher": teacher}))
+    if config is not None:
+        (folder / "config.yaml").write_text(yaml.safe_dump({"output_dir": str(folder), **config}))
     return str(folder)
 
 
@@ -80,6 +85,12 @@ def test_start_and_student_differ_and_two_seeds_do_not(tmp_path: Path) -> None:
     assert text.count("better") == 2
 
 
+def paired_interval(apart: np.ndarray, weights: np.ndarray, level: float = LEVEL) -> tuple[float, float]:
+    """Of one seed, whose first model measures 0 everywhere."""
+    rows = tuple(map(str, range(len(apart))))
+    return difference_interval([Measured(rows, 0 * apart, weights)], [Measured(rows, apart, weights)], level, True)
+
+
 def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
     random, inside = np.random.default_rng(1), 0
     for _ in range(150):
@@ -94,6 +105,21 @@ def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
     assert paired_interval(apart, np.ones(400)) == ends
     assert paired_interval(apart, np.ones(400), 0.5)[1] < ends[1]
     assert pytest.approx(0.9833, abs=1e-4) == LEVEL
+
+
+@pytest.mark.parametrize("paired", [True, False])
+def test_intervals_over_three_seeds_hold_the_truth_as_often_as_they_say(paired: bool) -> None:
+    """A seed moves both sides alike by 1 and each by 0.1, rows by 0.5. Drawing three seeds anew would hold 75 %."""
+    random, inside, widths = np.random.default_rng(2), 0, []
+    rows, ones = tuple(map(str, range(40))), np.ones(40)
+    for _ in range(100):
+        both, own, of_rows = random.normal(0, 1, 3), random.normal(0, 0.1, (2, 3)), random.normal(0, 0.5, (2, 40))
+        sides = [[Measured(rows, x + of_rows[k], ones) for x in both + own[k]] for k in (0, 1)]
+        low, high = difference_interval(*sides, 0.9, paired)
+        inside += low <= 0 <= high
+        widths.append(high - low)
+    assert 0.85 <= inside / 100 <= (0.97 if paired else 1)
+    assert np.median(widths) < 1 if paired else np.median(widths) > 2
 
 
 def test_what_cannot_be_compared_is_said(tmp_path: Path) -> None:
@@ -120,7 +146,7 @@ def test_runs_with_other_validation_rows_are_compared_apart(tmp_path: Path) -> N
     )
     comparison = compare_runs([one, *others])
     assert [pair.differences[0].verdict for pair in comparison.pairs[3:]] == ["no difference", "worse"]
-    assert [pair.paired for pair in comparison.pairs] == [True] * 3 + [False] * 2
+    assert [pair.num_rows for pair in comparison.pairs] == [COUNT] * 3 + [0] * 2
     apart = comparison.pairs[3].differences[0]
     assert apart.high - apart.low == pytest.approx(2 * 2.39 * 3 * math.sqrt(2 / COUNT), rel=0.3)
     assert "each on validation rows of its own" in comparison_text(comparison)
@@ -170,6 +196,75 @@ def test_the_page_has_values_intervals_curves_and_answers(tmp_path: Path) -> Non
     assert "<script>alert" not in page
 
 
+def test_runs_that_differ_by_the_seed_alone_are_one_side(tmp_path: Path) -> None:
+    """Means over seeds, seed against seed; other keys make another side, a seed that comes twice too."""
+
+    def runs(name: str, levels: list[float], **config: Any) -> list[str]:
+        return [
+            write_run(tmp_path / f"{name}{i}", (2.0, level), 10 * ord(name[0]) + i, config={"seed": i, **config})
+            for i, level in enumerate(levels)
+        ]
+
+    srd = runs("srd", [1.01, 1.03, 1.02], curate={"method": "srd"})
+    near = runs("near", [1.0, 1.06, 1.01], curate={"method": "random"})
+    far = runs("far", [1.51, 1.53, 1.52], curate={"method": "none"}, controls=["random"])
+    comparison = compare_runs([*srd, *near, *far])
+    assert [label for label, _ in comparison.models][:2] == [
+        "srd0 (3 seeds), starting student",
+        "srd0 (3 seeds), distilled student",
+    ]
+    text = comparison_text(comparison)
+    assert re.search(r"srd0 \(3 seeds\), distilled student +\d\.\d+ ± 0\.0\d+", text)
+    assert (
+        "far0 (3 seeds), distilled student against srd0 (3 seeds), distilled student, 60 rows, 3 seeds in pairs" in text
+    )
+    verdicts_of_kl = [pair.differences[0].verdict for pair in comparison.pairs]
+    assert verdicts_of_kl == ["better"] * 3 + ["no difference", "worse"]
+    of_far = comparison.pairs[-1].differences[0]
+    assert of_far.second - of_far.first == pytest.approx(0.5, abs=0.05)
+    of_near = comparison.pairs[-2].differences[0]
+    assert of_near.low < -0.03 < 0.06 < of_near.high  # beyond what single seeds differ by
+    page = write_comparison(comparison, tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "1: srd0 (3 seeds), starting student, seed 0" in {
+        x["label"] for x in blocks(page)["validation-rows"]["texts"]
+    }
+
+    again = runs("again", [1.02], curate={"method": "srd"})
+    labels = [label for label, _ in compare_runs([*srd, *again]).models]
+    assert labels[-1] == "again0, distilled student"
+    [of_two] = compare_runs([f"{srd[0]}:student", f"{srd[1]}:student", f"{far[2]}:student"]).pairs
+    assert (of_two.num_seeds, of_two.paired) == ((2, 1), False)
+    assert "1 against 2 seeds" in of_two.basis
+
+
+def test_seeds_of_one_run_are_compared_with_each_other_too(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / str(i), (2.0, 1.0), 2 * i + 1, config={"seed": i}) for i in range(2)]
+    comparison = compare_runs(runs)
+    assert [(p.first.partition(",")[0], p.num_seeds) for p in comparison.pairs] == [
+        ("0 (2 seeds)", (2, 2)),
+        ("0", (1, 1)),
+        ("1", (1, 1)),
+        ("0", (1, 1)),
+    ]
+    assert [p.differences[0].verdict for p in comparison.pairs[1:]] == ["better", "better", "no difference"]
+
+
+def test_seeds_with_validation_rows_of_their_own_are_compared_in_pairs(tmp_path: Path) -> None:
+    """Each seed's two runs share its rows, and no two seeds share any."""
+    runs = [
+        write_run(
+            tmp_path / f"{name}{i}", (2.0, level), i, range(100 * i, 100 * i + COUNT), config={"seed": i, "x": name}
+        )
+        for name, level in (("a", 1.0), ("b", 2.0))
+        for i in range(3)
+    ]
+    comparison = compare_runs(runs)
+    assert not comparison.shared
+    pair = comparison.pairs[-1]
+    assert (pair.num_rows, pair.num_seeds, pair.paired) == (COUNT, (3, 3), True)
+    assert pair.differences[0].verdict == "worse"
+
+
 @pytest.mark.slow
 def test_runs_of_tiny_models_with_two_seeds_do_not_differ(
     tiny_teacher_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -189,7 +284,8 @@ def test_runs_of_tiny_models_with_two_seeds_do_not_differ(
     monkeypatch.chdir(tmp_path)
     done = CliRunner().invoke(app, ["compare", "seed-0", "seed-1"])
     assert done.exit_code == 0, done.output
-    first, second, seeds = done.output.split("\n\n")[1:]
+    together, first, second, seeds = done.output.split("\n\n")[1:]
+    assert "seed-0 (2 seeds), distilled student against seed-0 (2 seeds), starting student" in together
     for before_and_after in (first, second):
         assert re.search(r"KL to the teacher .* better", before_and_after), done.output
     assert seeds.count("no difference") == 3, done.output

@@ -69,6 +69,7 @@ def test_a_length_that_is_hard_at_both_ends_explains_too() -> None:
     assert explained(hardness, LENGTH.astype(float)) > 0.85
     assert explained(RANDOM.normal(size=COUNT), LENGTH.astype(float)) < 0.1
     assert explained(hardness, np.ones(COUNT)) == 0
+    assert np.isnan(explained(np.ones(COUNT), LENGTH.astype(float)))
 
 
 def test_rank_correlation_is_the_textbooks() -> None:

@@ -3,6 +3,7 @@
 from ..modes import LIVE
 from .answers import answer_inputs, answer_step
 from .cache import cache_inputs, cache_teacher
+from .controls import CONTROLS, adopt_evaluations, check_controls, control_config, control_folder, control_outputs
 from .data import prepare, prepare_inputs
 from .inputs import Checks, check_group, check_inputs, student_without_weights
 from .outcome import evaluate_inputs, evaluate_step, report
@@ -22,17 +23,23 @@ from .training import distill, distill_inputs
 
 __all__ = [
     "ANSWERS",
+    "CONTROLS",
     "LIVE",
     "PARTS",
     "PRUNE",
     "Checks",
     "Run",
+    "adopt_evaluations",
     "answer_inputs",
     "answer_step",
     "cache_inputs",
     "cache_teacher",
+    "check_controls",
     "check_group",
     "check_inputs",
+    "control_config",
+    "control_folder",
+    "control_outputs",
     "curate_inputs",
     "curate_step",
     "distill",

@@ -113,7 +113,8 @@ def open_cache(run: Run, student: nn.Module | None = None, whole: bool = False) 
     if not has_cache(run.config):
         return None
     train = run.trained_on
-    if not whole and not run.config.curate.reflect_again:  # then a dropped sample may come back
+    # Dropped samples may come back, or are a control's.
+    if not whole and not run.config.curate.reflect_again and not run.config.controls:
         kept = set(run.plan.kept)
         train = train.select([i for i, sample_id in enumerate(train["sample_id"]) if sample_id in kept])
     if student is None and (c.kind != "hidden" or c.log_sum_exp):

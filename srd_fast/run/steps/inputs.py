@@ -41,6 +41,7 @@ from ..config import RunConfig
 from ..group import Group
 from ..modes import check_mode, check_signals
 from .cache import check_cache
+from .controls import check_controls
 from .data import VALIDATION, tokenisation_of
 from .run import PRUNE, QUICKSTART
 from .selection import sample_policy
@@ -81,6 +82,7 @@ def check_inputs(config: RunConfig, faults: Faults | None = None, also: Checks =
     faults.check("curate", _check_reflect_again, config)
     saving = ("save_strategy", "save_total_limit", "early_stopping_patience", "metric_for_best_model")
     faults.check(("curate", *(f"distill.{name}" for name in saving)), _check_checkpoints, config, args)
+    faults.check(("controls", "curate.method"), check_controls, config)
     faults.check("evaluate.metrics", _of_config, get_metrics, (ROUGE_L, *config.evaluate.metrics))
     if config.data_function is not None:
         faults.check("data_function", data_function_of, config.data_function)

@@ -16,7 +16,7 @@ from ...files import content_digest, write_text
 from ...models import decoder_start, load_model
 from ...reflection import Sampling
 from ...reflection.signals import signal_files
-from ...report import write_report
+from ...report import controls_json, write_report
 from ...teacher import LiveTeacher, PrivilegedTeacher, TeacherCache
 from ...training.evaluation import evaluate
 from ..config import RunConfig
@@ -175,5 +175,7 @@ def _stages(run: Run) -> list[dict[str, Any]]:
 
 
 def report(run: Run) -> None:
-    """Write report.html."""
+    """Write report.html; beside controls also report.json, how the run differs from them."""
     write_report(run.folder)
+    if run.config.controls:
+        write_text(run.folder / "report.json", json_text(controls_json(run.folder)))

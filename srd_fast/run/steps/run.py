@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -41,6 +42,7 @@ class Run:
         fingerprints: of every step, by name.
         ledger: the content of steps.json.
         group: the processes that do it together.
+        say: prints a line about a step.
     """
 
     config: RunConfig
@@ -48,6 +50,21 @@ class Run:
     fingerprints: dict[str, str]
     ledger: dict[str, dict[str, Any]]
     group: Group = field(default_factory=Group)
+    say: Callable[[Any], None] = print
+
+    def turn_to(
+        self, config: RunConfig, folder: Path, fingerprints: dict[str, str], ledger: dict[str, dict[str, Any]]
+    ) -> None:
+        """Become another run of the same models and data, and keep the models that are loaded.
+
+        Args:
+            config: of the other run.
+            folder: where its files are.
+            fingerprints: of its steps, by name.
+            ledger: the content of its steps.json.
+        """
+        self.config, self.folder, self.fingerprints, self.ledger = config, folder, fingerprints, ledger
+        vars(self).pop("args", None)
 
     @cached_property
     def device(self) -> torch.device:

@@ -1,0 +1,183 @@
+"""One task of `benchmarks.evidence` in a process of its own, through the library's own steps of a run.
+
+    python -m benchmarks.evidence_cell '{"do": "cell", ...}' ANSWER.json
+
+teacher fine-tunes the teacher (`srd-fast sft`). base makes what cells share: data, start, reflections and the whole of
+the teacher's cache. cell begins from a base (links to its files) and does the rest of `srd-fast run`. Stopped or
+killed, the same task goes on.
+"""
+
+import json
+import re
+import statistics
+import sys
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from srd_fast import evaluate
+from srd_fast.curriculum import CurriculumPlan
+from srd_fast.files import write_text
+from srd_fast.models import load_model
+from srd_fast.reflection import Sampling
+from srd_fast.run.config import RunConfig, load_run_config
+from srd_fast.run.modes import fine_tuning
+from srd_fast.run.pipeline import begin_from, execute
+from srd_fast.run.steps import Run, adopt_evaluations
+from srd_fast.run.stopping import Stopped, stoppable
+
+from .rows import set_threads
+
+BATCH = 16
+MEASURES = ("kl", "cross_entropy", "rouge_l")
+_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+
+
+def config_of(task: dict[str, Any], *more: str) -> RunConfig:
+    """The config of a task's run."""
+    given = {
+        "teacher": task["teacher"], "student": "prune", "data": task["data"], "validation": task["validation"][0],
+        "output_dir": task["folder"], "seed": task["seed"], "device": task["device"],
+        "init_student.layers": task["layers"], "init_student.warmup_steps": task["warmup_steps"],
+        "reflect.max_new_tokens": task["new_tokens"], "evaluate.max_new_tokens": task["new_tokens"],
+        "reflect.engine": "transformers", "reflect.batch_size": 64, "evaluate.batch_size": 64,
+        "distill.divergence": "forward_kl", "distill.learning_rate": task["learning_rate"],
+        "distill.per_device_train_batch_size": BATCH, "distill.save_strategy": "no", "distill.eval_strategy": "no",
+    }  # fmt: skip
+    overrides = [f"{key}={json.dumps(value)}" for key, value in given.items()]
+    return load_run_config(None, [*overrides, *task["overrides"], *more])
+
+
+def epochs_of(plan: CurriculumPlan, steps: int) -> list[float]:
+    """Passes over each stage's samples that come to its share of the steps: stage k of n has k of 1 + ... + n parts."""
+    count = len(plan.subset_columns)
+    borders = [round(steps * k * (k + 1) / (count * (count + 1))) for k in range(count + 1)]
+    sizes = [sum(map(len, plan.subset_columns[: k + 1])) for k in range(count)]
+    return [(b - a) * BATCH / size for (a, b), size in zip(pairwise(borders), sizes)]
+
+
+def make_teacher(task: dict[str, Any]) -> dict[str, Any]:
+    """A teacher fine-tuned on the task."""
+    config = config_of(task, f"distill.epochs_per_stage={task['teacher_epochs']}", "distill.learning_rate=1e-4")
+    folder = execute(fine_tuning(config, "teacher", task["folder"]))
+    return {"teacher": str(folder / "student")}
+
+
+def make_base(task: dict[str, Any]) -> dict[str, Any]:
+    """Data, start, reflections and the teacher's cache of all rows."""
+    config = config_of(task, "curate.method=none", "curate.stages=1")
+    for step in ("prepare", "reflect", "curate", "cache"):
+        execute(config, only=step)
+    return {"base": task["folder"]}
+
+
+def make_cell(task: dict[str, Any]) -> dict[str, Any]:
+    """A student, and its figures."""
+    config = config_of(task)
+    begin_from(Path(task["base"]), config)
+    folder = Path(task["folder"])
+    own_signals = not (folder / "reflections.parquet").is_symlink()
+    for step in ("reflect", "curate") if own_signals else ("curate",):
+        execute(config, only=step)
+    passes = epochs_of(CurriculumPlan.load(folder / "plan.json"), task["steps"])
+    config = config_of(task, f"distill.epochs_per_stage={json.dumps(passes)}")
+    energy = _joules(task["device"]) if task["alone"] else None
+    execute(config)
+    adopt_evaluations(folder, Path(task["base"]))  # of teacher and start, for the cells to come
+    spent = None if energy is None else (_joules(task["device"]) or energy) - energy
+    return {**_figures(folder, task), **_sampled(config, task), **({} if spent is None else {"joules": spent})}
+
+
+def _figures(folder: Path, task: dict[str, Any]) -> dict[str, Any]:
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    evaluation = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+    lines = [json.loads(x) for x in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    steps = list({x["step"]: x for x in lines if x["kind"] == "train"}.values())
+    assert len(steps) == task["steps"], f"{folder}: {len(steps)} steps instead of {task['steps']}"
+    ledger = json.loads((folder / "steps.json").read_text(encoding="utf-8"))
+    of_base = json.loads((Path(task["base"]) / "steps.json").read_text(encoding="utf-8"))
+    files = [p for p in (folder / "teacher_cache").resolve().rglob("*") if p.is_file()]
+    rows = evaluation["student"]["rows"]
+    apart = [b["seconds"] - a["seconds"] for a, b in pairwise(steps) if b["seconds"] > a["seconds"]]
+    found = {
+        **{m: evaluation["student"][m] for m in MEASURES},
+        **{f"start_{m}": evaluation["start"][m] for m in MEASURES},
+        **{f"teacher_{m}": evaluation["teacher"][m] for m in ("cross_entropy", "rouge_l")},
+        "step_seconds": statistics.median(apart),
+        "reflect_seconds": ledger["reflect"]["seconds"],
+        "cache_seconds": of_base["cache"]["seconds"],
+        "peak_memory_mb": summary["training"]["peak_memory_mb"],
+        "cache_bytes": sum(p.stat().st_size for p in files if "head" not in p.name),
+        "rows": {name: [_short(x) for x in rows[name]] for name in (*MEASURES, "num_tokens")},
+    }
+    if task["numbers"]:
+        right = _numbers_right(folder, rows["generation"])
+        found["exact_match"] = statistics.fmean(right)
+        found["rows"]["exact_match"] = right
+    return found
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.6g}")
+
+
+def final_number(text: str) -> float | None:
+    """The last number of a text, as GSM8K's answers end."""
+    found = _NUMBER.findall(text)
+    return float(found[-1].replace(",", "")) if found else None
+
+
+def _numbers_right(folder: Path, answers: list[str]) -> list[int]:
+    import pyarrow.parquet as pq
+
+    references = pq.read_table(folder / "data" / "validation.parquet", columns=["references"])["references"].to_pylist()
+    wanted = [{final_number(r) for r in x} - {None} for x in references]
+    return [int(final_number(a) in w) for a, w in zip(answers, wanted, strict=True)]
+
+
+def _sampled(config: RunConfig, task: dict[str, Any]) -> dict[str, Any]:
+    """ROUGE-L of answers sampled at temperature 1, mean over seeds, as the paper has it, on every validation set."""
+    folder, found = Path(task["folder"]), dict[str, float]()
+    run = Run(config, folder, {}, {})
+    for file in task["validation"] if task["sampling_seeds"] else ():
+        result = evaluate(
+            load_model(str(folder / "student"), run.dtype, run.device),
+            [json.loads(x) for x in Path(file).read_text(encoding="utf-8").splitlines()],
+            run.tokenizer,
+            sampling=Sampling(max_new_tokens=task["new_tokens"], temperature=1.0),
+            seeds=task["sampling_seeds"],
+            batch_size=64,
+            progress=False,
+        )
+        found[f"sampled_rouge_l@{Path(file).stem}"] = _short(result["rouge_l"])
+    return found
+
+
+def _joules(device: str) -> float | None:
+    """What the GPU has used since its driver was loaded; None where nothing says it."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device())
+        return pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000 if device == "cuda" else None
+    except Exception:  # the package, the driver or the sensor is missing, each with an error of its own
+        return None
+
+
+def main() -> None:
+    """Command line."""
+    task, answer = json.loads(sys.argv[1]), Path(sys.argv[2])
+    set_threads()
+    try:
+        with stoppable():
+            made = {"teacher": make_teacher, "base": make_base, "cell": make_cell}[task["do"]](task)
+    except Stopped as e:
+        sys.exit(e.status)
+    write_text(answer, json.dumps(made))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""A step of a run, what is said of it, and `steps.json`, which knows the finished ones."""
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..files import content_digest, write_text
+from .config import RunConfig
+
+if TYPE_CHECKING:
+    from .steps import Run
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a run.
+
+    Args:
+        name: of the step.
+        outputs: what it makes, as paths in the run folder.
+        depends: the part of the config that it depends on.
+        after: steps that come before it.
+        run: does it.
+        caches: paths from which an interrupted step goes on; --force deletes them.
+        in_run: whether a run has the step. Otherwise those after it come after the steps before it.
+    """
+
+    name: str
+    outputs: Callable[[RunConfig], list[str]]
+    depends: Callable[[RunConfig], Any]
+    after: tuple[str, ...]
+    run: Callable[["Run"], None]
+    caches: tuple[str, ...] = ()
+    in_run: Callable[[RunConfig], bool] = lambda c: True
+
+
+class News(str):
+    """A line about a step of a run.
+
+    Args:
+        text: the line.
+        step: name of the step.
+        state: "skipped", "started" or "done".
+        seconds: that it took, or None.
+    """
+
+    def __new__(cls, text: str, step: str, state: str, seconds: float | None = None) -> "News":
+        made = super().__new__(cls, text)
+        made.step, made.state, made.seconds = step, state, seconds
+        return made
+
+    step: str
+    state: str
+    seconds: float | None
+
+
+class Ledger:
+    """`steps.json`: for each finished step its fingerprint, the digests of its outputs, and its seconds."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "steps.json"
+        self.entries: dict[str, dict[str, Any]] = {}
+        if self.path.is_file():
+            try:
+                content = json.loads(self.path.read_text(encoding="utf-8"))
+                self.entries = {
+                    name: {
+                        "fingerprint": e["fingerprint"],
+                        "outputs": dict(e["outputs"]),
+                        "seconds": float(e["seconds"]),
+                    }
+                    for name, e in content.items()
+                }
+            except (ValueError, KeyError, TypeError, AttributeError):
+                logger.warning("%s is damaged: every step is done again", self.path)
+
+    def is_valid(self, step: Step, fingerprint: str, config: RunConfig, folder: Path) -> bool:
+        """Whether the step was done with the same inputs, and its outputs are unchanged."""
+        entry = self.entries.get(step.name)
+        if entry is None or entry.get("fingerprint") != fingerprint:
+            return False
+        return all(entry["outputs"].get(o) == content_digest(folder / o) is not None for o in step.outputs(config))
+
+    def record(self, step: Step, fingerprint: str, config: RunConfig, folder: Path, seconds: float) -> None:
+        """Write down a finished step, atomically."""
+        outputs = {o: content_digest(folder / o) for o in step.outputs(config)}
+        self.entries[step.name] = {"fingerprint": fingerprint, "outputs": outputs, "seconds": seconds}
+        write_text(self.path, json.dumps(self.entries, indent=1))
+
+    def adopt(self, step: Step, entry: dict[str, Any]) -> None:
+        """Write down a step that another run has done, and whose outputs are here, atomically."""
+        self.entries[step.name] = entry
+        write_text(self.path, json.dumps(self.entries, indent=1))

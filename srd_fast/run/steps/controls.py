@@ -1,0 +1,87 @@
+"""Controls of a run: the same student trained without what the curriculum knows, from the same start and cache."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ...curriculum import KNEE, RANKED, CurriculumPlan
+from ...errors import UserError
+from ...files import write_text
+from ...selection import ALL
+from ..config import RunConfig
+from .run import json_text
+from .settings import training_config
+
+CONTROLS = "controls"
+
+
+def control_folder(config: RunConfig, name: str) -> Path:
+    """The run folder of a control."""
+    return Path(config.output_dir) / CONTROLS / name
+
+
+def control_outputs(config: RunConfig) -> list[str]:
+    """The files in the run folder that say that a control is done."""
+    return [f"{CONTROLS}/{name}/summary.json" for name in config.controls]
+
+
+def control_config(config: RunConfig, name: str, plan: CurriculumPlan) -> RunConfig:
+    """The config of a control.
+
+    "random" drops as many rows by chance, and cuts the rest into stages of the same sizes by chance. "none" trains on
+    all rows in every stage, for as many steps as the run has in it. Both have the run's schedule and number of steps.
+
+    Args:
+        config: of the run.
+        name: of the control.
+        plan: of the run.
+
+    Returns:
+        A config that is a run's own, in a folder below the run's.
+    """
+    curate: dict[str, Any] = {"method": name, "order": RANKED, "reflect_again": False}
+    distill = dict(config.distill)
+    if config.curate.keep == KNEE:
+        curate["keep"] = plan.keep
+    if name == "none":
+        sizes = [len(subset) for subset in plan.subset_columns]
+        rows = sum(sizes) + len(plan.dropped)
+        passes = training_config(config).of_stages(len(sizes)).epochs
+        distill["epochs_per_stage"] = [p * sum(sizes[: k + 1]) / rows for k, p in enumerate(passes)]
+    return config.model_copy(
+        update={
+            "controls": [],
+            "curate": config.curate.model_copy(update=curate),
+            "distill": distill,
+            "output_dir": str(control_folder(config, name)),
+        }
+    )
+
+
+def check_controls(config: RunConfig) -> None:
+    """Refuse controls that come twice, of a run that is one itself, or that could not have all samples.
+
+    Raises:
+        UserError: naming the keys and the way out.
+    """
+    if len({*config.controls}) < len(config.controls):
+        raise UserError(f"config: controls is {config.controls}: name each control once")
+    if config.controls and config.curate.method != "srd":
+        raise UserError(
+            f"config: controls is {config.controls}, and curate.method is {config.curate.method!r}, which is a control "
+            "itself: set curate.method to 'srd', or controls to []"
+        )
+    policy = config.distill.get("sample_selection", ALL)
+    if "none" in config.controls and policy != ALL:
+        raise UserError(
+            f"config: controls has 'none', which trains on all samples, and distill.sample_selection is {policy!r}: "
+            "leave one of the two out"
+        )
+
+
+def adopt_evaluations(source: Path, folder: Path) -> None:
+    """Take over what another run has measured of teacher and start. Each says what it was made from."""
+    theirs, ours = source / "evaluation.json", folder / "evaluation.json"
+    if theirs.is_file() and not ours.is_file():
+        kept = json.loads(theirs.read_text(encoding="utf-8"))
+        write_text(ours, json_text({name: kept[name] for name in ("teacher", "start") if name in kept}))

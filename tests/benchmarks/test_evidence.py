@@ -1,0 +1,182 @@
+"""The grid of whole runs: its order, its cells' configs, its arithmetic, and a small one from beginning to end."""
+
+import json
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from srd_fast.curriculum import CurriculumPlan
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))  # benchmarks are no part of the installed package
+from benchmarks import evidence_table, tables  # noqa: E402
+from benchmarks.evidence import with_wrong_answers  # noqa: E402
+from benchmarks.evidence_cell import BATCH, config_of, epochs_of, final_number  # noqa: E402
+from benchmarks.evidence_grid import (  # noqa: E402
+    CELLS,
+    DATA,
+    DROP,
+    EQUAL,
+    FIRST,
+    FULL,
+    LAYERS,
+    LEARNABLE,
+    MAIN,
+    RANDOM,
+    REFLECTING,
+    SECONDS,
+    SRD,
+    TEACHERS,
+    Setting,
+    cells,
+)
+
+sys.path.remove(str(ROOT))
+
+SETTINGS = [Setting(d, n, t) for d in DATA for n in LAYERS for t in TEACHERS]
+
+
+def test_the_most_telling_cells_come_first_and_all_come_once() -> None:
+    grid = cells(SETTINGS, list(CELLS), [0, 1, 2, 3, 4], list(EQUAL))
+    assert [(c.setting, c.name, c.seed) for c in grid[:12]] == [(MAIN, n, s) for s in (0, 1, 2) for n in FIRST]
+    assert len(set(grid)) == len(grid)
+    seeds = Counter((c.setting, c.name) for c in grid if c.equal == "passes")
+    assert seeds == {(s, n): 5 if n in FIRST else 3 for s in SETTINGS for n in CELLS}
+    timed = {c.name for c in grid if c.equal == SECONDS}
+    assert timed == set(REFLECTING) >= {SRD, DROP, LEARNABLE}
+    assert not timed & {FULL, RANDOM, "full KD, reverse_kl", "SE-KD"}
+    few = cells(SETTINGS[:1], [SRD], [4], ["passes"])
+    assert [(c.name, c.seed) for c in few] == [(SRD, 4)]
+    assert len({c.slug for c in grid if c.setting == MAIN}) == sum(c.setting == MAIN for c in grid)
+
+
+def task(folder: Path, *overrides: str) -> dict[str, Any]:
+    return {
+        "teacher": "smollm2-135m-instruct", "data": "rows.jsonl", "validation": ["dev.jsonl"], "folder": str(folder),
+        "seed": 3, "device": "cpu", "layers": 8, "warmup_steps": 5, "new_tokens": 16, "learning_rate": 4e-4,
+        "overrides": list(overrides),
+    }  # fmt: skip
+
+
+def test_cells_differ_by_what_their_names_say(tmp_path: Path) -> None:
+    configs = {name: config_of(task(tmp_path, *overrides)) for name, overrides in CELLS.items()}
+    assert len({c.model_dump_json() for c in configs.values()}) == len(configs)
+    usual = configs[SRD]
+    assert (usual.curate.keep, usual.curate.stages, usual.seed, usual.reflect.max_new_tokens) == (0.75, 3, 3, 16)
+    assert usual.distill["temperature_end"] == configs[FULL].distill["temperature_end"] == 2.0
+    for name in (FULL, RANDOM, DROP, LEARNABLE, "curriculum only", "hard to easy"):
+        assert configs[name].distill == usual.distill, name
+    # All that rank by the usual signals share one base.
+    assert [n for n, c in configs.items() if c.reflect != usual.reflect] == [LEARNABLE]
+    assert configs["SRD, schedule off"].distill["temperature_end"] == 1
+    assert configs["hard to easy"].curate.signals == {"rouge_l": -1, "cross_entropy": -1}
+
+
+@pytest.mark.parametrize("steps", [6, 7, 160])
+def test_stages_have_the_same_steps_whatever_they_keep(steps: int) -> None:
+    lengths = []
+    for sizes in ([10, 10, 11], [50, 0, 0], [7, 90, 3]):
+        subsets = [[f"{k}-{i}" for i in range(size)] for k, size in enumerate(sizes)]
+        seen = np.cumsum(sizes)
+        lengths.append([e * n / BATCH for e, n in zip(epochs_of(CurriculumPlan(subsets), steps), seen)])
+    assert lengths[1:] == [pytest.approx(lengths[0])] * 2
+    assert sum(lengths[0]) == pytest.approx(steps)
+    assert lengths[0] == pytest.approx([steps / 6, steps / 3, steps / 2], abs=0.7)
+    assert epochs_of(CurriculumPlan([["a"] * 32]), steps) == [steps * BATCH / 32]
+
+
+def test_a_share_of_the_rows_gets_answers_of_others() -> None:
+    rows = [{"instruction": str(i), "output": str(i)} for i in range(50)]
+    made = with_wrong_answers(rows, 0.1)
+    changed = [i for i, (a, b) in enumerate(zip(rows, made)) if a != b]
+    assert len(changed) == 5
+    assert sorted(made[i]["output"] for i in changed) == sorted(str(i) for i in changed)
+    assert with_wrong_answers(rows, 0.1) == made
+    assert rows[changed[0]]["output"] == str(changed[0])
+
+
+def test_the_last_number_of_an_answer_counts() -> None:
+    assert [final_number(x) for x in ("so 3 + 4 = 7.\n#### 1,070", "-2.50 euros.", "none")] == [1070.0, -2.5, None]
+
+
+def line(cell: str, seed: int, kl: float, **changed: Any) -> dict[str, Any]:
+    """Of a seed that moves all cells by its number; rows differ by 3, and their weights too."""
+    noise = np.random.default_rng(7).normal(0, 3, 40)
+    tokens = np.random.default_rng(8).integers(1, 20, 40)
+    sums = (tokens * (kl + 0.4 * seed + noise)).tolist()
+    mean = sum(sums) / int(tokens.sum())
+    return {
+        "data": "d", "layers": 15, "teacher": "as it is", "cell": cell, "seed": seed, "equal": "passes", "steps": 160,
+        "options": "{}", "device": "a CPU", "threads": 2, "torch": "2", "version": "0.1", "date": "2026-01-01",
+        "kl": mean, "cross_entropy": mean, "rouge_l": 0.3, "start_kl": 5.0, "start_rouge_l": 0.1,
+        "sampled_rouge_l@dev": 0.2 + 0.01 * kl + 0.001 * seed, "step_seconds": 2.0,
+        "rows": {"kl": sums, "cross_entropy": sums, "rouge_l": [0.3] * 40, "num_tokens": tokens.tolist()},
+        **changed,
+    }  # fmt: skip
+
+
+def test_differences_are_of_seeds_and_rows_in_pairs() -> None:
+    """Seeds move KL by 0.4 and rows by 3, and a difference of 0.1 is seen all the same."""
+    lines = [line(FULL, s, 1.0) for s in (0, 1, 2)] + [line(SRD, s, 1.1 + 0.001 * s) for s in (1, 2, 3)]
+    found = {(r.provider, r.metric): r.value for r in evidence_table.rows_of(lines)}
+    assert found[SRD, "seeds"] == 3
+    assert found[SRD, "seeds_vs_full"] == 2
+    assert found[SRD, "kl_vs_full"] == pytest.approx(0.1015)
+    low, high = (found[SRD, f"kl_vs_full_{end}"] for end in ("low", "high"))
+    assert 0 < low < 0.1015 < high < 0.2
+    assert found[FULL, "kl_sd"] == pytest.approx(0.4)
+    assert found[SRD, "sampled_rouge_l@dev_vs_full"] == pytest.approx(0.001, abs=1e-4)
+    assert (FULL, "kl_vs_full") not in found
+    [said] = [x for x in tables.evidence_differences(evidence_table.rows_of(lines)).splitlines() if "| SRD |" in x]
+    assert re.search(r"\| SRD \| \+0\.10\d \[\+0\.\d+, \+0\.\d+\] \|", said)
+    assert "| none [+0.0, +0.0] |" in said
+
+
+def test_one_seed_has_no_interval_of_what_no_row_is_known_of_and_seconds_stand_beside_passes() -> None:
+    lines = [line(RANDOM, 0, 1.0), line(SRD, 0, 1.5, equal=SECONDS)]
+    rows = evidence_table.rows_of(lines)
+    found = {(r.case, r.provider, r.metric): r.value for r in rows}
+    case = "160 steps, equal seconds"
+    assert found[case, SRD, "kl_vs_random"] == pytest.approx(0.5)
+    assert (case, SRD, "kl_vs_random_low") in found
+    assert (case, SRD, "sampled_rouge_l@dev_vs_random_low") not in found
+    assert {r.case for r in rows} == {case, "160 steps, equal passes"}
+
+
+def test_a_last_line_that_a_kill_cut_off_is_no_line(tmp_path: Path) -> None:
+    file = tmp_path / "evidence.jsonl"
+    file.write_text('{"a": 1}\n{"a": 2}\n{"a":')
+    assert [x["a"] for x in evidence_table.read_lines(file)] == [1, 2]
+    assert evidence_table.read_lines(tmp_path / "none") == []
+
+
+@pytest.mark.long
+def test_a_small_grid_ends_with_its_table_and_is_not_done_again(tiny_teacher_folder: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable, "-m", "benchmarks.evidence", "--results", str(tmp_path), "--sets", "quickstart",
+        "--layers", "2", "--teacher", str(tiny_teacher_folder), "--teachers", "as it is", "--equal", "passes",
+        "--cells", FULL, SRD, LEARNABLE, "--seeds", "0", "--rows", "32", "--steps", "6", "--validation-rows", "12",
+        "--warmup-steps", "0", "--new-tokens", "2", "--sampling-seeds", "10", "--parallel", "2",
+        "--set", "dtype=float32",
+    ]  # fmt: skip
+    for number in range(2):
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=600)
+        assert done.returncode == 0, done.stderr
+        assert "3 of 3 cells, 0 tasks failed" in done.stdout, done.stdout
+        assert ("base-0: done" in done.stdout) == (number == 0)
+    lines = evidence_table.read_lines(tmp_path / "evidence.jsonl")
+    assert Counter(x["cell"] for x in lines) == {FULL: 1, SRD: 1, LEARNABLE: 1}
+    assert all(len(x["rows"]["kl"]) == 12 and x["trained_steps"] == 6 for x in lines)
+    folder = tmp_path / "runs" / "quickstart_2_as_it_is"
+    assert (folder / "SRD-0" / "reflections.parquet").is_symlink()
+    assert not (folder / "learnable-0" / "reflections.parquet").is_symlink()
+    assert (folder / "learnable-0" / "start").resolve() == (folder / "base-0" / "start").resolve()
+    assert "| SRD | 1 |" in (tmp_path / "evidence.md").read_text()
+    assert (tmp_path / "evidence.svg").stat().st_size > 5000
+    assert json.loads((folder / "SRD-0" / "steps.json").read_text()).keys() > {"prepare", "distill", "report"}
