@@ -7,6 +7,7 @@ the teacher's cache. cell begins from a base (links to its files) and does the r
 killed, the same task goes on.
 """
 
+import argparse
 import json
 import re
 import statistics
@@ -169,7 +170,11 @@ def _joules(device: str) -> float | None:
 
 def main() -> None:
     """Command line."""
-    task, answer = json.loads(sys.argv[1]), Path(sys.argv[2])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", type=json.loads, help="what to do, as JSON")
+    parser.add_argument("answer", type=Path, help="the file that gets the figures")
+    given = parser.parse_args()
+    task, answer = given.task, given.answer
     set_threads()
     try:
         with stoppable():

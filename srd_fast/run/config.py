@@ -1,19 +1,17 @@
 """The configuration of `srd-fast run`: a YAML file with `key=value` overrides, checked before anything runs."""
 
-from dataclasses import fields as dataclass_fields
-from functools import cache
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PydanticUserError, TypeAdapter, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from ..curriculum import CURATION_PRESETS, KNEE
 from ..data import check_chat_template_kwargs, check_columns, shown
-from ..errors import Faults, FaultsError, UserError
+from ..errors import Faults, FaultsError
 from ..reflection.reflect import REFLECTION_PRESETS
 from ..suggest import unknown_name
-from ..training.config import SRDConfig
 from ..training.presets import TRAINING_PRESETS, with_preset
+from .distill_fields import check_field
 from .modes import KD, MODES, mode_fields
 from .synonyms import SYNONYMS
 from .yaml_values import apply_override, checked, read_yaml, shown_value
@@ -22,13 +20,6 @@ from .yaml_values import apply_override, checked, read_yaml, shown_value
 _KINDS = {"int", "float", "str", "list[int]", "list[str]", "dict[str,str]", "dict[str,any]"}
 # Where null is a value, not an empty section.
 _NULLABLE = {"max_bad_rows", "parse_special_tokens"}
-# Fields of SRDConfig that the run sets itself, or that mean nothing in it.
-_SET_BY_RUN = {"output_dir", "seed", "num_train_epochs", "template", "max_prompt_length", "max_response_length"}
-_SET_BY_RUN |= {"chat_template_kwargs", "parse_special_tokens", "columns", "data_function", "train_on"}
-_SET_BY_RUN |= {"privileged_template", "max_privileged_length"}
-_SET_BY_RUN |= {"do_train", "do_eval", "do_predict", "resume_from_checkpoint", "local_rank"}
-_SET_BY_RUN |= {"teacher_device_map", "teacher_tp_plan", "teacher_cache", "teacher_cache_kind", "teacher_cache_k"}
-DISTILL_FIELDS = {f.name for f in dataclass_fields(SRDConfig) if f.init} - _SET_BY_RUN
 
 
 class _Section(BaseModel):
@@ -266,45 +257,10 @@ class RunConfig(_Section):
     def _known_fields(cls, given: dict[str, Any]) -> dict[str, Any]:
         faults = Faults()
         for name, value in given.items():
-            faults.check(name, _check_field, name, value)
+            faults.check(name, check_field, name, value)
         faults.tell()
         # YAML 1.1 reads `save_strategy: no` as false.
         return {k: "no" if k.endswith("_strategy") and v is False else v for k, v in given.items()}
-
-
-def _check_field(name: str, value: Any) -> None:
-    """Refuse a key that `distill` does not have, or a value of another type.
-
-    Raises:
-        UserError: without the place in the config.
-    """
-    if name in _SET_BY_RUN and name not in SYNONYMS["distill"]:
-        raise UserError(f"{name} is set at the top level of the config, or by the run itself")
-    if name not in DISTILL_FIELDS:
-        synonyms = SYNONYMS["distill"]
-        raise UserError(unknown_name("key", shown(name), DISTILL_FIELDS, listed=False, synonyms=synonyms))
-    if name.endswith("_strategy") and value is False:
-        return
-    kind = _types()[name]
-    if kind is not None:
-        try:
-            if kind.validate_python(value) != value:  # "no", which would stay text
-                kind.validate_python(value, strict=True)
-        except ValidationError as e:
-            reason = e.errors()[0]["msg"]
-            raise UserError(f"{name}: {reason[:1].lower()}{reason[1:]}, got {shown_value(value)}") from e
-
-
-@cache
-def _types() -> dict[str, TypeAdapter[Any] | None]:
-    """What the fields of `distill` may be; None for types of transformers' own."""
-    hints, found = get_type_hints(SRDConfig), dict[str, TypeAdapter[Any] | None]()
-    for name in DISTILL_FIELDS:
-        try:
-            found[name] = TypeAdapter(hints[name])
-        except PydanticUserError:
-            found[name] = None
-    return found
 
 
 def load_run_config(path: str | Path | None, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:

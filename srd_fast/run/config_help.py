@@ -13,7 +13,8 @@ from pydantic.fields import FieldInfo
 
 from ..training.config import SRDConfig
 from ..training.student import trainer_basics
-from .config import DISTILL_FIELDS, RunConfig
+from .config import RunConfig
+from .distill_fields import DISTILL_FIELDS
 from .steps.settings import RUN_DEFAULTS
 
 _WIDTH = 120

@@ -156,7 +156,7 @@ def test_what_a_run_cannot_keep_is_said_first(settings: dict[str, Any], tmp_path
     for changes, distill, words in (
         ({}, {"metric_for_best_model": "bleu"}, "unknown metric_for_best_model 'bleu'"),
         ({}, {"eval_metrics": ["rogue_l"]}, "config: distill: unknown metric 'rogue_l'; did you mean 'rouge_l'"),
-        ({"evaluate": {"metrics": ["rogue_l"]}}, {}, "config: unknown metric 'rogue_l'"),
+        ({"evaluate": {"metrics": ["rogue_l"]}}, {}, "config: evaluate.metrics: unknown metric 'rogue_l'"),
         ({"evaluate": {"metrics": ["rouge_l"]}}, {}, "two metrics are called 'rouge_l'"),
         (again, {"early_stopping_patience": 2}, "early_stopping_patience is 2, which may end training before one"),
         (again, {"save_total_limit": 1}, "save_total_limit is 1, which leaves the best one alone; set it to 2"),

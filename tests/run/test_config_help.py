@@ -13,8 +13,9 @@ import srd_fast
 from srd_fast.cli import app
 from srd_fast.data.quickstart import make_quickstart_rows
 from srd_fast.errors import UserError
-from srd_fast.run.config import DISTILL_FIELDS, RunConfig, load_run_config
+from srd_fast.run.config import RunConfig, load_run_config
 from srd_fast.run.config_help import config_text, json_schema
+from srd_fast.run.distill_fields import DISTILL_FIELDS
 from srd_fast.run.steps.settings import training_config
 from srd_fast.run.synonyms import SYNONYMS
 

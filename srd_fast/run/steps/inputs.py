@@ -83,7 +83,7 @@ def check_inputs(config: RunConfig, faults: Faults | None = None, also: Checks =
     saving = ("save_strategy", "save_total_limit", "early_stopping_patience", "metric_for_best_model")
     faults.check(("curate", *(f"distill.{name}" for name in saving)), _check_checkpoints, config, args)
     faults.check(("controls", "curate.method"), check_controls, config)
-    faults.check("evaluate.metrics", _of_config, get_metrics, (ROUGE_L, *config.evaluate.metrics))
+    faults.check("evaluate.metrics", _of_config, "evaluate.metrics", get_metrics, (ROUGE_L, *config.evaluate.metrics))
     if config.data_function is not None:
         faults.check("data_function", data_function_of, config.data_function)
     if not isinstance(config.validation, int):
@@ -116,11 +116,11 @@ def _training_args(config: RunConfig, faults: Faults) -> SRDConfig | None:
         return None  # of fields that go together: they are told
 
 
-def _of_config(look: Callable[..., Any], *given: Any) -> None:
+def _of_config(key: str, look: Callable[..., Any], *given: Any) -> None:
     try:
         look(*given)
     except UserError as e:
-        raise UserError(f"config: {e}") from e
+        raise UserError(f"config: {key}: {e}") from e
 
 
 def _of_distill(look: Callable[..., Any], *given: Any) -> None:
@@ -160,7 +160,7 @@ def _check_reflection(config: RunConfig, faults: Faults) -> None:
         for name in getattr(config.curate, key) or ():
             faults.check(("reflect.signals", f"curate.{key}"), _check_ranked, name, made, key)
     for name, given in config.curate.band.items():
-        faults.check("curate.band", _of_config, check_band, name, given)
+        faults.check("curate.band", _of_config, "curate.band", check_band, name, given)
     faults.check(("reflect.signals", "curate.weight_by"), _check_weighed, config.curate.weight_by, made)
     faults.check(("reflect.signals", "curate.order"), _check_order, config.curate.order, made)
     faults.check(("reflect.signals", "mode", "curate.method"), check_signals, config)
