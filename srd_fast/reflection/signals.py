@@ -274,7 +274,7 @@ def get_difficulty(name: str) -> Difficulty:
 
 
 def _imported(name: str) -> Difficulty:
-    function, attribute = function_of(name, "difficulty signal"), name.rpartition(":")[2]
+    function, attribute = function_of(name, "difficulty signal"), column_of(name)
     if attribute in DIFFICULTIES or attribute in RESERVED:
         raise UserError(f"difficulty signal {name!r}: the name {attribute!r} is taken; rename the function")
     direction = getattr(function, "higher_is_easier", None)
@@ -284,6 +284,11 @@ def _imported(name: str) -> Difficulty:
             "the function, or False if a high value means a hard sample"
         )
     return Difficulty(attribute, function, direction)
+
+
+def column_of(name: str) -> str:
+    """The column of a signal, which is named by it or as `reflect` takes it."""
+    return name if name in DIFFICULTIES else name.rpartition(":")[2]
 
 
 def get_difficulties(names: Iterable[str]) -> dict[str, Difficulty]:

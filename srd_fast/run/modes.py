@@ -124,6 +124,7 @@ def fine_tuning(config: "RunConfig", model: str, output: str | None = None) -> "
     return config.model_copy(
         update={
             "mode": SFT,
+            "controls": [],
             "teacher": source,
             "student": source,
             "output_dir": output or f"{config.output_dir}-{model}-sft",

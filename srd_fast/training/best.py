@@ -3,12 +3,14 @@
 All of it follows from what was logged, so a training that was killed ends with the same student.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..errors import UserError
 from ..showing import say_json, style
 
 
@@ -24,6 +26,34 @@ class Best(NamedTuple):
     step: int
     metric: str
     value: float
+
+
+def check_saves(args: TrainingArguments) -> None:
+    """Refuse `load_best_model_at_end` where the step of an evaluation would have no checkpoint.
+
+    Args:
+        args: before `TrainingArguments` has looked at them.
+
+    Raises:
+        UserError: naming the field, its value and the way out.
+    """
+    if not args.load_best_model_at_end:
+        return
+    save, evaluate = (getattr(x, "value", x) for x in (args.save_strategy, args.eval_strategy))
+    if evaluate == "no":
+        raise UserError("load_best_model_at_end is true, but eval_strategy is 'no'; set it to 'steps'")
+    if save not in (evaluate, "best"):
+        raise UserError(
+            f"load_best_model_at_end is true, but save_strategy is {save!r} and eval_strategy is {evaluate!r}; set "
+            "both to 'steps'"
+        )
+    between, every = args.save_steps, args.eval_steps or args.logging_steps
+    whole = all(isinstance(x, (int, float)) and x >= 1 for x in (between, every))  # others are told elsewhere
+    if save == "steps" and whole and between % every:
+        raise UserError(
+            f"save_steps is {between:g}, and with load_best_model_at_end it must be a multiple of eval_steps, which is "
+            f"{every:g}; set it to {math.ceil(between / every) * every:g}"
+        )
 
 
 def best_of(args: TrainingArguments, state: TrainerState) -> Best | None:
@@ -93,7 +123,8 @@ class BestStep(TrainerCallback):
         if style() == "json":
             say_json(event="best", **best._asdict())
         else:
-            early = f", after {self.patience} evaluations without a better one" if self._is_due(args, state) else ""
+            many = f"{self.patience} evaluation{'s' if self.patience > 1 else ''}"
+            early = f", after {many} without a better one" if self._is_due(args, state) else ""
             print(
                 f"the student is that of step {best.step}, the best by {best.metric} ({best.value:.4g}); training "
                 f"ended at step {state.global_step}{early}",

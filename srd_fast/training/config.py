@@ -21,6 +21,7 @@ from ..teacher.stores import CACHE_KINDS, keeps_head
 from .answer_fields import check_answers, less_is_better
 from .answer_metrics import DEFAULT_METRICS
 from .arguments import CHOICES, RANGES, REFUSED, check_fits, check_processes, faults_of_transformers
+from .best import check_saves
 from .presets import TRAINING_PRESETS, with_preset
 from .replay import ADAPTIVE
 
@@ -258,6 +259,7 @@ class SRDConfig(TrainingArguments):
         if self.lmbda != ADAPTIVE and not isinstance(self.lmbda, str):
             faults.check("lmbda", self._check_numbers, "lmbda", None, 0.0, 1.0)
         check_answers(self, faults)
+        faults.check("load_best_model_at_end", check_saves, self)
         given = {name: getattr(self, name) for name in faults.wrong}
         for name in given:  # so that transformers looks at the others
             setattr(self, name, _default_of(name))

@@ -11,8 +11,9 @@ from srd_fast.curriculum import CurriculumPlan
 from srd_fast.errors import UserError
 from srd_fast.reflection.engines import TransformersEngine
 from srd_fast.run.config import RunConfig
-from srd_fast.run.pipeline import execute, fingerprints
-from srd_fast.run.steps import selection
+from srd_fast.run.pipeline import begin_from, execute, fingerprints
+from srd_fast.run.steps import Run, check_inputs, control_config, curate_step, selection
+from srd_fast.run.steps.settings import training_config
 
 JUDGE = """
 def even(reflected):
@@ -107,6 +108,45 @@ def test_answers_are_attempts_that_are_there(
         assert plans[1].weights[row["sample_id"]] == plans[0].weights[source]
 
 
+def test_controls_have_neither_bands_nor_weights(settings: dict[str, Any], curated: Path) -> None:
+    """Each draws from all rows, as many as the run keeps, and the weight of every row is the same."""
+    ours = CurriculumPlan.load(curated / "plan.json")
+    config = RunConfig(**settings, output_dir=str(curated), controls=["random", "none"])
+    sizes, rows = [len(x) for x in ours.subsets], settings["max_rows"]
+    assert 0 < len(ours.dropped) == rows - sum(sizes)
+    for name, expected in (("random", sizes), ("none", [rows, 0])):
+        control = control_config(config, name, ours)
+        begin_from(curated, control)
+        execute(control, only="curate", say=lambda text: None)
+        plan = CurriculumPlan.load(Path(control.output_dir) / "plan.json")
+        assert ([len(x) for x in plan.subsets], plan.weights, plan.band) == (expected, {}, {})
+        assert len(plan.dropped) == rows - sum(expected)
+        epochs = training_config(control).of_stages(2).epochs
+        passes = [epochs[k] * sum(expected[: k + 1]) for k in range(2)]
+        assert passes == pytest.approx([sizes[0], sum(sizes)])
+
+
+def test_a_signal_of_the_users_own_has_one_column_however_it_is_named(
+    settings: dict[str, Any], tmp_path: Path, curated: Path
+) -> None:
+    given, plans = settings["reflect"]["judge"], []
+    reflect = {**settings["reflect"], "attempts": 1, "judge": "exact_match", "signals": ["cross_entropy", given]}
+    for name in (given, "even"):
+        folder = tmp_path / f"run-{len(plans)}"
+        curate = {"stages": 2, "signals": {name: 1.0}, "band": {name: [1, 1]}}
+        config = RunConfig(**{**settings, "reflect": reflect, "curate": curate}, output_dir=str(folder))
+        (folder / "data").mkdir(parents=True)
+        check_inputs(config)
+        table = pq.read_table(curated / "reflections.parquet")
+        even = [float(len(text) % 2 == 0) for text in table["generation"].to_pylist()]
+        pq.write_table(table.append_column("even", [even]), folder / "reflections.parquet")
+        curate_step(Run(config, folder, {}, {}))
+        plans.append(CurriculumPlan.load(folder / "plan.json"))
+    assert plans[0] == plans[1]
+    assert plans[0].band == {"even": (1.0, 1.0)}
+    assert 0 < len([x for x in plans[0].dropped if "outside the band" in x["reason"]]) == even.count(0.0)
+
+
 @pytest.mark.slow
 def test_a_whole_run_says_what_it_did(settings: dict[str, Any], tmp_path: Path) -> None:
     run(settings, tmp_path, None)
@@ -138,10 +178,14 @@ def test_what_does_not_go_together_is_said_first(settings: dict[str, Any], tmp_p
         ("reflect", {"attempts": 0}, r"reflect\.attempts"),
         ("reflect", {"judge": "gap"}, "config: reflect: judge 'gap' does not say"),
         ("reflect", {"judge": "numeric"}, "unknown difficulty signal 'numeric'; did you mean 'numeric_match'"),
-        ("curate", {"band": {"exact_match": [0.1, 0.9]}}, r"curate\.band names \['exact_match'\]"),
+        ("curate", {"band": {"exact_match": [0.1, 0.9]}}, r"config: curate\.band names 'exact_match', which reflect\."),
         ("curate", {"band": {"pass_rate": [0.9, 0.1]}}, "band of 'pass_rate' must be its least and greatest value"),
         ("curate", {"band": {"pass_rate": 0.5}}, r"curate\.band"),
-        ("curate", {"weight_by": "exact_match"}, "curate.weight_by is 'exact_match', which reflect.signals does not"),
+        (
+            "curate",
+            {"weight_by": "exact_match"},
+            "curate.weight_by names 'exact_match', which reflect.signals does",
+        ),
     ):
         given = {**settings, section: {**settings[section], **changes}}
         with pytest.raises((UserError, ValueError), match=words):

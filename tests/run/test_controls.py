@@ -16,6 +16,7 @@ from srd_fast.errors import FaultsError, UserError
 from srd_fast.files import content_digest, remove
 from srd_fast.report import compare_runs, page
 from srd_fast.run.config import RunConfig, load_run_config
+from srd_fast.run.modes import fine_tuning
 from srd_fast.run.pipeline import begin_from, execute
 from srd_fast.run.steps import control_config, outcome, selection
 from srd_fast.teacher import build
@@ -217,6 +218,15 @@ def test_a_control_has_what_the_run_found_out(settings: dict[str, Any]) -> None:
     assert (random.curate.keep, random.curate.order, random.curate.reflect_again) == (0.75, "ranked", False)
     assert none.distill["epochs_per_stage"] == [2 * 1 / 4, 3 * 3 / 4]
     assert random.distill == config.distill
+
+
+def test_a_control_of_fine_tuning_has_what_could_not_be_scored(settings: dict[str, Any]) -> None:
+    """Mode sft does not let the control "none" reflect, so it trains on those rows too, for as many steps."""
+    unscored = [{"sample_id": "e", "reason": ""}]
+    plan = CurriculumPlan([["a"], ["b", "c"]], dropped=[{"sample_id": "d", "reason": ""}], unscored=unscored)
+    none = control_config(RunConfig(**{**settings, "mode": "sft"}), "none", plan)
+    assert none.distill["epochs_per_stage"] == [2 * 1 / 5, 3 * 3 / 5]
+    assert fine_tuning(RunConfig(**settings), "teacher").controls == []
 
 
 @pytest.mark.slow

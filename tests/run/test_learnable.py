@@ -184,7 +184,7 @@ def test_shards_run_the_teacher_on_their_own_samples(
         ),
         (
             {"reflect": {"signals": ["rouge_l"]}},
-            "curate.signals names ['gap'], which reflect.signals does not make",
+            "config: curate.signals names 'gap', which reflect.signals does not make: it makes rouge_l",
         ),
     ],
 )

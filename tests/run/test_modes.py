@@ -16,7 +16,7 @@ from srd_fast.errors import UserError
 from srd_fast.run.config import RunConfig, load_run_config
 from srd_fast.run.modes import MODES, fine_tuning, has_cache
 from srd_fast.run.pipeline import STEP_NAMES, execute, fingerprints, steps_of
-from srd_fast.run.steps import Run, answer_step, selection, training
+from srd_fast.run.steps import Run, answer_step, answers, selection, training
 from srd_fast.training import replay
 
 LIMIT = 6  # tokens of an answer
@@ -96,6 +96,28 @@ def test_the_students_answers_stand_in_place_of_the_datas(
         assert {x.partition("#")[0] for x in after} <= set(before)
         assert len(after) == sum(len(by_prompt.get(x, [])) for x in before)
     assert any(len(set(map(tuple, answers))) > 1 for answers in by_prompt.values()), "every answer is the same"
+
+
+def test_answers_leave_the_stages_as_they_are(
+    settings: dict[str, Any], reflected: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stage without rows of its own trains on those before it; the first one always has some."""
+    shutil.copytree(reflected, tmp_path / "run")
+    of_mode = {"mode": "offline_on_policy", "curate": {"stages": 3, "method": "none"}}
+    for step in ("curate", "answers"):
+        run(settings, tmp_path / "run", step, **of_mode)
+    plan = CurriculumPlan.load(tmp_path / "run" / "answers" / "plan.json")
+    assert [len(x) for x in plan.subsets] == [len(plan.kept), 0, 0]
+    of_mode["curate"] = {"stages": 3}
+    run(settings, tmp_path / "run", "curate", **of_mode)
+    before = CurriculumPlan.load(tmp_path / "run" / "plan.json")
+    silent = set(before.subsets[0])
+    monkeypatch.setattr(
+        answers, "_rounds", lambda run, rows: iter([[[] if x in silent else [70, 71] for x in rows["sample_id"]]])
+    )
+    run(settings, tmp_path / "run", "answers", **of_mode)
+    after = CurriculumPlan.load(tmp_path / "run" / "answers" / "plan.json")
+    assert after.subsets == [before.subsets[1], [], before.subsets[2]]
 
 
 def test_offline_on_policy_goes_on_with_reflections_that_are_there(

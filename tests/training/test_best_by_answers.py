@@ -246,6 +246,18 @@ def test_a_training_that_had_ended_early_does_not_go_on(tokenizer: PreTrainedTok
 def test_what_cannot_be_is_said_first(tokenizer: PreTrainedTokenizerFast) -> None:
     for fields, words in (
         ({"eval_generate": "yes"}, "eval_generate must be true or false"),
+        (
+            {**EVERY_STEP, "load_best_model_at_end": True, "eval_steps": 2, "save_steps": 3},
+            r"^save_steps is 3, and with .* a multiple of eval_steps, which is 2; set it to 4$",
+        ),
+        (
+            {**EVERY_STEP, "load_best_model_at_end": True, "eval_strategy": "no"},
+            "^load_best_model_at_end is true, but eval_strategy is 'no'; set it to 'steps'$",
+        ),
+        (
+            {**EVERY_STEP, "load_best_model_at_end": True, "save_strategy": "epoch"},
+            "^load_best_model_at_end is true, but save_strategy is 'epoch' and eval_strategy is 'steps'; set both to",
+        ),
         ({"eval_metrics": []}, r"eval_metrics must be a list of metrics, such as \[rouge_l\], got \[\]"),
         ({"eval_metrics": "rouge_l"}, "eval_metrics must be a list"),
         ({"eval_metrics": ["rogue_l"]}, "unknown metric 'rogue_l'; did you mean 'rouge_l'"),

@@ -71,7 +71,12 @@ def answer_step(run: Run) -> None:
     write_parquet(Dataset.from_dict(columns, features=TOKENISED_FEATURES), folder / "train.parquet")
     subsets = [[name for sample_id in subset for name in names[sample_id]] for subset in plan.subsets]
     weights = {name: plan.weights[x] for x, of_prompt in names.items() for name in of_prompt if plan.weights}
-    plan.with_subsets([s for s in subsets if s], plan.dropped, weights).save(folder / "plan.json")
+    first = next(k for k, subset in enumerate(subsets) if subset)
+    subsets[0], subsets[first] = (
+        subsets[first],
+        subsets[0],
+    )  # all stages stay; the first needs rows
+    plan.with_subsets(subsets, plan.dropped, weights).save(folder / "plan.json")
     write_text(folder / COUNTS, json_text(counts))
     remove(run.folder / PARTS)
 

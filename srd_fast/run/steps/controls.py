@@ -1,6 +1,7 @@
 """Controls of a run: the same student trained without what the curriculum knows, from the same start and cache."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from ...errors import UserError
 from ...files import write_text
 from ...selection import ALL
 from ..config import RunConfig
+from ..modes import reflects
 from .run import json_text
 from .settings import training_config
 
@@ -29,7 +31,8 @@ def control_config(config: RunConfig, name: str, plan: CurriculumPlan) -> RunCon
     """The config of a control.
 
     "random" drops as many rows by chance, and cuts the rest into stages of the same sizes by chance. "none" trains on
-    all rows in every stage, for as many steps as the run has in it. Both have the run's schedule and number of steps.
+    all rows in every stage, for as many steps as the run has in it. Both have the run's schedule and number of steps,
+    and neither bands nor weights of samples.
 
     Args:
         config: of the run.
@@ -39,23 +42,32 @@ def control_config(config: RunConfig, name: str, plan: CurriculumPlan) -> RunCon
     Returns:
         A config that is a run's own, in a folder below the run's.
     """
-    curate: dict[str, Any] = {"method": name, "order": RANKED, "reflect_again": False}
-    distill = dict(config.distill)
-    if config.curate.keep == KNEE:
+    given, distill = config.curate, dict(config.distill)
+    sizes = [len(subset) for subset in plan.subset_columns]
+    rows = sum(sizes) + len(plan.dropped)
+    looked_at = [*given.band, *([] if given.weight_by is None else [given.weight_by])]
+    curate: dict[str, Any] = {"method": name, "order": RANKED, "reflect_again": False, "band": {}, "weight_by": None}
+    if given.keep == KNEE:
         curate["keep"] = plan.keep
-    if name == "none":
-        sizes = [len(subset) for subset in plan.subset_columns]
-        rows = sum(sizes) + len(plan.dropped)
-        passes = training_config(config).of_stages(len(sizes)).epochs
-        distill["epochs_per_stage"] = [p * sum(sizes[: k + 1]) / rows for k, p in enumerate(passes)]
-    return config.model_copy(
+    if looked_at:  # what has no value of them is in no control either
+        signals = given.signals or dict.fromkeys(config.reflect.signals, 1.0)
+        curate["signals"] = {**dict.fromkeys(looked_at, 0.0), **signals}
+        if len(plan.fused) < rows:  # some are outside the band: the share is one of all rows
+            curate["keep"] = min(1.0, math.nextafter(plan.keep * len(plan.fused) / rows, 1.0))
+    made = config.model_copy(
         update={
             "controls": [],
-            "curate": config.curate.model_copy(update=curate),
+            "curate": given.model_copy(update=curate),
             "distill": distill,
             "output_dir": str(control_folder(config, name)),
         }
     )
+    if name == "none":
+        if not reflects(made):  # without scores it has those that could not be scored too
+            rows += len(plan.unscored_rows)
+        passes = training_config(config).of_stages(len(sizes)).epochs
+        distill["epochs_per_stage"] = [p * sum(sizes[: k + 1]) / rows for k, p in enumerate(passes)]
+    return made
 
 
 def check_controls(config: RunConfig) -> None:

@@ -31,6 +31,7 @@ from ...models import (
 from ...reflection import get_difficulties, get_difficulty
 from ...reflection.attempts import check_attempts
 from ...reflection.engines import ENGINES, check_engine_options
+from ...reflection.signals import column_of
 from ...selection import SAMPLE_POLICIES
 from ...suggest import unknown_name
 from ...training.answer_metrics import ROUGE_L, get_metrics
@@ -156,13 +157,14 @@ def _check_reflection(config: RunConfig, faults: Faults) -> None:
             made[next(reversed(found))] = name
     asked = ("reflect.attempts", "reflect.temperature", "reflect.signals", "reflect.judge")
     faults.check(asked, _check_attempts, config, made)
-    for key in ("signals", "band"):
-        for name in getattr(config.curate, key) or ():
-            faults.check(("reflect.signals", f"curate.{key}"), _check_ranked, name, made, key)
-    for name, given in config.curate.band.items():
+    curate = config.curate
+    weighed = [] if curate.weight_by is None else [curate.weight_by]
+    for key, names in (("signals", curate.signals or ()), ("band", curate.band), ("weight_by", weighed)):
+        for name in names:
+            faults.check(("reflect.signals", f"curate.{key}"), _check_made, name, made, key)
+    for name, given in curate.band.items():
         faults.check("curate.band", _of_config, "curate.band", check_band, name, given)
-    faults.check(("reflect.signals", "curate.weight_by"), _check_weighed, config.curate.weight_by, made)
-    faults.check(("reflect.signals", "curate.order"), _check_order, config.curate.order, made)
+    faults.check(("reflect.signals", "curate.order"), _check_order, curate.order, made)
     faults.check(("reflect.signals", "mode", "curate.method"), check_signals, config)
 
 
@@ -174,16 +176,10 @@ def _check_attempts(config: RunConfig, made: Mapping[str, Any]) -> None:
         raise UserError(f"config: reflect: {e}") from e
 
 
-def _check_ranked(name: str, made: Mapping[str, Any], key: str) -> None:
-    extra = set(get_difficulties([name])) - set(made)
-    if extra:
-        raise UserError(f"curate.{key} names {sorted(extra)}, which reflect.signals does not make")
-
-
-def _check_weighed(name: str | None, made: Mapping[str, Any]) -> None:
-    if name is not None and name not in made:
+def _check_made(name: str, made: Mapping[str, Any], key: str) -> None:
+    if column_of(name) not in made:
         raise UserError(
-            f"config: curate.weight_by is {name!r}, which reflect.signals does not make: it makes {', '.join(made)}"
+            f"config: curate.{key} names {name!r}, which reflect.signals does not make: it makes {', '.join(made)}"
         )
 
 

@@ -12,7 +12,7 @@ from ...files import content_digest, remove
 from ...models import fingerprint, load_model, quantisation_of
 from ...reflection import Sampling, get_difficulties, reflect
 from ...reflection.shards import merge_shards, shard_file, shard_files, write_shard
-from ...reflection.signals import signal_files
+from ...reflection.signals import column_of, signal_files
 from ...selection import ALL, select_samples
 from ...sharing import ALONE, Sharing
 from ...teacher import LiveTeacher, TeacherCache
@@ -205,12 +205,11 @@ def curate_inputs(config: RunConfig) -> Any:
 def curate_step(run: Run) -> None:
     """Make plan.json from the scores."""
     c = run.config.curate
-    signals = get_difficulties(c.signals or run.config.reflect.signals)
-    weights = list((c.signals or dict.fromkeys(signals, 1.0)).values())
-    ranks = {n: Signal(s.higher_is_easier, w) for (n, s), w in zip(signals.items(), weights)}
-    for name, signal in get_difficulties(run.config.reflect.signals).items():
-        if name == c.order and name not in ranks:
-            ranks[name] = Signal(signal.higher_is_easier, 0.0)
+    made = get_difficulties(run.config.reflect.signals)
+    weights = {column_of(name): weight for name, weight in (c.signals or dict.fromkeys(made, 1.0)).items()}
+    if c.order in made:
+        weights.setdefault(c.order, 0.0)
+    ranks = {name: Signal(made[name].higher_is_easier, weight) for name, weight in weights.items()}
     if not reflects(run.config):
         ids = list(run.data("train")["sample_id"])
         CurriculumPlan([ids, *([] for _ in range(1, c.stages))], method="none", stages=c.stages).save(
@@ -227,8 +226,8 @@ def curate_step(run: Run) -> None:
         method=c.method,
         seed=run.config.seed,
         floor_subsets=c.floor_subsets,
-        band=c.band,
-        weight_by=c.weight_by,
+        band={column_of(name): limits for name, limits in c.band.items()},
+        weight_by=None if c.weight_by is None else column_of(c.weight_by),
     )
     policy, ratio = sample_policy(run.config)
     if policy != ALL:
