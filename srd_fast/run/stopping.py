@@ -86,3 +86,4 @@ class _SaveAndStop(TrainerCallback):
         _requests.pending = self.any_of(_requests.pending)
         if _requests.pending:
             control.should_save = control.should_training_stop = True
+            args.save_only_model = False  # it goes on from here
