@@ -46,6 +46,7 @@ from .evidence_grid import (
     Setting,
     cells,
 )
+from .evidence_table import MEASURES
 from .gpu_session import importable
 from .rows import device_name, set_threads, version_of
 
@@ -57,7 +58,17 @@ LEAST_STEPS = 6
 # No task begins with less left.
 LEAST_SECONDS = 30.0
 # Options of which figures depend, besides the number of steps.
-OPTIONS = ("teacher", "rows", "validation_rows", "new_tokens", "warmup_steps", "learning_rate", "teacher_epochs", "set")
+OPTIONS = (
+    "teacher",
+    "rows",
+    "validation_rows",
+    "new_tokens",
+    "warmup_steps",
+    "learning_rate",
+    "teacher_epochs",
+    "best",
+    "set",
+)
 
 
 class Running(NamedTuple):
@@ -139,7 +150,8 @@ class Evidence:
         common = {
             "data": train, "validation": validation, "seed": cell.seed, "layers": setting.layers, "overrides": args.set,
             "warmup_steps": args.warmup_steps, "new_tokens": args.new_tokens or DATA[setting.data].new_tokens,
-            "learning_rate": args.learning_rate, "device": args.device, "teacher": args.teacher,
+            "learning_rate": args.learning_rate, "device": args.device, "teacher": args.teacher, "best": None,
+            "metrics": DATA[setting.data].metrics,
         }  # fmt: skip
         if setting.teacher != AS_IT_IS:
             of_data = "".join(c if c.isalnum() else "_" for c in setting.data)
@@ -161,7 +173,7 @@ class Evidence:
         own_task = {
             **common, "do": "cell", "folder": str(place / cell.slug), "base": str(base), "steps": steps,
             "overrides": [*CELLS[cell.name], *args.set], "sampling_seeds": args.sampling_seeds,
-            "numbers": DATA[setting.data].numbers, "alone": args.parallel == 1,
+            "best": args.best, "alone": args.parallel == 1,
         }  # fmt: skip
         return f"{place.name}/{cell.slug}", own_task
 
@@ -195,7 +207,7 @@ class Evidence:
         self.done[of.cell] = line
         for heavy in ("student", "checkpoints"):
             shutil.rmtree(folder / heavy, ignore_errors=True)
-        said = ", ".join(f"{m} {found[m]:.4g}" for m in ("kl", "cross_entropy", "rouge_l"))
+        said = ", ".join(f"{m} {found[m]:.4g}" for m in (*MEASURES, "best_step") if m in found)
         print(f"{of.name}: {said}; {seconds:.0f} s", flush=True)
 
     def next(self, grid: list[Cell], busy: set[str]) -> tuple[str, dict[str, Any], Cell] | None:
@@ -264,6 +276,11 @@ def main() -> None:
     parser.add_argument("--teacher-epochs", type=float, default=3, help="of a teacher that is fine-tuned")
     parser.add_argument(
         "--sampling-seeds", nargs="*", type=int, default=[10, 20, 30, 40, 50], help="none: greedy alone"
+    )
+    parser.add_argument(
+        "--best",
+        choices=["rouge_l"],
+        help="end with the best checkpoint by this, of answers sampled at T = 1, not the last",
     )
     parser.add_argument("--set", nargs="+", default=[], metavar="key=value", help="more of each run's configuration")
     parser.add_argument("--table", action="store_true", help="write the table and the figure again, and train nothing")

@@ -9,7 +9,6 @@ killed, the same task goes on.
 
 import argparse
 import json
-import re
 import statistics
 import sys
 from itertools import pairwise
@@ -33,7 +32,8 @@ from .rows import set_threads
 
 BATCH = 16
 MEASURES = ("kl", "cross_entropy", "rouge_l")
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+# Where the best checkpoint is kept: how often students are looked at, and on how many validation rows they answer.
+EVALUATIONS, ANSWERED = 8, 64
 
 
 def config_of(task: dict[str, Any], *more: str) -> RunConfig:
@@ -46,9 +46,27 @@ def config_of(task: dict[str, Any], *more: str) -> RunConfig:
         "reflect.engine": "transformers", "reflect.batch_size": 64, "evaluate.batch_size": 64,
         "distill.divergence": "forward_kl", "distill.learning_rate": task["learning_rate"],
         "distill.per_device_train_batch_size": BATCH, "distill.save_strategy": "no", "distill.eval_strategy": "no",
+        "distill.save_steps": 100_000, "evaluate.metrics": task["metrics"],
     }  # fmt: skip
+    if task["best"]:
+        given |= best_checkpoint(task)
     overrides = [f"{key}={json.dumps(value)}" for key, value in given.items()]
     return load_run_config(None, [*overrides, *task["overrides"], *more])
+
+
+def best_checkpoint(task: dict[str, Any]) -> dict[str, Any]:
+    """Settings by which a training ends with its best student as the paper picks it: by answers sampled at T = 1.
+
+    Weights alone are saved, of a new best; a training that is stopped saves all that it needs to go on.
+    """
+    every = max(1, task["steps"] // EVALUATIONS)
+    settings = {
+        "eval_strategy": "steps", "eval_steps": every, "eval_generate": True, "eval_metrics": [task["best"]],
+        "eval_temperature": 1.0, "eval_max_new_tokens": task["new_tokens"], "eval_generate_rows": ANSWERED,
+        "per_device_eval_batch_size": ANSWERED, "load_best_model_at_end": True, "metric_for_best_model": task["best"],
+        "save_strategy": "steps", "save_steps": 1000 * every, "save_total_limit": 1, "save_only_model": True,
+    }  # fmt: skip
+    return {f"distill.{key}": value for key, value in settings.items()}
 
 
 def epochs_of(plan: CurriculumPlan, steps: int) -> list[float]:
@@ -100,42 +118,24 @@ def _figures(folder: Path, task: dict[str, Any]) -> dict[str, Any]:
     ledger = json.loads((folder / "steps.json").read_text(encoding="utf-8"))
     of_base = json.loads((Path(task["base"]) / "steps.json").read_text(encoding="utf-8"))
     files = [p for p in (folder / "teacher_cache").resolve().rglob("*") if p.is_file()]
-    rows = evaluation["student"]["rows"]
+    rows, measures = evaluation["student"]["rows"], (*MEASURES, *task["metrics"])
     apart = [b["seconds"] - a["seconds"] for a, b in pairwise(steps) if b["seconds"] > a["seconds"]]
-    found = {
-        **{m: evaluation["student"][m] for m in MEASURES},
-        **{f"start_{m}": evaluation["start"][m] for m in MEASURES},
-        **{f"teacher_{m}": evaluation["teacher"][m] for m in ("cross_entropy", "rouge_l")},
+    return {
+        **{m: evaluation["student"][m] for m in measures},
+        **{f"start_{m}": evaluation["start"][m] for m in measures},
+        **{f"teacher_{m}": evaluation["teacher"][m] for m in measures if m != "kl"},
+        **({"best_step": summary["best"]["step"]} if task["best"] else {}),
         "step_seconds": statistics.median(apart),
         "reflect_seconds": ledger["reflect"]["seconds"],
         "cache_seconds": of_base["cache"]["seconds"],
         "peak_memory_mb": summary["training"]["peak_memory_mb"],
         "cache_bytes": sum(p.stat().st_size for p in files if "head" not in p.name),
-        "rows": {name: [_short(x) for x in rows[name]] for name in (*MEASURES, "num_tokens")},
+        "rows": {name: [x if x is None else _short(x) for x in rows[name]] for name in (*measures, "num_tokens")},
     }
-    if task["numbers"]:
-        right = _numbers_right(folder, rows["generation"])
-        found["exact_match"] = statistics.fmean(right)
-        found["rows"]["exact_match"] = right
-    return found
 
 
 def _short(value: float) -> float:
     return float(f"{value:.6g}")
-
-
-def final_number(text: str) -> float | None:
-    """The last number of a text, as GSM8K's answers end."""
-    found = _NUMBER.findall(text)
-    return float(found[-1].replace(",", "")) if found else None
-
-
-def _numbers_right(folder: Path, answers: list[str]) -> list[int]:
-    import pyarrow.parquet as pq
-
-    references = pq.read_table(folder / "data" / "validation.parquet", columns=["references"])["references"].to_pylist()
-    wanted = [{final_number(r) for r in x} - {None} for x in references]
-    return [int(final_number(a) in w) for a, w in zip(answers, wanted, strict=True)]
 
 
 def _sampled(config: RunConfig, task: dict[str, Any]) -> dict[str, Any]:
@@ -171,17 +171,17 @@ def _joules(device: str) -> float | None:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("task", type=json.loads, help="what to do, as JSON")
-    parser.add_argument("answer", type=Path, help="the file that gets the figures")
-    given = parser.parse_args()
-    task, answer = given.task, given.answer
+    parser.add_argument("task", type=json.loads, metavar="TASK", help="JSON, as benchmarks.evidence makes it")
+    parser.add_argument("answer", type=Path, metavar="ANSWER", help="file for what was made")
+    args = parser.parse_args()
+    task = args.task
     set_threads()
     try:
         with stoppable():
             made = {"teacher": make_teacher, "base": make_base, "cell": make_cell}[task["do"]](task)
     except Stopped as e:
         sys.exit(e.status)
-    write_text(answer, json.dumps(made))
+    write_text(args.answer, json.dumps(made))
 
 
 if __name__ == "__main__":

@@ -37,8 +37,9 @@ CELLS: dict[str, list[str]] = {
     "SRD, keep knee": [*PAPER, "curate.keep=knee"],
     "SRD, ROUGE-L alone": [*PAPER, "curate.signals={rouge_l: 1}"],
     "SRD, cross-entropy alone": [*PAPER, "curate.signals={cross_entropy: 1}"],
+    # It goes on from a whole checkpoint at each stage's border.
     "SRD, reflecting again": [*PAPER, "curate.reflect_again=true", "distill.save_strategy=steps",
-                              "distill.save_steps=100000"],
+                              "distill.save_only_model=false", "distill.save_total_limit=2"],
     **{
         f"{name}, {divergence}": [*overrides, f"distill.divergence={divergence}"]
         for divergence in ("reverse_kl", "skew_forward_kl", "skew_reverse_kl")
@@ -61,7 +62,7 @@ class DataSet:
         validation: names of such files; the first is evaluated on in the run, on all of them answers are sampled.
         new_tokens: longest answer.
         held_out: without a validation file, how many of the last training rows are one.
-        numbers: whether answers end in a number, which is compared.
+        metrics: of the answers, besides ROUGE-L, as `evaluate.metrics` takes them.
         wrong: share of the training rows that get another row's answer.
     """
 
@@ -69,7 +70,7 @@ class DataSet:
     validation: tuple[str, ...]
     new_tokens: int
     held_out: int = 0
-    numbers: bool = False
+    metrics: tuple[str, ...] = ()
     wrong: float = 0.0
 
 
@@ -79,7 +80,7 @@ _SMALL = ("llms_from_scratch_train", ("llms_from_scratch_dev",), 64)
 DATA = {
     "llms_from_scratch": DataSet(*_SMALL),
     "dolly": DataSet("dolly_open_qa_train", ("dolly_valid", "self_inst_valid", "sinst_3-6_valid"), 128),
-    "gsm8k": DataSet("gsm8k_train", (), 256, held_out=300, numbers=True),
+    "gsm8k": DataSet("gsm8k_train", (), 256, held_out=300, metrics=("numeric_match",)),
     "quickstart": DataSet("", (), 32, held_out=64),
     "llms_from_scratch, a tenth wrong": DataSet(*_SMALL, wrong=0.1),
 }

@@ -19,7 +19,7 @@ from srd_fast.report.intervals import Measured, difference_interval
 from .evidence_grid import AS_IT_IS, CELLS, REFERENCES
 from .rows import Row, write
 
-MEASURES = ("kl", "cross_entropy", "rouge_l", "exact_match")
+MEASURES = ("kl", "cross_entropy", "rouge_l", "numeric_match")
 # Of measures over tokens, which are sums in a line's rows.
 _OF_TOKENS = ("kl", "cross_entropy")
 COSTS = ("step_seconds", "reflect_seconds", "cache_seconds", "peak_memory_mb", "cache_bytes", "joules", "seconds")
@@ -56,8 +56,10 @@ def rows_of(lines: Iterable[Line]) -> list[Row]:
 
 
 def _rows(key: Sequence[Any], name: str, figures: dict[str, float], line: Line) -> list[Row]:
-    data, layers, teacher, equal, steps, _, device, threads = key
+    data, layers, teacher, equal, steps, options, device, threads = key
     case = f"{steps} steps, equal {equal}" + ("" if teacher == AS_IT_IS else f", teacher {teacher}")
+    if best := json.loads(options).get("best"):
+        case += f", best checkpoint by {best}"
     who = ("evidence", case, f"{data}, {layers} layers", "", device, threads, name, line["version"])
     return [Row(*who, metric, value, line["torch"], line["date"]) for metric, value in figures.items()]
 
@@ -65,7 +67,7 @@ def _rows(key: Sequence[Any], name: str, figures: dict[str, float], line: Line) 
 def _figures(lines: Sequence[Line]) -> dict[str, float]:
     sampled = [name for name in lines[0] if name.startswith("sampled_rouge_l@")]
     found: dict[str, float] = {"seeds": len(lines)}
-    for name in (*MEASURES, *sampled, "start_kl", "start_rouge_l", "teacher_rouge_l"):
+    for name in (*MEASURES, *sampled, "start_kl", "start_rouge_l", "teacher_rouge_l", "best_step"):
         values = [line[name] for line in lines if name in line]
         if values:
             found[name] = statistics.fmean(values)
@@ -102,7 +104,9 @@ def _measured(line: Line, name: str) -> Measured:
     values = line["rows"].get(name)
     if values is None:
         return Measured(("all",), np.array([line[name]]), np.ones(1))
-    weights = line["rows"]["num_tokens"] if name in _OF_TOKENS else [1] * len(values)
+    # Of some rows a metric may have nothing to say: they have no weight.
+    weights = line["rows"]["num_tokens"] if name in _OF_TOKENS else [x is not None for x in values]
+    values = [x or 0.0 for x in values]
     # The rows of a data set and setting are the same in every seed: validation is a file.
     return Measured(tuple(map(str, range(len(values)))), np.array(values, float), np.array(weights, float))
 

@@ -197,10 +197,10 @@ def evidence(rows: list[Row]) -> str:
         sampled = _first_sampled(figures)
         for name, f in figures.items():
             worth = [_over_seeds(f, "kl"), _over_seeds(f, "cross_entropy"), _over_seeds(f, "rouge_l", 1, 100)]
-            worth += [_over_seeds(f, sampled, 1, 100), _over_seeds(f, "exact_match", 1, 100)]
+            worth += [_over_seeds(f, sampled, 1, 100), _over_seeds(f, "numeric_match", 1, 100)]
             costs = [cost(f, "step_seconds", digits=2), cost(f, "cache_seconds"), cost(f, "peak_memory_mb")]
             body.append((machine, ["", name, cost(f, "seeds"), *worth, *costs, cost(f, "cache_bytes", 1e-6, 1)]))
-    head = ["", "", "seeds", "KL, nats", "cross-entropy, nats", "ROUGE-L", "ROUGE-L, sampled", "right, %"]
+    head = ["", "", "seeds", "KL, nats", "cross-entropy, nats", "ROUGE-L", "ROUGE-L, sampled", "final number"]
     head += ["a step, s", "cache, s", "peak MB", "cache MB"]
     used = [i for i in range(len(head)) if not body or i < 2 or any(cells[i] for _, cells in body)]
     return table([head[i] for i in used], [(machine, [cells[i] for i in used]) for machine, cells in body])

@@ -86,3 +86,7 @@ class _SaveAndStop(TrainerCallback):
         _requests.pending = self.any_of(_requests.pending)
         if _requests.pending:
             control.should_save = control.should_training_stop = True
+            # It goes on from this checkpoint, and the best one stays beside it.
+            args.save_only_model = args.load_best_model_at_end = False
+            if args.save_total_limit == 1:
+                args.save_total_limit = 2

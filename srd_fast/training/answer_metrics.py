@@ -21,7 +21,8 @@ from .corpus_metrics import CORPUS_METRICS, check_sacrebleu, corpus_score
 ROUGE_L = "rouge_l"
 DEFAULT_METRICS = (ROUGE_L, "exact_match")
 # What else an evaluation gives by these names.
-_TAKEN = ("loss", "kl", "cross_entropy", "rouge_l_std", "num_samples", "num_tokens", "examples", "rows")
+_TAKEN = ("loss", "kl", "cross_entropy", "rouge_l_std", "num_samples", "num_tokens", "examples", "rows",
+          "sample_id", "generation")  # fmt: skip
 
 
 class Metric(NamedTuple):

@@ -11,8 +11,13 @@ _SHARDS, _WHOLE = "pytorch_model_fsdp_0", "pytorch_model_fsdp.bin"
 
 
 def last_whole_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that was written completely, or None. The Trainer writes trainer_state.json last."""
-    whole = [p.parent for p in folder.glob("checkpoint-*/trainer_state.json") if _is_json(p)]
+    """The newest checkpoint that was written completely and can be gone on from, or None.
+
+    The Trainer writes trainer_state.json last, and with `save_only_model` leaves out the state of random numbers and
+    optimizer. To go on from weights alone would end in another student.
+    """
+    written = [p.parent for p in folder.glob("checkpoint-*/trainer_state.json") if _is_json(p)]
+    whole = [p for p in written if any(p.glob("rng_state*.pth"))]
     return str(max(whole, key=lambda p: int(p.name.rpartition("-")[2]))) if whole else None
 
 

@@ -1,7 +1,8 @@
 """How good a model is on held-out rows: ROUGE-L of its answers, cross-entropy, divergence to the teacher."""
 
+import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -109,7 +110,8 @@ def evaluate(
         cross_entropy in nats per token; kl in nats per token, or None; num_samples; num_tokens; and examples, each with
         sample_id, prompt, reference and generation. With `per_row` also rows, a dict of columns with one value a row:
         sample_id; generation, of the last seed; rouge_l, mean over seeds; cross_entropy and kl, sums over the row's
-        tokens in nats, kl None without a teacher; num_tokens.
+        tokens in nats, kl None without a teacher; num_tokens; and each of `metrics` that scores single answers, mean
+        over seeds, None where it says nothing.
 
     Raises:
         UserError: `states` and `teacher` are both given, `seeds` are given at temperature 0, a metric is unknown or its
@@ -209,10 +211,10 @@ def evaluate(
     rows = {
         "sample_id": list(samples["sample_id"]),
         "generation": generations,
-        "rouge_l": [statistics.fmean(x) for x in zip(*(of_seed.rows[ROUGE_L] for of_seed in of_seeds))],
         "cross_entropy": list(sums[1]),
         "kl": None if source is None else list(sums[0]),
         "num_tokens": [int(x) for x in sums[2]],
+        **{name: _means_of_rows(of_seed.rows[name] for of_seed in of_seeds) for name in of_seeds[0].rows},
     }
     return {
         "rouge_l": statistics.fmean(means[ROUGE_L]),
@@ -225,6 +227,12 @@ def evaluate(
         "examples": examples[:num_examples],
         **({"rows": rows} if per_row else {}),
     }
+
+
+def _means_of_rows(of_seeds: Iterable[Sequence[float]]) -> list[float | None]:
+    """Each row's mean over seeds; None where there is nothing to say of it."""
+    means = [statistics.fmean(row) for row in zip(*of_seeds)]
+    return [x if math.isfinite(x) else None for x in means]
 
 
 def _by_sample(measured: TokenDivergences, samples: Sequence[Mapping[str, Any]]) -> list[list[float]]:

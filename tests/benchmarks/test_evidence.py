@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 
 from srd_fast.curriculum import CurriculumPlan
+from srd_fast.run.steps.settings import training_config
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # benchmarks are no part of the installed package
 from benchmarks import evidence_table, tables  # noqa: E402
 from benchmarks.evidence import with_wrong_answers  # noqa: E402
-from benchmarks.evidence_cell import BATCH, config_of, epochs_of, final_number  # noqa: E402
+from benchmarks.evidence_cell import BATCH, config_of, epochs_of  # noqa: E402
 from benchmarks.evidence_grid import (  # noqa: E402
     CELLS,
     DATA,
@@ -39,6 +40,8 @@ from benchmarks.evidence_grid import (  # noqa: E402
 
 sys.path.remove(str(ROOT))
 
+# Settings that have no part in a step.
+OF_LOOKING = re.compile("eval_|save_|load_best|metric_for|greater_is|per_device_eval|output_dir|do_eval")
 SETTINGS = [Setting(d, n, t) for d in DATA for n in LAYERS for t in TEACHERS]
 
 
@@ -60,7 +63,7 @@ def task(folder: Path, *overrides: str) -> dict[str, Any]:
     return {
         "teacher": "smollm2-135m-instruct", "data": "rows.jsonl", "validation": ["dev.jsonl"], "folder": str(folder),
         "seed": 3, "device": "cpu", "layers": 8, "warmup_steps": 5, "new_tokens": 16, "learning_rate": 4e-4,
-        "overrides": list(overrides),
+        "overrides": list(overrides), "metrics": [], "best": None,
     }  # fmt: skip
 
 
@@ -101,8 +104,39 @@ def test_a_share_of_the_rows_gets_answers_of_others() -> None:
     assert rows[changed[0]]["output"] == str(changed[0])
 
 
-def test_the_last_number_of_an_answer_counts() -> None:
-    assert [final_number(x) for x in ("so 3 + 4 = 7.\n#### 1,070", "-2.50 euros.", "none")] == [1070.0, -2.5, None]
+@pytest.mark.parametrize("name", [SRD, "SRD, reflecting again"])
+def test_the_best_checkpoint_is_looked_for_in_the_same_training(name: str, tmp_path: Path) -> None:
+    given = task(tmp_path, *CELLS[name])
+    plain, best = (training_config(config_of({**given, "best": x, "steps": 160})) for x in (None, "rouge_l"))
+    assert plain.eval_strategy == "no"
+    assert (best.eval_steps, best.eval_temperature, best.metric_for_best_model) == (20, 1.0, "rouge_l")
+    assert (best.answer_limit, best.answer_metrics, best.greater_is_better) == (16, ("rouge_l",), True)
+    assert best.save_only_model == (name == SRD)
+    assert best.load_best_model_at_end
+    ours, theirs = ({k: v for k, v in x.to_dict().items() if not OF_LOOKING.match(k)} for x in (best, plain))
+    assert ours == theirs
+    small = training_config(config_of({**given, "best": "rouge_l", "steps": 6}))
+    assert small.eval_steps == 1
+
+
+def test_a_row_of_which_a_metric_says_nothing_has_no_weight() -> None:
+    rows = {"numeric_match": [1.0, None, 0.0, 1.0] * 10}
+    lines = [line(name, 0, 1.0, numeric_match=2 / 3) for name in (FULL, SRD)]
+    for x in lines:
+        x["rows"] = {**x["rows"], **rows}
+    found = {(r.provider, r.metric): r.value for r in evidence_table.rows_of(lines)}
+    assert found[SRD, "numeric_match"] == 2 / 3
+    assert found[SRD, "numeric_match_vs_full"] == 0
+    assert "| final number |" in tables.evidence(evidence_table.rows_of(lines))
+
+
+def test_students_of_the_best_checkpoint_are_rows_of_their_own() -> None:
+    options = json.dumps({"best": "rouge_l"})
+    lines = [line(FULL, 0, 1.0), line(FULL, 0, 1.0, options=options, best_step=120)]
+    rows = evidence_table.rows_of(lines)
+    cases = {r.case: r.value for r in rows if r.metric == "best_step"}
+    assert cases == {"160 steps, equal passes, best checkpoint by rouge_l": 120}
+    assert len({r.case for r in rows}) == 2
 
 
 def line(cell: str, seed: int, kl: float, **changed: Any) -> dict[str, Any]:
@@ -171,6 +205,7 @@ def test_a_small_grid_ends_with_its_table_and_is_not_done_again(tiny_teacher_fol
         assert "3 of 3 cells, 0 tasks failed" in done.stdout, done.stdout
         assert ("base-0: done" in done.stdout) == (number == 0)
     lines = evidence_table.read_lines(tmp_path / "evidence.jsonl")
+    assert not any("best_step" in x for x in lines)
     assert Counter(x["cell"] for x in lines) == {FULL: 1, SRD: 1, LEARNABLE: 1}
     assert all(len(x["rows"]["kl"]) == 12 and x["trained_steps"] == 6 for x in lines)
     folder = tmp_path / "runs" / "quickstart_2_as_it_is"
@@ -180,3 +215,12 @@ def test_a_small_grid_ends_with_its_table_and_is_not_done_again(tiny_teacher_fol
     assert "| SRD | 1 |" in (tmp_path / "evidence.md").read_text()
     assert (tmp_path / "evidence.svg").stat().st_size > 5000
     assert json.loads((folder / "SRD-0" / "steps.json").read_text()).keys() > {"prepare", "distill", "report"}
+    best = [*command, "--best", "rouge_l", "--cells", SRD, "SRD, reflecting again"]
+    done = subprocess.run(best, cwd=ROOT, capture_output=True, text=True, check=False, timeout=600)
+    assert "2 of 2 cells, 0 tasks failed" in done.stdout, done.stdout + done.stderr
+    assert "base-0: done" not in done.stdout
+    for x in evidence_table.read_lines(tmp_path / "evidence.jsonl")[3:]:
+        assert x["best_step"] in range(1, 7)
+        assert json.loads(x["options"])["best"] == "rouge_l"
+    assert not [*folder.glob("*/checkpoints")]
+    assert "6 steps, equal passes, best checkpoint by rouge_l" in (tmp_path / "evidence.md").read_text()

@@ -1,9 +1,12 @@
 """A run whose student is the best one by its answers: which it is, what is said of it, what a kill changes."""
 
 import json
+import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from signal import SIGTERM
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -15,6 +18,7 @@ from srd_fast.errors import UserError
 from srd_fast.run.config import RunConfig
 from srd_fast.run.pipeline import execute, fingerprints
 from srd_fast.run.steps import training
+from srd_fast.run.stopping import stoppable
 
 pytestmark = pytest.mark.usefixtures("own_registries")
 METRIC = """
@@ -31,14 +35,20 @@ class Scripted:
     def __init__(self, folder: Path, right: Sequence[int]) -> None:
         self.folder, self.right = folder, iter(right)
         self.known: dict[float, int] = {}
+        self.hooks: dict[int, Callable[[], Any]] = {}
         register_engine("scripted", self.of, replace=True)
 
     def of(self, student: Any, tokenizer: Any, batch_size: int = 1) -> "Scripted":
         weights = float(sum(p.detach().double().abs().sum() for p in student.parameters()))
         if weights not in self.known:
+            self.hooks.get(len(self.known), str)()
             self.known[weights] = next(self.right)
         self.now = self.known[weights]
         return self
+
+    def before_answers(self, state: int, do: Callable[[], Any]) -> None:
+        """Do something before the answers of a state of the weights; the starting student's is 0."""
+        self.hooks[state] = do
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[tuple[int, list[int]]]:
         rows = pq.read_table(self.folder / "data" / "validation.parquet").to_pylist()
@@ -133,6 +143,31 @@ def test_the_student_of_a_run_is_the_best_one(
     assert all(x.equal(student[n]) for n, x in weights(killed / "student").items())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("saved", [False, True])
+def test_checkpoints_of_weights_alone_lose_nothing(settings: dict[str, Any], tmp_path: Path, saved: bool) -> None:
+    """A run that is asked to stop saves the optimizer too and goes on; of one that was killed training begins anew."""
+    light = {**settings, "distill": {**settings["distill"], "save_only_model": True, "save_total_limit": 1}}
+    right = [4, 1, 2, 3, 3, 0]
+    Scripted(tmp_path / "whole", right)
+    run(light, tmp_path / "whole", None)
+    folder = tmp_path / "stopped"
+    run(light, folder, *BEFORE)
+    Scripted(folder, right[:5]).before_answers(3, partial(os.kill, os.getpid(), SIGTERM) if saved else interrupted)
+    with pytest.raises(KeyboardInterrupt), stoppable():
+        run(light, folder, "distill")
+    there = {f.name for f in (folder / "checkpoints").glob("checkpoint-*/optimizer.pt")}
+    assert len(there) == saved
+    Scripted(folder, right[5:] if saved else right)
+    run(light, folder, "distill")
+    assert metrics(folder)[-1] == metrics(tmp_path / "whole")[-1] == {
+        "kind": "best", "step": 3, "metric": "exact_match", "value": 0.75,
+    }  # fmt: skip
+    assert matches(folder) == matches(tmp_path / "whole")
+    student = weights(tmp_path / "whole" / "student")
+    assert all(x.equal(student[n]) for n, x in weights(folder / "student").items())
+
+
 def interrupted(*_: Any, **__: Any) -> None:
     raise KeyboardInterrupt
 
@@ -159,6 +194,7 @@ def test_what_a_run_cannot_keep_is_said_first(settings: dict[str, Any], tmp_path
         ({"evaluate": {"metrics": ["rogue_l"]}}, {}, "config: evaluate.metrics: unknown metric 'rogue_l'"),
         ({"evaluate": {"metrics": ["rouge_l"]}}, {}, "two metrics are called 'rouge_l'"),
         (again, {"early_stopping_patience": 2}, "early_stopping_patience is 2, which may end training before one"),
+        (again, {"save_only_model": True}, "save_only_model is true, which leaves out its optimizer; set it to false"),
         (again, {"save_total_limit": 1}, "save_total_limit is 1, which leaves the best one alone; set it to 2"),
         ({}, {"patience": 2}, "early_stopping_patience"),
     ):

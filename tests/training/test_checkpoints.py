@@ -82,11 +82,16 @@ def test_what_is_no_folder_is_left_to_the_trainer(tmp_path: Path) -> None:
 
 
 def test_the_last_checkpoint_that_was_written_completely(tmp_path: Path) -> None:
-    """Numbers are compared as numbers. One whose last file is missing or cut short does not count."""
+    """Numbers are compared as numbers. One whose last file is missing or cut short, or of weights alone, does not
+    count."""
     assert last_whole_checkpoint(tmp_path) is None
-    for step, state in ((9, "{}"), (10, "{}"), (11, '{"global_'), (12, None)):
+    for step, state, kept in (
+        (9, "{}", "rng_state.pth"), (10, "{}", "rng_state_0.pth"), (11, '{"global_', "rng_state.pth"),
+        (12, None, "rng_state.pth"), (13, "{}", "model.safetensors"),
+    ):  # fmt: skip
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
+        (folder / kept).touch()
         if state is not None:
             (folder / "trainer_state.json").write_text(state)
     assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")

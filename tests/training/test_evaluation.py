@@ -150,16 +150,31 @@ def test_seeds_give_a_mean_and_a_deviation(
     table = {10: ["one two", "three four"], 20: ["one two", "x"], 30: ["x", "y"]}
     engine = Answers(tiny_tokenizer, table)
     sampling = Sampling(max_new_tokens=7, temperature=0.9)
-    asked: dict[str, Any] = {"engine": "answers", "seeds": [10, 20, 30], "sampling": sampling}
+    asked: dict[str, Any] = {
+        "engine": "answers",
+        "seeds": [10, 20, 30],
+        "sampling": sampling,
+        "metrics": ["exact_match"],
+    }
     found = run(tiny_model, tiny_tokenizer, rows, **asked, per_row=True)
     assert found["rouge_l"] == pytest.approx(0.5)
     assert found["rouge_l_std"] == pytest.approx(statistics.stdev([1, 0.5, 0]))
     assert [(s.seed, s.temperature, s.max_new_tokens) for s in engine.samplings] == [(n, 0.9, 7) for n in (10, 20, 30)]
     of_rows = found["rows"]
-    assert of_rows["rouge_l"] == pytest.approx([2 / 3, 1 / 3])
+    assert of_rows["rouge_l"] == of_rows["exact_match"] == pytest.approx([2 / 3, 1 / 3])
     assert (of_rows["generation"], of_rows["kl"]) == (["x", "y"], None)
     assert len(set(of_rows["sample_id"])) == 2
     assert "rows" not in run(tiny_model, tiny_tokenizer, rows, **asked)
+
+
+def test_a_row_of_which_a_metric_says_nothing(
+    tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    rows = [{"instruction": f"add {i}", "output": output} for i, output in enumerate(("it is 3", "no number", "4"))]
+    Answers(tiny_tokenizer, {0: ["3", "3", "3"]})
+    found = run(tiny_model, tiny_tokenizer, rows, engine="answers", metrics=["numeric_match"], per_row=True)
+    assert found["rows"]["numeric_match"] == [1.0, None, 0.0]
+    assert found["numeric_match"] == 0.5
 
 
 def test_seeds_sample_and_greedy_does_not(tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast) -> None:

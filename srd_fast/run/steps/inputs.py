@@ -81,7 +81,8 @@ def check_inputs(config: RunConfig, faults: Faults | None = None, also: Checks =
             faults.check("distill.push_to_hub", try_hub, args.hub_token, "distill.push_to_hub")
     _check_reflection(config, faults)
     faults.check("curate", _check_reflect_again, config)
-    saving = ("save_strategy", "save_total_limit", "early_stopping_patience", "metric_for_best_model")
+    saving = ["save_strategy", "save_only_model", "save_total_limit"]
+    saving += ["early_stopping_patience", "metric_for_best_model"]
     faults.check(("curate", *(f"distill.{name}" for name in saving)), _check_checkpoints, config, args)
     faults.check(("controls", "curate.method"), check_controls, config)
     faults.check("evaluate.metrics", _of_config, "evaluate.metrics", get_metrics, (ROUGE_L, *config.evaluate.metrics))
@@ -211,6 +212,8 @@ def _check_checkpoints(config: RunConfig, args: SRDConfig | None) -> None:
     said = "config: curate.reflect_again goes on from a checkpoint at the border of each stage, and"
     if args.save_strategy == "no":
         raise UserError(f"{said} distill.save_strategy is 'no'; set it to 'steps'")
+    if args.save_only_model:
+        raise UserError(f"{said} distill.save_only_model is true, which leaves out its optimizer; set it to false")
     if args.early_stopping_patience:
         raise UserError(
             f"{said} distill.early_stopping_patience is {args.early_stopping_patience}, which may end training before "

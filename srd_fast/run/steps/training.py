@@ -74,6 +74,8 @@ def distill(run: Run) -> None:
         stamp.write_text(wanted + "\n", encoding="utf-8")
     if last_whole_checkpoint(checkpoints) is None:
         metrics.unlink(missing_ok=True)
+        for weights_alone in checkpoints.glob("checkpoint-*"):
+            shutil.rmtree(weights_alone)
     else:
         _drop_torn_line(metrics)
     plan = run.plan
