@@ -69,7 +69,7 @@ def stopping_later(any_of: Callable[[int], int] = int) -> Iterator[TrainerCallba
         any_of: of processes that train together, called by all of them after each step: the signal's number here, or
             0 -> the number for all.
     """
-    _requests.deferred = True
+    _requests.deferred, _requests.pending = True, 0
     try:
         yield _SaveAndStop(any_of)
     finally:
