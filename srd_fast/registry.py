@@ -10,6 +10,24 @@ from .suggest import unknown_name
 T = TypeVar("T")
 
 
+def each_once(kind: str, things: Iterable[tuple[str, T]]) -> dict[str, T]:
+    """A dict of names and things, in their order.
+
+    Args:
+        kind: what the message calls such a thing.
+        things: with their names.
+
+    Raises:
+        UserError: two have the same name.
+    """
+    found: dict[str, T] = {}
+    for name, thing in things:
+        if name in found:
+            raise UserError(f"two {kind}s are called {name!r}: give each once, under its own name")
+        found[name] = thing
+    return found
+
+
 class Registry(Generic[T]):
     """Things of one kind by name.
 

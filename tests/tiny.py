@@ -136,6 +136,18 @@ def tiny_model(
     return model.eval()
 
 
+def tiny_run(teacher: Any) -> dict[str, Any]:
+    """A config of a run on a few of the quickstart's rows, whose student has two of its teacher's layers."""
+    return {
+        "teacher": str(teacher),
+        "max_rows": 16,
+        "validation": 4,
+        "dtype": "float32",
+        "init_student": {"layers": 2, "warmup_steps": 0},
+        "evaluate": {"max_new_tokens": 2},
+    }
+
+
 def tiny_samples(count: int, seed: int = 0, vocab: int = VOCAB, longest: int = 12) -> list[dict[str, Any]]:
     """Tokenised samples of uneven lengths; one label inside each third response has no loss."""
     generator = torch.Generator().manual_seed(seed)

@@ -20,7 +20,7 @@ from ..errors import UserError
 from ..losses import token_cross_entropy
 from ..models import common_prefix, decoder_start, find_head, hidden_states, share_prefix
 from ..own_code import file_of, function_of
-from ..registry import Registry
+from ..registry import Registry, each_once
 from ..rouge import RougeL, normal_form
 from ..sharing import ALONE, Sharing
 from ..showing import progress_bar
@@ -293,13 +293,7 @@ def column_of(name: str) -> str:
 
 def get_difficulties(names: Iterable[str]) -> dict[str, Difficulty]:
     """The signals of some names, by the column that each makes. UserError where two make the same."""
-    found: dict[str, Difficulty] = {}
-    for name in names:
-        signal = get_difficulty(name)
-        if signal.name in found:
-            raise UserError(f"two difficulty signals are called {signal.name!r}: give each once, under its own name")
-        found[signal.name] = signal
-    return found
+    return each_once("difficulty signal", ((signal.name, signal) for signal in map(get_difficulty, names)))
 
 
 def signal_files(names: Iterable[str]) -> list[Path]:

@@ -119,16 +119,29 @@ def why_silent(args: "SRDConfig", deepspeed: bool, fsdp_version: int | None, in_
     return None
 
 
-def _check_shards(args: "SRDConfig") -> None:
-    given = args.fsdp_config if isinstance(args.fsdp_config, dict) else {}
-    is_first = str(given.get("version", given.get("fsdp_version"))) == "1"
-    reason = why_silent(args, bool(args.deepspeed), 1 if args.fsdp and is_first else None, bool(args.fsdp))
+def check_can_answer(args: "SRDConfig", reason: str | None) -> None:
+    """Refuse a training whose student is to answer and cannot.
+
+    Args:
+        args: of the training.
+        reason: of `why_silent`.
+
+    Raises:
+        UserError: with the way out.
+    """
     asked = [f"{n} is {getattr(args, n)!r}" for n in ("eval_generate", "lmbda", "seq_kd") if getattr(args, n)]
     if asked and reason is not None:
         raise UserError(
             f"{' and '.join(asked)}, but {reason}; train the student whole or by FSDP2, or make its answers before "
             "training (mode offline_on_policy) and after it (srd_fast.evaluate)"
         )
+
+
+def _check_shards(args: "SRDConfig") -> None:
+    given = args.fsdp_config if isinstance(args.fsdp_config, dict) else {}
+    is_first = str(given.get("version", given.get("fsdp_version"))) == "1"
+    reason = why_silent(args, bool(args.deepspeed), 1 if args.fsdp and is_first else None, bool(args.fsdp))
+    check_can_answer(args, reason)
 
 
 def _check_patience(args: "SRDConfig") -> None:

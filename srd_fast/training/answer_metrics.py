@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from ..errors import UserError
 from ..reflection import Reflected, get_difficulty
 from ..reflection.signals import DIFFICULTIES, Difficulty
+from ..registry import each_once
 from ..rouge import RougeL, choose_tokenizer
 from ..suggest import unknown_name
 from .corpus_metrics import CORPUS_METRICS, check_sacrebleu, corpus_score
@@ -57,13 +58,7 @@ def get_metrics(names: Sequence[str]) -> dict[str, Metric]:
     Raises:
         UserError: a name is unknown or that of another value, a package is missing, or a function cannot be used.
     """
-    found: dict[str, Metric] = {}
-    for name in names:
-        metric = _metric(name)
-        if metric.name in found:
-            raise UserError(f"two metrics are called {metric.name!r}: give each once, under its own name")
-        found[metric.name] = metric
-    return found
+    return each_once("metric", ((metric.name, metric) for metric in map(_metric, names)))
 
 
 def _metric(name: str) -> Metric:

@@ -100,23 +100,17 @@ def draws_kept(device: torch.device) -> Iterator[None]:
         np.random.set_state(of_numpy)
 
 
-def check_generation(args: SRDConfig, student: nn.Module, sets: Sequence[Dataset], why_silent: str | None) -> None:
+def check_generation(args: SRDConfig, student: nn.Module, sets: Sequence[Dataset]) -> None:
     """Refuse a training whose evaluations could not have answers.
 
     Args:
         args: of the training, with `eval_generate`.
         student: the model that is trained.
         sets: tokenised validation samples.
-        why_silent: why the student cannot answer, if it cannot.
 
     Raises:
-        UserError: the student cannot answer while it trains, prompts leave no room for answers, or there are none.
+        UserError: prompts leave no room for answers, or there are none.
     """
-    if why_silent is not None:
-        raise UserError(
-            f"eval_generate is true, but {why_silent}; train the student whole or by FSDP2, or set it to false and "
-            "evaluate saved students (srd_fast.evaluate)"
-        )
     if not sets:
         raise UserError("eval_generate is true, but there is no eval_dataset: give one, or set it to false")
     for samples in sets:

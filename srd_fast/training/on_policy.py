@@ -73,7 +73,6 @@ def check_answering(
     curriculum: Curriculum,
     train: Dataset,
     taught: Dataset,
-    why_silent: str | None,
 ) -> None:
     """Refuse a training whose steps could not have fresh answers.
 
@@ -85,17 +84,11 @@ def check_answering(
         curriculum: of `train`.
         train: tokenised samples.
         taught: the same as the teacher sees them.
-        why_silent: why the student cannot answer, if it cannot.
 
     Raises:
         UserError: the student or the teacher cannot run on new answers, or prompts leave no room for them.
     """
     asked = f"lmbda is {args.lmbda!r}" if args.lmbda else "seq_kd is true"
-    if why_silent is not None:
-        raise UserError(
-            f"{asked}, but {why_silent}; train the student whole or by FSDP2, or set it to 0 and make the answers "
-            "beforehand (mode offline_on_policy)"
-        )
     live = at_work(teacher)
     if isinstance(live, RowsOfSamples):
         raise UserError(

@@ -73,6 +73,7 @@ from ..teacher import (
     labels_with_loss,
     rows_with_loss,
 )
+from .answer_fields import check_can_answer
 from .answer_metrics import get_metrics
 from .answering import EvaluationAnswers, check_generation
 from .arguments import check_packages
@@ -316,13 +317,13 @@ class SRDTrainer(Trainer):
         self.data_collator = self._batches_of(layout, rows)
         self._answers: FreshAnswers | None = None
         self._evaluation_answers: EvaluationAnswers | None = None
-        why_silent = self._place.why_silent(model)
+        check_can_answer(args, self._place.why_silent(model))
         if args.eval_generate:
             sets = [*held_out.values()] if isinstance(held_out, dict) else [held_out] if held_out else []
-            check_generation(args, model, sets, why_silent)
+            check_generation(args, model, sets)
             self._evaluation_answers = EvaluationAnswers(args, processing_class, self.accelerator.autocast)
         if args.answers_anew:
-            check_answering(args, model, self._source, classes, self.curriculum, train, self._taught, why_silent)
+            check_answering(args, model, self._source, classes, self.curriculum, train, self._taught)
             fresh = self.teacher.at_work() if isinstance(self.teacher, PrivilegedTeacher) else None
             self._answers = FreshAnswers(
                 args,

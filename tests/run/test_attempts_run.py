@@ -6,6 +6,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import tiny
 
 from srd_fast.curriculum import CurriculumPlan
 from srd_fast.errors import UserError
@@ -28,17 +29,13 @@ def settings(tiny_teacher_folder: Path, tmp_path_factory: pytest.TempPathFactory
     file = tmp_path_factory.mktemp("own") / "mine.py"
     file.write_text(JUDGE)
     return {
-        "teacher": str(tiny_teacher_folder),
+        **tiny.tiny_run(tiny_teacher_folder),
         "max_rows": 20,
-        "validation": 4,
-        "dtype": "float32",
-        "init_student": {"layers": 2, "warmup_steps": 0},
         "reflect": {
             "engine": "transformers", "max_new_tokens": 5, "batch_size": 1, "temperature": 1.0, "attempts": 3,
             "judge": f"{file}:even", "signals": ["rouge_l", "cross_entropy", "pass_rate"],
         },
         "curate": {"stages": 2, "keep": 1.0, "band": {"pass_rate": [0.3, 0.9]}, "weight_by": "pass_rate"},
-        "evaluate": {"max_new_tokens": 2},
         "distill": {"per_device_train_batch_size": 4, "epochs_per_stage": 1, "eval_steps": 100, "save_steps": 100},
     }  # fmt: skip
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import tiny
 from safetensors.torch import load_file
 
 from srd_fast import Sampling, register_engine
@@ -69,11 +70,7 @@ def metric(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def settings(tiny_teacher_folder: Path, metric: str) -> dict[str, Any]:
     return {
-        "teacher": str(tiny_teacher_folder),
-        "max_rows": 16,
-        "validation": 4,
-        "dtype": "float32",
-        "init_student": {"layers": 2, "warmup_steps": 0},
+        **tiny.tiny_run(tiny_teacher_folder),
         "reflect": {"engine": "transformers", "max_new_tokens": 3, "batch_size": 8},
         "curate": {"stages": 2},
         "evaluate": {"max_new_tokens": 6, "metrics": [metric]},

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 from datasets import Dataset
 
 from srd_fast.curriculum import CurriculumPlan
@@ -28,14 +29,11 @@ ROWS, HELD_OUT = 24, 12
 @pytest.fixture(scope="module")
 def settings(tiny_teacher_folder: Path) -> dict[str, Any]:
     return {
-        "teacher": str(tiny_teacher_folder),
+        **tiny.tiny_run(tiny_teacher_folder),
         "max_rows": ROWS,
         "validation": HELD_OUT,
-        "dtype": "float32",
         "controls": ["random", "none"],
-        "init_student": {"layers": 2, "warmup_steps": 0},
         "reflect": {"engine": "transformers", "max_new_tokens": 2, "batch_size": 8},
-        "evaluate": {"max_new_tokens": 2},
         "curate": {"keep": 0.5, "stages": 2},
         "distill": {
             "per_device_train_batch_size": 4, "epochs_per_stage": [2, 3], "eval_strategy": "no", "save_steps": 3,

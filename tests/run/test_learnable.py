@@ -9,6 +9,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import tiny
 import yaml
 
 from srd_fast.cli import main
@@ -29,14 +30,9 @@ STEPS = ("prepare", "reflect")
 @pytest.fixture(scope="module")
 def settings(tiny_teacher_folder: Path) -> dict[str, Any]:
     return {
-        "teacher": str(tiny_teacher_folder),
+        **tiny.tiny_run(tiny_teacher_folder),
         "preset": "learnable",
-        "max_rows": 16,
-        "validation": 4,
-        "dtype": "float32",
-        "init_student": {"layers": 2, "warmup_steps": 0},
         "reflect": {"engine": "transformers", "max_new_tokens": 2, "batch_size": 8},
-        "evaluate": {"max_new_tokens": 2},
         "distill": {
             "per_device_train_batch_size": 4, "epochs_per_stage": 1, "eval_strategy": "no", "save_strategy": "no",
         },

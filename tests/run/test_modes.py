@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tiny
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
@@ -25,14 +26,9 @@ LIMIT = 6  # tokens of an answer
 @pytest.fixture(scope="module")
 def settings(tiny_teacher_folder: Path) -> dict[str, Any]:
     return {
-        "teacher": str(tiny_teacher_folder),
-        "max_rows": 16,
-        "validation": 4,
-        "dtype": "float32",
-        "init_student": {"layers": 2, "warmup_steps": 0},
+        **tiny.tiny_run(tiny_teacher_folder),
         "reflect": {"engine": "transformers", "max_new_tokens": LIMIT, "batch_size": 8, "temperature": 1.0},
         "curate": {"stages": 2},
-        "evaluate": {"max_new_tokens": 2},
         "distill": {
             "per_device_train_batch_size": 4, "epochs_per_stage": 1, "eval_steps": 100, "save_steps": 3,
             "learning_rate": 1e-2,
