@@ -1,6 +1,7 @@
 """Tokens that many samples begin with, such as the first lines of a prompt template, run through a model once."""
 
 import copy
+import inspect
 import logging
 from collections.abc import Mapping, Sequence
 from itertools import takewhile
@@ -20,6 +21,8 @@ LEAST_TOKENS = 8
 LEAST_ROWS = 16
 # Branches below one another: prompts that are each the beginning of the next would make thousands.
 _DEEPEST = 32
+# What transformers 5.24 and later call `past_key_values`. Models of other people's code have the old name.
+_NEW = "cache"
 # Largest difference of hidden states that rounding explains, relative to the largest of them.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
@@ -78,7 +81,7 @@ class SharedPrefix:
         self.model, self.length = inner, len(ids)
         device = entry_device(model)
         out = body_of(inner)(torch.tensor([list(ids)], device=device), use_cache=True, return_dict=True)
-        self._cache = out.past_key_values
+        self._cache = getattr(out, _NEW, None) or out.past_key_values
 
     @torch.no_grad()
     def hidden_states(self, batch: Mapping[str, Tensor]) -> Tensor:
@@ -86,12 +89,13 @@ class SharedPrefix:
         mask = batch["attention_mask"]
         cache = copy.deepcopy(self._cache)
         cache.batch_repeat_interleave(len(mask))
-        out = body_of(self.model)(
+        body = body_of(self.model)
+        out = body(
             input_ids=batch["input_ids"],
             attention_mask=torch.cat((mask.new_ones(len(mask), self.length), mask), 1),
-            past_key_values=cache,
             use_cache=True,
             return_dict=True,
+            **{_NEW if _NEW in inspect.signature(body.forward).parameters else "past_key_values": cache},
         )
         return out.last_hidden_state
 
