@@ -6,12 +6,14 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 from ..errors import UserError
 from ..models import (
@@ -163,7 +165,7 @@ class VLLMEngine:
         """Write the weights of a loaded model, or its adapter alone, where vLLM can load them."""
         self._versions += 1
         folder = self._folder / f"weights-{self._versions}"
-        with torch.no_grad(), torch.autocast(student.device.type, enabled=False):
+        with _without_bars(), torch.no_grad(), torch.autocast(student.device.type, enabled=False):
             if self._adapted is None:
                 _save(student, folder)
             else:
@@ -200,6 +202,18 @@ def _generation_config(source: str) -> GenerationConfig | None:
         return GenerationConfig.from_pretrained(source)
     except OSError:
         return None
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Let transformers write files, as often as every step, without a bar for each."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 def _takes_adapter(student: Any, options: dict[str, Any]) -> bool:

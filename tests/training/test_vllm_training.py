@@ -26,14 +26,15 @@ def trained(engine: str, tokenizer: PreTrainedTokenizerFast, adapters: bool, **o
     """A student trained on its own greedy answers, evaluated by others on the way."""
     args = SRDConfig(
         "out", optim="sgd", use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True, logging_steps=1,
-        learning_rate=0.5, per_device_train_batch_size=4, epochs_per_stage=2, restart_learning_rate=False,
+        learning_rate=5.0 if adapters else 0.5, per_device_train_batch_size=4, epochs_per_stage=2, restart_learning_rate=False,
         lmbda=1.0, max_new_tokens=6, generation_temperature=0.0, generation_engine=engine, generation_options=options,
         eval_generate=True, eval_strategy="steps", eval_steps=2, eval_max_new_tokens=8, eval_metrics=["answers.py:odd"],
     )  # fmt: skip
     given: dict[str, Any] = {}
     if adapters:
         peft = pytest.importorskip("peft")
-        given["peft_config"] = peft.LoraConfig(r=8, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+        places = ["q_proj", "down_proj"]
+        given["peft_config"] = peft.LoraConfig(r=8, target_modules=places, init_lora_weights=False)
     size: dict[str, Any] = {"width": 64, "vocab": len(tokenizer)}
     trainer = SRDTrainer(
         tiny.tiny_model("llama", 1, **size),
