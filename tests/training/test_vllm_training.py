@@ -26,7 +26,8 @@ def trained(engine: str, tokenizer: PreTrainedTokenizerFast, adapters: bool, **o
     """A student trained on its own greedy answers, evaluated by others on the way."""
     args = SRDConfig(
         "out", optim="sgd", use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True, logging_steps=1,
-        learning_rate=5.0 if adapters else 0.5, per_device_train_batch_size=4, epochs_per_stage=2, restart_learning_rate=False,
+        learning_rate=5.0 if adapters else 0.5, per_device_train_batch_size=4, epochs_per_stage=2,
+        restart_learning_rate=False,
         lmbda=1.0, max_new_tokens=6, generation_temperature=0.0, generation_engine=engine, generation_options=options,
         eval_generate=True, eval_strategy="steps", eval_steps=2, eval_max_new_tokens=8, eval_metrics=["answers.py:odd"],
     )  # fmt: skip
