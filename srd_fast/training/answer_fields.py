@@ -30,7 +30,8 @@ def check_answers(args: "SRDConfig", faults: Faults) -> None:
     """
     faults.check(("lmbda", "eval_strategy"), _check_share, args)
     faults.check(("generation_engine", "lmbda", "seq_kd", "eval_generate"), _check_engine, args)
-    faults.check(("generation_options", "generation_engine", "lmbda", "seq_kd", "eval_generate"), _check_options, args)
+    faults.check("generation_options", check_engine_options, args.generation_options)
+    faults.check(("generation_options", "generation_engine", "lmbda", "seq_kd", "eval_generate"), _check_sleep, args)
     faults.check(("replay_buffer", "lmbda"), _check_buffer, args)
     faults.check("eval_metrics", _check_metrics, args)
     for name, nothing in _OF_EVALUATIONS.items():
@@ -80,8 +81,7 @@ def _check_engine(args: "SRDConfig") -> None:
         )
 
 
-def _check_options(args: "SRDConfig") -> None:
-    check_engine_options(args.generation_options)
+def _check_sleep(args: "SRDConfig") -> None:
     if args.generation_engine == "vllm" and (args.answers_anew or args.eval_generate):
         try:
             check_sleep_mode(args.generation_options or {})

@@ -24,3 +24,15 @@ class TakesWeights:
                 method = getattr(layer, "quant_method", None)
                 if isinstance(method, UnquantizedEmbeddingMethod):
                     method.process_weights_after_loading(layer)
+
+    def layers_left_out(self: Any, adapter: int) -> list[str]:
+        """Layers of an adapter that are not found in this part of the model. vLLM leaves them out without a word.
+
+        Args:
+            adapter: its number, once it is loaded.
+
+        Returns:
+            Their names.
+        """
+        manager = self.model_runner.lora_manager._adapter_manager
+        return sorted(set(manager.get_adapter(adapter).loras) - set(manager.modules))

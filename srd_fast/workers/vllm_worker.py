@@ -28,9 +28,9 @@ class Engine:
 
     def __init__(self, llm: Any, folder: str, adapter: Any = None) -> None:
         self.llm, self.folder, self.adapter = llm, folder, adapter
-        if adapter is not None:
-            llm.llm_engine.add_lora(adapter)  # what vLLM has against it is said now
         self._level = 0  # of its sleep
+        if adapter is not None:
+            self._add()  # what vLLM has against it is said now
 
     def answer(self, request: dict[str, Any]) -> Any:
         """Do what a request says, and wake up for it."""
@@ -68,9 +68,16 @@ class Engine:
             number = self.adapter.lora_int_id
             self.llm.llm_engine.remove_lora(number)
             self.adapter = _lora_request(number + 1, folder)
-            self.llm.llm_engine.add_lora(self.adapter)
+            self._add()
         elif not comes_with_waking:
             self._load()
+
+    def _add(self) -> None:
+        self.llm.llm_engine.add_lora(self.adapter)
+        of_parts = self.llm.collective_rpc("layers_left_out", args=(self.adapter.lora_int_id,))
+        left_out = set.intersection(*map(set, of_parts))
+        if left_out:
+            raise ValueError(f"it leaves {len(left_out)} layers of the adapter out, {min(left_out)} among them")
 
     def _load(self) -> None:
         try:

@@ -19,8 +19,12 @@ class Noting:
         self.calls: list[Any] = []
         self.llm_engine = self
         self.reloads = True
+        self.left_out: list[list[str]] = [[]]
 
-    def collective_rpc(self, name: str, args: tuple[str]) -> None:
+    def collective_rpc(self, name: str, args: tuple[Any]) -> Any:
+        if name == "layers_left_out":
+            assert self.calls[-1][2] == args[0], "asked of another adapter"
+            return self.left_out
         if not self.reloads:
             raise NotImplementedError("Model reloading with `bitsandbytes` format")
         self.calls.append((name, *args))
@@ -98,6 +102,15 @@ def test_under_an_adapter_the_weights_stay_and_versions_follow_each_other(llm: N
         ("add", "student-1", 1, "a"), ("remove", 1), ("add", *second), ("sleep", 1), ("wake_up", None), ("remove", 2),
         ("add", *third), "reset", ("generate", third),
     ]  # fmt: skip
+
+
+def test_an_adapter_that_is_read_in_part_is_refused(llm: Noting) -> None:
+    """Of several processes each has some of the layers."""
+    llm.left_out = [["layers.0", "layers.1"], ["layers.2", "layers.3"]]
+    engine = Engine(llm, "a", LoRARequest("student-1", 1, "a"))
+    llm.left_out[1].append("layers.1")
+    with pytest.raises(ValueError, match=r"leaves 1 layers of the adapter out, layers\.1 among them"):
+        engine.answer({"weights": "b"})
 
 
 def test_an_engine_that_takes_no_weights_says_so(llm: Noting) -> None:
