@@ -6,9 +6,11 @@ learning rate and clipping are those of the `SRDTrainer` that it stands beside.
 TRL's trainers run their own `training_step` on the completions given, padded; generation, which the DistillationTrainer
 does before each step, is left out, and gradient checkpointing, their default, is off, as on the other sides. Neither
 has a curriculum, and the GKDTrainer's loss is at temperature 1: they stand beside plain distillation at temperature 1.
+`benchmarks.on_policy` has the GKDTrainer with its generation.
 `use_liger_kernel=True` gives the GKDTrainer's student liger-kernel's layers; its loss is the same.
 """
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -133,7 +135,7 @@ class GKD(_TRL):
         from trl.experimental.gkd import GKDConfig, GKDTrainer
 
         return GKDTrainer(
-            student, teacher, GKDConfig(lmbda=0.0, **options), data_collator=self.collate,
+            student, teacher, GKDConfig(**{"lmbda": 0.0, **options}), data_collator=self.collate,
             train_dataset=self.trainer.train_dataset, processing_class=self.trainer.processing_class,
         )  # fmt: skip
 
@@ -152,6 +154,38 @@ class GKDWithLiger(GKD):
 
         super().__init__(student, teacher, trainer, dtype)
         _apply_liger_kernel_to_instance(model=student)  # what `Trainer.train` does with use_liger_kernel=True
+
+
+class GKDOnPolicy(GKD):
+    """GKDTrainer on answers that the student samples in each step, by `generate` of transformers; JSD."""
+
+    options: ClassVar[dict[str, Any]] = {"lmbda": 1.0, "beta": 0.5}
+
+    def __init__(
+        self, student: nn.Module, teacher: nn.Module, trainer: SRDTrainer, dtype: torch.dtype, new_tokens: int
+    ) -> None:
+        self.options = {**self.options, "max_new_tokens": new_tokens}
+        super().__init__(student, teacher, trainer, dtype)
+        self.generation_seconds, self.answer_tokens = 0.0, 0
+        generate = self.trl.generate_on_policy_outputs
+
+        def timed(*args: Any) -> Any:
+            began = time.perf_counter()
+            found = generate(*args)
+            self.generation_seconds = time.perf_counter() - began
+            self.answer_tokens = int((found[2] != -100).sum())
+            return found
+
+        self.trl.generate_on_policy_outputs = timed
+
+    def batch(self, samples: Samples) -> dict[str, Tensor]:
+        """Padded, and beside it the prompts alone, padded at their beginnings."""
+        prompts = [s["input_ids"][: first_label(s["labels"])][::-1] for s in samples]
+        return {
+            **self.collate(samples),
+            "prompts": pad_right(prompts, self.collate.pad_token_id).flip(1),
+            "prompt_attention_mask": pad_right([[1] * len(x) for x in prompts], 0).flip(1),
+        }
 
 
 class Distillation(_TRL):

@@ -1,6 +1,14 @@
 """Language models as distillation sees them: a body that gives hidden states, a head that gives logits."""
 
-from .adapters import merge_adapters, refuse_trained_prompts, untie_adapted_embeddings, with_adapters
+from .adapters import (
+    merge_adapters,
+    refuse_trained_prompts,
+    save_adapter,
+    save_base,
+    untie_adapted_embeddings,
+    why_not_plain_lora,
+    with_adapters,
+)
 from .compilation import compile_layers, uncompile_layers
 from .digest import model_digest
 from .encoder_decoder import check_same_kind, decoder_start, is_encoder_decoder, with_decoder
@@ -100,6 +108,8 @@ __all__ = [
     "resolve_model",
     "router_loss",
     "run_inside",
+    "save_adapter",
+    "save_base",
     "save_student",
     "share_prefix",
     "shared_starts",
@@ -120,6 +130,7 @@ __all__ = [
     "whole_head",
     "whole_student",
     "why_not_in_shards",
+    "why_not_plain_lora",
     "with_adapters",
     "with_decoder",
 ]

@@ -1,6 +1,8 @@
 """Adapters of the peft package: put into a model, read from a folder, merged into the weights they change."""
 
+import json
 import logging
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,10 @@ from .heads import unwrap
 logger = logging.getLogger(__name__)
 
 _WEIGHTS = "adapter_model.safetensors"
+# Fields of a LoraConfig of which any value leaves it plain.
+_PLAIN = {"r", "lora_alpha", "use_rslora", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform"}
+_PLAIN |= {"layers_pattern", "init_lora_weights", "task_type", "inference_mode", "base_model_name_or_path", "revision"}
+_PLAIN |= {"auto_mapping", "peft_type", "peft_version"}
 
 
 def _peft(wanted_by: str) -> Any:
@@ -59,6 +65,62 @@ def untie_adapted_embeddings(model: nn.Module) -> None:
     """
     if hasattr(model, "merge_and_unload") and _untie_if_adapted(unwrap(model)):
         _set_tied(unwrap(model), False)
+
+
+def why_not_plain_lora(model: nn.Module) -> str | None:
+    """Why the adapter of a PEFT model is more than a product A B, of one rank and scale, beside layers of its body.
+
+    Engines that take adapters from files read no more than that, and some say nothing of the rest.
+
+    Args:
+        model: a PEFT model.
+
+    Returns:
+        The reason in a few words; None where it is nothing more.
+    """
+    peft = _peft("the student's adapter")
+    configs: Any = model.peft_config
+    config, *others = configs.values()
+    if others or type(config) is not peft.LoraConfig:
+        return "it is not one of LoRA alone"
+    usual = peft.LoraConfig()
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.name not in _PLAIN and value != getattr(usual, field.name):
+            return f"its {field.name} is {value!r}"
+    if config.init_lora_weights not in (True, False, "gaussian"):  # others are kinds of their own
+        return f"its init_lora_weights is {config.init_lora_weights!r}"
+    inner: Any = unwrap(model)
+    for name, module in model.named_modules():
+        if hasattr(module, "base_layer") and type(module) is not peft.tuners.lora.Linear:
+            return f"{name} has a {type(module).__name__}"
+    return "it is around the head" if hasattr(inner.get_output_embeddings(), "base_layer") else None
+
+
+def save_base(model: nn.Module, folder: Path) -> None:
+    """Save the model under the adapters of a PEFT model, for which `why_not_plain_lora` is None.
+
+    Args:
+        model: the PEFT model.
+        folder: for the weights that adapters do not change.
+    """
+    inner: Any = unwrap(model)
+    state = {n.replace(".base_layer.", "."): x for n, x in inner.state_dict().items() if ".lora_" not in n}
+    inner.save_pretrained(folder, state_dict=state)
+
+
+def save_adapter(model: nn.Module, folder: Path, base: Path) -> None:
+    """Save the adapter of a PEFT model alone, as one of the model in another folder.
+
+    Args:
+        model: the PEFT model.
+        folder: for the adapter.
+        base: where `save_base` has put its model.
+    """
+    model.save_pretrained(str(folder), save_embedding_layers=False)  # type: ignore[operator]
+    described = folder / "adapter_config.json"
+    config = json.loads(described.read_text(encoding="utf-8"))
+    described.write_text(json.dumps({**config, "base_model_name_or_path": str(base)}), encoding="utf-8")
 
 
 def refuse_trained_prompts(model: object, name: str) -> None:

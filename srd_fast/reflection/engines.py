@@ -95,6 +95,10 @@ class GenerationEngine(Protocol):
         how they are sampled.
     token_log_probs(samples): like `generate`, the log-probability of every token but the first in each sample.
     settings: what its answers depend on besides `Sampling`, kept with them; without it all its options count.
+    update_weights(student): for engines with weights of their own: answer with those that this model has now, of the
+        same shapes. One that cannot raises a UserError; a training then ends it and makes it anew, as it does without
+        this method.
+    sleep(): give back what memory it can until the next call; told after the answers of a step or an evaluation.
     close(): after the last call.
     """
 

@@ -125,8 +125,9 @@ class VLLMTeacher(TeacherElsewhere):
         self._folder = Path(tempfile.mkdtemp(prefix="srd-fast-vllm-"))
         self._length, self._is_tried, self._count = 0, False, 0
         log = self._folder / "vllm.log" if log is None else Path(log)
+        model = resolve_model(source)
         self._pool = vllm_pool(
-            resolve_model(source), given, lambda: {"length": self._length}, data_parallel_size, log, start_seconds
+            given, lambda: {"model": model, "length": self._length}, data_parallel_size, log, start_seconds
         )
         self._reader = ThreadPoolExecutor(1, "srd-fast-rows")
 

@@ -6,7 +6,7 @@ from transformers import IntervalStrategy
 
 from ..errors import Faults, UserError
 from ..reflection.engines import ENGINES, check_engine_options
-from ..workers.vllm import is_installed
+from ..workers.vllm import check_sleep_mode, is_installed
 from .answer_metrics import get_metrics
 from .replay import ADAPTIVE
 
@@ -31,6 +31,7 @@ def check_answers(args: "SRDConfig", faults: Faults) -> None:
     faults.check(("lmbda", "eval_strategy"), _check_share, args)
     faults.check(("generation_engine", "lmbda", "seq_kd", "eval_generate"), _check_engine, args)
     faults.check("generation_options", check_engine_options, args.generation_options)
+    faults.check(("generation_options", "generation_engine", "lmbda", "seq_kd", "eval_generate"), _check_sleep, args)
     faults.check(("replay_buffer", "lmbda"), _check_buffer, args)
     faults.check("eval_metrics", _check_metrics, args)
     for name, nothing in _OF_EVALUATIONS.items():
@@ -78,6 +79,14 @@ def _check_engine(args: "SRDConfig") -> None:
         raise UserError(
             "generation_engine is 'vllm', which is not installed: pip install 'srd-fast[vllm]', or use 'transformers'"
         )
+
+
+def _check_sleep(args: "SRDConfig") -> None:
+    if args.generation_engine == "vllm" and (args.answers_anew or args.eval_generate):
+        try:
+            check_sleep_mode(args.generation_options or {})
+        except UserError as e:
+            raise UserError(f"generation_options: {e}") from None
 
 
 def _check_buffer(args: "SRDConfig") -> None:

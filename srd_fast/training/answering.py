@@ -16,11 +16,12 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 from ..data import Answers, batches_by_length, first_label, prompt_lengths, token_counts
 from ..errors import UserError
 from ..models import check_positions
-from ..reflection import GenerationEngine, Sampling, open_engine, stopping_at
+from ..reflection import GenerationEngine, Sampling, stopping_at
 from ..sharing import Sharing
 from ..showing import progress_bar
 from .answer_metrics import AnswerMetrics
 from .config import SRDConfig
+from .kept_engine import KeptEngine
 
 
 class Prompts:
@@ -146,6 +147,8 @@ class EvaluationAnswers:
         args: of the training.
         tokenizer: of the student.
         autocast: makes the context in which the student runs.
+        engine: that the student answers with.
+        sets: tokenised validation samples that are known beforehand.
     """
 
     def __init__(
@@ -153,17 +156,23 @@ class EvaluationAnswers:
         args: SRDConfig,
         tokenizer: PreTrainedTokenizerBase,
         autocast: Callable[[], AbstractContextManager[Any]],
+        engine: KeptEngine,
+        sets: Sequence[Dataset] = (),
     ) -> None:
-        self.args, self.tokenizer, self.autocast = args, tokenizer, autocast
+        self.args, self.tokenizer, self.autocast, self.engine = args, tokenizer, autocast, engine
+        for samples in sets:
+            rows = samples.select(chosen_rows(len(samples), args.eval_generate_rows))
+            engine.reserve(max(prompt_lengths(rows)) + args.answer_limit)
         self.sharing = Training(args)
         self._sets: dict[str, _Set] = {}
 
-    def measure(self, samples: Dataset, student: Any) -> Mapping[str, float]:
-        """Let the student answer, in all processes together.
+    def measure(self, samples: Dataset, student: Any, step: int) -> Mapping[str, float]:
+        """Let the student answer with the weights that it has, in all processes together.
 
         Args:
             samples: tokenised.
             student: without wrappers.
+            step: of the training.
 
         Returns:
             The value of each metric, and generation_seconds; the same in every process.
@@ -172,17 +181,10 @@ class EvaluationAnswers:
         prompts, metrics = self._set(samples)
         sampling = Sampling(max_new_tokens=args.answer_limit, temperature=args.eval_temperature, seed=args.seed)
         sampling = stopping_at(sampling, prompts.reader.stop_ids)
-        engine = open_engine(
-            args.generation_engine,
-            student,
-            self.tokenizer,
-            length=prompts.longest(sampling),
-            sampling=sampling,
-            batch_size=prompts.batch_size,
-            **(args.generation_options or {}),
-        )
-        with draws_kept(args.device), self.autocast(), engine as runner:
-            answers = prompts.answered(runner, sampling, self.sharing, progress=False)
+        with draws_kept(args.device), self.autocast():
+            engine = self.engine.of(student, step, sampling, prompts.batch_size, prompts.longest(sampling))
+            answers = prompts.answered(engine, sampling, self.sharing, progress=False)
+            self.engine.rest()
             # By one process: tests of code depend on the clock, and a function of the user's may draw.
             found = metrics(answers, student).means if self.sharing.rank == 0 else {}
         shared: dict[str, float] = self.sharing.share({**found, "generation_seconds": time.monotonic() - began})

@@ -28,10 +28,11 @@ from ..data import (
 from ..errors import UserError
 from ..models import check_positions, is_encoder_decoder
 from ..reflection import Sampling
-from ..reflection.engines import GenerationEngine, TransformersEngine, make_engine, stopping_at
-from ..teacher import LiveTeacher, RowsOfSamples, TeacherSource, at_work
+from ..reflection.engines import GenerationEngine, stopping_at
+from ..teacher import LiveTeacher, OwnTeacher, RowsOfSamples, TeacherSource, at_work
 from .batching import micro_batches
 from .config import SRDConfig
+from .kept_engine import KeptEngine
 from .replay import DATA, FRESH, REPLAYED, AnswerSchedule, ReplayBuffer, place_seed
 
 # Of a batch: its samples; whether its labels are answers of the student's own.
@@ -130,6 +131,7 @@ class FreshAnswers:
         total_steps: of the curriculum.
         collate: makes a batch, or micro-batches, of samples, without a cache's rows.
         longest: tokens of the longest prompt that the teacher sees.
+        engine: that the student answers with.
     """
 
     def __init__(
@@ -140,15 +142,18 @@ class FreshAnswers:
         total_steps: int,
         collate: Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]],
         longest: int,
+        engine: KeptEngine,
     ) -> None:
         self.args, self.tokenizer, self.collate = args, tokenizer, collate
         self.schedule = AnswerSchedule(args.lmbda, args.replay_buffer, total_steps, args.seed)
         self.buffer = ReplayBuffer(args.replay_buffer)
         self.ends, self.eos = answer_ends(train, tokenizer), int(tokenizer.eos_token_id)
-        self.length = max(longest, max(prompt_lengths(train))) + args.max_new_tokens
+        self._length = max(prompt_lengths(train)) + args.max_new_tokens
+        self._length_of_teacher = longest + args.max_new_tokens
         sampling = Sampling(max_new_tokens=args.max_new_tokens, temperature=args.generation_temperature)
         self._sampling = stopping_at(sampling, sorted(self.ends - {self.eos}))
-        self._engines: dict[str, tuple[GenerationEngine, int]] = {}
+        self._of_student, self._of_teacher = engine, KeptEngine(args, tokenizer)
+        engine.reserve(self._length)
         self._counts, self._lag = dict.fromkeys(_COUNTED, 0.0), 0
 
     def in_place_of(
@@ -193,6 +198,8 @@ class FreshAnswers:
             for part in micro_batches(batch):
                 part[OWN] = kind != DATA
             made.append(batch)
+        for engine in (self._of_student, self._of_teacher):
+            engine.rest()
         return made
 
     def _answers(
@@ -208,9 +215,12 @@ class FreshAnswers:
         prompts = [[int(x) for x in s["input_ids"][: first_label(s["labels"])]] for s in seen]
         sampling = Sampling(**{**vars(self._sampling), "seed": seed})
         if teacher is None:
-            found = dict(self._engine("student", student, step).generate(prompts, sampling))
+            engine = self._engine(self._of_student, student, step, self._length, moves=True)
+            self._lag = max(self._lag, self._of_student.lag(step))
+            found = dict(engine.generate(prompts, sampling))
         else:
-            engine = self._engine("teacher", teacher.model, step)
+            moves = isinstance(teacher, OwnTeacher) and teacher.moves
+            engine = self._engine(self._of_teacher, teacher.model, step, self._length_of_teacher, moves)
             found = teacher.run(lambda: dict(engine.generate(prompts, sampling)))
         return [self._answered(sample, found[i]) for i, sample in enumerate(samples)]
 
@@ -224,37 +234,14 @@ class FreshAnswers:
             self._counts[name] += value
         return answered(sample, ids, None if cut else end_of(sample["labels"], self.ends, self.eos))
 
-    def _engine(self, role: str, model: Any, step: int) -> GenerationEngine:
-        """The engine of the student or the teacher. One that has weights of its own gets the student's now and then."""
-        engine, synced = self._engines.get(role, (None, step))
-        own = engine is not None and not isinstance(engine, TransformersEngine)
-        if own and role == "student" and step - synced >= self.args.sync_every:
-            self._close(role)
-            engine = None
-        if engine is None:
-            engine = make_engine(
-                self.args.generation_engine,
-                model,
-                self.tokenizer,
-                length=self.length,
-                sampling=self._sampling,
-                batch_size=self.args.per_device_train_batch_size,
-                **(self.args.generation_options or {}),
-            )
-            self._engines[role] = engine, step
-        if role == "student" and not isinstance(engine, TransformersEngine):
-            self._lag = max(self._lag, step - self._engines[role][1])
-        return engine
-
-    def _close(self, role: str) -> None:
-        engine: Any = self._engines.pop(role)[0]
-        if hasattr(engine, "close"):
-            engine.close()
+    def _engine(self, kept: KeptEngine, model: Any, step: int, length: int, moves: bool) -> GenerationEngine:
+        """With the weights of a model: if it moves, of the last `sync_every` steps."""
+        behind = self.args.sync_every - 1 if moves else step
+        return kept.of(model, step, self._sampling, self.args.per_device_train_batch_size, length, behind)
 
     def close(self) -> None:
-        """End the engines; a later step starts them again."""
-        for role in list(self._engines):
-            self._close(role)
+        """End the teacher's engine; a later step starts it again."""
+        self._of_teacher.close()
 
     def take(self, losses: Sequence[float], add: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """What happened since the last call, for the log.

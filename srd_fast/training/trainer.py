@@ -95,6 +95,7 @@ from .callbacks import FollowStudent, StepHooks
 from .checkpoints import last_whole_checkpoint
 from .config import SRDConfig
 from .health import BadStep, DivergenceTrend, StepCheck, not_finite, skips_on_the_device
+from .kept_engine import KeptEngine
 from .measure import check_best_metric, measure_batch, peak_memory_mb
 from .on_policy import OWN, FreshAnswers, WithSamples, check_answering
 from .pair import is_self, ready_pair, widen_trained_weights
@@ -317,11 +318,13 @@ class SRDTrainer(Trainer):
         self.data_collator = self._batches_of(layout, rows)
         self._answers: FreshAnswers | None = None
         self._evaluation_answers: EvaluationAnswers | None = None
+        self._student_engine = KeptEngine(args, processing_class)
         check_can_answer(args, self._place.why_silent(model))
         if args.eval_generate:
             sets = [*held_out.values()] if isinstance(held_out, dict) else [held_out] if held_out else []
             check_generation(args, model, sets)
-            self._evaluation_answers = EvaluationAnswers(args, processing_class, self.accelerator.autocast)
+            autocast = self.accelerator.autocast
+            self._evaluation_answers = EvaluationAnswers(args, processing_class, autocast, self._student_engine, sets)
         if args.answers_anew:
             check_answering(args, model, self._source, classes, self.curriculum, train, self._taught)
             fresh = self.teacher.at_work() if isinstance(self.teacher, PrivilegedTeacher) else None
@@ -332,6 +335,7 @@ class SRDTrainer(Trainer):
                 self.curriculum.total_steps,
                 self._batches_of(layout, fresh),
                 max(prompt_lengths(self._taught)),
+                self._student_engine,
             )
             self.data_collator = WithSamples(self.data_collator)
         for theirs in (PrinterCallback, ProgressCallback):
@@ -715,6 +719,7 @@ class SRDTrainer(Trainer):
         try:
             result = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         finally:
+            self._student_engine.close()
             if self._answers is not None:
                 self._answers.close()
             optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)
@@ -777,9 +782,12 @@ class SRDTrainer(Trainer):
         wanted = self.compute_metrics is not None and not self.args.prediction_loss_only
         metrics = self._measured(dataset, self.teacher, self._collate, metric_key_prefix, wanted)[0]
         if self._evaluation_answers is not None:
-            if self._answers is not None:
-                self._answers.close()  # two engines with weights of their own may not fit on a device
-            found = self._evaluation_answers.measure(dataset, self._place.inner(self.model_wrapped))
+            student = self._place.inner(self.model_wrapped)
+            try:
+                found = self._evaluation_answers.measure(dataset, student, self.state.global_step)
+            finally:
+                if not self.is_in_train:
+                    self._student_engine.close()
             metrics |= {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

@@ -4,6 +4,7 @@ import logging
 import queue
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 from ..errors import EngineDiedError
@@ -71,16 +72,40 @@ class Pool:
         self.start()
         index = self._free.get()
         try:
-            try:
-                return self._workers[index].ask(*request)
-            except EngineDiedError as e:
-                logger.warning("%s died and is started again: %s", self._what, e)
-            self._workers[index].end()
-            self._workers[index] = worker = self._begin(index)
-            worker.ready()
-            return worker.ask(*request)
+            return self._ask(index, request)
         finally:
             self._free.put(index)
+
+    def ask_all(self, *request: Any) -> list[Any]:
+        """Give one request to every worker that has been started, when it is free, and wait for all answers.
+
+        Args:
+            request: what its `ask` takes. A worker that dies of it is asked again when it is back.
+
+        Returns:
+            Their answers. None where no worker has been started.
+
+        Raises:
+            UserError: as `ask` raises it, of the first worker that has something to say, after all have answered.
+        """
+        with self._lock:
+            taken = [self._free.get() for _ in self._workers]
+            try:
+                with ThreadPoolExecutor(max(1, len(taken))) as threads:
+                    return list(threads.map(lambda index: self._ask(index, request), taken))
+            finally:
+                for index in taken:
+                    self._free.put(index)
+
+    def _ask(self, index: int, request: tuple[Any, ...]) -> Any:
+        try:
+            return self._workers[index].ask(*request)
+        except EngineDiedError as e:
+            logger.warning("%s died and is started again: %s", self._what, e)
+        self._workers[index].end()
+        self._workers[index] = worker = self._begin(index)
+        worker.ready()
+        return worker.ask(*request)
 
     def close(self) -> None:
         """End all workers. When this returns, what they held is free."""

@@ -61,8 +61,22 @@ def vllm_version() -> str:
     return "vllm"
 
 
+def check_sleep_mode(options: Mapping[str, Any]) -> None:
+    """Refuse vLLM's sleep mode where there is no GPU whose memory it could give back.
+
+    Args:
+        options: keyword arguments of `vllm.LLM`.
+
+    Raises:
+        UserError: it is asked for, and there is none.
+    """
+    if options.get("enable_sleep_mode") and not torch.cuda.is_available():
+        raise UserError(
+            "enable_sleep_mode is true, but vLLM's engine sleeps on a GPU alone, and none is visible; leave it out"
+        )
+
+
 def vllm_pool(
-    model: str,
     options: Mapping[str, Any],
     needs: Callable[[], dict[str, Any]],
     parallel: int,
@@ -72,9 +86,8 @@ def vllm_pool(
     """Processes with one copy of a model each, which start with the first request.
 
     Args:
-        model: folder or hub id.
         options: keyword arguments of `vllm.LLM`, with dtype and tensor_parallel_size.
-        needs: what else a process is told when it starts, see `vllm_worker`; asked then.
+        needs: what else a process is told when it starts, its model first of all, see `vllm_worker`; asked then.
         parallel: how many processes. On a CPU they share its cores.
         log: file for what vLLM prints.
         start_seconds: how long a start may take, in seconds.
@@ -86,7 +99,7 @@ def vllm_pool(
 
     def begin(index: int) -> VLLMProcess:
         process = VLLMProcess(log, _environment(index, options["tensor_parallel_size"], parallel), start_seconds)
-        process.send({"model": model, "options": dict(options), "memory": memory, **needs()})
+        process.send({"options": dict(options), "memory": memory, **needs()})
         return process
 
     log.unlink(missing_ok=True)

@@ -1,8 +1,9 @@
 """The process that runs vLLM: `python -m srd_fast.workers.vllm_worker FD`. Only `vllm.py` starts it.
 
 Requests are lines of JSON on standard input, answers lines of JSON on the file descriptor FD. What vLLM prints goes to
-the log. The first request names the model and options. When standard input ends, the process ends too, whatever it is
-doing, so a killed parent leaves no engine behind.
+the log. The first request names the model and options. Later ones have prompts or samples, bring other weights, or let
+the engine sleep until the next one. When standard input ends, the process ends too, whatever it is doing, so a killed
+parent leaves no engine behind.
 """
 
 import importlib.util
@@ -16,20 +17,94 @@ from pathlib import Path
 from typing import Any
 
 
-def _start(request: dict[str, Any]) -> Any:
-    """Make the engine, and the LoRA request or None, from the first request."""
+class Engine:
+    """vLLM's engine: with which weights it answers, and whether it sleeps.
+
+    Args:
+        llm: a `vllm.LLM`.
+        folder: of its weights: a model's, or an adapter's beside a model that stays.
+        adapter: the adapter in words of vLLM; None: there is none.
+    """
+
+    def __init__(self, llm: Any, folder: str, adapter: Any = None) -> None:
+        self.llm, self.folder, self.adapter = llm, folder, adapter
+        self._level = 0  # of its sleep
+        if adapter is not None:
+            self._add()  # what vLLM has against it is said now
+
+    def answer(self, request: dict[str, Any]) -> Any:
+        """Do what a request says, and wake up for it."""
+        if "sleep" in request:
+            return self._sleep()
+        if "weights" in request:
+            return self._take(request["weights"])
+        self._wake()
+        if "states" in request:
+            return _states(self.llm, request)
+        if "samples" in request:
+            return _score(self.llm, self.adapter, request)
+        return _generate(self.llm, self.adapter, request)
+
+    def _sleep(self) -> None:
+        """Free the device. Weights come back from their folder; those under an adapter wait in the host's memory."""
+        if not self._level:
+            self._level = 2 if self.adapter is None else 1
+            self.llm.sleep(level=self._level)
+
+    def _wake(self) -> None:
+        level, self._level = self._level, 0
+        if level == 2:
+            self.llm.wake_up(tags=["weights"])
+            self._load()
+            self.llm.wake_up(tags=["kv_cache"])
+        elif level:
+            self.llm.wake_up()
+
+    def _take(self, folder: str) -> None:
+        """Answer with the weights of another folder from now on; the prefix cache is emptied before each answer."""
+        self.folder, comes_with_waking = folder, self._level == 2
+        self._wake()
+        if self.adapter is not None:
+            number = self.adapter.lora_int_id
+            self.llm.llm_engine.remove_lora(number)
+            self.adapter = _lora_request(number + 1, folder)
+            self._add()
+        elif not comes_with_waking:
+            self._load()
+
+    def _add(self) -> None:
+        self.llm.llm_engine.add_lora(self.adapter)
+        of_parts = self.llm.collective_rpc("layers_left_out", args=(self.adapter.lora_int_id,))
+        left_out = set.intersection(*map(set, of_parts))
+        if left_out:
+            raise ValueError(f"it leaves {len(left_out)} layers of the adapter out, {min(left_out)} among them")
+
+    def _load(self) -> None:
+        try:
+            self.llm.collective_rpc("take_weights", args=(self.folder,))
+        except Exception as e:  # of this version, or of one of its ways of loading
+            raise ValueError(f"it does not take weights while it runs: {type(e).__name__}: {e}") from e
+
+
+def _lora_request(number: int, folder: str) -> Any:
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest(f"student-{number}", number, folder)  # vLLM knows adapters by both
+
+
+def _start(request: dict[str, Any]) -> Engine:
+    """Make the engine from the first request."""
     _check_torchvision()
     from vllm import LLM
     from vllm.platforms import current_platform
 
     options = {"seed": 0, "enable_prefix_caching": True, "skip_tokenizer_init": True, **request["options"]}
+    options.setdefault("worker_extension_cls", "srd_fast.workers.vllm_weights.TakesWeights")
     model, adapter = request["model"], None
     described = Path(model, "adapter_config.json")
     if described.is_file():
-        from vllm.lora.request import LoRARequest
-
         lora = json.loads(described.read_text(encoding="utf-8"))
-        adapter = LoRARequest("student", 1, model)
+        adapter = _lora_request(1, model)
         model = lora["base_model_name_or_path"]
         options = {"enable_lora": True, "max_lora_rank": _lora_rank(lora["r"]), **options}
     if request.get("logits_processors"):
@@ -47,7 +122,7 @@ def _start(request: dict[str, Any]) -> Any:
         options.setdefault("max_model_len", request["length"])
     if current_platform.is_cpu() and "kv_cache_memory_bytes" not in options:
         options["kv_cache_memory_bytes"] = _cache_bytes(config, options, request["memory"])
-    return LLM(model, **options), adapter
+    return Engine(LLM(model, **options), request["model"], adapter)
 
 
 def _check_torchvision() -> None:
@@ -146,20 +221,15 @@ def main() -> None:
     out = os.fdopen(int(sys.argv[1]), "w", encoding="utf-8")
     requests: queue.Queue[dict[str, Any]] = queue.Queue()
     threading.Thread(target=_read, args=(requests,), daemon=True).start()
-    llm = adapter = None
+    engine: Engine | None = None
     while True:
         request = requests.get()
+        answer: dict[str, Any] = {"result": None}
         try:
-            if llm is None:
-                llm, adapter = _start(request)
-                answer: dict[str, Any] = {"result": None}
-            elif "states" in request:
-                _states(llm, request)
-                answer = {"result": None}
-            elif "samples" in request:
-                answer = {"result": _score(llm, adapter, request)}
+            if engine is None:
+                engine = _start(request)
             else:
-                answer = {"result": _generate(llm, adapter, request)}
+                answer = {"result": engine.answer(request)}
         except ValueError as e:
             answer = {"error": str(e)}
         out.write(json.dumps(answer) + "\n")

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from srd_fast import SRDConfig, SRDTrainer, UserError
-from srd_fast.models import fingerprint, load_config, load_model, load_tokenizer, save_student, try_merging
+from srd_fast.models import (
+    fingerprint,
+    load_config,
+    load_model,
+    load_tokenizer,
+    save_adapter,
+    save_base,
+    save_student,
+    try_merging,
+    why_not_plain_lora,
+)
 from srd_fast.training.student import prune_and_warm_up
 
 peft = pytest.importorskip("peft")
@@ -201,3 +212,59 @@ def test_adapters_of_layers_that_share_weights_are_refused_before_training() -> 
     adapters = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["gate_up_proj"])
     with pytest.raises(UserError, match="layers of Zamba2ForCausalLM share weights"):
         try_merging(peft.get_peft_model(model, adapters))
+
+
+PLAIN = {"layers", "rsLoRA"}
+NOT_PLAIN = {
+    "embeddings": "model.embed_tokens has a Embedding",
+    "head": "it is around the head",
+    "embeddings as a whole": r"its modules_to_save is \['embed_tokens'\]",
+    "head as a whole": r"its modules_to_save is \['lm_head'\]",
+    "both as a whole": "its modules_to_save is",
+    "single tokens": "its trainable_token_indices is",
+    "DoRA": "its use_dora is True",
+    "rank_pattern": "its rank_pattern is",
+    "alpha_pattern": "its alpha_pattern is",
+    "bias": "its bias is 'all'",
+    "lora_bias": "its lora_bias is True",
+}
+OTHERS: dict[str, dict[str, Any]] = {
+    "rank_pattern": {**PLACES["layers"], "rank_pattern": {"q_proj": 2}},
+    "alpha_pattern": {**PLACES["layers"], "alpha_pattern": {"q_proj": 2}},
+    "bias": {**PLACES["layers"], "bias": "all"},
+    "lora_bias": {**PLACES["layers"], "lora_bias": True},
+}
+
+
+@pytest.mark.parametrize("kind", [*PLACES, *OTHERS])
+def test_an_adapter_that_is_more_than_a_product_beside_a_layer_is_none_for_engines(kind: str) -> None:
+    assert PLACES.keys() | OTHERS.keys() == PLAIN | NOT_PLAIN.keys()
+    base = tiny.tiny_model("llama_untied", attention_bias=True)
+    model = adapted(base, **(PLACES | OTHERS)[kind])
+    reason = why_not_plain_lora(model)
+    if kind in PLAIN:
+        assert reason is None
+    else:
+        assert re.search(NOT_PLAIN[kind], reason or ""), reason
+
+
+def test_two_adapters_or_another_kind_are_none_either() -> None:
+    model = adapted(tiny.tiny_model(), **PLACES["layers"])
+    model.add_adapter("second", peft.LoraConfig(r=4, **PLACES["layers"]))
+    assert why_not_plain_lora(model) == "it is not one of LoRA alone"
+    assert why_not_plain_lora(peft.get_peft_model(tiny.tiny_model(), peft.LoHaConfig(target_modules=["q_proj"])))
+    odd = peft.get_peft_model(tiny.tiny_model(), peft.LoraConfig(init_lora_weights="pissa", **PLACES["layers"]))
+    assert why_not_plain_lora(odd) == "its init_lora_weights is 'pissa'"
+
+
+@pytest.mark.parametrize("architecture", ["llama", "llama_untied"])
+def test_base_and_adapter_in_two_folders_are_the_model(architecture: str, tmp_path: Path) -> None:
+    plain = tiny.tiny_model(architecture)
+    model = adapted(copy.deepcopy(plain), **PLACES["rsLoRA"])
+    before, expected = logits(plain), logits(model)
+    save_base(model, tmp_path / "base")
+    save_adapter(model, tmp_path / "adapter", tmp_path / "base")
+    assert torch.equal(logits(load_model(str(tmp_path / "base"))), before)
+    tiny.assert_same(logits(load_model(str(tmp_path / "adapter"))), expected, 1e-5, "logits")
+    assert torch.equal(logits(model), expected), "saving changed it"
+    assert not (before - expected).abs().max() < 0.1

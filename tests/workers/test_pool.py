@@ -87,3 +87,29 @@ def test_a_restart_that_fails_leaves_the_place_for_the_next_request() -> None:
     with pytest.raises(UserError, match="worker 0 does not start"):
         pool.ask(5)
     assert pool.ask(6) == 12
+
+
+def test_all_are_asked_once_and_one_that_dies_of_it_again(caplog: pytest.LogCaptureFixture) -> None:
+    log: list[str] = []
+    asked: list[int] = []
+
+    class Noting(Doubler):
+        def ask(self, number: int) -> int:
+            asked.append(self.index)
+            return super().ask(number)
+
+    pool = Pool(lambda i: Noting(i, {5: 1}, log) if i == 1 else Noting(i, {}, log), 3, "a doubler")
+    assert pool.ask_all(5) == [], "none has been started"
+    with ThreadPoolExecutor(4) as threads:
+        others = threads.map(pool.ask, range(100, 150))
+        assert pool.ask_all(4) in ([8, 8, 8], [])
+        assert list(others) == [2 * n for n in range(100, 150)]
+    asked.clear()
+    with pytest.raises(EngineDiedError, match="no answer to 5"):  # the one in its place has a death of its own
+        pool.ask_all(5)
+    assert sorted(asked) == [0, 1, 1, 2]
+    assert "a doubler died and is started again: no answer to 5" in caplog.text
+    assert pool.ask_all(6) == [12, 12, 12]
+    with pytest.raises(UserError, match="below 0"):
+        pool.ask_all(-1)
+    assert pool.ask(7) == 14, "all are free again"
