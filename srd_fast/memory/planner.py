@@ -125,14 +125,22 @@ def _disk(config: RunConfig, lengths: Lengths | None, made: Simulated) -> int | 
         kept = everything if lengths.kept is None or c.reflect_again else lengths.kept
         known = lengths.kept is not None or c.reflect_again or c.method == "none"
         share = 1.0 if known or isinstance(c.keep, str) else c.keep
+        share *= _answers_held(config)
         samples = share * len(kept) + len(lengths.validation)
         rows = share * sum(lengths.train[i][1] for i in kept) + sum(n for _, n in lengths.validation)
     else:
         count = _count_rows(config)
         if count is None:
             return None
-        samples, rows = count, count * config.max_response_length
+        samples = count * _answers_held(config)
+        rows = samples * config.max_response_length
     return int(rows * made.row_bytes + samples * (KEY_BYTES + 8)) + made.head_bytes
+
+
+def _answers_held(config: RunConfig) -> float:
+    """How many answers to a kept prompt the cache holds at most; of answers made anew those of the first stage too."""
+    of_first = 1.0 if config.curate.method == "none" else 1 / config.curate.stages
+    return config.answers_per_prompt * (1 + of_first if config.answers_again else 1.0)
 
 
 def _count_rows(config: RunConfig) -> int | None:

@@ -201,6 +201,8 @@ class RunConfig(_Section):
     """Whose answers are trained on, by which loss: kd, sft, seqkd, offline_on_policy, on_policy, distillm, self."""
     answers_per_prompt: int = Field(default=1, ge=1, le=1000)
     """In offline_on_policy and seqkd; above 1 they are sampled, with reflect.temperature."""
+    answers_again: bool = False
+    """In offline_on_policy: at each stage's border the student, as it is then, answers the stage's prompts anew."""
     controls: list[Literal["random", "none"]] = []
     """Trained too, from the same start and cache: random drops and stages by chance, none trains on all samples."""
     preset: str | None = None

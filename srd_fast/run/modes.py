@@ -133,6 +133,7 @@ def fine_tuning(config: "RunConfig", model: str, output: str | None = None) -> "
             ),
             "distill": {k: v for k, v in config.distill.items() if k not in of_modes},
             "answers_per_prompt": 1,
+            "answers_again": False,
             "privileged_template": None,
         }
     )
@@ -183,6 +184,7 @@ def check_mode(config: "RunConfig", args: SRDConfig, faults: Faults) -> None:
     faults.check(("mode", *weights), _check_weights, config, args)
     faults.check(("mode", "distill.lmbda"), _check_share, config, args)
     faults.check(("mode", "answers_per_prompt", "reflect.temperature"), _check_several, config)
+    faults.check(("mode", "answers_again", "curate.stages"), _check_again, config)
     faults.check(("mode", "curate.reflect_again"), _check_ranked_once, config)
     faults.check(("mode", "teacher", "student"), _check_itself, config)
     faults.check(("mode", "privileged_template"), _check_privileged, config)
@@ -219,6 +221,21 @@ def _check_several(config: "RunConfig") -> None:
         raise UserError(
             f"config: answers_per_prompt is {several}, and reflect.temperature is 0, with which all of them would be "
             "the same; set it to 1, or answers_per_prompt to 1"
+        )
+
+
+def _check_again(config: "RunConfig") -> None:
+    if not config.answers_again:
+        return
+    if MODES.get(config.mode).answers != STUDENT:
+        raise UserError(
+            f"config: answers_again is true, and mode {config.mode!r} does not train on answers that its student made "
+            "beforehand; set it to false, or the mode to offline_on_policy; on_policy answers anew in single steps"
+        )
+    if config.curate.stages == 1:
+        raise UserError(
+            "config: answers_again is true, and curate.stages is 1, so there is no border at which the student could "
+            "answer again; set curate.stages to 2 or more, or answers_again to false"
         )
 
 

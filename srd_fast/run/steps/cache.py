@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from ...errors import Faults, UserError
 from ...files import remove
 from ...models import load_model, model_without_weights, quantisation_of
 from ...teacher import StaleCacheError, TeacherCache, open_teacher_cache
-from ...teacher.opening import check_engine
+from ...teacher.opening import check_engine, drop_other_rows
 from ...teacher.vllm_teacher import spreads
 from ...training.config import SRDConfig, check_cache_kind
 from ...workers.vllm import check_installed
@@ -24,6 +25,8 @@ from .run import Run
 from .settings import training_config
 
 logger = logging.getLogger(__name__)
+
+CACHE = "teacher_cache"
 
 
 def check_cache(config: RunConfig, args: SRDConfig, faults: Faults | None = None) -> None:
@@ -95,7 +98,9 @@ def cache_teacher(run: Run) -> None:
     run.group.everywhere(open_cache, run)
 
 
-def open_cache(run: Run, student: nn.Module | None = None, whole: bool = False) -> TeacherCache | None:
+def open_cache(
+    run: Run, student: nn.Module | None = None, whole: bool = False, beside: Dataset | None = None
+) -> TeacherCache | None:
     """Open the run's cache, complete. Missing and damaged parts are made, a cache of another teacher is replaced.
 
     As all that opens the cache, it is done by all processes of a group at once, which share what there is to make.
@@ -105,6 +110,7 @@ def open_cache(run: Run, student: nn.Module | None = None, whole: bool = False) 
         student: the starting student, if it is loaded already. Compact kinds look at its head, log-sum-exps at the
             number of its classes.
         whole: with all training samples, kept or not, as before there is a plan.
+        beside: further samples. Rows of other further samples, of before, are deleted first.
 
     Returns:
         The cache, or None where the run has none.
@@ -112,15 +118,33 @@ def open_cache(run: Run, student: nn.Module | None = None, whole: bool = False) 
     c = run.config.cache
     if not has_cache(run.config):
         return None
+    if student is None and (c.kind != "hidden" or c.log_sum_exp):
+        shape = model_without_weights(run.start) if c.kind == "hidden" else None
+        student = load_model(run.start, torch.float32) if shape is None else shape
+    wanted = [*_held(run, whole), *([] if beside is None else [beside])]
+    if beside is not None:
+        _drop_others(run, wanted)
+    return _filled(run, wanted, student)
+
+
+def drop_rows_beside(run: Run) -> None:
+    """Delete rows of `open_cache`'s further samples, so that the cache is what the step that fills it has left."""
+    if has_cache(run.config):
+        _drop_others(run, _held(run))
+
+
+def _held(run: Run, whole: bool = False) -> list[Dataset]:
+    """The samples that the cache holds: those that the run trains on first, and those of the validation."""
     train = run.trained_on
     # Dropped samples may come back, or are a control's.
     if not whole and not run.config.curate.reflect_again and not run.config.controls:
         kept = set(run.plan.kept)
         train = train.select([i for i, sample_id in enumerate(train["sample_id"]) if sample_id in kept])
-    if student is None and (c.kind != "hidden" or c.log_sum_exp):
-        shape = model_without_weights(run.start) if c.kind == "hidden" else None
-        student = load_model(run.start, torch.float32) if shape is None else shape
-    return _filled(run, [train, run.data("validation")], student)
+    return [train, run.data("validation")]
+
+
+def _drop_others(run: Run, samples: Sequence[Dataset]) -> None:
+    drop_other_rows(run.folder / CACHE, chain.from_iterable(map(teachers_samples, samples)))
 
 
 def warm_up_cache(run: Run) -> TeacherCache | None:
@@ -163,7 +187,7 @@ def validation_cache(run: Run) -> TeacherCache | None:
 
 
 def _filled(run: Run, samples: Sequence[Dataset], student: nn.Module | None = None) -> TeacherCache:
-    c, folder = run.config.cache, run.folder / "teacher_cache"
+    c, folder = run.config.cache, run.folder / CACHE
 
     def opened() -> TeacherCache:
         return open_teacher_cache(

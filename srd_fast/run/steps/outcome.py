@@ -21,7 +21,7 @@ from ...teacher import LiveTeacher, PrivilegedTeacher, TeacherCache
 from ...training.evaluation import evaluate
 from ..config import RunConfig
 from ..modes import MODES
-from .answers import answer_counts
+from .answers import answer_counts, answered_again
 from .cache import validation_cache
 from .data import COUNTS
 from .run import PRUNE, Run, json_text
@@ -59,7 +59,7 @@ def evaluate_step(run: Run) -> None:
         "timings": {name: entry["seconds"] for name, entry in run.ledger.items() if "seconds" in entry},
         "training": _training_figures(run),
         **({"best": best} if (best := _best_step(run)) else {}),
-        "stages": _stages(run),
+        "stages": _stages(run) or answered_again(run),
         "environment": {
             "device": str(run.device),
             "torch": torch.__version__,
