@@ -327,7 +327,9 @@ def begin_from(source: Path, config: RunConfig) -> None:
             for output in step.outputs(config):
                 _link(source, folder, output)
             ours.adopt(step, entry)
-    if has_cache(config) and not os.path.lexists(folder / "teacher_cache") and (source / "teacher_cache").is_dir():
+    # With answers made anew each run deletes the rows of its own that it no longer needs.
+    shares = has_cache(config) and not config.answers_again
+    if shares and not os.path.lexists(folder / "teacher_cache") and (source / "teacher_cache").is_dir():
         _link(source, folder, "teacher_cache")
     steps.adopt_evaluations(source, folder)
 
@@ -342,10 +344,9 @@ def _train_controls(run: "steps.Run") -> None:
     """Do a run for each control, in a folder of its own, from this run's start and cache."""
     main = (run.config, run.folder, run.fingerprints, run.ledger)
     say, plan = run.say, CurriculumPlan.load(run.folder / "plan.json")
-    if has_cache(run.config):  # filled before there were controls, it lacks the dropped samples
+    cached = run.ledger["cache"]["outputs"] if has_cache(run.config) else {}
+    if cached:  # filled before there were controls, it lacks the dropped samples
         steps.cache_teacher(run)
-        outputs = run.ledger["cache"]["outputs"]
-        outputs.update({name: content_digest(run.folder / name) for name in outputs})
     for name in run.config.controls:
         config = steps.control_config(main[0], name, plan)
         folder = Path(config.output_dir)
@@ -357,6 +358,8 @@ def _train_controls(run: "steps.Run") -> None:
             _do(run, ledger)
     run.group.everywhere(steps.Run.turn_to, run, *main)
     run.say = say
+    # Controls have filled it too, with rows of answers that the run does not train on.
+    cached.update({name: content_digest(run.folder / name) for name in cached})
 
 
 def _said_of(control: str, say: Callable[[News], None]) -> Callable[[News], None]:
