@@ -16,7 +16,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ..data import WHOLE_COLUMN
+from transformers import IntervalStrategy
+
+from ..data import PRIVILEGED, WHOLE_COLUMN, check_privileged_column
 from ..errors import Faults, UserError
 from ..reflection import get_difficulties
 from ..registry import Registry
@@ -120,7 +122,10 @@ def fine_tuning(config: "RunConfig", model: str, output: str | None = None) -> "
             "give its folder, or fine-tune the teacher"
         )
     of_modes = {"sft_weight", "sft_weight_start", "sft_weight_end"}
-    of_modes |= {"lmbda", "seq_kd", "replay_buffer", "self_ema_decay"}
+    of_modes |= {"lmbda", "seq_kd", "replay_buffer", "self_ema_decay", "standardize_logits"}
+    of_modes |= {"generation_temperature", "sync_every"}
+    if not config.distill.get("eval_generate"):
+        of_modes |= {"max_new_tokens", "generation_engine", "generation_options"}
     return config.model_copy(
         update={
             "mode": SFT,
@@ -135,6 +140,11 @@ def fine_tuning(config: "RunConfig", model: str, output: str | None = None) -> "
             "answers_per_prompt": 1,
             "answers_again": False,
             "privileged_template": None,
+            "max_privileged_length": SRDConfig.max_privileged_length,
+            "columns": {name: column for name, column in config.columns.items() if name != PRIVILEGED},
+            "cache": config.cache.model_copy(
+                update={"engine": "transformers", "engine_options": {}, "log_sum_exp": False}
+            ),
         }
     )
 
@@ -182,12 +192,16 @@ def check_mode(config: "RunConfig", args: SRDConfig, faults: Faults) -> None:
     """
     weights = ("distill.sft_weight", "distill.sft_weight_start", "distill.sft_weight_end")
     faults.check(("mode", *weights), _check_weights, config, args)
+    faults.check(("mode", "distill.standardize_logits"), _check_logits, config, args)
     faults.check(("mode", "distill.lmbda"), _check_share, config, args)
+    faults.check(("mode", "distill.seq_kd"), _check_teacher_answers, config, args)
+    faults.check(("distill.eval_generate", "distill.eval_strategy"), _check_evaluates, args)
     faults.check(("mode", "answers_per_prompt", "reflect.temperature"), _check_several, config)
     faults.check(("mode", "answers_again", "curate.stages"), _check_again, config)
     faults.check(("mode", "curate.reflect_again"), _check_ranked_once, config)
     faults.check(("mode", "teacher", "student"), _check_itself, config)
     faults.check(("mode", "privileged_template"), _check_privileged, config)
+    faults.check(("mode", "privileged_template", "columns"), _check_column, config)
     faults.check(("mode", "distill.self_ema_decay", "cache.kind"), _check_average, config, args)
     places = ("distill.teacher_offload", "teacher_device_map")
     faults.check(("mode", "lora", "distill.self_ema_decay", *places), _check_place, config, args)
@@ -208,6 +222,32 @@ def _check_share(config: "RunConfig", args: SRDConfig) -> None:
         others = "use mode on_policy, distillm or self, or leave it out"
         way = "set it above 0, or use mode kd" if mode.fresh else others
         raise UserError(f"config: distill.lmbda is {args.lmbda!r} in mode {config.mode!r}; {way}")
+
+
+def _check_logits(config: "RunConfig", args: SRDConfig) -> None:
+    if args.standardize_logits and not MODES.get(config.mode).teacher:
+        raise UserError(
+            f"config: distill.standardize_logits is true, and mode {config.mode!r} has no divergence that it would "
+            "change; leave it out, or use mode kd"
+        )
+
+
+def _check_teacher_answers(config: "RunConfig", args: SRDConfig) -> None:
+    mode = MODES.get(config.mode)
+    if args.seq_kd and (mode.makes_answers or not mode.teacher):
+        why = "trains on answers made beforehand" if mode.makes_answers else "has no teacher that could answer"
+        raise UserError(
+            f"config: distill.seq_kd is true, and mode {config.mode!r} {why}; leave it out, or use mode on_policy"
+        )
+
+
+def _check_evaluates(args: SRDConfig) -> None:
+    if args.eval_generate and args.eval_strategy == IntervalStrategy.NO:
+        raise UserError(
+            "config: distill.eval_generate is true, and distill.eval_strategy is 'no', so that nothing is evaluated "
+            "while the student is trained; set it to 'steps', or leave both out: evaluate.metrics are of the finished "
+            "student"
+        )
 
 
 def _check_several(config: "RunConfig") -> None:
@@ -279,6 +319,13 @@ def _check_privileged(config: "RunConfig") -> None:
             f"config: privileged_template is {config.privileged_template!r}, and in mode {config.mode!r} the teacher "
             "reads what the student reads; leave it out, or use mode self"
         )
+
+
+def _check_column(config: "RunConfig") -> None:
+    try:
+        check_privileged_column(config.columns, privileged_template(config))
+    except UserError as e:
+        raise UserError(f"config: {e}") from e
 
 
 def _check_average(config: "RunConfig", args: SRDConfig) -> None:

@@ -296,6 +296,8 @@ def _do(
         for output in step.outputs(config):
             if (folder / output).is_symlink():  # of the run that this one began from
                 (folder / output).unlink()
+        if step.name != "prepare":
+            steps.check_tests_of_rows(run)
         run.say(News(f"{place} ...", step.name, "started"))
         started = time.monotonic()
         with expect_logits(run.expected_logits()):

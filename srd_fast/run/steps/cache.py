@@ -46,8 +46,9 @@ def check_cache(config: RunConfig, args: SRDConfig, faults: Faults | None = None
         names = ("config: cache.kind", "distill.divergence")
         given.check(("cache.kind", "distill.divergence", "preset"), check_cache_kind, kind, args.divergence, names)
     given.check(("cache.kind", "lora"), _check_projected, config)
-    given.check(("cache.kind", "cache.log_sum_exp"), _check_log_sum_exp, config)
-    given.check(("cache.engine", "cache.engine_options", "cache.kind", "teacher_device_map"), _check_engine, config)
+    given.check(("cache.kind", "cache.log_sum_exp", "mode"), _check_log_sum_exp, config)
+    engine = ("cache.engine", "cache.engine_options", "cache.kind", "teacher_device_map", "mode")
+    given.check(engine, _check_engine, config)
     if faults is None:
         given.tell()
 
@@ -59,6 +60,8 @@ def _check_projected(config: RunConfig) -> None:
 
 def _check_engine(config: RunConfig) -> None:
     c = config.cache
+    if c.engine != "transformers" and c.kind != LIVE and not has_cache(config):
+        raise UserError(f"config: cache.engine is {c.engine!r}, and {_without_cache(config)}; leave it out")
     try:
         check_engine(c.engine, c.engine_options, spread=config.teacher_device_map is not None)
     except UserError as e:
@@ -69,8 +72,14 @@ def _check_engine(config: RunConfig) -> None:
         check_installed()
 
 
+def _without_cache(config: RunConfig) -> str:
+    return f"a run of mode {config.mode!r} with these settings keeps none of its teacher's rows"
+
+
 def _check_log_sum_exp(config: RunConfig) -> None:
     kind = config.cache.kind
+    if config.cache.log_sum_exp and kind != LIVE and not has_cache(config):
+        raise UserError(f"config: cache.log_sum_exp is true, and {_without_cache(config)}; set it to false")
     if config.cache.log_sum_exp and kind != "hidden":
         raise UserError(
             f"config: cache.log_sum_exp is true, and cache.kind is {kind!r}: only hidden keeps it; set it to false"
