@@ -21,8 +21,8 @@ _OF_EVALUATIONS = {
 }  # fmt: skip
 
 # Of fresh answers alone, and of both.
-_OF_FRESH = {"generation_temperature": 1.0, "sync_every": 1}
-_OF_ANY = {"max_new_tokens": 128, "generation_engine": "transformers", "generation_options": None}
+_OF_FRESH: dict[str, Any] = {"generation_temperature": 1.0, "sync_every": 1}
+_OF_ANY: dict[str, Any] = {"max_new_tokens": 128, "generation_engine": "transformers", "generation_options": None}
 
 
 def check_answers(args: "SRDConfig", faults: Faults) -> None:
@@ -39,8 +39,8 @@ def check_answers(args: "SRDConfig", faults: Faults) -> None:
     faults.check("eval_metrics", _check_metrics, args)
     for name, nothing in _OF_EVALUATIONS.items():
         faults.check((name, "eval_generate"), _check_asked_for, args, name, nothing)
-    for name, nothing in (_OF_FRESH | _OF_ANY).items():
-        faults.check((name, "lmbda", "seq_kd", "eval_generate"), _check_something_answers, args, name, nothing)
+    for name, default in (_OF_FRESH | _OF_ANY).items():
+        faults.check((name, "lmbda", "seq_kd", "eval_generate"), _check_something_answers, args, name, default)
     faults.check(("sync_every", "generation_engine"), _check_sync, args)
     faults.check(("seq_kd", "lmbda"), _check_other_steps, args)
     faults.check(
@@ -108,9 +108,9 @@ def _check_asked_for(args: "SRDConfig", name: str, nothing: float | None) -> Non
         raise UserError(f"{name} is {value!r}, but eval_generate is false, and nothing is answered; set it to true")
 
 
-def _check_something_answers(args: "SRDConfig", name: str, nothing: Any) -> None:
+def _check_something_answers(args: "SRDConfig", name: str, default: Any) -> None:
     evaluates = name in _OF_ANY and args.eval_generate
-    if getattr(args, name) != nothing and not args.answers_anew and not evaluates:
+    if getattr(args, name) != default and not args.answers_anew and not evaluates:
         others = " or eval_generate" if name in _OF_ANY else ""
         raise UserError(
             f"{name} is {getattr(args, name)!r}, but nothing is answered while the student is trained; leave it out, "

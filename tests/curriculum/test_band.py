@@ -86,7 +86,7 @@ def test_what_is_no_band_or_weight_is_said() -> None:
         ({"band": {"pass_rate": [0.3, 0.4]}}, "only 8 of 8 samples could be scored, and 8 of those are outside"),
         (
             {"band": {"pass_rate": [0.3, 0.4]}},
-            r"\('s.': pass_rate is .*, outside the band 0.3 to 0.4\); widen band, leave",
+            r"\('s.': pass_rate is .*, outside the band 0.3 to 0.4\); widen band",
         ),
         (
             {"weight_by": "cross_entropy"},
