@@ -17,7 +17,7 @@ from ..data import read_source, source_files
 from ..losses import expect_logits
 from ..models import is_encoder_decoder, load_config
 from ..run.config import RunConfig
-from ..run.modes import LIVE, MODES, answers_anew, has_cache
+from ..run.modes import LIVE, answers_anew, has_cache, mode_of
 from ..run.steps import Run
 from ..run.steps.cache import check_cache
 from ..run.steps.data import QUICKSTART_ROWS
@@ -181,7 +181,7 @@ def in_a_step(config: RunConfig) -> RunConfig:
     Args:
         config: of the run.
     """
-    mode, cache = MODES.get(config.mode), config.cache
+    mode, cache = mode_of(config), config.cache
     if mode.teacher and (answers_anew(config) or not has_cache(config)):  # the teacher runs, also beside its cache
         cache = cache.model_copy(update={"kind": LIVE})
     elif not mode.teacher:  # in whose place each label is one draw
@@ -194,7 +194,7 @@ def _not_counted(config: RunConfig, run: Run) -> Iterator[str]:
         yield _SPREAD
     if answers_anew(config):
         yield "the generation of fresh answers"
-    if MODES.get(config.mode).itself and not has_cache(config):
+    if mode_of(config).itself and not has_cache(config):
         yield "the longer prompts of the teacher"
 
 

@@ -26,7 +26,7 @@ from . import steps
 from .config import RunConfig, read_run_config
 from .group import Group
 from .ledger import Ledger, News, Step
-from .modes import MODES, has_cache, reflects
+from .modes import has_cache, mode_of, reflects
 
 STEPS = (
     Step("prepare", lambda c: ["data"], steps.prepare_inputs, (), steps.prepare),
@@ -60,7 +60,7 @@ STEPS = (
         ("curate",),
         steps.answer_step,
         (steps.PARTS,),
-        in_run=lambda c: MODES.get(c.mode).makes_answers,
+        in_run=lambda c: mode_of(c).makes_answers,
     ),
     Step(
         "cache",
@@ -69,7 +69,7 @@ STEPS = (
         ("answers",),
         steps.cache_teacher,
         ("teacher_cache",),
-        in_run=lambda c: MODES.get(c.mode).teacher,
+        in_run=lambda c: mode_of(c).teacher,
     ),
     Step(
         "distill",

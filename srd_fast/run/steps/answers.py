@@ -12,11 +12,11 @@ import pyarrow.parquet as pq
 from datasets import Dataset, concatenate_datasets
 
 from ...curriculum import CurriculumPlan
-from ...data import TOKENISED_FEATURES, answer_ends, answered, end_of
+from ...data import answer_ends, answered, end_of
 from ...errors import UserError
 from ...files import remove, write_text
 from ..config import RunConfig
-from ..modes import MODES, STUDENT
+from ..modes import STUDENT, mode_of
 from .data import tokenisation_of
 from .run import ANSWERS, Run, json_text, read_samples, write_parquet
 from .selection import PARTS, reflect_inputs, reflect_together
@@ -31,7 +31,7 @@ _SEEDS = 1000
 def answer_inputs(config: RunConfig) -> Any:
     """What the answers depend on, besides the plan and the reflections: how many there are, and how they are made."""
     again = ["again"] if config.answers_again else []
-    return [MODES.get(config.mode).answers, config.answers_per_prompt, reflect_inputs(config), config.seed, *again]
+    return [mode_of(config).answers, config.answers_per_prompt, reflect_inputs(config), config.seed, *again]
 
 
 def answer_step(run: Run) -> None:
@@ -124,7 +124,7 @@ def trained_in(run: Run, stage: int) -> Dataset:
 def answer_counts(run: Run) -> dict[str, int]:
     """How many answers there are, and were empty or cut; nothing where the data's are trained on."""
     file = run.folder / ANSWERS / COUNTS
-    own = MODES.get(run.config.mode).makes_answers
+    own = mode_of(run.config).makes_answers
     return dict(json.loads(file.read_text(encoding="utf-8"))) if own and file.is_file() else {}
 
 
@@ -159,7 +159,7 @@ def _answered(
     ends, eos = answer_ends(train, run.tokenizer), int(run.tokenizer.eos_token_id)
     limit, again = run.config.max_response_length, run.config.answers_again
     counts = {"answers": 0, "empty": 0, "cut": 0}
-    columns: dict[str, list[Any]] = {name: [] for name in TOKENISED_FEATURES}
+    columns: dict[str, list[Any]] = {name: [] for name in samples.column_names}
     rows: Any = samples
     decode: Any = run.tokenizer.decode
     for number, answers in enumerate(rounds):
@@ -180,7 +180,7 @@ def _answered(
             len(samples) * run.config.answers_per_prompt, counts["empty"], "" if again else " and are dropped",
             counts["cut"], run.config.reflect.max_new_tokens,
         )  # fmt: skip
-    return Dataset.from_dict(columns, features=TOKENISED_FEATURES), counts
+    return Dataset.from_dict(columns, features=samples.features), counts
 
 
 def _end(run: Run, ids: Sequence[int], end: int) -> int | None:
@@ -204,7 +204,7 @@ def _names(run: Run, plan: CurriculumPlan) -> dict[str, list[str]]:
 def _rounds(run: Run, samples: Dataset) -> Iterator[list[list[int]]]:
     """Token ids of one answer to each sample, as often as there are answers a prompt."""
     rounds = range(run.config.answers_per_prompt)
-    if MODES.get(run.config.mode).answers == STUDENT:
+    if mode_of(run.config).answers == STUDENT:
         made_already = rounds[: run.config.reflect.attempts]
         for number in made_already:
             yield _reflections(run, samples["sample_id"], number)

@@ -20,7 +20,7 @@ from ...teacher.vllm_teacher import spreads
 from ...training.config import SRDConfig, check_cache_kind
 from ...workers.vllm import check_installed
 from ..config import RunConfig
-from ..modes import LIVE, MODES, has_cache
+from ..modes import LIVE, has_cache, mode_of
 from .run import Run
 from .settings import training_config
 
@@ -166,7 +166,7 @@ def warm_up_cache(run: Run) -> TeacherCache | None:
         makes, and if it sees so few samples that filling the cache for all of them would not pay before curation.
     """
     c, train = run.config.init_student, run.data("train")
-    held = has_cache(run.config) and run.config.cache.kind == "hidden" and not MODES.get(run.config.mode).makes_answers
+    held = has_cache(run.config) and run.config.cache.kind == "hidden" and not mode_of(run.config).makes_answers
     if not held or c.warmup_steps * c.warmup_batch_size < len(train):
         return None
     return _filled(run, [train, run.data("validation")])
@@ -182,7 +182,7 @@ def scoring_teacher(run: Run, alone: bool = False) -> TeacherCache | PreTrainedM
         run: of which it is.
         alone: that other processes, with samples of their own, do not see this folder.
     """
-    own = MODES.get(run.config.mode).makes_answers
+    own = mode_of(run.config).makes_answers
     if not alone and not own and run.config.cache.kind == "hidden":
         cache = open_cache(run, whole=True)
         if cache is not None:

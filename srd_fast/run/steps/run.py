@@ -24,7 +24,7 @@ from ...teacher import LiveTeacher
 from ...training.config import SRDConfig
 from ..config import RunConfig
 from ..group import Group
-from ..modes import MODES, PRUNE
+from ..modes import PRUNE, mode_of
 from .settings import training_config
 
 QUICKSTART = "quickstart"
@@ -160,13 +160,13 @@ class Run:
     @property
     def trained_on(self) -> Dataset:
         """The samples that the student is trained on: those of the data, or with answers made in their place."""
-        own = MODES.get(self.config.mode).makes_answers
+        own = mode_of(self.config).makes_answers
         return read_samples(self.folder / ANSWERS / "train.parquet") if own else self.data("train")
 
     @property
     def plan(self) -> CurriculumPlan:
         """The plan of `trained_on`."""
-        own = MODES.get(self.config.mode).makes_answers
+        own = mode_of(self.config).makes_answers
         return CurriculumPlan.load((self.folder / ANSWERS if own else self.folder) / "plan.json")
 
     def expected_logits(self) -> float:

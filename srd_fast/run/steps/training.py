@@ -22,7 +22,7 @@ from ...training.best import best_of
 from ...training.checkpoints import last_whole_checkpoint
 from ...training.trainer import SRDTrainer
 from ..config import RunConfig
-from ..modes import KD, MODES, answers_anew, shares_weights
+from ..modes import KD, answers_anew, mode_of, shares_weights
 from ..stopping import stopping_later
 from .answers import answer_again, stage_answers, trained_in
 from .cache import drop_rows_beside, open_cache
@@ -182,7 +182,7 @@ def _trained(run: Run, plan: CurriculumPlan, until: int | None, answers: int, ch
 
 def _teacher(run: Run, student: nn.Module, answers: Dataset | None = None) -> Any:
     """What the student is distilled from, also on new answers; None where its loss has no teacher."""
-    if not MODES.get(run.config.mode).teacher:
+    if not mode_of(run.config).teacher:
         return None
     if shares_weights(run.config):
         return SELF
