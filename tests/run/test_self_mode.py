@@ -146,7 +146,7 @@ def test_killed_it_ends_with_the_same_bytes(
 def test_on_answers_that_the_student_gives_beforehand(
     settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """OPSD from the cache: the teacher reads the data's answer before the student's, which is made anew at the border."""
+    """OPSD from the cache: the teacher reads the data's answer before the student's, new at the border."""
     sampled = {**settings["reflect"], "temperature": 1.0}
     changes = {"own_answers": True, "answers_again": True, "answers_per_prompt": 2, "reflect": sampled}
     metrics = run(config(settings, tmp_path / "cached", **changes), "distill")
