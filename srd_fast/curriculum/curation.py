@@ -139,10 +139,7 @@ def curate(
     rows = rows[within]
     count = len(rows)
     if count < stages:
-        left = f", and {len(outside)} of those are outside the band or weigh nothing" if len(outside) else ""
-        raise UserError(
-            f"stages is {stages} but only {count + len(outside)} of {len(ids)} samples could be scored{left}"
-        )
+        raise UserError(f"stages is {stages} but only " + _why_few(len(ids), unscored, outside))
 
     values = {n: v[rows] for n, v in values.items()}
     fused = np.zeros(count)
@@ -276,6 +273,23 @@ def _in_band(
             raise UserError(f"weight_by is {weight_by!r}, which must be from 0 to 1 in every row, found {worst:g}")
         leave_out((p == 0) | (p == 1), weight_by, "with which it weighs nothing")
     return within, pa.array(reasons[~within], TEXT)
+
+
+def _why_few(total: int, unscored: pa.RecordBatch, outside: pa.RecordBatch) -> str:
+    """How many of all samples can be ranked, why the others cannot, and the ways out."""
+    said, ways = f"{total - len(unscored)} of {total} samples could be scored", list[str]()
+    if len(unscored):
+        said += f" ({_first_reason(unscored)})"
+        ways.append("leave out the signal that says nothing of them, or mend these rows")
+    if len(outside):
+        said += f", and {len(outside)} of those are outside the band or weigh nothing ({_first_reason(outside)})"
+        ways.append("widen band, leave weight_by out, or let the student make more or other attempts")
+    return "; ".join([said, *ways, "lower stages"] if total - len(unscored) - len(outside) else [said, *ways])
+
+
+def _first_reason(rows: pa.RecordBatch) -> str:
+    first = rows.slice(0, 1).to_pylist()[0]
+    return f"{first['sample_id']!r}: {first['reason']}"
 
 
 def _any_within(scores: pa.Table, plan: CurriculumPlan) -> bool:

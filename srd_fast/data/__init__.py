@@ -24,7 +24,14 @@ from .files import SourceRow, shown
 from .formats import ROW_FORMATS, register_row_format, row_format_names
 from .mapping import check_columns
 from .own_rows import DataFunction, check_made, data_function_of, made_rows
-from .privileged import WHOLE_COLUMN, check_privileged_template, seen_by_teacher, teachers_samples
+from .privileged import (
+    PRIVILEGED,
+    WHOLE_COLUMN,
+    check_privileged_column,
+    check_privileged_template,
+    seen_by_teacher,
+    teachers_samples,
+)
 from .rows import Rows
 from .samples import PreparedData, content_id, prepare_dataset
 from .sources import check_source, read_rows, read_source, rows_of, source_files, source_path
@@ -32,6 +39,7 @@ from .tokenisation import Tokenisation
 
 __all__ = [
     "IGNORE_INDEX",
+    "PRIVILEGED",
     "PRIVILEGED_FEATURES",
     "PRIVILEGED_IDS",
     "ROW_FORMATS",
@@ -52,6 +60,7 @@ __all__ = [
     "check_chat_template_kwargs",
     "check_columns",
     "check_made",
+    "check_privileged_column",
     "check_privileged_template",
     "check_source",
     "check_token_ids",

@@ -53,9 +53,14 @@ class PrivilegedTemplate:
             )
         self._text = text
 
+    @property
+    def reads_column(self) -> bool:
+        """Whether the text has the row's own privileged text in it."""
+        return PRIVILEGED in self._fields
+
     def lacks(self, row: Mapping[str, Any]) -> bool:
         """Whether a row has no text in the column that the template needs."""
-        return PRIVILEGED in self._fields and row.get(PRIVILEGED) in (None, "")
+        return self.reads_column and row.get(PRIVILEGED) in (None, "")
 
     def fields(self, fields: Mapping[str, str], row: Mapping[str, Any], answer: str) -> dict[str, str]:
         """A prompt template's fields as the teacher reads them.
@@ -86,7 +91,7 @@ class PrivilegedTemplate:
         return replace(chat, turns=({"role": SYSTEM, "content": text}, *chat.turns))
 
     def _of(self, row: Mapping[str, Any], question: str, answer: str) -> str:
-        given = text_of(row, PRIVILEGED) if PRIVILEGED in self._fields else ""
+        given = text_of(row, PRIVILEGED) if self.reads_column else ""
         return substituted(self._text, {_PROMPT: question, _RESPONSE: answer, PRIVILEGED: given})
 
 
@@ -94,6 +99,24 @@ def check_privileged_template(text: str | None) -> None:
     """Refuse what `PrivilegedTemplate` would refuse."""
     if text is not None:
         PrivilegedTemplate(text)
+
+
+def check_privileged_column(columns: Mapping[str, str], template: str | None) -> None:
+    """Refuse a column of privileged text that no template reads.
+
+    Args:
+        columns: as the user maps them, with or without `privileged`.
+        template: of a `PrivilegedTemplate`, in which nothing is wrong, or None.
+
+    Raises:
+        UserError: with the way out.
+    """
+    if PRIVILEGED in columns and (template is None or not PrivilegedTemplate(template).reads_column):
+        why = "there is no privileged_template" if template is None else f"privileged_template is {template!r}"
+        raise UserError(
+            f"columns has {PRIVILEGED}: {columns[PRIVILEGED]}, and {why}, so that nobody reads it; leave it out, or "
+            f"put {WHOLE_COLUMN} into privileged_template"
+        )
 
 
 def seen_by_teacher(sample: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from ..data import read_source, source_files
 from ..losses import expect_logits
 from ..models import is_encoder_decoder, load_config
 from ..run.config import RunConfig
-from ..run.modes import LIVE, MODES, answers_anew, has_cache
+from ..run.modes import LIVE, answers_anew, has_cache, mode_of
 from ..run.steps import Run
 from ..run.steps.cache import check_cache
 from ..run.steps.data import QUICKSTART_ROWS
@@ -125,14 +125,22 @@ def _disk(config: RunConfig, lengths: Lengths | None, made: Simulated) -> int | 
         kept = everything if lengths.kept is None or c.reflect_again else lengths.kept
         known = lengths.kept is not None or c.reflect_again or c.method == "none"
         share = 1.0 if known or isinstance(c.keep, str) else c.keep
+        share *= _answers_held(config)
         samples = share * len(kept) + len(lengths.validation)
         rows = share * sum(lengths.train[i][1] for i in kept) + sum(n for _, n in lengths.validation)
     else:
         count = _count_rows(config)
         if count is None:
             return None
-        samples, rows = count, count * config.max_response_length
+        samples = count * _answers_held(config)
+        rows = samples * config.max_response_length
     return int(rows * made.row_bytes + samples * (KEY_BYTES + 8)) + made.head_bytes
+
+
+def _answers_held(config: RunConfig) -> float:
+    """How many answers to a kept prompt the cache holds at most; of answers made anew those of the first stage too."""
+    of_first = 1.0 if config.curate.method == "none" else 1 / config.curate.stages
+    return config.answers_per_prompt * (1 + of_first if config.answers_again else 1.0)
 
 
 def _count_rows(config: RunConfig) -> int | None:
@@ -173,7 +181,7 @@ def in_a_step(config: RunConfig) -> RunConfig:
     Args:
         config: of the run.
     """
-    mode, cache = MODES.get(config.mode), config.cache
+    mode, cache = mode_of(config), config.cache
     if mode.teacher and (answers_anew(config) or not has_cache(config)):  # the teacher runs, also beside its cache
         cache = cache.model_copy(update={"kind": LIVE})
     elif not mode.teacher:  # in whose place each label is one draw
@@ -186,7 +194,7 @@ def _not_counted(config: RunConfig, run: Run) -> Iterator[str]:
         yield _SPREAD
     if answers_anew(config):
         yield "the generation of fresh answers"
-    if MODES.get(config.mode).itself and not has_cache(config):
+    if mode_of(config).itself and not has_cache(config):
         yield "the longer prompts of the teacher"
 
 

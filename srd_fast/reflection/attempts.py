@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 PASS_RATE = "pass_rate"
 # What a judge gives an answer that passes.
 FULL = 1.0
+# Who judges where nothing else is said.
+JUDGE = "exact_match"
 
 
 def pass_rate(reflected: "Reflected") -> list[float]:
@@ -55,6 +57,11 @@ def check_attempts(attempts: int, temperature: float, signals: Iterable[str], ju
     if attempts > 1 and not temperature:
         raise UserError(
             f"attempts is {attempts}, and temperature is 0, with which all of them would be the same; set it to 1"
+        )
+    if attempts == 1 and judge.name != JUDGE:
+        raise UserError(
+            f"judge is {judge.name!r}, and attempts is 1, so that there is nothing to judge; set attempts to 8, say, "
+            "or leave judge out"
         )
     if not judge.of_answers or not judge.higher_is_easier:
         raise UserError(

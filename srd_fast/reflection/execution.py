@@ -20,7 +20,7 @@ import sys
 import sysconfig
 import tempfile
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
@@ -28,6 +28,7 @@ from ..errors import UserError
 from . import sandbox
 
 _FENCED = re.compile(r"^[ \t]*```([^\n`]*)\n(.*?)(?:^[ \t]*```|\Z)", re.MULTILINE | re.DOTALL)
+EXECUTION = "execution"
 _PYTHON = {"", "python", "python3", "py"}
 _PROBE_SECONDS = 60.0
 
@@ -41,6 +42,24 @@ def extract_code(text: str) -> str:
     """
     blocks = (body for info, body in _FENCED.findall(text) if info.strip().lower() in _PYTHON)
     return next((textwrap.dedent(body) for body in blocks), text)
+
+
+def check_tests(asked: Iterable[str], tests: Iterable[Sequence[str] | None], what: str) -> None:
+    """Refuse to execute answers to rows of which none has tests, before anything is answered.
+
+    Args:
+        asked: names of signals or metrics.
+        tests: of each row.
+        what: the rows that are looked at, for the message.
+
+    Raises:
+        UserError: with the way out.
+    """
+    if EXECUTION in asked and not any(tests):
+        raise UserError(
+            f"{EXECUTION!r} runs the tests of a row, and none of {what} has any in a column tests; leave it out, or "
+            "give the rows tests"
+        )
 
 
 def run_tests(code: str, tests: Sequence[str], *, seconds: float = 5.0, memory_mb: int = 512) -> list[bool]:

@@ -29,7 +29,7 @@ from ..sharing import ALONE, Sharing
 from ..showing import progress_bar
 from ..suggest import unknown_name
 from ..teacher.source import TeacherSource
-from .attempts import check_attempts
+from .attempts import JUDGE, check_attempts
 from .engines import (
     AUTO,
     ENGINES,
@@ -40,6 +40,7 @@ from .engines import (
     open_engine,
     stopping_at,
 )
+from .execution import check_tests
 from .gap import check_teacher, check_teacher_given, teacher_source
 from .parts import compute_parts, cut, part_name, read_part, write_part
 from .shards import samples_of_shard
@@ -70,7 +71,7 @@ def reflect(
     max_new_tokens: int | None = None,
     signals: Sequence[str] = ("rouge_l", "cross_entropy"),
     attempts: int = 1,
-    judge: str = "exact_match",
+    judge: str = JUDGE,
     cross_entropy_by: str = "student",
     batch_size: int = 32,
     template: str = "alpaca",
@@ -167,6 +168,8 @@ def reflect(
         train_on=train_on,
     )
     samples = prepare_dataset(dataset, tokenisation, columns=columns, data_function=data_function).dataset
+    judged = [judging.name] if attempts > 1 else []
+    check_tests([*(signal.name for signal in functions), *judged], samples["tests"], "the samples")
     rouge_tokenizer = choose_tokenizer(rouge_tokenizer, samples["references"])  # the same for all shards
     if shard is not None:
         samples = samples.select(samples_of_shard(samples["sample_id"], shard))

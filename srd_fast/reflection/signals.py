@@ -26,7 +26,7 @@ from ..sharing import ALONE, Sharing
 from ..showing import progress_bar
 from ..teacher.source import TeacherSource
 from .attempts import PASS_RATE, pass_rate
-from .execution import pass_rates
+from .execution import EXECUTION, pass_rates
 from .final_number import final_number
 from .gap import gap, teacher_cross_entropy
 from .parts import cut
@@ -236,7 +236,7 @@ _BUILT_IN = (
         of_answers=False,
     ),
     Difficulty("gap", gap, higher_is_easier=True, shared=True, needs_teacher=True, of_answers=False),
-    Difficulty("execution", execution, higher_is_easier=True),
+    Difficulty(EXECUTION, execution, higher_is_easier=True),
     Difficulty("exact_match", exact_match, higher_is_easier=True),
     Difficulty("numeric_match", numeric_match, higher_is_easier=True),
     Difficulty(PASS_RATE, pass_rate, higher_is_easier=True, of_answers=False),

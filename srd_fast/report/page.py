@@ -182,7 +182,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         ("tokens trained on", count(training.get("tokens", math.nan))),
         ("curriculum", _plan_in_words(run.plan)),
         ("ranked by", _signals_in_words(run.plan)),
-        *_reflected_again(run),
+        *_at_borders(run),
     ]
     return [(label, value) for label, value in facts if value != "–"]
 
@@ -196,10 +196,15 @@ def _best_in_words(summary: Summary | None) -> str:
     return f"that of step {count(best.step)}, the best by {by}"
 
 
-def _reflected_again(run: Run) -> list[tuple[str, str]]:
-    """(label, value) for each stage border at which the student reflected again."""
+def _at_borders(run: Run) -> list[tuple[str, str]]:
+    """(label, value) for each stage border at which the student reflected, or answered, again."""
     found = []
     for row in run.summary.stages if run.summary else ():
+        if "answers" in row:
+            words = [f"{count(row[name])} {name}" for name in ("answers", "cut", "empty") if row.get(name)]
+            words.append(f"at step {count(row.get('step', math.nan))}, in {duration(row.get('seconds', math.nan))}")
+            found.append((f"answers before stage {count(row.get('stage', math.nan))}", ", ".join(words)))
+            continue
         means = [f"{n} {x:.3f}" for n, x in row.items() if n not in ("stage", "exchanged") and not math.isnan(x)]
         words = [*means, f"{count(row.get('exchanged', math.nan))} samples exchanged"]
         found.append((f"reflection before stage {count(row.get('stage', math.nan))}", ", ".join(words)))

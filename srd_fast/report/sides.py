@@ -145,8 +145,24 @@ def read_models(given: str) -> list[Given]:
         )
     summary = read_json(path / "summary.json")
     teacher = "" if summary is None else summary.text("teacher")
-    config = _config(path / "config.yaml")
+    config = _made_from(path)
     return [Given(path, n, config, teacher, answers.models[n], answers.table) for n in wanted]
+
+
+def _made_from(path: Path) -> dict[str, Any]:
+    """The config of a run; of a control with what its run's config has where the control's follows from the run's plan.
+
+    The plans of two seeds keep other numbers of rows where a knee or a band decides.
+    """
+    own, above = _config(path / "config.yaml"), path.absolute().parent
+    run = _config(above.parent / "config.yaml") if above.name == "controls" else {}
+    if path.absolute().name not in (run.get("controls") or ()):
+        return own
+    epochs = "epochs_per_stage"
+    distill = {name: value for name, value in (own.get("distill") or {}).items() if name != epochs}
+    of_run = run.get("distill") or {}
+    distill |= {epochs: of_run[epochs]} if epochs in of_run else {}
+    return {**own, "curate": run.get("curate"), "distill": distill, "control": path.absolute().name}
 
 
 def _config(path: Path) -> dict[str, Any]:

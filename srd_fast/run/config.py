@@ -199,8 +199,12 @@ class RunConfig(_Section):
     """Of everything drawn."""
     mode: str = KD
     """Whose answers are trained on, by which loss: kd, sft, seqkd, offline_on_policy, on_policy, distillm, self."""
+    own_answers: bool = False
+    """In self: train on answers that the starting student gives before training, not on the data's."""
     answers_per_prompt: int = Field(default=1, ge=1, le=1000)
-    """In offline_on_policy and seqkd; above 1 they are sampled, with reflect.temperature."""
+    """Of answers made before training; above 1 they are sampled, with reflect.temperature."""
+    answers_again: bool = False
+    """Of the student's own: at each stage's border it answers the stage's prompts anew, as it is then."""
     controls: list[Literal["random", "none"]] = []
     """Trained too, from the same start and cache: random drops and stages by chance, none trains on all samples."""
     preset: str | None = None

@@ -9,14 +9,17 @@ on_policy           data's, or fresh ones of the    the distillation loss, JSD u
 distillm            the same, by a share that grows the distillation loss, skew reverse KL (DistiLLM,
                     with the validation loss        arXiv 2402.03898)
 self                data's, or fresh ones of the    the distillation loss, JSD unless another is asked for, to the
-                    student for a share of steps    student's own start, which reads more (OPSD, arXiv 2601.18734)
+                    student for a share of steps,   student's own start, which reads more (OPSD, arXiv 2601.18734)
+                    or own_answers: its reflections
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from ..data import WHOLE_COLUMN
+from transformers import IntervalStrategy
+
+from ..data import PRIVILEGED, WHOLE_COLUMN, check_privileged_column
 from ..errors import Faults, UserError
 from ..reflection import get_difficulties
 from ..registry import Registry
@@ -76,6 +79,16 @@ MODES = Registry(
 )  # fmt: skip
 
 
+def mode_of(config: "RunConfig") -> Mode:
+    """What the mode of a run changes of it, with the answers that the run asks for.
+
+    Args:
+        config: of the run.
+    """
+    mode = MODES.get(config.mode)
+    return replace(mode, answers=STUDENT) if config.own_answers and mode.itself else mode
+
+
 def mode_fields(mode: Mode, given: Mapping[str, Any]) -> dict[str, Any]:
     """The section `distill` with what the mode adds to it.
 
@@ -120,7 +133,10 @@ def fine_tuning(config: "RunConfig", model: str, output: str | None = None) -> "
             "give its folder, or fine-tune the teacher"
         )
     of_modes = {"sft_weight", "sft_weight_start", "sft_weight_end"}
-    of_modes |= {"lmbda", "seq_kd", "replay_buffer", "self_ema_decay"}
+    of_modes |= {"lmbda", "seq_kd", "replay_buffer", "self_ema_decay", "standardize_logits"}
+    of_modes |= {"generation_temperature", "sync_every"}
+    if not config.distill.get("eval_generate"):
+        of_modes |= {"max_new_tokens", "generation_engine", "generation_options"}
     return config.model_copy(
         update={
             "mode": SFT,
@@ -133,26 +149,33 @@ def fine_tuning(config: "RunConfig", model: str, output: str | None = None) -> "
             ),
             "distill": {k: v for k, v in config.distill.items() if k not in of_modes},
             "answers_per_prompt": 1,
+            "answers_again": False,
+            "own_answers": False,
             "privileged_template": None,
+            "max_privileged_length": SRDConfig.max_privileged_length,
+            "columns": {name: column for name, column in config.columns.items() if name != PRIVILEGED},
+            "cache": config.cache.model_copy(
+                update={"engine": "transformers", "engine_options": {}, "log_sum_exp": False}
+            ),
         }
     )
 
 
 def privileged_template(config: "RunConfig") -> str | None:
     """What the teacher of a run reads besides, as a template; None where it reads what the student reads."""
-    return (config.privileged_template or WHOLE_COLUMN) if MODES.get(config.mode).itself else None
+    return (config.privileged_template or WHOLE_COLUMN) if mode_of(config).itself else None
 
 
 def answers_anew(config: "RunConfig") -> bool:
     """Whether any step of a run is on answers that are made for it."""
-    fields = mode_fields(MODES.get(config.mode), config.distill)
+    fields = mode_fields(mode_of(config), config.distill)
     return bool(fields.get("lmbda")) or fields.get("seq_kd") is True
 
 
 def shares_weights(config: "RunConfig") -> bool:
     """Whether a live teacher of a run is made of the weights of the student that is trained."""
     moves = config.distill.get("self_ema_decay") is not None
-    return MODES.get(config.mode).itself and not has_cache(config) and (moves or config.lora is not None)
+    return mode_of(config).itself and not has_cache(config) and (moves or config.lora is not None)
 
 
 def has_cache(config: "RunConfig") -> bool:
@@ -164,7 +187,7 @@ def has_cache(config: "RunConfig") -> bool:
     Args:
         config: of the run.
     """
-    mode = MODES.get(config.mode)
+    mode = mode_of(config)
     fields = mode_fields(mode, config.distill)
     always_fresh = fields.get("lmbda") == 1 or fields.get("seq_kd") is True
     beside = mode.itself and (answers_anew(config) or fields.get("self_ema_decay") is not None)
@@ -181,18 +204,24 @@ def check_mode(config: "RunConfig", args: SRDConfig, faults: Faults) -> None:
     """
     weights = ("distill.sft_weight", "distill.sft_weight_start", "distill.sft_weight_end")
     faults.check(("mode", *weights), _check_weights, config, args)
+    faults.check(("mode", "distill.standardize_logits"), _check_logits, config, args)
     faults.check(("mode", "distill.lmbda"), _check_share, config, args)
+    faults.check(("mode", "distill.seq_kd"), _check_teacher_answers, config, args)
+    faults.check(("distill.eval_generate", "distill.eval_strategy"), _check_evaluates, args)
     faults.check(("mode", "answers_per_prompt", "reflect.temperature"), _check_several, config)
+    faults.check(("mode", "own_answers", "distill.lmbda"), _check_own, config, args)
+    faults.check(("mode", "own_answers", "answers_again", "curate.stages"), _check_again, config)
     faults.check(("mode", "curate.reflect_again"), _check_ranked_once, config)
     faults.check(("mode", "teacher", "student"), _check_itself, config)
     faults.check(("mode", "privileged_template"), _check_privileged, config)
+    faults.check(("mode", "privileged_template", "columns"), _check_column, config)
     faults.check(("mode", "distill.self_ema_decay", "cache.kind"), _check_average, config, args)
     places = ("distill.teacher_offload", "teacher_device_map")
     faults.check(("mode", "lora", "distill.self_ema_decay", *places), _check_place, config, args)
 
 
 def _check_weights(config: "RunConfig", args: SRDConfig) -> None:
-    if not MODES.get(config.mode).teacher and not args.only_cross_entropy:
+    if not mode_of(config).teacher and not args.only_cross_entropy:
         given = (args.sft_weight_start, args.sft_weight_end) if args.sft_weight is None else args.sft_weight
         raise UserError(
             f"config: mode {config.mode!r} trains on the cross-entropy alone, and the sft_weight of its stages is "
@@ -201,16 +230,42 @@ def _check_weights(config: "RunConfig", args: SRDConfig) -> None:
 
 
 def _check_share(config: "RunConfig", args: SRDConfig) -> None:
-    mode = MODES.get(config.mode)
+    mode = mode_of(config)
     if mode.fresh is not None and mode.fresh != bool(args.lmbda):
         others = "use mode on_policy, distillm or self, or leave it out"
         way = "set it above 0, or use mode kd" if mode.fresh else others
         raise UserError(f"config: distill.lmbda is {args.lmbda!r} in mode {config.mode!r}; {way}")
 
 
+def _check_logits(config: "RunConfig", args: SRDConfig) -> None:
+    if args.standardize_logits and not mode_of(config).teacher:
+        raise UserError(
+            f"config: distill.standardize_logits is true, and mode {config.mode!r} has no divergence that it would "
+            "change; leave it out, or use mode kd"
+        )
+
+
+def _check_teacher_answers(config: "RunConfig", args: SRDConfig) -> None:
+    mode = mode_of(config)
+    if args.seq_kd and (mode.makes_answers or not mode.teacher):
+        why = "trains on answers made beforehand" if mode.makes_answers else "has no teacher that could answer"
+        raise UserError(
+            f"config: distill.seq_kd is true, and mode {config.mode!r} {why}; leave it out, or use mode on_policy"
+        )
+
+
+def _check_evaluates(args: SRDConfig) -> None:
+    if args.eval_generate and args.eval_strategy == IntervalStrategy.NO:
+        raise UserError(
+            "config: distill.eval_generate is true, and distill.eval_strategy is 'no', so that nothing is evaluated "
+            "while the student is trained; set it to 'steps', or leave both out: evaluate.metrics are of the finished "
+            "student"
+        )
+
+
 def _check_several(config: "RunConfig") -> None:
     several = config.answers_per_prompt
-    if several != 1 and not MODES.get(config.mode).makes_answers:
+    if several != 1 and not mode_of(config).makes_answers:
         raise UserError(
             f"config: answers_per_prompt is {several}, and mode {config.mode!r} does not train on answers made "
             "beforehand; set it to 1, or the mode to offline_on_policy or seqkd"
@@ -222,13 +277,44 @@ def _check_several(config: "RunConfig") -> None:
         )
 
 
+def _check_own(config: "RunConfig", args: SRDConfig) -> None:
+    if not config.own_answers:
+        return
+    if not mode_of(config).itself:
+        raise UserError(
+            f"config: own_answers is true, which is for mode self, and mode is {config.mode!r}; set it to false, or "
+            "the mode to offline_on_policy, which trains on them"
+        )
+    if args.lmbda:
+        raise UserError(
+            f"config: own_answers is true, and distill.lmbda is {args.lmbda!r}: the answers are made beforehand or in "
+            "steps; set one of the two"
+        )
+
+
+def _check_again(config: "RunConfig") -> None:
+    if not config.answers_again:
+        return
+    if mode_of(config).answers != STUDENT:
+        raise UserError(
+            f"config: answers_again is true, and mode {config.mode!r} does not train on answers that its student made "
+            "beforehand; set it to false, or the mode to offline_on_policy (self: own_answers to true); on_policy "
+            "answers anew in single steps"
+        )
+    if config.curate.stages == 1:
+        raise UserError(
+            "config: answers_again is true, and curate.stages is 1, so there is no border at which the student could "
+            "answer again; set curate.stages to 2 or more, or answers_again to false"
+        )
+
+
 def check_signals(config: "RunConfig") -> None:
     """Refuse signals that look at a teacher in a mode that has none, or that has the student itself.
 
     Raises:
         UserError: naming the mode, the signal and the way out.
     """
-    mode = MODES.get(config.mode)
+    mode = mode_of(config)
     if (mode.teacher and not mode.itself) or mode.answers == TEACHER or not reflects(config):
         return
     why = "has the student's start for one" if mode.itself else "has none"
@@ -241,7 +327,7 @@ def check_signals(config: "RunConfig") -> None:
 
 
 def _check_ranked_once(config: "RunConfig") -> None:
-    if MODES.get(config.mode).makes_answers and config.curate.reflect_again:
+    if mode_of(config).makes_answers and config.curate.reflect_again:
         raise UserError(
             f"config: curate.reflect_again changes which prompts are trained on, and mode {config.mode!r} has made "
             "their answers by then; set it to false"
@@ -249,7 +335,7 @@ def _check_ranked_once(config: "RunConfig") -> None:
 
 
 def _check_itself(config: "RunConfig") -> None:
-    if MODES.get(config.mode).itself and config.teacher != config.student:
+    if mode_of(config).itself and config.teacher != config.student:
         raise UserError(
             f"config: mode {config.mode!r} has the starting student as its teacher, and teacher is {config.teacher!r} "
             f"and student {config.student!r}: give both the same model, or use mode kd"
@@ -257,18 +343,25 @@ def _check_itself(config: "RunConfig") -> None:
 
 
 def _check_privileged(config: "RunConfig") -> None:
-    if config.privileged_template is not None and not MODES.get(config.mode).itself:
+    if config.privileged_template is not None and not mode_of(config).itself:
         raise UserError(
             f"config: privileged_template is {config.privileged_template!r}, and in mode {config.mode!r} the teacher "
             "reads what the student reads; leave it out, or use mode self"
         )
 
 
+def _check_column(config: "RunConfig") -> None:
+    try:
+        check_privileged_column(config.columns, privileged_template(config))
+    except UserError as e:
+        raise UserError(f"config: {e}") from e
+
+
 def _check_average(config: "RunConfig", args: SRDConfig) -> None:
     if args.self_ema_decay is None:
         return
     told = f"config: distill.self_ema_decay is {args.self_ema_decay}"
-    if not MODES.get(config.mode).itself:
+    if not mode_of(config).itself:
         raise UserError(f"{told}, and in mode {config.mode!r} the teacher is not the student; leave it out")
     if config.cache.kind != LIVE:
         raise UserError(

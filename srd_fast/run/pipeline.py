@@ -26,7 +26,7 @@ from . import steps
 from .config import RunConfig, read_run_config
 from .group import Group
 from .ledger import Ledger, News, Step
-from .modes import MODES, has_cache, reflects
+from .modes import has_cache, mode_of, reflects
 
 STEPS = (
     Step("prepare", lambda c: ["data"], steps.prepare_inputs, (), steps.prepare),
@@ -60,7 +60,7 @@ STEPS = (
         ("curate",),
         steps.answer_step,
         (steps.PARTS,),
-        in_run=lambda c: MODES.get(c.mode).makes_answers,
+        in_run=lambda c: mode_of(c).makes_answers,
     ),
     Step(
         "cache",
@@ -69,7 +69,7 @@ STEPS = (
         ("answers",),
         steps.cache_teacher,
         ("teacher_cache",),
-        in_run=lambda c: MODES.get(c.mode).teacher,
+        in_run=lambda c: mode_of(c).teacher,
     ),
     Step(
         "distill",
@@ -296,6 +296,8 @@ def _do(
         for output in step.outputs(config):
             if (folder / output).is_symlink():  # of the run that this one began from
                 (folder / output).unlink()
+        if step.name != "prepare":
+            steps.check_tests_of_rows(run)
         run.say(News(f"{place} ...", step.name, "started"))
         started = time.monotonic()
         with expect_logits(run.expected_logits()):
@@ -327,7 +329,9 @@ def begin_from(source: Path, config: RunConfig) -> None:
             for output in step.outputs(config):
                 _link(source, folder, output)
             ours.adopt(step, entry)
-    if has_cache(config) and not os.path.lexists(folder / "teacher_cache") and (source / "teacher_cache").is_dir():
+    # With answers made anew each run deletes the rows of its own that it no longer needs.
+    shares = has_cache(config) and not config.answers_again
+    if shares and not os.path.lexists(folder / "teacher_cache") and (source / "teacher_cache").is_dir():
         _link(source, folder, "teacher_cache")
     steps.adopt_evaluations(source, folder)
 
@@ -342,10 +346,9 @@ def _train_controls(run: "steps.Run") -> None:
     """Do a run for each control, in a folder of its own, from this run's start and cache."""
     main = (run.config, run.folder, run.fingerprints, run.ledger)
     say, plan = run.say, CurriculumPlan.load(run.folder / "plan.json")
-    if has_cache(run.config):  # filled before there were controls, it lacks the dropped samples
+    cached = run.ledger["cache"]["outputs"] if has_cache(run.config) else {}
+    if cached:  # filled before there were controls, it lacks the dropped samples
         steps.cache_teacher(run)
-        outputs = run.ledger["cache"]["outputs"]
-        outputs.update({name: content_digest(run.folder / name) for name in outputs})
     for name in run.config.controls:
         config = steps.control_config(main[0], name, plan)
         folder = Path(config.output_dir)
@@ -357,6 +360,8 @@ def _train_controls(run: "steps.Run") -> None:
             _do(run, ledger)
     run.group.everywhere(steps.Run.turn_to, run, *main)
     run.say = say
+    # Controls have filled it too, with rows of answers that the run does not train on.
+    cached.update({name: content_digest(run.folder / name) for name in cached})
 
 
 def _said_of(control: str, say: Callable[[News], None]) -> Callable[[News], None]:

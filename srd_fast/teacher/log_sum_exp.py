@@ -85,7 +85,7 @@ def keep_log_sum_exps(
 
 def _finish(folder: Path, digests: Mapping[str, str]) -> None:
     add_to_index(folder, digests)
-    _drop_orphans(folder)
+    drop_orphans(folder)
     drop_unfinished(folder)
 
 
@@ -129,8 +129,8 @@ def _check_disk(folder: Path, todo: Sequence[_Lacking], size: int) -> None:
         )
 
 
-def _drop_orphans(folder: Path) -> None:
-    """Delete log-sum-exps of files with hidden states that were made again and are not the same to the bit."""
+def drop_orphans(folder: Path) -> None:
+    """Delete log-sum-exps of files with hidden states that are gone, or were made again and are not the same."""
     index = read_index(folder)
     of_rows = lse_files(folder, index)
     orphans = {f for d in of_rows.keys() - set(index.values()) for x in of_rows[d].values() for f in x.values()}

@@ -1,11 +1,13 @@
 """Open a teacher cache for a training, and first fill it with what it lacks."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PretrainedConfig
 
@@ -14,8 +16,9 @@ from ..models import check_same_kind, find_head, fingerprint, load_model, model_
 from ..suggest import unknown_name
 from .build import build_teacher_cache, dtype_name, revision_of
 from .cache import TeacherCache, common_classes
-from .index import compare_meta, read_index, read_meta, verify_files
-from .log_sum_exp import keep_log_sum_exps
+from .folder import drop_from_index
+from .index import compare_meta, contents, read_index, read_meta, sample_key, verify_files
+from .log_sum_exp import drop_orphans, keep_log_sum_exps
 from .mirror import at_addresses
 from .ranks import Ranks
 from .stores import make_store
@@ -162,6 +165,33 @@ def open_teacher_cache(
         if started is not None:
             started.close()
     return cache if student is None else cache.for_student(student)
+
+
+def drop_other_rows(folder: str | Path, samples: Iterable[Mapping[str, Any]]) -> None:
+    """Delete the files of a cache with rows of samples that are no longer asked for, to make room for others.
+
+    Processes that share the folder may all do so at once. A file with rows of both is deleted too; opening the cache
+    makes them again.
+
+    Args:
+        folder: of the cache.
+        samples: tokenised samples, those of other files.
+    """
+    folder, wanted = Path(folder), {sample_key(s["input_ids"], s["labels"]) for s in samples}
+
+    def is_wanted(path: Path) -> bool:
+        try:
+            return all(key in wanted for key, _ in contents(path))
+        except (OSError, SafetensorError):  # another process was faster, or it is damaged
+            return False
+
+    gone = [path for path in folder.glob("rows-*.safetensors") if not is_wanted(path)]
+    if gone:
+        with suppress(DamagedFileError):  # of an index that opening makes again
+            drop_from_index(folder, {path.name for path in gone})
+            drop_orphans(folder)
+        for path in gone:
+            path.unlink(missing_ok=True)
 
 
 def check_engine(engine: str, options: Mapping[str, Any] | None, spread: bool = False) -> None:

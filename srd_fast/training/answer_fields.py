@@ -1,6 +1,6 @@
 """Fields of `SRDConfig` about answers that are generated while a student is trained: which of them go together."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from transformers import IntervalStrategy
 
@@ -20,6 +20,10 @@ _OF_EVALUATIONS = {
     "eval_metrics": None, "eval_generate_rows": None, "eval_max_new_tokens": None, "eval_temperature": 0.0,
 }  # fmt: skip
 
+# Of fresh answers alone, and of both.
+_OF_FRESH: dict[str, Any] = {"generation_temperature": 1.0, "sync_every": 1}
+_OF_ANY: dict[str, Any] = {"max_new_tokens": 128, "generation_engine": "transformers", "generation_options": None}
+
 
 def check_answers(args: "SRDConfig", faults: Faults) -> None:
     """Note fields that would do nothing, or that lack another one.
@@ -36,6 +40,10 @@ def check_answers(args: "SRDConfig", faults: Faults) -> None:
     faults.check("eval_metrics", _check_metrics, args)
     for name, nothing in _OF_EVALUATIONS.items():
         faults.check((name, "eval_generate"), _check_asked_for, args, name, nothing)
+    for name, default in (_OF_FRESH | _OF_ANY).items():
+        faults.check((name, "lmbda", "seq_kd", "eval_generate"), _check_something_answers, args, name, default)
+    faults.check(("sync_every", "generation_engine"), _check_sync, args)
+    faults.check(("seq_kd", "lmbda"), _check_other_steps, args)
     faults.check(
         ("eval_generate", "lmbda", "seq_kd", "fsdp", "fsdp_config", "deepspeed", "generation_engine"),
         _check_shards,
@@ -107,6 +115,29 @@ def _check_asked_for(args: "SRDConfig", name: str, nothing: float | None) -> Non
     value = getattr(args, name)
     if not args.eval_generate and value != nothing:
         raise UserError(f"{name} is {value!r}, but eval_generate is false, and nothing is answered; set it to true")
+
+
+def _check_something_answers(args: "SRDConfig", name: str, default: Any) -> None:
+    evaluates = name in _OF_ANY and args.eval_generate
+    if getattr(args, name) != default and not args.answers_anew and not evaluates:
+        others = " or eval_generate" if name in _OF_ANY else ""
+        raise UserError(
+            f"{name} is {getattr(args, name)!r}, but nothing is answered while the student is trained; leave it out, "
+            f"or set lmbda, seq_kd{others}"
+        )
+
+
+def _check_sync(args: "SRDConfig") -> None:
+    if args.answers_anew and args.sync_every != 1 and args.generation_engine == "transformers":
+        raise UserError(
+            f"sync_every is {args.sync_every}, and generation_engine 'transformers' answers with the student's weights "
+            "themselves; leave it out"
+        )
+
+
+def _check_other_steps(args: "SRDConfig") -> None:
+    if args.seq_kd and args.lmbda == 1:
+        raise UserError("seq_kd is true, but lmbda is 1 and leaves it no step; set lmbda below 1, or seq_kd to false")
 
 
 def why_silent(args: "SRDConfig", deepspeed: bool, fsdp_version: int | None, in_shards: bool) -> str | None:

@@ -33,6 +33,7 @@ from ..data import (
     DataFunction,
     DistillationCollator,
     Tokenisation,
+    check_privileged_column,
     check_token_ids,
     prepare_dataset,
     prompt_lengths,
@@ -202,6 +203,7 @@ class SRDTrainer(Trainer):
             )
         if args.push_to_hub and args.process_index == 0:
             try_hub(args.hub_token)
+        check_privileged_column(columns or {}, args.privileged_template)
         model, teacher_model = ready_pair(model, teacher_model, args, processing_class, teacher_tokenizer, peft_config)
         encoder_decoder = is_encoder_decoder(model)
         self._tokenisation = Tokenisation(

@@ -85,6 +85,10 @@ def test_what_is_no_band_or_weight_is_said() -> None:
         ({"band": {"passrate": [0, 1]}}, "unknown column 'passrate'; did you mean 'pass_rate'"),
         ({"band": {"pass_rate": [0.3, 0.4]}}, "only 8 of 8 samples could be scored, and 8 of those are outside"),
         (
+            {"band": {"pass_rate": [0.3, 0.4]}},
+            r"\('s.': pass_rate is .*, outside the band 0.3 to 0.4\); widen band",
+        ),
+        (
             {"weight_by": "cross_entropy"},
             "'cross_entropy', which must be from 0 to 1 in every row, found 2",
         ),

@@ -299,7 +299,11 @@ def test_stages_is_a_number_of_subsets(stages: Any) -> None:
 def test_more_stages_than_kept_samples_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"stages is 5 but keep=0.5 of 9 samples leaves"):
         curate(random_scores(9), keep=0.5, stages=5, **options)
-    with pytest.raises(UserError, match="stages is 10 but only 9 of 9 samples could be scored"):
+    unscored = {"sample_id": ["a", "b"], "rouge_l": [float("nan")] * 2, "cross_entropy": [1.0, 2.0]}
+    said = r"only 0 of 2 samples could be scored \('a': rouge_l is nan, not a finite number\); leave out the signal"
+    with pytest.raises(UserError, match=said):
+        curate(unscored, stages=1)
+    with pytest.raises(UserError, match="stages is 10 but only 9 of 9 samples could be scored; lower stages"):
         curate(random_scores(9), keep=1, stages=10, **options)
     assert [len(s) for s in curate(random_scores(9), keep=1, stages=9, **options).subsets] == [1] * 9
 

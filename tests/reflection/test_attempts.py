@@ -67,7 +67,7 @@ def test_the_pass_rate_is_the_share_of_attempts_that_pass(
     matches = run(tiny_model, tiny_tokenizer, judge="exact_match")
     assert matches["pass_rate"] == [0, 0, 0.25]
     assert matches["exact_match"] == [0, 0, 0]
-    plain = run(tiny_model, tiny_tokenizer, attempts=1, signals=["exact_match"])
+    plain = run(tiny_model, tiny_tokenizer, attempts=1, judge="exact_match", signals=["exact_match"])
     assert plain.column_names == ["sample_id", "generation", "exact_match", "reason"]
 
 
@@ -93,7 +93,8 @@ def test_code_passes_where_all_its_tests_do(
         "srd_fast.reflection.signals.pass_rates", lambda answers, tests, **_: [rates[a] for a in answers]
     )
     Answers(tiny_tokenizer, {5: ["both", "one", "none"], 6: ["both", "both", "one"], 7: ["one"] * 3, 8: ["both"] * 3})
-    found = run(tiny_model, tiny_tokenizer, judge="execution", signals=["pass_rate"])
+    rows = [{**row, "tests": "pass"} for row in SUMS]
+    found = run(tiny_model, tiny_tokenizer, rows=rows, judge="execution", signals=["pass_rate"])
     assert found["pass_rate"] == [0.75, 0.5, 0.25]
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,14 @@ from test_report import Tags
 from typer.testing import CliRunner
 
 from srd_fast.cli import app
+from srd_fast.curriculum import CurriculumPlan
 from srd_fast.errors import UserError
 from srd_fast.report import compare_runs, comparison_text, write_comparison
 from srd_fast.report.comparison import LEVEL
 from srd_fast.report.intervals import Measured, difference_interval
 from srd_fast.run.config import RunConfig
 from srd_fast.run.pipeline import execute
-from srd_fast.run.steps import outcome
+from srd_fast.run.steps import control_config, outcome
 
 COUNT = 60
 
@@ -235,6 +237,41 @@ def test_runs_that_differ_by_the_seed_alone_are_one_side(tmp_path: Path) -> None
     [of_two] = compare_runs([f"{srd[0]}:student", f"{srd[1]}:student", f"{far[2]}:student"]).pairs
     assert (of_two.num_seeds, of_two.paired) == ((2, 1), False)
     assert "1 against 2 seeds" in of_two.basis
+
+
+@pytest.mark.parametrize(
+    "curate", [{"keep": "knee", "stages": 2}, {"band": {"rouge_l": [0.1, 0.9]}, "stages": 2}], ids=["knee", "band"]
+)
+def test_controls_of_seeds_are_one_side_where_a_plan_decides_how_many_rows_there_are(
+    curate: dict[str, Any], tmp_path: Path
+) -> None:
+    """Their configs have the numbers of their run's plan, which is another for each seed; all else must be the same."""
+
+    def runs(name: str, seeds: range, **changes: Any) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {"": [], "random": [], "none": []}
+        for seed in seeds:
+            folder = tmp_path / f"{name}{seed}"
+            given = {"curate": curate, "distill": {"epochs_per_stage": 2}, "controls": ["random", "none"], **changes}
+            config = RunConfig(seed=seed, output_dir=str(folder), **given)
+            found[""].append(write_run(folder, (2.0, 1.0), seed, config=config.model_dump()))
+            (folder / "controls").mkdir()
+            ids = [f"t{i}" for i in range(4 + seed)]
+            dropped = [{"sample_id": f"d{i}", "reason": ""} for i in range(3)]
+            plan = CurriculumPlan(
+                [ids[:2], ids[2:]], dropped, fused=dict.fromkeys(ids, 1.0), keep=(4 + seed) / (7 + seed)
+            )
+            for control in config.controls:
+                own = control_config(config, control, plan).model_dump()
+                found[control].append(write_run(folder / "controls" / control, (2.0, 1.0), seed + 9, config=own))
+        return found
+
+    ours, others = runs("a", range(3)), runs("b", range(2), distill={"epochs_per_stage": 3})
+    of_seeds = [yaml.safe_load((Path(x) / "config.yaml").read_text()) for x in ours["none"]]
+    assert len({str(x["distill"]["epochs_per_stage"]) for x in of_seeds}) == 3, "this test could not fail"
+    given = [*chain.from_iterable(ours.values()), *others["none"]]
+    students = [label for label, _ in compare_runs([f"{x}:student" for x in given]).models]
+    counts = [int(found[1]) if (found := re.search(r"\((\d) seeds\)", label)) else 1 for label in students]
+    assert counts == [3, 3, 3, 2], students
 
 
 def test_seeds_of_one_run_are_compared_with_each_other_too(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import tiny
 from datasets import Dataset
@@ -248,3 +249,38 @@ def test_two_processes_train_controls_together(settings: dict[str, Any], tmp_pat
     assert done.returncode == 0, done.stderr[-3000:]
     assert "random: [6/8] distill: done" in done.stdout
     assert json.loads((tmp_path / "run" / "report.json").read_text())["differences"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "mode", [{"mode": "offline_on_policy"}, {"mode": "offline_on_policy", "answers_again": True}, {"mode": "seqkd"}],
+    ids=["offline on-policy", "answers again", "seqkd"],
+)  # fmt: skip
+def test_controls_of_modes_with_answers_of_their_own(
+    mode: dict[str, Any], settings: dict[str, Any], tmp_path: Path, no_pictures: None
+) -> None:
+    """Each answers the prompts of its own plan, and what is done stays done: nothing of the run's is written anew."""
+    folder = tmp_path / "run"
+    run(settings, folder, **mode)
+    said = run(settings, folder, **mode)
+    assert {news.state for news in said} == {"skipped"}, said
+    runs = {name: folder / "controls" / name for name in settings["controls"]} | {"run": folder}
+    for name, of_run in runs.items():
+        answers = pq.read_table(of_run / "answers" / "train.parquet")["sample_id"].to_pylist()
+        plan = CurriculumPlan.load(of_run / "answers" / "plan.json")
+        assert set(plan.kept) <= set(plan_of(of_run).kept), name
+        if "answers_again" in mode:
+            assert set(answers) == set(plan.stage_ids(0))
+            last = pq.read_table(of_run / "checkpoints" / "answers-stage-2.parquet")["sample_id"].to_pylist()
+            assert set(last) == set(plan.kept)
+            assert steps_by_stage(of_run) == {1: 3, 2: 9}, name
+        else:
+            assert set(answers) == set(plan.kept)
+    if mode["mode"] != "seqkd":
+        shared = (folder / "controls" / "none" / "teacher_cache").resolve() == (folder / "teacher_cache").resolve()
+        assert shared == ("answers_again" not in mode)
+    assert len(json.loads((folder / "report.json").read_text())["differences"]) >= 6
+    # Stopped while a control trains, the run's own steps are not done again.
+    remove(folder / "controls" / "none")
+    said = run(settings, folder, **mode)
+    assert {news.step for news in said if news.state == "done" and not news.step.startswith("controls")} <= {"report"}

@@ -88,9 +88,9 @@ def test_stopped_it_goes_on_to_the_same_weights(
 
     trained, real = [], training._train
 
-    def train_once(run: Any, plan: Any, until: int | None = None) -> Any:
+    def train_once(run: Any, plan: Any, until: int | None = None, answers: int = 0) -> Any:
         trained.append(until)
-        return stop() if len(trained) == 2 else real(run, plan, until)
+        return stop() if len(trained) == 2 else real(run, plan, until, answers)
 
     with monkeypatch.context() as patched:
         patched.setattr(training, *{
@@ -123,7 +123,7 @@ def test_a_border_is_found_between_two_trainings_of_a_group(
     run = Run(RunConfig(**{**settings, "output_dir": str(finished)}), finished, {}, {}, Group(world=2))
     assert run.args.world_size == 1
     monkeypatch.setattr(type(run.args), "world_size", property(lambda self: pytest.fail("asked how many train")))
-    monkeypatch.setattr(training, "_train", lambda run, plan, until: trained.append(until))
+    monkeypatch.setattr(training, "_train", lambda run, plan, until, answers: trained.append(until))
     monkeypatch.setattr(training, "reflect_together", interrupted)
     monkeypatch.setattr(training, "last_whole_checkpoint", lambda folder: None)
     (finished / "checkpoints" / "plan-stage-3.json").rename(finished / "kept.json")

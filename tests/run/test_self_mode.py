@@ -6,6 +6,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import tiny
 import torch
 import yaml
 from safetensors.torch import load_file
@@ -17,7 +18,8 @@ from srd_fast.models import load_model
 from srd_fast.run.config import RunConfig, load_run_config
 from srd_fast.run.modes import fine_tuning, has_cache, shares_weights
 from srd_fast.run.pipeline import execute, steps_of
-from srd_fast.run.steps import training
+from srd_fast.run.steps import Run, cache, training
+from srd_fast.run.steps import answers as steps_answers
 
 HINT = "{prompt}\nA reference answer: {response}"
 LORA = {"r": 2, "target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.1}
@@ -140,6 +142,56 @@ def test_killed_it_ends_with_the_same_bytes(
     assert all(ours[name].equal(theirs[name]) for name in theirs)
 
 
+@pytest.mark.slow
+def test_on_answers_that_the_student_gives_beforehand(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OPSD from the cache: the teacher reads the data's answer before the student's, new at the border."""
+    sampled = {**settings["reflect"], "temperature": 1.0}
+    changes = {"own_answers": True, "answers_again": True, "answers_per_prompt": 2, "reflect": sampled}
+    metrics = run(config(settings, tmp_path / "cached", **changes), "distill")
+    live = run(config(settings, tmp_path / "live", **changes, cache={"kind": "live"}), "distill")
+    ours, theirs = ([row["loss"] for row in x if row["kind"] == "train"] for x in (metrics, live))
+    assert ours == pytest.approx(theirs, rel=1e-4)
+    data = {row["sample_id"]: row for row in pq.read_table(tmp_path / "cached/data/train.parquet").to_pylist()}
+    files = [tmp_path / "cached" / x for x in ("answers/train.parquet", "checkpoints/answers-stage-2.parquet")]
+    of_stages = [{row["sample_id"]: row for row in pq.read_table(file).to_pylist()} for file in files]
+    for row in (row for rows in of_stages for row in rows.values()):
+        source = data[row["sample_id"].partition("#")[0]]
+        prompt = source["labels"].count(-100)
+        assert row["privileged_ids"] == source["privileged_ids"]
+        assert row["input_ids"][:prompt] == source["input_ids"][:prompt]
+        assert len(row["labels"]) - prompt <= 4
+    both = of_stages[0].keys() & of_stages[1].keys()
+    assert any(of_stages[0][x]["labels"] != of_stages[1][x]["labels"] for x in both), "nothing was answered anew"
+
+    # Teacher and student are one model, which reads two prompts before one answer.
+    made = Run(config(settings, tmp_path / "cached", **changes), tmp_path / "cached", {}, {})
+    opened = cache.open_cache(made)
+    model, row = load_model(settings["teacher"]), next(iter(of_stages[0].values()))
+    seen = {name: x.tolist() if hasattr(x, "tolist") else x for name, x in seen_by_teacher(row).items()}
+    with torch.no_grad():
+        states = model.base_model(torch.tensor([seen["input_ids"]])).last_hidden_state[0]
+    expected = states[seen["labels"].count(-100) - 1 : -1]
+    atol = tiny.forward_rounding(model, len(seen["input_ids"]))
+    torch.testing.assert_close(opened.collate([seen])["hidden"], expected, rtol=0, atol=atol)
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(steps_answers, "write_text", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(config(settings, tmp_path / "killed", **changes), "answers")
+    with monkeypatch.context() as patched:
+        patched.setattr(training, "_keep_student", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(config(settings, tmp_path / "killed", **changes), "distill")
+    run(config(settings, tmp_path / "killed", **changes), "distill")
+    ours, theirs = weights(tmp_path / "killed"), weights(tmp_path / "cached")
+    assert all(ours[name].equal(theirs[name]) for name in theirs)
+
+
 def test_where_its_teacher_comes_from(settings: dict[str, Any], tmp_path: Path) -> None:
     average = {"cache": {"kind": "live"}, "distill": {"self_ema_decay": 0.9}}
     for changes, cached, shared in (
@@ -149,6 +201,8 @@ def test_where_its_teacher_comes_from(settings: dict[str, Any], tmp_path: Path) 
         ({"cache": {"kind": "live"}, "lora": LORA}, False, True),
         ({"distill": {"lmbda": 0.5}}, False, False),
         ({"distill": {"lmbda": 0.5}, "lora": LORA}, False, True),
+        ({"own_answers": True}, True, False),
+        ({"own_answers": True, "cache": {"kind": "live"}, "lora": LORA}, False, True),
         (average, False, True),
     ):
         made = config(settings, tmp_path, **changes)  # type: ignore[arg-type]
@@ -174,6 +228,14 @@ def test_what_it_cannot_do_with_is_told_together(settings: dict[str, Any], tmp_p
         ),
         ({"reflect": {"engine": "transformers", "signals": ["gap"]}}, "has the student's start for one; leave it out"),
         ({"distill": {"lmbda": 1.5}}, "lmbda must be at least 0 and at most 1"),
+        ({"own_answers": True, "distill": {"lmbda": 0.5}}, r"own_answers is true, and distill\.lmbda is 0\.5: the"),
+        ({"own_answers": True, "distill": {"seq_kd": True}}, "mode 'self' trains on answers made beforehand"),
+        ({"answers_again": True}, r"set it to false, or the mode to offline_on_policy \(self: own_answers to true\)"),
+        ({"answers_per_prompt": 2}, "does not train on answers made beforehand"),
+        (
+            {"mode": "kd", "privileged_template": None, "own_answers": True},
+            "own_answers is true, which is for mode self, and mode is 'kd'",
+        ),
     ):
         with pytest.raises((UserError, ValueError), match=words):
             execute(config(settings, tmp_path, **changes), say=lambda text: None)  # type: ignore[arg-type]

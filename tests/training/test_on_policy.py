@@ -329,7 +329,8 @@ def test_what_cannot_be_answered_is_said_first(tokenizer: PreTrainedTokenizerFas
     if not on_policy_needs_vllm():
         with pytest.raises(UserError, match="generation_engine is 'vllm', which is not installed"):
             config(generation_engine="vllm")
-    assert config(lmbda=0.0, generation_engine="vllm").generation_engine == "vllm"
+    with pytest.raises(UserError, match="generation_engine is 'vllm', but nothing is answered"):
+        config(lmbda=0.0, max_new_tokens=128, generation_engine="vllm")
     learned = tiny.tiny_model("gpt2")
     with pytest.raises(UserError, match="lower max_new_tokens or max_prompt_length"):
         trainer(tokenizer, config(max_new_tokens=80), model=learned)
@@ -339,7 +340,7 @@ def test_what_cannot_be_answered_is_said_first(tokenizer: PreTrainedTokenizerFas
     with pytest.raises(UserError, match="teacher_model is missing: fresh answers"):
         trainer(tokenizer, config(teacher_cache=str(tmp_path / "none")), teacher_model=None)
     with pytest.raises(UserError, match="teacher_model is missing: pass a model"):
-        trainer(tokenizer, config(lmbda=0.0), teacher_model=None)
+        trainer(tokenizer, config(lmbda=0.0, max_new_tokens=128), teacher_model=None)
     small, short = tiny.tiny_model("llama", vocab=290), [{"sample_id": "a", "input_ids": [1, 2], "labels": [IGNORE, 2]}]
     with pytest.raises(UserError, match="the student has 300 classes and the teacher 290"):
         trainer(tokenizer, config(shared_vocabulary=True), teacher_model=small, train_dataset=short)
@@ -352,7 +353,9 @@ def on_policy_needs_vllm() -> bool:
 
 
 def test_without_a_teacher_the_loss_is_the_cross_entropy(tokenizer: PreTrainedTokenizerFast) -> None:
-    trained = trainer(tokenizer, config(lmbda=0.0, sft_weight=1.0), teacher_model=None, eval_dataset=ROWS)
+    trained = trainer(
+        tokenizer, config(lmbda=0.0, max_new_tokens=128, sft_weight=1.0), teacher_model=None, eval_dataset=ROWS
+    )
     student = copy.deepcopy(trained.model).double()
     measured = trained.evaluate()
     trained.train()

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -14,16 +15,18 @@ from ...errors import Faults, UserError
 from ...files import remove
 from ...models import load_model, model_without_weights, quantisation_of
 from ...teacher import StaleCacheError, TeacherCache, open_teacher_cache
-from ...teacher.opening import check_engine
+from ...teacher.opening import check_engine, drop_other_rows
 from ...teacher.vllm_teacher import spreads
 from ...training.config import SRDConfig, check_cache_kind
 from ...workers.vllm import check_installed
 from ..config import RunConfig
-from ..modes import LIVE, MODES, has_cache
+from ..modes import LIVE, has_cache, mode_of
 from .run import Run
 from .settings import training_config
 
 logger = logging.getLogger(__name__)
+
+CACHE = "teacher_cache"
 
 
 def check_cache(config: RunConfig, args: SRDConfig, faults: Faults | None = None) -> None:
@@ -43,8 +46,9 @@ def check_cache(config: RunConfig, args: SRDConfig, faults: Faults | None = None
         names = ("config: cache.kind", "distill.divergence")
         given.check(("cache.kind", "distill.divergence", "preset"), check_cache_kind, kind, args.divergence, names)
     given.check(("cache.kind", "lora"), _check_projected, config)
-    given.check(("cache.kind", "cache.log_sum_exp"), _check_log_sum_exp, config)
-    given.check(("cache.engine", "cache.engine_options", "cache.kind", "teacher_device_map"), _check_engine, config)
+    given.check(("cache.kind", "cache.log_sum_exp", "mode"), _check_log_sum_exp, config)
+    engine = ("cache.engine", "cache.engine_options", "cache.kind", "teacher_device_map", "mode")
+    given.check(engine, _check_engine, config)
     if faults is None:
         given.tell()
 
@@ -56,6 +60,8 @@ def _check_projected(config: RunConfig) -> None:
 
 def _check_engine(config: RunConfig) -> None:
     c = config.cache
+    if c.engine != "transformers" and c.kind != LIVE and not has_cache(config):
+        raise UserError(f"config: cache.engine is {c.engine!r}, and {_without_cache(config)}; leave it out")
     try:
         check_engine(c.engine, c.engine_options, spread=config.teacher_device_map is not None)
     except UserError as e:
@@ -66,8 +72,14 @@ def _check_engine(config: RunConfig) -> None:
         check_installed()
 
 
+def _without_cache(config: RunConfig) -> str:
+    return f"a run of mode {config.mode!r} with these settings keeps none of its teacher's rows"
+
+
 def _check_log_sum_exp(config: RunConfig) -> None:
     kind = config.cache.kind
+    if config.cache.log_sum_exp and kind != LIVE and not has_cache(config):
+        raise UserError(f"config: cache.log_sum_exp is true, and {_without_cache(config)}; set it to false")
     if config.cache.log_sum_exp and kind != "hidden":
         raise UserError(
             f"config: cache.log_sum_exp is true, and cache.kind is {kind!r}: only hidden keeps it; set it to false"
@@ -95,7 +107,9 @@ def cache_teacher(run: Run) -> None:
     run.group.everywhere(open_cache, run)
 
 
-def open_cache(run: Run, student: nn.Module | None = None, whole: bool = False) -> TeacherCache | None:
+def open_cache(
+    run: Run, student: nn.Module | None = None, whole: bool = False, beside: Dataset | None = None
+) -> TeacherCache | None:
     """Open the run's cache, complete. Missing and damaged parts are made, a cache of another teacher is replaced.
 
     As all that opens the cache, it is done by all processes of a group at once, which share what there is to make.
@@ -105,6 +119,7 @@ def open_cache(run: Run, student: nn.Module | None = None, whole: bool = False) 
         student: the starting student, if it is loaded already. Compact kinds look at its head, log-sum-exps at the
             number of its classes.
         whole: with all training samples, kept or not, as before there is a plan.
+        beside: further samples. Rows of other further samples, of before, are deleted first.
 
     Returns:
         The cache, or None where the run has none.
@@ -112,15 +127,33 @@ def open_cache(run: Run, student: nn.Module | None = None, whole: bool = False) 
     c = run.config.cache
     if not has_cache(run.config):
         return None
+    if student is None and (c.kind != "hidden" or c.log_sum_exp):
+        shape = model_without_weights(run.start) if c.kind == "hidden" else None
+        student = load_model(run.start, torch.float32) if shape is None else shape
+    wanted = [*_held(run, whole), *([] if beside is None else [beside])]
+    if beside is not None:
+        _drop_others(run, wanted)
+    return _filled(run, wanted, student)
+
+
+def drop_rows_beside(run: Run) -> None:
+    """Delete rows of `open_cache`'s further samples, so that the cache is what the step that fills it has left."""
+    if has_cache(run.config):
+        _drop_others(run, _held(run))
+
+
+def _held(run: Run, whole: bool = False) -> list[Dataset]:
+    """The samples that the cache holds: those that the run trains on first, and those of the validation."""
     train = run.trained_on
     # Dropped samples may come back, or are a control's.
     if not whole and not run.config.curate.reflect_again and not run.config.controls:
         kept = set(run.plan.kept)
         train = train.select([i for i, sample_id in enumerate(train["sample_id"]) if sample_id in kept])
-    if student is None and (c.kind != "hidden" or c.log_sum_exp):
-        shape = model_without_weights(run.start) if c.kind == "hidden" else None
-        student = load_model(run.start, torch.float32) if shape is None else shape
-    return _filled(run, [train, run.data("validation")], student)
+    return [train, run.data("validation")]
+
+
+def _drop_others(run: Run, samples: Sequence[Dataset]) -> None:
+    drop_other_rows(run.folder / CACHE, chain.from_iterable(map(teachers_samples, samples)))
 
 
 def warm_up_cache(run: Run) -> TeacherCache | None:
@@ -133,7 +166,7 @@ def warm_up_cache(run: Run) -> TeacherCache | None:
         makes, and if it sees so few samples that filling the cache for all of them would not pay before curation.
     """
     c, train = run.config.init_student, run.data("train")
-    held = has_cache(run.config) and run.config.cache.kind == "hidden" and not MODES.get(run.config.mode).makes_answers
+    held = has_cache(run.config) and run.config.cache.kind == "hidden" and not mode_of(run.config).makes_answers
     if not held or c.warmup_steps * c.warmup_batch_size < len(train):
         return None
     return _filled(run, [train, run.data("validation")])
@@ -149,7 +182,7 @@ def scoring_teacher(run: Run, alone: bool = False) -> TeacherCache | PreTrainedM
         run: of which it is.
         alone: that other processes, with samples of their own, do not see this folder.
     """
-    own = MODES.get(run.config.mode).makes_answers
+    own = mode_of(run.config).makes_answers
     if not alone and not own and run.config.cache.kind == "hidden":
         cache = open_cache(run, whole=True)
         if cache is not None:
@@ -163,7 +196,7 @@ def validation_cache(run: Run) -> TeacherCache | None:
 
 
 def _filled(run: Run, samples: Sequence[Dataset], student: nn.Module | None = None) -> TeacherCache:
-    c, folder = run.config.cache, run.folder / "teacher_cache"
+    c, folder = run.config.cache, run.folder / CACHE
 
     def opened() -> TeacherCache:
         return open_teacher_cache(

@@ -7,6 +7,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import pyarrow.parquet as pq
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
@@ -38,8 +39,9 @@ from ...models import (
     tokenizer_digest,
 )
 from ...own_code import file_of
+from ...reflection.execution import EXECUTION, check_tests
 from ..config import RunConfig
-from ..modes import privileged_template
+from ..modes import privileged_template, reflects
 from .run import PRUNE, QUICKSTART, Run, json_text, write_parquet
 
 QUICKSTART_ROWS = 256
@@ -162,6 +164,29 @@ def prepare(run: Run) -> None:
         )  # fmt: skip
     counts = {name: cuts[name] for name in (PROMPTS_CUT, RESPONSES_CUT, TURNS_DROPPED)}
     write_text(folder / COUNTS, json_text({**counts, "validation_in_training": same, "validation_near_training": near}))
+
+
+def check_tests_of_rows(run: Run) -> None:
+    """Refuse a signal, a judge or a metric that runs the tests of rows, where no row has any.
+
+    Raises:
+        UserError: naming the key and the way out.
+    """
+    c, args = run.config, run.args
+    reflected = reflects(c)
+    asked = {
+        "reflect.signals": ("train", c.reflect.signals if reflected else ()),
+        "reflect.judge": ("train", (c.reflect.judge,) if reflected and c.reflect.attempts > 1 else ()),
+        "evaluate.metrics": (VALIDATION, c.evaluate.metrics),
+        "distill.eval_metrics": (VALIDATION, args.answer_metrics if args.eval_generate else ()),
+    }
+    for key, (split, names) in asked.items():
+        if EXECUTION in names:
+            tests = pq.read_table(run.split(split), columns=["tests"])["tests"].to_pylist()
+            try:
+                check_tests(names, tests, f"the {len(tests)} {'training' if split == 'train' else split} rows")
+            except UserError as e:
+                raise UserError(f"config: {key}: {e}") from e
 
 
 def _check_positions(config: RunConfig, train: Dataset, validation: Dataset) -> None:

@@ -83,7 +83,8 @@ def check_inputs(config: RunConfig, faults: Faults | None = None, also: Checks =
     faults.check("curate", _check_reflect_again, config)
     saving = ["save_strategy", "save_only_model", "save_total_limit"]
     saving += ["early_stopping_patience", "metric_for_best_model"]
-    faults.check(("curate", *(f"distill.{name}" for name in saving)), _check_checkpoints, config, args)
+    at_borders = ("curate", "answers_again", *(f"distill.{name}" for name in saving))
+    faults.check(at_borders, _check_checkpoints, config, args)
     faults.check(("controls", "curate.method"), check_controls, config)
     faults.check("evaluate.metrics", _of_config, "evaluate.metrics", get_metrics, (ROUGE_L, *config.evaluate.metrics))
     if config.data_function is not None:
@@ -207,9 +208,10 @@ def _check_reflect_again(config: RunConfig) -> None:
 
 
 def _check_checkpoints(config: RunConfig, args: SRDConfig | None) -> None:
-    if not config.curate.reflect_again or args is None:
+    asked = "curate.reflect_again" if config.curate.reflect_again else "answers_again"
+    if not (config.curate.reflect_again or config.answers_again) or args is None:
         return
-    said = "config: curate.reflect_again goes on from a checkpoint at the border of each stage, and"
+    said = f"config: {asked} goes on from a checkpoint at the border of each stage, and"
     if args.save_strategy == "no":
         raise UserError(f"{said} distill.save_strategy is 'no'; set it to 'steps'")
     if args.save_only_model:

@@ -20,8 +20,8 @@ from ...report import controls_json, write_report
 from ...teacher import LiveTeacher, PrivilegedTeacher, TeacherCache
 from ...training.evaluation import evaluate
 from ..config import RunConfig
-from ..modes import MODES
-from .answers import answer_counts
+from ..modes import mode_of
+from .answers import answer_counts, answered_again
 from .cache import validation_cache
 from .data import COUNTS
 from .run import PRUNE, Run, json_text
@@ -47,7 +47,7 @@ def evaluate_step(run: Run) -> None:
         "teacher": config.teacher,
         "student": config.student if config.student != PRUNE else f"{config.teacher}, pruned",
         "mode": config.mode,
-        "divergence": run.args.divergence if MODES.get(config.mode).teacher else "none: cross-entropy",
+        "divergence": run.args.divergence if mode_of(config).teacher else "none: cross-entropy",
         "data": {
             "train": len(run.data("train")),
             "validation": len(run.data("validation")),
@@ -59,7 +59,7 @@ def evaluate_step(run: Run) -> None:
         "timings": {name: entry["seconds"] for name, entry in run.ledger.items() if "seconds" in entry},
         "training": _training_figures(run),
         **({"best": best} if (best := _best_step(run)) else {}),
-        "stages": _stages(run),
+        "stages": _stages(run) or answered_again(run),
         "environment": {
             "device": str(run.device),
             "torch": torch.__version__,
@@ -137,7 +137,7 @@ def _best_step(run: Run) -> dict[str, Any]:
 
 def _teacher(run: Run, cache: TeacherCache | None) -> Any:
     """What gives the teacher's rows of the validation samples."""
-    if not MODES.get(run.config.mode).itself:
+    if not mode_of(run.config).itself:
         return run.teacher if cache is None else cache
     if cache is not None:
         return PrivilegedTeacher(cache, DistillationCollator())

@@ -24,7 +24,7 @@ from ...teacher import LiveTeacher
 from ...training.config import SRDConfig
 from ..config import RunConfig
 from ..group import Group
-from ..modes import MODES, PRUNE
+from ..modes import PRUNE, mode_of
 from .settings import training_config
 
 QUICKSTART = "quickstart"
@@ -155,18 +155,18 @@ class Run:
 
     def data(self, split: str) -> Dataset:
         """Tokenised samples of a split: "train" or "validation"."""
-        return _samples(self.split(split))
+        return read_samples(self.split(split))
 
     @property
     def trained_on(self) -> Dataset:
         """The samples that the student is trained on: those of the data, or with answers made in their place."""
-        own = MODES.get(self.config.mode).makes_answers
-        return _samples(self.folder / ANSWERS / "train.parquet") if own else self.data("train")
+        own = mode_of(self.config).makes_answers
+        return read_samples(self.folder / ANSWERS / "train.parquet") if own else self.data("train")
 
     @property
     def plan(self) -> CurriculumPlan:
         """The plan of `trained_on`."""
-        own = MODES.get(self.config.mode).makes_answers
+        own = mode_of(self.config).makes_answers
         return CurriculumPlan.load((self.folder / ANSWERS if own else self.folder) / "plan.json")
 
     def expected_logits(self) -> float:
@@ -201,7 +201,8 @@ def has_fast_bfloat16(device: torch.device) -> bool:
     return device.type == "cpu" and any(check() for check in checks if check is not None)
 
 
-def _samples(file: Path) -> Dataset:
+def read_samples(file: Path) -> Dataset:
+    """Tokenised samples of a run's file."""
     features = PRIVILEGED_FEATURES if PRIVILEGED_IDS in pq.read_schema(file).names else TOKENISED_FEATURES
     return Dataset.from_parquet(str(file), features=features, keep_in_memory=True)
 

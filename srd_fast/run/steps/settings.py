@@ -14,7 +14,7 @@ from ...suggest import unknown_name
 from ...training.config import SRDConfig
 from ...training.student import trainer_basics
 from ..config import RunConfig
-from ..modes import MODES, mode_fields, privileged_template
+from ..modes import mode_fields, mode_of, privileged_template
 
 # Keys of the config that are fields of SRDConfig.
 OWN_KEYS = {"seed", "template", "max_prompt_length", "max_response_length", "chat_template_kwargs"}
@@ -58,7 +58,7 @@ def training_config(
     basics = {**trainer_basics(torch.device(device), dtype), **RUN_DEFAULTS}
     given = {
         **basics,
-        **mode_fields(MODES.get(config.mode), config.distill),
+        **mode_fields(mode_of(config), config.distill),
         "sample_selection": ALL,
     }  # the plan holds those samples alone
     if processes > 1:

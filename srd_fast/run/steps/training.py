@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import nn
 from transformers import TrainerCallback
 
@@ -21,9 +22,10 @@ from ...training.best import best_of
 from ...training.checkpoints import last_whole_checkpoint
 from ...training.trainer import SRDTrainer
 from ..config import RunConfig
-from ..modes import KD, MODES, answers_anew, shares_weights
+from ..modes import KD, answers_anew, mode_of, shares_weights
 from ..stopping import stopping_later
-from .cache import open_cache
+from .answers import answer_again, stage_answers, trained_in
+from .cache import drop_rows_beside, open_cache
 from .run import Run, json_text, write_parquet
 from .selection import PARTS, reflect_together
 from .settings import lora_config
@@ -82,7 +84,10 @@ def distill(run: Run) -> None:
     if run.config.curate.reflect_again:
         for stage in range(1, len(plan.subset_columns)):
             plan = _plan_from(run, plan, stage)
-    _train(run, plan)
+    answers = _answered_until(run, plan) if run.config.answers_again else 0
+    _train(run, plan, answers=answers)
+    if answers:
+        drop_rows_beside(run)
 
 
 def _keep_student(run: Run, trainer: SRDTrainer) -> None:
@@ -129,28 +134,36 @@ def selected_positions(trainer: SRDTrainer, sharing: Sharing = ALONE) -> dict[st
     return {**policy, **saved, "histogram": selected.histogram(), "samples": shown}
 
 
-def _train(run: Run, plan: CurriculumPlan, until: int | None = None) -> None:
-    """Train along a plan, from the last checkpoint if there is one, to the end or to a checkpoint at step `until`."""
-    run.group.everywhere(_train_together, run, plan, until, last_whole_checkpoint(run.folder / "checkpoints"))
+def _train(run: Run, plan: CurriculumPlan, until: int | None = None, answers: int = 0) -> None:
+    """Train along a plan, from the last checkpoint if there is one.
+
+    Args:
+        run: of the student.
+        plan: of its samples.
+        until: a step, to train to a checkpoint there. Default: to the end.
+        answers: the stage (from 0) at whose border the answers that are trained on were made, where they are made anew.
+    """
+    checkpoint = last_whole_checkpoint(run.folder / "checkpoints")
+    run.group.everywhere(_train_together, run, plan, until, answers, checkpoint)
 
 
-def _train_together(run: Run, plan: CurriculumPlan, until: int | None, checkpoint: str | None) -> None:
+def _train_together(run: Run, plan: CurriculumPlan, until: int | None, answers: int, checkpoint: str | None) -> None:
     with run.group.training():
-        trainer = _trained(run, plan, until, checkpoint)
+        trainer = _trained(run, plan, until, answers, checkpoint)
         if until is None:
             _keep_student(run, trainer)
 
 
-def _trained(run: Run, plan: CurriculumPlan, until: int | None, checkpoint: str | None) -> SRDTrainer:
+def _trained(run: Run, plan: CurriculumPlan, until: int | None, answers: int, checkpoint: str | None) -> SRDTrainer:
     args = run.training_args()
     if until is not None:
         args.max_steps = until
     student = load_model(run.start, torch.float32, run.device)
     trainer = SRDTrainer(
         student,
-        _teacher(run, student),
+        _teacher(run, student, stage_answers(run, answers) if answers else None),
         args,
-        run.trained_on,
+        trained_in(run, answers),
         curriculum=plan,
         eval_dataset=run.data("validation"),
         processing_class=run.tokenizer,
@@ -167,13 +180,13 @@ def _trained(run: Run, plan: CurriculumPlan, until: int | None, checkpoint: str 
     return trainer
 
 
-def _teacher(run: Run, student: nn.Module) -> Any:
-    """What the student is distilled from; None where its loss has no teacher."""
-    if not MODES.get(run.config.mode).teacher:
+def _teacher(run: Run, student: nn.Module, answers: Dataset | None = None) -> Any:
+    """What the student is distilled from, also on new answers; None where its loss has no teacher."""
+    if not mode_of(run.config).teacher:
         return None
     if shares_weights(run.config):
         return SELF
-    cache = open_cache(run, student)
+    cache = open_cache(run, student, beside=answers)
     if cache is None:
         return run.teacher
     if not answers_anew(run.config):
@@ -187,20 +200,41 @@ def _plan_from(run: Run, plan: CurriculumPlan, stage: int) -> CurriculumPlan:
     path = checkpoints / f"plan-stage-{stage + 1}.json"
     if path.is_file():
         return CurriculumPlan.load(path)
-    train = run.data("train")
-    # Between two trainings of a group nothing says how many there are; these settings are of all together.
-    border = make_curriculum(plan, train, run.args, processes=1).stages[stage].first_step
-    if 0 < run.args.max_steps <= border:
+    student = _student_before(run, plan, stage)
+    if student is None:
         return plan
-    student = checkpoints / f"checkpoint-{border}"
-    if last_whole_checkpoint(checkpoints) != str(student):
-        _train(run, plan, until=border)
     scores = reflect_together(run, str(student), checkpoints / PARTS)
     made = replan(plan, stage, scores, run.config.seed)
     write_parquet(scores, checkpoints / f"reflections-stage-{stage + 1}.parquet")
     made.save(path)
     remove(checkpoints / PARTS)
     return made
+
+
+def _answered_until(run: Run, plan: CurriculumPlan) -> int:
+    """Train through all stages but the last, whose prompts the students at their borders answer; the last one's number.
+
+    Where `max_steps` ends training before a border, the stage is that before it.
+    """
+    for stage in range(1, len(plan.subset_columns)):
+        student = _student_before(run, plan, stage, answers=stage - 1)
+        if student is None:
+            return stage - 1
+        answer_again(run, stage, student)
+    return len(plan.subset_columns) - 1
+
+
+def _student_before(run: Run, plan: CurriculumPlan, stage: int, answers: int = 0) -> Path | None:
+    """Train to the border of a stage (from 0), and return its checkpoint; None where `max_steps` comes before it."""
+    checkpoints = run.folder / "checkpoints"
+    # Between two trainings of a group nothing says how many there are; these settings are of all together.
+    border = make_curriculum(plan, trained_in(run, answers), run.args, processes=1).stages[stage].first_step
+    if 0 < run.args.max_steps <= border:
+        return None
+    last = last_whole_checkpoint(checkpoints)
+    if last is None or int(last.rpartition("-")[2]) < border:
+        _train(run, plan, until=border, answers=answers)
+    return checkpoints / f"checkpoint-{border}"
 
 
 def _drop_torn_line(path: Path) -> None:

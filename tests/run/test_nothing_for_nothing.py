@@ -1,0 +1,128 @@
+"""No key about answers, or about what a teacher reads, is accepted where it would do nothing."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from srd_fast.errors import FaultsError, UserError
+from srd_fast.run.config import RunConfig
+from srd_fast.run.modes import fine_tuning
+from srd_fast.run.pipeline import execute
+from srd_fast.training.config import SRDConfig
+from srd_fast.training.trainer import SRDTrainer
+
+SAMPLED = {"engine": "transformers", "temperature": 1.0, "max_new_tokens": 2}
+LIVE_SELF = {"mode": "self", "privileged_template": "{prompt} Hint: {response}", "student": "TEACHER"}
+
+
+def told(settings: dict[str, Any], folder: Path) -> list[str]:
+    """The lines of what a run refuses before any work."""
+    with pytest.raises((UserError, FaultsError)) as found:
+        execute(RunConfig(**{**settings, "output_dir": str(folder)}), say=lambda text: None)
+    assert not folder.exists()
+    return [fault.text for fault in found.value.faults] if isinstance(found.value, FaultsError) else [str(found.value)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"distill": {"max_new_tokens": 5}}, "distill: max_new_tokens is 5, but nothing is answered"),
+        ({"distill": {"generation_temperature": 0.5}}, "generation_temperature is 0.5, but nothing is answered"),
+        ({"distill": {"generation_engine": "ray"}}, "generation_engine is 'ray', but nothing is answered"),
+        ({"distill": {"generation_options": {"a": 1}}}, "generation_options is {'a': 1}, but nothing is answered"),
+        ({"distill": {"sync_every": 4}}, "sync_every is 4, but nothing is answered"),
+        (
+            {"distill": {"eval_generate": True, "sync_every": 4, "generation_engine": "ray"}},
+            "sync_every is 4, but nothing is answered while the student is trained; leave it out, or set lmbda, seq_kd",
+        ),
+        ({"mode": "on_policy", "distill": {"sync_every": 4}}, "'transformers' answers with the student's weights"),
+        ({"mode": "on_policy", "distill": {"lmbda": 1, "seq_kd": True}}, "lmbda is 1 and leaves it no step"),
+        ({"mode": "sft", "distill": {"seq_kd": True}}, "mode 'sft' has no teacher that could answer"),
+        ({"mode": "seqkd", "distill": {"seq_kd": True}}, "mode 'seqkd' trains on answers made beforehand"),
+        ({"mode": "offline_on_policy", "distill": {"seq_kd": True}}, "trains on answers made beforehand"),
+        ({"mode": "sft", "distill": {"standardize_logits": True}}, "mode 'sft' has no divergence"),
+        ({"distill": {"replay_buffer": 10}}, "lmbda is 0, so that nothing comes into it"),
+        ({"distill": {"eval_generate": True, "eval_strategy": "no"}}, "so that nothing is evaluated while"),
+        ({"distill": {"eval_generate_rows": 3}}, "eval_generate is false"),
+        ({"distill": {"self_ema_decay": 0.9}}, "in mode 'kd' the teacher is not the student"),
+        ({"max_privileged_length": 99}, "config: max_privileged_length is 99, and without a privileged_template"),
+        ({"columns": {"privileged": "hints"}}, "config: columns has privileged: hints, and there is no"),
+        ({**LIVE_SELF, "columns": {"privileged": "hints"}}, "privileged_template is '{prompt} Hint: {response}', so"),
+        ({"reflect": {**SAMPLED, "judge": "numeric_match"}}, "judge is 'numeric_match', and attempts is 1"),
+        ({"mode": "sft", "cache": {"log_sum_exp": True}}, "cache.log_sum_exp is true, and a run of mode 'sft'"),
+        (
+            {"mode": "on_policy", "distill": {"lmbda": 1}, "cache": {"engine": "vllm"}},
+            "cache.engine is 'vllm', and a run of mode 'on_policy' with these settings keeps none",
+        ),
+    ],
+    ids=lambda x: None if isinstance(x, str) else "+".join(x),
+)
+def test_a_key_that_would_do_nothing_is_refused(
+    changes: dict[str, Any], words: str, tiny_teacher_folder: Path, tmp_path: Path
+) -> None:
+    given = {key: str(tiny_teacher_folder) if value == "TEACHER" else value for key, value in changes.items()}
+    lines = told({**tiny.tiny_run(tiny_teacher_folder), "reflect": SAMPLED, **given}, tmp_path / "run")
+    assert any(words in line for line in lines), lines
+    assert len(lines) == 1, lines
+
+
+def test_fine_tuning_first_takes_none_of_them_over(tiny_teacher_folder: Path) -> None:
+    """`srd-fast sft` begins from the config of another run, in which they mean something."""
+    config = RunConfig(
+        **{
+            **tiny.tiny_run(tiny_teacher_folder),
+            "student": str(tiny_teacher_folder),
+            "mode": "self",
+            "privileged_template": "{privileged}",
+            "max_privileged_length": 99,
+            "columns": {"privileged": "hints", "instruction": "q", "output": "a"},
+            "cache": {"kind": "live"},
+            "distill": {
+                "lmbda": 0.5, "seq_kd": True, "max_new_tokens": 5, "generation_engine": "ray", "sync_every": 2,
+                "generation_temperature": 0.5, "self_ema_decay": 0.9, "standardize_logits": True, "learning_rate": 1e-3,
+            },
+        }
+    )  # fmt: skip
+    made = fine_tuning(config, "teacher")
+    assert made.distill == {"learning_rate": 1e-3}
+    assert (made.columns, made.max_privileged_length) == ({"instruction": "q", "output": "a"}, 2048)
+    kept = {"eval_generate": True, "max_new_tokens": 5}
+    config = config.model_copy(update={"distill": kept})
+    assert fine_tuning(config, "teacher").distill == kept
+
+
+def test_python_refuses_them_too(
+    tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    for fields, words in (
+        ({"max_privileged_length": 99}, "max_privileged_length is 99, and without a privileged_template"),
+        ({"max_new_tokens": 5}, "max_new_tokens is 5, but nothing is answered"),
+    ):
+        with pytest.raises(UserError, match=words):
+            SRDConfig(output_dir=str(tmp_path), use_cpu=True, **fields)  # type: ignore[arg-type]
+    args = SRDConfig(output_dir=str(tmp_path), use_cpu=True, report_to=[])
+    rows = [{"instruction": "a", "output": "b", "hint": "c"}]
+    with pytest.raises(UserError, match="columns has privileged: hint, and there is no privileged_template"):
+        SRDTrainer(tiny_model, tiny_model, args, rows, processing_class=tiny_tokenizer, columns={"privileged": "hint"})
+
+
+@pytest.mark.parametrize(
+    ("key", "changes"),
+    [
+        ("reflect.signals", {"reflect": {**SAMPLED, "signals": ["execution"]}}),
+        ("reflect.judge", {"reflect": {**SAMPLED, "signals": ["pass_rate"], "attempts": 2, "judge": "execution"}}),
+        ("evaluate.metrics", {"evaluate": {"metrics": ["execution"]}}),
+        ("distill.eval_metrics", {"distill": {"eval_generate": True, "eval_metrics": ["execution"]}}),
+    ],
+)
+def test_tests_that_no_row_has_are_told_as_soon_as_rows_are_read(
+    key: str, changes: dict[str, Any], tiny_teacher_folder: Path, tmp_path: Path
+) -> None:
+    settings = {**tiny.tiny_run(tiny_teacher_folder), "reflect": SAMPLED, **changes, "output_dir": str(tmp_path)}
+    with pytest.raises(UserError, match=rf"config: {key}: 'execution' runs the tests of a row, and none of the \d+ "):
+        execute(RunConfig(**settings), say=lambda text: None)
+    assert (tmp_path / "data").is_dir()
+    assert not (tmp_path / "start").exists()
