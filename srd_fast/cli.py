@@ -8,6 +8,7 @@ import os
 import shlex
 import sys
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -385,6 +386,15 @@ def _quiet() -> None:
     logger.setLevel(logging.INFO)
 
 
+def _alive(rank: str) -> AbstractContextManager[None]:
+    """A sign of life on the terminal of a command, from before its imports on."""
+    if rank != "0" or not sys.stderr.isatty() or {"--quiet", "-q", "--json"}.intersection(sys.argv[1:]):
+        return nullcontext()
+    from .showing import alive
+
+    return alive()
+
+
 def _silent(rank: str) -> None:
     """Leave the log, the progress bars and the mistakes of a command to the first of its processes."""
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
@@ -402,7 +412,8 @@ def main() -> None:
     if rank != "0":
         _silent(rank)
     try:
-        app()
+        with _alive(rank):
+            app()
     except UserError as e:
         faults = [fault.text for fault in e.faults] if isinstance(e, FaultsError) else [str(e)]
         if "--json" in sys.argv[1:]:

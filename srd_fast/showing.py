@@ -2,7 +2,11 @@
 
 import json
 import sys
-from collections.abc import Iterable
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import cycle
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -12,6 +16,8 @@ from .errors import UserError
 STYLES = ("auto", "lines", "json", "quiet")
 # Seconds between two lines about the same work where there is no terminal.
 _SECONDS = 30.0
+# Seconds between two signs of life on a terminal.
+_BEAT = 0.5
 _of_process = {"style": "auto"}
 
 
@@ -56,6 +62,43 @@ def progress_bar(items: Iterable[Any] | None = None, *, what: str, total: int, u
     kind = tqdm if style() == "bar" else _Lines
     options = {} if kind is tqdm else {"mininterval": _SECONDS, "maxinterval": _SECONDS}
     return kind(items, what, total, unit=unit, disable=not shown or style() == "quiet", **options)
+
+
+@contextmanager
+def alive() -> Iterator[None]:
+    """On a terminal, show that work goes on where nothing else does: bars' clocks run, and without a bar a small one.
+
+    That covers what no bar can count: imports, loading, compiling, one long step.
+    """
+    ended = threading.Event()
+    beat = threading.Thread(target=_beat, args=(ended,), daemon=True)
+    beat.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        beat.join()
+
+
+def _beat(ended: threading.Event) -> None:
+    began, drawn = time.monotonic(), ""
+    for sign in cycle("|/-\\"):
+        if ended.wait(_BEAT):
+            break
+        if style() != "bar":
+            continue
+        with tqdm.get_lock():
+            bars = list(getattr(tqdm, "_instances", ()))
+        for bar in bars:
+            bar.refresh()
+        if not bars:
+            # The cursor goes back, so that whatever is written next takes its place.
+            drawn = f"{sign} {tqdm.format_interval(time.monotonic() - began)}"
+            sys.stderr.write(f"\r{drawn}\r")
+            sys.stderr.flush()
+    if drawn and style() == "bar":
+        sys.stderr.write(f"\r{' ' * len(drawn)}\r")
+        sys.stderr.flush()
 
 
 class _Lines(tqdm):

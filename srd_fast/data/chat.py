@@ -111,6 +111,7 @@ class ChatTemplate:
         given = self._kwargs.pop(_DATE, None)
         self._today = datetime.combine(FIXED_DATE if given is None else date.fromisoformat(str(given)), time())
         self._told = self._told_tools = False
+        self._known: dict[str, tuple[str, bool]] = {}
         self._tells_date = given is None and "date_string" not in self._kwargs
 
     def split(self, conversation: Conversation, parse: bool = False) -> tuple[str, str]:
@@ -233,8 +234,8 @@ class ChatTemplate:
         """A rendering, and where its {% generation %} marks begin and end; None for a template without."""
         turns = [self._content_as_wanted(t) for t in turns]
         try:
-            template = self._dated(self.tokenizer.get_chat_template(tools=tools))
-            if not _MARKED.search(template):
+            template, has_marks = self._dated(self.tokenizer.get_chat_template(tools=tools))
+            if not has_marks:
                 text = self.tokenizer.apply_chat_template(
                     turns, tools=tools, chat_template=template, tokenize=False,
                     add_generation_prompt=add_generation_prompt, **self._kwargs,
@@ -249,7 +250,13 @@ class ChatTemplate:
         except Exception as e:  # a chat template is a program of its own, and refuses turns with any error
             raise UserError(f"the chat template fails: {shown(first_line(e), 200)}") from e
 
-    def _dated(self, template: str) -> str:
+    def _dated(self, template: str) -> tuple[str, bool]:
+        """The template with its own `strftime_now`, see `_with_date`, and whether it has {% generation %} marks."""
+        if template not in self._known:
+            self._known[template] = self._with_date(template), bool(_MARKED.search(template))
+        return self._known[template]
+
+    def _with_date(self, template: str) -> str:
         """The template with its own `strftime_now` for the fixed date. It would take no function as a variable."""
         if _DATE not in template:
             return template

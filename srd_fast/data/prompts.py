@@ -31,6 +31,7 @@ class Prompts:
     def __init__(self, encoder: TextEncoder, most: int, encoder_decoder: bool) -> None:
         self.encoder, self.tokenizer, self.most = encoder, encoder.tokenizer, most
         self._encoder_decoder = encoder_decoder
+        self._bos, self._eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
 
     def ids_of_all(self, prompts: Sequence[tuple[str, bool]]) -> list[list[int]]:
         """Ids of prompts, tokenised together.
@@ -131,7 +132,7 @@ class Prompts:
 
     def _once(self, ids: list[int], text: str) -> list[int]:
         """A prompt's ids with the tokenizer's special tokens but none twice; only an encoder's has an end."""
-        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        bos, eos = self._bos, self._eos
         if self._encoder_decoder:
             return ids[1:] if ids[:2] == [bos, bos] else ids
         if ids[:2] == [bos, bos]:  # rendered already

@@ -29,11 +29,13 @@ All data has one format, the one that most of its rows have. Every row becomes a
 and a reason: used + rejected = rows (for json lines, the lines that are not blank).
 """
 
+import gc
 import hashlib
 import json
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -324,7 +326,8 @@ def prepare_dataset(
     reading = _Reading(_row_format(found, mapped_formats(mapping)) if any(True for _ in found) else None, tokenisation)
     every = iter(rows)
     while some := list(islice(every, _AT_ONCE)):
-        reading.take(some)
+        with _uncollected():
+            reading.take(some)
     reading.check_given_ids()
     reading.check_privileged(name)
     rejected, cuts = reading.rejected, reading.cuts
@@ -347,6 +350,18 @@ def prepare_dataset(
             tokenisation.max_prompt_length, tokenisation.max_response_length,
         )  # fmt: skip
     return PreparedData(samples, rejected, cuts)
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without the search for cycles: a tenth of the time, since the lists of a thousand rows make it go over all."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 @dataclass(frozen=True)

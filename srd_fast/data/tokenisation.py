@@ -98,6 +98,7 @@ class Tokenisation:
         check_train_on(train_on, encoder_decoder)
         self._all_turns = train_on == ALL
         self.tokenizer = tokenizer
+        self._eos = tokenizer.eos_token_id
         self.encoder = TextEncoder(tokenizer)
         self._chat_template_kwargs = check_chat_template_kwargs(chat_template_kwargs, tokenizer)
         self._name, self._all_chat = template, template == CHAT
@@ -297,7 +298,7 @@ class Tokenisation:
             some = self.encoder.continuation_ids(text)
             ids += some
             labels += some if is_answer else [IGNORE_INDEX] * len(some)
-        end = [] if ended else [self.tokenizer.eos_token_id]
+        end = [] if ended else [self._eos]
         most = self.max_response_length
         if len(ids) + len(end) > most:
             cuts[RESPONSES_CUT] += 1
@@ -316,7 +317,7 @@ class Tokenisation:
 
     def _up_to_limit(self, text: str, begun: list[int], ended: bool, cuts: Counter[str] | None) -> list[int]:
         most = self.max_response_length
-        ids = begun + ([] if ended else [self.tokenizer.eos_token_id])
+        ids = begun + ([] if ended else [self._eos])
         if cuts is not None and (len(ids) > most or len(text) > most * LONGEST_TOKEN):
             cuts[RESPONSES_CUT] += 1
         return ids[:most]

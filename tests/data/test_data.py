@@ -1,5 +1,7 @@
 """Rows of every format become the same samples, with ids that stay, and no row gets lost without a word."""
 
+import copy
+import gc
 import gzip
 import json
 import random
@@ -28,6 +30,7 @@ from srd_fast.data import (
     read_rows,
     read_source,
 )
+from srd_fast.data.encoding import TextEncoder
 from srd_fast.data.quickstart import make_quickstart_rows
 from srd_fast.errors import UserError
 
@@ -613,6 +616,41 @@ def any_tokenizer(request: pytest.FixtureRequest, tiny_tokenizer: PreTrainedToke
         core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
         return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|endoftext|>")
     return llama2() if request.param == "llama 2" else metaspace(request.param)
+
+
+def test_texts_together_are_tokenised_as_a_call_of_the_tokenizer_does(any_tokenizer: PreTrainedTokenizerFast) -> None:
+    """Also where someone left truncation and padding switched on, and where a subclass does something else."""
+    texts = ["the cat sat on a mat", "a", "", "</s> the <|endoftext|>"]
+    tokenizer = copy.deepcopy(any_tokenizer)
+    for special in (False, True):
+        expected = tokenizer(texts, add_special_tokens=special).input_ids
+        tokenizer.backend_tokenizer.enable_truncation(2)
+        tokenizer.backend_tokenizer.enable_padding(length=9)
+        assert TextEncoder(tokenizer).ids_of_all(texts, special) == expected
+    tokenizer.split_special_tokens = True
+    assert TextEncoder(tokenizer).ids_of_all(texts) == tokenizer(texts, add_special_tokens=False).input_ids
+
+    class Shouting(PreTrainedTokenizerFast):
+        def _encode_plus(self, text: Any, **options: Any) -> Any:
+            return super()._encode_plus(
+                [t.replace("a", "o") for t in text] if isinstance(text, list) else text, **options
+            )
+
+    shouting = Shouting(tokenizer_object=tokenizer.backend_tokenizer, eos_token=tokenizer.eos_token)
+    expected = shouting(texts, add_special_tokens=False).input_ids
+    assert TextEncoder(shouting).ids_of_all(texts) == expected != TextEncoder(any_tokenizer).ids_of_all(texts)
+
+
+def test_the_search_for_cycles_is_as_it_was_after_rows(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(UserError, match="none of 1 rows"):
+        prepare([{"instruction": 1, "output": "a"}], tiny_tokenizer)
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        prepare(ROWS, tiny_tokenizer)
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("response", ["a", " a", "the cat sat", "  x", "1", "é", "a\n\nb", ""])
