@@ -4,7 +4,7 @@ The loss takes part with the buffers that its chunks would have.
 """
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,13 +87,20 @@ def _make_student(config: RunConfig, device: torch.device, live: LiveBytes, args
         with live.labelled("adapters"), device, stay:
             model = get_peft_model(model, peft_config)
     if args.gradient_checkpointing:
-        given: Any = args.gradient_checkpointing_kwargs or {}
-        options = {"use_reentrant": False, **given, "preserve_rng_state": False}
-        inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+        _recompute_layers(inner, args.gradient_checkpointing_kwargs or {})
         if peft_config is not None:
             inner.enable_input_require_grads()
     gc.collect()
     return model.train()
+
+
+def _recompute_layers(model: Any, given: Mapping[str, Any]) -> None:
+    """Switch activation checkpointing on, as the Trainer does."""
+    options = {"use_reentrant": False, **given, "preserve_rng_state": False}
+    if not hasattr(model, "activation_checkpointing_enable"):  # before transformers 5.24
+        return model.gradient_checkpointing_enable(options)
+    which = {name: options.pop(name) for name in ("every_n_layers", "offload") if name in options}
+    model.activation_checkpointing_enable(options, **which)
 
 
 def _make_teacher(config: RunConfig, run: Run, student: Any, offload: bool) -> tuple[Any, list[Tensor], Head]:

@@ -36,6 +36,7 @@ def check_answers(args: "SRDConfig", faults: Faults) -> None:
     faults.check(("generation_engine", "lmbda", "seq_kd", "eval_generate"), _check_engine, args)
     faults.check("generation_options", check_engine_options, args.generation_options)
     faults.check(("generation_options", "generation_engine", "lmbda", "seq_kd", "eval_generate"), _check_sleep, args)
+    faults.check(("max_privileged_length", "privileged_template"), _check_privileged_length, args)
     faults.check(("replay_buffer", "lmbda"), _check_buffer, args)
     faults.check("eval_metrics", _check_metrics, args)
     for name, nothing in _OF_EVALUATIONS.items():
@@ -101,6 +102,15 @@ def _check_buffer(args: "SRDConfig") -> None:
     if args.replay_buffer and not args.lmbda:
         raise UserError(
             f"replay_buffer is {args.replay_buffer}, but lmbda is 0, so that nothing comes into it; set one of them"
+        )
+
+
+def _check_privileged_length(args: "SRDConfig") -> None:
+    usual = args.__dataclass_fields__["max_privileged_length"].default
+    if args.privileged_template is None and args.max_privileged_length != usual:
+        raise UserError(
+            f"max_privileged_length is {args.max_privileged_length}, and without a privileged_template the teacher "
+            "reads what the student reads; leave it out, or set privileged_template"
         )
 
 

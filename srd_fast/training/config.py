@@ -235,7 +235,6 @@ class SRDConfig(TrainingArguments):
         self.chat_template_kwargs = kwargs or None
         faults.check("train_on", check_train_on, self.train_on)
         faults.check("privileged_template", check_privileged_template, self.privileged_template)
-        faults.check(("max_privileged_length", "privileged_template"), self._check_privileged_length)
         faults.check("self_ema_decay", check_decay, self.self_ema_decay, self.keep_student_dtype)
         faults.check("sample_selection", SAMPLE_POLICIES.check, self.sample_selection)
         faults.check("backend", check_backend, self.backend)
@@ -282,13 +281,6 @@ class SRDConfig(TrainingArguments):
         if value not in accepted:
             words = [{None: "null", True: "true", False: "false"}.get(x, repr(x)) for x in accepted]
             raise UserError(f"{name} must be {', '.join(words[:-1])} or {words[-1]}, got {value!r}")
-
-    def _check_privileged_length(self) -> None:
-        if self.privileged_template is None and self.max_privileged_length != _default_of("max_privileged_length"):
-            raise UserError(
-                f"max_privileged_length is {self.max_privileged_length}, and without a privileged_template the teacher "
-                "reads what the student reads; leave it out, or set privileged_template"
-            )
 
     def _check_class_sampling(self) -> None:
         if not self.class_sampling:
