@@ -217,6 +217,10 @@ def test_what_each_teacher_keeps(tiny_teacher_folder: Path, tmp_path: Path) -> N
     assert keeping.disk == 256 * (20 * (32 * 4 + 3 * 4) + 24) + head
     one = made_config(tiny_teacher_folder, tmp_path, "cache.log_sum_exp=true", "distill.temperature=1")
     assert planner.plan(one).disk == 256 * (20 * (32 * 4 + 4) + 24) + head
+    # Two answers to each of 256 prompts, and again to those of the first of three stages, whose rows stay.
+    again = ("mode=offline_on_policy", "reflect.temperature=1", "answers_per_prompt=2", "answers_again=true")
+    anew = planner.plan(made_config(tiny_teacher_folder, tmp_path, *again))
+    assert anew.disk == int(256 * 2 * (4 / 3) * (20 * 32 * 4 + 24)) + head
     with pytest.raises(UserError, match=r"config: cache\.log_sum_exp is true, and cache\.kind is 'topk'"):
         planner.plan(made_config(tiny_teacher_folder, tmp_path, "cache.log_sum_exp=true", "cache.kind=topk"))
 
