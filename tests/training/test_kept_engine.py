@@ -86,7 +86,8 @@ def config(**fields: Any) -> SRDConfig:
     given = {
         "output_dir": "out", "optim": "sgd", "use_cpu": True, "report_to": [], "save_strategy": "no",
         "eval_strategy": "no", "disable_tqdm": True, "logging_steps": 1, "learning_rate": 0.1,
-        "per_device_train_batch_size": 4, "epochs_per_stage": 6, "generation_engine": "told", "max_new_tokens": 5,
+        "per_device_train_batch_size": 4, "epochs_per_stage": 6, "lmbda": 1.0, "generation_engine": "told",
+        "max_new_tokens": 5,
     }  # fmt: skip
     return SRDConfig(**{**given, **fields})
 
@@ -192,7 +193,8 @@ def test_sleep_without_a_gpu_is_refused_before_anything_runs(monkeypatch: pytest
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr("srd_fast.training.answer_fields.is_installed", lambda: True)
     asked: dict[str, Any] = {"generation_engine": "vllm", "generation_options": {"enable_sleep_mode": True}}
-    for user in ({"lmbda": 1.0}, {"eval_generate": True}):
+    for user in ({}, {"lmbda": 0.0, "eval_generate": True}):
         with pytest.raises(UserError, match="generation_options: enable_sleep_mode is true, but vLLM's engine sleeps"):
             config(**asked, **user)
-    assert config(**asked).generation_options == {"enable_sleep_mode": True}, "nothing is generated"
+    with pytest.raises(UserError, match="generation_engine is 'vllm', but nothing is answered"):
+        config(**asked, lmbda=0.0)
