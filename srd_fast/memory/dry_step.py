@@ -87,7 +87,8 @@ def _make_student(config: RunConfig, device: torch.device, live: LiveBytes, args
         with live.labelled("adapters"), device, stay:
             model = get_peft_model(model, peft_config)
     if args.gradient_checkpointing:
-        _recompute_layers(inner, args.gradient_checkpointing_kwargs or {})
+        given: Any = args.gradient_checkpointing_kwargs or {}
+        _recompute_layers(inner, given)
         if peft_config is not None:
             inner.enable_input_require_grads()
     gc.collect()
