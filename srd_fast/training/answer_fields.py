@@ -1,6 +1,6 @@
 """Fields of `SRDConfig` about answers that are generated while a student is trained: which of them go together."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from transformers import IntervalStrategy
 
@@ -15,14 +15,10 @@ if TYPE_CHECKING:
 
 # Ends of the names of metrics of which less is better; TrainingArguments knows "loss" alone.
 _LESS_IS_BETTER = ("loss", "kl", "entropy", "divergence", "perplexity")
-# Of the answers of evaluations, with the value that says nothing.
-_OF_EVALUATIONS = {
-    "eval_metrics": None, "eval_generate_rows": None, "eval_max_new_tokens": None, "eval_temperature": 0.0,
-}  # fmt: skip
-
-# Of fresh answers alone, and of both.
-_OF_FRESH: dict[str, Any] = {"generation_temperature": 1.0, "sync_every": 1}
-_OF_ANY: dict[str, Any] = {"max_new_tokens": 128, "generation_engine": "transformers", "generation_options": None}
+# Of the answers of evaluations, of fresh ones, and of both.
+_OF_EVALUATIONS = ("eval_metrics", "eval_generate_rows", "eval_max_new_tokens", "eval_temperature")
+_OF_FRESH = ("generation_temperature", "sync_every")
+_OF_BOTH = ("max_new_tokens", "generation_engine", "generation_options")
 
 
 def check_answers(args: "SRDConfig", faults: Faults) -> None:
@@ -39,10 +35,10 @@ def check_answers(args: "SRDConfig", faults: Faults) -> None:
     faults.check(("max_privileged_length", "privileged_template"), _check_privileged_length, args)
     faults.check(("replay_buffer", "lmbda"), _check_buffer, args)
     faults.check("eval_metrics", _check_metrics, args)
-    for name, nothing in _OF_EVALUATIONS.items():
-        faults.check((name, "eval_generate"), _check_asked_for, args, name, nothing)
-    for name, default in (_OF_FRESH | _OF_ANY).items():
-        faults.check((name, "lmbda", "seq_kd", "eval_generate"), _check_something_answers, args, name, default)
+    for name in _OF_EVALUATIONS:
+        faults.check((name, "eval_generate"), _check_asked_for, args, name)
+    for name in (*_OF_FRESH, *_OF_BOTH):
+        faults.check((name, "lmbda", "seq_kd", "eval_generate"), _check_something_answers, args, name)
     faults.check(("sync_every", "generation_engine"), _check_sync, args)
     faults.check(("seq_kd", "lmbda"), _check_other_steps, args)
     faults.check(
@@ -69,6 +65,11 @@ def less_is_better(args: "SRDConfig") -> bool:
     if ends:
         return not of_answers[max(ends, key=len)].higher_is_better
     return metric.endswith(_LESS_IS_BETTER)
+
+
+def _is_given(args: "SRDConfig", name: str) -> bool:
+    """Whether a field has another value than the default, which the class has."""
+    return bool(getattr(args, name) != getattr(type(args), name))
 
 
 def _never_evaluates(args: "SRDConfig") -> bool:
@@ -106,8 +107,7 @@ def _check_buffer(args: "SRDConfig") -> None:
 
 
 def _check_privileged_length(args: "SRDConfig") -> None:
-    usual = args.__dataclass_fields__["max_privileged_length"].default
-    if args.privileged_template is None and args.max_privileged_length != usual:
+    if args.privileged_template is None and _is_given(args, "max_privileged_length"):
         raise UserError(
             f"max_privileged_length is {args.max_privileged_length}, and without a privileged_template the teacher "
             "reads what the student reads; leave it out, or set privileged_template"
@@ -121,16 +121,17 @@ def _check_metrics(args: "SRDConfig") -> None:
     get_metrics(args.answer_metrics)
 
 
-def _check_asked_for(args: "SRDConfig", name: str, nothing: float | None) -> None:
-    value = getattr(args, name)
-    if not args.eval_generate and value != nothing:
-        raise UserError(f"{name} is {value!r}, but eval_generate is false, and nothing is answered; set it to true")
+def _check_asked_for(args: "SRDConfig", name: str) -> None:
+    if not args.eval_generate and _is_given(args, name):
+        raise UserError(
+            f"{name} is {getattr(args, name)!r}, but eval_generate is false, and nothing is answered; set it to true"
+        )
 
 
-def _check_something_answers(args: "SRDConfig", name: str, default: Any) -> None:
-    evaluates = name in _OF_ANY and args.eval_generate
-    if getattr(args, name) != default and not args.answers_anew and not evaluates:
-        others = " or eval_generate" if name in _OF_ANY else ""
+def _check_something_answers(args: "SRDConfig", name: str) -> None:
+    evaluates = name in _OF_BOTH and args.eval_generate
+    if _is_given(args, name) and not args.answers_anew and not evaluates:
+        others = " or eval_generate" if name in _OF_BOTH else ""
         raise UserError(
             f"{name} is {getattr(args, name)!r}, but nothing is answered while the student is trained; leave it out, "
             f"or set lmbda, seq_kd{others}"
