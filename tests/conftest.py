@@ -9,6 +9,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import gc
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -28,11 +29,19 @@ from srd_fast.losses.divergences import DIVERGENCES
 from srd_fast.reflection.engines import ENGINES
 from srd_fast.reflection.signals import DIFFICULTIES
 from srd_fast.selection import POSITION_POLICIES, SAMPLE_POLICIES
+from srd_fast.showing import show_as
 from srd_fast.teacher import CACHE_KINDS
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def loud() -> None:
+    """What a command with --quiet or --json set for its process does not reach the next test."""
+    show_as("auto")
+    logging.getLogger("srd_fast").setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ import tiny
 import torch
 from transformers import EvalPrediction, PreTrainedTokenizerFast, TrainerCallback
 
-from srd_fast import SRDConfig, SRDTrainer, UserError, reflect, showing
+from srd_fast import SRDConfig, SRDTrainer, UserError, reflect
 from srd_fast.showing import progress_bar, show_as
 from srd_fast.training.prediction import named_sets
 
@@ -207,13 +207,6 @@ class Terminal(io.StringIO):
         return True
 
 
-@pytest.fixture
-def own_style() -> Any:
-    before = dict(showing._of_process)
-    yield
-    showing._of_process.update(before)
-
-
 def shown(trainer: SRDTrainer, monkeypatch: pytest.MonkeyPatch, terminal: bool = False) -> tuple[str, str]:
     out, err = io.StringIO(), Terminal() if terminal else io.StringIO()
     with monkeypatch.context() as patch:
@@ -223,7 +216,6 @@ def shown(trainer: SRDTrainer, monkeypatch: pytest.MonkeyPatch, terminal: bool =
     return out.getvalue(), err.getvalue()
 
 
-@pytest.mark.usefixtures("own_style")
 def test_a_training_in_a_file_is_a_line_for_each_log(
     tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -245,7 +237,6 @@ def test_a_training_in_a_file_is_a_line_for_each_log(
     assert "eval_kl" in events[2]
 
 
-@pytest.mark.usefixtures("own_style")
 def test_a_training_on_a_terminal_is_a_bar(tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
     out, err = shown(make(tokenizer), monkeypatch, terminal=True)
     assert out == ""
@@ -256,7 +247,6 @@ def test_a_training_on_a_terminal_is_a_bar(tokenizer: PreTrainedTokenizerFast, m
     assert lines.startswith("step 1/2")
 
 
-@pytest.mark.usefixtures("own_style")
 def test_a_long_training_in_a_file_is_a_few_hundred_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     from types import SimpleNamespace
 
@@ -276,7 +266,6 @@ def test_a_long_training_in_a_file_is_a_few_hundred_lines(monkeypatch: pytest.Mo
     assert lines[-1].startswith("step 10000/10000")
 
 
-@pytest.mark.usefixtures("own_style")
 @pytest.mark.parametrize(
     ("style", "words"),
     [
