@@ -23,8 +23,8 @@ from srd_fast.files import write_text
 from srd_fast.models import load_model
 from srd_fast.reflection import Sampling
 from srd_fast.run.config import RunConfig, load_run_config
-from srd_fast.run.modes import fine_tuning
-from srd_fast.run.pipeline import begin_from, execute
+from srd_fast.run.modes import fine_tuning, mode_of
+from srd_fast.run.pipeline import begin_from, execute, steps_of
 from srd_fast.run.steps import Run, adopt_evaluations
 from srd_fast.run.stopping import Stopped, stoppable
 
@@ -97,10 +97,15 @@ def make_cell(task: dict[str, Any]) -> dict[str, Any]:
     config = config_of(task)
     begin_from(Path(task["base"]), config)
     folder = Path(task["folder"])
-    own_signals = not (folder / "reflections.parquet").is_symlink()
-    for step in ("reflect", "curate") if own_signals else ("curate",):
-        execute(config, only=step)
-    passes = epochs_of(CurriculumPlan.load(folder / "plan.json"), task["steps"])
+    answers = mode_of(config).makes_answers
+    if answers:  # of which the base's cache has no rows, and other cells would have to carry them
+        (folder / "teacher_cache").unlink(missing_ok=True)
+    linked = (folder / "reflections.parquet").is_symlink()
+    for step in [x.name for x in steps_of(config) if x.name in ("reflect", "curate", "answers")]:
+        if step != "reflect" or not linked:
+            execute(config, only=step)
+    plan = folder / "answers" / "plan.json" if answers else folder / "plan.json"
+    passes = epochs_of(CurriculumPlan.load(plan), task["steps"])
     config = config_of(task, f"distill.epochs_per_stage={json.dumps(passes)}")
     energy = _joules(task["device"]) if task["alone"] else None
     execute(config)
@@ -117,7 +122,11 @@ def _figures(folder: Path, task: dict[str, Any]) -> dict[str, Any]:
     assert len(steps) == task["steps"], f"{folder}: {len(steps)} steps instead of {task['steps']}"
     ledger = json.loads((folder / "steps.json").read_text(encoding="utf-8"))
     of_base = json.loads((Path(task["base"]) / "steps.json").read_text(encoding="utf-8"))
-    files = [p for p in (folder / "teacher_cache").resolve().rglob("*") if p.is_file()]
+    cache, cached = folder / "teacher_cache", dict[str, float]()
+    if cache.is_dir():
+        files = [p for p in cache.resolve().rglob("*") if p.is_file() and "head" not in p.name]
+        of = of_base if cache.is_symlink() else ledger
+        cached = {"cache_seconds": of["cache"]["seconds"], "cache_bytes": sum(p.stat().st_size for p in files)}
     rows, measures = evaluation["student"]["rows"], (*MEASURES, *task["metrics"])
     apart = [b["seconds"] - a["seconds"] for a, b in pairwise(steps) if b["seconds"] > a["seconds"]]
     return {
@@ -126,10 +135,10 @@ def _figures(folder: Path, task: dict[str, Any]) -> dict[str, Any]:
         **{f"teacher_{m}": evaluation["teacher"][m] for m in measures if m != "kl"},
         **({"best_step": summary["best"]["step"]} if task["best"] else {}),
         "step_seconds": statistics.median(apart),
-        "reflect_seconds": ledger["reflect"]["seconds"],
-        "cache_seconds": of_base["cache"]["seconds"],
+        "train_seconds": sum(ledger[name]["seconds"] for name in ("answers", "distill") if name in ledger),
+        **({"reflect_seconds": ledger["reflect"]["seconds"]} if "reflect" in ledger else {}),
+        **cached,
         "peak_memory_mb": summary["training"]["peak_memory_mb"],
-        "cache_bytes": sum(p.stat().st_size for p in files if "head" not in p.name),
         "rows": {name: [x if x is None else _short(x) for x in rows[name]] for name in (*measures, "num_tokens")},
     }
 

@@ -14,11 +14,19 @@ NO_DROP, BY_CHANCE, ALL_ROWS = "curate.keep=1", "curate.method=random", "curate.
 FULL, SRD, RANDOM, DROP = "full KD", "SRD", "random 75 %, random stages", "hardest 25 % dropped, random stages"
 LEARNABLE = "learnable"
 FIRST = (FULL, SRD, RANDOM, DROP)
+# Other modes of a run, with what their names do not say. DistiLLM's share of own answers hangs on the validation loss.
+MODES: dict[str, list[str]] = {
+    "sft": [],
+    "seqkd": [],
+    "offline_on_policy": [],
+    "on_policy": [],
+    "distillm": ["distill.eval_strategy=steps", "distill.eval_steps=10"],
+}
 # Cells with which all others are compared, and what the figures of the difference are called.
 REFERENCES = {FULL: "full", RANDOM: "random"}
 
 # Overrides of the run's config. All have three stages with as many steps each, and the paper's schedule of temperature
-# and weight, where nothing else is said: they differ by their rows and the order of these.
+# and weight, where nothing else is said: they differ by their rows and the order of these. Modes have their own loss.
 CELLS: dict[str, list[str]] = {
     FULL: [*PAPER, ALL_ROWS],
     SRD: PAPER,
@@ -45,12 +53,21 @@ CELLS: dict[str, list[str]] = {
         for divergence in ("reverse_kl", "skew_forward_kl", "skew_reverse_kl")
         for name, overrides in (("full KD", [*PAPER, ALL_ROWS]), ("SRD", PAPER), ("random 75 %", [*PAPER, BY_CHANCE]))
     },
+    **{
+        name: [*overrides, f"mode={mode}", *more]
+        for mode, more in MODES.items()
+        for name, overrides in ((mode, [*PAPER, ALL_ROWS]), (f"SRD, {mode}", PAPER))
+    },
     "SE-KD": ["preset=SE-KD"],
     "SE-KD3X": ["preset=SE-KD3X"],
     "SRD + SE-KD": [*PAPER, "distill.position_selection=topk_student_entropy", "distill.position_ratio=0.2"],
 }  # fmt: skip
-# Those whose rows hang on the reflections. At equal seconds these count against their training.
-REFLECTING = [name for name, x in CELLS.items() if x[:1] == PAPER and not {ALL_ROWS, BY_CHANCE} & set(x)]
+OF_MODES = [name for name, x in CELLS.items() if any(o.startswith("mode=") for o in x)]
+# Those whose rows hang on the reflections. At equal seconds these count against their training. Modes have no cells of
+# equal seconds: not every step of theirs takes the same.
+REFLECTING = [
+    name for name, x in CELLS.items() if x[:1] == PAPER and not {ALL_ROWS, BY_CHANCE} & set(x) and name not in OF_MODES
+]
 
 
 @dataclass(frozen=True)
@@ -142,6 +159,7 @@ def cells(settings: list[Setting], names: list[str], seeds: list[int], equal: li
         *block(others, [n for n in names if n in (*FIRST, LEARNABLE)], early),
         *block(main, [n for n in names if n in (SRD, DROP, LEARNABLE)], early, SECONDS),
         *block([*main, *others], first, late),
+        *block(main, [n for n in names if n in OF_MODES], early),
         *block(main, names, early),
         *block(others, [n for n in names if n in (SRD, DROP, LEARNABLE)], early, SECONDS),
         *block(others, names, early),

@@ -22,7 +22,16 @@ from .rows import Row, write
 MEASURES = ("kl", "cross_entropy", "rouge_l", "numeric_match")
 # Of measures over tokens, which are sums in a line's rows.
 _OF_TOKENS = ("kl", "cross_entropy")
-COSTS = ("step_seconds", "reflect_seconds", "cache_seconds", "peak_memory_mb", "cache_bytes", "joules", "seconds")
+COSTS = (
+    "step_seconds",
+    "train_seconds",
+    "reflect_seconds",
+    "cache_seconds",
+    "peak_memory_mb",
+    "cache_bytes",
+    "joules",
+    "seconds",
+)
 
 Line = dict[str, Any]
 

@@ -193,15 +193,18 @@ def evidence(rows: list[Row]) -> str:
     for (case, shape, _, machine), figures in groups(rows, "evidence").items():
         first = next(iter(figures.values()))
         begin = [f"{shape}, {case}", "starting student", "", _over_seeds(first, "start_kl"), ""]
-        body.append((machine, [*begin, _over_seeds(first, "start_rouge_l", 1, 100), *[""] * 6]))
+        body.append((machine, [*begin, _over_seeds(first, "start_rouge_l", 1, 100), *[""] * 7]))
         sampled = _first_sampled(figures)
         for name, f in figures.items():
             worth = [_over_seeds(f, "kl"), _over_seeds(f, "cross_entropy"), _over_seeds(f, "rouge_l", 1, 100)]
             worth += [_over_seeds(f, sampled, 1, 100), _over_seeds(f, "numeric_match", 1, 100)]
-            costs = [cost(f, "step_seconds", digits=2), cost(f, "cache_seconds"), cost(f, "peak_memory_mb")]
+            costs = [
+                cost(f, "step_seconds", digits=2),
+                *(cost(f, m) for m in ("train_seconds", "cache_seconds", "peak_memory_mb")),
+            ]
             body.append((machine, ["", name, cost(f, "seeds"), *worth, *costs, cost(f, "cache_bytes", 1e-6, 1)]))
     head = ["", "", "seeds", "KL, nats", "cross-entropy, nats", "ROUGE-L", "ROUGE-L, sampled", "final number"]
-    head += ["a step, s", "cache, s", "peak MB", "cache MB"]
+    head += ["a step, s", "training, s", "cache, s", "peak MB", "cache MB"]
     used = [i for i in range(len(head)) if not body or i < 2 or any(cells[i] for _, cells in body)]
     return table([head[i] for i in used], [(machine, [cells[i] for i in used]) for machine, cells in body])
 

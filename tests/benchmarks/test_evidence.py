@@ -29,6 +29,8 @@ from benchmarks.evidence_grid import (  # noqa: E402
     LAYERS,
     LEARNABLE,
     MAIN,
+    MODES,
+    OF_MODES,
     RANDOM,
     REFLECTING,
     SECONDS,
@@ -77,6 +79,10 @@ def test_cells_differ_by_what_their_names_say(tmp_path: Path) -> None:
         assert configs[name].distill == usual.distill, name
     # All that rank by the usual signals share one base.
     assert [n for n, c in configs.items() if c.reflect != usual.reflect] == [LEARNABLE]
+    assert {c.mode for c in configs.values()} == {"kd", *MODES}
+    for mode in MODES:
+        assert configs[mode].mode == configs[f"SRD, {mode}"].mode == mode
+        assert (configs[mode].curate.method, configs[f"SRD, {mode}"].curate) == ("none", usual.curate)
     assert configs["SRD, schedule off"].distill["temperature_end"] == 1
     assert configs["hard to easy"].curate.signals == {"rouge_l": -1, "cross_entropy": -1}
 
@@ -215,11 +221,20 @@ def test_a_small_grid_ends_with_its_table_and_is_not_done_again(tiny_teacher_fol
     assert "| SRD | 1 |" in (tmp_path / "evidence.md").read_text()
     assert (tmp_path / "evidence.svg").stat().st_size > 5000
     assert json.loads((folder / "SRD-0" / "steps.json").read_text()).keys() > {"prepare", "distill", "report"}
+    modes = [*command, "--cells", *OF_MODES]
+    done = subprocess.run(modes, cwd=ROOT, capture_output=True, text=True, check=False, timeout=600)
+    assert f"{len(OF_MODES)} of {len(OF_MODES)} cells, 0 tasks failed" in done.stdout, done.stdout + done.stderr
+    found = {x["cell"]: x for x in evidence_table.read_lines(tmp_path / "evidence.jsonl")}
+    assert all(x["trained_steps"] == 6 and x["train_seconds"] > 0 for x in found.values())
+    assert "reflect_seconds" not in found["sft"]
+    assert {name for name, x in found.items() if "cache_bytes" not in x} == {
+        name for name in OF_MODES if "sft" in name or "seqkd" in name
+    }
     best = [*command, "--best", "rouge_l", "--cells", SRD, "SRD, reflecting again"]
     done = subprocess.run(best, cwd=ROOT, capture_output=True, text=True, check=False, timeout=600)
     assert "2 of 2 cells, 0 tasks failed" in done.stdout, done.stdout + done.stderr
     assert "base-0: done" not in done.stdout
-    for x in evidence_table.read_lines(tmp_path / "evidence.jsonl")[3:]:
+    for x in evidence_table.read_lines(tmp_path / "evidence.jsonl")[-2:]:
         assert x["best_step"] in range(1, 7)
         assert json.loads(x["options"])["best"] == "rouge_l"
     assert not [*folder.glob("*/checkpoints")]
