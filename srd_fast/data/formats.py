@@ -75,6 +75,10 @@ def _text(value: Any, column: str) -> str:
     return value
 
 
+def _has_turns(value: Any) -> bool:
+    return isinstance(value, list) and any(isinstance(turn, Mapping) for turn in value)
+
+
 _INPUTS = ("input", "context")
 _SYSTEMS = ("system_prompt", "system_message")
 
@@ -88,6 +92,8 @@ def _system(row: Row) -> dict[str, Any]:
 def _pair(asked: str, answered: str, inputs: tuple[str, ...] = _INPUTS) -> RowFormat:
     """A question and its answer in two columns; a prompt is taken as it stands, and of the rest the template is made.
 
+    Either may be a list of turns: then they are a conversation.
+
     Args:
         asked: the column of the question.
         answered: the column of the answer or answers.
@@ -97,6 +103,8 @@ def _pair(asked: str, answered: str, inputs: tuple[str, ...] = _INPUTS) -> RowFo
     inputs = () if as_it_stands else tuple(c for c in inputs if c not in (asked, answered))
 
     def convert(row: Row) -> Row:
+        if _has_turns(row[asked]) or _has_turns(row[answered]):
+            return {"messages": joined_turns(row[asked], row[answered], asked, answered), **_system(row)}
         question, answer = _text(row[asked], asked), _texts(row[answered], answered)
         if as_it_stands:
             return {"prompt": question, "completion": answer, **_system(row)}
@@ -118,7 +126,7 @@ def _messages(row: Row) -> Row:
 
 def _prompt_completion(row: Row) -> Row:
     prompt, completion = row["prompt"], row["completion"]
-    if not any(isinstance(x, list) and any(isinstance(turn, Mapping) for turn in x) for x in (prompt, completion)):
+    if not (_has_turns(prompt) or _has_turns(completion)):
         return row
     return {"messages": joined_turns(prompt, completion, "prompt", "completion")}
 

@@ -14,7 +14,10 @@ from .formats import CARRIED, RowFormat, ordered_formats
 _ASKED = ("prompt", "instruction", "question", "query", "input", "problem", "task", "request", "user", "human")
 _ANSWERED = ("completion", "output", "answer", "response", "reply", "solution", "target", "assistant", "result")
 _ABOUT_THE_ROW = {"id", "idx", "index", "uuid", "url", "category", "type", "lang", "language", "split", "topic", "date"}
+_BESIDE = ("context", "passage", "document", "schema", "evidence", "explanation", "reasoning")
 _NEAR = 80
+# What to type where nothing else helps.
+OWN_ROWS = "make rows yourself with data_function: FILE.py:FUNCTION"
 
 
 def check_columns(given: Any) -> dict[str, str]:
@@ -96,18 +99,15 @@ def advice(row: Mapping[str, Any]) -> str:
     """
     talk = next((c for c, v in row.items() if isinstance(v, list) and v and isinstance(v[0], Mapping)), None)
     if talk is not None:
-        return f"Say which is which, if that is it: {_written({'messages': talk})}; or {_FUNCTION}"
+        return f"Say which is which, if that is it: {_written({'messages': talk})}; or {OWN_ROWS}"
     texts = _places_of_text(row)
     if len(texts) < 2:
-        return f"A row needs two texts, a question and its answer. {_FUNCTION[:1].upper()}{_FUNCTION[1:]}"
-    asked = max(texts, key=lambda c: _likeness(c, _ASKED) - _likeness(c, _ANSWERED))
+        return f"A row needs two texts, a question and its answer. {OWN_ROWS[:1].upper()}{OWN_ROWS[1:]}"
+    asked = max(texts, key=lambda c: _likeness(c, _ASKED) - max(_likeness(c, _ANSWERED), _likeness(c, _BESIDE)))
     others = [c for c in texts if c != asked]
-    answered = max(others, key=lambda c: _likeness(c, _ANSWERED) - _likeness(c, _ASKED))
+    answered = max(others, key=lambda c: _likeness(c, _ANSWERED) - max(_likeness(c, _ASKED), _likeness(c, _BESIDE)))
     names = ("prompt", "completion") if "prompt" in _words(asked) else ("instruction", "output")
-    return f"Say which is which: {_written(dict(zip(names, (asked, answered))))}; or {_FUNCTION}"
-
-
-_FUNCTION = "make rows yourself with data_function: FILE.py:FUNCTION"
+    return f"Say which is which: {_written(dict(zip(names, (asked, answered))))}; or {OWN_ROWS}"
 
 
 def _written(columns: Mapping[str, str]) -> str:

@@ -46,7 +46,7 @@ from ..errors import UserError, first_line
 from .columns import PRIVILEGED_FEATURES, TOKENISED_FEATURES
 from .files import SourceRow, shown
 from .formats import RowFormat, choose_format
-from .mapping import advice, check_columns, check_found, mapped_formats, renamed
+from .mapping import OWN_ROWS, advice, check_columns, check_found, mapped_formats, renamed
 from .own_rows import DataFunction, made_rows
 from .prompts import PROMPTS_CUT, RESPONSES_CUT, TURNS_DROPPED
 from .rows import Rows
@@ -332,7 +332,9 @@ def prepare_dataset(
     reading.check_privileged(name)
     rejected, cuts = reading.rejected, reading.cuts
     if not reading.tables.rows:
-        raise UserError(f"{name}: none of {count} rows is usable; first: {_told(rejected[:1])}")
+        raise UserError(
+            f"{name}: none of {count} rows is usable; first: {_told(rejected[:1])}. Repair them, or {OWN_ROWS}"
+        )
     if rejected and max_bad_rows is not None:
         _check_rejected(rejected, count, name, max_bad_rows)
     if rejected:

@@ -18,6 +18,12 @@ ROLES = {
     CALL: ("function_call", "tool_call", "function-call"),
 }
 _ROLE_OF = {name: role for role, names in ROLES.items() for name in names}
+# Keys under which one entry holds what a side says, often of both sides.
+_SIDES = {
+    **{name: role for name, role in _ROLE_OF.items() if role in (SYSTEM, USER, ASSISTANT)},
+    **dict.fromkeys(("input", "query", "prompt"), USER),
+    **dict.fromkeys(("output", "answer", "response"), ASSISTANT),
+}
 _ROLE_KEYS = ("role", "from", "speaker", "author")
 _CONTENT_KEYS = ("content", "value", "text", "parts", "message")
 _MORE_KEYS = ("name", "tool_calls", "tool_call_id", "reasoning_content")
@@ -36,8 +42,9 @@ def as_messages(given: Any, column: str) -> Any:
     """Turns in any usual spelling as `messages`.
 
     Args:
-        given: turns with role/content or from/value; texts that take turns, the user's first; pairs of such texts; a
-            mapping of lists, which is how some files keep a list of mappings; or any of these as JSON text.
+        given: turns with role/content or from/value; what each side says under its name, one side or both to an entry
+            (human/assistant, input/output); texts that take turns, the user's first; pairs of such texts; a mapping of
+            lists, which is how some files keep a list of mappings; or any of these as JSON text.
         column: where it was found, for messages.
 
     Returns:
@@ -61,7 +68,17 @@ def as_messages(given: Any, column: str) -> Any:
         given = [text for pair in given for text in pair]
     if all(isinstance(text, str) for text in given):
         return [{"role": (USER, ASSISTANT)[number % 2], "content": text} for number, text in enumerate(given)]
-    return [_turn(turn, f"turn {number} of {column}") for number, turn in enumerate(given, 1)]
+    return [turn for number, entry in enumerate(given, 1) for turn in _turns(entry, f"turn {number} of {column}")]
+
+
+def _turns(entry: Any, where: str) -> list[Turn]:
+    """The turns of an entry: one, or those of both sides where each stands under the name of its side."""
+    if isinstance(entry, Mapping) and all(entry.get(k) is None for k in _ROLE_KEYS):
+        said = [(_SIDES.get(str(k).lower()), text) for k, text in entry.items() if isinstance(text, str)]
+        sides = {role: text for role, text in said if role is not None and (text or role != SYSTEM)}
+        if sides and sum(role is not None for role, _ in said) == len({role for role, _ in said} - {None}):
+            return [{"role": role, "content": sides[role]} for role in (SYSTEM, USER, ASSISTANT) if role in sides]
+    return [_turn(entry, where)]
 
 
 def _turn(turn: Any, where: str) -> Turn:
@@ -69,7 +86,10 @@ def _turn(turn: Any, where: str) -> Turn:
         raise UserError(f"{where} must be {{'role': text, 'content': text}}, got {type(turn).__name__}")
     speaker = next((turn[k] for k in _ROLE_KEYS if turn.get(k) is not None), None)
     if not isinstance(speaker, str):
-        raise UserError(f"{where} does not say who speaks: none of {', '.join(_ROLE_KEYS)} is text")
+        raise UserError(
+            f"{where} does not say who speaks: none of {', '.join(_ROLE_KEYS)} is text, and no key is a side's, such "
+            "as human or assistant"
+        )
     role = _ROLE_OF.get(speaker.strip().lower(), speaker)
     content = next((turn[k] for k in _CONTENT_KEYS if turn.get(k) is not None), None)
     more = {k: turn[k] for k in _MORE_KEYS if turn.get(k) is not None}

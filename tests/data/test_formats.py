@@ -21,6 +21,7 @@ CHAT = {"messages": [ASK, SAY]}
 ASKED = {"instruction": Q, "input": "", "output": A}
 TOLD = {"instruction": Q, "input": "A map.", "output": A}
 AS_IT_IS = {"prompt": Q, "completion": A}
+LAST = {"system": "", "input": Q, "output": A}
 HUMAN, GPT = {"from": "human", "value": Q}, {"from": "gpt", "value": A}
 ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -66,6 +67,17 @@ SAME: dict[str, tuple[Row, Row]] = {
         {"turns": [["Hi", "Ho"], [Q, A]]},
         {"messages": [{**ASK, "content": "Hi"}, {**SAY, "content": "Ho"}, ASK, SAY]},
     ),
+    "MOSS": (
+        {"conversation": [{"human": "Hi", "assistant": "Ho"}, {"human": Q, "assistant": A}]},
+        {"messages": [{**ASK, "content": "Hi"}, {**SAY, "content": "Ho"}, ASK, SAY]},
+    ),
+    "XTuner": (
+        {"conversation": [{"system": "Be brief.", "input": "Hi", "output": "Ho"}, LAST]},
+        {"messages": [BRIEF, {**ASK, "content": "Hi"}, {**SAY, "content": "Ho"}, ASK, SAY]},
+    ),
+    "a side an entry": ({"turns": [{"User": Q}, {"Assistant": A}]}, CHAT),
+    "turns and an answer": ({"prompt": [BRIEF, ASK], "response": A}, {"messages": [BRIEF, ASK, SAY]}),
+    "a question and turns": ({"question": Q, "answer": [SAY]}, CHAT),
     "TRL's conversations": ({"prompt": [BRIEF, ASK], "completion": [SAY]}, {"messages": [BRIEF, ASK, SAY]}),
     "TRL's, an answer of text": ({"prompt": [ASK], "completion": A}, {"prompt": [ASK], "completion": [SAY]}),
     "a preference": ({"prompt": Q, "chosen": A, "rejected": "No."}, AS_IT_IS),
@@ -169,6 +181,12 @@ REFUSED = [
     ({"instruction": Q, "antwort": A}, r"missing \['output'\] for instruction/output rows. .*output: antwort\}"),
     ({"body": Q}, "A row needs two texts.*data_function: FILE.py:FUNCTION"),
     ({"conversations": [{"von": "wem", "value": Q}]}, "turn 1 of conversations does not say who speaks"),
+    (
+        {"conversations": [{"instruction": Q, "input": "", "output": A}]},
+        "turn 1 of conversations does not say who speaks",
+    ),
+    ({"sql": A, "sql_context": "CREATE TABLE x", "sql_prompt": Q}, r"columns: \{prompt: sql_prompt, completion: sql\}"),
+    ({"question": Q, "choices": [A, "Red"], "answer": 1}, "answer must be text or a list of texts, got int"),
     ({"conversations": [{"from": "human"}]}, r"turn 1 of conversations \(human\) says nothing"),
     (
         {"conversations": [HUMAN, {"from": "function_call", "value": "no JSON"}]},
@@ -188,6 +206,7 @@ def test_a_refusal_says_what_to_type(row: Row, complaint: str, tiny_tokenizer: P
     with pytest.raises(UserError, match=complaint) as error:
         prepare([row, row], tiny_tokenizer)
     assert "\n" not in str(error.value)
+    assert "data_function: FILE.py:FUNCTION" in str(error.value)
 
 
 @pytest.mark.usefixtures("own_registries")
