@@ -9,6 +9,8 @@ PAPER = ["preset=paper"]
 # Plain distillation's loss: the divergence alone, at temperature 1.
 PLAIN_LOSS = ["distill.temperature_start=1", "distill.temperature_end=1", "distill.sft_weight_start=0",
               "distill.sft_weight_end=0"]  # fmt: skip
+# Of a training that goes on from a whole checkpoint at each stage's border.
+WHOLE = ["distill.save_strategy=steps", "distill.save_only_model=false", "distill.save_total_limit=2"]
 NO_DROP, BY_CHANCE, ALL_ROWS = "curate.keep=1", "curate.method=random", "curate.method=none"
 
 FULL, SRD, RANDOM, DROP = "full KD", "SRD", "random 75 %, random stages", "hardest 25 % dropped, random stages"
@@ -45,9 +47,7 @@ CELLS: dict[str, list[str]] = {
     "SRD, keep knee": [*PAPER, "curate.keep=knee"],
     "SRD, ROUGE-L alone": [*PAPER, "curate.signals={rouge_l: 1}"],
     "SRD, cross-entropy alone": [*PAPER, "curate.signals={cross_entropy: 1}"],
-    # It goes on from a whole checkpoint at each stage's border.
-    "SRD, reflecting again": [*PAPER, "curate.reflect_again=true", "distill.save_strategy=steps",
-                              "distill.save_only_model=false", "distill.save_total_limit=2"],
+    "SRD, reflecting again": [*PAPER, "curate.reflect_again=true", *WHOLE],
     **{
         f"{name}, {divergence}": [*overrides, f"distill.divergence={divergence}"]
         for divergence in ("reverse_kl", "skew_forward_kl", "skew_reverse_kl")
@@ -58,6 +58,7 @@ CELLS: dict[str, list[str]] = {
         for mode, more in MODES.items()
         for name, overrides in ((mode, [*PAPER, ALL_ROWS]), (f"SRD, {mode}", PAPER))
     },
+    "SRD, offline_on_policy, answers again": [*PAPER, "mode=offline_on_policy", "answers_again=true", *WHOLE],
     "SE-KD": ["preset=SE-KD"],
     "SE-KD3X": ["preset=SE-KD3X"],
     "SRD + SE-KD": [*PAPER, "distill.position_selection=topk_student_entropy", "distill.position_ratio=0.2"],
