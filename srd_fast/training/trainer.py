@@ -129,6 +129,38 @@ def _tokens(batch: Mapping[str, Tensor], padding: bool) -> Tensor:
     return batch["attention_mask"].sum()
 
 
+def _check_arguments(
+    args: SRDConfig,
+    eval_dataset: Any,
+    columns: Mapping[str, str] | None,
+    compute_metrics: ComputeMetrics | None,
+    own_optimizer: bool,
+) -> None:
+    """Refuse arguments that are missing or do not go together, before anything is loaded."""
+    if not isinstance(args, SRDConfig):
+        raise UserError(f"args must be an SRDConfig, got {type(args).__name__}")
+    check_packages(args, optimizer_given=own_optimizer)
+    check_include(args.include_for_metrics, compute_metrics)
+    if compute_metrics is None:
+        check_best_metric(
+            args.metric_for_best_model,
+            list(eval_dataset) if named_sets(eval_dataset) else (),
+            get_metrics(args.answer_metrics) if args.eval_generate else None,
+        )
+    if args.push_to_hub and args.process_index == 0:
+        try_hub(args.hub_token)
+    check_privileged_column(columns or {}, args.privileged_template)
+
+
+def _use_one_gpu(args: SRDConfig) -> None:
+    if args.n_gpu > 1:
+        logger.warning(
+            "%d GPUs are visible to one process; using the first. For all: torchrun --nproc-per-node %d, or "
+            "accelerate launch, before -m srd_fast run CONFIG or your script", args.n_gpu, args.n_gpu,
+        )  # fmt: skip
+        args._n_gpu = 1
+
+
 class SRDTrainer(Trainer):
     """A `transformers.Trainer` that distils `teacher_model` into `model` along a curriculum.
 
@@ -191,21 +223,8 @@ class SRDTrainer(Trainer):
     ) -> None:
         if processing_class is None:
             raise UserError("processing_class is missing: pass the student's tokenizer")
-        if not isinstance(args, SRDConfig):
-            raise UserError(f"args must be an SRDConfig, got {type(args).__name__}")
-        check_packages(args, optimizer_given=optimizers[0] is not None)
-        check_include(args.include_for_metrics, compute_metrics)
-        if compute_metrics is None:
-            check_best_metric(
-                args.metric_for_best_model,
-                list(eval_dataset) if named_sets(eval_dataset) else (),
-                get_metrics(args.answer_metrics) if args.eval_generate else None,
-            )
-        if args.push_to_hub and args.process_index == 0:
-            try_hub(args.hub_token)
-        check_privileged_column(columns or {}, args.privileged_template)
+        _check_arguments(args, eval_dataset, columns, compute_metrics, own_optimizer=optimizers[0] is not None)
         model, teacher_model = ready_pair(model, teacher_model, args, processing_class, teacher_tokenizer, peft_config)
-        encoder_decoder = is_encoder_decoder(model)
         self._tokenisation = Tokenisation(
             processing_class,
             args.template,
@@ -213,7 +232,7 @@ class SRDTrainer(Trainer):
             args.max_response_length,
             args.chat_template_kwargs,
             args.parse_special_tokens,
-            encoder_decoder,
+            is_encoder_decoder(model),
             args.train_on,
             args.privileged_template,
             args.max_privileged_length,
@@ -228,12 +247,7 @@ class SRDTrainer(Trainer):
         elif eval_dataset is not None:
             held_out = self._made(eval_dataset, name="eval_dataset").dataset
         evaluation = concatenate_datasets([*held_out.values()]) if isinstance(held_out, dict) else held_out
-        if args.n_gpu > 1:
-            logger.warning(
-                "%d GPUs are visible to one process; using the first. For all: torchrun --nproc-per-node %d, or "
-                "accelerate launch, before -m srd_fast run CONFIG or your script", args.n_gpu, args.n_gpu,
-            )  # fmt: skip
-            args._n_gpu = 1
+        _use_one_gpu(args)
         check_fsdp(args)
         check_not_divided(model)
         super().__init__(
@@ -253,93 +267,21 @@ class SRDTrainer(Trainer):
         self.model_accepts_loss_kwargs, self._loss_shifts_labels = True, True
         self._parameters: int | None = None
         self._place = StudentPlace(args, self.accelerator)
-
-        predicts = self.compute_metrics is not None and not args.prediction_loss_only
-        self._place.choose_head(model, own_optimizer=optimizers[0] is not None, predicts=predicts)
-        with gathered(model):
-            check_head(model, "student")
-            freeze_what_text_never_reaches(model)
-        widen_trained_weights(model, args)
-        for samples in (train, *([] if evaluation is None else [evaluation])):
-            check_token_ids(samples, {"student": embeddings_of(model)})
         # As the teacher sees them.
         privileged = args.privileged_template is not None
         self._taught = teachers_samples(train) if privileged else train
         held_out_taught = teachers_samples(evaluation) if privileged and evaluation is not None else evaluation
-        given = [self._taught, *([] if held_out_taught is None else [held_out_taught])]
-        classes = classes_of(model, "student")
-        plan = curriculum or CurriculumPlan(subsets=[list(train["sample_id"])], method="none")
-        with gathered(model), self.accelerator.autocast():
-            plan = select_samples(plan, train, model, processing_class, args.sample_selection, args.sample_ratio)
-        self.curriculum = make_curriculum(plan, train, args)
-        self.train_dataset = cast(Any, with_weights(plan, train))
-        check_max_steps(self.curriculum, args)
-        warn_of_cut(self.curriculum, args)
-        if args.max_tokens_per_batch:
-            self._place.check_micro_batches(model)
-            check_lengths(args.max_tokens_per_batch, self.curriculum, train, encoder_decoder)
-        itself = is_self(teacher_model)
+        self._prepare_student(model, [x for x in (train, evaluation) if x is not None], optimizers[0] is not None)
+        self._choose_samples(model, curriculum, train)
         check_fit(train, evaluation, self.curriculum, {"student": model})
-        check_fit(
-            self._taught, held_out_taught, self.curriculum, {"teacher": model if itself else teacher_model}, privileged
-        )
-        if itself and (self.is_fsdp_enabled or self.is_deepspeed_enabled or is_sharded(model)):
-            raise UserError(
-                "teacher_model is 'self', but the student's weights lie in shards: pass the folder of the starting "
-                "student as teacher_model instead, or train it whole"
-            )
-        with gathered(model):
-            self.teacher = teacher_source(teacher_model, model, args, self.curriculum, self._taught, held_out_taught)
-        self._without_teacher = isinstance(self.teacher, NoTeacher)
-        check_vocabularies(classes, self.teacher.num_classes)
-        if isinstance(self.teacher, LiveTeacher):
-            for samples in given:
-                check_token_ids(samples, {"teacher": embeddings_of(self.teacher.model)})
-        if isinstance(self.teacher, TeacherElsewhere):
-            for samples in given:
-                check_token_ids(samples, {"teacher": self.teacher.num_embeddings})
-        if args.class_sampling and classes > self.teacher.num_classes:
-            raise UserError(
-                f"class_sampling: the student has {classes} classes and the teacher {self.teacher.num_classes};"
-                " it needs a teacher with all of the student's classes, set it to 0"
-            )
-        with gathered(model):
-            if isinstance(self.data_collator, DistillationCollator):
-                layout = batch_layout(model, self.teacher, args)
-                self.data_collator.flatten, self.data_collator.share_prefix = layout.flattened, layout.share_prefix
-            else:
-                layout = layout_of(self.data_collator, train[0], model, self.teacher)
-            if compiles(args, self.curriculum.total_steps):
-                compile_models(model, self.teacher, args, self.accelerator.autocast, layout.flattened)
-        # What gives the rows, of samples as it sees them.
-        self._source = self.teacher
-        if privileged:
-            self.teacher = PrivilegedTeacher(self._source, self.data_collator)
-        rows = self.teacher if isinstance(self.teacher, RowsOfSamples) else None
-        self._collate = StepCollator(self.data_collator, rows)
-        self.data_collator = self._batches_of(layout, rows)
+        reads = {"teacher": model if is_self(teacher_model) else teacher_model}
+        check_fit(self._taught, held_out_taught, self.curriculum, reads, privileged)
+        self._take_teacher(model, teacher_model, held_out_taught)
+        layout = self._make_batches(model, train)
         self._answers: FreshAnswers | None = None
         self._evaluation_answers: EvaluationAnswers | None = None
         self._student_engine = KeptEngine(args, processing_class)
-        check_can_answer(args, self._place.why_silent(model))
-        if args.eval_generate:
-            sets = [*held_out.values()] if isinstance(held_out, dict) else [held_out] if held_out else []
-            check_generation(args, model, sets)
-            autocast = self.accelerator.autocast
-            self._evaluation_answers = EvaluationAnswers(args, processing_class, autocast, self._student_engine, sets)
-        if args.answers_anew:
-            check_answering(args, model, self._source, classes, self.curriculum, train, self._taught)
-            fresh = self.teacher.at_work() if isinstance(self.teacher, PrivilegedTeacher) else None
-            self._answers = FreshAnswers(
-                args,
-                processing_class,
-                train,
-                self.curriculum.total_steps,
-                self._batches_of(layout, fresh),
-                max(prompt_lengths(self._taught)),
-                self._student_engine,
-            )
-            self.data_collator = WithSamples(self.data_collator)
+        self._prepare_answers(model, train, held_out, layout)
         for theirs in (PrinterCallback, ProgressCallback):
             self.remove_callback(theirs)
         self.add_callback(ProgressLine())
@@ -365,9 +307,102 @@ class SRDTrainer(Trainer):
         self._step_loss: Any = 0.0
         self._check = StepCheck(args.device)
         self._trend = DivergenceTrend()
-        self.selection = BatchSelection(args, classes)
+        self.selection = BatchSelection(args, self._classes)
         self._keeps_best = args.load_best_model_at_end
         self._started = time.monotonic()
+
+    def _prepare_student(self, model: nn.Module, given: list[Dataset], own_optimizer: bool) -> None:
+        """Make the student ready to be trained, and see that it has an embedding for each token of its samples."""
+        predicts = self.compute_metrics is not None and not self.args.prediction_loss_only
+        self._place.choose_head(model, own_optimizer=own_optimizer, predicts=predicts)
+        with gathered(model):
+            check_head(model, "student")
+            freeze_what_text_never_reaches(model)
+        widen_trained_weights(model, self.args)
+        for samples in given:
+            check_token_ids(samples, {"student": embeddings_of(model)})
+        self._classes = classes_of(model, "student")
+
+    def _choose_samples(self, model: nn.Module, given: CurriculumPlan | None, train: Dataset) -> None:
+        """Choose which samples are trained on, in which order; see that a step of them can be made."""
+        args, tokenizer = self.args, self._tokenisation.tokenizer
+        plan = given or CurriculumPlan(subsets=[list(train["sample_id"])], method="none")
+        with gathered(model), self.accelerator.autocast():
+            plan = select_samples(plan, train, model, tokenizer, args.sample_selection, args.sample_ratio)
+        self.curriculum = make_curriculum(plan, train, args)
+        self.train_dataset = cast(Any, with_weights(plan, train))
+        check_max_steps(self.curriculum, args)
+        warn_of_cut(self.curriculum, args)
+        if args.max_tokens_per_batch:
+            self._place.check_micro_batches(model)
+            check_lengths(args.max_tokens_per_batch, self.curriculum, train, is_encoder_decoder(model))
+
+    def _take_teacher(
+        self, model: nn.Module, teacher_model: nn.Module | TeacherSource | str | None, held_out_taught: Dataset | None
+    ) -> None:
+        """Open what gives the teacher's rows, and see that it has one for each token and class."""
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled or is_sharded(model)
+        if is_self(teacher_model) and sharded:
+            raise UserError(
+                "teacher_model is 'self', but the student's weights lie in shards: pass the folder of the starting "
+                "student as teacher_model instead, or train it whole"
+            )
+        with gathered(model):
+            teacher = teacher_source(teacher_model, model, self.args, self.curriculum, self._taught, held_out_taught)
+        self.teacher, self._without_teacher = teacher, isinstance(teacher, NoTeacher)
+        check_vocabularies(self._classes, teacher.num_classes)
+        for samples in (self._taught, *([] if held_out_taught is None else [held_out_taught])):
+            if isinstance(teacher, LiveTeacher):
+                check_token_ids(samples, {"teacher": embeddings_of(teacher.model)})
+            elif isinstance(teacher, TeacherElsewhere):
+                check_token_ids(samples, {"teacher": teacher.num_embeddings})
+        if self.args.class_sampling and self._classes > teacher.num_classes:
+            raise UserError(
+                f"class_sampling: the student has {self._classes} classes and the teacher {teacher.num_classes};"
+                " it needs a teacher with all of the student's classes, set it to 0"
+            )
+
+    def _make_batches(self, model: nn.Module, train: Dataset) -> Layout:
+        """Choose the layout of batches, compile the models for it if that is wanted, and set the collator."""
+        with gathered(model):
+            if isinstance(self.data_collator, DistillationCollator):
+                layout = batch_layout(model, self.teacher, self.args)
+                self.data_collator.flatten, self.data_collator.share_prefix = layout.flattened, layout.share_prefix
+            else:
+                layout = layout_of(self.data_collator, train[0], model, self.teacher)
+            if compiles(self.args, self.curriculum.total_steps):
+                compile_models(model, self.teacher, self.args, self.accelerator.autocast, layout.flattened)
+        # What gives the rows, of samples as it sees them.
+        self._source = self.teacher
+        if self.args.privileged_template is not None:
+            self.teacher = PrivilegedTeacher(self._source, self.data_collator)
+        rows = self.teacher if isinstance(self.teacher, RowsOfSamples) else None
+        self._collate = StepCollator(self.data_collator, rows)
+        self.data_collator = self._batches_of(layout, rows)
+        return layout
+
+    def _prepare_answers(self, model: nn.Module, train: Dataset, held_out: EvaluationSets, layout: Layout) -> None:
+        """Prepare the student's answers in evaluations, and fresh ones in steps, where they are asked for."""
+        args, tokenizer = self.args, self._tokenisation.tokenizer
+        check_can_answer(args, self._place.why_silent(model))
+        if args.eval_generate:
+            sets = [*held_out.values()] if isinstance(held_out, dict) else [held_out] if held_out else []
+            check_generation(args, model, sets)
+            autocast = self.accelerator.autocast
+            self._evaluation_answers = EvaluationAnswers(args, tokenizer, autocast, self._student_engine, sets)
+        if args.answers_anew:
+            check_answering(args, model, self._source, self._classes, self.curriculum, train, self._taught)
+            fresh = self.teacher.at_work() if isinstance(self.teacher, PrivilegedTeacher) else None
+            self._answers = FreshAnswers(
+                args,
+                tokenizer,
+                train,
+                self.curriculum.total_steps,
+                self._batches_of(layout, fresh),
+                max(prompt_lengths(self._taught)),
+                self._student_engine,
+            )
+            self.data_collator = WithSamples(self.data_collator)
 
     def _batches_of(self, layout: Layout, rows: RowsOfSamples | None) -> StepCollator | TokenBatches:
         """What makes the batch of a step, divided if it is to be, with the rows that a source keeps of its samples."""
