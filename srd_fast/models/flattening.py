@@ -111,7 +111,7 @@ def unfit_for_shared_prefix(model: nn.Module) -> str | None:
             expected_LD = expected_LD / _by_place(torch.ones_like(a_BLD), padded)
         difference = row_error(found_LD, expected_LD)
         if not difference <= tolerance:
-            return f"its {what} after a shared beginning differ by {difference:.1e} ({dtype})"
+            return f"its {what} behind a shared beginning come out different by {difference:.1e} ({dtype})"
     return None
 
 
@@ -136,7 +136,7 @@ def unfit(inner: Any) -> str | None:
     if "position_ids" not in parameters:
         return "it takes no position_ids"
     if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
-        return "its forward passes no keywords on to its attention"
+        return "its forward takes no keywords for its attention"
     implementation = inner.config._attn_implementation
     if _is_flash(implementation):
         return None
@@ -215,7 +215,7 @@ def _switch_and_compare(model: nn.Module, inner: Any, lengths: tuple[int, ...]) 
         for what, tolerance, a, b, c in zip(("hidden states", "gradients"), tolerances, wanted, again, found):
             for batch, difference in (("flattened", row_error(c[0], a[own])), ("padded", row_error(b[own], a[own]))):
                 if not difference <= tolerance:
-                    return f"its {what} in {batch} batches differ by {difference:.1e} ({precision})"
+                    return f"its {what} in {batch} batches come out different by {difference:.1e} ({precision})"
         # A second test, because the tolerance for half precision is larger than what some mixers leak between samples.
         if (leak_BLD[0][second_L == 0] != 0).any():
             return "its samples are not kept apart in flattened batches"

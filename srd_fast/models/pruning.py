@@ -178,7 +178,7 @@ def _compare(
     whole = {n for n in theirs if (m := inside.match(n)) is None or int(m[1]) in kept}
     differing = {before(n) for n in ours} ^ whole
     if differing:
-        return f"{_place(min(differing), stack)} would be in only one of teacher and student"
+        return f"{_place(min(differing), stack)} would be there in only one of teacher and student"
     tensors: dict[str, Tensor] = {}
     for name, module in ours.items():
         old, place = theirs[before(name)], _place(before(name), stack)
