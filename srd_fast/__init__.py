@@ -167,7 +167,7 @@ __all__ = [
 
 
 def _version() -> str:
-    """Of the installed distribution; a checkout that is only on the path has none."""
+    """The version of the installed distribution. A checkout that is only on the path has none."""
     from importlib.metadata import PackageNotFoundError, version
 
     try:

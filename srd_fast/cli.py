@@ -30,8 +30,8 @@ _Config = Annotated[
 _Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[key=value]...", help="Override config keys, e.g. distill.skew=0.2.")
 ]
-_QuietFlag = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but warnings and errors.")]
-_JsonFlag = Annotated[bool, typer.Option("--json", help="Say where it is as lines of json, for other programs.")]
+_QuietFlag = Annotated[bool, typer.Option("--quiet", "-q", help="Print only warnings and errors.")]
+_JsonFlag = Annotated[bool, typer.Option("--json", help="Print progress as lines of json, for other programs.")]
 _Limit = Annotated[
     str | None, typer.Option(help="Such as 8GiB, 8GB or 8192MB: change sizes until the peak is below it.")
 ]
@@ -62,16 +62,16 @@ def _execute(
     fine_tuned: tuple[str, str | None] | None = None,
     **options: Any,
 ) -> Path | None:
-    """Carry a command out that takes a config; together with the processes that were started with this one.
+    """Carry out a command that takes a config, together with the processes that a launcher started beside this one.
 
-    Ctrl-C and SIGTERM end with status 130 and 143 and a word about going on.
+    Ctrl-C and SIGTERM end it with status 130 and 143 and a line that says how to go on.
 
     Args:
         config: the file.
         overrides: texts such as "distill.skew=0.2".
-        fine_tuned: which model the run only fine-tunes, and its run folder.
-        quiet: say nothing but warnings and errors.
-        as_json: say where it is in json.
+        fine_tuned: for `srd-fast sft`, which model to fine-tune and the run folder; else None.
+        quiet: print only warnings and errors.
+        as_json: print progress as json.
         options: further arguments of `srd_fast.run.pipeline.execute`.
 
     Returns:
@@ -132,8 +132,8 @@ def _for_one_process(verb: str) -> None:
 def run(config: _Config, overrides: _Overrides = None, quiet: _QuietFlag = False, as_json: _JsonFlag = False) -> None:
     """Every step: prepare, init-student, reflect, curate, (answers,) cache, distill, evaluate, (controls,) report.
 
-    The config's mode says which there are. A step is skipped when its output is there and was made from the same
-    inputs. Stopped, the same command goes on.
+    The config's mode decides which of them there are. A step is skipped if its output exists and was made from the same
+    inputs. After an interruption, the same command goes on.
     """
     folder = _execute(config, overrides, quiet, as_json)
     if folder is not None and as_json:
@@ -154,9 +154,10 @@ def sft(
     quiet: _QuietFlag = False,
     as_json: _JsonFlag = False,
 ) -> None:
-    """Fine-tune the teacher, or a student that is given, on the config's data first.
+    """Fine-tune the teacher, or a given student, on the config's data, before the distillation.
 
-    It is a run of mode sft without a curriculum. Its last line is the key for the config of the distillation.
+    This is a run of mode sft without a curriculum. The last line that it prints is the key to set in the config of the
+    distillation.
     """
     folder = _execute(config, overrides, quiet, as_json, fine_tuned=(model, output))
     if folder is not None and as_json:
@@ -169,7 +170,7 @@ def sft(
 
 @app.command("init")
 def init(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder for config.yaml, made where it is not there.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder for config.yaml, made if it is missing.")],
     data: Annotated[str, typer.Option(help="File, folder or hub name of your rows.")],
     teacher: Annotated[str, typer.Option(help="Model folder or hub id.")] = "smollm2-135m-instruct",
     student: Annotated[str, typer.Option(help="Model folder or hub id; prune cuts it out of the teacher.")] = "prune",
@@ -198,7 +199,7 @@ def config(
     every: Annotated[bool, typer.Option("--all", help="With the fields of transformers.TrainingArguments.")] = False,
     json_schema: Annotated[bool, typer.Option("--json-schema", help="A JSON schema instead, for editors.")] = False,
 ) -> None:
-    """Every key of a config with its default and what it means, as a file that runs."""
+    """Print every key of a config with its default and its meaning, as a config that runs."""
     import json
 
     from .run import config_help
@@ -229,7 +230,7 @@ def reflect(
     config: _Config,
     overrides: _Overrides = None,
     shard: Annotated[
-        str | None, typer.Option(help="Such as 3/16: that share of the samples, on a machine of many.")
+        str | None, typer.Option(help="Such as 3/16: only the third of 16 shares of the samples, for many machines.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Do it again even if nothing has changed.")] = False,
     quiet: _QuietFlag = False,
@@ -237,7 +238,7 @@ def reflect(
 ) -> None:
     """The starting student answers every training prompt: reflections.parquet. The steps before it must be done.
 
-    With --shard, its share's scores alone: reflections-00003-of-00016.parquet. Once the files of all shards lie in the
+    With --shard, only that share's scores: reflections-00003-of-00016.parquet. Once the files of all shards are in the
     run folder, the command without --shard joins them.
     """
     _execute(config, overrides, quiet, as_json, only="reflect", force=force, shard=shard)
@@ -258,10 +259,10 @@ def compare(
     ],
     output: Annotated[Path, typer.Option(help="The page.")] = Path("comparison.html"),
 ) -> None:
-    """Runs side by side on the validation rows that they share: KL, cross-entropy and ROUGE-L with paired intervals.
+    """Compare runs on the validation rows that they share: KL, cross-entropy and ROUGE-L with paired intervals.
 
-    Each distilled student against its start, and against that of the first run. Runs that differ by the seed alone are
-    one side. A difference inside its interval is said to be none.
+    Each distilled student is compared with its start, and with the student of the first run. Runs that differ only in
+    the seed count as one side. Where the interval holds 0, the page says that there is no difference.
     """
     _for_one_process("compare")
     from .report import compare_runs, comparison_text, write_comparison
@@ -277,10 +278,10 @@ def memory(
     overrides: _Overrides = None,
     limit: _Limit = None,
 ) -> None:
-    """Peak memory of the step distill by part, and the disk of the teacher cache, before anything is computed.
+    """Predict the peak memory of the step distill, by part, and the size of the teacher cache on disk.
 
-    With --limit, the smallest changes that fit, as a command line; a smaller batch with as many more accumulation
-    steps trains the same. Exit status 2 if nothing fits.
+    With --limit, print the smallest changes that fit, as a command line. A smaller batch with correspondingly more
+    accumulation steps trains the same. Exit status 2 if nothing fits.
     """
     _for_one_process("memory")
     from .memory.fitting import fit, parse_bytes
@@ -375,7 +376,7 @@ def _quiet() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    # Those of other packages are for us to read, our own for the user: see "Deprecations" in CONTRIBUTING.
+    # FutureWarnings of other packages are for developers, our own for users: see "Deprecations" in CONTRIBUTING.
     warnings.simplefilter("ignore", FutureWarning)
     warnings.filterwarnings("default", ".* goes away in srd-fast ", FutureWarning)
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
@@ -387,7 +388,7 @@ def _quiet() -> None:
 
 
 def _alive(rank: str) -> AbstractContextManager[None]:
-    """A sign of life on the terminal of a command, from before its imports on."""
+    """Show on the terminal that the command is at work, starting before its imports."""
     if rank != "0" or not sys.stderr.isatty() or {"--quiet", "-q", "--json"}.intersection(sys.argv[1:]):
         return nullcontext()
     from .showing import alive
@@ -396,7 +397,7 @@ def _alive(rank: str) -> AbstractContextManager[None]:
 
 
 def _silent(rank: str) -> None:
-    """Leave the log, the progress bars and the mistakes of a command to the first of its processes."""
+    """In all processes but the first, show no log messages, progress bars or error lines."""
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     warnings.simplefilter("ignore")
     logger = logging.getLogger("srd_fast")

@@ -1,4 +1,4 @@
-"""What a caller may want to catch. Being stopped is no error, but a KeyboardInterrupt: `srd_fast.run.stopping`."""
+"""The exceptions of this package. Being stopped is a KeyboardInterrupt instead: see `srd_fast.run.stopping`."""
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -8,18 +8,18 @@ R = TypeVar("R")
 
 
 class SRDFastError(Exception):
-    """What every error of this package is. Nothing raises it itself."""
+    """The common base of this package's errors. It is never raised itself."""
 
 
 class UserError(SRDFastError, ValueError):
-    """Raised for bad input: names the field, the value and the way out. The command line prints it and exits with 2."""
+    """Raised for bad input. It names the field, the value and the way out; the command prints it and exits with 2."""
 
 
 class Fault(NamedTuple):
     """One thing that is wrong with what a user gave.
 
     Attributes:
-        names: the fields that it is about. Of several, it is about how they go together.
+        names: the fields that it is about. If there are several, it is about their combination.
         text: one line: the field, its value, and the way out.
     """
 
@@ -28,7 +28,7 @@ class Fault(NamedTuple):
 
 
 class FaultsError(UserError):
-    """Raised for all that is wrong with a config, one line a fault.
+    """Raised for everything that is wrong with a config, one line a fault.
 
     Args:
         faults: at least one.
@@ -43,10 +43,10 @@ class FaultsError(UserError):
 
 
 class Faults:
-    """Collects faults, so that all of them can be told at once.
+    """Collects faults, so that all of them can be reported at once.
 
-    A field that is wrong is not looked at again: what follows from a wrong value is no fault of its own. Names with
-    dots are keys of sections; a section is wrong where one of its keys is, and the other way round.
+    A field with a fault is not checked again: what follows from a wrong value is not a fault of its own. Names with
+    dots are keys of sections. If a key is wrong, so is its section, and if a section is wrong, so are all its keys.
     """
 
     def __init__(self) -> None:
@@ -54,15 +54,15 @@ class Faults:
         self._doubted: set[str] = set()
 
     def check(self, names: str | Iterable[str], look: Callable[..., R], *given: Any) -> R | None:
-        """Call `look` unless one of its fields is known to be wrong, and keep what it has to say.
+        """Call `look`, unless one of its fields is known to be wrong, and keep the fault that it raises.
 
         Args:
-            names: the field that it looks at, or the fields.
-            look: raises a UserError where something is wrong.
-            *given: its arguments.
+            names: the field that it checks, or the fields.
+            look: raises a UserError if something is wrong.
+            *given: arguments of `look`.
 
         Returns:
-            What `look` returns; None where it was not called, or raised.
+            What `look` returns; None if it was not called, or raised.
         """
         fields = (names,) if isinstance(names, str) else tuple(names)
         if not any(map(self.doubts, fields)):
@@ -75,11 +75,11 @@ class Faults:
         return None
 
     def take(self, error: FaultsError, prefix: str = "") -> None:
-        """Add the faults of others, but for those about how fields go together of which one is wrong already.
+        """Add the faults of an error, except those about a combination with a field that is already known to be wrong.
 
         Args:
-            error: with the faults.
-            prefix: before each name that is not an empty one.
+            error: has the faults.
+            prefix: is put before each name that is not empty.
         """
         for names, text in error.faults:
             own = tuple(prefix + name for name in names)
@@ -87,7 +87,7 @@ class Faults:
                 self.add(own, text)
 
     def add(self, names: tuple[str, ...], text: str) -> None:
-        """Note a fault.
+        """Add a fault.
 
         Args:
             names: the fields that it is about.
@@ -98,20 +98,20 @@ class Faults:
             self._doubted.update(names)
 
     def doubt(self, names: Iterable[str]) -> None:
-        """Skip all later checks of some fields."""
+        """Skip all later checks of these fields."""
         self._doubted.update(names)
 
     def doubts(self, name: str) -> bool:
-        """Whether a field is wrong, its section is, or a key of it."""
+        """Whether a field, its section or one of its keys is known to be wrong."""
         return any(x == name or x.startswith(f"{name}.") or name.startswith(f"{x}.") for x in self._doubted)
 
     @property
     def wrong(self) -> list[str]:
-        """The fields that are wrong, or not to be looked at."""
+        """The fields that are wrong, or whose checks are skipped."""
         return sorted(self._doubted)
 
     def tell(self) -> None:
-        """End the checks.
+        """End the checks: raise all faults, if there are any.
 
         Raises:
             FaultsError: there were faults.
@@ -121,13 +121,13 @@ class Faults:
 
 
 class StaleCacheError(UserError):
-    """Raised where a teacher cache is opened or filled that another teacher, dtype, template or kind has made.
+    """Raised when a teacher cache is opened or filled that was made with another teacher, dtype, template or kind.
 
     Args:
-        folder: of the cache.
-        what: differs, in words.
-        found: what the folder says of it.
-        wanted: what was asked for.
+        folder: the cache's folder.
+        what: the name of what differs.
+        found: its value in the folder.
+        wanted: the value that was asked for.
     """
 
     def __init__(self, folder: Path, what: str, found: Any, wanted: Any) -> None:
@@ -138,10 +138,10 @@ class StaleCacheError(UserError):
 
 
 class DamagedFileError(UserError):
-    """Raised where a file of a teacher cache does not hold what was written to it.
+    """Raised when a file of a teacher cache does not hold what was written to it.
 
     Args:
-        path: of the file.
+        path: the file.
         reason: what is wrong with it, in words.
     """
 
@@ -151,13 +151,13 @@ class DamagedFileError(UserError):
 
 
 class NotFiniteError(UserError):
-    """Raised by training where the loss or its gradient is NaN or infinite; no optimizer step was made of it."""
+    """Raised by training when the loss or its gradient is NaN or infinite, before an optimizer step is made of it."""
 
 
 class EngineDiedError(UserError):
-    """Raised where a generation engine's process ends in the middle of its work, and again when started anew."""
+    """Raised when the process of a generation engine dies in the middle of its work, and again after a restart."""
 
 
 def first_line(error: BaseException) -> str:
-    """What another library's error says, in one line; its kind if it says nothing."""
+    """The first line of an error's message; the name of its type if it has no message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -22,7 +22,7 @@ _LEAST_FREE = 1 << 20
 
 
 def content_digest(path: Path, suffixes: Container[str] | None = None) -> str | None:
-    """Hash of a file's content, or of all files below a folder (with one of `suffixes`); None if there are none."""
+    """Hash of a file's content, or of all files below a folder (those with one of `suffixes`); None without files."""
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
     files = [f for f in files if suffixes is None or f.suffix in suffixes]
     if not files:
@@ -50,7 +50,7 @@ def write_text(target: Path, text: str) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a file or folder, if it exists; of a link the link alone."""
+    """Delete a file or folder, if it exists. A link is deleted, not what it points to."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -81,7 +81,7 @@ def lock(descriptor: int, shared: bool = False, wait: bool = False) -> bool:
 
     Args:
         descriptor: of the open file.
-        shared: let others who also share it lock it too.
+        shared: allow other holders that also ask for a shared lock.
         wait: wait until the lock is free.
 
     Returns:
@@ -101,19 +101,19 @@ def lock(descriptor: int, shared: bool = False, wait: bool = False) -> bool:
 
 @contextmanager
 def in_use(folder: Path, what: str, name: str = ".lock", shared: bool = False) -> Iterator[None]:
-    """Hold a folder against other processes; with `shared`, only against those that do not share it.
+    """Lock a folder against other processes; with `shared`, only against those that do not share it.
 
     The lock ends with the process, however that ends, so no lock is ever stale. Where the file system has no locks,
-    nothing is held.
+    nothing is locked.
 
     Args:
         folder: the folder.
-        what: what it is called in the message.
-        name: of the lock file in the folder.
+        what: what the message calls it.
+        name: name of the lock file in the folder.
         shared: whether other holders may share the folder.
 
     Raises:
-        UserError: another process holds the folder. The message names it.
+        UserError: another process has locked the folder. The message names the process.
     """
     path = folder / name
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -149,7 +149,7 @@ def disk_trouble(error: BaseException, folder: Path) -> str | None:
         free = shutil.disk_usage(folder).free
     except OSError:
         free = _LEAST_FREE
-    # Libraries word it differently, or only report that less was written than they asked for.
+    # Libraries word a full disk differently, or only report that fewer bytes were written than they asked for.
     full = number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "No space left" in text or "os error 28" in text
     if full or (free < _LEAST_FREE and isinstance(error, (OSError, RuntimeError, ValueError))):
         return f"no space left on the disk of {str(folder)!r} ({first_line(error)})"

@@ -1,4 +1,4 @@
-"""Functions of the user's own, by the name of their place: `package.module:function` or `path/to/file.py:function`."""
+"""Functions of the user's own, named by where they are: `package.module:function` or `path/to/file.py:function`."""
 
 import importlib
 import re
@@ -14,7 +14,7 @@ from .suggest import unknown_name
 
 
 def function_of(name: str, kind: str) -> Callable[..., Any]:
-    """Import the function that a name stands for.
+    """Import a function by its name.
 
     Args:
         name: `package.module:function` or `path/to/file.py:function`.
@@ -37,7 +37,7 @@ def function_of(name: str, kind: str) -> Callable[..., Any]:
 
 
 def file_of(name: str) -> Path | None:
-    """The file in a name `path/to/file.py:function`; None in another."""
+    """The file of a name such as `path/to/file.py:function`; None for a name with a module."""
     place = name.rpartition(":")[0]
     return Path(place).expanduser().resolve() if place.endswith(".py") else None
 
@@ -57,8 +57,8 @@ def _module(place: str, who: str) -> ModuleType:
 
 @lru_cache
 def _module_of_file(path: Path, modified_ns: int) -> ModuleType:
-    """The file run as a module of its own; once, until it changes."""
-    name = re.sub(r"\W", "_", str(path))  # hides no module of the same name
+    """Run the file as a module of its own. It runs once, and again after it has changed."""
+    name = re.sub(r"\W", "_", str(path))  # from the whole path, so that it hides no other module
     module = sys.modules[name] = ModuleType(name)  # where dataclasses and pickle look for it
     module.__file__ = str(path)
     exec(compile(path.read_bytes(), path, "exec"), vars(module))

@@ -1,4 +1,4 @@
-"""A table of named things that users add to: divergences, engines, kinds of teacher cache and others."""
+"""A table of named things to which users can add their own: divergences, engines, kinds of teacher cache and others."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,11 +11,11 @@ T = TypeVar("T")
 
 
 def each_once(kind: str, things: Iterable[tuple[str, T]]) -> dict[str, T]:
-    """A dict of names and things, in their order.
+    """Make a dict of names and things, in their order, and refuse a name that occurs twice.
 
     Args:
         kind: what the message calls such a thing.
-        things: with their names.
+        things: pairs of a name and a thing.
 
     Raises:
         UserError: two have the same name.
@@ -32,9 +32,9 @@ class Registry(Generic[T]):
     """Things of one kind by name.
 
     Args:
-        kind: what messages call such a thing: where there is one, the setting that takes its name.
-        things: those that are there from the start.
-        reserved: names that the setting takes besides, such as "auto". Their caller knows what they mean.
+        kind: what messages call such a thing; usually the name of the setting that takes its name.
+        things: the built-in ones.
+        reserved: further names that the setting takes, such as "auto". The caller knows what they mean.
 
     Example:
         >>> colours = Registry("colour", {"red": 0xFF0000})
@@ -49,31 +49,31 @@ class Registry(Generic[T]):
         self._things = dict(things)
 
     def __contains__(self, name: object) -> bool:
-        # A config may hold anything in a name's place, lists too.
+        # A config may hold anything where a name should be, even a list.
         return isinstance(name, str) and (name in self._things or name in self.reserved)
 
     def names(self) -> list[str]:
-        """Every name that there is, in alphabetical order."""
+        """All names, in alphabetical order."""
         return sorted({*self._things, *self.reserved})
 
     def things(self) -> list[T]:
-        """Every thing, in the order in which they were added."""
+        """All things, in the order in which they were added."""
         return list(self._things.values())
 
     def check(self, name: Any) -> None:
-        """Refuse a name that there is not.
+        """Refuse an unknown name.
 
         Raises:
-            UserError: with the nearest name and all names.
+            UserError: the name is unknown. The message has the nearest name and all names.
         """
         if name not in self:
             raise UserError(unknown_name(self.kind, name, self.names()))
 
     def get(self, name: str) -> T:
-        """The thing of a name that is not reserved.
+        """Look up a thing by its name, which must not be a reserved one.
 
         Raises:
-            UserError: for an unknown name, with the nearest name and all names.
+            UserError: the name is unknown. The message has the nearest name and all names.
         """
         self.check(name)
         return self._things[name]
@@ -82,10 +82,12 @@ class Registry(Generic[T]):
         """Add a thing.
 
         Args:
-            name: a new name; an existing one only with `replace`, a reserved one never.
+            name: a new name; an existing one only with `replace`, and never a reserved one.
+            thing: what the name stands for.
+            replace: whether an existing thing of this name is replaced.
 
         Raises:
-            UserError: for a name that is taken, or is no text.
+            UserError: the name is taken, or is not text.
         """
         if not isinstance(name, str) or not name.strip():
             raise UserError(f"the name of a {self.kind} must be text that is not empty, got {name!r}")
@@ -97,7 +99,7 @@ class Registry(Generic[T]):
 
     @contextmanager
     def restored(self) -> Iterator[None]:
-        """What is registered or replaced in the block is so until its end."""
+        """Undo at the end of the block what was registered or replaced in it."""
         before = dict(self._things)
         try:
             yield

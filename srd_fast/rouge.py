@@ -1,6 +1,6 @@
 """ROUGE-L as `rouge-score` computes it (F-measure, Porter stemmer), equal to the last bit.
 
-rouge-score's tokenizer keeps a-z and 0-9 alone. A second one serves the scripts that it would lose.
+rouge-score's tokenizer keeps only a-z and 0-9. A second tokenizer serves the scripts that it would lose.
 """
 
 import logging
@@ -24,12 +24,12 @@ from .suggest import unknown_name
 logger = logging.getLogger(__name__)
 
 MODES = ("auto", "by_sample", "rouge", "unicode")
-MAX_WORDS = 2**17  # distinct words of which a scorer remembers the stem
-# Two processes, each with a core to itself, pay from 60,000 pairs of 34 words on (python -m benchmarks.rouge).
+MAX_WORDS = 2**17  # distinct words whose stem a scorer remembers
+# Two processes, each with a core of its own, are faster from 60,000 pairs of 34 words on (python -m benchmarks.rouge).
 PAIRS_PER_PROCESS = 50_000
-# Shares of the letters that rouge-score's tokenizer may lose: of a data set (Western European languages lose 2 to 5 %
-# to accents, Czech 14 %, Vietnamese 27 %), and of one reference, where a short English answer may be a name with
-# accents. Of a reference's words it may leave out a fifth that are of another script than the Latin one.
+# What rouge-score's tokenizer may lose before another one is chosen: a tenth of a data set's letters (Western European
+# languages lose 2 to 5 % to accents, Czech 14 %, Vietnamese 27 %); half of one reference's letters (a short English
+# answer may be a name with accents); and a fifth of a reference's words, if they are in another script than Latin.
 LOST_IN_DATA, LOST_IN_SAMPLE, LOST_WORDS = 0.1, 0.5, 0.2
 
 _ALPHANUMERIC = bytes(c if chr(c).isalnum() else ord(" ") for c in range(128)).ljust(256)
@@ -50,7 +50,7 @@ def rouge_words(text: str) -> list[bytes]:
 
 
 def normal_form(text: str) -> str:
-    """The text without case, widths, other encodings of the same characters, and invisible characters."""
+    """The text in lower case and in one encoding of each character, without invisible characters and width variants."""
     if not text.isascii():
         text = _IGNORABLE.sub("", unicodedata.normalize("NFKC", text))
         text = unicodedata.normalize("NFKC", text.casefold())
@@ -87,14 +87,14 @@ def _letters(texts: Iterable[str]) -> tuple[int, int]:
 
 
 def choose_tokenizer(tokenizer: str, references: Iterable[Sequence[str]]) -> str:
-    """Make the choice that "auto" stands for, and log it where it is not rouge-score's tokenizer.
+    """Make the choice for "auto", and log it if it is not rouge-score's tokenizer.
 
     Args:
         tokenizer: a name that `RougeL` takes.
-        references: those of every sample of a data set. All of its parts need the same choice.
+        references: the references of every sample of a whole data set, so that all parts of it get the same choice.
 
     Returns:
-        The name itself, or for "auto": "unicode" where rouge-score's tokenizer would lose more than a tenth of the
+        The name itself, or for "auto": "unicode" if rouge-score's tokenizer would lose more than a tenth of the
         letters, else "by_sample".
 
     Raises:
@@ -138,7 +138,7 @@ def _stem(word: bytes) -> str:
 
 
 class _Numbers(dict[Any, int]):
-    """Token -> a number. Tokens with the same stem have the same number."""
+    """Token -> number. Tokens with the same stem have the same number."""
 
     def __init__(self, stem: Callable[[Any], str]) -> None:
         self._stem, self._of_stem, self._free = stem, dict[str, int](), count()
@@ -176,13 +176,13 @@ class RougeL:
 
     Args:
         tokenizer: "rouge" is rouge-score's own, which keeps only a-z and 0-9. "unicode" is `unicode_tokens`.
-            "by_sample" is rouge-score's, except for a sample of whose references it would lose most letters, or leave
-            nothing. "auto" is what `choose_tokenizer` chooses for all references that `score_all` is given; for `score`
-            it is "by_sample".
+            "by_sample" is rouge-score's, or "unicode" for a sample whose references would lose most of their letters.
+            "auto" is what `choose_tokenizer` chooses for all references that `score_all` is given; for `score` it is
+            "by_sample".
 
     Attributes:
-        emptied: how many samples had references of which rouge-score's tokenizer would lose most letters, or leave
-            nothing; 0 with "unicode".
+        emptied: the number of samples whose references would lose most of their letters, or all, with rouge-score's
+            tokenizer; 0 with "unicode".
 
     Raises:
         UserError: the tokenizer is unknown.
@@ -228,8 +228,8 @@ class RougeL:
         Args:
             predictions: the answer of each sample.
             references: the texts to compare each answer with.
-            workers: number of processes, this one included, at least 1. Default: one for each CPU, as long as each
-                process has `PAIRS_PER_PROCESS` samples; fewer samples are scored in this process.
+            workers: number of processes, including this one, at least 1. Default: one for each CPU, but no more than
+                one for each `PAIRS_PER_PROCESS` samples.
 
         Returns:
             The F-measure of each sample.
@@ -263,7 +263,7 @@ class RougeL:
 _Chunk = tuple[str, Sequence[str], Sequence[Sequence[str]]]
 _Scores = tuple[list[float], int]
 # multiprocessing (spawn) starts a process by running the caller's script again: its imports, which may take seconds,
-# and its work where nothing asks for __name__. This child imports srd_fast.rouge alone, whatever called it.
+# and even its work, if the script does not check __name__. This child imports only srd_fast.rouge.
 _CHILD = """
 import pickle, sys
 sys.path[:], chunk = pickle.load(sys.stdin.buffer)

@@ -6,22 +6,22 @@ T = TypeVar("T")
 
 
 class Sharing:
-    """One of the processes that do a piece of work together; as it stands, the only one.
+    """One of several processes that do a piece of work together. This base class stands for a single process.
 
-    All of them make the same calls in the same order.
+    All processes make the same calls in the same order.
 
-    rank: this process's number, from 0. world: how many there are.
+    rank: this process's number, from 0. world: the number of processes.
     """
 
     rank: int = 0
     world: int = 1
 
     def share(self, value: T) -> T:
-        """The value of the first process, in every process."""
+        """Return the first process's value in every process."""
         return value
 
     def gather(self, mine: T) -> list[T]:
-        """In the first process the values of all, by rank; in the others an empty list."""
+        """Return the values of all processes, by rank, in the first process, and an empty list in the others."""
         return [mine]
 
 

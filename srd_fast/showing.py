@@ -1,4 +1,4 @@
-"""How long work shows where it is: a bar on a terminal, a plain line now and then in a file, json, or nothing."""
+"""How long work shows its progress: a bar on a terminal, a plain line now and then in a file, json, or nothing."""
 
 import json
 import sys
@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from .errors import UserError
 
 STYLES = ("auto", "lines", "json", "quiet")
-# Seconds between two lines about the same work where there is no terminal.
+# Seconds between two lines about the same work, if there is no terminal.
 _SECONDS = 30.0
 # Seconds between two signs of life on a terminal.
 _BEAT = 0.5
@@ -22,13 +22,13 @@ _of_process = {"style": "auto"}
 
 
 def show_as(style: str) -> None:
-    """Choose how work in this process shows where it is.
+    """Choose how work in this process shows its progress.
 
     Args:
-        style: "auto": a bar on a terminal, else lines; "lines"; "json": a line of json each; "quiet": nothing.
+        style: "auto": a bar on a terminal, else lines; "lines"; "json": lines of json; "quiet": nothing.
 
     Raises:
-        UserError: it is none of these.
+        UserError: the style is unknown.
     """
     if style not in STYLES:
         raise UserError(f"style must be one of {', '.join(STYLES)}, got {style!r}")
@@ -36,7 +36,7 @@ def show_as(style: str) -> None:
 
 
 def style() -> str:
-    """What `show_as` chose; instead of "auto", "bar" on a terminal and else "lines"."""
+    """The style that `show_as` chose. "auto" becomes "bar" on a terminal, else "lines"."""
     chosen = _of_process["style"]
     return chosen if chosen != "auto" else "bar" if sys.stderr.isatty() else "lines"
 
@@ -50,10 +50,10 @@ def progress_bar(items: Iterable[Any] | None = None, *, what: str, total: int, u
     """Make a bar in this process's style.
 
     Args:
-        items: to go through, or None to `update` the bar by hand.
-        what: is done, in a word.
-        total: of the units.
-        unit: what is counted.
+        items: what the bar iterates over, or None to `update` the bar by hand.
+        what: the name of the work, in a word.
+        total: the number of units.
+        unit: what is counted, in the singular.
         shown: False for no bar.
 
     Returns:
@@ -66,9 +66,9 @@ def progress_bar(items: Iterable[Any] | None = None, *, what: str, total: int, u
 
 @contextmanager
 def alive() -> Iterator[None]:
-    """On a terminal, show that work goes on where nothing else does: bars' clocks run, and without a bar a small one.
+    """On a terminal, keep a clock running: that of the current bar, or a small one of its own where there is no bar.
 
-    That covers what no bar can count: imports, loading, compiling, one long step.
+    It shows that work goes on where no bar can count: imports, loading, compiling, one long step.
     """
     ended = threading.Event()
     beat = threading.Thread(target=_beat, args=(ended,), daemon=True)
@@ -102,7 +102,7 @@ def _beat(ended: threading.Event) -> None:
 
 
 class _Lines(tqdm):
-    """A bar that writes a line of its own each time, or json, instead of moving."""
+    """A bar that writes a new line each time, or json, instead of redrawing itself."""
 
     _last = 0
 

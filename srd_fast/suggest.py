@@ -8,9 +8,9 @@ from rapidfuzz import process
 def unknown_name(
     kind: str, given: object, known: Iterable[str], listed: bool = True, synonyms: Mapping[str, str] | None = None
 ) -> str:
-    """'unknown KIND GIVEN; did you mean X? Known: ...' with the nearest name if one is near, and all if `listed`.
+    """Make 'unknown KIND GIVEN; did you mean X? Known: ...', with a near name if there is one, and all if `listed`.
 
-    synonyms: what other libraries call it -> the name here, which need not be one of `known`.
+    synonyms: what other libraries call it -> the name here, which need not be in `known`.
     """
     names = sorted(known)
     meant = (synonyms or {}).get(str(given).lower().replace("-", "_"))

@@ -1,4 +1,4 @@
-"""Answers to tokenised samples: the tokens that end them, and the text in them that is scored."""
+"""Generated answers to tokenised samples: the tokens that end them, and their text, which is scored."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,8 +14,8 @@ class Answers:
     """Reads answers that a model generates for tokenised samples.
 
     Args:
-        samples: tokenised.
-        tokenizer: of the samples.
+        samples: tokenised samples.
+        tokenizer: the tokenizer that made them.
     """
 
     def __init__(self, samples: Dataset, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -35,11 +35,11 @@ class Answers:
         return tuple(sorted(self.ends - {self.tokenizer.eos_token_id}))
 
     def text(self, index: int, ids: Sequence[int]) -> str:
-        """What an answer says, as its reference would: without its end, special tokens, or thoughts before it.
+        """The text of an answer that is compared with references: without its end, special tokens and thoughts.
 
         Args:
-            index: of the sample.
-            ids: generated.
+            index: the sample's index.
+            ids: the generated token ids.
         """
         ids = list(ids)
         ids = ids[: next((n for n, token in enumerate(ids) if token in self.ends), len(ids))]
@@ -52,7 +52,7 @@ class Answers:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
 
     def _mark_before(self, labels: Sequence[int], reference: str) -> int | None:
-        """The token, such as the end of a think block, behind which the response begins to say its reference."""
+        """The token, such as the end of a think block, after which the text of the reference begins in a response."""
         response = _first_turn(labels[first_label(labels) :])
         places = [n for n, token in enumerate(response[:-1]) if token in self._marks]
         if not places or self._read(response) == reference:
@@ -61,17 +61,17 @@ class Answers:
 
 
 def _first_turn(labels: Sequence[int]) -> Sequence[int]:
-    """Labels up to the first without loss."""
+    """The labels before the first one without loss."""
     return labels[: next((n for n, x in enumerate(labels) if x == IGNORE_INDEX), len(labels))]
 
 
 def end_of(labels: Sequence[int], ends: set[int], default: int) -> int:
-    """The token that ends an answer to a sample: the one that ends its own response.
+    """The token that ends an answer to a sample: the one that ends the sample's own response.
 
     Args:
-        labels: of the sample.
-        ends: ids that may end one, from `answer_ends`.
-        default: for a response that was cut before its end.
+        labels: the sample's labels.
+        ends: ids that may end an answer, from `answer_ends`.
+        default: the id for a response that was cut before its end.
     """
     turn = _first_turn(labels[first_label(labels) :])
     return int(turn[-1]) if len(turn) and turn[-1] in ends else default
@@ -80,13 +80,13 @@ def end_of(labels: Sequence[int], ends: set[int], default: int) -> int:
 def answered(
     sample: Mapping[str, Any], answer: Sequence[int], end: int | None, most: int | None = None
 ) -> dict[str, Any]:
-    """A tokenised sample with another answer in place of its response. Only the answer's tokens have loss.
+    """Put another answer in place of a sample's response. Only the answer's tokens have loss.
 
     Args:
-        sample: tokenised. Of several turns the first is answered, and what follows is left out.
-        answer: token ids, without what ends it.
+        sample: a tokenised sample. If it has several turns, the first is answered, and the others are dropped.
+        answer: token ids, without the end token.
         end: the token that ends the answer, which has loss too; None if the answer was cut before its end.
-        most: tokens of the answer, its end among them. A longer one is cut, and then nothing ends it.
+        most: the most tokens of the answer, including its end. A longer one is cut and gets no end token.
 
     Returns:
         The sample with these input_ids and labels.
@@ -97,14 +97,14 @@ def answered(
 
 
 def answer_ends(samples: Dataset, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Ids at which an answer ends: EOS, and what the samples' turns end in, such as a chat template's end of turn.
+    """Ids at which an answer ends: EOS, and the last tokens of turns, such as a chat template's end of turn.
 
-    A turn ends in its last token with loss. That counts if it is one of the tokenizer's added tokens, and if no answer
-    goes on behind it: a cut answer may end in any token.
+    The last token with loss of a turn counts if it is one of the tokenizer's added tokens, and if no answer continues
+    after it: an answer that was cut may end in any token.
 
     Args:
-        samples: tokenised.
-        tokenizer: of the samples.
+        samples: tokenised samples.
+        tokenizer: the tokenizer that made them.
 
     Returns:
         The ids.

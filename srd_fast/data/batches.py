@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from ..models import shared_starts
 from .columns import IGNORE_INDEX, first_label
 
-# Of a sample that does not weigh as much as others in the loss.
+# Column of a sample's weight in the loss, if samples differ in it.
 WEIGHT = "weight"
 
 
@@ -34,22 +34,22 @@ class DistillationCollator:
     Flattened: input_ids, position_ids (from 0 in each sample), labels, each [1, L] with L the sum of the lengths, and
     cu_seq_lens [B + 1] int32: where each sample begins, then L. There is no attention_mask.
 
-    Labels stand at their own tokens and are shifted by one later. The first label of a sample has no token before it.
-    In a flattened batch it is therefore always -100, so that nothing is predicted across the border of two samples.
+    Labels are at the positions of their own tokens and are shifted by one later. The first token of a sample cannot be
+    predicted. In a flattened batch its label is therefore always -100, so that no sample predicts the next one.
 
-    With `share_prefix`, tokens that samples of a flattened batch begin with in common, such as those of a prompt
-    template, stand in it once. All such beginnings come before all samples, which keep their order. cu_seq_lens counts
-    a beginning as a sample of its own; continues, a list [B], says with which beginning each sample begins, or -1. A
-    beginning ends before the token that predicts a first label, so no loss belongs to it.
+    With `share_prefix`, tokens with which several samples of a flattened batch begin, such as those of a prompt
+    template, are stored only once. All such beginnings come before all samples, which keep their order. cu_seq_lens
+    counts a beginning as a sample of its own; continues, a list [B], has the number of each sample's beginning, or -1.
+    A beginning ends before the token that predicts a first label, so it has no loss.
 
     With `decoder_start`, a padded batch has the prompts as input_ids and attention_mask [B, P], and the responses
-    behind that token as decoder_input_ids, decoder_attention_mask and labels [B, L].
+    after that token as decoder_input_ids, decoder_attention_mask and labels [B, L].
 
     Args:
-        pad_token_id: fills padded input_ids, which the mask hides from the model; any id that it has an embedding for.
+        pad_token_id: fills padded input_ids, which the mask hides; any id for which the model has an embedding.
         flatten: join samples instead of padding them.
         share_prefix: with `flatten`, store common beginnings once.
-        decoder_start: of an encoder-decoder model, `models.decoder_start`; None for a causal language model.
+        decoder_start: `models.decoder_start` of an encoder-decoder model; None for a causal language model.
     """
 
     pad_token_id: int = 0
@@ -110,7 +110,7 @@ class DistillationCollator:
 
 def _shared(ids: list[np.ndarray], labels: list[Sequence[int]]) -> tuple[list[np.ndarray], list[int]]:
     """Token ids of each common beginning, and for each sample the number of its beginning, or -1."""
-    # The token before a first label predicts it, so it stays with its sample, which keeps at least one token.
+    # The token before a first label predicts it, so it stays with its sample. So each sample keeps at least one token.
     prompts = [x[: max(0, min(len(x), first_label(y)) - 1)].tolist() for x, y in zip(ids, labels)]
     *groups, _ = shared_starts(prompts, least_rows=2)
     continues = [-1] * len(ids)
@@ -121,7 +121,7 @@ def _shared(ids: list[np.ndarray], labels: list[Sequence[int]]) -> tuple[list[np
 
 
 def with_borders(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Bring the batch of any collator into one of the two forms of `DistillationCollator`.
+    """Convert the batch of any collator to one of the two forms of `DistillationCollator`.
 
     A batch with position_ids and no attention_mask is a flattened one, such as those of
     `transformers.DataCollatorWithFlattening`: a sample begins where a position is 0. One with neither has no padding.
@@ -148,15 +148,15 @@ def with_borders(batch: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def with_loss_rows(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Add to a batch what a step needs to know on the host, so that it never has to ask the device.
+    """Add to a batch what a step needs on the host, so that it never has to wait for the device.
 
     Args:
         batch: labels [B, L] on the CPU; of a flattened batch [1, L], with cu_seq_lens.
 
     Returns:
-        The batch with loss_rows [N] int64: positions, counted through all tokens, that predict a label other than -100;
-        loss_labels [N] int64, those labels; loss_counts, a list of how many each sample has; and for a flattened batch
-        sample_lengths, a list with shared beginnings first.
+        The batch with loss_rows [N] int64: indices among all tokens of the batch of those that predict a label other
+        than -100; loss_labels [N] int64: those labels; loss_counts: a list of each sample's number of them; and for a
+        flattened batch sample_lengths, a list with shared beginnings first.
     """
     labels_BL = batch["labels"].numpy()
     has_loss_BL = labels_BL[:, 1:] != IGNORE_INDEX
@@ -176,11 +176,11 @@ def pad_id(tokenizer: PreTrainedTokenizerBase, embeddings: int | None = None) ->
     """The id to pad with.
 
     Args:
-        tokenizer: of the model.
+        tokenizer: the model's tokenizer.
         embeddings: how many tokens the model has embeddings for; a pad token may have been added without one.
 
     Returns:
-        The tokenizer's pad id, or its EOS id if it has none that the model can take.
+        The tokenizer's pad id, or its EOS id if it has no pad id that the model can take.
     """
     pad = tokenizer.pad_token_id
     usable = pad is not None and (embeddings is None or pad < embeddings)
@@ -188,14 +188,14 @@ def pad_id(tokenizer: PreTrainedTokenizerBase, embeddings: int | None = None) ->
 
 
 def sequence_lengths(sample: Mapping[str, Any], encoder_decoder: bool) -> tuple[int, ...]:
-    """Tokens of the sequences that a model makes of a sample.
+    """Lengths in tokens of the sequences that a model makes of a sample.
 
     Args:
-        sample: tokenised, with input_ids and labels.
+        sample: a tokenised sample, with input_ids and labels.
         encoder_decoder: whether the model has an encoder and a decoder.
 
     Returns:
-        One length; of an encoder-decoder model two: of the prompt, and of the response with the start token.
+        One length; for an encoder-decoder model two: of the prompt, and of the response with the start token.
     """
     length = len(sample["input_ids"])
     if not encoder_decoder:
@@ -205,7 +205,7 @@ def sequence_lengths(sample: Mapping[str, Any], encoder_decoder: bool) -> tuple[
 
 
 def padded_tokens(lengths: Sequence[Sequence[int]]) -> int:
-    """Tokens of a padded batch, padding included. lengths: of each sample's sequences, padded by themselves."""
+    """Tokens of a padded batch, including padding. lengths: of each sample's sequences, which are padded separately."""
     return len(lengths) * sum(map(max, zip(*lengths)))
 
 
@@ -213,9 +213,9 @@ def divide_by_tokens(lengths: Sequence[int | Sequence[int]], max_tokens: int, fl
     """Divide samples into few batches of similar size with at most `max_tokens` tokens each.
 
     Args:
-        lengths: tokens of each sample, or its `sequence_lengths`; none has more than max_tokens together.
-        max_tokens: of a batch.
-        flattened: a batch has the sum of its lengths. Otherwise it is padded, see `padded_tokens`.
+        lengths: number of tokens of each sample, or its `sequence_lengths`; their sum is at most max_tokens.
+        max_tokens: the most tokens of a batch.
+        flattened: whether a batch has the sum of its lengths. Otherwise it is padded, see `padded_tokens`.
 
     Returns:
         Indices of the samples of each batch, ascending within it.
@@ -232,7 +232,7 @@ def divide_by_tokens(lengths: Sequence[int | Sequence[int]], max_tokens: int, fl
         return [sorted(batch) for batch in batches]
     count = max(1, -(-sum(totals) // max_tokens))
     while True:
-        # The longest sample that is left goes where there is most room.
+        # The longest sample that is left goes into the batch with the most room.
         batches, filled = [[] for _ in range(count)], [0] * count
         for i in longest_first:
             least = min(range(count), key=filled.__getitem__)
@@ -250,7 +250,7 @@ def token_counts(samples: Dataset) -> list[int]:
 
 
 def batches_by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    """Yield indices in batches of similar length, longest first: the largest batch meets the memory limit first."""
+    """Yield indices in batches of similar length, longest first, so that a lack of memory shows at once."""
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     for start in range(0, len(order), batch_size):
         yield order[start : start + batch_size]
@@ -269,10 +269,10 @@ def prompt_lengths(samples: Dataset) -> list[int]:
 
 
 def flat_lists(column: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A column of lists of numbers as one array, and where in it each row begins and ends.
+    """A column of lists of numbers as one array, and where each row begins and ends in it.
 
     Args:
-        column: of an Arrow table.
+        column: a column of an Arrow table.
     """
     lengths = pc.list_value_length(column).to_numpy()
     ends = np.cumsum(lengths)

@@ -1,8 +1,8 @@
-"""A tokenizer's chat template: where it ends the prompt, where it begins the answer, and with what it ends it.
+"""A tokenizer's chat template: where its prompts end, and where its answers begin and end.
 
-A prompt is the rendering of the turns before an answer, with the generation prompt. The answer is what the rendering of
-the whole conversation has behind that. So it has all that the template makes of a turn: stripped text, an empty think
-block, a tool call, the end of the turn.
+The prompt is the rendering of the turns before an answer, with the generation prompt. The answer is the rest of the
+rendering of the whole conversation. So it has everything that the template makes of a turn: stripped text, an empty
+think block, a tool call, the end of the turn.
 """
 
 import inspect
@@ -25,7 +25,7 @@ from .files import shown
 
 logger = logging.getLogger(__name__)
 
-# What `strftime_now` gives to a template. With today's date the prompts of tomorrow would be others than those that
+# The date that `strftime_now` gives to a template. With today's date, tomorrow's prompts would differ from those that
 # were reflected on, cached and trained on. It must never change.
 FIXED_DATE = date(2025, 1, 1)
 _DATE = "strftime_now"
@@ -38,13 +38,13 @@ def check_chat_template_kwargs(kwargs: Any, tokenizer: PreTrainedTokenizerBase |
 
     Args:
         kwargs: names to values that JSON can hold, or None.
-        tokenizer: whose own arguments are refused as names.
+        tokenizer: names of its own arguments are refused.
 
     Returns:
-        The variables, dates as text.
+        The variables, with dates as text.
 
     Raises:
-        UserError: they are none.
+        UserError: they are not names with such values.
     """
     if kwargs is None:
         return {}
@@ -68,7 +68,7 @@ def check_chat_template_kwargs(kwargs: Any, tokenizer: PreTrainedTokenizerBase |
 
 
 def template_key(template: str, kwargs: Mapping[str, Any] | None) -> str:
-    """What a teacher cache writes down as the template of its samples."""
+    """The text by which a teacher cache knows the template of its samples."""
     return template if not kwargs else f"{template} {json.dumps(dict(kwargs), sort_keys=True)}"
 
 
@@ -87,7 +87,7 @@ def _tell_date() -> None:
 
 
 def _alike(one: str, other: str) -> int:
-    """How many characters two texts begin with in common."""
+    """The length of the common beginning of two texts."""
     return next((i for i, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
 
 
@@ -95,12 +95,12 @@ class ChatTemplate:
     """The chat template of a tokenizer with its variables.
 
     Args:
-        encoder: of the tokenizer.
-        kwargs: variables such as enable_thinking or date_string. `strftime_now`, a date, is what a template that asks
-            for today gets.
+        encoder: the tokenizer's encoder.
+        kwargs: variables such as enable_thinking or date_string. `strftime_now`, a date, is given to a template that
+            asks for today's date.
 
     Raises:
-        UserError: the tokenizer has no chat template, or a variable is none.
+        UserError: the tokenizer has no chat template, or a variable is not allowed.
     """
 
     def __init__(self, encoder: TextEncoder, kwargs: Mapping[str, Any] | None = None) -> None:
@@ -118,11 +118,11 @@ class ChatTemplate:
         """Render a conversation.
 
         Args:
-            conversation: with its answer.
+            conversation: the conversation, with its answer.
             parse: whether special tokens in its texts are parsed.
 
         Returns:
-            The prompt and the answer, guarded. The answer ends where the template ends the turn.
+            The prompt and the answer, as guarded texts. The answer ends where the template ends the turn.
 
         Raises:
             UserError: the template refuses the turns, or its two renderings do not agree.
@@ -146,20 +146,20 @@ class ChatTemplate:
     def behind(
         self, conversation: Conversation, later: Sequence[dict[str, Any]], before: str, parse: bool = False
     ) -> tuple[list[tuple[str, bool]], bool]:
-        """Render what is said behind the first answer of a conversation.
+        """Render the turns after the first answer of a conversation.
 
         Args:
-            conversation: up to that answer.
-            later: the turns behind it. The last is an answer.
+            conversation: the conversation up to that answer.
+            later: the turns after it. The last one is an answer.
             before: the rendering up to the end of the first answer.
-            parse: whether special tokens in its texts are parsed.
+            parse: whether special tokens in the texts are parsed.
 
         Returns:
-            Pieces that go on from `before`, guarded, and whether each is an answer; and whether the last ends in the
-            token that ends an answer.
+            Guarded pieces that continue `before`, each with whether it is an answer; and whether the last piece ends in
+            the token that ends an answer.
 
         Raises:
-            UserError: the template refuses the turns, or writes an answer otherwise once others follow.
+            UserError: the template refuses the turns, or renders an answer differently once other turns follow.
         """
         turns = (*conversation.turns, conversation.answer, *later)
         answers = [i for i in range(len(turns) - len(later), len(turns)) if turns[i]["role"] == ASSISTANT]
@@ -171,8 +171,8 @@ class ChatTemplate:
             if not whole.startswith(prompt + said) or not prompt.startswith(before):
                 turn = f"turn {number + 1}" if number else "the first answer"
                 raise UserError(
-                    f"the chat template writes {turn} otherwise once others follow; train_on 'last' trains on the last "
-                    "answer alone"
+                    f"the chat template writes {turn} differently once others follow; train_on 'last' trains only on "
+                    "the last answer"
                 )
             if number:
                 pieces += [(prompt[len(before) :], False), (said, True)]
@@ -180,7 +180,7 @@ class ChatTemplate:
         return pieces, ended
 
     def _check_shown(self, turns: list[dict[str, Any]], tools: Any, whole: str) -> None:
-        """Refuse tool calls and results of tools that the rendering does not have: what is left would be false."""
+        """Refuse a rendering that leaves out tool calls or results of tools: what remains would be wrong."""
         for number, turn in enumerate(turns):
             lost = [{**turn, "tool_calls": []}] if turn.get("tool_calls") else []
             lost += [{**turn, "content": ""}] if turn.get("role") == "tool" and turn.get("content") else []
@@ -203,10 +203,10 @@ class ChatTemplate:
     def _beginning(
         self, turns: list[dict[str, Any]], answer: dict[str, Any], tools: Any, prompt: str, whole: str
     ) -> str:
-        """Where answers begin for a template whose generation prompt spells that otherwise than a finished turn.
+        """Find where answers begin if the template's generation prompt differs from the beginning of a finished turn.
 
         Raises:
-            UserError: the generation prompt opens what the answer does not have, or the answer changes earlier turns.
+            UserError: the generation prompt has text that finished answers lack, or the answer changes earlier turns.
         """
         of_turn = {k: v for k, v in answer.items() if k in ("role", "name")}
         others = [self._render([*turns, {**of_turn, "content": x}], tools)[0] for x in ("b", "c")]
@@ -222,7 +222,7 @@ class ChatTemplate:
             )
         if not self._told:
             logger.warning(
-                "the chat template's generation prompt ends in '%s', and finished answers stand behind '%s': prompts "
+                "the chat template's generation prompt ends in '%s', but finished answers follow '%s': prompts "
                 "end in the latter", shown(prompt[-30:]), shown(begins[-30:]),
             )  # fmt: skip
             self._told = True
@@ -247,7 +247,7 @@ class ChatTemplate:
             )  # fmt: skip
             (text,), (marked,) = rendered
             return text, marked
-        except Exception as e:  # a chat template is a program of its own, and refuses turns with any error
+        except Exception as e:  # a chat template is a program, and may raise any error
             raise UserError(f"the chat template fails: {shown(first_line(e), 200)}") from e
 
     def _dated(self, template: str) -> tuple[str, bool]:
@@ -257,7 +257,7 @@ class ChatTemplate:
         return self._known[template]
 
     def _with_date(self, template: str) -> str:
-        """The template with its own `strftime_now` for the fixed date. It would take no function as a variable."""
+        """The template with its own `strftime_now` for the fixed date. A function cannot be passed as a variable."""
         if _DATE not in template:
             return template
         if self._tells_date:
@@ -274,7 +274,7 @@ class ChatTemplate:
 
     @cached_property
     def _wants_parts(self) -> bool:
-        """Whether the template prints a content that is a list of parts, and not one that is a text."""
+        """Whether the template prints a content only if it is a list of parts, not if it is text."""
         shapes: tuple[Any, ...] = ("srdprobe", [{"type": "text", "text": "srdprobe"}])
         printed = []
         for content in shapes:
@@ -289,7 +289,7 @@ class ChatTemplate:
 
     @cached_property
     def tail(self) -> str:
-        """What the template writes behind an answer; empty if it refuses the simplest conversation."""
+        """The text that the template writes after an answer; empty if it refuses the simplest conversation."""
         question = {"role": USER, "content": "a"}
         try:
             texts = [self._render([question, {"role": ASSISTANT, "content": x}], None)[0] for x in ("b", "c")]
@@ -300,7 +300,7 @@ class ChatTemplate:
 
     @cached_property
     def ends_in(self) -> str:
-        """What the template writes between a question and an answer; empty if it refuses the simplest conversation."""
+        """The text that the template writes between question and answer; empty if it refuses a simple conversation."""
         question = [{"role": USER, "content": "a"}]
         try:
             asked, _ = self._render(question, None)
@@ -315,17 +315,17 @@ class ChatTemplate:
         return tuple(mark for _, mark in self.encoder.trailing(self.tail))
 
     def ended(self, answer: str) -> tuple[str, bool]:
-        """Cut an answer behind the token that ends it, where generation stops.
+        """Cut an answer after the token that ends it, where generation stops.
 
         Args:
-            answer: guarded.
+            answer: a guarded text.
 
         Returns:
-            The answer, and whether it ends in such a token. Without one, white space that the template adds is gone.
+            The answer, and whether it ends in such a token. If not, white space that the template adds is removed.
         """
         found = self.encoder.trailing(answer)
         known = [end for end, mark in found if mark in self.ends]
-        # Other ends than those of a plain answer: that of a tool call. Breaks keep those in the data out.
+        # An answer may end in another token, such as the end of a tool call. Breaks hide such tokens in the data.
         other = [end for end, mark in found if mark in self.encoder.special][-1:] if self.ends else []
         for end in (*known, *other):
             return answer[:end], True

@@ -1,4 +1,4 @@
-"""What must hold of samples before a model sees them."""
+"""Checks of samples before a model sees them."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -12,14 +12,14 @@ _AT_ONCE = 10_000
 
 
 def check_token_ids(samples: Dataset | Iterable[Mapping[str, Any]], embeddings: Mapping[str, int]) -> None:
-    """Refuse a sample with a token that a model has no embedding for.
+    """Refuse a sample with a token for which a model has no embedding.
 
     Args:
-        samples: tokenised, with input_ids.
-        embeddings: rows of each model's input embeddings by what the model is called in a message.
+        samples: tokenised samples, with input_ids.
+        embeddings: number of rows of each model's input embeddings, by the name that messages use for the model.
 
     Raises:
-        UserError: naming the sample, the token and the model.
+        UserError: a token has no embedding. The message names the sample, the token and the model.
     """
     who = min(embeddings, key=lambda name: embeddings[name])
     if isinstance(samples, Dataset):

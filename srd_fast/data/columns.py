@@ -6,7 +6,7 @@ from datasets import Features, List, Value
 
 # The label of a token without loss.
 IGNORE_INDEX = -100
-# Of samples whose teacher has a prompt of its own, which is this column.
+# Column of the teacher's prompt, if the teacher has another one than the student.
 PRIVILEGED_IDS = "privileged_ids"
 TOKENISED_FEATURES = Features(
     {
@@ -19,7 +19,7 @@ TOKENISED_FEATURES = Features(
     }
 )
 PRIVILEGED_FEATURES = Features({**TOKENISED_FEATURES, PRIVILEGED_IDS: List(Value("int32"))})
-# What a step reads of them.
+# The columns that a training step reads.
 _READ = ("input_ids", "labels", PRIVILEGED_IDS)
 
 
@@ -29,5 +29,5 @@ def first_label(labels: Sequence[int]) -> int:
 
 
 def read_columns(names: Sequence[str]) -> list[str]:
-    """Which of a data set's columns a step reads."""
+    """Those of a data set's columns that a training step reads."""
     return [name for name in _READ if name in names]

@@ -1,4 +1,4 @@
-"""Conversations as rows hold them: turns, tools and a system text, in the form that chat templates take."""
+"""Conversations from rows: turns, tools and a system text, in the form that chat templates take."""
 
 import json
 from collections.abc import Mapping
@@ -19,12 +19,12 @@ LAST, ALL = TRAIN_ON = ("last", "all")
 
 @dataclass(frozen=True)
 class Conversation:
-    """What is said before an answer, and the answer.
+    """The turns before an answer, and the answer.
 
     Args:
-        turns: before the answer, at least one.
+        turns: the turns before the answer, at least one.
         answer: the assistant's turn.
-        tools: schemas of the functions that the assistant may call; None without any.
+        tools: schemas of the functions that the assistant may call, or None.
     """
 
     turns: tuple[Turn, ...]
@@ -33,23 +33,23 @@ class Conversation:
 
     @property
     def does_more_than_say(self) -> bool:
-        """Whether there is more to the answer than its content, such as a call of a tool."""
+        """Whether the answer has more than its content, such as a tool call."""
         silent = not self.answer["content"] and any(v for k, v in self.answer.items() if k not in ("role", "name"))
         return silent or bool(self.answer.get("tool_calls"))
 
     def exchanges(self) -> list[int]:
-        """Where each exchange begins: at a user's turn, the first behind the system's. The last holds the question."""
+        """Where each exchange begins: at a user's turn; the first one right after the system's turn."""
         first = next((i for i, t in enumerate(self.turns) if t["role"] not in (SYSTEM, "developer")), 0)
         users = [i for i, t in enumerate(self.turns) if t["role"] == USER and i > first]
         return [first, *users]
 
     def without(self, count: int) -> "Conversation":
-        """The conversation without its `count` oldest exchanges. What stands before the first exchange stays."""
+        """The conversation without its `count` oldest exchanges. Turns before the first exchange stay."""
         starts = self.exchanges()
         return replace(self, turns=(*self.turns[: starts[0]], *self.turns[starts[count] :]))
 
     def up_to_first_answer(self) -> "tuple[Conversation, tuple[Turn, ...]]":
-        """The conversation up to the assistant's first turn behind another one, and the turns behind that."""
+        """The conversation up to the assistant's first turn that follows another turn, and the turns after that."""
         turns = (*self.turns, self.answer)
         first = next(i for i, turn in enumerate(turns) if turn["role"] == ASSISTANT and i > 0)
         return replace(self, turns=turns[:first], answer=turns[first]), turns[first + 1 :]
@@ -62,10 +62,10 @@ class Conversation:
 def conversation_of(row: Mapping[str, Any]) -> Conversation:
     """The conversation in the columns `messages`, `tools` and `system`, up to the last assistant turn.
 
-    Keys without a value (null), which parquet writes for every key that another turn has, count as absent.
+    Keys with the value null count as absent: parquet writes one for every key that another turn has.
 
     Raises:
-        UserError: the columns hold something else, or there is no assistant turn after another.
+        UserError: the columns hold something else, or no assistant turn follows another turn.
     """
     try:
         return _conversation(row)
@@ -85,16 +85,16 @@ def _conversation(row: Mapping[str, Any]) -> Conversation:
 
 
 def one_exchange(row: Mapping[str, Any]) -> tuple[dict[str, str], list[str]]:
-    """The question, as a prompt template's fields, and the answer of a conversation that has no more.
+    """The question, as fields of a prompt template, and the answer of a conversation with nothing else.
 
     Raises:
-        UserError: it has more, or is none.
+        UserError: the conversation has more turns, or the columns hold no conversation.
     """
     conversation = conversation_of(row)
     (first, *more) = conversation.turns
     if more or first["role"] != USER or conversation.tools or conversation.does_more_than_say:
         raise UserError(
-            "the tokenizer has no chat template, and a prompt template has place for one question alone; "
+            "the tokenizer has no chat template, and a prompt template has place for only one question; "
             "take a tokenizer with one, or render the rows yourself as prompt/completion"
         )
     return {"instruction": first["content"]}, [conversation.answer["content"]]
@@ -104,7 +104,7 @@ def with_system(turns: list[Turn], row: Mapping[str, Any]) -> list[Turn]:
     """Put the text of the column `system` before the turns.
 
     Raises:
-        UserError: the column holds no text, or the turns have another system text.
+        UserError: the column does not hold text, or the turns have another system text.
     """
     text = row.get("system")
     if text is None or text == "":
@@ -120,7 +120,7 @@ def with_system(turns: list[Turn], row: Mapping[str, Any]) -> list[Turn]:
 
 
 def tools_of(row: Mapping[str, Any]) -> list[Any] | None:
-    """The schemas in the column `tools`, which may be JSON text; None without any.
+    """The schemas in the column `tools`, which may be JSON text; None if there are none.
 
     Raises:
         UserError: the column holds something else.
@@ -151,7 +151,7 @@ def _turn(message: Mapping[str, Any], number: int) -> Turn:
 
 
 def _text(content: Any, where: str) -> str:
-    """A content as one text; its parts are texts too."""
+    """A content as one text; it may be given as a list of parts of text."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
@@ -167,7 +167,7 @@ def _text(content: Any, where: str) -> str:
 
 
 def _calls(calls: Any, where: str) -> list[Any]:
-    """Tool calls with their arguments as objects, as templates want them; the API that made them may give JSON text."""
+    """Tool calls with their arguments as objects, as templates need them; they may be given as JSON text."""
     if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
         raise UserError(f"tool_calls of {where} must be a list of objects")
     return [_with_arguments(call) for call in calls]
@@ -193,7 +193,7 @@ def _without_nulls(value: Any) -> Any:
 
 
 def _encodable(value: Any, column: str) -> Any:
-    """Return a value if all its texts are Unicode that can be written."""
+    """Return a value, if all texts in it can be encoded as UTF-8."""
     try:
         json.dumps(value, ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError as e:
@@ -204,10 +204,10 @@ def _encodable(value: Any, column: str) -> Any:
 
 
 def check_train_on(train_on: str, encoder_decoder: bool = False) -> None:
-    """Refuse a choice of turns that there is not, or that the model cannot be trained on.
+    """Refuse an unknown choice of turns, or one on which the model cannot be trained.
 
     Raises:
-        UserError: with the way out.
+        UserError: the choice is unknown, or does not fit the model.
     """
     if train_on not in TRAIN_ON:
         raise UserError(unknown_name("train_on", train_on, TRAIN_ON))

@@ -1,4 +1,4 @@
-"""A row on its way to a tokenised sample."""
+"""A row that is rendered but not tokenised yet."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,21 +12,23 @@ AS_IT_IS = get_template("{instruction}")
 
 @dataclass(frozen=True)
 class Draft:
-    """A row rendered: what is left is to tokenise it, and to cut it where it is too long.
+    """A rendered row, which remains to be tokenised, and cut if it is too long.
+
+    Guarded texts are explained in `encoding.py`.
 
     Args:
-        row: it was made of.
-        prompt: guarded.
-        answer: guarded.
-        ended: whether the answer has the token that ends it.
-        references: that answers are scored against.
-        chat: the conversation; None for a prompt of text.
-        said: of a conversation, the references as the row has them.
-        later: what is said in a conversation behind the answer, where all answers are trained on.
-        fields: of a prompt of text.
-        template: of a prompt of text.
+        row: the row itself.
+        prompt: the prompt, a guarded text.
+        answer: the answer, a guarded text.
+        ended: whether the answer contains the token that ends it.
+        references: the texts that answers are compared with.
+        chat: the conversation; None for a prompt from a template of text.
+        said: for a conversation, the references as the row has them.
+        later: for a conversation whose answers are all trained on, the turns after the first answer.
+        fields: the template's fields, for a prompt from a template of text.
+        template: the template, for a prompt from a template of text.
         parse: whether special tokens in the fields are parsed.
-        privileged: the prompt of the teacher, guarded; empty where it has none of its own.
+        privileged: the teacher's prompt, a guarded text; empty if it is the student's.
     """
 
     row: Mapping[str, Any]

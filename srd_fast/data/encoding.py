@@ -1,7 +1,8 @@
-"""Text to ids where the text of a special token may stand in the data, and must then stay text.
+"""From text to ids, for data that may contain the text of a special token, which must stay plain text.
 
-`guard` puts a break into every such text; what is rendered from guarded texts then holds special tokens only where the
-template itself wrote them. `ids` cuts at the breaks, so no token spans one, and `plain` takes them out again.
+`guard` puts a break into every such text. A text that a template renders from guarded texts has special tokens only
+where the template itself wrote them. `ids` cuts a guarded text at its breaks, so that no token spans one. `plain`
+removes the breaks.
 """
 
 import re
@@ -11,16 +12,16 @@ from typing import Any
 
 from transformers import AddedToken, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-# A code point that Unicode keeps out of texts. Where a text has it all the same, it is doubled.
+# A code point that Unicode reserves for internal use. If a text contains it nevertheless, it is doubled.
 _BREAK = "\ufdd0"
 _LONE_BREAK = re.compile(f"(?<!{_BREAK}){_BREAK}(?!{_BREAK})")
 
 
 class TextEncoder:
-    """Encodes the beginning of a sample, and what continues it.
+    """Encodes the beginning of a sample, and its continuation.
 
     Args:
-        tokenizer: of the model.
+        tokenizer: the model's tokenizer.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -48,15 +49,15 @@ class TextEncoder:
         return _any_of(self.special)
 
     def guard(self, value: Any, parse: bool = False, others: Iterable[str] = ()) -> Any:
-        """Make special tokens within texts plain text.
+        """Put breaks into texts of special tokens, so that they stay plain text.
 
         Args:
-            value: a text, or lists and dicts of texts, whose keys stay as they are.
-            parse: leave special tokens as they are.
+            value: a text, or lists and dicts of texts. Keys are not changed.
+            parse: put no breaks into special tokens.
             others: texts that are treated as special tokens too.
 
         Returns:
-            The same with breaks.
+            The same value with breaks.
         """
         if not isinstance(value, str):
             if isinstance(value, Mapping):
@@ -73,11 +74,11 @@ class TextEncoder:
         return "".join(_pieces(text))
 
     def without_special(self, text: str) -> str:
-        """The text as it is read when its tokens are decoded without special tokens."""
+        """The text that remains when its tokens are decoded without special tokens."""
         return self._special_pattern.sub("", text)
 
     def trailing(self, text: str) -> list[tuple[int, str]]:
-        """The added tokens at the end of a guarded text, white space between them: where each ends, and its text."""
+        """The added tokens at the end of a guarded text, apart from white space: where each ends, and its text."""
         found: list[tuple[int, str]] = []
         while (text := text.rstrip()).endswith(self.added):
             mark = next(t for t in self.added if text.endswith(t))
@@ -89,7 +90,7 @@ class TextEncoder:
         """Ids of a guarded text that begins a sample.
 
         Args:
-            text: guarded.
+            text: a guarded text.
             special: let the tokenizer add its special tokens.
         """
         first, *others = _pieces(text)
@@ -133,13 +134,13 @@ class TextEncoder:
         return [next(ids) if _BREAK not in text else one(text) for text in texts]
 
     def continuation_ids(self, text: str) -> list[int]:
-        """Ids of a guarded text that goes on behind other tokens."""
+        """Ids of a guarded text that follows other tokens."""
         return [i for piece in _pieces(text) for i in self._behind(piece)]
 
     def target_ids(self, text: str) -> list[int]:
-        """Ids of a guarded text that a decoder writes, and before them what the tokenizer begins such texts with.
+        """Ids of a guarded text for a decoder, after the tokens with which the tokenizer begins such texts.
 
-        Some tokenizers treat it unlike one that an encoder reads.
+        Some tokenizers encode it differently from a text for an encoder.
         """
         first, *others = _pieces(text)
         return [*self._opening, *self._target(first), *(i for piece in others for i in self._behind(piece))]
@@ -159,15 +160,15 @@ class TextEncoder:
     def _whole_of_all(self, texts: list[str], special: bool = False) -> list[list[int]]:
         if not self._is_plain:
             return list(self.tokenizer(texts, add_special_tokens=special, return_attention_mask=False).input_ids)
-        self.tokenizer("a")  # sets the backend to this tokenizer's mode, without truncation and padding
+        self.tokenizer("a")  # turns truncation and padding off in the backend
         found = self.tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=special)
         return [encoding.ids for encoding in found]
 
     @cached_property
     def _is_plain(self) -> bool:
-        """Whether the tokenizer adds nothing to what its backend makes of a text.
+        """Whether the tokenizer gives exactly the ids of its backend.
 
-        The backend alone leaves out offsets and the rest of what a call gives, a tenth of its time.
+        Calling the backend directly takes a tenth of the time, because it leaves out offsets and other results.
         """
         kind = type(self.tokenizer)
         calls = ("__call__", "_encode_plus", "backend_tokenizer")
@@ -207,6 +208,6 @@ def _pieces(text: str) -> list[str]:
 
 
 def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
-    """Matches each of the texts that a break can divide, the longest first."""
+    """A pattern for any of the texts that a break can divide, the longest first."""
     divisible = sorted((t for t in texts if len(t) > 1), key=lambda t: (-len(t), t))
     return re.compile("|".join(map(re.escape, divisible)) or "(?!)")

@@ -21,12 +21,12 @@ from ..errors import UserError, first_line
 
 @dataclass(frozen=True)
 class SourceRow:
-    """A row as it was found.
+    """A row of a source, or the reason why it is not one.
 
     Args:
         where: its place: "line 3" of json lines or CSV, otherwise "row 3".
-        columns: its values by column, or None if it has none.
-        reason: why it has none.
+        columns: its values by column; None if it is not a row.
+        reason: why it is not a row.
     """
 
     where: str
@@ -53,7 +53,7 @@ _OPENERS: dict[str, Callable[[Path], Any]] = {
 
 
 def file_rows(path: Path) -> tuple[Read, int]:
-    """How to read a file's rows, and how many there are. The file is read to its end once, so damage shows here.
+    """Return how to read a file's rows, and their number. The file is read to its end once, to find damage.
 
     Raises:
         UserError: the file cannot be read. The message names it.
@@ -62,7 +62,7 @@ def file_rows(path: Path) -> tuple[Read, int]:
     if suffix in (".parquet", ".arrow"):
         if path.suffix in _OPENERS:
             raise UserError(
-                f"data file {str(path)!r} is compressed around {suffix}, which compresses itself; unpack it"
+                f"data file {str(path)!r} is a compressed {suffix} file, a format that is compressed itself; unpack it"
             )
         read = _parquet_values if suffix == ".parquet" else _arrow_values
         return lambda: _numbered(read(path)), _counted_tables(path, suffix)
@@ -72,7 +72,7 @@ def file_rows(path: Path) -> tuple[Read, int]:
 
 
 def suffix_of(path: Path) -> str:
-    """The suffix that says what a file holds: that before .gz and the like."""
+    """The suffix that says what a file holds, ignoring .gz and the like."""
     return (path.with_suffix("") if path.suffix in _OPENERS else path).suffix.lower()
 
 
@@ -105,7 +105,7 @@ def _parquet_batches(path: Path) -> Iterator[pa.RecordBatch]:
 
 
 def _arrow_batches(path: Path) -> Iterator[pa.RecordBatch]:
-    """Of both of Arrow's layouts: a stream, as `datasets` writes it, and a file with an index."""
+    """Read either of Arrow's layouts: a stream, as `datasets` writes it, or a file with an index."""
     try:
         with pa.memory_map(str(path)) as mapped:
             try:
@@ -138,10 +138,10 @@ def _counted_tables(path: Path, suffix: str) -> int:
 
 
 def _opened(path: Path) -> Iterator[bytes]:
-    """The lines of a file with their ends, from behind a byte order mark.
+    """Open a file as lines, with their line ends, after a byte order mark if there is one.
 
     Raises:
-        UserError: it cannot be read, or is not UTF-8 from its beginning.
+        UserError: the file cannot be read, or is UTF-16 or UTF-32.
     """
     try:
         with _OPENERS.get(path.suffix, lambda p: p.open("rb"))(path) as f:
@@ -203,7 +203,7 @@ def _json_rows(path: Path) -> tuple[Read, int]:
         try:
             whole = _parsed(b"".join(_opened(path)))
         except UserError as e:
-            # Json lines whose first line is a list are not one array: there the first line alone is valid JSON.
+            # If the first line alone is a valid list, these are json lines, not one array.
             if _json_line(*head).reason != "expected an object, got list":
                 raise UserError(f"data file {str(path)!r} is {e}") from e
         else:
@@ -213,7 +213,7 @@ def _json_rows(path: Path) -> tuple[Read, int]:
 
 
 def _numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """The lines that are not blank. Lines end in line feeds; in a file without any, in carriage returns."""
+    """The lines that are not blank. Lines end in line feeds, or, in a file without those, in carriage returns."""
     lines = _opened(path)
     first = next(lines, b"")
     every: Iterable[bytes] = (first,) if first.endswith(b"\n") else first.split(b"\r")

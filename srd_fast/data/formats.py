@@ -1,10 +1,10 @@
-"""The table of row formats: which columns make one, and how its rows become those of a standard format.
+"""The table of row formats: the columns of each, and how its rows are converted to a standard format.
 
-The standard formats are what is tokenised; every other one is the same under other names.
+Only the standard formats are tokenised; every other format has the same content under other names.
 
-A data set has one format. Each row counts for the first format of the table of which it has a value in every column
-(for each of the first four that it has), and the format that most rows count for is taken; of two with as many, the
-first of the table. So further columns change nothing where an earlier format fits.
+A data set has one format, the one with the most votes of its rows. A row votes for the first format of the table whose
+columns all have a value in it; among the first four formats, it votes for all that fit. If two formats have equally
+many votes, the first of the table wins. So additional columns change nothing if an earlier format fits.
 """
 
 from collections import Counter
@@ -22,20 +22,20 @@ Convert = Callable[[Row], Row]
 
 TEXT = "text"
 _MOST_STATES = 10_000
-# What every row may have besides the columns of its format.
+# Columns that every row may have besides those of its format.
 CARRIED = ("sample_id", "references", "tests", "tools", "system", "privileged")
 STANDARD = (("instruction", "output"), ("prompt", "completion"), ("messages",), ("input_ids", "labels"), (TEXT,))
 
 
 @dataclass(frozen=True)
 class RowFormat:
-    """A way in which people write rows.
+    """A common format of rows.
 
     Args:
-        columns: that a row has to have.
+        columns: the columns that a row must have.
         convert: a row with values in these columns -> a row of a standard format. Its `sample_id`, `references`,
-            `tests`, `tools`, `system` and `privileged` are kept. None: the rows are of a standard format.
-        optional: columns that it reads where they are there.
+            `tests`, `tools`, `system` and `privileged` are kept. None: this is a standard format.
+        optional: columns that are read if a row has them.
     """
 
     columns: tuple[str, ...]
@@ -46,7 +46,7 @@ class RowFormat:
         return "/".join(self.columns)
 
     def standard(self, row: Row) -> tuple[tuple[str, ...], Row]:
-        """A row in its standard format, and the columns of that.
+        """Convert a row, and return it with the columns of its standard format.
 
         Raises:
             UserError: the row cannot be converted.
@@ -56,12 +56,12 @@ class RowFormat:
             return self.columns, row
         columns = next((kind for kind in STANDARD if all(c in made for c in kind)), None)
         if columns is None:
-            raise UserError(f"the row format {self} makes {sorted(made)}, which is none of the standard formats")
+            raise UserError(f"the row format {self} makes {sorted(made)}, which is not a standard format")
         return columns, {**{c: row[c] for c in CARRIED if c in row}, **made}
 
 
 def _texts(value: Any, column: str) -> Any:
-    """A text, or a list of texts, of which the first is the answer; also where they are kept as {"text": [...]}."""
+    """A text, or a list of texts of which the first is the answer. It may be given as {"text": [...]}."""
     if isinstance(value, Mapping):
         value = value.get("text", value)
     if isinstance(value, str) or (isinstance(value, list) and value and all(isinstance(x, str) for x in value)):
@@ -84,20 +84,20 @@ _SYSTEMS = ("system_prompt", "system_message")
 
 
 def _system(row: Row) -> dict[str, Any]:
-    """The system text under its other names, where there is none under its own."""
+    """The system text under one of its other names, if there is none under its own."""
     found = next((row[c] for c in _SYSTEMS if row.get(c) is not None), None)
     return {} if found is None or row.get(SYSTEM) is not None else {SYSTEM: found}
 
 
 def _pair(asked: str, answered: str, inputs: tuple[str, ...] = _INPUTS) -> RowFormat:
-    """A question and its answer in two columns; a prompt is taken as it stands, and of the rest the template is made.
+    """A question and its answer in two columns. A column `prompt` is used as it is; others go through the template.
 
     Either may be a list of turns: then they are a conversation.
 
     Args:
         asked: the column of the question.
         answered: the column of the answer or answers.
-        inputs: columns for what the question is about. The first with a value counts.
+        inputs: columns with the text that the question is about. The first with a value counts.
     """
     as_it_stands = asked == "prompt"
     inputs = () if as_it_stands else tuple(c for c in inputs if c not in (asked, answered))
@@ -132,10 +132,10 @@ def _prompt_completion(row: Row) -> Row:
 
 
 def _chosen(asked: str | None) -> RowFormat:
-    """The better answer of a preference. What it is preferred to is not read.
+    """The better answer of a preference pair. The other answer is not read.
 
     Args:
-        asked: the column of the question; None where the chosen answer is a whole conversation.
+        asked: the column of the question; None if the chosen answer is a whole conversation.
     """
 
     def convert(row: Row) -> Row:
@@ -151,7 +151,7 @@ def _chosen(asked: str | None) -> RowFormat:
 
 
 def _of_two_voices(text: str) -> Row:
-    """A text of paragraphs that begin with Human: and Assistant:, parted before the last answer."""
+    """Split a text of paragraphs that begin with Human: and Assistant: before its last answer."""
     before, voice, answer = text.rpartition("\n\nAssistant:")
     if not voice:
         raise UserError(
@@ -203,34 +203,34 @@ ROW_FORMATS: Registry[RowFormat] = Registry(
         TEXT: RowFormat((TEXT,)),
     },
 )
-# Of these a row counts for each that it has, so that the columns of one change nothing for the rows of another.
+# A row votes for each of these that fits, so that the columns of one do not matter to rows of another.
 _FIRST = tuple(ROW_FORMATS.get(name) for name in ("instruction", "prompt", "messages", "tokenised"))
 
 
 def register_row_format(
     name: str, columns: Iterable[str], convert: Convert, *, optional: Iterable[str] = (), replace: bool = False
 ) -> None:
-    """Add a row format. Where its columns are there, it goes before all that are built in.
+    """Add a row format. It goes before all built-in formats.
 
     Args:
         name: a new name; an existing one only with `replace=True`.
-        columns: that a row has to have.
+        columns: the columns that a row must have.
         convert: `convert(row)` -> a row with instruction/input/output, prompt/completion, messages, or
             input_ids/labels. It may raise `UserError`: the row is then rejected for that reason.
-        optional: columns that `convert` reads where they are there.
-        replace: whether a name that is taken is taken over.
+        optional: columns that `convert` reads if a row has them.
+        replace: whether an existing format of this name is replaced.
 
     Raises:
-        UserError: for a name that is taken, or is no text, or a format without columns.
+        UserError: the name is taken, or is not text, or there are no columns.
     """
     made = RowFormat(tuple(columns), convert, tuple(optional))
     if not made.columns:
-        raise UserError(f"row format {name!r} needs at least one column to be told by")
+        raise UserError(f"row format {name!r} needs at least one column to be recognised by")
     ROW_FORMATS.register(name, made, replace=replace)
 
 
 def row_format_names() -> list[str]:
-    """The names of all row formats, those that you registered among them.
+    """The names of all row formats, including those that you registered.
 
     Returns:
         In alphabetical order.
@@ -239,16 +239,16 @@ def row_format_names() -> list[str]:
 
 
 def choose_format(rows: Iterable[Row], among: Iterable[RowFormat] | None = None) -> RowFormat | None:
-    """The format of rows, by the rule at the head of this file; None where no row has all columns of one.
+    """The format of rows, by the rule at the head of this file; None if no row has all columns of any format.
 
     Args:
-        rows: of the data.
+        rows: the rows of a data set.
         among: formats to choose from. Default: all.
     """
     order = ordered_formats() if among is None else list(among)
     filled: Counter[RowFormat] = Counter()
     there: Counter[RowFormat] = Counter()
-    # Most rows have the same columns with values, so that these few are looked at once.
+    # Most rows have the same columns with values, so each such set of columns is looked at only once.
     of_columns: dict[tuple[str, ...], tuple[list[RowFormat], list[RowFormat]]] = {}
     for row in rows:
         state = (*row, "", *[c for c, value in row.items() if value is not None])
@@ -265,21 +265,21 @@ def choose_format(rows: Iterable[Row], among: Iterable[RowFormat] | None = None)
 
 
 def ordered_formats() -> list[RowFormat]:
-    """All formats: those that users registered, the last first, then those that are built in."""
+    """All formats: those that users registered, the newest first, then the built-in ones."""
     known = ROW_FORMATS.things()
     own = [each for each in known if each not in _BUILT_IN]
     return [*own[::-1], *(each for each in known if each in _BUILT_IN)]
 
 
 def _counted(row: Row, order: list[RowFormat]) -> tuple[list[RowFormat], list[RowFormat]]:
-    """The formats that a row counts for: by its values, and by its columns alone."""
+    """The formats that a row votes for: by its values, and by its columns alone."""
     has = [each for each in order if all(row.get(c) is not None for c in each.columns)]
     knows = [each for each in order if all(c in row for c in each.columns)]
     return _leading(has), _leading(knows)
 
 
 def _leading(formats: list[RowFormat]) -> list[RowFormat]:
-    """The first format, or as many of the first four as there are."""
+    """The first format, or all that are among the first four of the table."""
     standard = [each for each in formats if each in _FIRST]
     return standard if standard and formats[0] in _FIRST else formats[:1]
 

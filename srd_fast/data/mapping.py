@@ -1,4 +1,4 @@
-"""Columns under other names: the mapping that a user gives, and the one that a refused data set is told to give."""
+"""Columns under other names: the mapping that a user gives, and the mapping that an error message proposes."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -24,13 +24,13 @@ def check_columns(given: Any) -> dict[str, str]:
     """Check a mapping of columns.
 
     Args:
-        given: the column that a row format has -> the column, or `column.key`, where the data has it; or None.
+        given: a column of a row format -> the column, or `column.key`, of the data; or None.
 
     Returns:
         The mapping.
 
     Raises:
-        UserError: it is none, or no row format has one of its columns.
+        UserError: it is not such a mapping, or no row format has one of its columns.
     """
     if given is None:
         return {}
@@ -49,7 +49,7 @@ def check_columns(given: Any) -> dict[str, str]:
 
 
 def mapped_formats(columns: Mapping[str, str]) -> list[RowFormat]:
-    """The row formats that read every column of a mapping. A mapping of carried columns alone leaves all."""
+    """The row formats that read every column of a mapping; all formats, if the mapping has only carried columns."""
     return _formats_with(columns) or ordered_formats()
 
 
@@ -59,12 +59,12 @@ def _formats_with(columns: Mapping[str, str]) -> list[RowFormat]:
 
 
 def renamed(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-    """A row with the columns of a mapping beside its own; one that it lacks is None."""
+    """A row with the columns of a mapping in addition to its own; one that it lacks is None."""
     return {**row, **{name: value_at(row, place) for name, place in columns.items()}}
 
 
 def value_at(row: Mapping[str, Any], place: str) -> Any:
-    """The value of a column, or of `column.key` within it; None without one."""
+    """The value of a column, or of `column.key` within it; None if there is none."""
     if place in row:
         return row[place]
     value: Any = row
@@ -77,7 +77,7 @@ def check_found(columns: Mapping[str, str], rows: Iterable[Mapping[str, Any]], n
     """Refuse a mapping from a column that no row has.
 
     Raises:
-        UserError: with the nearest column that there is.
+        UserError: no row has the column. The message has the nearest existing one.
     """
     missing, names = dict.fromkeys(columns.values()), set[str]()
     for row in rows:
@@ -92,14 +92,14 @@ def check_found(columns: Mapping[str, str], rows: Iterable[Mapping[str, Any]], n
 
 
 def advice(row: Mapping[str, Any]) -> str:
-    """What to type for data whose columns are no row format.
+    """Say what to type for data whose columns are not a row format.
 
     Args:
-        row: one of them, with values.
+        row: a row of the data, with values.
     """
     talk = next((c for c, v in row.items() if isinstance(v, list) and v and isinstance(v[0], Mapping)), None)
     if talk is not None:
-        return f"Say which is which, if that is it: {_written({'messages': talk})}; or {OWN_ROWS}"
+        return f"Say which column is which, if this is right: {_written({'messages': talk})}; or {OWN_ROWS}"
     texts = _places_of_text(row)
     if len(texts) < 2:
         return f"A row needs two texts, a question and its answer. {OWN_ROWS[:1].upper()}{OWN_ROWS[1:]}"
@@ -107,11 +107,11 @@ def advice(row: Mapping[str, Any]) -> str:
     others = [c for c in texts if c != asked]
     answered = max(others, key=lambda c: _likeness(c, _ANSWERED) - max(_likeness(c, _ASKED), _likeness(c, _BESIDE)))
     names = ("prompt", "completion") if "prompt" in _words(asked) else ("instruction", "output")
-    return f"Say which is which: {_written(dict(zip(names, (asked, answered))))}; or {OWN_ROWS}"
+    return f"Say which column is which: {_written(dict(zip(names, (asked, answered))))}; or {OWN_ROWS}"
 
 
 def _written(columns: Mapping[str, str]) -> str:
-    """A mapping as YAML has it."""
+    """A mapping in the notation of YAML."""
 
     def quoted(name: str) -> str:
         return name if re.fullmatch(r"[^\W\d][\w.-]*", name) else repr(shown(name, 40))
@@ -120,7 +120,7 @@ def _written(columns: Mapping[str, str]) -> str:
 
 
 def _places_of_text(row: Mapping[str, Any]) -> list[str]:
-    """Columns that hold text and do not just describe the row, in their order; those within columns if need be."""
+    """Columns with text, except those that only describe the row, in their order; if none, keys within columns."""
 
     def texts(items: Iterable[tuple[str, Any]]) -> list[str]:
         named = [(c, v) for c, v in items if not _ABOUT_THE_ROW.intersection(_words(c)) and c not in CARRIED]
@@ -132,11 +132,11 @@ def _places_of_text(row: Mapping[str, Any]) -> list[str]:
 
 
 def _words(name: str) -> list[str]:
-    """The words in a column's name, lower-case: of userQuery user and query."""
+    """The words in a column's name, in lower case: user and query for userQuery."""
     return [w.lower() for w in re.findall(r"[A-Z]?[^\W\d_A-Z]+|[A-Z]+|[^\W\d_]+", name)]
 
 
 def _likeness(name: str, words: Iterable[str]) -> float:
-    """How near a column's name is to one of the words, 0 to 100."""
+    """How similar a column's name is to one of the words, 0 to 100."""
     near = max((fuzz.ratio(part, word) for part in _words(name) for word in words), default=0.0)
     return near if near >= _NEAR else 0.0

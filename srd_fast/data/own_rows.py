@@ -1,4 +1,4 @@
-"""Rows that a function of the user's makes: of each row, or of a file."""
+"""Rows that a user's function makes, from each row or from a file."""
 
 import inspect
 import logging
@@ -15,15 +15,15 @@ from .sources import check_source, rows_of, source_places
 logger = logging.getLogger(__name__)
 
 DataFunction = Callable[..., Any]
-# A first parameter of one of these names is a file; of any other, a row.
+# If the function's first parameter has one of these names, it gets a file; otherwise a row.
 _FILE_NAMES = ("path", "file", "filename")
 
 
 def data_function_of(given: str | DataFunction) -> DataFunction:
-    """The function that is given, or that `path/to/file.py:function` or `package.module:function` names.
+    """The given function, or the one that `path/to/file.py:function` or `package.module:function` names.
 
     Raises:
-        UserError: there is none, or it takes no argument.
+        UserError: there is no such function, or it takes no argument.
     """
     function = function_of(given, "data_function") if isinstance(given, str) else given
     if not callable(function):
@@ -33,16 +33,16 @@ def data_function_of(given: str | DataFunction) -> DataFunction:
 
 
 def made_rows(data: Any, given: str | DataFunction, name: str = "data", split: str = "train") -> Rows:
-    """The rows that a function makes.
+    """Make rows with a user's function.
 
     Args:
-        data: what `rows_of` takes; for a function of files, one or several.
+        data: what `rows_of` takes; for a function of files, one file or several.
         given: `function(row)` -> a row, or several, or None to leave it out; or `function(path)` -> rows of the file.
-        name: of the data, for messages.
-        split: of several.
+        name: what messages call the data.
+        split: which split to read, if there are several.
 
     Raises:
-        UserError: the function cannot be had, fails on a file, or gives something else.
+        UserError: the function cannot be imported, fails on a file, or returns something else.
     """
     function = data_function_of(given)
     if _takes_files(function):
@@ -51,7 +51,7 @@ def made_rows(data: Any, given: str | DataFunction, name: str = "data", split: s
 
 
 def check_made(source: Any, given: str | DataFunction, name: str = "data", split: str = "train") -> None:
-    """Refuse a source for a function's rows that is meant to be here and is not, without reading it.
+    """Refuse a local source for a user's function that does not exist, without reading it.
 
     Raises:
         UserError: as `made_rows` would raise it.

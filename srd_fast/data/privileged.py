@@ -1,10 +1,10 @@
-"""What a teacher reads and its student does not: a template of privileged text, and samples as the teacher sees them.
+"""Text that only the teacher reads: its template, and samples as the teacher sees them.
 
-A text with {prompt} is the question as the teacher reads it. Any other stands before the question: in a chat as the
-system's turn, or at the beginning of that, elsewhere as a paragraph.
+A template with {prompt} replaces the question. Any other template is put before the question: in a chat as the system's
+turn or at the beginning of that turn, elsewhere as a paragraph.
 
-A sample has the teacher's prompt as token ids, `privileged_ids`. Its answer is that of the student, token by token, so
-the teacher's rows are those of the student's answer, in the same order, however long the two prompts are.
+A sample has the teacher's prompt as token ids, `privileged_ids`. Teacher and student have the same answer, token by
+token, so the teacher's rows match the student's, however long the two prompts are.
 """
 
 from collections.abc import Mapping
@@ -23,21 +23,21 @@ from .templates import substituted
 from .values import text_of
 
 PRIVILEGED = "privileged"
-# The template of rows that say all of it themselves.
+# The template if each row has the whole text.
 WHOLE_COLUMN = "{privileged}"
 _PROMPT, _RESPONSE = "prompt", "response"
 _AT_ONCE = 1000
 
 
 class PrivilegedTemplate:
-    """Makes what a teacher reads out of what its student reads.
+    """Makes the teacher's prompt from the student's.
 
     Args:
-        text: with any of `{prompt}`, the question; `{response}`, the row's answer; and `{privileged}`, the row's column
-            of that name.
+        text: a text with any of the fields `{prompt}`, the question; `{response}`, the row's answer; and
+            `{privileged}`, the row's column of that name.
 
     Raises:
-        UserError: the text has other fields, or says nothing.
+        UserError: the text has other fields, or adds nothing to the prompt.
     """
 
     def __init__(self, text: str) -> None:
@@ -55,32 +55,32 @@ class PrivilegedTemplate:
 
     @property
     def reads_column(self) -> bool:
-        """Whether the text has the row's own privileged text in it."""
+        """Whether the template contains the row's own privileged text."""
         return PRIVILEGED in self._fields
 
     def lacks(self, row: Mapping[str, Any]) -> bool:
-        """Whether a row has no text in the column that the template needs."""
+        """Whether a row lacks the text that the template needs."""
         return self.reads_column and row.get(PRIVILEGED) in (None, "")
 
     def fields(self, fields: Mapping[str, str], row: Mapping[str, Any], answer: str) -> dict[str, str]:
-        """A prompt template's fields as the teacher reads them.
+        """The fields of a prompt template, for the teacher.
 
         Args:
-            fields: as the student reads them, with `instruction`.
-            row: of the data.
-            answer: of the row.
+            fields: the fields for the student, with `instruction`.
+            row: the row of the data.
+            answer: the row's answer.
         """
         question = fields["instruction"]
         text = self._of(row, question, answer)
         return {**fields, "instruction": text if _PROMPT in self._fields else f"{text}\n\n{question}"}
 
     def conversation(self, chat: Conversation, row: Mapping[str, Any], answer: str) -> Conversation:
-        """A conversation as the teacher reads it.
+        """A conversation, for the teacher.
 
         Args:
-            chat: as the student reads it.
-            row: of the data.
-            answer: of the row.
+            chat: the conversation for the student.
+            row: the row of the data.
+            answer: the row's answer.
         """
         text = self._of(row, chat.turns[-1]["content"], answer)
         if _PROMPT in self._fields:
@@ -105,11 +105,11 @@ def check_privileged_column(columns: Mapping[str, str], template: str | None) ->
     """Refuse a column of privileged text that no template reads.
 
     Args:
-        columns: as the user maps them, with or without `privileged`.
-        template: of a `PrivilegedTemplate`, in which nothing is wrong, or None.
+        columns: the user's mapping of columns, with or without `privileged`.
+        template: a valid text of a `PrivilegedTemplate`, or None.
 
     Raises:
-        UserError: with the way out.
+        UserError: no template reads the column.
     """
     if PRIVILEGED in columns and (template is None or not PrivilegedTemplate(template).reads_column):
         why = "there is no privileged_template" if template is None else f"privileged_template is {template!r}"
@@ -123,7 +123,7 @@ def seen_by_teacher(sample: Mapping[str, Any]) -> dict[str, Any]:
     """A sample as its teacher sees it: with the teacher's prompt before the same answer.
 
     Args:
-        sample: tokenised, with privileged_ids. It may have any answer, or none.
+        sample: a tokenised sample with privileged_ids. It may have any answer, or none.
 
     Returns:
         The sample with these input_ids and labels, as int64 arrays, and without privileged_ids.
@@ -137,13 +137,13 @@ def seen_by_teacher(sample: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def teachers_samples(samples: Dataset) -> Dataset:
-    """Samples as their teacher sees them: those without privileged_ids as they are.
+    """Samples as their teacher sees them. Samples without privileged_ids are returned unchanged.
 
     Args:
-        samples: tokenised.
+        samples: tokenised samples.
 
     Returns:
-        As many, in their order, with the columns of tokenised samples.
+        The same number of samples, in the same order, with the columns of tokenised samples.
     """
     if PRIVILEGED_IDS not in samples.column_names or not len(samples):
         return samples

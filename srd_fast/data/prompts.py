@@ -12,10 +12,10 @@ from .encoding import TextEncoder
 from .templates import PromptTemplate
 from .values import encodable
 
-# No token has more characters. Text beyond this many characters for each token of the limit would be cut off anyway,
-# and a tokenizer takes a minute for ten megabytes of text.
+# No token has more characters. Text beyond so many characters for each token of the limit would be cut off anyway, and
+# a tokenizer needs a minute for ten megabytes of text.
 LONGEST_TOKEN = 256
-# What is counted of a row that did not fit.
+# Names of what is counted if a row does not fit.
 PROMPTS_CUT, RESPONSES_CUT, TURNS_DROPPED = "prompts_cut", "responses_cut", "turns_dropped"
 
 
@@ -23,9 +23,9 @@ class Prompts:
     """Tokenises prompts.
 
     Args:
-        encoder: of the tokenizer.
-        most: tokens of a prompt.
-        encoder_decoder: the model reads the prompt with an encoder.
+        encoder: the tokenizer's encoder.
+        most: the most tokens of a prompt.
+        encoder_decoder: whether the model reads the prompt with an encoder.
     """
 
     def __init__(self, encoder: TextEncoder, most: int, encoder_decoder: bool) -> None:
@@ -37,7 +37,8 @@ class Prompts:
         """Ids of prompts, tokenised together.
 
         Args:
-            prompts: guarded, and whether the chat template rendered it; of those there may be less ids, but too many.
+            prompts: guarded texts, each with whether the chat template rendered it. The end of a rendered one may be
+                missing from its ids if there are too many anyway.
         """
         chats = iter(self.encoder.ids_of_all([self._readable(text) for text, is_chat in prompts if is_chat]))
         texts = [self._readable(text) for text, is_chat in prompts if not is_chat]
@@ -47,13 +48,13 @@ class Prompts:
     def fitted(
         self, fields: Mapping[str, Any], template: PromptTemplate, parse: bool, cuts: Counter[str] | None
     ) -> tuple[str, list[int]]:
-        """Render and tokenise a prompt of text, cut to the limit.
+        """Render and tokenise a prompt from a template of text, cut to the limit.
 
         Args:
             fields: texts by name.
-            template: of the prompt.
+            template: the prompt's template.
             parse: whether special tokens in the fields are parsed.
-            cuts: is told if the prompt was cut.
+            cuts: counts the prompt if it was cut.
 
         Returns:
             The prompt and its ids.
@@ -80,29 +81,29 @@ class Prompts:
         raise UserError(f"the prompt template alone is {len(ids)} tokens, above max_prompt_length {self.most}")
 
     def bounded(self, fields: Mapping[str, Any], template: PromptTemplate) -> dict[str, Any]:
-        """Fields, those that may be cut without what there would be no room for anyway."""
+        """The fields. Those that may be cut lose the text for which there would be no room anyway."""
         return {**fields, **{c: (fields.get(c) or "")[: self.most * LONGEST_TOKEN] for c in template.cut_order}}
 
     def is_cut(self, fields: Mapping[str, Any]) -> bool:
-        """Whether `bounded` cuts one of these fields."""
+        """Whether `bounded` would cut one of these fields."""
         return any(len(text or "") > self.most * LONGEST_TOKEN for text in fields.values())
 
     def shorter_chat(
         self, chat: ChatTemplate, conversation: Conversation, parse: bool, cuts: Counter[str]
     ) -> tuple[Conversation, str, list[int], str]:
-        """Render a conversation that is too long without its oldest exchanges, and if need be with a cut question.
+        """Render a conversation that is too long without its oldest exchanges, and if necessary with a cut question.
 
         Args:
-            chat: renders it.
-            conversation: of which the last question stays.
+            chat: renders the conversation.
+            conversation: the conversation. Its last question is kept.
             parse: whether special tokens in its texts are parsed.
-            cuts: is told what was cut.
+            cuts: counts what was cut.
 
         Returns:
-            The shorter conversation, its prompt, guarded, the ids of that, and the answer as the template has it.
+            The shorter conversation, its guarded prompt, the prompt's ids, and the answer as the template renders it.
 
         Raises:
-            UserError: even that is too long.
+            UserError: the prompt is too long even without its question.
         """
 
         def made(c: Conversation) -> tuple[str, list[int], str]:
@@ -127,17 +128,17 @@ class Prompts:
         return shorter.asking(text), prompt, ids, answer
 
     def _readable(self, text: str) -> str:
-        """A text, or so much of it that it has more tokens than there is room for."""
+        """A text; if it is very long, only as much of it as surely has more tokens than there is room for."""
         return text[: (self.most + 1) * LONGEST_TOKEN]
 
     def _once(self, ids: list[int], text: str) -> list[int]:
-        """A prompt's ids with the tokenizer's special tokens but none twice; only an encoder's has an end."""
+        """A prompt's ids without doubled special tokens, and without an end token unless it is for an encoder."""
         bos, eos = self._bos, self._eos
         if self._encoder_decoder:
             return ids[1:] if ids[:2] == [bos, bos] else ids
         if ids[:2] == [bos, bos]:  # rendered already
             return self.encoder.ids(text)
-        # Some tokenizers end every text; between prompt and response that would end the sample.
+        # Some tokenizers put an end token after every text. After the prompt, it would end the sample.
         return ids[:-1] if ids[-1:] == [eos] and self.encoder.ids(text)[-1:] != [eos] else ids
 
     def _cut_end(self, text: str, excess: int) -> str:

@@ -1,4 +1,4 @@
-"""Rows that can be read several times, and what in Python holds rows: lists, data sets, tables, DataFrames, streams."""
+"""Rows that can be read several times, from Python objects: lists, data sets, tables, DataFrames, streams."""
 
 import pickle
 import tempfile
@@ -18,8 +18,8 @@ class Rows:
     """Rows that can be read several times.
 
     Args:
-        read: begins to read them.
-        count: how many there are; None: they are counted when it is asked for.
+        read: starts reading them from the first one.
+        count: how many there are; None: they are counted when the number is needed.
     """
 
     def __init__(self, read: Callable[[], Iterator[SourceRow]], count: int | None = None) -> None:
@@ -40,7 +40,7 @@ class Rows:
         return Rows(lambda: islice(self._read(), count), None if self._count is None else min(count, self._count))
 
     def mapped(self, change: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> "Rows":
-        """The rows with changed columns; what is no row stays as it is."""
+        """The rows with changed columns. Entries that are not rows stay as they are."""
 
         def read() -> Iterator[SourceRow]:
             for row in self:
@@ -50,16 +50,16 @@ class Rows:
 
 
 def rows_held_by(data: Any, name: str = "data", split: str = "train") -> Rows:
-    """Rows of an object of Python.
+    """Rows of a Python object.
 
     Args:
         data: `Rows`; a data set of `datasets`, or a dict of its splits; a DataFrame or an Arrow table; a mapping of
             columns to lists; or an iterable of rows, which is read once.
-        name: of the data, for messages.
-        split: of several.
+        name: what messages call the data.
+        split: which split to take, if there are several.
 
     Raises:
-        UserError: it is none of these.
+        UserError: the object is none of these.
     """
     if isinstance(data, Rows):
         return data
@@ -83,7 +83,7 @@ def rows_held_by(data: Any, name: str = "data", split: str = "train") -> Rows:
 
 
 def the_split(splits: Mapping[str, Any], split: str, name: str) -> Any:
-    """One of several splits. Where there is just one, that; for train too where it is called otherwise."""
+    """One of several splits. If "train" is wanted and there is only one split, that one, whatever it is called."""
     if split in splits:
         return splits[split]
     if len(splits) == 1 and split == "train":
@@ -117,7 +117,7 @@ def _frame_rows(frame: Any) -> Iterator[dict[str, Any]]:
 
 
 def _plain(value: Any) -> Any:
-    """A cell as Python has it: no number stands for a missing value, and arrays are lists."""
+    """A cell as a plain Python value: None instead of a number that marks a missing value, and lists for arrays."""
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, float) and value != value:
@@ -133,7 +133,7 @@ def _columns_of_lists(data: Mapping[str, Any], name: str) -> Rows:
 
 
 def spooled(values: Iterator[Any]) -> Rows:
-    """Rows, or values for rows, that can be read only once, kept in a file until they are no longer needed."""
+    """Keep rows, or other values, that can be read only once in a file, until they are no longer needed."""
     spool = tempfile.TemporaryFile()  # noqa: SIM115
     count = 0
     for count, value in enumerate(values, 1):  # noqa: B007

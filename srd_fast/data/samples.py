@@ -1,31 +1,31 @@
 """From rows of any usual format to tokenised samples with a stable `sample_id`.
 
-The standard formats, told apart by their columns; `formats.py` has all others, which become one of these:
+The standard formats, recognised by their columns; `formats.py` converts all others to one of these:
 
     instruction, input (optional), output      the prompt template applies; output may be a list of references
-    prompt, completion                         the prompt is taken as it is, also if it is rendered already and begins
+    prompt, completion                         the prompt is used as it is, even if it is rendered already and begins
                                                and ends in special tokens (template "chat" makes it a user turn)
     messages: [{"role", "content"}, ...]       the tokenizer's chat template; the last assistant turn is the response
-    input_ids, labels                          tokenised already; labels are -100 where there is no loss. Of several
-                                               turns all are trained on, and the first is answered and scored
+    input_ids, labels                          tokenised already; labels are -100 for tokens without loss. If there are
+                                               several turns, all are trained on, and the first is answered and scored
     text                                       a prompt that the template made, and its answer
 
-Turns of `messages` may have whatever else the chat template knows (name, tool_calls, reasoning_content, ...); their
-content is text, or a list of parts of text. Where the chat template is used, the column `tools` holds schemas of
-functions, and `system` a system text.
+Turns of `messages` may have other keys that the chat template knows (name, tool_calls, reasoning_content, ...); their
+content is text, or a list of parts of text. For the chat template, the column `tools` holds schemas of functions, and
+`system` a system text.
 
-With a `privileged_template` samples have the prompt of the teacher too, `privileged_ids`, see `privileged.py`; the
-column `privileged` is a text for it.
+With a `privileged_template`, samples also have the teacher's prompt, `privileged_ids`, see `privileged.py`. It may
+contain the text of the column `privileged`.
 
-A column `references` (a list of texts) replaces the response as the texts that answers are scored against. A column
-`tests` (a text or a list of texts) holds Python source that the code in an answer has to pass, see
+If there is a column `references` (a list of texts), answers are compared with these texts instead of the response. A
+column `tests` (a text or a list of texts) holds Python tests that the code in an answer must pass, see
 `reflection/execution.py`.
 
-A tokenised sample has the columns sample_id, prompt, references, input_ids, labels and tests (empty where there are
-none). The prompt and the response are tokenised separately and joined as ids, so training sees exactly the prompt ids
-that generation starts from.
+A tokenised sample has the columns sample_id, prompt, references, input_ids, labels and tests (empty if there are none).
+The prompt and the response are tokenised separately and joined as ids, so training sees exactly the prompt ids that
+generation starts from.
 
-All data has one format, the one that most of its rows have. Every row becomes a sample, or is rejected with its place
+A data set has one format, the one that most of its rows have. Every row becomes a sample, or is rejected with its place
 and a reason: used + rejected = rows (for json lines, the lines that are not blank).
 """
 
@@ -69,7 +69,7 @@ class PreparedData:
     Args:
         dataset: the samples.
         rejected: place and reason of each row that was not used.
-        cuts: how many prompts_cut, responses_cut and turns_dropped there are, because they exceed a limit.
+        cuts: the numbers of prompts_cut, responses_cut and turns_dropped, because of a length limit.
     """
 
     dataset: Dataset
@@ -81,7 +81,7 @@ def _row_format(rows: Iterable[Mapping[str, Any]], among: Sequence[RowFormat]) -
     """The format that most rows have.
 
     Raises:
-        UserError: no row has one; with what to type.
+        UserError: no row has a known format. The message proposes what to type.
     """
     found = choose_format(rows, among)
     if found is not None:
@@ -96,12 +96,12 @@ def _row_format(rows: Iterable[Mapping[str, Any]], among: Sequence[RowFormat]) -
     missing = [c for c in near.columns if c not in names]
     if not missing:
         return near
-    which = f"; missing {missing} for {near} rows" if len(missing) < len(near.columns) else ", which is no row format"
+    which = f"; missing {missing} for {near} rows" if len(missing) < len(near.columns) else ", which fit no row format"
     raise UserError(f"data has the columns {_listed(names)}{which}. {advice(example)}")
 
 
 def _listed(names: Iterable[str]) -> str:
-    """Some column names as a list for a message; only the first if there are many."""
+    """Some column names as a list for a message; only the first ones if there are many."""
     first = sorted(map(str, names))
     return str([shown(name) for name in first[:20]]) + (f" and {len(first) - 20} more" if len(first) > 20 else "")
 
@@ -115,10 +115,10 @@ def content_id(row: Mapping[str, Any], columns: Sequence[str]) -> str:
 
 @dataclass
 class _Reading:
-    """Rows of one format on their way to samples, in their order.
+    """Makes samples of rows of one format, in their order.
 
     Args:
-        row_format: of the rows; None where no line is a row.
+        row_format: the rows' format; None if there are no rows at all.
         tokenisation: tokenises them.
     """
 
@@ -158,10 +158,10 @@ class _Reading:
             self.tables.add({name: [sample[name] for sample in samples] for name in self.features})
 
     def check_given_ids(self) -> None:
-        """Refuse a sample_id that several rows have, and data where only some rows have one.
+        """Refuse a sample_id that several rows have, and data in which only some rows have one.
 
         Raises:
-            UserError: naming the places.
+            UserError: there are such rows. The message names their places.
         """
         for given, where in self._repeated.items():
             raise UserError(
@@ -171,13 +171,13 @@ class _Reading:
             raise UserError(f"{self._without} has no sample_id while others have one; give all rows one")
 
     def check_privileged(self, name: str) -> None:
-        """Refuse data of which a row does not say what the teacher is to read.
+        """Refuse data with rows that lack the text for the teacher.
 
         Args:
-            name: of the data.
+            name: what messages call the data.
 
         Raises:
-            UserError: naming the places.
+            UserError: there are such rows. The message names their places.
         """
         if self._unprivileged:
             raise UserError(
@@ -217,7 +217,7 @@ class _Reading:
     def _standard(
         row: Mapping[str, Any], row_format: RowFormat
     ) -> tuple[tuple[str, ...], Mapping[str, Any], UserError | None]:
-        """The columns of the standard format, the row in it, and why there is none."""
+        """The columns of the standard format, the row in that format, and otherwise the reason why there is none."""
         try:
             _check_values(row, row_format.columns)
             return *row_format.standard(row), None
@@ -225,7 +225,7 @@ class _Reading:
             return row_format.columns, row, e
 
     def _content_id(self, row: Mapping[str, Any], columns: Sequence[str]) -> str | None:
-        """A hash of the content, numbered where content repeats; None without a hash."""
+        """A hash of the content, with a number if the content occurs again; None if it cannot be hashed."""
         try:
             base = content_id(row, columns)
         except (RecursionError, TypeError, ValueError):  # nested too deeply, keys of several types, arrays
@@ -240,7 +240,7 @@ class _Reading:
 
 
 def _places(where: Sequence[str]) -> str:
-    """The first places of several for a message."""
+    """The first few places, for a message."""
     return ", ".join(where[:5]) + (", ..." if len(where) > 5 else "")
 
 
@@ -251,8 +251,8 @@ class _Row:
     Args:
         where: its place.
         columns: its values.
-        sample_id: of its sample.
-        standard: the row in a standard format and the columns of that, or why it cannot be used.
+        sample_id: the id of its sample.
+        standard: the row in a standard format with that format's columns, or why it cannot be used.
         has_given_id: whether the user gave the id.
     """
 
@@ -294,19 +294,19 @@ def prepare_dataset(
 
     Args:
         data: what `rows_of` takes: rows, a data set, a DataFrame, a file, a folder, a hub name; or what `read_source`
-            returns, whose places are then those in the file.
+            returns, so that messages have the rows' places in their file.
         tokenisation: the tokenizer, template and limits.
-        name: of the data, for messages.
+        name: what messages call the data.
         max_bad_rows: how many rows may be rejected: a number, or a share in (0, 1) of all rows. None: all but one.
-        columns: the column that a row format has -> the column, or `column.key`, where the data has it.
-        data_function: makes the rows, see `made_rows`; a function, or where it is: `FILE.py:FUNCTION`.
+        columns: a column of a row format -> the column, or `column.key`, of the data.
+        data_function: makes the rows, see `made_rows`: a function, or its place, `FILE.py:FUNCTION`.
 
     Returns:
         The samples and the rejected rows.
 
     Raises:
-        UserError: columns are missing, ids repeat, no row can be used, or more than `max_bad_rows` cannot; or a row has
-            nothing for the teacher, where the tokenisation wants something.
+        UserError: columns are missing, ids repeat, no row can be used, or more than `max_bad_rows` cannot; or a row
+            lacks the text for the teacher that the tokenisation needs.
     """
     if isinstance(data, Dataset) and data.features == PRIVILEGED_FEATURES and len(data):
         return PreparedData(data)
@@ -356,7 +356,7 @@ def prepare_dataset(
 
 @contextmanager
 def _uncollected() -> Iterator[None]:
-    """Without the search for cycles: a tenth of the time, since the lists of a thousand rows make it go over all."""
+    """Turn Python's search for reference cycles off: new lists trigger it again and again, a tenth of the time."""
     was_on = gc.isenabled()
     gc.disable()
     try:
@@ -368,7 +368,7 @@ def _uncollected() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Columns:
-    """The values of those rows that have any, again for each pass."""
+    """The values of all entries that are rows, read again for each pass."""
 
     rows: Rows
 

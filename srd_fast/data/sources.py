@@ -1,7 +1,7 @@
-"""Rows with their places, from a file, a folder, a pattern, the hub, or what Python holds.
+"""Rows with their places, from a file, a folder, a pattern, the hub, or a Python object.
 
-Rows are read again for each pass over them, and are never all in memory at once (but those of a JSON array, which is
-one value). A line that is no row is kept with the reason. `files.py` reads single files.
+Rows are read again for each pass over them, and are never all in memory at once (except those of a JSON array, which is
+one value). A line that is not a row is kept with the reason. `files.py` reads single files.
 """
 
 import glob
@@ -26,7 +26,7 @@ def read_rows(source: Any, split: str = "train") -> list[dict[str, Any]]:
 
     Args:
         source: the file or name.
-        split: of a source that has several.
+        split: which split to read, if there are several.
 
     Returns:
         The rows.
@@ -49,7 +49,7 @@ def read_source(source: Any, split: str = "train") -> Rows:
             a folder of such files, or one that `save_to_disk` wrote; a pattern such as `data/*.jsonl`; a hub name,
             `name` or `name:config`; a mapping with `path`, `name`, `split` and `revision`, as `datasets.load_dataset`
             takes them; or a list of these.
-        split: of a source that has several, where the source does not say it.
+        split: which split to read, if there are several and the source does not name one.
 
     Returns:
         The rows and their places.
@@ -87,11 +87,11 @@ def source_path(source: str | Path) -> Path | None:
         path = Path(source).expanduser()
         return path if path.exists() else None
     except (OSError, RuntimeError, ValueError) as e:  # too long, a user without a home, a NUL in it
-        raise UserError(f"data {shown(str(source))!r} is no name of a file: {shown(first_line(e), 200)}") from e
+        raise UserError(f"data {shown(str(source))!r} is not a file name: {shown(first_line(e), 200)}") from e
 
 
 def source_files(source: Any, split: str = "train") -> list[Path]:
-    """The files here that a source reads, in their order; none for the hub."""
+    """The local files that a source reads, in their order; none for the hub."""
     if isinstance(source, Mapping):
         split, source = source.get("split") or split, source.get("path", "")
     if isinstance(source, (list, tuple)):
@@ -105,10 +105,10 @@ def source_files(source: Any, split: str = "train") -> list[Path]:
 
 
 def source_places(source: Any, name: str = "data") -> list[Path]:
-    """The files and folders here that a source names, unread.
+    """The local files and folders that a source names, without reading them.
 
     Raises:
-        UserError: it names none.
+        UserError: the source names none.
     """
     if isinstance(source, Mapping) and "path" in source:
         return source_places(source["path"], name)
@@ -123,7 +123,7 @@ def source_places(source: Any, name: str = "data") -> list[Path]:
 
 
 def check_source(source: Any, split: str = "train") -> None:
-    """Refuse a source that is meant to be here and is not, without reading it.
+    """Refuse a local source that does not exist, without reading it.
 
     Raises:
         UserError: as `read_source` would raise it.
@@ -147,16 +147,16 @@ def check_source(source: Any, split: str = "train") -> None:
 
 
 def rows_of(data: Any, name: str = "data", split: str = "train") -> Rows:
-    """Rows of whatever holds them: a source that `read_source` takes as text or path, or an object of Python.
+    """Rows of a source that `read_source` takes, given as text or path, or of a Python object.
 
     Args:
         data: a source; a data set of `datasets`, or a dict of its splits; a DataFrame or an Arrow table; a mapping of
             columns to lists; or an iterable of rows, which is read once.
-        name: of the data, for messages.
-        split: of several.
+        name: what messages call the data.
+        split: which split to take, if there are several.
 
     Raises:
-        UserError: it is none of these.
+        UserError: the data is none of these.
     """
     if isinstance(data, (str, os.PathLike)):
         return read_source(os.fspath(data), split)
@@ -179,7 +179,7 @@ def _check_hub_keys(source: Mapping[str, Any]) -> None:
     wrong = [k for k, v in source.items() if k not in _HUB_KEYS or not (v is None or isinstance(v, str))]
     if wrong or not source.get("path"):
         raise UserError(
-            f"data as a mapping has path and, where wanted, {', '.join(_HUB_KEYS[1:])}, all of them text; got "
+            f"data as a mapping has path and optionally {', '.join(_HUB_KEYS[1:])}, all of them text; got "
             f"{shown(repr(dict(source)))}"
         )
 
@@ -205,7 +205,7 @@ def _matching(pattern: str) -> list[Path]:
     found = sorted(Path(p) for p in glob.glob(os.path.expanduser(pattern), recursive=True))
     files = [path for path in found if path.is_file()]
     if not files:
-        raise UserError(f"data {pattern!r}: no file here has such a name")
+        raise UserError(f"data {pattern!r}: no local file has such a name")
     return files
 
 
@@ -229,7 +229,7 @@ def _joined(parts: list[tuple[str, Rows]]) -> Rows:
 
 
 def _is_saved(folder: Path) -> bool:
-    """Whether `save_to_disk` of `datasets` wrote a folder."""
+    """Whether a folder was written by `save_to_disk` of `datasets`."""
     return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
 
 
@@ -244,7 +244,7 @@ def _folder_rows(folder: Path, split: str) -> Rows:
 
 
 def _of_split(folder: Path, split: str) -> list[Path]:
-    """The files of a split in a folder: names or subfolders say the split, as on the hub; without any, all are train's.
+    """The files of a split in a folder. Names or subfolders say the split, as on the hub; if none does, all are train.
 
     Raises:
         UserError: the folder has no files of rows, or none of the split.
@@ -268,7 +268,7 @@ def _of_split(folder: Path, split: str) -> list[Path]:
 def _resolved(pattern: str, folder: Path) -> list[Path]:
     try:
         return [Path(path) for path in resolve_pattern(pattern, str(folder))]
-    except FileNotFoundError:  # a split has several patterns, of which one finds files
+    except FileNotFoundError:  # a split has several patterns, and only one of them finds files
         return []
 
 
@@ -277,7 +277,7 @@ def _hub_rows(path: str, name: str | None, split: str, revision: str | None = No
         data = load_dataset(path, name, split=split, revision=revision)
     except Exception as e:  # network, hub and parsing errors of many kinds
         whole = f"{path}:{name}" if name else path
-        raise UserError(f"data {whole!r} is no file here, and as a hub name it fails: {first_line(e)}") from e
+        raise UserError(f"data {whole!r} is not a local file, and as a hub name it fails: {first_line(e)}") from e
     if isinstance(data, IterableDataset):
         return rows_held_by(data)
     if not len(data):

@@ -1,4 +1,4 @@
-"""A data set that is made part by part: in memory, and from a certain size on in a file that memory maps."""
+"""A data set that is made part by part: in memory, and from a certain size on in a memory-mapped file."""
 
 import hashlib
 import mmap
@@ -15,10 +15,10 @@ _MOST_BYTES = 256 << 20
 
 
 class Tables:
-    """Collects rows, and makes a data set of them.
+    """Collects rows, and makes a data set from them.
 
     Args:
-        schema: of the rows.
+        schema: the rows' Arrow schema.
     """
 
     def __init__(self, schema: pa.Schema) -> None:
@@ -34,7 +34,7 @@ class Tables:
         """Add rows.
 
         Raises:
-            UserError: they do not fit into memory's share, and not on the disk of temporary files.
+            UserError: they are too large for memory, and do not fit on the disk of temporary files either.
         """
         part = pa.Table.from_pydict(columns, schema=self._schema)
         self.rows += len(part)
@@ -46,13 +46,13 @@ class Tables:
             self._write()
 
     def dataset(self) -> Dataset:
-        """All rows. The fingerprint depends on their content alone."""
+        """All rows. The data set's fingerprint depends only on their content."""
         if self._writer is None:
             table = pa.concat_tables(self._parts)
         else:
             self._writer.close()
             self._file.flush()
-            # The mapping holds the file, which has no name: nothing is left of it when the process ends or is killed.
+            # The file has no name and exists only through the mapping: it is gone when the process ends or is killed.
             mapped = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
             table = pa.ipc.open_stream(pa.py_buffer(mapped)).read_all()
         return Dataset(table, fingerprint=self._digest.hexdigest())

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import UserError
 
-# Taori et al., Stanford Alpaca, 2023: the prompt format that instruction-tuned baselines of the paper share.
+# Taori et al., Stanford Alpaca, 2023: the prompt format of the paper's instruction-tuned baselines.
 _ALPACA_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
     "Write a response that appropriately completes the request.\n\n"
@@ -27,7 +27,7 @@ class PromptTemplate:
 
     Args:
         render: makes the prompt's text from fields.
-        ends_in: what stands behind the last field, which parts the prompt from its answer.
+        ends_in: the text after the last field, which separates the prompt from its answer.
         cut_order: fields that may be cut when the prompt is too long, in this order.
     """
 
@@ -42,7 +42,7 @@ def _render_alpaca(fields: Mapping[str, Any]) -> str:
 
 
 def substituted(template: str, fields: Mapping[str, Any]) -> str:
-    """A format string with fields in their places; what is not there is empty."""
+    """Fill a format string with fields; missing ones become empty."""
     parts = []
     for literal, name, _, _ in Formatter().parse(template):
         parts.append(literal)
@@ -84,7 +84,7 @@ def get_template(template: str) -> PromptTemplate:
     return PromptTemplate(render, parts[-1][0] if parts[-1][1] is None else "")
 
 
-# What texts of known layouts have before an answer, and the template that they were made with.
+# The text before an answer in known layouts, and the template that makes it.
 _LAYOUTS = {
     "### Response:": "alpaca",
     "### Assistant:": "### Human: {instruction}\n### Assistant:",
@@ -101,15 +101,15 @@ _LAYOUTS = {
 
 
 def parted(text: str, ends_in: str, template: str) -> tuple[str, str]:
-    """Part a text that a template made: the prompt, and behind the last place where the template ends one, the answer.
+    """Split a text that a template made into prompt and answer, after the last place where the template ends a prompt.
 
     Args:
-        text: of both.
-        ends_in: what the template writes before an answer.
-        template: as it was given, for messages.
+        text: the prompt followed by its answer.
+        ends_in: the text that the template writes before an answer.
+        template: the template as it was given, for messages.
 
     Raises:
-        UserError: the template does not part the text; with one that would.
+        UserError: the text does not have what the template writes. The message proposes a template that fits.
     """
     for mark in (ends_in, ends_in.strip()):
         before, found, answer = text.rpartition(mark) if mark.strip() else ("", "", "")
@@ -117,7 +117,7 @@ def parted(text: str, ends_in: str, template: str) -> tuple[str, str]:
             return before + found, answer
     near = next((other for mark, other in _LAYOUTS.items() if mark in text and other != template), None)
     other = json.dumps(near or "Q: {instruction}\nA:")
-    why = f"has no {ends_in.strip()!r} before an answer, as" if ends_in.strip() else "is not parted by"
+    why = f"has no {ends_in.strip()!r} before an answer, as" if ends_in.strip() else "cannot be split by"
     raise UserError(
         f"text {why} template {template!r}; give the one that it was written with, such as template: {other}, "
         "or the columns prompt and completion"

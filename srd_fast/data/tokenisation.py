@@ -1,4 +1,4 @@
-"""Turns one row's columns into one tokenised sample."""
+"""Make tokenised samples of rows."""
 
 import copy
 from collections import Counter
@@ -51,22 +51,22 @@ class Tokenisation:
     Args:
         tokenizer: the student's, which is also the teacher's.
         template: "alpaca", "chat", or a text with `{instruction}` and optionally `{input}`.
-        max_prompt_length: tokens, at least 1. A longer prompt loses the end of its input text, then of its instruction,
-            but never the template's own text. A longer chat first loses its oldest exchanges, each from one question to
-            the next, but never its system turn or its last question.
-        max_response_length: tokens, at least 1, with the one that ends the response. A longer response is cut, and
-            then nothing ends it.
+        max_prompt_length: the most tokens of a prompt, at least 1. A longer prompt loses the end of its input text,
+            then of its instruction, but never the template's own text. A longer chat loses its oldest exchanges (a
+            question up to the next one), but never its system turn or its last question.
+        max_response_length: the most tokens of a response, at least 1, including its end token. A longer response is
+            cut and has no end token.
         chat_template_kwargs: variables for the chat template, such as enable_thinking or date_string. `strftime_now` is
-            the date that a template gets when it asks for today; default: 2025-01-01, on every day.
-        parse_special_tokens: whether the text of a special token in the data is that token. Default: in
-            prompt/completion rows, which may be rendered already, but not with template "chat", nor in other rows.
-        encoder_decoder: the model reads the prompt with an encoder. Prompt and response are then texts of their own,
-            with the special tokens that the tokenizer gives to each.
-        train_on: which of the assistant's turns of a conversation have loss: "last", or "all". Of all, the first is
-            answered and scored, and what there is behind its question has max_response_length tokens at most.
+            the date that a template gets when it asks for today's date. Default: always 2025-01-01.
+        parse_special_tokens: whether the text of a special token in the data becomes that token. Default: only in
+            prompt/completion rows, which may be rendered already, and not with template "chat".
+        encoder_decoder: whether the model reads the prompt with an encoder. Prompt and response are then encoded
+            separately, each with the tokenizer's special tokens.
+        train_on: which of the assistant's turns of a conversation have loss: "last", or "all". With "all", the first
+            one is answered and scored, and everything after its question has at most max_response_length tokens.
         privileged_template: what the teacher reads, see `PrivilegedTemplate`; samples then have its prompt too.
-            Default: what the student reads.
-        max_privileged_length: tokens of that prompt, at least 1. A row with a longer one cannot be used.
+            Default: the teacher reads the same as the student.
+        max_privileged_length: the most tokens of the teacher's prompt, at least 1. A row with a longer one is rejected.
 
     Raises:
         UserError: a length is below 1, the tokenizer has no end-of-sequence token, a template or its variables cannot
@@ -129,13 +129,13 @@ class Tokenisation:
         return has_chat if "messages" in columns else self._all_chat and not {"labels", TEXT} & set(columns)
 
     def without_privileged(self) -> "Tokenisation":
-        """The same for samples whose teacher has no prompt of its own."""
+        """The same tokenisation without a prompt of the teacher's own."""
         found = copy.copy(self)
         found.privileged = None
         return found
 
     def lacks_privileged(self, row: Mapping[str, Any], columns: Sequence[str]) -> bool:
-        """Whether a row does not say what the teacher is to read, and has to."""
+        """Whether a row lacks the text for the teacher that the template needs."""
         if self.privileged is None:
             return False
         return row.get(PRIVILEGED_IDS) is None if "labels" in columns else self.privileged.lacks(row)
@@ -147,8 +147,8 @@ class Tokenisation:
 
         Args:
             row: values by column.
-            columns: those of its standard format.
-            cuts: is told what was cut: prompts_cut, responses_cut, turns_dropped.
+            columns: the columns of its standard format.
+            cuts: counts what was cut: prompts_cut, responses_cut, turns_dropped.
 
         Raises:
             UserError: the row cannot be used; the message is the reason.
@@ -165,10 +165,10 @@ class Tokenisation:
 
         Args:
             rows: each with the columns of its standard format.
-            cuts: is told what was cut.
+            cuts: counts what was cut.
 
         Returns:
-            For each row its sample, or the reason why there is none.
+            For each row its sample, or the reason why it has none.
         """
         drafts = [_or_error(self._draft, row, columns) for row, columns in rows]
         rendered = [d for d in drafts if isinstance(d, Draft)]
@@ -185,7 +185,7 @@ class Tokenisation:
         return made
 
     def _privileged_ids(self, drafts: Sequence[Draft]) -> list[list[int]]:
-        """Ids of the prompts of the teacher."""
+        """Ids of the teacher's prompts."""
         if self.privileged is None:
             return [[] for _ in drafts]
         return self._teachers.ids_of_all([(d.privileged, d.chat is not None) for d in drafts])
@@ -201,12 +201,12 @@ class Tokenisation:
         return {**sample, PRIVILEGED_IDS: ids}
 
     def _answers_together(self, answers: Sequence[str]) -> list[list[int]]:
-        """Ids of the beginnings of answers that there is room for."""
+        """Ids of answers. A very long answer is cut first: only its beginning has room."""
         kept = [text[: self.max_response_length * LONGEST_TOKEN] for text in answers]
         return (self.encoder.target_ids_of_all if self.encoder_decoder else self.encoder.continuation_ids_of_all)(kept)
 
     def _draft(self, row: Mapping[str, Any], columns: Sequence[str]) -> dict[str, Any] | Draft:
-        """A row rendered, before it is tokenised; one that is tokenised already is its sample."""
+        """Render a row. A row that is tokenised already becomes its sample."""
         if "labels" in columns:
             made = tokenised_sample(row, self.tokenizer, self._ends, self.max_prompt_length + self.max_response_length)
             ids = [] if self.privileged is None else given_privileged_ids(row, self.tokenizer)
@@ -246,7 +246,7 @@ class Tokenisation:
     ) -> Draft:
         answer, ended = self.chat.ended(answer)
         text, said = self.encoder.plain(answer), references
-        # With a tool call the content is a part of what there is to score; thoughts may be gone from the rendering.
+        # With a tool call, the content is only a part of the answer; and the rendering may leave out thoughts.
         if conversation.does_more_than_say or references[0].strip() not in text:
             references = [self.encoder.without_special(text).strip()]
         return Draft(row, prompt, answer, ended, references, chat=conversation, said=said)
@@ -259,7 +259,7 @@ class Tokenisation:
         privileged_ids: list[int],
         cuts: Counter[str] | None,
     ) -> dict[str, Any]:
-        """The sample of a draft whose texts are tokenised. Only a prompt that is too long is rendered again."""
+        """Make the sample of a draft whose texts are tokenised. Only a prompt that is too long is rendered again."""
         counted: Counter[str] = Counter()
         too_long = len(prompt_ids) > self.max_prompt_length
         if draft.chat is not None and too_long:
@@ -291,7 +291,7 @@ class Tokenisation:
     def _all_answers(
         self, draft: Draft, chat: Conversation, begun: list[int], cuts: Counter[str]
     ) -> tuple[list[int], list[int]]:
-        """Ids and labels of all that stands behind the first question of a conversation, within the limit."""
+        """Ids and labels of everything after the first question of a conversation, within the limit."""
         ids, labels = list(begun), list(begun)
         pieces, ended = self.chat.behind(chat, draft.later, draft.prompt + draft.answer, bool(self._parse))
         for text, is_answer in pieces:
@@ -308,9 +308,9 @@ class Tokenisation:
         """Ids of a response within the limit.
 
         Args:
-            text: guarded.
-            ended: whether the text ends in a token that ends a response. Otherwise EOS does.
-            cuts: is told if the response was cut; it then ends in its last token that has room.
+            text: a guarded text.
+            ended: whether the text ends in a token that ends a response. If not, EOS is added.
+            cuts: counts the response if it was cut; it then ends in the last token that fits.
         """
         (begun,) = self._answers_together([text])
         return self._up_to_limit(text, begun, ended, cuts)
@@ -329,13 +329,13 @@ class Tokenisation:
         parse: bool = False,
         cuts: Counter[str] | None = None,
     ) -> tuple[str, list[int]]:
-        """Render and tokenise a prompt of text within the limit.
+        """Render and tokenise a prompt from a template of text, cut to the limit.
 
         Args:
             fields: texts by name.
-            template: default: that of the tokenisation.
+            template: the prompt's template. Default: that of the tokenisation.
             parse: whether special tokens in the fields are parsed.
-            cuts: is told if the prompt was cut.
+            cuts: counts the prompt if it was cut.
 
         Returns:
             The prompt and its ids.
@@ -346,19 +346,19 @@ class Tokenisation:
         return self.prompts.fitted(fields, template or self.template, parse, cuts)
 
     def _up_to_end(self, text: str) -> tuple[str, bool]:
-        """A guarded text up to the token that ends an answer, if it ends in one, and whether it does."""
+        """A guarded text without anything after its end token, and whether it has one."""
         for end, mark in self.encoder.trailing(text):
             if mark in self._ends:
                 return text[:end], True
         return text, False
 
     def _without_end(self, text: str) -> str:
-        """A text of the data without a token at its end that ends an answer."""
+        """A text of the data without its end token, if it has one."""
         whole, ended = self._up_to_end(text)
         return whole.removesuffix(next(t for t in self.encoder.added if whole.endswith(t))) if ended else text
 
     def _said(self, text: str) -> str:
-        """A text of the data as a generation of it is read."""
+        """A text of the data in the form in which a generated answer is read."""
         return self.encoder.without_special(self._without_end(text))
 
     def _conversation(self, row: Mapping[str, Any], columns: Sequence[str]) -> tuple[Conversation, list[str]]:

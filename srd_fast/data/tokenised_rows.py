@@ -14,13 +14,13 @@ from .values import given_references, text_of
 def tokenised_sample(
     row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, ends: Collection[str], limit: int
 ) -> dict[str, Any]:
-    """The sample in a row with input_ids and labels, without its id.
+    """Make the sample of a row with input_ids and labels, without its id.
 
     Args:
         row: values by column.
-        tokenizer: of the ids.
+        tokenizer: the tokenizer that made the ids.
         ends: texts of the tokens that end an answer.
-        limit: tokens of a sample.
+        limit: the most tokens of a sample.
 
     Raises:
         UserError: the row cannot be used.
@@ -39,7 +39,7 @@ def tokenised_sample(
         raise UserError("labels must have -100 over the prompt and then at least one token with loss")
     if len(ids) > limit:
         raise UserError(f"{len(ids)} tokens, above max_prompt_length + max_response_length = {limit}")
-    # The student answers the first turn, whose prompt ends at the first label, so that turn alone is its reference.
+    # The student answers the first turn, whose prompt ends at the first label. So only that turn is the reference.
     response = labels[start : next((i for i in range(start, len(ids)) if labels[i] == IGNORE_INDEX), len(ids))]
     if tokenizer.convert_ids_to_tokens(response[-1]) in ends:
         response = response[:-1]
@@ -52,11 +52,11 @@ def given_privileged_ids(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerB
     """The teacher's prompt in such a row.
 
     Args:
-        row: with privileged_ids.
-        tokenizer: of the ids.
+        row: a row with privileged_ids.
+        tokenizer: the tokenizer that made the ids.
 
     Raises:
-        UserError: they are no ids.
+        UserError: they are not valid ids.
     """
     ids, size = row[PRIVILEGED_IDS], len(tokenizer)
     if not isinstance(ids, list) or not ids or not all(type(i) is int and 0 <= i < size for i in ids):

@@ -1,4 +1,4 @@
-"""Conversations in any usual spelling, as the `messages` that chat templates take: a list of role and content."""
+"""Convert conversations in any common format to the `messages` that chat templates take: a list of role and content."""
 
 import json
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from .conversations import ASSISTANT, SYSTEM, USER, Turn
 from .files import shown
 
 CALL, RESULT = "function_call", "tool"
-# What the sides of a conversation are called. A role that is not here stays as it is: templates know more of them.
+# Names of the sides of a conversation -> role. Roles that are not here stay as they are: templates know others.
 ROLES = {
     USER: ("user", "human", "prompter", "customer", "instruction", "question"),
     ASSISTANT: ("assistant", "gpt", "model", "bot", "chatbot", "ai", "agent", "chatgpt", "bard", "bing", "claude"),
@@ -39,19 +39,19 @@ def is_standard(messages: Any) -> bool:
 
 
 def as_messages(given: Any, column: str) -> Any:
-    """Turns in any usual spelling as `messages`.
+    """Convert turns in any common format to `messages`.
 
     Args:
-        given: turns with role/content or from/value; what each side says under its name, one side or both to an entry
-            (human/assistant, input/output); texts that take turns, the user's first; pairs of such texts; a mapping of
-            lists, which is how some files keep a list of mappings; or any of these as JSON text.
+        given: turns with role/content or from/value; entries with what each side says under its name, one side or both
+            (human/assistant, input/output); alternating texts, the user's first; pairs of such texts; a mapping of
+            lists, as some files store a list of mappings; or any of these as JSON text.
         column: where it was found, for messages.
 
     Returns:
-        The messages; what is `messages` already, as it is.
+        The messages. `messages` themselves are returned unchanged.
 
     Raises:
-        UserError: it is something else, or a turn says neither who speaks nor what.
+        UserError: it is something else, or a turn lacks its speaker or its text.
     """
     if is_standard(given):
         return given
@@ -101,7 +101,7 @@ def _turn(turn: Any, where: str) -> Turn:
 
 
 def _calls(content: Any, where: str) -> list[dict[str, Any]]:
-    """The calls in a turn that calls functions: one or several of name and arguments, usually as JSON text."""
+    """The function calls of a turn: one or several, each with name and arguments, usually as JSON text."""
     try:
         found = json.loads(content) if isinstance(content, str) else content
     except ValueError:
@@ -113,13 +113,13 @@ def _calls(content: Any, where: str) -> list[dict[str, Any]]:
 
 
 def joined_turns(prompt: Any, answer: Any, of_prompt: str, of_answer: str) -> list[Turn]:
-    """A prompt and what follows it, each as text or turns, as one list of messages.
+    """Join a prompt and an answer, each given as text or turns, to one list of messages.
 
     Args:
-        prompt: before the answer; None where the answer is a whole conversation.
-        answer: the assistant's, or a conversation that begins with the prompt.
-        of_prompt: the column of the prompt.
-        of_answer: the column of the answer.
+        prompt: the prompt; None if the answer is a whole conversation.
+        answer: the assistant's answer, or a conversation that begins with the prompt.
+        of_prompt: the prompt's column, for messages.
+        of_answer: the answer's column, for messages.
     """
     said = [{"role": ASSISTANT, "content": answer}] if isinstance(answer, str) else _listed(answer, of_answer)
     if prompt is None or any(turn.get("role") == USER for turn in said):

@@ -10,7 +10,7 @@ def text_of(row: Mapping[str, Any], column: str) -> str:
     """The text in a column.
 
     Raises:
-        UserError: it holds something else.
+        UserError: the column does not hold text.
     """
     value = row[column]
     if not isinstance(value, str):
@@ -19,7 +19,7 @@ def text_of(row: Mapping[str, Any], column: str) -> str:
 
 
 def encodable(text: str, column: str) -> str:
-    """Return the text if it is Unicode that can be written. JSON may carry half of a surrogate pair."""
+    """Return the text if it can be encoded as UTF-8. A text from JSON may have half of a surrogate pair."""
     try:
         text.encode()
     except UnicodeEncodeError as e:
@@ -40,13 +40,13 @@ def texts_of(value: Any, column: str) -> list[str]:
 
 
 def given_tests(row: Mapping[str, Any]) -> list[str]:
-    """The tests in the column `tests`; none without one."""
+    """The tests in the column `tests`; an empty list without that column."""
     given = row.get("tests")
     return [] if given is None or (isinstance(given, (str, list)) and not given) else texts_of(given, "tests")
 
 
 def given_references(row: Mapping[str, Any]) -> list[str] | None:
-    """The texts in the column `references`, or None without one."""
+    """The texts in the column `references`; None without that column."""
     given = row.get("references")
     if given is not None and not isinstance(given, list):
         raise UserError(f"references must be a list of texts, got {type(given).__name__}")

@@ -17,17 +17,20 @@ from ..suggest import unknown_name
 BACKENDS = ("auto", "triton", "compile", "eager")
 # Below this many classes a compiled function does not earn back the seconds that its compilation takes.
 _COMPILE_FROM_CLASSES = 16384
-# Nor below this many logits in all, for each thread: eager mode takes 25 ns of a thread more for a student's logit, its
-# teacher's and its gradient, compilation 10 to 45 s of a process, whatever its threads.
+# The same for the logits of a whole process, for each of its threads. For each student's logit, its teacher's and its
+# gradient, eager mode costs 25 ns of one thread more. Compilation costs a process 10 to 45 s, however many threads.
 _COMPILE_FROM_LOGITS = 1 << 30
 _logits_to_come: ContextVar[float] = ContextVar("logits_to_come", default=math.inf)
 
 
 @contextmanager
 def expect_logits(number: float) -> Iterator[None]:
-    """For work whose losses see about so many logits of the student, rows times classes, in all.
+    """Tell backend "auto" how many student logits the losses in this block will compute, so that it can judge.
 
-    Backend "auto" then knows whether compilation pays. Outside of such a block it counts on many.
+    It compiles only where the logits are many enough to repay the compilation. Outside of such a block it assumes so.
+
+    Args:
+        number: rows times classes, summed over all losses of the block.
     """
     token = _logits_to_come.set(number)
     try:
@@ -37,7 +40,7 @@ def expect_logits(number: float) -> Iterator[None]:
 
 
 def check_backend(name: Any) -> None:
-    """Refuse a name that is none of `BACKENDS`."""
+    """Refuse a name that is not in `BACKENDS`."""
     if name not in BACKENDS:
         raise UserError(unknown_name("backend", name, BACKENDS))
 
@@ -63,13 +66,17 @@ def _why_no_formula(divergence: RowDivergence | None) -> str | None:
 def chosen_backend(
     name: str, device: torch.device, dtype: torch.dtype, num_classes: int, divergence: RowDivergence | None
 ) -> str:
-    """What runs the row function: `name`, or what "auto" means here.
+    """Choose what runs the row function: `name`, or what "auto" means here.
 
     Args:
-        dtype: of the logits. num_classes: V.
+        name: one of `BACKENDS`.
+        device: where the logits are.
+        dtype: of the logits.
+        num_classes: V.
+        divergence: D, or None without a teacher's logits.
 
     Raises:
-        UserError: it cannot run.
+        UserError: the named backend cannot run here.
     """
     why_not_triton = _why_not_triton(device, dtype, divergence)
     why_not_compile = _why_no_formula(divergence)
@@ -100,7 +107,7 @@ def row_backend(name: str, padding_is_scratch: bool) -> RowBackend:
 
 
 def class_backend(name: str) -> Callable[..., ClassBlocks]:
-    """The same rows over blocks of classes: what makes their state."""
+    """The `ClassBlocks` class of a chosen backend, for the same loss over blocks of classes."""
     if name == "triton":
         from ..kernels.triton_class_blocks import TritonClassBlocks
 

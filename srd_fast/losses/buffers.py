@@ -11,31 +11,35 @@ from torch import Tensor
 
 from ..kernels import ALIGNMENT, block_bytes
 
-# The default budget: of a GPU's memory this part, up to so many bytes, and on a CPU so many.
+# The default budget: a GPU's memory divided by the first number, but at most the second, in bytes; the third on a CPU.
 _SHARE_OF_GPU, _MOST_ON_GPU = 20, 4 << 30
 _DEFAULT_ELSEWHERE = 512 << 20
-# A matrix product's rows on a GPU come in tiles of this many.
+# A GPU computes a matrix product in tiles of this many rows.
 _GPU_TILE = 128
 CLASSES_AT_ONCE = 8192
 
 
 class Workspace(threading.local):
-    """The chunk's buffers, kept from call to call: new memory takes time, because the operating system zeroes it."""
+    """The buffers of a chunk, kept between calls: fresh memory is slow, because the operating system zeroes it."""
 
     def __init__(self) -> None:
         self.buffers: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
 
     def take(self, name: str, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A [rows, columns] buffer of undefined content, rows aligned for 128-bit accesses, the gaps free to write."""
+        """Return a [rows, columns] buffer with undefined content.
+
+        Its rows are aligned for accesses of 128 bits. The gaps between rows may be overwritten.
+        """
         stride = -(-columns // ALIGNMENT) * ALIGNMENT
         key = name, device, dtype
         buffer = self.buffers.get(key)
         if buffer is None or buffer.numel() < rows * stride:
-            # Freed before the new one is allocated. A tensor made in inference mode could not be written outside of it.
+            # Free the old one before the new one is allocated. Inference mode is off, because a tensor that is made in
+            # it cannot be written outside of it.
             self.buffers.pop(key, None)
             with torch.inference_mode(False):
                 buffer = torch.empty(rows * stride, dtype=dtype, device=device)
-            # On a GPU the caching allocator keeps freed memory, and others can use it between calls.
+            # On a GPU the caching allocator keeps freed memory, so that others can use it between calls.
             if device.type == "cpu":
                 self.buffers[key] = buffer
         return buffer[: rows * stride].view(rows, stride)[:, :columns]
@@ -44,14 +48,14 @@ class Workspace(threading.local):
 workspace = Workspace()
 
 
-# Kind of device -> the budget it was cut to when its memory ran out.
+# Kind of device -> the budget in bytes that remained after its memory ran out.
 _most: dict[str, int] = {}
 
 
 def free_workspace() -> None:
-    """Free the buffers that this thread's losses keep on the CPU between calls, at most `memory_budget` bytes.
+    """Free the CPU buffers, at most `memory_budget` bytes, that the losses of this thread keep between calls.
 
-    Budgets that were halved because memory ran out return to their full size.
+    Budgets that were halved because memory ran out get their full size back.
     """
     workspace.buffers.clear()
     _most.clear()
@@ -63,14 +67,14 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def halve_budget(device: torch.device, budget: int | None) -> int:
-    """Use at most half of this budget on such devices from now on, and return that half in bytes."""
+    """Limit all later losses on this kind of device to half of this budget, and return that half in bytes."""
     _most[device.type] = budget_of(device, budget) // 2
     workspace.buffers.clear()
     return _most[device.type]
 
 
 def class_slices(num_classes: int) -> list[slice]:
-    """Slices of a few thousand classes each, for products in another dtype than the tensor they are written to."""
+    """Slices of a few thousand classes each, for products whose result is written to a tensor of another dtype."""
     return [slice(v, min(v + CLASSES_AT_ONCE, num_classes)) for v in range(0, num_classes, CLASSES_AT_ONCE)]
 
 
@@ -84,9 +88,10 @@ def _default_budget(device: torch.device) -> int:
 
 
 def budget_of(device: torch.device, budget: int | None) -> int:
-    """Bytes that a loss may allocate beyond its inputs and gradients; less than asked for if memory ran out before.
+    """Bytes that a loss may allocate beyond its inputs and gradients.
 
-    None means a twentieth of a GPU's memory, at most 4 GiB, and 512 MiB elsewhere.
+    That is less than `budget` if memory ran out before. None means a twentieth of a GPU's memory, at most 4 GiB, and
+    512 MiB elsewhere.
     """
     wanted = budget or _default_budget(device)
     return min(wanted, _most.get(device.type, wanted))
@@ -117,12 +122,15 @@ def chunk_rows(num_rows: int, logits_bytes: int, temporary_bytes: int, device: t
 
 
 def _reaches(total: Tensor, factors: torch.dtype) -> bool:
-    """Whether one product of matrices of this dtype can be added to `total` without being rounded before."""
+    """Whether a product of matrices of dtype `factors` can be added to `total` without being rounded first."""
     return total.dtype == factors or (total.is_cuda and factors.itemsize == 2 and total.dtype == torch.float32)
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, scale: float = 1.0, first: bool = False) -> None:
-    """total += scale * a @ b, or = if `first`: rounded to `total`'s dtype alone where a product can do so."""
+    """Add scale * a @ b to `total`, or overwrite `total` with it if `first`.
+
+    Where the device can add a product directly, it is rounded only once, to the dtype of `total`.
+    """
     if a.dtype == total.dtype:
         torch.addmm(total, a, b, beta=0 if first else 1, alpha=scale, out=total)
     elif _reaches(total, a.dtype):
@@ -136,7 +144,7 @@ def _add(total: Tensor, product: Tensor, scale: float, first: bool, target: Tens
     """Write total + scale * product to `target`."""
     if scale != 1.0:
         product *= scale
-    # Widened first: an addition of two dtypes takes three times as long.
+    # Widen first: adding two dtypes takes three times as long.
     if not first:
         product = product.to(total.dtype).add_(total)
     target.copy_(product)
@@ -146,9 +154,9 @@ class GradientSum:
     """The gradient of a weight [V, D] or bias [V], summed over chunks of rows in at least float32 and rounded once.
 
     Args:
-        total: receives it; the gradient's dtype.
-        name: of the buffer in which it is summed where `total` is too narrow.
-        gemm_dtype: dtype of the products.
+        total: receives the gradient, in its dtype.
+        name: name of the buffer that holds the sum where the dtype of `total` is too narrow.
+        gemm_dtype: dtype of the matrix products.
         several: whether there is more than one chunk.
     """
 
@@ -190,7 +198,7 @@ def scale_in_place(x: Tensor, factor: Tensor) -> None:
 
 
 def _scale_on_gpu(x: Tensor, factor: Tensor) -> bool:
-    """Do it in Triton if possible, which reads and writes nothing where the factor is 1. Return whether it did."""
+    """Scale in Triton if possible, and return whether it was: it reads and writes nothing where the factor is 1."""
     try:
         from ..kernels.triton_scale import scalable, scale_in_place_triton
     except ImportError:

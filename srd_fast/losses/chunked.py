@@ -1,4 +1,4 @@
-"""Loss and gradient from hidden states without a logits tensor of any size: in chunks of rows, or blocks of classes.
+"""Loss and gradient from hidden states without the full logits tensor: in chunks of rows, or in blocks of classes.
 
 Shape letters: N packed rows, D width, V classes, S student, T teacher.
 
@@ -47,7 +47,7 @@ def _why_rows(rows: PackedRows, student: HeadWork, teacher: HeadWork | None, vis
 def _work_of(
     hidden_ND: Tensor, head: Head, rows: PackedRows, needs: tuple[bool, bool, bool], visited: bool
 ) -> tuple[LossWork, str]:
-    """What a loss has to do, and the backend of its rows. visited: whether someone looks at the logits of a chunk."""
+    """What a loss has to do, and the backend of its rows. visited: whether each chunk's logits go to a visitor."""
     student = _side(hidden_ND, head, rows, rows.student_NV is not None)
     teacher = None
     if rows.teacher_ND is not None and rows.teacher_head is not None:
@@ -75,19 +75,19 @@ def run_packed(
     counts: Sequence[int] | None = None,
     visit: Visitor | None = None,
 ) -> tuple[RowValues, Gradients]:
-    """Compute the values of all rows, and the gradients of sum(weights * loss), in the order that is planned for them.
+    """Compute the values of all rows, and the gradients of sum(weights * loss), in the order that `plan_loss` chooses.
 
     Args:
         hidden_ND: [N, D] the student's hidden states.
         head: the student's.
-        rows: everything else about the rows.
+        rows: the labels, the teacher and the options.
         weights_N: [N] factor on each row in the gradients, or None for 1.
         needs: whether the gradients of hidden states, weight and bias are computed.
-        counts: rows of each sample, where no sample may be divided between two chunks.
+        counts: number of rows of each sample, if no sample may be divided between two chunks.
         visit: called after each chunk.
 
     Returns:
-        Unweighted values of each row, and the gradients, None where not asked for.
+        Unweighted values of each row, and the gradients, None for those not in `needs`.
     """
     if head.shard is not None:
         if counts is not None:
@@ -115,19 +115,19 @@ def run_or_halve(
     counts: Sequence[int] | None = None,
     visit: Visitor | None = None,
 ) -> tuple[RowValues, Gradients]:
-    """`run_packed`. Where memory runs out, the budget is halved for this and all later calls, and the call repeated.
+    """Call `run_packed`. If memory runs out, halve the budget for this and all later calls, and call it again.
 
-    Not with a head in shards: the other ranks have no reason to begin again.
+    With a head in shards the error is raised instead: the other ranks would not repeat the call.
     """
     try:
         return run_packed(hidden_ND, head, rows, weights_N, needs, counts, visit)
     except RuntimeError as e:
         if head.shard is not None or not is_out_of_memory(e):
             raise
-    # Outside the handler: in it the exception still holds the failed call's tensors.
+    # Outside the handler, because inside it the exception still holds the tensors of the failed call.
     budget = halve_budget(hidden_ND.device, rows.memory_budget)
     logger.warning(
-        "out of memory in the loss: its chunk goes on with memory_budget=%d; set that to avoid this warning", budget
+        "out of memory in the loss: it goes on with memory_budget=%d; set that to avoid this warning", budget
     )
     if hidden_ND.is_cuda:
         torch.cuda.empty_cache()
@@ -152,7 +152,7 @@ class ChunkedLoss(torch.autograd.Function):
         gradient: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         head = Head(weight, bias, rows.student_softcap, rows.student_scale, rows.shard)
-        # Autograd says what needs a gradient even where gradients are switched off.
+        # needs_input_grad is true for inputs that require one even while gradients are switched off: see `gradient`.
         needs = ctx.needs_input_grad[:3] if gradient and not per_row else (False, False, False)
         with torch.autocast(hidden_ND.device.type, enabled=False):
             values, grads = run_or_halve(hidden_ND, head, rows, rows.weights_N, needs)
@@ -168,7 +168,7 @@ class ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
-        # Only create_graph=True switches gradients on here.
+        # Gradients are enabled inside a backward pass only under create_graph=True.
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "the distillation loss has no second derivative: call backward without create_graph=True"
@@ -176,7 +176,7 @@ class ChunkedLoss(torch.autograd.Function):
         grad_loss: Tensor | None = grad_outputs[0]
         hidden_ND, weight, bias = ctx.saved_tensors
         rows: PackedRows = ctx.rows
-        # Scaled in place and handed over, so that no second copy exists.
+        # Scaled in place and given away, so that no second copy exists.
         grads, ctx.grads = ctx.grads, None
         if grads is None:
             head = Head(weight, bias, rows.student_softcap, rows.student_scale, rows.shard)

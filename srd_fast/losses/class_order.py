@@ -1,4 +1,4 @@
-"""Loss and gradient with the classes outside: a block of them is seen for all rows, so nothing grows with V.
+"""Loss and gradient with the classes outside: all rows see one block of classes at a time, so no memory grows with V.
 
 Shape letters: N packed rows, R rows and B classes of a block, D width, V classes, K classes that student and teacher
 both have, S student, T teacher.
@@ -24,23 +24,23 @@ _ROWS_AT_ONCE = 1024
 
 
 class Joined(Protocol):
-    """What joins a state with those of ranks that have other classes of the same rows."""
+    """Joins the state of this rank's classes with the states of ranks that have other classes of the same rows."""
 
     def has_read(self, loss: ClassBlocks) -> None:
-        """After all blocks were read."""
+        """Join after all blocks were read."""
 
     def has_looked(self, loss: ClassBlocks) -> None:
-        """After all were looked at once."""
+        """Join after `look` saw all blocks once."""
 
     def has_gathered(self, loss: ClassBlocks) -> None:
-        """After all were gathered."""
+        """Join after `gather` saw all blocks."""
 
     def has_weighed(self, loss: ClassBlocks) -> None:
-        """After all were weighed, or written where D is found there."""
+        """Join after `weigh` saw all blocks, or after `write` where that one computes D."""
 
 
 class _Side:
-    """One model's rows in the dtype of the products, and its head a block of classes at a time."""
+    """The rows of one model in the dtype of the products, and its head, one block of classes at a time."""
 
     def __init__(self, name: str, hidden_ND: Tensor, head: Head, products: torch.dtype, logits: torch.dtype) -> None:
         assert head.weight is not None
@@ -77,15 +77,15 @@ def run_class_blocks(
     Args:
         hidden_ND: [N, D] the student's hidden states.
         head: the student's, with a weight.
-        rows: everything else about the rows. The teacher, if there is one, has a head with a weight.
+        rows: the labels, the teacher and the options. A teacher must have a head with a weight.
         weights_N: [N] factor on each row in the gradients, or None for 1.
         size: R and B, each at least 1.
-        backend: what runs the row function, "auto" no more.
+        backend: what runs the row function: "triton", "compile" or "eager".
         needs: whether the gradients of hidden states, weight and bias are computed.
-        joined: where other ranks have other classes of the rows, what joins them after each pass.
+        joined: joins the ranks after each pass, if other ranks have other classes of the rows.
 
     Returns:
-        Unweighted values of each row, and the gradients, None where not asked for.
+        Unweighted values of each row, and the gradients, None for those not in `needs`.
     """
     assert head.weight is not None
     n, device, writes = len(hidden_ND), hidden_ND.device, any(needs)
@@ -97,7 +97,7 @@ def run_class_blocks(
     if rows.teacher_ND is not None and rows.teacher_head is not None:
         of_teacher, logits = rows.dtypes(rows.teacher_ND, rows.teacher_head)
         if not loss.reads_teacher:
-            # A sum that was found elsewhere holds for unrounded logits: rounding moves a certain class by percents.
+            # The known sum is of unrounded logits. Beside it, rounded ones would move a probability near 1 by percents.
             logits = torch.promote_types(logits, torch.float32)
         teacher = _Side("teacher", rows.teacher_ND, rows.teacher_head, of_teacher, logits)
     tiles = _Tiles(student, teacher, n, size)
@@ -128,7 +128,7 @@ def run_class_blocks(
 
 
 def _gather(loss: ClassBlocks, tiles: "_Tiles", joined: Joined | None) -> None:
-    """Find the numbers of rows that the terms of their divergence need."""
+    """Compute the numbers of each row that the terms of the divergence need."""
 
     def look() -> None:
         for rows, teacher_RB in tiles.teachers():
@@ -153,15 +153,15 @@ def class_state(
     backend: str,
     writes: bool,
 ) -> ClassBlocks:
-    """The state of rows whose classes come in blocks.
+    """Make the state of rows whose classes come in blocks.
 
     Args:
-        rows: which.
-        softcap: of the student's logits.
+        rows: the labels, the teacher and the options.
+        softcap: softcap of the student's logits, or None.
         weights_N: [N] factor on each row in the gradients, or None for 1.
         compute: dtype of the sums.
-        backend: what runs the row function, "auto" no more.
-        writes: whether a gradient follows.
+        backend: what runs the row function: "triton", "compile" or "eager".
+        writes: whether a gradient is written in the end.
     """
     options: dict[str, Any] = {"compute": compute, "student_softcap": softcap, "row_weights_N": weights_N}
     if rows.compact is not None:
@@ -176,8 +176,8 @@ def class_state(
 class _Tile:
     """The logits of some rows and classes.
 
-    head: the student's, of these classes. teacher_RB: None where there is no teacher, or it is not wanted, and from K
-    on. common: whether the classes are below K. last: whether the rows are the last.
+    head: the student's, of these classes. teacher_RB: None without a teacher, for classes from K on, and in passes that
+    do not read the teacher. common: whether the classes are below K. last: whether the rows are the last.
     """
 
     rows: slice
@@ -190,7 +190,7 @@ class _Tile:
 
 
 class _Tiles:
-    """All rows and classes, the classes outside. size: R and B."""
+    """All rows and classes, in tiles of R rows and B classes (`size`): the outer loop is over the classes."""
 
     def __init__(self, student: _Side, teacher: _Side | None, num_rows: int, size: tuple[int, int]) -> None:
         self.student, self.teacher = student, teacher
@@ -201,7 +201,7 @@ class _Tiles:
         self.blocks = [slice(i, min(i + size[1], end)) for begin, end in ends for i in range(begin, end, size[1])]
 
     def walk(self, teacher_is_read: bool = True) -> Iterator[_Tile]:
-        """Each tile in turn; the next one overwrites its logits."""
+        """Yield each tile in turn; the next one overwrites its logits."""
         for block in self.blocks:
             common = block.start < self.common
             teacher = self.teacher if teacher_is_read and common else None
@@ -212,7 +212,7 @@ class _Tiles:
                 yield _Tile(part, block, head_S, student_RB, teacher_RB, common, part is self.parts[-1])
 
     def teachers(self) -> Iterator[tuple[slice, Tensor]]:
-        """Rows and the teacher's logits of each tile; the next ones overwrite them."""
+        """Yield the rows and the teacher's logits of each tile; the next ones overwrite them."""
         for block in self.blocks:
             if self.teacher is not None and block.start < self.common:
                 head = self.teacher.of(block)
@@ -221,7 +221,7 @@ class _Tiles:
 
 
 class _Sums:
-    """The gradients while blocks of classes pass by."""
+    """The gradients, summed block by block."""
 
     def __init__(self, hidden_ND: Tensor, student: _Side, needs: tuple[bool, bool, bool], wide: torch.dtype) -> None:
         weight, bias = student.head.weight, student.head.bias
@@ -236,7 +236,7 @@ class _Sums:
         self.bias_V = fresh(bias) if bias is not None and needs[2] else None
 
     def add(self, tile: _Tile, g_RB: Tensor, several: bool) -> None:
-        """Add what a tile gives. several: whether there are several parts of the rows."""
+        """Add the gradients of a tile. several: whether the rows are divided into several parts."""
         weight = tile.head.weight
         assert weight is not None
         if self.sum_ND is not None:
@@ -248,7 +248,7 @@ class _Sums:
                 of_block.add(g_RB, hidden_RD, tile.head.scale, first=tile.rows.start == 0, last=tile.last)
 
     def finish(self, rows: PackedRows, weights_N: Tensor | None, joined: Joined | None) -> Gradients:
-        """The gradients, once all blocks were seen. Those of hidden states are left as sums where others join them."""
+        """The gradients, after all blocks. With `joined`, that of the hidden states stays an unrounded sum."""
         d_hidden_ND = self.sum_ND
         if d_hidden_ND is not None:
             if self.student.head.scale != 1.0:

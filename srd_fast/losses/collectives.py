@@ -1,4 +1,4 @@
-"""Two calls of `torch.distributed` that have another name from one release to the next."""
+"""Two functions of `torch.distributed` whose names differ between releases."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +14,10 @@ def _newest(*names: str) -> Any:
 
 
 def all_gather(found: Tensor, mine: Tensor, group: "ProcessGroup") -> None:
-    """Write what all ranks give, one after the other, to `found`, [ranks * rows, ...]."""
+    """Write the `mine` of all ranks, one after the other, to `found`, [ranks * rows, ...]."""
     _newest("all_gather_single", "all_gather_into_tensor")(found, mine, group=group)
 
 
 def reduce_scatter(own: Tensor, given: Tensor, group: "ProcessGroup") -> None:
-    """Add up what all ranks give, [ranks * rows, ...], and write this rank's part to `own`."""
+    """Add up the `given` of all ranks, [ranks * rows, ...], and write this rank's part to `own`."""
     _newest("reduce_scatter_single", "reduce_scatter_tensor")(own, given, group=group)

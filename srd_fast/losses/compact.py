@@ -1,4 +1,4 @@
-"""The distillation loss with a teacher of which each row keeps a few numbers, as a cache on disk does.
+"""The distillation loss with a teacher that is known by a few numbers a row, such as those that a cache on disk keeps.
 
 Shape letters: N rows with loss, in the order of `labels.flatten()`; R some of them; K classes of a row; B = K + 1
 buckets; V classes; D width. p, q: softmaxes of teacher and student at the temperature T of the call; z: the student's
@@ -16,7 +16,7 @@ mean over draws is therefore unbiased for both (Anshumann et al., Sparse Logit S
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ from .vocabulary import head_of, plain, refusing_together
 
 
 class TopK(NamedTuple):
-    """A teacher known by K classes of each row, usually the likeliest, with all others as one.
+    """A teacher known by K classes of each row, usually the likeliest, and one bucket for all other classes.
 
     Attributes:
         ids_NK: [N, K] int64, the classes, distinct within a row; K from 1 to V.
@@ -107,7 +107,7 @@ class _Draws(SparseDivergence):
 
 @dataclass(frozen=True)
 class _Mean(SparseDivergence):
-    """The forward KL for `Projected`, without what the projection adds to the gradient on the hidden states.
+    """The forward KL for `Projected`, without the projection's part of the gradient on the hidden states.
 
     known_C: all of D except the logarithm of the student's sum.
     """
@@ -146,7 +146,7 @@ def _check_top_k(teacher: TopK) -> None:
         f"teacher.log_p_NK has shape {tuple(teacher.log_p_NK.shape)} and ids_NK {tuple(teacher.ids_NK.shape)}: they "
         "must be equal",
     )
-    # As with labels, no look at a GPU's memory.
+    # As with labels, values on a GPU are not read: that would make the host wait.
     if teacher.ids_NK.device.type == "cpu":
         repeated_N = teacher.ids_NK.sort(1).values.diff(dim=1).eq(0).any(1).numpy()
         first = "".join(str(row) for row in repeated_N.nonzero()[0][:1])
@@ -154,19 +154,19 @@ def _check_top_k(teacher: TopK) -> None:
 
 
 def check_rest(name: str, teacher: str) -> None:
-    """Refuse a divergence that needs every class, where all but a few are known as one.
+    """Refuse a divergence that needs every class by itself, for a teacher that has most classes in one bucket.
 
     Args:
-        name: of the divergence.
-        teacher: what knows them so, for the message.
+        name: name of the divergence.
+        teacher: what the message calls the teacher.
 
     Raises:
-        UserError: it does.
+        UserError: the divergence needs every class.
     """
     formula = get_divergence(name).bind(0.0, 0.0).formula
     if formula is not None and formula.row_first is not None and formula.row_first.every_class:
         raise UserError(
-            f"divergence {name!r} counts every class by itself, and {teacher} has all but a few as one: use the "
+            f"divergence {name!r} needs every class by itself, and {teacher} has most classes in one bucket: use the "
             "teacher's hidden states, or another divergence"
         )
 
@@ -196,7 +196,7 @@ def _known(teacher: Projected, student: StudentRows, temperature: float) -> Tens
     """Return -entropy - sum_v p_v z_v / T, [N]."""
     weight = student.head.weight
     assert weight is not None
-    # As the head's product takes it: the two then differ from the unrounded ones by the same.
+    # Rounded as for the product with the head, so that both are off by the same error, which cancels.
     hidden_ND = student.hidden_ND.detach().to(student.gemm_dtype or weight.dtype).to(student.compute)
     mean_z_N = (hidden_ND * teacher.projection_ND).sum(1) + teacher.bias_N
     return (-teacher.entropy_N - mean_z_N / temperature).to(student.compute)
@@ -228,11 +228,11 @@ def compact_distillation_loss(
     order: str = "auto",
     vocabulary: VocabularyShard | None = None,
 ) -> DistillationOutput:
-    """Distillation loss with a teacher known by a few numbers a row; the gradient is that of `distillation_loss`.
+    """Distillation loss with a teacher known by a few numbers a row, instead of by its hidden states and head.
 
-    The teacher has no head, hidden states or logits here. D of `TopK` is over the K classes and the rest: at most the
-    full divergence, and equal to it from K = V - 1 on. With `Projected` and a head in a narrow dtype, the gradient is
-    the small difference of two rounded products.
+    With `TopK`, D is over K classes and the bucket of all others: at most the full divergence, and equal to it from
+    K = V - 1 on. With `Sampled`, loss and gradient are right on average over draws. With `Projected`, both are those of
+    `distillation_loss`, but with a head in a narrow dtype the gradient is the small difference of two rounded products.
 
     Args:
         student_hidden: [..., D] last hidden states after the final norm, any float dtype.
@@ -257,19 +257,19 @@ def compact_distillation_loss(
         num_items: denominator of the mean, above 0: the tokens of all accumulation steps and ranks, for example.
             Default: the number of labels with loss here.
         reduction: "mean", "sum", or "none" for one value per label, 0 where the label is ignored.
-        ignore_index: the label that has no loss. None: every label has one, so a GPU need not be asked how many do.
+        ignore_index: the label that has no loss. None: every label has one, which saves a wait for the GPU.
         backend: "compile" (`torch.compile`, on a CPU), "eager", or "auto": compile on a CPU from 16,384 classes on,
             else eager.
         memory_budget: bytes that the loss may allocate beyond its inputs (the rows with loss, once packed) and their
-            gradients; the least that it can do with where that is more. Default: a twentieth of a GPU's memory, at most
-            4 GiB, and 512 MiB elsewhere.
+            gradients. If it needs more for the smallest chunk, it takes that. Default: a twentieth of a GPU's memory,
+            at most 4 GiB, and 512 MiB elsewhere.
         logits_dtype: dtype of the logits: None for that of the matrix products, or torch.float32. With a head in a
             narrower dtype, float32 logits take twice the memory and make the gradient ten times more exact.
         student_logits: [..., V] the student's logits before the softcap, in the dtype of the matrix products, where
             they were computed already. That saves a product. They are overwritten.
-        order: "rows" or "classes" to have that outside, "auto" for whichever is predicted to be faster within
-            `memory_budget`. See `distillation_loss`.
-        vocabulary: which classes of all `student_weight` has, where it is this rank's block of them.
+        order: "rows" or "classes", whichever the outer loop is over, or "auto" for the one that is predicted to be
+            faster within `memory_budget`. See `distillation_loss`.
+        vocabulary: which classes `student_weight` has, if it is this rank's block of a vocabulary in shards.
 
     Returns:
         The loss and its parts.
@@ -302,31 +302,31 @@ def compact_distillation_loss(
 
 
 def loss_beside_compact_teacher(student: StudentRows, teacher: CompactTeacher) -> DistillationOutput:
-    """Compute the loss of a student beside a teacher of which each row keeps a few numbers.
+    """Compute the loss of a student and a teacher that is known by a few numbers a row.
 
     Args:
-        student: its rows with loss, with the labels and options.
+        student: its rows with loss, the labels and the options.
         teacher: `TopK`, `Sampled` or `Projected`, with a row for each label with loss.
 
     Returns:
         The loss and its parts.
 
     Raises:
-        UserError: the teacher is no such object, or does not fit the labels, the student or the divergence.
+        UserError: the teacher is of another type, or does not fit the labels, the student or the divergence.
     """
     with refusing_together(student.head.shard, student.head.weight):
-        fields = _fields(student, teacher)
-    return student.loss(**fields)
+        divergence, projection_ND = _known_rows(student, teacher)
+    return student.loss(compact=divergence, projection_ND=projection_ND)
 
 
-def _fields(student: StudentRows, teacher: CompactTeacher) -> dict[str, Any]:
-    """The teacher as fields of `PackedRows`."""
+def _known_rows(student: StudentRows, teacher: CompactTeacher) -> tuple[SparseDivergence, Tensor | None]:
+    """Check the teacher, and return its D, and for `Projected` the projection, as `PackedRows` takes them."""
     head, options = student.head, student.options
     if not isinstance(teacher, (TopK, Sampled, Projected)):
         raise UserError(f"teacher must be a TopK, Sampled or Projected, got {type(teacher).__name__}")
     require(
         not options.standardize_logits,
-        f"standardize_logits must be False with a {type(teacher).__name__} teacher, of which no row has all logits",
+        f"standardize_logits must be False with a {type(teacher).__name__} teacher: it lacks most logits of a row",
     )
     _check_rows(teacher, student)
     if isinstance(teacher, TopK):
@@ -334,15 +334,14 @@ def _fields(student: StudentRows, teacher: CompactTeacher) -> dict[str, Any]:
         check_rest(options.divergence, "a TopK teacher")
         ids_NK, log_p_NK, log_tail_N = (x.detach() for x in teacher)
         log_p_NB = torch.cat((log_p_NK, log_tail_N[:, None].to(log_p_NK.dtype)), 1)
-        return {"compact": _Buckets(ids_NK.long(), log_p_NB, options.row_divergence)}
+        return _Buckets(ids_NK.long(), log_p_NB, options.row_divergence), None
     require(
         options.divergence == "forward_kl",
         f"divergence must be 'forward_kl' with a {type(teacher).__name__} teacher, got {options.divergence!r}",
     )
     if isinstance(teacher, Sampled):
-        draws = _Draws(teacher.ids_NK.long().contiguous(), teacher.entropy_N.detach().to(student.compute))
-        return {"compact": draws}
+        return _Draws(teacher.ids_NK.long().contiguous(), teacher.entropy_N.detach().to(student.compute)), None
     _check_projected(teacher, head)
     teacher = Projected(*(x.detach() for x in teacher))
     known_N = _known(teacher, student, options.temperature)
-    return {"compact": _Mean(None, known_N), "projection_ND": teacher.projection_ND}
+    return _Mean(None, known_N), teacher.projection_ND

@@ -30,13 +30,13 @@ from .vocabulary import head_of, plain, refusing_together
 def loss_beside_head(
     student: StudentRows, teacher: Tensor, teacher_head: Head, teacher_lse: Tensor | None = None
 ) -> DistillationOutput:
-    """Compute the loss of a student beside a teacher of which the hidden states or logits are there.
+    """Compute the loss of a student and a teacher that is known by its hidden states or logits.
 
     Args:
-        student: its rows with loss, with the labels and options.
-        teacher: [..., D_T] hidden states in the shape of the labels, or [..., V_T] logits where its head has no weight.
+        student: its rows with loss, the labels and the options.
+        teacher: [..., D_T] hidden states, or [..., V_T] logits if its head has no weight; [...] is the labels' shape.
         teacher_head: turns them into logits.
-        teacher_lse: [...] what `distillation_loss` takes under this name.
+        teacher_lse: [...] as in `distillation_loss`.
 
     Returns:
         The loss and its parts.
@@ -141,21 +141,21 @@ def distillation_loss(
         student_logits: [..., V_S] the student's logits before the softcap, in the dtype of the matrix products, where
             they were computed already. That saves a product. They are overwritten.
         teacher_lse: [...] log sum_v e^(z_v / T) of the teacher's logits z, after scale, bias and softcap, over the
-            classes that both have: known for a teacher that ran before. With classes outside it saves a product. The
-            logits it comes from must be products in the dtype of the teacher's head, not rounded to it. Where autocast
-            has the products in another dtype, it is not used.
-        order: "rows": a chunk of rows sees all classes, with the logits of the chunk as working memory. "classes": a
-            block of classes is seen for all rows, more than once, with next to no working memory. "auto": whichever is
-            predicted to be faster within `memory_budget`.
-        vocabulary: which classes of all `student_weight` has, where it is this rank's block of them.
-        teacher_vocabulary: the same of `teacher_weight`. It may be whole beside a student in shards.
-        standardize_logits: let D compare softmaxes at T of (z - mean) / deviation of each row's logits z, over the
-            classes that both have and the side does not rule out (Sun et al., arXiv 2403.01427). Cross-entropy and
-            entropy stay those of z.
-            Rows then go outside, and no vocabulary may be in shards.
+            classes that both have, if it was computed when the teacher ran. It saves a product in the order "classes".
+            The logits must be unrounded products in the dtype of the teacher's head. It is not used where autocast runs
+            the products in another dtype.
+        order: "rows": the outer loop is over chunks of rows, each of which sees all classes; working memory holds the
+            logits of a chunk. "classes": the outer loop is over blocks of classes, each of which is computed for all
+            rows, more than once; it needs almost no working memory. "auto": whichever is predicted to be faster within
+            `memory_budget`.
+        vocabulary: which classes `student_weight` has, if it is this rank's block of a vocabulary in shards.
+        teacher_vocabulary: the same for `teacher_weight`. It may be whole beside a student in shards.
+        standardize_logits: let D compare softmaxes at T of (z - mean) / deviation of each row's logits z (Sun et al.,
+            arXiv 2403.01427). Mean and standard deviation are over the classes that both have, without logits of -inf.
+            Cross-entropy and entropy stay those of z. The order is then "rows", and no vocabulary may be in shards.
 
     Returns:
-        The loss and its parts. With rows of its own on each rank they are those of this rank's rows.
+        The loss and its parts. If each rank has rows of its own, they are those of this rank's rows.
 
     Raises:
         UserError: an argument is wrong. The message names the argument, its value and what it should be. It is a
@@ -209,7 +209,7 @@ def distillation_loss_from_logits(
 ) -> DistillationOutput:
     """Distillation loss for loops that have logits; the gradient flows into the student's logits.
 
-    It computes what `distillation_loss` computes. The logits' memory, which that function avoids, is taken already.
+    It computes the same as `distillation_loss`, but cannot save the memory of the logits, which exist already.
 
     Args:
         student_logits: [..., V_S] before the softcap, any float dtype.
@@ -234,9 +234,9 @@ def distillation_loss_from_logits(
         memory_budget: bytes that the loss may allocate beyond its inputs (the rows with loss, once packed) and their
             gradients; the least that it can do with where that is more. Default: a twentieth of a GPU's memory, at most
             4 GiB, and 512 MiB elsewhere.
-        standardize_logits: let D compare softmaxes at T of (z - mean) / deviation of each row's logits z, over the
-            classes that both have and the side does not rule out (Sun et al., arXiv 2403.01427). Cross-entropy and
-            entropy stay those of z.
+        standardize_logits: let D compare softmaxes at T of (z - mean) / deviation of each row's logits z (Sun et al.,
+            arXiv 2403.01427). Mean and standard deviation are over the classes that both have, without logits of -inf.
+            Cross-entropy and entropy stay those of z.
 
     Returns:
         The loss and its parts.
@@ -257,8 +257,8 @@ class DistillationLoss(nn.Module):
     """`distillation_loss` as a module with fixed options, as in `DistillationLoss(divergence="jsd", temperature=2.0)`.
 
     Args:
-        **options: keyword arguments of `distillation_loss`, such as `temperature` and `reduction`. Those of a call win
-            over those given here.
+        **options: keyword arguments of `distillation_loss`, such as `temperature` and `reduction`. A call may override
+            them.
 
     Raises:
         UserError: an option is unknown or its value is wrong.

@@ -1,6 +1,6 @@
-"""The registry of divergences D(p, q) between teacher p and student q, which users extend.
+"""The registry of divergences D(p, q) between teacher p and student q, to which users can add their own.
 
-The formulas, their sources and their kernels stand in `srd_fast.kernels.divergences`.
+The formulas, their sources and their kernels are in `srd_fast.kernels.divergences`.
 """
 
 from collections.abc import Callable
@@ -53,7 +53,7 @@ def divergence_names() -> list[str]:
 
 
 def get_divergence(name: str) -> Divergence:
-    """Look a divergence up.
+    """Look up a divergence.
 
     Raises:
         UserError: for an unknown name, with the list of names.
@@ -86,10 +86,10 @@ def register_divergence(
         value: `value(log_p, log_q, *, skew, beta)` -> D of each row, [N] in nats, from teacher and student
             log-probabilities [N, V] at the temperature of the loss.
         weight: `weight(log_p, log_q, *, skew, beta)` -> w = dD/d(log q), [N, V]. Left out, autograd derives it.
-        replace: whether a name that is taken is taken over.
+        replace: whether an existing divergence of this name is replaced.
 
     Raises:
-        UserError: for a name that is taken, or is no text.
+        UserError: the name is taken, or is not text.
 
     Example:
         >>> import torch

@@ -17,17 +17,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class VocabularyShard:
-    """Which classes of a vocabulary, divided over the ranks of a process group, this rank's head has.
+    """The classes of this rank's head, where a vocabulary is divided over the ranks of a process group.
 
-    The gradients of weight and bias are sums over the rows of all ranks. An optimiser step that expects a data-parallel
-    mean of them, as it does for a loss that was multiplied by the number of ranks, takes `head_gradient` = 1 / ranks.
+    The gradients of weight and bias are sums over the rows of all ranks. If the loss was multiplied by the number of
+    ranks, because the optimizer step expects means over data-parallel ranks, set `head_gradient` to 1 / ranks.
 
     Args:
         group: the ranks that have the whole vocabulary together.
-        first: this rank's first class. How many follow is the number of rows of its weight, which may be 0.
-        classes: V of all ranks.
-        rows: "same" where all ranks hold the same hidden states and labels, as in tensor parallelism. "own" where each
-            has some of its own, as in data parallelism with a sharded model.
+        first: this rank's first class. The number of its classes is the number of rows of its weight, which may be 0.
+        classes: V, the number of classes of all ranks together.
+        rows: "same" if all ranks hold the same hidden states and labels, as in tensor parallelism. "own" if each rank
+            has rows of its own, as in data parallelism with a sharded model.
         head_gradient: factor on the gradients of weight and bias.
     """
 
@@ -49,17 +49,17 @@ class VocabularyShard:
     def of(
         weight: "DTensor", rows: str = "same", head_gradient: float = 1.0, name: str = "weight"
     ) -> "VocabularyShard":
-        """Find which classes this rank has of a head that is a DTensor.
+        """Find which classes of a DTensor's head this rank has.
 
         Args:
-            weight: [V, D], divided by classes, `Shard(0)`, over one dimension of its mesh. What it is copied over,
-                `Replicate()`, is left to the caller: gradients are not summed there.
+            weight: [V, D], divided by classes, `Shard(0)`, over one dimension of its mesh. It may be copied,
+                `Replicate()`, over others; the caller must then sum the gradients over those itself.
             rows: "same" or "own".
             head_gradient: factor on the gradients of weight and bias.
-            name: of the weight, for messages.
+            name: what messages call the weight.
 
         Returns:
-            The shard; the ranks along that dimension are its group.
+            The shard. Its group is the ranks along the divided dimension.
 
         Raises:
             UserError: the weight is divided in another way.
@@ -92,7 +92,7 @@ class Head:
         bias: [V], or None.
         softcap: above 0, or None for z itself.
         scale: factor above 0.
-        shard: where weight and bias are those of this rank's classes alone, which these are.
+        shard: which classes weight and bias have, if they are only this rank's part of the vocabulary.
     """
 
     weight: Tensor | None
@@ -134,7 +134,7 @@ class Head:
         if out.is_cuda:
             torch.mm(hidden_CD, weight.t(), out_dtype=out.dtype, out=out)
         else:
-            # No CPU product of narrow matrices keeps its float32 sums, so a slice of the weight is widened at a time.
+            # On a CPU the product of narrow matrices is rounded, so the weight is widened, one slice at a time.
             for part in class_slices(weight.shape[0]):
                 torch.mm(hidden_CD.to(out.dtype), weight[part].to(out.dtype).t(), out=out[:, part])
         if self.bias is not None:
@@ -146,17 +146,17 @@ class Head:
         return replace(self, weight=weight, bias=bias)
 
     def on(self, device: torch.device | str) -> "Head":
-        """Return the head on a device, without gradient."""
+        """Return the head on a device, detached from the autograd graph."""
         weight, bias = (None if x is None else x.detach().to(device) for x in (self.weight, self.bias))
         return replace(self, weight=weight, bias=bias)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Weight and bias by name, without gradient; the bias only if there is one."""
+        """Weight and bias by name, detached from the autograd graph; the bias only if there is one."""
         parts = {"weight": self.weight, "bias": self.bias}
         return {name: x.detach() for name, x in parts.items() if x is not None}
 
     def num_classes(self, hidden: Tensor) -> int:
-        """The number of classes, V: that of all ranks where the head is a shard."""
+        """The number of classes, V; for a shard, that of all ranks together."""
         if self.shard is not None:
             return self.shard.classes
         return hidden.shape[-1] if self.weight is None else self.weight.shape[0]

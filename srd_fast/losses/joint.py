@@ -2,9 +2,10 @@
 
 Shape letters: N rows of this rank, C rows of all ranks in a part, D width, F numbers of a row.
 
-Where all ranks hold the same rows, a part is some of them, and their hidden gradient is the sum of what all ranks'
-classes give. Where each holds its own, a part is some rows of each rank, one rank's after the other's: they are
-gathered, and each rank gets back the sum for its own.
+A part is a set of rows that is worked on at once. The gradient of its hidden states is a sum over all ranks, each of
+which computes what comes from its own classes. If all ranks hold the same rows, each gets the whole sum. If each rank
+holds its own, a part has some rows of every rank, in the order of the ranks: their hidden states are gathered first,
+and in the end each rank gets the sum for its own rows.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,7 +24,8 @@ from .head import VocabularyShard
 class Part:
     """Some rows of all ranks.
 
-    own: of this rank's rows. sizes: how many of each rank, where ranks have rows of their own. last: no part follows.
+    own: which of this rank's rows. sizes: how many rows of each rank, if ranks have rows of their own. last: no part
+    follows.
     """
 
     own: slice
@@ -35,9 +37,9 @@ class JointRows:
     """How the ranks of a loss work together.
 
     Args:
-        shard: of this rank's head.
-        classes: of each rank's head.
-        counts: rows of each rank.
+        shard: this rank's classes.
+        classes: the classes of each rank.
+        counts: number of rows of each rank.
     """
 
     def __init__(self, shard: VocabularyShard, classes: Sequence[range], counts: Sequence[int]) -> None:
@@ -48,7 +50,7 @@ class JointRows:
         self.total = sum(self.counts)
 
     def parts(self, rows: int) -> Iterator[Part]:
-        """All rows, at most so many of all ranks together at once, or one of each."""
+        """Divide all rows into parts of at most `rows` rows of all ranks together, but at least one of each rank."""
         most, size = max(self.counts), max(1, rows // len(self.counts))
         for i in range(0, most, size):
             sizes = tuple(min(max(count - i, 0), size) for count in self.counts)
@@ -56,7 +58,7 @@ class JointRows:
             yield Part(slice(i, i + own), sizes, i + size >= most)
 
     def gather(self, x: Tensor, part: Part) -> Tensor:
-        """The part of all ranks of a tensor of this rank's rows, [N, ...] -> [C, ...]."""
+        """From a tensor of each rank's rows, [N, ...], gather the rows of a part, [C, ...]."""
         x = x[part.own]
         if not self.shard.own_rows:
             return x
@@ -68,10 +70,10 @@ class JointRows:
         return torch.cat([found[rank * most : rank * most + size] for rank, size in enumerate(part.sizes)])
 
     def gather_numbers(self, numbers: Sequence[Tensor | None], part: Part) -> list[Tensor | None]:
-        """The part of all ranks of some tensors [N], as `gather` does it, in one call."""
+        """Do the same as `gather` for several tensors [N], in one call."""
         if not self.shard.own_rows:
             return [None if x is None else self.gather(x, part) for x in numbers]
-        # float64 holds a label, and any weight, as it is.
+        # float64 holds labels and weights exactly.
         given = [x.double() for x in numbers if x is not None]
         columns = iter(self.gather(torch.stack(given, 1), part).unbind(1))
         return [None if x is None else next(columns).to(x.dtype) for x in numbers]
@@ -84,7 +86,7 @@ class JointRows:
         return x[begin : begin + part.sizes[self.rank]]
 
     def add_hidden(self, sum_CD: Tensor, part: Part) -> Tensor:
-        """Of what each rank's classes give to the hidden gradient, the sum for this rank's rows."""
+        """Sum the ranks' contributions to the hidden gradient, and return the sum for this rank's rows."""
         if not self.shard.own_rows:
             dist.all_reduce(sum_CD, group=self.group)
             return sum_CD
@@ -96,28 +98,28 @@ class JointRows:
         return own[: part.sizes[self.rank]]
 
     def has_read(self, loss: ClassBlocks) -> None:
-        """Join what the ranks' classes gave in `read`."""
+        """Join the ranks' results of `read`."""
         join_states(loss, self._of_all(state_of(loss)), self.first)
         if len(loss.kept_logits):
-            # Each is on one rank, so nothing is rounded.
+            # Each logit is on one rank and 0 on the others, so the sum is exact.
             logits_KN = loss.kept_logits.contiguous()
             dist.all_reduce(logits_KN, group=self.group)
             loss.kept_logits.copy_(logits_KN)
 
     def has_looked(self, loss: ClassBlocks) -> None:
-        """Join the probabilities that they found in `look`."""
+        """Join the ranks' probabilities from `look`."""
         join_sums(loss, self._of_all(sums_of(loss, ["mass"])), ["mass"])
 
     def has_gathered(self, loss: ClassBlocks) -> None:
-        """Join the sums that they found in `gather`."""
+        """Join the ranks' sums from `gather`."""
         join_sums(loss, self._of_all(sums_of(loss, "abc")), "abc")
 
     def has_weighed(self, loss: ClassBlocks) -> None:
-        """Join what they gave to D and sum(w)."""
+        """Join the ranks' parts of D and sum(w)."""
         join_terms(loss, self._of_all(terms_of(loss)))
 
     def _of_all(self, numbers_FN: Tensor) -> Tensor:
-        """[F, N] numbers of all ranks, [ranks, F, N]."""
+        """Gather [F, N] numbers of all ranks as [ranks, F, N]."""
         found = numbers_FN.new_empty(self.ranks * len(numbers_FN), numbers_FN.shape[1])
         all_gather(found, numbers_FN, self.group)
         return found.view(self.ranks, *numbers_FN.shape)

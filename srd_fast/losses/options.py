@@ -14,7 +14,7 @@ from .divergences import get_divergence
 from .order import ORDERS
 
 REDUCTIONS = ("mean", "sum", "none")
-# Of temperatures, softcaps and scales: beyond, their squares and products leave float32.
+# Limits of temperatures, softcaps and scales: beyond them, squares and products of these leave the range of float32.
 RANGE = (1e-6, 1e6)
 
 
@@ -30,7 +30,7 @@ def in_range(value: Any, low: float, high: float) -> bool:
 
 
 def check_in_range(name: str, value: Any) -> None:
-    """Refuse a temperature, softcap or scale out of RANGE."""
+    """Refuse a temperature, softcap or scale outside of RANGE."""
     require(
         in_range(value, *RANGE),
         f"{name} must be a finite number above 0, from {RANGE[0]:g} to {RANGE[1]:g}, got {value!r}",
@@ -39,7 +39,7 @@ def check_in_range(name: str, value: Any) -> None:
 
 @dataclass(frozen=True)
 class LossOptions:
-    """What a distillation loss computes, and how: the options of `distillation_loss` that are the same for every batch.
+    """The options of `distillation_loss` that are the same for every batch: what the loss computes, and how.
 
     Args:
         divergence: a name from `divergence_names()`.
@@ -53,8 +53,8 @@ class LossOptions:
         backend: "triton", "compile", "eager" or "auto".
         memory_budget: bytes that the loss may allocate beyond its inputs and gradients. None: the device's default.
         logits_dtype: torch.float32, or None for the dtype of the matrix products.
-        order: "rows" or "classes" to have that outside, "auto" for the faster of the two within the budget.
-        standardize_logits: whether D is of logits less their row's mean, over its deviation.
+        order: "rows" or "classes", whichever the outer loop is over; "auto" for the faster one within the budget.
+        standardize_logits: whether D is of logits minus their row's mean, divided by its standard deviation.
 
     Raises:
         UserError: an option is wrong. The message names it, its value and what it should be.

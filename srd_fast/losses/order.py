@@ -1,15 +1,16 @@
-"""In which order a loss works, in chunks or blocks of what size, and what that takes: a pure function of the sizes.
+"""The order in which a loss works, the size of its chunks or blocks, and their memory: a pure function of the sizes.
 
 Shape letters: N rows, C rows of a chunk, R rows and B classes of a block, D width, V classes, S student, T teacher.
 
-    rows outside      a chunk of rows sees all classes: two products for the logits, two for the gradients. Each chunk
-                      reads both heads again, and adds to the head's gradient in float32
-    classes outside   a block of classes is seen for all rows, in passes: sums first, then (for the divergences that
-                      need sum(w)) D, then the gradients. The logits are computed again in each pass, but nothing of
-                      the size of a head is ever made beside its gradient
+    rows outside      the outer loop is over chunks of rows, each of which sees all classes: two products for the
+                      logits, two for the gradients. Each chunk reads both heads again, and adds to the head's gradient
+                      in float32
+    classes outside   the outer loop is over blocks of classes, each of which all rows see, in passes: sums first, then
+                      (for the divergences that need sum(w)) D, then the gradients. The logits are computed again in
+                      each pass, but the gradient of the head is the only tensor of its size
 
-Large chunks make the first faster; where only small ones fit, the second. A product takes the time of its additions or
-that of the memory that it moves, whichever is longer, and a device is known by the ratio of the two.
+The first is faster with large chunks, the second where only small chunks fit. A product is predicted to take the time
+of its operations or of its memory traffic, whichever is longer. A device is described by the ratio of the two speeds.
 """
 
 import functools
@@ -24,27 +25,27 @@ from .backends import chosen_backend, compact_backend
 from .buffers import CLASSES_AT_ONCE, chunk_rows
 
 ORDERS = ("auto", "rows", "classes")
-# Floating-point operations of products that a device does in the time in which it moves a byte: of a GPU with matrices
-# of 16 bits and of 32 bits, and of a CPU. An H100 did some 650e12 of the first in a second, and moved 2.6e12 bytes.
+# Floating-point operations of matrix products in the time in which a device moves one byte: a GPU with dtypes of 2 and
+# of 4 bytes, and a CPU. An H100 was measured at 650e12 operations a second with 2 bytes, and 2.6e12 bytes a second.
 _FLOPS_PER_BYTE = {("cuda", 2): 250.0, ("cuda", 4): 25.0}
 _FLOPS_PER_BYTE_ELSEWHERE = 7.0
-# Bytes that it moves while one more kernel starts; on a CPU the small operations beside a block's take as long.
+# Bytes that a device moves while one more kernel starts; on a CPU, during the small operations beside those of a block.
 _BYTES_PER_LAUNCH = {"cuda": 12 << 20}
 _BYTES_PER_LAUNCH_ELSEWHERE = 1 << 20
 _BLOCKS_OF_CLASSES = tuple(1 << i for i in range(7, 15))
-# Kernels that could start while the ranks join a chunk: some six calls, each of which takes as long as several.
+# Joining a chunk's results over the ranks takes as long as starting so many kernels: about six calls, each of several.
 _JOINING = 40
-# Of a row: what each rank tells the others of it, and what is made of that.
+# Bytes of a row: the numbers that each rank sends of it, and the results of joining them.
 _JOINED_BYTES = 3 * 11 * 4
-# Of the state and of what is made of it between two passes.
+# Bytes of a row: its state, and temporaries of the work between two passes.
 _STATE_BYTES = 32 * 4
-# Predictions this near to each other are the same: then rows go outside, and a block is no larger than it need be.
+# Predictions this close count as equal: then rows go outside, and the smaller block is taken.
 _AS_GOOD = 1.02
 
 
 @dataclass(frozen=True)
 class HeadWork:
-    """One model's part of a loss.
+    """The sizes and dtypes of one model's head in a loss.
 
     classes: V. width: D; 0 where the logits are given. hidden, weight: dtypes of the hidden states and the head as they
     are stored. products: dtype of the matrix products. logits: dtype of the logits. scaled: whether the head has a
@@ -62,31 +63,32 @@ class HeadWork:
 
     @property
     def row_bytes(self) -> int:
-        """Of the logits of a row, in the workspace."""
+        """Bytes of a row's logits in the workspace."""
         return 0 if self.given else -(-self.classes // ALIGNMENT) * ALIGNMENT * self.logits.itemsize
 
     @property
     def cast_bytes(self) -> int:
-        """Of the head in the dtype of the products, where that is another."""
+        """Bytes of the head's copy in the dtype of the products; 0 if it has that dtype."""
         return self.classes * self.width * self.products.itemsize if self.products != self.weight else 0
 
     def hidden_bytes(self, rows: int) -> int:
-        """Of some rows' hidden states as the product takes them, where they are not stored so."""
+        """Bytes of some rows' hidden states in the dtype of the products; 0 if they have that dtype."""
         return rows * self.width * self.products.itemsize if self.scaled or self.hidden != self.products else 0
 
 
 @dataclass(frozen=True)
 class JointWork:
-    """What a loss does besides where each rank has some of the classes. Everything else is this rank's.
+    """The additional work of a loss where each rank has some of the classes. All other sizes are those of this rank.
 
-    ranks: of the group. own: whether each has rows of its own, which are gathered; N is then that of all.
+    ranks: number of ranks in the group. own: whether each rank has rows of its own, which are gathered; N then counts
+    the rows of all ranks.
     """
 
     ranks: int
     own: bool
 
     def row_bytes(self, work: "LossWork", summed: bool) -> int:
-        """Of a row, beside its logits. summed: whether rows come in chunks, each with a state and a sum of its own."""
+        """Bytes of a row beside its logits. summed: whether rows come in chunks, each with its own state and sum."""
         gathered = sum(side.width * max(side.products.itemsize, side.hidden.itemsize) for side in work.sides)
         sum_bytes = max(4, work.student.hidden.itemsize) * work.student.width if work.hidden_gradient else 0
         kept = summed * _STATE_BYTES + self.ranks * _JOINED_BYTES + (summed or self.own) * sum_bytes
@@ -99,16 +101,16 @@ class LossWork:
 
     Args:
         rows: N.
-        student: its head.
-        teacher: its head; None where there is none.
+        student: the student's head.
+        teacher: the teacher's head; None without a teacher's logits.
         device: where the loss runs.
-        hidden_gradient: whether the hidden states want one.
-        weight_gradient: whether the student's head wants one.
+        hidden_gradient: whether the hidden states need a gradient.
+        weight_gradient: whether the student's head needs a gradient.
         eager: whether the row function makes temporaries.
-        passes: with classes outside. A teacher that `read` does not take has unrounded logits.
-        rows_only: whether the other order cannot do it.
+        passes: the passes with classes outside. If `read` leaves the teacher out, its logits are unrounded.
+        rows_only: whether only the order with rows outside can do it.
         standardised: whether the logits are standardised first, in temporaries.
-        joint: where each rank has some of the classes.
+        joint: the additional work if each rank has some of the classes.
     """
 
     rows: int
@@ -130,27 +132,27 @@ class LossWork:
 
     @property
     def gradients(self) -> bool:
-        """Whether anything wants a gradient."""
+        """Whether anything needs a gradient."""
         return self.hidden_gradient or self.weight_gradient
 
     @property
     def separate(self) -> bool:
-        """Whether the gradient has a buffer of its own, because the logits, which it would overwrite, are wider."""
+        """Whether the gradient has its own buffer: it overwrites the logits unless they have a wider dtype."""
         return self.gradients and self.student.logits != self.student.products
 
 
 @dataclass(frozen=True)
 class LossPlan:
-    """How a loss is worked through.
+    """The order and sizes in which a loss works, and what they cost.
 
     Attributes:
-        order: "rows" or "classes", whichever is outside.
+        order: "rows" or "classes", whichever the outer loop is over.
         rows: C, or R.
         classes: B; V where rows are outside.
         bytes: what the loss allocates beyond its inputs and their gradients.
-        workspace: the part of it that a CPU keeps from call to call.
+        workspace: the part of `bytes` that a CPU keeps from call to call.
         flops: floating-point operations of all matrix products.
-        cost: the predicted time, as the operations that could be done in it.
+        cost: the predicted time, as the number of floating-point operations that the device could do in it.
     """
 
     order: str
@@ -173,20 +175,20 @@ class _Costs:
         self.flops = self.time = 0.0
 
     def product(self, m: int, n: int, k: int, itemsize: int, out_bytes: float, times: float = 1) -> None:
-        """[m, k] @ [k, n]. out_bytes: read and written of each number of the result."""
+        """Add [m, k] @ [k, n]. out_bytes: bytes read and written for each number of the result."""
         flops = 2.0 * m * n * k
         moved = float(m * k + k * n) * itemsize + float(m * n) * out_bytes
         self.flops += times * flops
         self.time += times * (self.launch + max(flops, self.flops_per_byte * moved))
 
     def logits(self, rows: int, classes: int, side: HeadWork, times: float, reads: int = 1) -> None:
-        """One side's logits of a chunk or block, and how often the row function then reads them."""
+        """Add the logits of one side in a chunk or block, which the row function then reads `reads` times."""
         if side.width and not side.given:
             self.product(rows, classes, side.width, side.products.itemsize, side.logits.itemsize, times)
         self.time += times * reads * self.flops_per_byte * rows * classes * side.logits.itemsize
 
     def gradients(self, rows: int, classes: int, hidden_bytes: float, weight_bytes: float, times: float) -> None:
-        """The row function's write, and the products. *_bytes: moved of each number of a sum."""
+        """Add the row function's write and the gradients' products. *_bytes: bytes moved for each number of a sum."""
         student, work = self.work.student, self.work
         itemsize = student.products.itemsize
         self.time += times * self.flops_per_byte * rows * classes * itemsize
@@ -196,13 +198,13 @@ class _Costs:
             self.product(classes, student.width, rows, itemsize, weight_bytes, times)
 
     def joining(self, times: float) -> None:
-        """The calls with which ranks join what their classes give. What travels does not depend on the order."""
+        """Add the calls that join the ranks' results. The bytes sent are left out: both orders send the same."""
         if self.work.joint is not None:
             self.time += times * _JOINING * self.launch
 
 
 def _slice_bytes(work: LossWork, classes: int, summed: bool) -> int:
-    """Of the slices in which a product reaches a sum of another dtype; see `buffers.add_product`."""
+    """Bytes of the slices through which a product is added to a sum of another dtype; see `buffers.add_product`."""
     student = work.student
     into = max(4, student.weight.itemsize) if summed else student.weight.itemsize
     direct = into == student.products.itemsize or (work.device.type == "cuda" and into == 4)
@@ -212,7 +214,7 @@ def _slice_bytes(work: LossWork, classes: int, summed: bool) -> int:
 
 
 def _plan_rows(work: LossWork, budget: int) -> LossPlan:
-    """With rows outside: the largest chunk that fits beside what is of the size of a head."""
+    """Plan with rows outside: the largest chunk that fits beside the tensors of the size of a head."""
     student, itemsize = work.student, work.student.products.itemsize
     most_classes = max(side.classes for side in work.sides)
     buffers = STANDARDISING * EAGER_BUFFERS if work.standardised else EAGER_BUFFERS if work.eager else 0
@@ -220,11 +222,11 @@ def _plan_rows(work: LossWork, budget: int) -> LossPlan:
     kept = sum(side.row_bytes for side in work.sides) + work.separate * student.classes * itemsize
     row = kept + sum(side.hidden_bytes(1) for side in work.sides)
     if work.hidden_gradient and student.width and student.hidden != student.products:
-        row += student.width * itemsize  # the product, before it has the dtype of the gradient
+        row += student.width * itemsize  # the product, before it is cast to the dtype of the gradient
     if work.joint is not None:
         row += work.joint.row_bytes(work, summed=True)
     rows, fixed, sums = work.rows, 0, 0
-    # A sum over chunks is of the size of the head, unless the gradient itself can be that sum.
+    # A sum over chunks takes the size of the head, unless the gradient itself can hold that sum.
     for summed in (False, work.weight_gradient and student.weight.itemsize < 4):
         fixed = sum(side.cast_bytes for side in work.sides) + _slice_bytes(work, student.classes, summed)
         sums = summed * 4 * student.classes * student.width
@@ -245,7 +247,7 @@ def _plan_rows(work: LossWork, budget: int) -> LossPlan:
 
 
 def _plan_classes(work: LossWork, budget: int, block: int) -> LossPlan:
-    """With blocks of so many classes outside, and as many rows at once as fit."""
+    """Plan with classes outside, in blocks of `block` classes, and as many rows at once as fit."""
     student, itemsize, n = work.student, work.student.products.itemsize, work.rows
     teacher = work.teacher
     if teacher is not None and not work.passes.reads_teacher:
@@ -281,7 +283,7 @@ def _plan_classes(work: LossWork, budget: int, block: int) -> LossPlan:
         costs.gradients(rows, block, 8, 8 if parts > 1 else student.weight.itemsize, tiles)
     costs.joining(1)
     if narrow and rows < n and work.device.type != "cuda":
-        # There a part's product is rounded before it reaches the sum, so this is for what fits in no other way.
+        # Each part's product would be rounded before it reaches the sum: only if nothing else fits.
         costs.time = math.inf
     return LossPlan("classes", rows, block, size, rows * kept + sums, costs.flops, costs.time)
 
@@ -296,7 +298,7 @@ def with_backend(work: LossWork, name: str, divergence: RowDivergence | None, co
         compact: whether the teacher is known at few classes.
 
     Returns:
-        The work as that backend does it, and its name.
+        The work, completed for that backend, and the backend's name.
 
     Raises:
         UserError: the backend cannot run.
@@ -311,15 +313,15 @@ def with_backend(work: LossWork, name: str, divergence: RowDivergence | None, co
 
 @functools.lru_cache(maxsize=256)
 def plan_loss(work: LossWork, budget: int, order: str = "auto") -> LossPlan:
-    """Choose the order of the work, and the chunk or block, that is predicted to take least time within a budget.
+    """Choose the order, and the size of chunks or blocks, that are predicted to take the least time within a budget.
 
     Args:
         work: what there is to do.
         budget: bytes that the loss may allocate beyond its inputs and their gradients.
-        order: "rows" or "classes" to have that outside, "auto" for the faster of the two.
+        order: "rows" or "classes", whichever the outer loop is over, or "auto" for the faster of the two.
 
     Returns:
-        The plan. Where nothing fits, that with the fewest bytes.
+        The plan. If nothing fits, the one with the fewest bytes.
     """
     plans = [] if order == "classes" else [_plan_rows(work, budget)]
     if order == "classes" or not (work.rows_only or order == "rows"):

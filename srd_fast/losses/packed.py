@@ -1,4 +1,4 @@
-"""What a loss works on, in whichever order.
+"""The inputs of a loss after packing, the same for both orders of work.
 
 Shape letters: N packed rows, D width, V classes, S student, T teacher.
 """
@@ -30,13 +30,13 @@ class PackedRows:
         logits_dtype: dtype of the logits; None: that of the products.
         backend: "triton", "compile", "eager" or "auto".
         memory_budget: bytes that the loss may allocate beyond inputs and gradients; None: the device's default.
-        order: "rows" or "classes" to have that outside, "auto" for whichever is faster.
+        order: "rows" or "classes", whichever the outer loop is over, or "auto" for the faster one.
         compact: D for a teacher that is known at few classes.
         projection_ND: [N, D] the part of D's gradient on the hidden states that `compact` leaves out, times -T.
-        student_NV: [N, V] the student's logits before the softcap, where they were computed already; overwritten.
-        teacher_lse_N: [N] logarithm of the teacher's sum of e^(z/T) over the common classes, of unrounded logits from
-            products in the dtype of its head, where it is known.
-        shard: where the student's head has the classes of this rank alone.
+        student_NV: [N, V] the student's logits before the softcap, if they were computed already; overwritten.
+        teacher_lse_N: [N] logarithm of the teacher's sum of e^(z/T) over the common classes, if it is known, from
+            unrounded products in the dtype of its head.
+        shard: this rank's classes, if the student's head has only those.
         standardize: whether D is of standardised logits.
     """
 
@@ -61,21 +61,21 @@ class PackedRows:
     standardize: bool = False
 
     def dtypes(self, hidden_ND: Tensor, head: Head) -> tuple[torch.dtype, torch.dtype]:
-        """Of a head's products with these hidden states, and of its logits."""
+        """The dtypes of a head's products with these hidden states, and of its logits."""
         if head.weight is None:
             return hidden_ND.dtype, hidden_ND.dtype
         products = self.gemm_dtype or head.weight.dtype
         return products, self.logits_dtype or products
 
     def missing(self, part: slice, weights_N: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """[C, D] what is subtracted from some rows' gradient on the hidden states: the part of `projection_ND`."""
+        """[C, D] what `projection_ND` subtracts from the gradient on some rows' hidden states."""
         assert self.projection_ND is not None
         missing_CD = self.projection_ND[part].to(dtype) * (self.coefficients.divergence / self.coefficients.temperature)
         return missing_CD if weights_N is None else missing_CD * weights_N[part, None]
 
 
 class Gradients(NamedTuple):
-    """Of the weighted sum of the rows' losses; None where not asked for."""
+    """Gradients of the weighted sum of the rows' losses; None for those that nobody needs."""
 
     hidden_ND: Tensor | None
     weight_VD: Tensor | None

@@ -7,13 +7,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..kernels import RowDivergence
+from ..kernels.compact import SparseDivergence
 from .chunked import ChunkedLoss
 from .head import Head, VocabularyShard
 from .options import LossOptions, check_in_range, in_range, require
 from .packed import PackedRows
 from .vocabulary import refusing_together, rows_of_all
 
-# Vocabularies are padded to a multiple that suits the hardware: 943 unused classes (Phi-2) is the most in the wild.
+# Vocabularies are padded to a multiple that suits the hardware; the most seen is 943 unused classes (Phi-2).
 _MOST_PADDING = 1024
 
 
@@ -115,7 +117,7 @@ def check_teacher_lse(lse: Any, labels: Tensor) -> None:
 
 
 def check_vocabularies(student_classes: int, teacher_classes: int) -> None:
-    """Refuse two vocabularies whose sizes differ by more than padding does."""
+    """Refuse two vocabularies whose sizes differ by more than padding can explain."""
     small, large = sorted((student_classes, teacher_classes))
     require(
         large - small <= min(_MOST_PADDING, small // 2),
@@ -125,7 +127,7 @@ def check_vocabularies(student_classes: int, teacher_classes: int) -> None:
 
 
 def check_teacher_shard(teacher: VocabularyShard | None, student: VocabularyShard | None) -> None:
-    """Refuse a teacher whose shards are not of the ranks that have the student's."""
+    """Refuse a teacher whose shards are on other ranks than the student's."""
     if teacher is None:
         return
     require(
@@ -142,8 +144,8 @@ def check_teacher_shard(teacher: VocabularyShard | None, student: VocabularyShar
 
 
 def check_classes(what: str, classes: Tensor, num_classes: int, otherwise: str = "") -> None:
-    """Refuse class indices out of range. otherwise: what else they may be, for the message."""
-    # Looking at them would synchronise a GPU with its host; there the gather's own device-side assertion speaks.
+    """Refuse class indices out of range. otherwise: what else the message says they may be."""
+    # On a GPU, looking at them would make the host wait; there the gather has an assertion of its own.
     if classes.device.type == "cpu" and classes.numel():
         values = classes.detach().numpy()
         low, high = int(values.min()), int(values.max())
@@ -159,7 +161,7 @@ def _scalar(value: float | Tensor, device: torch.device) -> Tensor:
 
 
 def autocast_dtype(student: Tensor) -> torch.dtype | None:
-    """The dtype in which autocast would run these hidden states' products; None where it would not."""
+    """The dtype in which autocast would run products of these hidden states; None if it would not change it."""
     # Autocast leaves float64 alone.
     kind = student.device.type
     if student.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
@@ -168,15 +170,15 @@ def autocast_dtype(student: Tensor) -> torch.dtype | None:
 
 
 def products_dtype(hidden: Tensor, head: Head) -> torch.dtype:
-    """The dtype of the products of these hidden states with a head: the head's, or autocast's where that is on."""
+    """The dtype of the products of these hidden states with a head: the head's, or autocast's if that is on."""
     return autocast_dtype(hidden) or (hidden.dtype if head.weight is None else head.weight.dtype)
 
 
 class StudentRows:
-    """The student's rows with loss, and everything that a loss needs except the teacher, all checked.
+    """The student's rows with loss, and all that a loss needs except the teacher, checked.
 
-    kept: indices of the N rows among all labels, or None for all of them. weights_N: factor on each row's loss; it
-    includes the mean's denominator where that cannot underflow.
+    kept: indices of the N rows among all labels, or None for all of them. weights_N: factor on each row's loss,
+    including the denominator of the mean unless that could underflow.
 
     Args:
         student: [..., D] hidden states, or [..., V] logits where the head has no weight.
@@ -184,9 +186,9 @@ class StudentRows:
         labels: [...] class indices, or `options.ignore_index`.
         options: of the loss.
         token_weights: [...] factor on each label's loss.
-        num_items: denominator of the mean. Default: the number of labels with loss, of all ranks where the head is a
-            shard and each has rows of its own.
-        student_logits: [..., V] before the softcap, where they were computed already; they are overwritten.
+        num_items: denominator of the mean. Default: the number of labels with loss; of all ranks, if the head is a
+            shard and each rank has rows of its own.
+        student_logits: [..., V] before the softcap, if they were computed already; they are overwritten.
 
     Raises:
         UserError: an argument is wrong.
@@ -250,8 +252,8 @@ class StudentRows:
         self.num_items = _scalar(num_items, labels.device)
         self.weights_N = None if token_weights is None else self.of_rows(token_weights).to(self.compute)
         self.logits_NV = self._given_logits(student_logits, student)
-        # The denominator belongs in the rows' weights: there it is applied in float32, before a gradient is rounded.
-        # Not with float16 gradients, which a factor of 1/num_items would push out of its range.
+        # The denominator goes into the rows' weights, where it is applied in float32, before a gradient is rounded. Not
+        # with float16 gradients: a factor of 1 / num_items would push them out of the range of float16.
         self._divide = options.reduction == "mean"
         if self._divide and torch.float16 not in (self.gemm_dtype, student.dtype):
             share = 1 / self.num_items.clamp(min=1).to(self.compute)
@@ -275,17 +277,26 @@ class StudentRows:
         return x if self.kept is None else x[self.kept]
 
     def of_rows(self, x: Tensor) -> Tensor:
-        """The rows with loss of a tensor [..., D], or of [...] in the shape of the labels, without gradient."""
+        """Pick the rows with loss, detached, from a tensor [..., D], or from [...], the shape of the labels."""
         return self._rows(x.detach().reshape(-1, *x.shape[self.labels.dim() :]))
 
     def _in_place(self, x_N: Tensor) -> Tensor:
-        """[N] values in the shape of the labels, 0 at ignored ones."""
+        """Put [N] values into the shape of the labels, 0 at ignored ones."""
         if self.kept is None:
             return x_N.view(self.labels.shape)
         return x_N.new_zeros(self.labels.numel()).index_put((self.kept,), x_N).view(self.labels.shape)
 
-    def loss(self, **teacher: Any) -> DistillationOutput:
-        """Compute the loss with a teacher that is given as fields of `PackedRows`."""
+    def loss(
+        self,
+        *,
+        teacher_ND: Tensor | None = None,
+        teacher_head: Head | None = None,
+        divergence: RowDivergence | None = None,
+        teacher_lse_N: Tensor | None = None,
+        compact: SparseDivergence | None = None,
+        projection_ND: Tensor | None = None,
+    ) -> DistillationOutput:
+        """Compute the loss beside a teacher. The arguments are fields of `PackedRows`; none: no teacher."""
         options = self.options
         rows = PackedRows(
             labels_N=self.labels_N,
@@ -301,7 +312,12 @@ class StudentRows:
             student_NV=self.logits_NV,
             shard=self.head.shard,
             standardize=options.standardize_logits,
-            **{"teacher_ND": None, "teacher_head": None, "divergence": None, **teacher},
+            teacher_ND=teacher_ND,
+            teacher_head=teacher_head,
+            divergence=divergence,
+            teacher_lse_N=teacher_lse_N,
+            compact=compact,
+            projection_ND=projection_ND,
         )
         per_row = options.reduction == "none"
         loss, *values = ChunkedLoss.apply(

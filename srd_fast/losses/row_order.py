@@ -1,4 +1,4 @@
-"""Loss and gradient with the rows outside: a chunk of rows sees all classes, so no larger logits tensor ever exists.
+"""Loss and gradient with the rows outside: chunk by chunk, so that only a chunk's logits are ever in memory.
 
 Shape letters: N packed rows, C rows of a chunk, D width, V classes, S student, T teacher.
 """
@@ -17,7 +17,7 @@ from .packed import Gradients, PackedRows
 
 
 class _Side:
-    """One model's rows and head in the dtype of the products, and the place of its logits."""
+    """The rows and the head of one model in the dtype of the products, and the buffer of its logits."""
 
     def __init__(
         self, name: str, hidden_ND: Tensor, head: Head, rows: PackedRows, logits_NV: Tensor | None = None
@@ -28,7 +28,7 @@ class _Side:
         self.classes = head.num_classes(hidden_ND)
 
     def logits(self, part: slice) -> Tensor:
-        """[C, V] in the workspace. Given logits, and rows of a head without weight, are returned as they are."""
+        """Compute [C, V] in the workspace. Logits that were given are returned as they are."""
         if self.logits_NV is not None:
             return self.logits_NV[part]
         hidden_CD = self.hidden_ND[part]
@@ -44,7 +44,7 @@ class _Side:
 
 
 class _ChunkRows:
-    """The row loss of a chunk, with the teacher's logits or what is known of them.
+    """The row loss of a chunk, with the teacher's logits or with a compact teacher.
 
     teacher: the side with the teacher's head, or None.
     """
@@ -53,7 +53,7 @@ class _ChunkRows:
         self.rows, self.student, self.backend = rows, student, backend
         self.teacher: _Side | None = None
         if rows.teacher_ND is not None and rows.teacher_head is not None:
-            # If the student's logits were given, the buffer in which they were computed is free.
+            # If the student's logits were given, the student's buffer is free.
             name = "teacher" if rows.student_NV is None else "student"
             self.teacher = _Side(name, rows.teacher_ND, rows.teacher_head, rows)
         sides = [student] if self.teacher is None else [student, self.teacher]
@@ -83,7 +83,7 @@ Visitor = Callable[[slice, slice, Tensor, RowValues], None]
 
 
 def _whole_samples(counts: Sequence[int], most: int) -> list[tuple[slice, slice]]:
-    """Divide samples into chunks as (samples, rows): whole samples, at most `most` rows, or one longer sample."""
+    """Divide samples into chunks, (samples, rows): whole samples of at most `most` rows, or one longer sample."""
     chunks: list[tuple[slice, slice]] = []
     first, begin, end = 0, 0, 0
     for i, count in enumerate(counts):
@@ -110,21 +110,21 @@ def run_chunks(
     Args:
         hidden_ND: [N, D] the student's hidden states.
         head: the student's.
-        rows: everything else about the rows.
+        rows: the labels, the teacher and the options.
         weights_N: [N] factor on each row in the gradients, or None for 1.
         chunk: C, at least 1.
-        backend: what runs the row function, "auto" no more.
+        backend: what runs the row function: "triton", "compile" or "eager".
         needs: whether the gradients of hidden states, weight and bias are computed.
-        counts: rows of each sample, where no sample may be divided between two chunks.
+        counts: number of rows of each sample, if no sample may be divided between two chunks.
         visit: called after each chunk.
 
     Returns:
-        Unweighted values of each row, and the gradients, None where not asked for.
+        Unweighted values of each row, and the gradients, None for those not in `needs`.
     """
     n, device = hidden_ND.shape[0], hidden_ND.device
     student = _Side("student", hidden_ND, head, rows, rows.student_NV)
     row_loss = _ChunkRows(student, rows, backend)
-    # The gradient overwrites the logits, unless they are wider than the products or belong to the caller.
+    # The gradient overwrites the logits, unless their dtype is wider than that of the products.
     separate = any(needs) and student.dtype != student.gemm_dtype
     whole_samples = None if counts is None else _whole_samples(counts, chunk)
     parts = [slice(i, min(i + chunk, n)) for i in range(0, n, chunk)]
@@ -169,7 +169,7 @@ def _write_hidden(target_CD: Tensor, g_CV: Tensor, head: Head, minus_CD: Tensor 
     """Write g @ weight * scale - minus to `target_CD`."""
     assert head.weight is not None
     if minus_CD is not None:
-        # The two nearly cancel where the student is good, so the product is rounded as late as the device allows.
+        # If the student is good, the two nearly cancel, so the product is rounded as late as the device allows.
         narrow_on_gpu = g_CV.is_cuda and g_CV.element_size() < 4
         product_CD = (
             torch.mm(g_CV, head.weight, out_dtype=torch.float32) if narrow_on_gpu else torch.mm(g_CV, head.weight)

@@ -1,11 +1,12 @@
-"""Loss and gradient where each rank of a group has some of the classes: what its classes give, joined with the others'.
+"""Loss and gradient where each rank of a group has some of the classes, and joins its results with the other ranks'.
 
-Shape letters: N rows of this rank, C rows of a chunk, of all ranks, D width, V_r and K_r classes of this rank that the
-student has, and that both have, S student, T teacher.
+Shape letters: N rows of this rank, C rows of a chunk, of all ranks, D width, S student, T teacher, V_r this rank's
+classes of the student, K_r this rank's classes that student and teacher both have.
 
-    rows outside      a chunk of rows sees all classes of this rank. Its logits are computed once and kept while they
-                      are read, weighed and written; the ranks join what they found after each of these
-    classes outside   as on one rank, in `class_order.py`; the ranks join what they found once for all rows
+    rows outside      a chunk of rows sees all classes of this rank. Its logits are computed once and kept for all
+                      passes (read, weigh, write); the ranks join their results after each pass
+    classes outside   as on one rank, in `class_order.py`; after each pass the ranks join the results of all rows at
+    once
 """
 
 from collections.abc import Sequence
@@ -39,15 +40,15 @@ def run_shard(
     Args:
         hidden_ND: [N, D] the student's hidden states.
         head: the student's, a shard.
-        rows: everything else about the rows.
+        rows: the labels, the teacher and the options.
         weights_N: [N] factor on each row in the gradients, or None for 1.
         needs: whether the gradients of hidden states, weight and bias are computed.
 
     Returns:
-        Unweighted values of each row, and the gradients, None where not asked for.
+        Unweighted values of each row, and the gradients, None for those not in `needs`.
 
     Raises:
-        UserError: on all ranks, where the loss cannot run on one of them.
+        UserError: the loss cannot run on one of the ranks. All ranks raise it.
     """
     shard, weight = head.shard, head.weight
     assert shard is not None
@@ -59,7 +60,7 @@ def run_shard(
 
 
 def _backend(hidden_ND: Tensor, head: Head, rows: PackedRows) -> str:
-    """What runs the rows; refuses what cannot be done class by class."""
+    """Choose what runs the rows, and refuse what cannot be computed class by class."""
     if rows.student_NV is not None or (rows.teacher_head is not None and rows.teacher_head.weight is None):
         raise UserError("a vocabulary in shards needs hidden states and heads, but logits are given")
     if rows.divergence is not None and rows.divergence.formula is None:
@@ -80,7 +81,7 @@ def _backend(hidden_ND: Tensor, head: Head, rows: PackedRows) -> str:
 
 
 def _what_is_the_same(hidden_ND: Tensor, head: Head, rows: PackedRows, weights_N: Tensor | None, needs: Needs) -> Any:
-    """What all ranks must agree on, because it says what they send each other, or what the loss is."""
+    """What must be equal on all ranks, because it decides what they send each other, or what the loss is."""
     assert head.shard is not None
     assert head.weight is not None
     formula = None if rows.divergence is None else rows.divergence.formula
@@ -116,8 +117,8 @@ def _what_is_the_same(hidden_ND: Tensor, head: Head, rows: PackedRows, weights_N
 class _Local:
     """A loss on this rank's classes.
 
-    head: the student's, plain, of these classes; teacher: the same of the teacher, or None. rows: in the numbers of the
-    whole vocabulary. joint: how the ranks work together. plan: the same on all ranks.
+    head: the student's for these classes, without the shard; teacher: the same of the teacher, or None. rows: with
+    class indices of the whole vocabulary. joint: how the ranks work together. plan: the same on all ranks.
     """
 
     head: Head
@@ -131,7 +132,7 @@ class _Local:
     def agreed(
         hidden_ND: Tensor, head: Head, rows: PackedRows, weights_N: Tensor | None, needs: Needs, backend: str
     ) -> "_Local":
-        """Agree with the other ranks on what is done, from numbers that all of them have."""
+        """Make the plan from numbers that all ranks have told each other, so that it is the same on all."""
         shard, weight = head.shard, head.weight
         assert shard is not None
         assert weight is not None
@@ -175,7 +176,7 @@ class _Local:
     def run(
         self, hidden_ND: Tensor, weights_N: Tensor | None, needs: Needs, backend: str
     ) -> tuple[RowValues, Gradients]:
-        """All parts in turn."""
+        """Run all parts in turn."""
         products = self.rows.dtypes(hidden_ND, self.head)[0]
         by_rows = self.plan.order == "rows"
         parts = list(self.joint.parts(self.plan.rows if by_rows else max(1, self.joint.total) * self.joint.ranks))
@@ -190,7 +191,7 @@ class _Local:
                 for x, needed in zip((self.head.weight, self.head.bias), needs[1:])
             ]
         for part in parts:
-            # As the products take them: what is narrower travels faster.
+            # Cast to the products' dtype before they are sent: fewer bytes.
             hidden_CD = self.joint.gather(hidden_ND.to(products) if self.shard.own_rows else hidden_ND, part)
             rows = self._rows_of(part, weights_N, by_rows)
             weights_C = rows.weights_N
@@ -213,10 +214,10 @@ class _Local:
         return values, Gradients(d_hidden_ND, *of_head)
 
     def _rows_of(self, part: Part, weights_N: Tensor | None, by_rows: bool) -> PackedRows:
-        """The part's rows, in the numbers of this rank's classes."""
+        """The part's rows, with class indices of this rank's head."""
         rows, joint, first = self.rows, self.joint, self.shard.first
         compact, teacher_CD = rows.compact, None
-        # Where a chunk's logits are there anyway, their sum costs nothing.
+        # A chunk has all logits in memory, so the known sum would save nothing.
         lse_N = None if by_rows else rows.teacher_lse_N
         labels_C, weights_C, lse_C = joint.gather_numbers((rows.labels_N, weights_N, lse_N), part)
         assert labels_C is not None
@@ -242,7 +243,7 @@ class _Local:
 
 
 def _below(common: int, first: int, classes: int) -> range:
-    """Those of some classes that are below K."""
+    """Those of the `classes` classes from `first` on that are below K."""
     return range(min(first, common), min(first + classes, common))
 
 
@@ -253,7 +254,7 @@ def _work(hidden_ND: Tensor, head: Head, rows: PackedRows, classes: int) -> Head
 
 
 class _Chunks:
-    """Rows outside: chunk after chunk, with the sums of the head's gradient."""
+    """Rows outside: one chunk after the other, with the sums of the head's gradient."""
 
     def __init__(self, loss: _Local, hidden_ND: Tensor, needs: Needs, backend: str, several: bool) -> None:
         self.joint, self.needs, self.backend = loss.joint, needs, backend
@@ -277,7 +278,7 @@ class _Chunks:
     def run(
         self, hidden_CD: Tensor, rows: PackedRows, weights_C: Tensor | None, last: bool
     ) -> tuple[RowValues, Tensor | None]:
-        """Values of a chunk, and what this rank's classes give to its hidden gradient."""
+        """Values of a chunk, and the part of its hidden gradient that comes from this rank's classes."""
         student_CV = _logits("student", hidden_CD, self.head, self.logits)
         teacher_CK, common = None, 0
         if self.teacher is not None and rows.teacher_ND is not None:
@@ -311,7 +312,7 @@ class _Chunks:
         return loss.values(), self._products(g_CV, hidden_CD, last)
 
     def _gather(self, loss: ClassBlocks, rows: slice, student_CK: Tensor, teacher_CK: Tensor | None) -> None:
-        """Find the numbers of rows that the terms of their divergence need."""
+        """Compute the numbers of each row that the terms of the divergence need."""
 
         def look() -> None:
             if student_CK.shape[1] and teacher_CK is not None:
@@ -328,12 +329,12 @@ class _Chunks:
         assert self.head.weight is not None
         sum_CD = None
         if self.needs[0]:
-            # With no classes nothing is written, so it must be 0.
+            # A rank without classes writes nothing, so its sum must start at 0.
             sum_CD = hidden_CD.new_zeros(hidden_CD.shape, dtype=self.sum_dtype)
             if g_CV.is_cuda or g_CV.dtype == self.sum_dtype:
                 add_product(sum_CD, g_CV, self.head.weight, self.head.scale)
             else:
-                # What ranks give may nearly cancel. A CPU rounds such a product, unless it is of widened slices.
+                # The ranks' parts may nearly cancel. A CPU would round this product, so slices are widened first.
                 for part in class_slices(g_CV.shape[1]):
                     g, weight = g_CV[:, part].to(self.sum_dtype), self.head.weight[part].to(self.sum_dtype)
                     add_product(sum_CD, g, weight, self.head.scale)

@@ -32,10 +32,10 @@ def token_values(
         head: turns them into logits.
         labels_N: [N] int64 class indices.
         memory_budget: bytes that it may allocate. Default: that of `distillation_loss`.
-        counts: rows of each sample, N in all. No sample is then divided between chunks.
-        visit: with `counts`, called after each chunk with the samples and rows of the chunk, its logits before the
-            softcap, which are overwritten afterwards, and its values. Where memory runs out, the chunk is halved and
-            `visit` is called again from the first chunk on.
+        counts: number of rows of each sample, N in all. No sample is then divided between chunks.
+        visit: with `counts`, called after each chunk with the chunk's samples, its rows, its logits before the softcap
+            (the next chunk overwrites them) and its values. If memory runs out, the chunks are halved and `visit` is
+            called again from the first one on.
         logits_dtype: dtype of the logits: None for that of the matrix products, or torch.float32.
 
     Returns:

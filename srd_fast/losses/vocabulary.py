@@ -1,8 +1,8 @@
-"""Heads that are shards of a vocabulary: made of DTensors, checked against those of the other ranks, and brought
-together with a teacher's.
+"""Heads that are shards of a vocabulary: made from DTensors, checked against the other ranks' shards, and matched with
+the classes of a teacher's head.
 
-Ranks that wait for one another must not wait for one that has refused its arguments. So each loss begins with one
-exchange of a few numbers: whether a rank refuses, how many rows it has, and what all must agree on.
+Ranks must not wait for a rank that has refused its arguments. So each loss begins with an exchange of a few numbers:
+whether a rank refuses, how many rows it has, and a checksum of what must be equal on all ranks.
 """
 
 import sys
@@ -25,15 +25,15 @@ from .head import Head, VocabularyShard
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-# Of an exchange: all have one shape, so that a refusal reaches a rank in whichever of them it is.
+# Numbers in an exchange. All exchanges have this size, so that a refusal can be sent in place of any of them.
 _NUMBERS = 40
 _OWN = 10
-# Errors that all ranks raise already.
+# Errors that all ranks raise anyway, so that none has to be told.
 _raised_by_all: "weakref.WeakSet[UserError]" = weakref.WeakSet()
 
 
 def is_dtensor(x: Any) -> bool:
-    """Whether this is a DTensor. Nothing is imported to find out: who has one has done so."""
+    """Whether this is a DTensor. The module is not imported for that: whoever has a DTensor has imported it."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(x, module.DTensor)
 
@@ -48,23 +48,23 @@ def head_of(
     head_gradient: float = 1.0,
     side: str = "student",
 ) -> Head:
-    """Make a head of a weight that is whole, a block of classes, or a DTensor.
+    """Make a head from a weight that is whole, a block of classes, or a DTensor.
 
     Args:
-        weight: [V, D] whole or as a DTensor, or [V_r, D] with `vocabulary`. Gradients lead back to a DTensor.
-        bias: [V] where the weight is whole. Beside a shard: [V_r], a DTensor, or a whole one that wants no gradient.
+        weight: [V, D] whole or as a DTensor, or [V_r, D] with `vocabulary`. A DTensor's gradient is a DTensor.
+        bias: [V] if the weight is whole. Beside a shard: [V_r], a DTensor, or [V] if it needs no gradient.
         softcap: as in `Head`.
         scale: as in `Head`.
-        vocabulary: which classes a plain weight has. Default: all, or those that a DTensor says.
-        rows: of a DTensor's shard, "same" or "own".
-        head_gradient: of a DTensor's shard, factor on the gradients of weight and bias.
+        vocabulary: which classes a plain weight has. Default: all of them, or those of the DTensor.
+        rows: "same" or "own", for a DTensor: see `VocabularyShard`.
+        head_gradient: for a DTensor, factor on the gradients of weight and bias.
         side: "student" or "teacher", for messages.
 
     Returns:
-        The head: a shard, where the weight is one.
+        The head; a shard if the weight is one.
 
     Raises:
-        UserError: the weight or the bias is divided in a way that no head can be.
+        UserError: the weight or the bias is divided in another way than by classes.
     """
     name = f"{side}_weight"
     if is_dtensor(weight):
@@ -96,7 +96,11 @@ def head_of(
 
 
 def plain(name: str, x: Any) -> Any:
-    """A DTensor of rows as the plain tensor that it is on each rank; anything else as it is."""
+    """Return a DTensor that every rank holds whole as a plain tensor, and anything else as it is.
+
+    Raises:
+        UserError: the DTensor is divided.
+    """
     if not is_dtensor(x):
         return x
     if not all(placement.is_replicate() for placement in x.placements):
@@ -109,9 +113,9 @@ def plain(name: str, x: Any) -> Any:
 
 @contextmanager
 def refusing_together(shard: VocabularyShard | None, weight: Tensor | None) -> Iterator[None]:
-    """Tell the other ranks of a UserError in the block, so that they end with one too instead of waiting.
+    """Tell the other ranks of a UserError in the block, so that they raise one too instead of waiting.
 
-    weight: of the shard, whose device the ranks reach each other from.
+    weight: the shard's weight, on the device over which the ranks communicate.
     """
     try:
         yield
@@ -132,7 +136,7 @@ def _refuse(message: str) -> UserError:
 def _exchange(
     shard: VocabularyShard, device: torch.device, numbers: Sequence[int], checksum: Tensor | None
 ) -> list[list[int]]:
-    """The numbers of all ranks, in their order. checksum: another, last, that need not wait for a GPU."""
+    """Gather the numbers of all ranks, by rank. checksum: one more, the last, which may still be computed on a GPU."""
     ranks = dist.get_world_size(shard.group)
     mine = torch.tensor([*numbers, *[0] * (_NUMBERS - len(numbers))], dtype=torch.int64, device=device)
     if checksum is not None:
@@ -150,26 +154,26 @@ def _exchange(
 
 
 def rows_of_all(shard: VocabularyShard, device: torch.device, rows: int) -> int:
-    """The sum of all ranks' numbers of rows."""
+    """The number of rows of all ranks together."""
     return sum(row[1] for row in _exchange(shard, device, [1, rows], None))
 
 
 def agree(
     shard: VocabularyShard, labels_N: Tensor, numbers: Sequence[int], same: dict[str, Any]
 ) -> list[tuple[int, ...]]:
-    """Tell each other some numbers, and refuse where what must be the same is not.
+    """Exchange some numbers with the other ranks, and check that what must be equal on all ranks is.
 
     Args:
         shard: whose group it is.
-        labels_N: [N] of this rank.
+        labels_N: [N] labels of this rank.
         numbers: at most 10, which may differ.
-        same: what must be the same on all ranks, by the name that the message gives it.
+        same: what must be equal on all ranks, by the name that the message gives it.
 
     Returns:
         The numbers of each rank.
 
     Raises:
-        UserError: on all ranks, where something differs or a rank refused.
+        UserError: something differs, or a rank refused its arguments. All ranks raise it.
     """
     checksum = None
     if not shard.own_rows:
@@ -193,7 +197,7 @@ def agree(
 
 
 def check_ranges(ranges: Sequence[range], classes: int, side: str) -> None:
-    """Refuse shards that do not have each class once."""
+    """Refuse shards that do not have each class exactly once."""
     end = 0
     for part in sorted((r for r in ranges if r), key=lambda r: r.start):
         if part.start != end:
@@ -209,16 +213,16 @@ def check_ranges(ranges: Sequence[range], classes: int, side: str) -> None:
 class TeacherBlock:
     """The classes of a teacher's head that this rank's student has too.
 
-    A teacher that is whole on each rank gives a view. One in shards of the same group gives one too where its shards
-    have what the student's have. Otherwise the ranks send each other what is lacking, once: it is kept as long as the
-    teacher's weight lives.
+    They are a view of the teacher's head if it is whole on each rank, or if its shards have the same classes as the
+    student's. Otherwise the ranks send each other the missing classes, once: the block is kept as long as the teacher's
+    weight exists.
 
     Args:
         head: the teacher's.
         wanted: this rank's classes.
     """
 
-    # Storage of a shard -> what of it was asked for, and the block.
+    # Storage of a shard -> the key of the classes that were asked for, and their block.
     _kept: ClassVar[dict[StorageWeakRef, tuple[Any, Tensor]]] = {}
 
     def __init__(self, head: Head, wanted: range) -> None:
@@ -228,7 +232,7 @@ class TeacherBlock:
 
     @property
     def numbers(self) -> tuple[int, int, int]:
-        """What the other ranks must know: first class, number of classes, and whether the block is kept here."""
+        """What the other ranks must know: first class, number of classes, and whether this rank has kept the block."""
         return self.first, self.classes, int(all(self._of_kept(x) is not None for x in self.head.tensors().values()))
 
     def _key(self, x: Tensor) -> Any:
@@ -242,8 +246,8 @@ class TeacherBlock:
         """The block as a plain head.
 
         Args:
-            numbers: of all ranks.
-            wanted: of all ranks.
+            numbers: the `numbers` of all ranks.
+            wanted: the wanted classes of all ranks.
 
         Returns:
             [K_r, D] for K_r classes of `wanted`.
@@ -260,7 +264,7 @@ class TeacherBlock:
         return replace(self.head, weight=blocks["weight"], bias=blocks.get("bias"), shard=None)
 
     def _fetch(self, x: Tensor, have: Sequence[range], wanted: Sequence[range]) -> Tensor:
-        """Send to the others what they lack and receive what is lacking here."""
+        """Send the other ranks the classes that they lack, and receive those that this rank lacks."""
         assert self.head.shard is not None
         group = self.head.shard.group
         rank = dist.get_rank(group)
@@ -288,5 +292,5 @@ class TeacherBlock:
 
 def _common(a: range, b: range) -> range:
     start, stop = max(a.start, b.start), min(a.stop, b.stop)
-    # At `a`'s start where there is nothing, so that slices of it stay in place.
+    # An empty range starts where `a` does, so that slices relative to `a` are valid.
     return range(start, stop) if start < stop else range(a.start, a.start)

@@ -20,7 +20,7 @@ from .heads import unwrap
 logger = logging.getLogger(__name__)
 
 _WEIGHTS = "adapter_model.safetensors"
-# Fields of a LoraConfig of which any value leaves it plain.
+# Fields of a LoraConfig that may have any value in a plain LoRA: see `why_not_plain_lora`.
 _PLAIN = {"r", "lora_alpha", "use_rslora", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform"}
 _PLAIN |= {"layers_pattern", "init_lora_weights", "task_type", "inference_mode", "base_model_name_or_path", "revision"}
 _PLAIN |= {"auto_mapping", "peft_type", "peft_version"}
@@ -39,7 +39,7 @@ def with_adapters(model: nn.Module, peft_config: Any) -> nn.Module:
 
     Args:
         model: a causal language model.
-        peft_config: of the peft package, for adapters in the layers.
+        peft_config: a configuration of the peft package, for adapters in the layers.
 
     Returns:
         The model with adapters.
@@ -56,9 +56,9 @@ def with_adapters(model: nn.Module, peft_config: Any) -> nn.Module:
 
 
 def untie_adapted_embeddings(model: nn.Module) -> None:
-    """Untie input embeddings that are tied to the head and are trained apart from it, by an adapter or as a whole.
+    """Untie input embeddings from the head if they are trained separately from it, by an adapter or as a whole.
 
-    Training stays what it is. peft's own `merge_and_unload` would otherwise change the head with the embeddings.
+    Training does not change. Without this, peft's own `merge_and_unload` would change the head with the embeddings.
 
     Args:
         model: a PEFT model; any other model stays as it is.
@@ -68,15 +68,15 @@ def untie_adapted_embeddings(model: nn.Module) -> None:
 
 
 def why_not_plain_lora(model: nn.Module) -> str | None:
-    """Why the adapter of a PEFT model is more than a product A B, of one rank and scale, beside layers of its body.
+    """Say why the adapter of a PEFT model is not plain LoRA: products A B of one rank and scale, beside body layers.
 
-    Engines that take adapters from files read no more than that, and some say nothing of the rest.
+    Engines that read adapters from files understand only plain LoRA, and some silently ignore everything else.
 
     Args:
         model: a PEFT model.
 
     Returns:
-        The reason in a few words; None where it is nothing more.
+        The reason in a few words; None for plain LoRA.
     """
     peft = _peft("the student's adapter")
     configs: Any = model.peft_config
@@ -98,11 +98,11 @@ def why_not_plain_lora(model: nn.Module) -> str | None:
 
 
 def save_base(model: nn.Module, folder: Path) -> None:
-    """Save the model under the adapters of a PEFT model, for which `why_not_plain_lora` is None.
+    """Save the base model of a PEFT model with plain LoRA (see `why_not_plain_lora`).
 
     Args:
         model: the PEFT model.
-        folder: for the weights that adapters do not change.
+        folder: where the base weights go, which adapters do not change.
     """
     inner: Any = unwrap(model)
     state = {n.replace(".base_layer.", "."): x for n, x in inner.state_dict().items() if ".lora_" not in n}
@@ -110,12 +110,12 @@ def save_base(model: nn.Module, folder: Path) -> None:
 
 
 def save_adapter(model: nn.Module, folder: Path, base: Path) -> None:
-    """Save the adapter of a PEFT model alone, as one of the model in another folder.
+    """Save only the adapter of a PEFT model. Its config names the folder of the base model.
 
     Args:
         model: the PEFT model.
-        folder: for the adapter.
-        base: where `save_base` has put its model.
+        folder: where the adapter goes.
+        base: the folder in which `save_base` saved the base model.
     """
     model.save_pretrained(str(folder), save_embedding_layers=False)  # type: ignore[operator]
     described = folder / "adapter_config.json"
@@ -127,11 +127,11 @@ def refuse_trained_prompts(model: object, name: str) -> None:
     """Refuse a PEFT model whose adapter is a trained prompt or prefix: its hidden states are not those of its body.
 
     Args:
-        model: any object; only PEFT models are looked at.
+        model: any object; only PEFT models are checked.
         name: "student" or "teacher", for the message.
 
     Raises:
-        UserError: it is one.
+        UserError: the adapter is a trained prompt or prefix.
     """
     configs = getattr(model, "peft_config", None)
     for config in configs.values() if isinstance(configs, dict) else ():
@@ -163,12 +163,12 @@ def adapter_base(path: str) -> str | None:
     try:
         if find_adapter_config_file(path) is None:
             return None
-    except (OSError, ValueError):  # a name that is no model's either; what loads it says so
+    except (OSError, ValueError):  # perhaps no model either; loading it will say so
         return None
     peft = _peft(f"the adapter {path!r}")
     try:
         config = peft.PeftConfig.from_pretrained(path)
-    except Exception as e:  # whatever a damaged file makes of the library
+    except Exception as e:  # a damaged file may raise anything in the library
         raise UserError(f"adapter {path!r} has no configuration that can be read: {first_line(e)}") from e
     _refuse_prompts(config, f"adapter {path!r} is of")
     if not config.base_model_name_or_path:
@@ -177,7 +177,7 @@ def adapter_base(path: str) -> str | None:
 
 
 def load_merged(base: PreTrainedModel, path: str) -> PreTrainedModel:
-    """Put the adapter of a folder or hub id into its model, and merge it.
+    """Load the adapter of a folder or hub id into its base model, and merge it.
 
     Args:
         base: the adapter's model, which changes.
@@ -198,7 +198,7 @@ def load_merged(base: PreTrainedModel, path: str) -> PreTrainedModel:
         )
     try:
         model = peft.PeftModel.from_pretrained(base, path, use_safetensors=True)
-    except Exception as e:  # as for models
+    except Exception as e:  # damaged files raise errors of many libraries
         raise UserError(f"adapter {path!r} cannot be put into its model {base.name_or_path!r}: {first_line(e)}") from e
     if local.is_dir():
         _check_keys(peft.get_peft_model_state_dict(model), local / _WEIGHTS)
@@ -223,8 +223,8 @@ def _some(names: Any) -> str:
 def merge_adapters(model: nn.Module) -> PreTrainedModel:
     """Merge a PEFT model's adapters into the weights they change, and compare its logits before and after.
 
-    Input embeddings that are tied to the head and trained apart from it, by an adapter or as `modules_to_save`, become
-    untied, in the model and in its configuration.
+    Input embeddings that were tied to the head but trained separately from it, by an adapter or as `modules_to_save`,
+    are untied, in the model and in its configuration.
 
     Args:
         model: a PEFT model, which is used up; any other model passes unchanged.
@@ -233,7 +233,7 @@ def merge_adapters(model: nn.Module) -> PreTrainedModel:
         The model inside, without adapters.
 
     Raises:
-        UserError: the adapters cannot be merged, or the merged model is another one.
+        UserError: the adapters cannot be merged, or the merged model gives other logits.
     """
     if not hasattr(model, "merge_and_unload"):
         return model  # type: ignore[return-value]
@@ -260,7 +260,7 @@ def merge_adapters(model: nn.Module) -> PreTrainedModel:
 
 
 def _plain(module: Any) -> nn.Module:
-    """The layer of the model under what peft has put around it."""
+    """The model's own layer inside peft's wrapper."""
     for name in ("original_module", "base_layer"):
         if isinstance(getattr(module, name, None), nn.Module):
             return _plain(getattr(module, name))
@@ -268,7 +268,7 @@ def _plain(module: Any) -> nn.Module:
 
 
 def _untie_if_adapted(inner: Any) -> bool:
-    """Give a tied head a weight of its own if peft is around it or the embeddings. Returns whether it did."""
+    """Give a tied head a weight of its own if peft wraps it or the embeddings. Returns whether it did."""
     head, embedding = inner.get_output_embeddings(), inner.get_input_embeddings()
     plain, source = _plain(head), _plain(embedding)
     if (plain is head and source is embedding) or plain.weight is not source.weight:
@@ -279,7 +279,7 @@ def _untie_if_adapted(inner: Any) -> bool:
 
 
 def _set_tied(model: Any, tied: bool) -> None:
-    """Let the configuration say whether embeddings and head are one; peft may have changed it either way."""
+    """Set in the configuration whether embeddings and head are tied; peft may have changed it either way."""
     for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
         config.tie_word_embeddings = tied
     if hasattr(model, "get_expanded_tied_weights_keys"):

@@ -43,7 +43,7 @@ def compile_layers(
     backend: str | Callable[..., Any] = "inductor",
     mode: str | None = None,
 ) -> str | None:
-    """Compile the decoder layers of a causal language model in place, if they then give the same results.
+    """Compile the decoder layers of a causal language model in place, if that does not change its results.
 
     All layers of a class share one graph for each way in which they run, whatever the lengths. A few tokens go through
     the model before and after: through a frozen model in inference mode, through any other in training, with gradients,
@@ -52,10 +52,10 @@ def compile_layers(
 
     Args:
         model: on its device and in its dtype, after `enable_flattening`; a PEFT model too. Its mode does not change.
-        autocast: makes the context in which it will run.
+        autocast: makes the autocast context in which the model will run.
         flattened: whether it will run on flattened batches, instead of padded ones.
-        backend: of `torch.compile`.
-        mode: of `torch.compile`.
+        backend: the backend of `torch.compile`.
+        mode: the mode of `torch.compile`.
 
     Returns:
         None, or a clause that says which layers are not compiled, and why.
@@ -94,7 +94,7 @@ def _compile_kind(
         made = _compiled_class(kind, backend, mode)
         for layer in members:
             layer.__class__ = made
-        # Sizes that happen to be equal here would else be taken for one size, and numbers of modules for inputs.
+        # Otherwise sizes that happen to be equal here would be compiled as one size, and module numbers as inputs.
         shapes: Any = torch.fx.experimental._config
         with shapes.patch(use_duck_shape=False), torch._dynamo.config.patch(specialize_float=True):
             reason = proof.difference()
@@ -114,14 +114,14 @@ def _compiled_class(kind: type[nn.Module], backend: Any, mode: str | None) -> An
     def run(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return plain(layer, *args, **kwargs)
 
-    # Graphs are counted for each code object: this one is of this class in this model alone.
+    # torch limits the number of graphs per code object, so each class of each model gets a code object of its own.
     run.__code__ = run.__code__.replace(co_name=f"{kind.__name__}_forward")
     compiled = torch.compile(run, backend=backend, mode=mode, dynamic=True, fullgraph=True)
 
     @wraps(plain)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        # Caches are numbered by layer: one graph would become one for each. And torch compiles nothing that a dispatch
-        # mode wants to see.
+        # With a cache, which is indexed by the layer's number, each layer would need its own graph. And torch compiles
+        # nothing while a dispatch mode is active.
         if made.failed or _is_watched() or any(isinstance(x, Cache) for x in (*args, *kwargs.values())):
             return plain(self, *args, **kwargs)
         try:
@@ -180,7 +180,7 @@ class _Proof:
         weight = self.embedding.weight
         self.device, self.dtype = weight.device, weight.dtype
         padded, flat = probe_batches(weight.shape[0], self.device)
-        # Without padding no mask is made, which is a graph of its own.
+        # A batch without padding has no mask, and so a graph of its own.
         self.batches = [flat] if flattened else [padded, {n: x[::2, :7].clone() for n, x in padded.items()}]
         if is_encoder_decoder(inner):
             self.batches = [with_decoder(inner, batch) for batch in self.batches]
@@ -190,12 +190,12 @@ class _Proof:
 
     @contextmanager
     def undisturbed(self) -> Iterator[None]:
-        """Restore the state of the random numbers afterwards."""
+        """Restore the state of the random number generators afterwards."""
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             yield
 
     def expect(self) -> dict[type[nn.Module], list[nn.Module]]:
-        """Run each way uncompiled. Return the outermost layers that ran, by class."""
+        """Run every way uncompiled, and return the outermost layers that ran, by class."""
         with self._watched_layers():
             for batch in self.batches:
                 self.ways.append(_Way(batch, False, False))

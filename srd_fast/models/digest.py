@@ -19,9 +19,9 @@ _NOT_OF_THE_MODEL |= {"distributed_config"}
 def model_digest(model: nn.Module) -> str:
     """Hash of a model's parameters and buffers, with their dtypes, and of its configuration.
 
-    It does not depend on where they are. Of a sharded model all processes that have shards must ask for it.
+    It does not depend on the device. For a sharded model, all processes that have shards must call this together.
     """
-    unpack(model)  # packed or not, it is the same model
+    unpack(model)  # so that a packed and an unpacked model have the same hash
     state = ((name, x) for key, value in state_of(model) for name, x in _plain_tensors(key, value))
 
     def digest(x: torch.Tensor) -> str:
@@ -44,7 +44,7 @@ def model_digest(model: nn.Module) -> str:
 
 
 def _plain_tensors(name: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """A state's tensors; those inside of a quantised tensor, each with a name of its own."""
+    """The tensors of an entry of a model's state; for a quantised tensor, those inside it, each with its own name."""
     if hasattr(value, "__tensor_flatten__"):
         for part in value.__tensor_flatten__()[0]:
             yield from _plain_tensors(f"{name}.{part}", getattr(value, part))

@@ -11,14 +11,15 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 
-# T5's relatives whose configs have no `scale_decoder_outputs`, in some versions of transformers: tied heads are scaled.
+# Relatives of T5 whose config lacks `scale_decoder_outputs` in some versions of transformers. They scale if heads are
+# tied.
 _SCALED_WHERE_TIED = ("switch_transformers", "umt5")
 # What a decoder does to its logits: names in the config and of a buffer.
 OF_DECODERS = ("scale_decoder_outputs", "final_logits_bias")
 
 
 class SaysItsKind(Protocol):
-    """A model's configuration, or what stands for a model, such as a cache of its rows.
+    """A model's configuration, or something that stands in for a model, such as a cache of its rows.
 
     Attributes:
         is_encoder_decoder: whether it has an encoder and a decoder.
@@ -31,7 +32,7 @@ def is_encoder_decoder(model: nn.Module | SaysItsKind) -> bool:
     """Whether a model has an encoder for the prompt and a decoder for the response.
 
     Args:
-        model: a model, a PEFT model too, or what says its kind.
+        model: a model, which may be a PEFT model, or an object with `is_encoder_decoder`.
 
     Returns:
         True for T5, BART and their like.
@@ -46,10 +47,10 @@ def decoder_start(model: nn.Module) -> int | None:
         model: any model.
 
     Returns:
-        Its id; None for a causal language model, which goes on from its prompt.
+        Its id; None for a causal language model, which continues its prompt.
 
     Raises:
-        UserError: the model has a decoder, and its configuration does not say how it starts.
+        UserError: the model has a decoder, but its configuration has no start token.
     """
     if not is_encoder_decoder(model):
         return None
@@ -82,7 +83,7 @@ def decoder_output(inner: Any, batch: Mapping[str, Tensor]) -> Any:
             "data_collator that makes them, as DistillationCollator(decoder_start=...) does"
         )
     mask = batch["attention_mask"]
-    # Not the body's own call: T5's is that of the whole model, with logits.
+    # Encoder and decoder are called separately, because T5's body is the whole model, which computes logits.
     read = inner.get_encoder()(input_ids=batch["input_ids"], attention_mask=mask, return_dict=True)
     return inner.get_decoder()(
         input_ids=batch["decoder_input_ids"],
@@ -95,7 +96,7 @@ def decoder_output(inner: Any, batch: Mapping[str, Tensor]) -> Any:
 
 
 def with_decoder(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Let a probe's samples be responses too, where a model has a decoder.
+    """Use the samples of a probe as responses too, if the model has a decoder.
 
     Args:
         model: any model.
@@ -112,7 +113,7 @@ def with_decoder(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Ten
 
 
 def logits_bias(inner: Any) -> Tensor | None:
-    """[V], what BART's relatives add to their logits beside their head; None for other models."""
+    """[V], the bias that BART and its relatives add to the logits outside of their head; None for other models."""
     bias = getattr(inner, "final_logits_bias", None)
     return bias.flatten() if isinstance(bias, Tensor) else None
 
@@ -125,10 +126,10 @@ def decoder_scale(config: Any) -> float:
 
 
 def check_same_kind(student: nn.Module | SaysItsKind, teacher: nn.Module | SaysItsKind) -> None:
-    """Refuse an encoder-decoder model beside a causal language model.
+    """Refuse a pair of an encoder-decoder model and a causal language model.
 
     Args:
-        student: a model, or what says its kind.
+        student: a model, or an object with `is_encoder_decoder`.
         teacher: the same.
 
     Raises:

@@ -17,10 +17,10 @@ from .placement import entry_device, is_fully_sharded
 from .text import text_config, text_tower
 from .varlen import IMPLEMENTATION
 
-# What rounding explains of the mean error of a token's hidden state and of its gradient, relative to their norms. Norms
-# and softmaxes are in float32 in float64 models too, and on a GPU float32 may be TF32, with the fraction of float16.
-# SmolLM2-135M beside itself in float32: bfloat16 0.03 and 0.1, float16 0.002 and 0.02; with samples that see each other
-# 0.4 and 1.4.
+# The largest mean error that rounding can explain: of a token's hidden state and of its gradient, relative to their
+# norms. Float64 models compute norms and softmaxes in float32, and on a GPU float32 may be TF32, with the mantissa of
+# float16. SmolLM2-135M against itself in float32: bfloat16 0.03 and 0.1, float16 0.002 and 0.02. If samples see each
+# other: 0.4 and 1.4.
 TOLERANCE = {
     torch.float64: (1e-5, 1e-5),
     torch.float32: (1e-4, 1e-4),
@@ -28,18 +28,18 @@ TOLERANCE = {
     torch.bfloat16: (0.1, 0.4),
 }
 _LENGTHS = (7, 1, 12)
-# Where states go from token to token, one sample is longer than any usual chunk (64 to 256 tokens).
+# For models with a state that passes from token to token: one sample is longer than any usual chunk (64 to 256 tokens).
 _LONG = (7, 1, 270, 12, 5)
 _MIXERS = (nn.Conv1d, nn.RNNBase)
 _ATTENTION = {"full_attention", "sliding_attention", "attention"}
 
 
 def enable_flattening(model: nn.Module) -> str | None:
-    """Make a causal language model take flattened batches in `hidden_states`, if it gives the same results for them.
+    """Let a causal language model take flattened batches in `hidden_states`, if it gives the same results for them.
 
-    Its attention implementation becomes `srd_varlen`, which is `sdpa` for padded batches and generation; flash
-    attention stays. Then samples, flattened and padded, must have the same hidden states. If the model is trained, the
-    gradients of their input embeddings must be the same too. On a GPU, a float32 model is also tried under bfloat16
+    Its attention implementation becomes `srd_varlen`, which equals `sdpa` for padded batches and generation; flash
+    attention stays. A few samples are then run flattened and padded. Their hidden states must agree, and if the model
+    is trained, so must the gradients of their input embeddings. On a GPU, a float32 model is also tried under bfloat16
     autocast. No sample may have a gradient with respect to another one's tokens.
 
     Args:
@@ -54,7 +54,7 @@ def enable_flattening(model: nn.Module) -> str | None:
         try:
             with evaluating(model):
                 reason = _switch_and_compare(model, inner, _LENGTHS if mixes is None else _LONG)
-        except Exception as e:  # models of other people's code raise anything for a batch they do not understand
+        except Exception as e:  # a model may raise anything for a batch that it does not understand
             reason = first_line(e)
     if reason is None:
         return None
@@ -78,9 +78,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def unfit_for_shared_prefix(model: nn.Module) -> str | None:
-    """Find out whether beginnings that several samples share may stand once in a flattened batch, before all samples.
+    """Find out whether a flattened batch may hold a beginning that several samples share only once, before all samples.
 
-    Samples after two beginnings, flattened and padded, must have the same hidden states and gradients, as in
+    Samples with two shared beginnings are run flattened and padded. Their hidden states and gradients must agree, as in
     `enable_flattening`.
 
     Args:
@@ -97,7 +97,7 @@ def unfit_for_shared_prefix(model: nn.Module) -> str | None:
     if device.type == "cuda":
         return "on a GPU each sample has keys of its own"
     if any(p.requires_grad for p in model.parameters()) and _drops(inner):
-        return "one dropout of the beginning would be that of all samples"
+        return "its dropout would be the same for all samples that share a beginning"
     padded, flattened = _prefix_batches(embedding.weight.shape[0], device)
     try:
         with evaluating(model):
@@ -105,7 +105,7 @@ def unfit_for_shared_prefix(model: nn.Module) -> str | None:
     except Exception as e:  # as in enable_flattening
         return first_line(e)
     for what, tolerance, a_BLD, b_BLD in zip(("hidden states", "gradients"), TOLERANCE[dtype], wanted, found):
-        # A beginning's gradients are those of all samples with it.
+        # The gradient of a shared beginning is the sum over all samples that have it.
         expected_LD, found_LD = _by_place(a_BLD, padded), _by_place(b_BLD, flattened)
         if what == "hidden states":
             expected_LD = expected_LD / _by_place(torch.ones_like(a_BLD), padded)
@@ -125,7 +125,7 @@ def _drops(inner: Any) -> bool:
 def unfit(inner: Any) -> str | None:
     """Why a model cannot take flattened batches, if that can be seen without running it; else None.
 
-    What the numbers show, with each sample's gradients kept to itself, is left to them (`_switch_and_compare`).
+    Whatever shows in the results is left to `_switch_and_compare`, such as samples that see each other.
     """
     if is_encoder_decoder(inner):
         return "it has an encoder and a decoder"
@@ -150,9 +150,9 @@ def unfit(inner: Any) -> str | None:
 
 
 def mixes_elsewhere(inner: Any) -> str | None:
-    """A clause if layers of the text part look as if they mix tokens outside of attention, else None.
+    """Say whether layers of the text part look as if they mix tokens outside of attention; None if they do not.
 
-    Whether they keep samples apart depends on the version of transformers and on its kernels; the numbers show it.
+    Whether they keep samples apart depends on the version of transformers and on its kernels, so it has to be tried.
     """
     mixer = next((m for m in text_tower(inner).modules() if isinstance(m, _MIXERS)), None)
     if mixer is not None:
@@ -204,7 +204,7 @@ def _switch_and_compare(model: nn.Module, inner: Any, lengths: tuple[int, ...]) 
     if not _is_flash(inner.config._attn_implementation):
         inner.set_attn_implementation(IMPLEMENTATION)
     own = padded["attention_mask"].bool()
-    # Of every second sample, which has neighbours on both sides.
+    # 1 for the tokens of every second sample; those samples have neighbours on both sides.
     second_L = torch.cat([torch.full((n,), i % 2) for i, n in enumerate(lengths)]).to(device)
     for (precision, context), wanted in zip(runs, expected):
         may_be_tf32 = device.type == "cuda" and precision == torch.float32
@@ -216,7 +216,7 @@ def _switch_and_compare(model: nn.Module, inner: Any, lengths: tuple[int, ...]) 
             for batch, difference in (("flattened", row_error(c[0], a[own])), ("padded", row_error(b[own], a[own]))):
                 if not difference <= tolerance:
                     return f"its {what} in {batch} batches come out different by {difference:.1e} ({precision})"
-        # The comparison allows for rounding, which in half precision is more than what some mixers carry over.
+        # A second test, because the tolerance for half precision is larger than what some mixers leak between samples.
         if (leak_BLD[0][second_L == 0] != 0).any():
             return "its samples are not kept apart in flattened batches"
     return None
@@ -237,19 +237,20 @@ def probe_batches(
         "position_ids": torch.cat([torch.arange(n) for n in lengths])[None],
         "cu_seq_lens": torch.tensor((0, *lengths)).cumsum(0).int(),
     }
-    # Copies, as views a compiler would tell from the whole tensors of a collator.
+    # Copies, because a compiler would treat views differently from the tensors of a collator.
     return {n: x.to(device, copy=True) for n, x in padded.items()}, {
         n: x.to(device, copy=True) for n, x in flattened.items()
     }
 
 
-# Of a probe's beginnings, and of each sample: which it goes on from, tokens of its own. Two neighbours are alike.
+# Lengths of a probe's shared beginnings; and for each sample, which one it continues and its number of own tokens. Two
+# neighbours are alike.
 _FRONTS = (9, 11)
 _BEHIND = ((0, 5), (1, 1), (1, 1), (-1, 6), (0, 12))
 
 
 def _prefix_batches(vocabulary: int, device: torch.device) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Samples after beginnings, padded and flattened. places [B, L]: each token's position in the flattened batch."""
+    """Samples with shared beginnings, padded and flattened. places [B, L]: a token's index in the flattened batch."""
     borders = [0, *accumulate((*_FRONTS, *(n for _, n in _BEHIND)))]
     ids, parts = torch.arange(1, borders[-1] + 1) * 7919 % vocabulary, [*map(torch.arange, borders, borders[1:])]
     behind = list(enumerate((front for front, _ in _BEHIND), len(_FRONTS)))
@@ -277,7 +278,7 @@ def _prefix_batches(vocabulary: int, device: torch.device) -> tuple[dict[str, An
 
 
 def _by_place(x_BLD: Tensor, batch: Mapping[str, Any]) -> Tensor:
-    """[tokens, D]: for each position the sum over the samples that have it."""
+    """[tokens, D]: for each place in the flattened batch, the sum over the samples that have it."""
     own = batch.get("attention_mask", torch.ones_like(batch["places"])).bool()
     places = batch["places"][own]
     return x_BLD.new_zeros(int(places.max()) + 1, x_BLD.shape[-1]).index_add_(0, places, x_BLD[own])
@@ -288,8 +289,8 @@ def _hidden_and_gradient(
 ) -> list[Tensor]:
     """Hidden states; if a parameter is trained, also the gradients of the input embeddings. Each is [B, L, D].
 
-    The gradients are those of a sum over the tokens whose entry in `weights` is not 0. With `chosen_L`, those of a sum
-    over the tokens whose entry there is not 0 come last, also if no parameter is trained.
+    The gradients are of a sum over the tokens whose entry in `weights` is not 0. With `chosen_L`, the last result is
+    the gradients of a sum over the tokens whose entry there is not 0, even if no parameter is trained.
     """
     trained = any(p.requires_grad for p in model.parameters())
     ids = batch["input_ids"]
@@ -311,7 +312,7 @@ def _hidden_and_gradient(
 
 @contextmanager
 def captured(embedding: nn.Module, as_it_is: bool = False) -> Iterator[list[Tensor]]:
-    """Collect a module's outputs as leaves of the graph that need gradients; `as_it_is`: only if they did before."""
+    """Collect a module's outputs as leaves that need gradients; with `as_it_is`, only those that needed them before."""
     outputs: list[Tensor] = []
 
     def capture(module: nn.Module, args: Any, output: Tensor) -> Tensor:
@@ -327,7 +328,7 @@ def captured(embedding: nn.Module, as_it_is: bool = False) -> Iterator[list[Tens
 
 
 def row_error(found_ND: Tensor, expected_ND: Tensor) -> float:
-    """Mean over rows of the error relative to the row's norm, which counts as at least a hundredth of the largest."""
+    """Mean over rows of the relative error. A row's norm counts as at least a hundredth of the largest row's."""
     found, expected = found_ND.double(), expected_ND.double()
     norms = expected.norm(dim=-1)
     return ((found - expected).norm(dim=-1) / norms.clamp(min=norms.max() / 100).clamp(min=1e-12)).mean().item()

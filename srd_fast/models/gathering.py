@@ -1,4 +1,4 @@
-"""A student that lies in shards on many processes, made whole in the memory of one, to be saved."""
+"""Gather a student that is sharded over many processes in the memory of one, to save it."""
 
 from copy import deepcopy
 from typing import Any
@@ -23,14 +23,15 @@ def whole_student(wrapped: nn.Module, inner: nn.Module) -> nn.Module | None:
         inner: the model inside.
 
     Returns:
-        In the first process a model of the same class, configuration and weights, on the CPU; None in the others.
+        In the first process, a model of the same class with the same configuration and weights, on the CPU. In the
+        others, None.
     """
     state = _whole_state(wrapped, inner)
     if distributed.get_rank() != 0:
         return None
     with loading_whole(), init_empty_weights(include_buffers=False):
         copy = _without_weights(inner)
-    # Each weight keeps its dtype, also where adapters have another one than their model.
+    # Each weight keeps its dtype, even if adapters have another one than their model.
     copy.load_state_dict(state, assign=True)
     base: Any = unwrap(copy)
     base.tie_weights()
@@ -38,9 +39,9 @@ def whole_student(wrapped: nn.Module, inner: nn.Module) -> nn.Module | None:
 
 
 def _whole_state(wrapped: nn.Module, inner: nn.Module) -> dict[str, Tensor]:
-    """In the first process all weights by name, on the CPU; elsewhere nothing that counts."""
+    """All weights by name, on the CPU, in the first process; the result in other processes is not used."""
     if not any(hasattr(p, "ds_shape") for p in inner.parameters()):
-        # FSDP1 ends in a segmentation fault where it should move weights to the host that are there already.
+        # FSDP1 crashes with a segmentation fault if it is to move weights to the CPU that are on the CPU already.
         moves = not (isinstance(wrapped, FullyShardedDataParallel) and next(wrapped.parameters()).device.type == "cpu")
         options = StateDictOptions(full_state_dict=True, cpu_offload=moves)
         return get_model_state_dict(wrapped, options=options)  # type: ignore[return-value]
@@ -55,10 +56,10 @@ def _whole_state(wrapped: nn.Module, inner: nn.Module) -> dict[str, Tensor]:
 
 
 def _without_weights(model: nn.Module) -> nn.Module:
-    """A model of the same class and configuration, and with the same adapters; its weights are still to come."""
+    """A model of the same class and configuration, with the same adapters, but without weights."""
     inner: Any = unwrap(model)
     config = deepcopy(inner.config)
-    # transformers sharded it while loading. The copy is whole, and saving it must not wait for other processes.
+    # Set if transformers sharded the model while loading. Saving the whole copy must not wait for other processes.
     config.__dict__.pop("distributed_config", None)
     copy = _class_before_sharding(inner)._from_config(config, dtype=torch.float32)
     copy.generation_config = inner.generation_config
@@ -75,5 +76,5 @@ def _without_weights(model: nn.Module) -> nn.Module:
 
 
 def _class_before_sharding(model: nn.Module) -> Any:
-    """FSDP2 gives a model a class of its own that inherits from the model's."""
+    """The model's own class. FSDP2 replaces it by a new class that inherits from it."""
     return next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))

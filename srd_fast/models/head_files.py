@@ -1,4 +1,4 @@
-"""A model's head read alone from its files, for a model that another engine runs."""
+"""Read only the head of a model from its files, if another engine runs the model."""
 
 import json
 from collections.abc import Mapping
@@ -23,19 +23,19 @@ _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def head_of_files(source: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> tuple[Head, int]:
-    """Load a causal language model's head; the body's weights are not read.
+    """Load a causal language model's head without reading the weights of its body.
 
     Args:
         source: a folder or hub id, with weights in safetensors. The body may be quantised in any way.
-        dtype: of the head.
-        device: where it goes.
+        dtype: dtype of the head.
+        device: where the head goes.
 
     Returns:
         The head, and how many tokens the model has embeddings for.
 
     Raises:
-        UserError: it is an adapter, has an encoder, is of an architecture that transformers does not have, or its files
-            hold no full weight of a head.
+        UserError: the model is an adapter, has an encoder or an architecture that transformers does not have, or its
+            files hold no full weight of a head.
     """
     path = resolve_model(source)
     if adapter_base(path) is not None:
@@ -80,7 +80,7 @@ def _files(path: str, source: str) -> Mapping[str, str]:
 
 
 def _read(files: Mapping[str, str], path: str, name: str, shape: torch.Size) -> Tensor | None:
-    """A weight by its name in the model. In the files the name may begin in another way."""
+    """Read a weight by its name in the model. Its name in the files may have another prefix."""
     last = ".".join(name.split(".")[-2:])
     for candidate in (name, *(x for x in files if x != name and (x == last or x.endswith(f".{last}")))):
         if candidate in files:

@@ -21,14 +21,14 @@ from .encoder_decoder import (
 from .varlen import IMPLEMENTATION, flattened_forward, varlen_keywords
 from .wrapping import DTensor, call_through, whole_shape
 
-# What configs call a factor of the logits, a divisor and a softcap, with a model of each.
+# Names in configs of a factor on the logits, a divisor and a softcap, with an example of a model for each.
 _FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")  # Cohere, Falcon-H1, Muse
 _DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")  # Granite, Inkling
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma, RecurrentGemma, xLSTM
 _DIVISOR_IS_FACTOR = ("hyperclovax",)
 # Tokens with which both rows of `check_head` begin.
 _ALIKE = 4
-# Largest difference that rounding explains between rebuilt and own logits, relative to the largest, and between states.
+# Largest relative difference that rounding can explain, between rebuilt and own logits and between hidden states.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
 R = TypeVar("R")
@@ -41,7 +41,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def body_of(model: nn.Module) -> nn.Module:
-    """The model without its head. Some name a base model that they do not have (Llama 4), and are it themselves."""
+    """The model without its head; the model itself if it lacks the base model that it names (Llama 4)."""
     inner: Any = unwrap(model)
     return inner.base_model if inner.base_model is not inner else getattr(inner, "model", inner)
 
@@ -53,7 +53,7 @@ def embeddings_of(model: nn.Module) -> int:
 
 
 def classes_of(model: nn.Module, name: str = "model") -> int:
-    """How many classes a model's head has; `find_head`'s arguments and errors."""
+    """How many classes a model's head has. Arguments and errors are those of `find_head`."""
     return whole_shape(head_module(model, name).weight)[0]
 
 
@@ -76,11 +76,11 @@ def body_output(model: nn.Module, batch: Mapping[str, Any]) -> Any:
     Args:
         model: a language model. `enable_flattening` says whether it takes flattened batches.
         batch: input_ids and attention_mask, each [B, L]; or a flattened batch: input_ids and position_ids, each [1, L],
-            and cu_seq_lens [B + 1] int32, where each sample begins, then L. With sample_lengths, a list of B numbers,
-            nothing waits for cu_seq_lens on a device. With continues, a list, the last len(continues) samples continue
-            earlier ones: sample number continues[i], or none for -1 (see `unfit_for_shared_prefix`). For an
-            encoder-decoder model input_ids and attention_mask of the prompts, and decoder_input_ids and
-            decoder_attention_mask, each [B, L]. Other keys are not used.
+            and cu_seq_lens [B + 1] int32, where each sample begins, then L. sample_lengths, a list of B numbers, saves
+            a wait for cu_seq_lens on a GPU. With continues, a list, the last len(continues) samples continue earlier
+            ones: sample number continues[i], or none for -1 (see `unfit_for_shared_prefix`). For an encoder-decoder
+            model: input_ids and attention_mask of the prompts, and decoder_input_ids and decoder_attention_mask, each
+            [B, L]. Other keys are not used.
 
     Returns:
         What the model's body returns. Its `last_hidden_state` is [B, L, D], of a flattened batch [1, L, D]; with
@@ -96,7 +96,7 @@ def body_output(model: nn.Module, batch: Mapping[str, Any]) -> Any:
     lengths, continues = batch.get("sample_lengths"), batch.get("continues")
     keywords = varlen_keywords(batch["cu_seq_lens"], ids.device, implementation, lengths, continues)
     if implementation == IMPLEMENTATION:
-        # transformers looks in position_ids for samples, and waits for the answer, unless it gets a mask.
+        # Without a mask, transformers would search position_ids for samples, which waits for a GPU.
         keywords["attention_mask"] = torch.ones(1, 1, dtype=torch.bool, device=ids.device).expand_as(ids)
     with flattened_forward():
         return body_of(inner)(input_ids=ids, position_ids=batch["position_ids"], **options, **keywords)
@@ -105,8 +105,8 @@ def body_output(model: nn.Module, batch: Mapping[str, Any]) -> Any:
 def find_head(model: nn.Module, name: str = "model") -> Head:
     """The language-model head: weight, bias, softcap and scale, read from the modules and the config.
 
-    The names in the config that are known are at the top of this file. `check_head` finds anything else that a model
-    does to its logits.
+    The known names in configs are at the top of this file. `check_head` detects anything else that a model does to its
+    logits.
 
     Args:
         model: a causal language model.
@@ -132,7 +132,7 @@ def find_head(model: nn.Module, name: str = "model") -> Head:
 
 
 def head_as_it_lies(model: nn.Module, name: str = "model") -> Head:
-    """`find_head` with weight and bias as they are: perhaps a DTensor, part of a weight, or without storage."""
+    """`find_head` for weight and bias in any state: they may be DTensors, parts of a weight, or without storage."""
     inner: Any = unwrap(model)
     module = head_module(model, name)
     scale, bias = 1.0, getattr(module, "bias", None)
@@ -151,12 +151,12 @@ def head_as_it_lies(model: nn.Module, name: str = "model") -> Head:
 def through_head(model: nn.Module, use: Callable[[Head, Tensor], R], hidden_ND: Tensor, name: str = "model") -> R:
     """Run `use(head, hidden_ND)` inside the call of the head's module.
 
-    A head that its wrapper has put in shards is whole there, and its gradient goes back to them. One that is in shards
-    even there stays so, and all processes that share it do this together: of a tensor-parallel model with the same
-    rows, of a vocabulary from `divide_vocabulary` with rows of their own.
+    If a wrapper such as FSDP shards the head, it is whole inside that call, and its gradient goes back to the shards. A
+    head that is sharded even there stays so, and all processes that share it call this together: with the same rows in
+    a tensor-parallel model, with rows of their own after `divide_vocabulary`.
 
     Args:
-        model: a causal language model, in its own call where it is sharded (see `call_through`).
+        model: a causal language model; if it is sharded, inside its own call (see `call_through`).
         use: as `call_through` takes it.
         hidden_ND: [N, D] hidden states.
         name: as for `find_head`.
@@ -187,7 +187,7 @@ def _head_in_call(model: nn.Module, name: str) -> Head:
 
 
 def head_module(model: nn.Module, name: str = "model") -> Any:
-    """The module of a model's head, with what peft has put around it."""
+    """The module of a model's head, including peft's wrapper if there is one."""
     inner: Any = unwrap(model)
     module = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
     if module is None or not isinstance(getattr(module, "weight", None), Tensor):
@@ -204,7 +204,7 @@ def head_module(model: nn.Module, name: str = "model") -> Any:
 
 
 def _numbers(config: Any, names: tuple[str, ...]) -> list[float]:
-    """The values of those names that a config gives a number."""
+    """The values of those `names` in a config that are numbers."""
     values = (getattr(config, name, None) for name in names)
     return [float(x) for x in values if isinstance(x, (int, float))]
 
@@ -216,13 +216,13 @@ def check_head(model: nn.Module, name: str, head: Head | None = None, device: to
     Args:
         model: a causal language model, in any dtype, on any device. Its mode does not change.
         name: "student" or "teacher", for the message.
-        head: the model's, where it is not whole in the model.
+        head: the model's whole head, if the model itself has only a part of it.
         device: where its inputs go. Default: where the head is.
 
     Raises:
-        UserError: an earlier token's hidden state changes with a later token, so that labels would be seen before they
-            are predicted; or logits differ by more than rounding, so that a loss from the hidden states would be that
-            of another model.
+        UserError: the hidden state of a token changes with a later token, so the model would see the labels that it
+            should predict; or head(hidden states) differs from the model's logits by more than rounding, so the loss
+            would train another model.
     """
     inner: Any = unwrap(model)
     who = f"{name} {type(inner).__name__}"
@@ -232,11 +232,11 @@ def check_head(model: nn.Module, name: str, head: Head | None = None, device: to
     tolerance = _TOLERANCE.get(weight.dtype, 5e-2)
     vocabulary = min(classes_of(model, name), embeddings_of(model))
     ids = torch.arange(1, 13, device=device) * 7919 % vocabulary
-    # Two rows that begin alike and go on differently.
+    # Two rows that begin alike and continue differently.
     input_ids = torch.stack((ids[:8], torch.cat((ids[:_ALIKE], ids[-(8 - _ALIKE) :]))))
     batch = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
     if is_encoder_decoder(inner):
-        # One prompt with padding: a model that wants its mask in another form is found out too.
+        # One prompt has padding, so that a model that needs another kind of mask fails here.
         batch = {**with_decoder(inner, batch), "input_ids": ids[:8].expand(2, 8)}
         batch["attention_mask"] = (torch.arange(8, device=device) < 6).long().expand(2, 8)
 
@@ -292,5 +292,5 @@ def _logits(head: Head, hidden_ND: Tensor) -> Tensor:
 
 
 def _change(one_LD: Tensor, other_LD: Tensor) -> float:
-    """The largest change of a token's state, relative to its size. Means, so that one huge entry hides no change."""
+    """The largest relative change of a token's state. Sizes are means, in which one huge entry hides no change."""
     return ((one_LD - other_LD).abs().mean(1) / one_LD.abs().mean(1).clamp(min=1e-6)).max().item()

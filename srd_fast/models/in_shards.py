@@ -1,11 +1,12 @@
-"""A vocabulary that stays in shards while a student trains: its head, and the embedding of its tokens.
+"""A vocabulary that stays in shards while a student trains: its head and its token embedding.
 
-FSDP2 would gather both on each process in every step, and they are the largest weights that a model has. Here each
-process keeps its classes, and FSDP leaves them alone. The loss takes the head as it is. Of the embedding a process asks
-the others for the rows of its tokens, so what travels is of the size of hidden states, not of a vocabulary.
+FSDP2 would gather both on each process in every step, and they are the largest weights of a model. Here each process
+keeps its classes, and FSDP ignores them. The loss takes the sharded head as it is. For the embedding, a process asks
+the others for the rows of its tokens, so the traffic has the size of hidden states, not of a vocabulary.
 
-Both gradients are complete where they arise: of a process's classes, over the tokens of all processes. The trainer
-multiplies a loss by the number of processes, because FSDP takes the mean of gradients, so here both are divided by it.
+A process computes the whole gradient of its own classes, over the tokens of all processes, so nothing is reduced. The
+trainer multiplies the loss by the number of processes, because FSDP averages gradients, so here both gradients are
+divided by that number.
 """
 
 from typing import Any
@@ -23,16 +24,16 @@ if distributed.is_available():
 
 
 class EmbeddingInShards(nn.Embedding):
-    """An embedding of which each process has some rows. All of them call it together, each with tokens of its own.
+    """An embedding of which each process has some rows. All processes call it together, each with its own tokens.
 
-    given_dtype: of what it gives; None for that of the weight.
+    given_dtype: dtype of the result; None for that of the weight.
     """
 
     weight: Any
     given_dtype: torch.dtype | None = None
 
     def forward(self, input: Tensor) -> Tensor:
-        """The rows of tokens.
+        """Look up the rows of tokens.
 
         Args:
             input: [...] token ids.
@@ -60,13 +61,13 @@ class EmbeddingInShards(nn.Embedding):
 
 
 class HeadInShards(nn.Linear):
-    """A head of which each process has some classes. The loss reads its weight; its call is for logits alone."""
+    """A head of which each process has some classes. The loss reads its weight; calling it gives logits only."""
 
     weight: Any
     own_rows = True  # `through_head` reads it
 
     def forward(self, input: Tensor) -> Tensor:
-        """Logits of all classes, without gradient. All processes call it together, each with rows of its own.
+        """Compute the logits of all classes, without gradient. All processes call it together, each with its own rows.
 
         Args:
             input: [..., D] hidden states.
@@ -76,7 +77,7 @@ class HeadInShards(nn.Linear):
         """
         if torch.is_grad_enabled() and (input.requires_grad or self.weight.requires_grad):
             raise RuntimeError(
-                "this head lies in shards, and gives logits without gradient alone: use torch.no_grad(), or "
+                "this head is in shards, and gives logits only without gradient: use torch.no_grad(), or "
                 "SRDConfig(head_in_shards=False)"
             )
         shard = VocabularyShard.of(self.weight)
@@ -119,15 +120,15 @@ class _Exchange(torch.autograd.Function):
 
 
 def classes_of_a_rank(classes: int, ranks: int) -> int:
-    """How many classes each process has but the last, as `Shard(0)` divides them."""
+    """How many classes each process except the last has, as `Shard(0)` divides them."""
     return -(-classes // ranks)
 
 
 def why_not_in_shards(model: nn.Module, ranks: int) -> str | None:
-    """Why a model's vocabulary cannot stay in shards; None where it can.
+    """Why a model's vocabulary cannot stay in shards; None if it can.
 
     Args:
-        model: not sharded yet.
+        model: a model that is not sharded yet.
         ranks: how many processes would share it.
     """
     head, embeddings, others = _vocabulary(model)
@@ -145,15 +146,15 @@ def why_not_in_shards(model: nn.Module, ranks: int) -> str | None:
 
 
 def divide_vocabulary(model: nn.Module, mesh: "DeviceMesh", given_dtype: torch.dtype | None = None) -> list[nn.Module]:
-    """Leave to each process its classes of the head, and its rows of the embedding where that is plain.
+    """Keep on each process only its classes of the head, and its rows of the embedding if that is a plain look-up.
 
     Args:
-        model: whole, the same on all processes; `why_not_in_shards` has nothing against it.
-        mesh: of one dimension, along which the vocabulary is divided.
-        given_dtype: of embedded tokens. Default: that of the embedding.
+        model: whole and the same on all processes; `why_not_in_shards` must be None for it.
+        mesh: a mesh of one dimension, along which the vocabulary is divided.
+        given_dtype: dtype of embedded tokens. Default: that of the embedding.
 
     Returns:
-        The modules that lie in shards now.
+        The modules that are in shards now.
     """
     head, embeddings, _ = _vocabulary(model)
     shards: dict[Tensor, nn.Parameter] = {}
@@ -171,7 +172,7 @@ def divide_vocabulary(model: nn.Module, mesh: "DeviceMesh", given_dtype: torch.d
 
 
 def _vocabulary(model: nn.Module) -> tuple[Any, list[Any], list[nn.Module]]:
-    """The head, the embeddings of input tokens, and what else has the head's weight."""
+    """The head, the embeddings of input tokens, and other modules that share the head's weight."""
     inner: Any = unwrap(model)
     outer = head_module(model)
     owners = [m for m in model.modules() if m._parameters.get("weight") is not None]
@@ -183,23 +184,23 @@ def _vocabulary(model: nn.Module) -> tuple[Any, list[Any], list[nn.Module]]:
 
 
 def _is_plain(embedding: nn.Embedding) -> bool:
-    """Whether an embedding looks rows up in `nn.Embedding`'s own call, whatever it does around that."""
+    """Whether an embedding uses `nn.Embedding`'s own look-up, whatever it does before and after."""
     kinds = type(embedding).__mro__
     own = [vars(kind)["forward"] for kind in kinds[: kinds.index(nn.Embedding)] if "forward" in vars(kind)]
-    # One that reads rows itself besides fails on the first batch: torch mixes no shard with a plain tensor.
+    # An embedding that also reads its weight itself fails on the first batch: torch refuses shards with plain tensors.
     calls_next = all("forward" in forward.__code__.co_names for forward in own)
     return calls_next and not (embedding.max_norm or embedding.scale_grad_by_freq or embedding.sparse)
 
 
 def _with(kind: type, mixed_in: type) -> type:
-    """A class like another, with `mixed_in` in place of the torch class that both inherit from."""
+    """A class like `kind`, with `mixed_in` in place of the torch class that both inherit from."""
     return mixed_in if kind is mixed_in.__mro__[1] else type(f"{kind.__name__}InShards", (kind, mixed_in), {})
 
 
 def _shard_of(parameter: Tensor, mesh: "DeviceMesh") -> Tensor:
     each = classes_of_a_rank(len(parameter), mesh.size())
     own = parameter.detach()[each * mesh.get_local_rank() :][:each]
-    # A copy: a view would keep the whole weight.
+    # A copy, because a view would keep the whole weight in memory.
     local = own.to(mesh.device_type, copy=True).contiguous()
     return DTensor.from_local(
         local, mesh, [Shard(0)], run_check=False, shape=parameter.shape, stride=parameter.stride()

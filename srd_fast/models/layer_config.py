@@ -1,4 +1,4 @@
-"""What a configuration says of single layers, cut to those that are kept."""
+"""Cut the per-layer entries of a configuration to the layers that are kept."""
 
 import copy
 import re
@@ -8,31 +8,31 @@ from transformers import PreTrainedConfig
 
 from .text import text_config
 
-# How many layers there are.
+# Entries with the number of layers.
 COUNTS = {"num_hidden_layers", "num_layers", "n_layer", "n_layers", "decoder_layers", "num_decoder_layers"}
-# One entry a layer, in lists as long as the model is deep.
+# Names of lists with one entry for each layer.
 _PER_LAYER = re.compile(r"layer|pattern|intermediate_size$")
-# The layers before number k, and the last k layers, are of another kind.
+# Entries k: the first k layers, or the last k, are of another kind.
 _FIRST = {"first_k_dense_replace", "num_dense_layers", "max_window_layers", "moe_layer_start_index"}
 _LAST = {"num_kv_shared_layers"}
 # Layer i is of another kind where i % period == offset.
 _PERIODS = (("attn_layer_period", "attn_layer_offset"), ("expert_layer_period", "expert_layer_offset"))
-# Layers of other tasks, which stay whole.
+# Prefixes of entries about layers of other tasks or towers, which are not cut.
 _OTHERS = ("mtp_", "vision_", "audio_", "encoder_")
 
 
 def cut_config(config: PreTrainedConfig, kept: list[int], total: int, lists_are_indices: bool) -> PreTrainedConfig:
-    """The configuration of the model that has some of the layers, as its folder will give it back.
+    """Make the configuration of a model with only some of the layers, as it will be loaded from the model's folder.
 
-    Per-layer lists are cut, lists of layers' numbers get the new numbers, and numbers that decide a layer's kind are
-    chosen so that the kept layers keep their kinds where such numbers exist. Whether they do is for the caller to see,
-    from a model that is built from the result.
+    Per-layer lists are cut, and lists of layer numbers get the new numbers. Numbers that decide which kind a layer is
+    are chosen, where possible, so that the kept layers keep their kinds. The caller must check that by building a model
+    from the result.
 
     Args:
-        config: of the whole model.
+        config: the configuration of the whole model.
         kept: indices of the layers to keep.
         total: how many layers there are.
-        lists_are_indices: read a list [0, 1, ..., total - 1] as layers' numbers, not as a value for each layer.
+        lists_are_indices: read a list [0, 1, ..., total - 1] as layer numbers, not as a value for each layer.
 
     Returns:
         A new configuration.
@@ -75,7 +75,7 @@ def _cut(key: str, value: Any, kept: list[int], total: int, lists_are_indices: b
 
 
 def _kinds_by_number(text: Any, part: dict[str, Any], kept: list[int]) -> dict[str, Any]:
-    """Entries from which a layer's kind follows by its number, for the kept layers' new numbers."""
+    """Entries that decide a layer's kind by its number, adapted to the new numbers of the kept layers."""
     entries: dict[str, Any] = {}
     for period, offset in _PERIODS:
         if period in part:
@@ -93,6 +93,6 @@ def _kinds_by_number(text: Any, part: dict[str, Any], kept: list[int]) -> dict[s
 
 
 def _period(wanted: set[int], count: int, before: tuple[int, int]) -> tuple[int, int]:
-    """A period and an offset that choose just these of `count` numbers; `before` where there are none."""
+    """A period and an offset that select exactly the wanted ones of `count` numbers; `before` if there are none."""
     pairs = [before, *((p, o) for p in range(1, count + 2) for o in range(p))]
     return next(((p, o) for p, o in pairs if {i for i in range(count) if i % p == o} == wanted), before)

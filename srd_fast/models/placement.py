@@ -1,7 +1,7 @@
 """Where the weights of a model are: on one device, behind accelerate's hooks, or in shards on several processes.
 
-A model that is spread out cannot be moved. Its inputs go to where its embeddings are, and a weight that is needed whole
-is fetched or gathered.
+A model that is spread out cannot be moved. Its inputs go to the device of its embeddings. If a whole weight is needed,
+it is fetched or gathered.
 """
 
 from collections.abc import Callable, Iterator
@@ -53,7 +53,7 @@ def tensor_parallel_group(model: nn.Module) -> dist.ProcessGroup | None:
         model: any model.
 
     Returns:
-        Their group; None where each process may have a batch of its own.
+        Their group; None if each process may have its own batch.
 
     Raises:
         UserError: the weights are sharded along several dimensions, and none is called "tp".
@@ -66,7 +66,7 @@ def tensor_parallel_group(model: nn.Module) -> dist.ProcessGroup | None:
     if "tp" in names:
         return mesh["tp"].get_group() if mesh["tp"].size() > 1 else None
     if is_fully_sharded(model):
-        # With replicas of shards a weight is cut once; with tensor parallelism inside of the shards, twice.
+        # A weight is divided once in replicated shards, and twice if FSDP shards a tensor-parallel model.
         if not any(sum(p.is_shard() for p in x.placements) > 1 for x in shards):
             return None
     elif mesh.ndim == 1:
@@ -78,7 +78,7 @@ def tensor_parallel_group(model: nn.Module) -> dist.ProcessGroup | None:
 
 
 def entry_device(model: nn.Module) -> torch.device:
-    """Where a model's inputs go: to the device on which its embeddings run."""
+    """The device for a model's inputs: the one on which its embeddings run."""
     module: Any = unwrap(model)
     module = module.get_input_embeddings()
     for hook in _hooks(module):
@@ -96,7 +96,7 @@ def _of_mesh(x: DTensor) -> torch.device:
 
 
 def _device(given: Any) -> torch.device:
-    """accelerate calls a GPU by its number alone."""
+    """A device from accelerate, which names a GPU by its number."""
     if isinstance(given, int):
         accelerator = torch.accelerator.current_accelerator()
         return torch.device("cuda" if accelerator is None else accelerator.type, given)
@@ -104,7 +104,7 @@ def _device(given: Any) -> torch.device:
 
 
 def run_inside(model: nn.Module, run: Callable[..., T], *args: Any) -> T:
-    """Run a function of a model's parts. With FSDP2 it runs in the model's own call, which gathers what it needs."""
+    """Run a function that uses a model's parts. With FSDP2 it runs inside the model's call, which gathers weights."""
     if not isinstance(model, FSDPModule):
         return run(*args)
     return call_through(model, unwrap(model), run, *args)  # FSDP2 moves the tensors among these to its device
@@ -112,7 +112,7 @@ def run_inside(model: nn.Module, run: Callable[..., T], *args: Any) -> T:
 
 @contextmanager
 def called_by_parts(model: nn.Module) -> Iterator[bool]:
-    """Let code of other libraries call a model or the models inside of it, as `generate` does.
+    """Allow code of other libraries, such as `generate`, to call a model or the models inside it.
 
     Args:
         model: any model, without wrappers.
@@ -126,8 +126,8 @@ def called_by_parts(model: nn.Module) -> Iterator[bool]:
     if not isinstance(model, FSDPModule):
         yield True
         return
-    # The outermost call tells FSDP2 which module is the root, and adapters' `generate` leaves it out, so its own
-    # weights would stay in shards.
+    # FSDP2 takes the module of the outermost call as the root. `generate` of an adapted model skips that module, whose
+    # own weights would then stay in shards.
     run_inside(model, lambda *_, **__: None)
     model.unshard()
     try:
@@ -137,17 +137,17 @@ def called_by_parts(model: nn.Module) -> Iterator[bool]:
 
 
 def whole(x: Tensor) -> Tensor:
-    """A weight as one tensor. All processes that have shards of it must ask."""
+    """A weight as one tensor. All processes that have shards of it must call this together."""
     if not isinstance(x, DTensor):
         return x
     return cast(DTensor, x.to(_of_mesh(x))).full_tensor()
 
 
 def unpack(model: nn.Module) -> None:
-    """Unpack the weights that a quantiser unpacks at a model's first call, since here only parts of it are called.
+    """Unpack weights that a quantiser would unpack in a model's first call, because here only its parts are called.
 
     Args:
-        model: any model. One of compressed-tensors then has floating-point weights, where its kernels do not run.
+        model: any model. With compressed-tensors, it has floating-point weights afterwards if its kernels cannot run.
     """
     inner: Any = unwrap(model)
     if getattr(inner, "ct_decompress_hook", None) is not None:
@@ -155,10 +155,10 @@ def unpack(model: nn.Module) -> None:
 
 
 def whole_head(model: nn.Module, device: torch.device | str | None = None, name: str = "teacher") -> Head:
-    """A model's head with its whole weight, without gradient.
+    """A model's head with its whole weight, detached from the autograd graph.
 
     Args:
-        model: a language model. If it is sharded, all processes that have shards must ask.
+        model: a language model. If it is sharded, all processes that have shards must call this together.
         device: where the head goes. Default: where the model applies it.
         name: "student" or "teacher", for the message.
 
@@ -187,7 +187,7 @@ def whole_head(model: nn.Module, device: torch.device | str | None = None, name:
 
 
 def _own_state(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """What a module itself adds to its model's state, by name. Weights that are offloaded are read."""
+    """A module's own entries of its model's state, by name. Offloaded weights are read."""
     own: dict[str, Any] = {}
     module._save_to_state_dict(own, prefix, keep_vars=False)
     kept = next((h.weights_map for h in _hooks(module) if h.offload and h.weights_map is not None), None)
@@ -197,12 +197,12 @@ def _own_state(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Any]]
 
 
 def state_of(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Name and value of everything in a model's state, one after the other.
+    """Yield name and value of each entry of a model's state, one after the other.
 
-    An offloaded weight is read, and a sharded one gathered, when its turn comes; no more than one is held at a time.
+    Offloaded weights are read and sharded ones gathered one at a time, so that only one is in memory.
 
     Args:
-        model: any model. If it is sharded, all processes that have shards must ask.
+        model: any model. If it is sharded, all processes that have shards must call this together.
 
     Yields:
         What `state_dict` would hold.

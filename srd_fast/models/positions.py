@@ -13,7 +13,7 @@ from .loading import load_config
 
 logger = logging.getLogger(__name__)
 
-# Models that compute further positions where they need them.
+# Models that compute further positions when they need them.
 _GROWING = {"xglm", "m2m_100", "nllb-moe", "pegasus_x"}
 STACKS = ("encoder", "decoder")
 
@@ -26,8 +26,8 @@ def max_positions(model: object, stack: str | None = None) -> tuple[int | None, 
         stack: "encoder" or "decoder"; None for a causal language model.
 
     Returns:
-        How many tokens it has positions for, None where that is unknown or without end; and whether it fails on more,
-        as models with a table of positions do. Rotary embeddings go on, beyond what the model was trained for.
+        How many tokens it has positions for, None if that is unknown or unlimited; and whether it fails on longer rows,
+        as models with a table of positions do. Models with rotary embeddings run on, although untrained for it.
     """
     config = _config(model)
     if config is None or is_encoder_decoder(config) != (stack is not None):
@@ -44,7 +44,7 @@ def _config(model: object) -> PretrainedConfig | None:
     if isinstance(model, str):
         try:
             return load_config(model)
-        except UserError:  # an adapter has none; whatever else is wrong is said where the model is loaded
+        except UserError:  # an adapter has none; loading the model will say what else is wrong
             return None
     config = getattr(model, "config", None) if isinstance(model, nn.Module) else model
     return config if isinstance(config, PretrainedConfig) else None
@@ -58,18 +58,18 @@ def check_positions(
     way_out: str,
     new_tokens: int = 0,
 ) -> None:
-    """Name rows that need more positions than a model has, before anything runs.
+    """Refuse rows that need more positions than a model has, before anything runs.
 
     Args:
-        counts: tokens of each row.
-        prompts: tokens of each row's prompt.
-        ids: of the rows.
-        models: what `max_positions` takes, by what they are called. Others, such as a cache, are not looked at.
+        counts: number of tokens of each row.
+        prompts: number of tokens of each row's prompt.
+        ids: ids of the rows.
+        models: what `max_positions` takes, by the name that messages use. Other objects, such as a cache, are skipped.
         way_out: what the user can do.
-        new_tokens: how many are generated behind each prompt; the last one needs no position.
+        new_tokens: how many tokens are generated after each prompt; the last one needs no position.
 
     Raises:
-        UserError: a model fails on such rows. Where it does not, a warning is logged.
+        UserError: a model would fail on such rows. If it only was not trained for them, a warning is logged instead.
     """
     needed = [max(n, prompt + new_tokens - 1) for n, prompt in zip(counts, prompts)]
     of_decoder = [1 + n - prompt for n, prompt in zip(needed, prompts)]

@@ -1,4 +1,4 @@
-"""Tokens that many samples begin with, such as the first lines of a prompt template, run through a model once."""
+"""Run tokens that many samples begin with, such as the first lines of a prompt template, through a model only once."""
 
 import copy
 import inspect
@@ -19,11 +19,11 @@ logger = logging.getLogger(__name__)
 # Fewer common tokens or rows than this are not worth a cache.
 LEAST_TOKENS = 8
 LEAST_ROWS = 16
-# Branches below one another: prompts that are each the beginning of the next would make thousands.
+# Most levels of branches: prompts of which each is the beginning of the next would make thousands.
 _DEEPEST = 32
-# What transformers 5.24 and later call `past_key_values`. Models of other people's code have the old name.
+# The name of `past_key_values` in transformers 5.24 and later. Models from elsewhere may have the old name.
 _NEW = "cache"
-# Largest difference of hidden states that rounding explains, relative to the largest of them.
+# Largest difference of hidden states that rounding can explain, relative to the largest of them.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
 
@@ -34,21 +34,21 @@ def common_prefix(rows: Sequence[list[int]]) -> list[int]:
 
 
 def shared_starts(rows: Sequence[Sequence[int]], least_rows: int = LEAST_ROWS) -> list[tuple[list[int], list[int]]]:
-    """Group rows that begin with the same tokens, so that the most tokens are spared when each beginning runs once.
+    """Group rows that begin with the same tokens, so that running each beginning once saves the most tokens.
 
-    A group has at least `least_rows` rows and a beginning of at least LEAST_TOKENS tokens. The last group has the rows
-    that share too little, and no tokens. Within a group, rows keep their order.
+    A group has at least `least_rows` rows and a beginning of at least LEAST_TOKENS tokens. The last group has all rows
+    that share too little, and an empty beginning. Within a group, rows keep their order.
 
     Args:
         rows: token ids.
-        least_rows: of a group.
+        least_rows: the fewest rows of a group.
 
     Returns:
         The tokens of each beginning, and the indices of its rows.
     """
 
     def divide(members: list[int], depth: int = 0) -> tuple[int, list[tuple[list[int], list[int]]]]:
-        """Tokens that are spared, and the groups."""
+        """The number of tokens saved, and the groups."""
         if len(members) < least_rows or depth > _DEEPEST:
             return 0, []
         start = common_prefix([list(rows[i]) for i in members])
@@ -110,7 +110,7 @@ def share_prefix(model: nn.Module, ids: Sequence[int], batch: Mapping[str, Tenso
         batch: a padded batch of whole samples that all begin with `ids`, on which the two ways are compared.
 
     Returns:
-        The beginning, or None. An encoder has none: what it makes of a prompt's first tokens depends on the last.
+        The beginning, or None. An encoder never has one: its states of a prompt's first tokens depend on the last.
     """
     if len(ids) < LEAST_TOKENS or is_encoder_decoder(model):
         return None
@@ -119,7 +119,7 @@ def share_prefix(model: nn.Module, ids: Sequence[int], batch: Mapping[str, Tenso
         shared = SharedPrefix(model, ids)
         rest = {name: batch[name][:, n:] for name in ("input_ids", "attention_mask")}
         found, expected = shared.hidden_states(rest), hidden_states(model, batch)[:, n:]
-    # A cache that cannot be copied, repeated or passed on fails in as many ways as there are models: all mean the same.
+    # If a cache cannot be copied, repeated or passed on, each model fails in its own way; all mean the same.
     except (AttributeError, TypeError, ValueError, RuntimeError, IndexError, KeyError, NotImplementedError) as e:
         logger.info("%s runs whole samples, because its cache cannot be shared: %s", type(model).__name__, e)
         return None

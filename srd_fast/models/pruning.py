@@ -1,8 +1,8 @@
 """Depth pruning: a student cut out of its teacher by keeping some of the layers.
 
-The student is what its configuration says. That is cut first, and a model is built from it without weights. Each of its
-layers must be of the same classes, shapes and settings as the teacher's layer that it takes over; so what is trained in
-memory is what its folder gives back.
+The configuration decides what the student is. It is cut first, and a model is built from it without weights. Each layer
+of that model must have the same classes, shapes and settings as the teacher's layer that it takes over. So the student
+that is trained in memory is the one that will be loaded from its folder.
 """
 
 import re
@@ -40,12 +40,13 @@ def prune_depth(
             as `layers`.
 
     Returns:
-        The indices kept, of an encoder-decoder model those of the decoder. The config is changed with them
-        (`num_hidden_layers`, per-layer lists and whatever else decides what a layer is), so the model saves and loads.
+        The indices kept; of an encoder-decoder model, those of the decoder. The config is changed with them
+        (`num_hidden_layers`, per-layer lists and other entries that decide a layer's kind), so that the model can be
+        saved and loaded.
 
     Raises:
-        UserError: the model does not have so many layers or such an index, its layers cannot be found, or no
-            configuration of its kind describes the layers kept. The model is then as it was.
+        UserError: the model has fewer layers or no such index, its layers cannot be found, or no configuration of its
+            kind can describe the layers kept. The model is then unchanged.
     """
     if is_encoder_decoder(model):
         return prune_stacks(model, layers, encoder_layers)
@@ -89,7 +90,7 @@ def _layers(model: PreTrainedModel, stack: str) -> nn.ModuleList:
 
 
 def _alternatives(wished: list[int], layers: nn.ModuleList) -> list[list[int]]:
-    """As many layers: first and last ones, the choice nearest to the wished one first; all layers of a rarer class."""
+    """Other choices of as many layers: first and last ones, the nearest to the wish first; or all of a rarer class."""
     count, total = len(wished), len(layers)
     choices = [[*range(front), *range(total - count + front, total)] for front in range(count + 1)]
     choices.sort(key=lambda kept: sum(abs(a - b) for a, b in zip(kept, wished)))
@@ -104,9 +105,8 @@ class _Cut:
     """A student without weights.
 
     Args:
-        student: built from the cut configuration, on no device.
-        tensors: for each of its parameters and buffers by name: the teacher's, of which some dimension may have to be
-            cut.
+        student: built from the cut configuration, on the device "meta".
+        tensors: the teacher's tensor for each of its parameters and buffers, by name; a dimension may have to be cut.
         kept: indices of the layers kept.
         total: how many the teacher has.
     """
@@ -117,8 +117,8 @@ class _Cut:
     total: int
 
     def become(self, model: PreTrainedModel) -> None:
-        """Make the teacher the student, with the teacher's own tensors."""
-        cut: dict[int, Tensor] = {}  # a tensor that two modules share stays one
+        """Turn the teacher into the student, with the teacher's own tensors."""
+        cut: dict[int, Tensor] = {}  # so that a tensor that two modules share stays one
         for name, module in self.student.named_modules(remove_duplicate=False):
             for kind in (module._parameters, module._buffers):
                 for own, empty in kind.items():
@@ -143,7 +143,7 @@ class _Cut:
 
 
 def _cut(model: PreTrainedModel, stack: str, kept: list[int]) -> _Cut | str:
-    """The student of these layers, or why its configuration cannot describe them."""
+    """The student with these layers, or the reason why a configuration cannot describe it."""
     total = len(_layers(model, stack))
     reason = ""
     for lists_are_indices in (False, True):
@@ -151,7 +151,7 @@ def _cut(model: PreTrainedModel, stack: str, kept: list[int]) -> _Cut | str:
             config = cut_config(model.config, kept, total, lists_are_indices)
             with torch.device("meta"):
                 student = type(model)(config)
-        except Exception as e:  # configurations and models check themselves, each in its own way
+        except Exception as e:  # each configuration and model has its own checks
             reason = reason or f"its configuration for them is refused: {first_line(e)}"
             continue
         found = _compare(model, student, stack, kept)
@@ -164,7 +164,7 @@ def _cut(model: PreTrainedModel, stack: str, kept: list[int]) -> _Cut | str:
 def _compare(
     teacher: PreTrainedModel, student: PreTrainedModel, stack: str, kept: list[int]
 ) -> dict[str, Tensor] | str:
-    """The teacher's tensor for each name in the student, or the first thing in which a layer differs."""
+    """The teacher's tensor for each name in the student, or the first difference between two layers."""
     total = len(_layers(teacher, stack))
     theirs = {n: m for n, m in teacher.named_modules(remove_duplicate=False)}
     ours = {n: m for n, m in student.named_modules(remove_duplicate=False)}
@@ -203,7 +203,7 @@ def _place(name: str, stack: str) -> str:
 
 
 def _fits(whole: Tensor, empty: Tensor, total: int, kept: int) -> bool:
-    """Whether two shapes are equal, but for one dimension that holds a part for each layer."""
+    """Whether two shapes are equal, except for one dimension that holds a part for each layer."""
     if whole.dim() != empty.dim():
         return False
     differing = [(a, b) for a, b in zip(whole.shape, empty.shape) if a != b]
@@ -211,7 +211,7 @@ def _fits(whole: Tensor, empty: Tensor, total: int, kept: int) -> bool:
 
 
 def settings(old: nn.Module, new: nn.Module) -> Iterator[tuple[str, tuple[Any, Any]]]:
-    """Plain values that two modules hold as attributes, where they differ.
+    """Yield the plain attributes in which two modules differ.
 
     Args:
         old: a module.

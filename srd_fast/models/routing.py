@@ -1,4 +1,4 @@
-"""The loss that keeps the experts of a mixture in balance, where a model's own configuration asks for it."""
+"""The loss that balances a mixture's experts, if a model's own configuration asks for it."""
 
 import inspect
 import sys
@@ -15,15 +15,15 @@ _WAY_OUT = "set output_router_logits=False in its config to train without the ba
 
 
 class RouterLoss:
-    """The balancing loss of a mixture of experts (Switch Transformers, arXiv 2101.03961), as the model itself has it.
+    """The balancing loss of a mixture of experts (Switch Transformers, arXiv 2101.03961), as the model computes it.
 
-    It is computed by the function in the model's own module of transformers, with the model's own numbers.
+    It calls the function in the model's module of transformers, with the numbers of the model's config.
 
     Args:
-        model: a causal language model that routes.
+        model: a causal language model with routers.
 
     Raises:
-        UserError: the model asks for the loss in its config, and has no such function, or one that is not known here.
+        UserError: the config asks for the loss, but the model's function for it is missing or not known here.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -47,14 +47,14 @@ class RouterLoss:
         """Compute the loss of a batch, with its coefficient.
 
         Args:
-            router_logits: a tuple with the logits [tokens, experts] of each layer that routes.
-            batch: padded, with attention_mask [B, L], or flattened, where every token counts.
+            router_logits: a tuple with the logits [tokens, experts] of each layer with a router.
+            batch: a padded batch with attention_mask [B, L], or a flattened one, in which every token counts.
 
         Returns:
             Scalar.
 
         Raises:
-            UserError: the model gave no logits of its routers.
+            UserError: the model returned no router logits.
         """
         if not router_logits:
             raise UserError(f"student {self.name}: its layers gave no logits of their routers; {_WAY_OUT}")
@@ -63,7 +63,7 @@ class RouterLoss:
 
 
 def coefficient_of(model: nn.Module) -> float:
-    """The weight of a model's balancing loss; 0 where its config does not ask for one."""
+    """The weight of a model's balancing loss; 0 if its config does not ask for one."""
     inner: Any = unwrap(model)
     config: Any = getattr(inner, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config

@@ -1,4 +1,4 @@
-"""Save a student, and see that its folder gives the same student back."""
+"""Save a student, and check that loading its folder gives the same student."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,15 +17,15 @@ from .loading import load_model
 
 
 def save_student(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Save a student with its tokenizer, adapters merged, and compare it with what its folder gives back.
+    """Save a student with its tokenizer, adapters merged, then load it and compare.
 
     Args:
-        model: a causal language model, or a PEFT model, which is used up.
-        tokenizer: of the student.
+        model: a causal language model, or a PEFT model, which must not be used afterwards.
+        tokenizer: the student's tokenizer.
         folder: where it goes.
 
     Raises:
-        UserError: the adapters cannot be merged, or the folder gives another model.
+        UserError: the adapters cannot be merged, or the loaded model differs.
     """
     student = merge_adapters(model)
     student.config.use_cache = True
@@ -37,11 +37,11 @@ def save_student(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: P
 def check_saved(model: PreTrainedModel, folder: Path) -> None:
     """Load a saved model again and compare: tensors bit for bit, and logits of a few tokens.
 
-    Without memory for a second copy, names, shapes and dtypes are compared alone, from the files' heads.
+    If there is no memory for a second copy, only names, shapes and dtypes are compared, from the headers of the files.
 
     Args:
-        model: as it was saved.
-        folder: where it was.
+        model: the model in memory.
+        folder: where it was saved.
 
     Raises:
         UserError: the two differ.
@@ -64,7 +64,7 @@ def check_saved(model: PreTrainedModel, folder: Path) -> None:
     with _forward_of_its_class(model):
         expected = probe_logits(model).cpu()
     difference = row_error(probe_logits(again).flatten(0, -2), expected.flatten(0, -2))
-    # On a GPU float32 may be TF32, with the fraction of float16.
+    # On a GPU float32 may be TF32, with the mantissa of float16.
     rounding = torch.float16 if model.device.type == "cuda" and model.dtype == torch.float32 else model.dtype
     if not difference <= TOLERANCE[rounding][0]:
         raise _another(folder, f"their logits differ by {difference:.1e}")
@@ -72,7 +72,7 @@ def check_saved(model: PreTrainedModel, folder: Path) -> None:
 
 @contextmanager
 def _forward_of_its_class(model: nn.Module) -> Iterator[None]:
-    """Leave out a forward that was put on the model itself, as accelerate does, which would go on in bfloat16."""
+    """Use the class's forward, not one set on the model itself: accelerate's would still run in bfloat16."""
     own = vars(model).pop("forward", None)
     try:
         yield

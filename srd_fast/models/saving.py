@@ -1,4 +1,4 @@
-"""Show before a student is trained what would keep it from being saved: configs, tokenizer, adapters, the hub."""
+"""Find out before training what would keep a student from being saved: configs, tokenizer, adapters, the hub."""
 
 import copy
 import errno
@@ -19,18 +19,18 @@ from .loading import load_config, make_model, resolve_model
 
 logger = logging.getLogger(__name__)
 
-# Fields by which transformers decides whether it accepts the others.
+# Fields on which it depends whether transformers accepts the others.
 _MODES = ("do_sample", "num_beams", "return_dict_in_generate", "use_cache")
 
 
 def mend_generation_config(model: nn.Module, name: str) -> None:
     """Make a model's generation config one that transformers saves; a warning says what that changes.
 
-    transformers loads any, and refuses to save one whose fields contradict each other, such as a temperature without
-    sampling.
+    transformers loads any config, but refuses to save one whose fields contradict each other, such as a temperature
+    without sampling.
 
     Args:
-        model: a transformers model, or a PEFT model around one; others are left alone.
+        model: a transformers model, or a PEFT model around one; others are not changed.
         name: "student" or "teacher", for the warning.
     """
     inner: Any = unwrap(model)
@@ -52,12 +52,12 @@ def mend_generation_config(model: nn.Module, name: str) -> None:
 
 
 def _mended(config: GenerationConfig) -> tuple[GenerationConfig, list[str]]:
-    """The config itself if it can be saved; else one that keeps as much of it as can be, and what that changes."""
+    """The config itself if it can be saved; else one that keeps as much of it as possible, and the changes."""
     if _can_be_saved(config):
         return config, []
     values = {k: v for k, v in vars(config).items() if not k.startswith("_") and k != "transformers_version"}
     made, dropped = _rebuilt(config, values)
-    # Without a word on sampling, fields that only sampling reads say what is meant; a temperature of 0 does not.
+    # If do_sample is not set, fields that only sampling reads show that it is meant, except a temperature of 0.
     if values.get("do_sample") is None and values.get("temperature") != 0:
         sampling, of_sampling = _rebuilt(config, {**values, "do_sample": True})
         if len(of_sampling) < len(dropped):
@@ -71,7 +71,7 @@ def _without(values: dict[str, Any], names: list[str]) -> list[str]:
 
 
 def _rebuilt(config: GenerationConfig, values: dict[str, Any]) -> tuple[GenerationConfig, list[str]]:
-    """A config of those values, and the names of those that cannot be saved beside the ones before them."""
+    """A config of those values, and the names of those that were left out, because they contradict earlier ones."""
     made, dropped = type(config)(), []
     for name in sorted(values, key=lambda n: n not in _MODES):
         before = getattr(made, name, None)
@@ -91,12 +91,12 @@ def _can_be_saved(config: GenerationConfig) -> bool:
 
 
 def try_saving(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path | None = None) -> None:
-    """Write what lies around a student's weights (configs and tokenizer) to a folder that is removed again.
+    """Try to write a student's configs and tokenizer to a temporary folder, which is removed again.
 
     Args:
-        model: the student, also one without weights ("meta"), or a PEFT model.
+        model: the student, which may be a PEFT model or have no weights ("meta").
         tokenizer: saved with it.
-        folder: in which it will be saved. Default: the system's for temporary files.
+        folder: where the temporary folder is made; the student will be saved there. Default: the system's place.
 
     Raises:
         UserError: something cannot be written, or the model is of a kind that cannot be saved.
@@ -119,9 +119,9 @@ def try_saving(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Pat
                 copy.deepcopy(adapter).save_pretrained(trial)
             what = "the tokenizer"
             tokenizer.save_pretrained(trial)
-    except Exception as e:  # whatever libraries and disks say
+    except Exception as e:  # any error of libraries and disks
         if getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-            raise  # no fault of the student: with more room it goes on
+            raise  # not the student's fault: with more disk space it would work
         place = "" if folder is None else f" in {str(folder)!r}"
         raise UserError(f"the student could not be saved{place} after training: {what}: {first_line(e)}") from e
 
@@ -131,7 +131,7 @@ def try_merging(model: nn.Module) -> None:
     """Merge a copy of one adapter layer of each kind into its weights, as saving a whole student does at the end.
 
     Args:
-        model: a PEFT model, also one without weights ("meta").
+        model: a PEFT model, which may have no weights ("meta").
 
     Raises:
         UserError: its adapters cannot be merged.
@@ -154,7 +154,7 @@ def try_merging(model: nn.Module) -> None:
     for name, layer in {type(m): (n, m) for n, m in adapters.items()}.values():
         try:
             copy.deepcopy(layer).merge()
-        except Exception as e:  # of any kind of adapter
+        except Exception as e:  # each kind of adapter has its own errors
             raise UserError(f"the student's adapter {name} cannot be merged into its weights: {first_line(e)}") from e
 
 
@@ -162,11 +162,11 @@ def try_hub(token: str | None, name: str = "push_to_hub") -> None:
     """Ask the model hub who is logged in, and whether they may write.
 
     Args:
-        token: the hub's; None: the one that is stored.
-        name: of the setting that asks for the hub, for the message.
+        token: the hub's access token; None: the stored one.
+        name: name of the setting that needs the hub, for the message.
 
     Raises:
-        UserError: the hub cannot be reached, knows no such user, or lets them only read.
+        UserError: the hub cannot be reached, does not know the user, or allows them only to read.
     """
     way = f"log in with `hf auth login`, set HF_TOKEN, or leave {name} out"
     try:
@@ -184,10 +184,10 @@ def model_without_weights(source: str) -> nn.Module | None:
         source: a folder or hub id.
 
     Returns:
-        The model, or None where only loading tells what it is.
+        The model; None if that can be known only by loading it.
 
     Raises:
-        UserError: it has no config, or a generation config, that can be read.
+        UserError: its config or its generation config cannot be read.
     """
     path = resolve_model(source)
     if Path(path).is_dir() and not Path(path, "config.json").is_file():
@@ -197,7 +197,7 @@ def model_without_weights(source: str) -> nn.Module | None:
             model: Any = make_model(load_config(source), torch.float32)
     except UserError:
         raise
-    except Exception:  # what loading says is clearer
+    except Exception:  # the error from loading the model will be clearer
         return None
     try:
         model.generation_config = GenerationConfig.from_pretrained(path)

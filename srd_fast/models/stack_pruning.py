@@ -9,12 +9,12 @@ from torch import nn
 from ..errors import UserError
 from .layer_choice import chosen_layers
 
-# Where configs say how many layers a stack has, besides `num_hidden_layers` in a config of its own.
+# Entries with the number of layers of a stack, besides `num_hidden_layers` in the stack's own config.
 _COUNTS = {
     "encoder": ("num_layers", "encoder_layers", "num_encoder_layers"),
     "decoder": ("num_decoder_layers", "decoder_layers"),
 }
-# T5's first layers have the biases of positions, which the others of their stack take from them.
+# In T5, only the first layer of a stack has position biases; the other layers use them too.
 _OF_THE_FIRST = "relative_attention_bias"
 
 
@@ -22,7 +22,7 @@ def prune_stacks(model: Any, layers: int | list[int], encoder_layers: int | list
     """Cut an encoder-decoder model, in place, as `prune_depth` says.
 
     Args:
-        model: without adapters.
+        model: the model, without adapters.
         layers: how many layers of the decoder to keep, or their indices.
         encoder_layers: the same for the encoder. Default: as `layers`.
 
@@ -30,8 +30,8 @@ def prune_stacks(model: Any, layers: int | list[int], encoder_layers: int | list
         The indices kept in the decoder.
 
     Raises:
-        UserError: a stack does not have these layers, or the model that is left could not be loaded again. The model is
-            then as it was.
+        UserError: a stack does not have these layers, or the remaining model could not be loaded again. The model is
+            then unchanged.
     """
     wanted = {"encoder": layers if encoder_layers is None else encoder_layers, "decoder": layers}
     kept = {
@@ -86,7 +86,7 @@ def _cut(stack: nn.Module, place: str, members: nn.ModuleList, kept: list[int]) 
 
 
 def _tell(config: Any, own: Any, name: str, total: int, kept: list[int]) -> None:
-    """Write down in the model's config, and in the stack's own, which layers there are."""
+    """Write the kept layers into the model's config and into the stack's own."""
     for key in _COUNTS[name]:
         if getattr(config, key, None) == total:
             setattr(config, key, len(kept))
@@ -99,10 +99,10 @@ def _tell(config: Any, own: Any, name: str, total: int, kept: list[int]) -> None
 
 
 def _check_config(model: nn.Module) -> None:
-    """Refuse a model whose config now describes another one.
+    """Refuse a model if its changed config describes another model.
 
     Raises:
-        UserError: naming a weight that the two do not share.
+        UserError: the message names a weight that only one of the two has.
     """
     with torch.device("meta"):
         described = type(model)(model.config).state_dict()

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 
 def text_config(config: Any) -> Any:
-    """The configuration of the part that reads and writes text; `config` itself where there is no other part."""
+    """The configuration of the part that reads and writes text; `config` itself if there is no other part."""
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
@@ -18,7 +18,7 @@ def text_tower(model: nn.Module) -> nn.Module:
         model: a causal language model, or one with a vision or audio tower beside its text tower.
 
     Returns:
-        The text tower; the whole body where there is no other one.
+        The text tower; the whole body if there is no other tower.
     """
     whole: Any = model
     body, kind = whole.base_model, type(text_config(whole.config))

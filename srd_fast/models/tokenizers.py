@@ -1,4 +1,4 @@
-"""Whether two tokenizers give the same ids to every text, so that a class of one model is that class of the other."""
+"""Check that two tokenizers give the same ids to every text, so that a class means the same token to both models."""
 
 import hashlib
 import json
@@ -22,13 +22,13 @@ def check_tokenizers(
 ) -> None:
     """Refuse two tokenizers that do not give the same ids to every text.
 
-    Compared are the whole vocabulary (padding classes have no entry, so padded models pass), the merges where both have
-    some, and the ids of a few texts of many scripts. The two may be of different classes.
+    The check compares the whole vocabulary (padding classes have no entry, so padded models pass), the merges if both
+    have some, and the ids of a few texts in many scripts. The tokenizers may be of different Python classes.
 
     Args:
-        student: its tokenizer.
-        teacher: its tokenizer.
-        shared_vocabulary: each may have tokens of its own, at ids that the other has no token for.
+        student: the student's tokenizer.
+        teacher: the teacher's tokenizer.
+        shared_vocabulary: allow tokens that only one of the two has, at ids that the other does not use.
 
     Raises:
         UserError: they differ.
@@ -55,7 +55,7 @@ def check_tokenizers(
 
 
 def _in_conflict(ours: dict[str, int], theirs: dict[str, int], differing: list[str]) -> list[str]:
-    """The differing tokens that stand in the way even of a vocabulary that is only shared in part."""
+    """The differing tokens that rule out even a partly shared vocabulary."""
     taken = set(ours.values()), set(theirs.values())
     found = []
     for token in differing:

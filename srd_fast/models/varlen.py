@@ -1,7 +1,7 @@
 """Attention within the samples of a flattened batch: transformers' attention implementation `srd_varlen`.
 
-A forward pass that is given `cu_seq_lens_q` attends causally inside each sample, and never makes a mask of the whole
-batch. Without it (padded batches, generation) the implementation is transformers' `sdpa`, mask and attention.
+With `cu_seq_lens_q`, a forward pass attends causally within each sample, and never makes a mask of the whole batch.
+Without it (padded batches, generation), both mask and attention are those of transformers' `sdpa`.
 
 In a compiled layer, a flattened batch is one opaque operation: torch's kernel or `srd_fast::attend_in_samples`. It
 reads the lengths when it runs, so one graph serves batches of all lengths.
@@ -39,8 +39,8 @@ def _torch_kernel() -> Callable[..., Any] | None:
 IMPLEMENTATION = "srd_varlen"
 _KERNEL = _torch_kernel()
 _HALF = (torch.float16, torch.bfloat16)
-# True inside the forward pass of a flattened batch. It only spares masks and refuses layers without the keywords; what
-# attends to what follows from the keywords alone, which gradient checkpointing hands on to the recomputation.
+# True inside the forward pass of a flattened batch. It only saves masks and refuses layers without the keywords. Which
+# token sees which depends only on the keywords, which gradient checkpointing passes on to the recomputation.
 _in_flattened_forward: ContextVar[bool] = ContextVar("in_flattened_forward", default=False)
 
 
@@ -61,11 +61,11 @@ def varlen_keywords(
     sample_lengths: list[int] | None = None,
     continues: list[int] | None = None,
 ) -> dict[str, Any]:
-    """What the attention layers need to know of a flattened batch, as keywords of the model's forward.
+    """Make the keywords of the model's forward that tell its attention layers about a flattened batch.
 
     Args:
         cu_seq_lens: [B + 1] int32, where each sample begins, then the total.
-        device: of the model.
+        device: the model's device.
         implementation: the model's attention implementation. Flash attention takes only its own keywords.
         sample_lengths: the B lengths. Without them this waits for cu_seq_lens, unless that is on the CPU.
         continues: for each of the last samples, the number of the sample that it continues, or -1.
@@ -81,7 +81,7 @@ def varlen_keywords(
     keywords = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": longest, "max_length_k": longest}
     if implementation != IMPLEMENTATION:
         if continues:
-            raise ValueError(f"{implementation} gives no sample the keys of another")
+            raise ValueError(f"in {implementation} no sample can see the keys of another")
         return keywords
     if continues:
         keywords |= {"continues": continues, "continues_on_host": torch.tensor(continues, dtype=torch.int32)}
@@ -92,7 +92,7 @@ def varlen_keywords(
 def varlen_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     """The mask that transformers' `sdpa` gets. For a flattened batch: None, or the window of a sliding-window layer.
 
-    A window is the last size of an int64 tensor [1, 1, 1, window] that takes the mask's place. A shape is known without
+    The window is the last size of an int64 tensor [1, 1, 1, window] in place of the mask: a shape can be read without
     waiting for a device, and a compiler treats it as a number that may vary.
 
     Raises:
@@ -165,9 +165,9 @@ def varlen_attention(
     window = None if attention_mask is None else attention_mask.shape[-1]
     if _has_kernel(query, value, dropout):
         if continues_on_host is not None:
-            raise ValueError("torch's variable-length attention gives no sample the keys of another")
+            raise ValueError("in torch's variable-length attention no sample can see the keys of another")
         longest = max(_lengths(cu_seq_lens_q)) if max_length_q is None else max_length_q
-        # Not asked in a compiled layer, which would be compiled for either answer.
+        # Not in a compiled layer, which would be compiled once for each answer.
         if not compiling and window is not None and window >= longest:
             window = None
         return _attend_in_kernel(query, key, value, cu_seq_lens_q, longest, scaling, window), None
@@ -196,10 +196,10 @@ def _attend_by_length(
     dropout: float,
     continues: list[int] | None = None,
 ) -> Tensor:
-    """`varlen_attention` by `sdpa`: one call for each run of samples of one length that continue the same one."""
+    """`varlen_attention` by `sdpa`: one call for each run of samples with the same length and the same beginning."""
     sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
     groups: Any = SimpleNamespace(num_key_value_groups=query.shape[1] // key.shape[1])
-    # split's backward is one concatenation, that of slices a zero-filled copy of the batch for each sample.
+    # The backward of split is one concatenation; that of slices is a zero-filled copy of the batch for each sample.
     # Samples that others continue come first, each as a run of its own.
     fronts = len(lengths) - len(continues) if continues else 0
     goes_on = [*range(-2, -2 - fronts, -1), *continues] if continues else [-1] * len(lengths)
@@ -230,13 +230,13 @@ def _check_causal_self_attention(module: nn.Module, query: Tensor, key: Tensor, 
 
 
 def _band(n: int, before: int, window: int | None, device: torch.device) -> Tensor:
-    """[1, 1, n, before + n], True where a token sees another: itself and those before it, `window` in all."""
+    """[1, 1, n, before + n], True where a token sees another: itself and earlier ones, at most `window` in all."""
     seen = torch.ones(n, before + n, dtype=torch.bool, device=device).tril_(before)
     return (seen if window is None else seen.triu_(before + 1 - window))[None, None]
 
 
 def _kernel_dtype(query: Tensor) -> torch.dtype:
-    """The dtype in which scaled_dot_product_attention would run; autocast casts its inputs, but no custom op's."""
+    """The dtype in which scaled_dot_product_attention would run. Autocast casts its inputs, but not a custom op's."""
     device = query.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
 
@@ -271,13 +271,13 @@ def _attend_in_kernel(
     scaling: float | None,
     window: int | None,
 ) -> Tensor:
-    """`varlen_attention` by torch's kernel. Its window (left, 0) is `left` tokens before the own one; -1 is all."""
+    """`varlen_attention` by torch's kernel. Its window (left, 0) is `left` tokens before the current one; -1 is all."""
     assert _KERNEL is not None
     dtype, left = _kernel_dtype(query), -1 if window is None else window - 1
     q, k, v = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))
     starts = cu_seq_lens.to(query.device)
     options: dict[str, Any] = {"scale": scaling, "window_size_left": left, "window_size_right": 0}
-    # Without dropout, and without its mask for debugging. Causal is a kernel of its own, and has no window.
+    # No dropout, and no debugging mask. The causal kernel is a separate one, without a window.
     return _KERNEL(q, k, v, starts, starts, longest, longest, 0.0, left == -1, False, **options)[0][None]
 
 
@@ -330,7 +330,7 @@ def _(
     return query.new_empty(1, length, heads, value.shape[-1]), state
 
 
-# Not a custom_op: that would shut autograd out of what runs inside.
+# Not a custom_op, because autograd would not record what runs inside it.
 torch.library.define(
     "srd_fast::attend_in_samples_backward",
     "(Tensor gradient, Tensor query, Tensor key, Tensor value, Tensor starts, Tensor state, SymInt window,"
@@ -351,7 +351,7 @@ def _attend_in_samples_backward(
     dropout: float,
     continues: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value. The forward pass runs again: it is little work beside a layer's."""
+    """Gradients of query, key and value. The forward pass runs again, which is little work compared to a layer's."""
     now = _random_state(query.device) if dropout else None
     try:
         if dropout:
@@ -384,7 +384,7 @@ def _(
 
 
 def _recording() -> AbstractContextManager[Any]:
-    """Let autograd record below a dispatch mode, which shuts it out."""
+    """Let autograd record below a dispatch mode, which otherwise disables it."""
     shut_out = torch._C._dispatch_tls_local_exclude_set().remove(torch._C.DispatchKey.AutogradFunctionality)
     guard: Any = torch._C._ForceDispatchKeyGuard
     return guard(torch._C._dispatch_tls_local_include_set(), shut_out)

@@ -1,8 +1,8 @@
-"""What is around a model, or in its place, when many processes train it: DDP, FSDP, DeepSpeed.
+"""Wrappers around a model that many processes train: DDP, FSDP, DeepSpeed.
 
-Each of them does its work in the call of a module: there it gathers weights that lie in shards, and prepares for the
-backward pass. The loss needs hidden states and the weight of the head, and never calls the model as a whole, so what
-it does runs in place of the module's own forward.
+Each of them works when a module is called: then it gathers sharded weights and prepares the backward pass. The loss
+needs hidden states and the head's weight, and never calls the whole model. So it runs inside the module's call, in
+place of its forward.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,7 +17,7 @@ from transformers.integrations import deepspeed
 if distributed.is_available():
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
     from torch.distributed.tensor import DTensor
-else:  # torch built without it: nothing is of these classes
+else:  # torch was built without it, so nothing is of these classes
 
     class FSDPModule:  # type: ignore[no-redef]
         """Stands for the class that is not there."""
@@ -33,16 +33,16 @@ R = TypeVar("R")
 
 
 def call_through(wrapped: nn.Module, inner: nn.Module, forward: Callable[..., R], *args: Any) -> R:
-    """Run `forward` inside the call of a module and of what is around it.
+    """Run `forward` inside the call of a module and its wrapper.
 
-    Where nothing is around it, or nothing that has work to do, this is `forward(*args)`.
+    Without a wrapper, or with one that has nothing to do, this is `forward(*args)`.
 
     Args:
         wrapped: the module, as it is called in training.
-        inner: the module inside; `wrapped` itself where nothing is around it, or something in its place.
-        forward: with gradients it gives a tuple, of which the first is a tensor that leads to all gradients, and the
-            others are passed by the wrapper, which may cast what it sees. Without gradients it gives anything.
-        args: of `forward`.
+        inner: the module inside; `wrapped` itself without a wrapper, or with one that replaces the module.
+        forward: with gradients, it must return a tuple: first a tensor from which all gradients are reached, then
+            values that bypass the wrapper, which may cast what it sees. Without gradients, it may return anything.
+        *args: arguments of `forward`.
 
     Returns:
         What `forward` returns.
@@ -51,7 +51,7 @@ def call_through(wrapped: nn.Module, inner: nn.Module, forward: Callable[..., R]
     if in_place and not _has_hooks(inner):
         return forward(*args)
     if isinstance(wrapped, DistributedDataParallel) and not differentiates:
-        return forward(*args)  # each process has all weights, so it may be the only one that calls
+        return forward(*args)  # each process has all weights, so it may call alone
     own, found = vars(inner).get("forward"), list[Any]()
 
     def restore() -> None:
@@ -72,31 +72,33 @@ def call_through(wrapped: nn.Module, inner: nn.Module, forward: Callable[..., R]
     finally:
         restore()
     if not differentiates or isinstance(inner, FSDPModule):
-        return found[0]  # FSDP's hooks are on the tensor itself; what it returns is cast to its `output_dtype`
+        return found[0]  # FSDP's hooks are on the tensor itself; its return value is cast to its `output_dtype`
     return (seen, *found[0][1:])  # type: ignore[return-value]
 
 
 def _has_hooks(module: nn.Module) -> bool:
-    """Whether a module's call gathers its weights though nothing is around it: FSDP2 and ZeRO-3 work in its place."""
+    """Whether a module's call gathers its weights although it has no wrapper: FSDP2 and ZeRO-3 change the module."""
     return isinstance(module, FSDPModule) or hasattr(module, "ds_id")
 
 
 def whole_shape(weight: Tensor) -> torch.Size:
-    """The shape of a weight, also of one that ZeRO-3 has emptied here and keeps in shards."""
+    """The shape of the whole weight, even if ZeRO-3 has emptied it and keeps it in shards."""
     return getattr(weight, "ds_shape", weight.shape)
 
 
 def is_emptied(model: nn.Module) -> bool:
-    """Whether ZeRO-3 has loaded a model in shards, and nothing gathers them in its calls before training begins."""
+    """Whether ZeRO-3 has loaded a model in shards that no call gathers before training begins."""
     return not hasattr(model, "ds_id") and any(p.shape != whole_shape(p) for p in model.parameters())
 
 
 @contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
-    """Have all weights whole in each process for a while, of a model that is emptied. They must not change meanwhile.
+    """Gather all weights of a model that ZeRO-3 has emptied, in each process, until the block ends.
+
+    The weights must not change in the block.
 
     Args:
-        model: any model; nothing is done to others.
+        model: any model; nothing happens if it is not emptied.
     """
     if not is_emptied(model):
         yield
@@ -109,7 +111,7 @@ def gathered(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def loading_whole() -> Iterator[None]:
-    """Let one process make models for itself meanwhile, where a ZeRO-3 configuration would have all make shards."""
+    """Let one process make models for itself in the block, although a ZeRO-3 configuration would shard them."""
     if not deepspeed.is_deepspeed_zero3_enabled():
         yield
         return

@@ -1,1 +1,1 @@
-"""A whole distillation from one config file, as steps that can each go on where they were interrupted."""
+"""A whole distillation from one config file, in steps that can each resume where they were interrupted."""

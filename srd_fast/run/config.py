@@ -16,14 +16,14 @@ from .modes import KD, MODES, mode_fields
 from .synonyms import SYNONYMS
 from .yaml_values import apply_override, checked, read_yaml, shown_value
 
-# Of a union, which pydantic lists as if they were keys.
+# The types of a union, which pydantic lists in an error's place as if they were keys.
 _KINDS = {"int", "float", "str", "list[int]", "list[str]", "dict[str,str]", "dict[str,any]"}
-# Where null is a value, not an empty section.
+# Keys for which null is a value, not an empty section.
 _NULLABLE = {"max_bad_rows", "parse_special_tokens"}
 
 
 class _Section(BaseModel):
-    # A field's text is the string below it: `srd-fast config` and the JSON schema have it from there.
+    # The string below a field is its help, in `srd-fast config` and the JSON schema.
     model_config = ConfigDict(
         extra="forbid", protected_namespaces=(), allow_inf_nan=False, use_attribute_docstrings=True
     )
@@ -33,9 +33,9 @@ class InitStudent(_Section):
     """How the student is cut out of the teacher and warmed up (only with `student: prune`)."""
 
     layers: int | list[int] = 15
-    """How many layers to keep (first and last ones), or a list; of an encoder-decoder model the decoder's."""
+    """How many layers to keep (first and last ones), or a list; in an encoder-decoder model, of the decoder."""
     encoder_layers: int | list[int] | None = None
-    """Of an encoder-decoder model's encoder. Default: as layers."""
+    """The same for the encoder of an encoder-decoder model. Default: as layers."""
     warmup_steps: int = Field(default=25, ge=0)
     """Steps of forward-KL distillation after the cut."""
     warmup_learning_rate: float = Field(default=4e-4, gt=0)
@@ -48,50 +48,50 @@ class Reflect(_Section):
     """How the student's reflections are made and scored."""
 
     engine: str = "auto"
-    """auto, vllm, transformers or another name of engine_names(); auto is vLLM where it is installed and starts."""
+    """auto, vllm, transformers or another name of engine_names(); auto is vLLM if it is installed and starts."""
     engine_options: dict[str, Any] = {}
-    """Keywords of the engine, such as {data_parallel_size: 2} of vLLM."""
+    """Keywords of the engine, such as {data_parallel_size: 2} for vLLM."""
     batch_size: int = Field(default=32, ge=1)
-    """Prompts at once, with transformers."""
+    """Prompts that are answered together, with the engine transformers."""
     max_new_tokens: int = Field(default=128, ge=1)
     """Longest answer."""
     temperature: float = Field(default=0.0, ge=0)
     """0: greedy."""
     top_p: float = Field(default=1.0, gt=0, le=1)
-    """Nucleus of a sampled answer."""
+    """Nucleus sampling: the probability mass of the tokens to draw from."""
     top_k: int = Field(default=0, ge=0)
-    """Likeliest tokens of a sampled answer; 0: all."""
+    """How many of the likeliest tokens to draw from; 0: all."""
     min_p: float = Field(default=0.0, ge=0, le=1)
-    """Least probability of a token, as a share of the likeliest one's."""
+    """Lowest probability of a token to draw, as a share of the likeliest token's."""
     repetition_penalty: float = Field(default=1.0, gt=0)
-    """Above 1: tokens that were there already become less likely."""
+    """Above 1: tokens that occurred already become less likely."""
     no_repeat_ngram_size: int = Field(default=0, ge=0)
-    """No run of so many tokens comes twice; 0: any may."""
+    """No sequence of so many tokens occurs twice in an answer; 0: no limit."""
     signals: list[str] = Field(default=["rouge_l", "cross_entropy"], min_length=1)
-    """What makes a sample easy: names of difficulty_names(), FILE.py:FUNCTION or package.module:function."""
+    """Difficulty signals: names of difficulty_names(), FILE.py:FUNCTION or package.module:function."""
     attempts: int = Field(default=1, ge=1, le=1000)
     """Answers to each prompt, for the signal pass_rate; above 1 they are sampled."""
     judge: str = "exact_match"
-    """Which attempts pass: exact_match, numeric_match (the final number), execution, FILE.py:FUNCTION (1 passes)."""
+    """Signal that says which attempts pass: exact_match, numeric_match, execution or FILE.py:FUNCTION (1 passes)."""
     cross_entropy_by: Literal["student", "engine"] = "student"
-    """Who computes the cross-entropy: the student once more, or the engine."""
+    """What computes the cross-entropy: the student in another forward pass, or the engine."""
     test_seconds: float = Field(default=5.0, gt=0)
     """Limit on a test of the signal execution."""
     test_memory_mb: int = Field(default=512, ge=16)
     """Limit on a test of the signal execution."""
     rouge_tokenizer: Literal["auto", "by_sample", "rouge", "unicode"] = "auto"
-    """Words of ROUGE-L: auto, by_sample, rouge (Latin letters and digits) or unicode."""
+    """How ROUGE-L finds words: auto, by_sample, rouge (Latin letters and digits) or unicode."""
     score_eos: bool = True
-    """Whether the cross-entropy has the token that ends the answer."""
+    """Whether the cross-entropy includes the token that ends the answer."""
 
 
 class Curate(_Section):
     """How scores become a plan; see `srd_fast.curate`."""
 
     method: Literal["srd", "random", "none"] = "srd"
-    """srd, or a control: random drops and stages by chance, none trains on all samples in every stage."""
+    """srd, or a control: random drops and stages samples at random, none trains on all samples in every stage."""
     keep: float | Literal["knee"] = 0.75
-    """The share of samples to keep, or knee: until the hard tail of the difficulties begins."""
+    """The share of samples to keep, or knee: all up to the point where difficulty begins to rise steeply."""
     stages: int = Field(default=3, ge=1, le=100_000)
     """How many subsets."""
     rrf_k: float = Field(default=60, gt=0)
@@ -99,15 +99,15 @@ class Curate(_Section):
     signals: dict[str, float] | None = None
     """Signal -> weight. Default: every signal of reflect, with weight 1."""
     order: str = "ranked"
-    """Of what is kept, before it is cut into subsets: ranked, shuffled, or a signal, its easy end (large gap) first."""
+    """Order of the kept samples before they are cut into stages: ranked, shuffled, or a signal, its easy end first."""
     band: dict[str, list[float]] = {}
-    """Signal -> its least and greatest value in a kept sample, such as {pass_rate: [0.1, 0.9]}."""
+    """Signal -> lowest and highest value of a kept sample, such as {pass_rate: [0.1, 0.9]}."""
     weight_by: str | None = None
-    """A signal p from 0 to 1, such as pass_rate: samples weigh p(1 - p) in the loss (PACED). Default: all the same."""
+    """A signal p from 0 to 1, such as pass_rate: a sample's weight in the loss is p(1 - p) (PACED). Default: 1."""
     floor_subsets: bool = False
     """Subsets of int(N / stages) samples, as the authors' code makes them."""
     reflect_again: bool = False
-    """At each stage's border the student, as it is then, ranks anew what it was not trained on yet."""
+    """Before each later stage, let the current student rank the samples again that it was not trained on yet."""
 
     @field_validator("keep", mode="before")
     @classmethod
@@ -118,21 +118,21 @@ class Curate(_Section):
 
 
 class Cache(_Section):
-    """Where teacher rows come from. `kind` live runs the teacher at every step, the other kinds run it once.
+    """Where the teacher's rows come from. `kind` live runs the teacher at every step, the other kinds run it once.
 
-    A cache that is there gets what it lacks of `log_sum_exp`, and keeps its hidden states.
+    If `log_sum_exp` is turned on later, it is added to the existing cache, which keeps its hidden states.
     """
 
     kind: Literal["hidden", "topk", "sampled", "projected", "live"] = "hidden"
-    """What the cache keeps of a row: hidden (exact), topk, sampled, projected; live runs the teacher in every step."""
+    """What the cache stores: hidden (exact), topk, sampled, projected; live: run the teacher in every step."""
     k: int = Field(default=64, ge=1)
-    """Classes, or draws, of a row of topk and sampled."""
+    """Classes, or draws, for each token with topk and sampled."""
     engine: Literal["transformers", "vllm"] = "transformers"
     """What runs the teacher to fill the cache."""
     engine_options: dict[str, Any] = {}
     """Keywords of VLLMTeacher, such as {tensor_parallel_size: 8}."""
     log_sum_exp: bool = False
-    """Kind hidden keeps the log-sum-exp of each row's teacher logits too, 4 bytes a temperature."""
+    """With kind hidden, store the log-sum-exp of the teacher's logits too: 4 bytes a token and temperature."""
 
 
 class Evaluate(_Section):
@@ -143,11 +143,11 @@ class Evaluate(_Section):
     max_new_tokens: int = Field(default=128, ge=1)
     """Longest answer."""
     seeds: list[int] = []
-    """Answers are sampled once for each. Default: one greedy answer."""
+    """Sample the answers once for each of these seeds. Default: one greedy answer."""
     temperature: float = Field(default=1.0, gt=0)
     """Of sampled answers."""
     metrics: list[str] = []
-    """Of the answers, besides ROUGE-L: exact_match, numeric_match, execution, bleu, chrf, FILE.py:FUNCTION."""
+    """Further metrics of the answers: exact_match, numeric_match, execution, bleu, chrf, FILE.py:FUNCTION."""
 
 
 class RunConfig(_Section):
@@ -156,7 +156,7 @@ class RunConfig(_Section):
     teacher: str = "smollm2-135m-instruct"
     """Folder, hub id, or smollm2-135m-instruct, which comes from PyPI."""
     teacher_device_map: str | dict[str, Any] | None = None
-    """Where its parts go, where it does not fit on one device: auto, or a device, cpu or disk for each module."""
+    """Spread a large teacher: auto, or a device, cpu or disk for each module. Default: on one device."""
     student: str = "prune"
     """Folder or hub id with the teacher's tokenizer, or prune: cut out of the teacher (init_student)."""
     output_dir: str = "runs/srd"
@@ -164,53 +164,53 @@ class RunConfig(_Section):
     data: str | list[str] | dict[str, str] = "quickstart"
     """File, folder, pattern, hub name (name, name:config), a list of these, path/name/split, or quickstart."""
     data_split: str = "train"
-    """Split of a hub data set or a folder of splits."""
+    """Which split to read of a hub data set or a folder with several."""
     validation: int | str | list[str] | dict[str, str] = 100
-    """How many rows to hold out, or a file and so on, as data."""
+    """How many rows to hold out for validation, or a source of rows, as in data."""
     columns: dict[str, str] = {}
-    """Such as {instruction: question, output: answer}, where columns have names of their own."""
+    """Which column is which, such as {instruction: question, output: answer}, if the names are others."""
     data_function: str | None = None
-    """FILE.py:FUNCTION, from a row (or, with a parameter path, from a file) to rows."""
+    """FILE.py:FUNCTION that makes rows from a row, or, if its parameter is called path, from a file."""
     train_on: Literal["last", "all"] = "last"
-    """Of a conversation's answers the last one, or all."""
+    """Which answers of a conversation have loss: last or all."""
     max_rows: int | None = Field(default=None, ge=1)
-    """Use the first rows alone. Default: all."""
+    """Use only so many rows, the first ones. Default: all."""
     max_bad_rows: int | float | None = 0.1
-    """Unusable rows that stop the run: a whole number, or a share in (0, 1); null: no limit."""
+    """Most unusable rows, beyond which the run stops: a whole number, or a share in (0, 1); null: no limit."""
     template: str = "alpaca"
     """alpaca, chat (the tokenizer's), or text with {instruction} and {input}."""
     chat_template_kwargs: dict[str, Any] = {}
     """Variables for the tokenizer's chat template."""
     parse_special_tokens: bool | None = None
-    """Read special tokens in the data as such. Default: in prompt/completion rows alone."""
+    """Parse the text of special tokens in the data. Default: only in prompt/completion rows."""
     max_prompt_length: int = Field(default=512, ge=1)
-    """Tokens; longer prompts lose the end of their input text, longer chats their oldest turns first."""
+    """In tokens; longer prompts lose the end of their input text, longer chats their oldest turns first."""
     max_response_length: int = Field(default=256, ge=2)
-    """Tokens, with the one that ends the response; longer ones are cut."""
+    """In tokens, including the end token; longer responses are cut."""
     privileged_template: str | None = None
-    """What mode self's teacher alone reads: text with {prompt}, {response}, {privileged}. Default: {privileged}."""
+    """In mode self, what only the teacher reads: text with {prompt}, {response}, {privileged}; default {privileged}."""
     max_privileged_length: int = Field(default=2048, ge=1)
-    """Tokens of the prompt that it then has; a row with a longer one is not used."""
+    """Most tokens of the teacher's prompt in mode self; longer rows are rejected."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of models at work; auto is bfloat16 where the device computes in it."""
+    """Dtype of computation; auto is bfloat16 if the device supports it in hardware."""
     device: str = "auto"
-    """Such as cpu or cuda:1; auto is a GPU where there is one."""
+    """Such as cpu or cuda:1; auto is a GPU if there is one."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Of everything drawn."""
     mode: str = KD
-    """Whose answers are trained on, by which loss: kd, sft, seqkd, offline_on_policy, on_policy, distillm, self."""
+    """Whose answers to train on, and the loss: kd, sft, seqkd, offline_on_policy, on_policy, distillm, self."""
     own_answers: bool = False
-    """In self: train on answers that the starting student gives before training, not on the data's."""
+    """In mode self: train on answers that the starting student gives before training, not on the data's."""
     answers_per_prompt: int = Field(default=1, ge=1, le=1000)
-    """Of answers made before training; above 1 they are sampled, with reflect.temperature."""
+    """Number of answers made before training; above 1 they are sampled, with reflect.temperature."""
     answers_again: bool = False
-    """Of the student's own: at each stage's border it answers the stage's prompts anew, as it is then."""
+    """Before each later stage, let the current student answer that stage's prompts again."""
     controls: list[Literal["random", "none"]] = []
-    """Trained too, from the same start and cache: random drops and stages by chance, none trains on all samples."""
+    """Controls to train too, from the same start and cache: random (drops and stages at random), none (all samples)."""
     preset: str | None = None
-    """paper or official (SRD), learnable, POCL, SE-KD or SE-KD3X; what the config says itself wins."""
+    """paper or official (SRD), learnable, POCL, SE-KD or SE-KD3X; keys of the config override the preset's."""
     init_student: InitStudent = InitStudent()
-    """How the student is cut out of its teacher, where student is prune."""
+    """How the student is cut out of its teacher, if student is prune."""
     reflect: Reflect = Reflect()
     """How the student answers, and how its answers are scored."""
     curate: Curate = Curate()
@@ -220,7 +220,7 @@ class RunConfig(_Section):
     distill: dict[str, Any] = {}
     """Training: fields of SRDConfig, and through it of transformers.TrainingArguments."""
     lora: dict[str, Any] | None = None
-    """Fields of peft.LoraConfig; adapters are trained then. Default: the whole student."""
+    """Fields of peft.LoraConfig, to train adapters. Default: train the whole student."""
     evaluate: Evaluate = Evaluate()
     """How models are measured on the validation rows."""
 
@@ -288,7 +288,7 @@ def load_run_config(path: str | Path | None, overrides: list[str] | tuple[str, .
 
 
 def read_run_config(path: str | Path | None, overrides: list[str] | tuple[str, ...] = ()) -> tuple[RunConfig, Faults]:
-    """Read a config as `load_run_config` does, and go on where something is wrong.
+    """Read a config as `load_run_config` does, but go on if something is wrong.
 
     Args:
         path: a YAML file, or None for the defaults.
@@ -302,7 +302,7 @@ def read_run_config(path: str | Path | None, overrides: list[str] | tuple[str, .
     """
     faults = Faults()
     given = read_yaml(path) if path is not None else {}
-    # `curate:` with nothing below it is no value.
+    # `curate:` with nothing below it counts as absent.
     content = {key: value for key, value in checked(given).items() if value is not None or key in _NULLABLE}
     for assignment in overrides:
         faults.check((), apply_override, content, assignment)

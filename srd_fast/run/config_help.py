@@ -1,4 +1,4 @@
-"""Every key of a config with its default, its range and what it means: as a YAML file, and as a JSON schema."""
+"""Every key of a config with its default, its range and its meaning: as a YAML file, and as a JSON schema."""
 
 import dataclasses
 import textwrap
@@ -25,14 +25,14 @@ _SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<", "min_length": "at least 
 
 
 def config_text(every: bool = False) -> str:
-    """A config file of all defaults, each key below what it means.
+    """A config file of all defaults, with each key's meaning above it.
 
     Args:
-        every: with the fields of `transformers.TrainingArguments`; otherwise the section `distill` has those of this
-            library alone.
+        every: include the fields of `transformers.TrainingArguments`; otherwise the section `distill` has only those
+            of this library.
 
     Returns:
-        YAML, which `srd-fast run` takes as it is.
+        YAML that `srd-fast run` accepts.
     """
     lines: list[str] = []
     for name, field in RunConfig.model_fields.items():
@@ -47,10 +47,10 @@ def config_text(every: bool = False) -> str:
 
 
 def text_of(values: dict[str, Any]) -> str:
-    """A config file of some keys, each below what it means.
+    """A config file of some keys, with each key's meaning above it.
 
     Args:
-        values: key -> value; of a section, a dictionary of its own.
+        values: key -> value; for a section, a dictionary.
 
     Returns:
         YAML.
@@ -82,7 +82,7 @@ def _key(name: str, field: FieldInfo, indent: str, value: Any) -> list[str]:
 
 
 def _choices(annotation: Any) -> list[str]:
-    """Of a `Literal`, alone or in a list."""
+    """The values of a `Literal`, which may be inside a list type."""
     if typing.get_origin(annotation) is list:
         return _choices(typing.get_args(annotation)[0])
     return [" | ".join(typing.get_args(annotation))] if typing.get_origin(annotation) is Literal else []
@@ -93,7 +93,7 @@ def _distill(every: bool) -> Iterator[str]:
     fields = [f for f in dataclasses.fields(SRDConfig) if f.name in DISTILL_FIELDS and f.name not in _OF_DEVICE]
     for field in sorted(fields, key=lambda f: (f.name not in mine, f.name not in RUN_DEFAULTS)):
         if every or field.name in mine or field.name in RUN_DEFAULTS:
-            # Of transformers' fields its own texts, which change with its versions, only where all are asked for.
+            # The help of transformers' fields changes with its versions, so it is shown only with `every`.
             text = field.metadata.get("help", "") if every or field.name in mine else ""
             yield from _entry(field.name, text, [], _default(field), "  ")
 
@@ -103,7 +103,7 @@ def _default(field: "dataclasses.Field[Any]") -> Any:
         return _DEFAULTS[field.name]
     if field.default_factory is not dataclasses.MISSING:
         return field.default_factory()
-    return getattr(field.default, "value", field.default)  # of an enumeration its value
+    return getattr(field.default, "value", field.default)  # the value of an enumeration's member
 
 
 def _entry(name: str, text: str, limits: list[str], value: Any, indent: str) -> list[str]:
@@ -119,7 +119,7 @@ def _comment(text: str, indent: str) -> list[str]:
 
 
 def json_schema() -> dict[str, Any]:
-    """The JSON schema of a config file, which editors complete and check keys with."""
+    """The JSON schema of a config file, with which editors complete and check keys."""
     schema = RunConfig.model_json_schema()
     types = typing.get_type_hints(SRDConfig)
     fields = {}

@@ -1,4 +1,4 @@
-"""The section `distill` of a config: which fields of SRDConfig it has, and what they may be."""
+"""The section `distill` of a config: which fields of SRDConfig it has, and their types."""
 
 from dataclasses import fields
 from functools import cache
@@ -13,7 +13,7 @@ from ..training.config import SRDConfig
 from .synonyms import SYNONYMS
 from .yaml_values import shown_value
 
-# Fields of SRDConfig that the run sets itself, or that mean nothing in it.
+# Fields of SRDConfig that the run sets itself, or that have no meaning in it.
 _SET_BY_RUN = {"output_dir", "seed", "num_train_epochs", "template", "max_prompt_length", "max_response_length"}
 _SET_BY_RUN |= {"chat_template_kwargs", "parse_special_tokens", "columns", "data_function", "train_on"}
 _SET_BY_RUN |= {"privileged_template", "max_privileged_length"}
@@ -27,10 +27,10 @@ def check_field(name: str, value: Any) -> None:
 
     Args:
         name: the key.
-        value: as YAML has it.
+        value: the value from YAML.
 
     Raises:
-        UserError: without the place in the config.
+        UserError: the key or its value is wrong. The message lacks the section's name.
     """
     if name in _SET_BY_RUN and name not in SYNONYMS["distill"]:
         raise UserError(f"{name} is set at the top level of the config, or by the run itself")
@@ -42,7 +42,7 @@ def check_field(name: str, value: Any) -> None:
     kind = _types()[name]
     if kind is not None:
         try:
-            if kind.validate_python(value) != value:  # "no", which would stay text
+            if kind.validate_python(value) != value:  # such as "no" for a bool, which would stay text
                 kind.validate_python(value, strict=True)
         except ValidationError as e:
             reason = e.errors()[0]["msg"]
@@ -51,7 +51,7 @@ def check_field(name: str, value: Any) -> None:
 
 @cache
 def _types() -> dict[str, TypeAdapter[Any] | None]:
-    """What the fields of `distill` may be; None for types of transformers' own."""
+    """The types of the fields of `distill`; None for types of transformers' own."""
     hints, found = get_type_hints(SRDConfig), dict[str, TypeAdapter[Any] | None]()
     for name in DISTILL_FIELDS:
         try:

@@ -22,19 +22,19 @@ def first_config(
     output_dir: str = "runs/mine",
     columns: dict[str, str] | None = None,
 ) -> str:
-    """Look at data and models, and write the config that fits them.
+    """Look at data and models, and make a config that fits them.
 
-    The template is the tokenizer's, where it has one. Lengths hold 99 of 100 of the rows that were looked at.
+    The template is the tokenizer's chat template, if it has one. The lengths fit 99 of 100 rows that were looked at.
 
     Args:
-        data: where rows come from, as `data` of a config.
+        data: where rows come from, as in the key `data`.
         teacher: folder or hub id.
         student: folder or hub id, or "prune": half of the teacher's layers.
-        output_dir: of the run.
-        columns: as `columns` of a config.
+        output_dir: the run folder.
+        columns: as in the key `columns`.
 
     Returns:
-        YAML, each key below what it means.
+        YAML, with each key's meaning above it.
 
     Raises:
         UserError: rows or models cannot be read, or too few rows can be used.

@@ -1,10 +1,11 @@
 """One command in several processes, started together by torchrun, accelerate launch or the like.
 
-The first process carries out the command. The others wait for its orders, so nothing is decided twice. Outside of
-training each is as if it were alone: the variables from which libraries learn of the others are hidden until then.
+The first process carries out the command. The others wait for its orders, so that nothing is decided twice. Except
+during training, each process works as if it were alone: the environment variables from which libraries learn of the
+other processes are hidden.
 
-Each of the others has a connection to the first, which the system closes when a process ends, however it ends. So a
-dead process is noticed at once, also by those that would wait for it within a library for ever.
+Each other process has a connection to the first, which the system closes when a process ends, however it ends. So a
+dead process is noticed at once, even by processes that would wait for it forever inside a library.
 """
 
 import os
@@ -28,28 +29,28 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# From these libraries learn that there are others, and what a launcher wants of a training.
+# Environment variables from which libraries learn of the other processes, and of a launcher's settings for training.
 _NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
 _PREFIXES = ("PMI_", "OMPI_COMM_WORLD_", "MV2_COMM_WORLD_")
 _VALUE, _FAILED, _END = "value", "failed", "end"
-# Seconds to wait for a better reason than one's own, where several processes notice that something is wrong.
+# Seconds to wait for a better reason from another process, if several processes notice that something is wrong.
 _GRACE = 3.0
-# Seconds to leave in order. A process that waits for a dead one within a library cannot.
+# Seconds for an orderly exit. A process that waits inside a library for a dead one cannot exit in an orderly way.
 _LEAVING = 10.0
 
 
 class Group(Sharing):
-    """The processes of one command, as one of them sees them; without arguments, the only one.
+    """The processes of one command, seen from one of them. Without arguments, a group of a single process.
 
     status: the exit status that another process decided on, or None.
 
     Args:
-        rank: of this process, from 0.
-        world: how many there are.
-        local_rank: this one's number on its machine, from 0. It decides the device.
-        peers: of the first process, its connections to the others by rank; of another, its connection to the first.
+        rank: number of this process, from 0.
+        world: the number of processes.
+        local_rank: this process's number on its machine, from 0. It decides the device.
+        peers: in the first process, the connections to the others by rank; in another, the connection to the first.
         hidden: environment variables that are set only while all train together.
-        store: torch's, over which the processes found each other. It may live in this one, and ends when forgotten.
+        store: torch's store, through which the processes met. It is kept because this process may host it.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class Group(Sharing):
             threading.Thread(target=self._listen, daemon=True).start()
 
     def share(self, value: T) -> T:
-        """The value of the first process, in every process."""
+        """Return the first process's value in every process."""
         if self.rank:
             received: T = self._inboxes[0].get()
             return received
@@ -80,14 +81,14 @@ class Group(Sharing):
         return value
 
     def gather(self, mine: T) -> list[T]:
-        """In the first process the values of all, by rank; in the others an empty list."""
+        """Return the values of all processes, by rank, in the first process, and an empty list in the others."""
         if self.rank:
             self._send(_VALUE, mine)
             return []
         return [mine, *(inbox.get() for inbox in self._inboxes)]
 
     def meet(self) -> None:
-        """Wait until all are here."""
+        """Wait until all processes have called this."""
         self.gather(None)
         self.share(None)
 
@@ -95,12 +96,12 @@ class Group(Sharing):
         """Let all processes do something together, each with its own `Run`. Only the first may call this.
 
         Args:
-            do: a function of a module, called with the run and the arguments.
-            run: of this process.
-            arguments: the same for all.
+            do: a module's function, called with the run and the arguments.
+            run: this process's run.
+            *arguments: the same for all processes.
 
         Returns:
-            What it returned here, when all have done it.
+            What it returned in this process, once all have done it.
         """
         self.share((do, arguments))
         result = do(run, *arguments)
@@ -108,14 +109,14 @@ class Group(Sharing):
         return result
 
     def orders(self) -> Iterator[tuple[Callable[..., Any], tuple[Any, ...]]]:
-        """For the others: what the first wants done, until it wants nothing more."""
+        """In the other processes: yield what the first one orders, until it is finished."""
         while (order := self.share(None)) is not None:
             yield order
             self.gather(None)
 
     @contextmanager
     def training(self) -> Iterator[None]:
-        """In the block libraries know of the group. What they make of it lasts: torch.distributed is begun once."""
+        """Show the group to libraries in the block. torch.distributed is started in the first block and stays."""
         if self.world == 1:
             yield
             return
@@ -129,7 +130,7 @@ class Group(Sharing):
             AcceleratorState._reset_state(reset_partial_state=True)
 
     def any_of(self, number: int) -> int:
-        """The largest of the numbers that the processes give. For within `training`."""
+        """The largest of the processes' numbers. To be called within `training`."""
         if self.world == 1:
             return number
         import torch
@@ -142,7 +143,7 @@ class Group(Sharing):
         return int(given)
 
     def close(self) -> None:
-        """Let the others end well. Their last order was carried out."""
+        """Let the other processes end: their last order was carried out."""
         if self._first_word.acquire(blocking=False) and self.rank == 0:
             self._send(_VALUE, None)
         if self._hidden:
@@ -152,14 +153,14 @@ class Group(Sharing):
                 distributed.destroy_process_group()
 
     def leave(self) -> None:
-        """Say that this process is ending by itself, so that nothing need end it."""
+        """Record that this process is ending by itself, so that `_listen` does not end it."""
         self._left.set()
 
     def fail(self, error: BaseException) -> None:
-        """End all processes over an error in this one. The first process returns, to say it; no other does.
+        """End all processes because of an error in this one. Only in the first process this returns, to report it.
 
         Raises:
-            SystemExit: another process is the cause, and the error only follows from it; or this is not the first.
+            SystemExit: the error follows from one in another process, or this is not the first process.
         """
         self.leave()
         expected = isinstance(error, UserError)
@@ -180,15 +181,15 @@ class Group(Sharing):
         raise SystemExit(status if self.status is None else self.status)
 
     def _send(self, kind: str, content: Any) -> None:
-        # Not by the connection's own pickler: of it torch asks that tensors stay in the memory of this machine.
+        # Not with the connection's own pickler, with which torch would send tensors through shared memory.
         message = pickle.dumps((kind, content))
         with self._sending:
             for peer in self._peers:
-                with suppress(OSError):  # one that is gone is noticed by `_listen`
+                with suppress(OSError):  # `_listen` notices that the peer is gone
                     peer.send_bytes(message)
 
     def _listen(self) -> None:
-        """In a thread of its own: put values into the inboxes, and leave when another process fails or is gone."""
+        """Run in a thread: put received values into the inboxes, and leave when another process fails or is gone."""
         places = {peer: place for place, peer in enumerate(self._peers)}
         while places:
             for peer in wait(list(places)):
@@ -204,14 +205,14 @@ class Group(Sharing):
                 if kind == _VALUE:
                     self._inboxes[places[peer]].put(content)
                 elif kind == _FAILED:
-                    # The same error here comes without a number, and is the better one to show.
+                    # If this process has the same error, its own message, without a process number, is better.
                     self._ended.wait(1.0)
                     self._leave(f"process {other} of {self.world}: {content[0]}", content[1])
                 else:
                     self._leave(None, content)
 
     def _leave(self, reason: str | None, status: int) -> None:
-        """End this process, and the others if it is the first. Whoever comes first says why."""
+        """End this process, and the others if it is the first. Only the first call prints the reason."""
         if not self._first_word.acquire(blocking=False):
             return
         self.status = status
@@ -228,10 +229,10 @@ class Group(Sharing):
 
 @contextmanager
 def joined() -> Iterator[Group]:
-    """Join the processes that a launcher started together with this one. What ends the block ends all of them.
+    """Join the processes that a launcher started together with this one. An error in the block ends all of them.
 
     Raises:
-        UserError: they do not find each other.
+        UserError: the processes do not find each other.
     """
     group = _join()
     try:
@@ -262,9 +263,9 @@ def _join() -> Group:
 
 
 def _meet(store: Any, rank: int, world: int) -> list[Connection]:
-    """Connections of the first process to the others, by rank, or of another to the first.
+    """Make the connections: in the first process to the others, by rank; in another process to the first.
 
-    What goes through them is unpickled, so whoever connects must know a secret that only this group's store tells.
+    Received data is unpickled, so a process that connects must know a secret that is only in this group's store.
     """
     if rank:
         port, key = store.get("srd_fast").decode().split()

@@ -1,4 +1,4 @@
-"""A step of a run, what is said of it, and `steps.json`, which knows the finished ones."""
+"""The steps of a run, messages about them, and `steps.json`, the list of the finished ones."""
 
 import json
 import logging
@@ -21,13 +21,13 @@ class Step:
     """One step of a run.
 
     Args:
-        name: of the step.
-        outputs: what it makes, as paths in the run folder.
-        depends: the part of the config that it depends on.
-        after: steps that come before it.
-        run: does it.
-        caches: paths from which an interrupted step goes on; --force deletes them.
-        in_run: whether a run has the step. Otherwise those after it come after the steps before it.
+        name: the step's name.
+        outputs: the paths in the run folder that it makes.
+        depends: the part of the config on which it depends.
+        after: the steps before it.
+        run: runs it.
+        caches: paths from which an interrupted step resumes; --force deletes them.
+        in_run: whether a run has the step. If not, later steps depend on the steps before it.
     """
 
     name: str
@@ -44,9 +44,9 @@ class News(str):
 
     Args:
         text: the line.
-        step: name of the step.
+        step: the step's name.
         state: "skipped", "started" or "done".
-        seconds: that it took, or None.
+        seconds: how long it took, or None.
     """
 
     def __new__(cls, text: str, step: str, state: str, seconds: float | None = None) -> "News":
@@ -80,19 +80,19 @@ class Ledger:
                 logger.warning("%s is damaged: every step is done again", self.path)
 
     def is_valid(self, step: Step, fingerprint: str, config: RunConfig, folder: Path) -> bool:
-        """Whether the step was done with the same inputs, and its outputs are unchanged."""
+        """Whether the step was done with the same inputs, and its outputs have not changed since."""
         entry = self.entries.get(step.name)
         if entry is None or entry.get("fingerprint") != fingerprint:
             return False
         return all(entry["outputs"].get(o) == content_digest(folder / o) is not None for o in step.outputs(config))
 
     def record(self, step: Step, fingerprint: str, config: RunConfig, folder: Path, seconds: float) -> None:
-        """Write down a finished step, atomically."""
+        """Record a finished step, atomically."""
         outputs = {o: content_digest(folder / o) for o in step.outputs(config)}
         self.entries[step.name] = {"fingerprint": fingerprint, "outputs": outputs, "seconds": seconds}
         write_text(self.path, json.dumps(self.entries, indent=1))
 
     def adopt(self, step: Step, entry: dict[str, Any]) -> None:
-        """Write down a step that another run has done, and whose outputs are here, atomically."""
+        """Record a step that another run has done and whose outputs are linked here, atomically."""
         self.entries[step.name] = entry
         write_text(self.path, json.dumps(self.entries, indent=1))

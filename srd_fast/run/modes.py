@@ -1,7 +1,7 @@
-"""Modes of a run: on whose answers the student is trained, and by which loss. One table, which all else asks.
+"""Modes of a run: on whose answers the student is trained, and with which loss. One table has all about them.
 
 kd                  the data's answers              the distillation loss
-sft                 the data's answers              cross-entropy; no teacher is there
+sft                 the data's answers              cross-entropy; there is no teacher
 seqkd               the teacher's, made once        cross-entropy (Kim and Rush, arXiv 1606.07947)
 offline_on_policy   the student's reflections       the distillation loss, reverse KL unless another is asked for
 on_policy           data's, or fresh ones of the    the distillation loss, JSD unless another is asked for (GKD,
@@ -36,15 +36,15 @@ LIVE, PRUNE = "live", "prune"
 
 @dataclass(frozen=True)
 class Mode:
-    """What a mode changes of a run.
+    """What a mode changes in a run.
 
     Args:
-        answers: whose answers stand in the rows that are trained on: the "data"'s, or those that the "teacher" or the
-            starting "student" gave once before training.
+        answers: whose answers are trained on: those of the "data", or those that the "teacher" or the starting
+            "student" gave once before training.
         teacher: whether the loss has a teacher. Without one it is the cross-entropy, and there is no cache.
-        fresh: whether the student answers anew while it trains; None where it may.
+        fresh: whether the student gives fresh answers during training; None: `lmbda` decides.
         itself: whether the teacher is the starting student, which reads privileged text.
-        fields: of the section `distill`, where it has no value.
+        fields: values of the section `distill`, unless it has its own.
     """
 
     answers: str = DATA
@@ -55,7 +55,7 @@ class Mode:
 
     @property
     def makes_answers(self) -> bool:
-        """Whether answers are made before training, to be trained on in place of the data's."""
+        """Whether answers are made before training, to replace the data's."""
         return self.answers != DATA
 
 
@@ -80,22 +80,22 @@ MODES = Registry(
 
 
 def mode_of(config: "RunConfig") -> Mode:
-    """What the mode of a run changes of it, with the answers that the run asks for.
+    """What a run's mode changes in it, with `own_answers` taken into account.
 
     Args:
-        config: of the run.
+        config: the run's config.
     """
     mode = MODES.get(config.mode)
     return replace(mode, answers=STUDENT) if config.own_answers and mode.itself else mode
 
 
 def mode_fields(mode: Mode, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The section `distill` with what the mode adds to it.
+    """The section `distill` with the mode's values added.
 
-    A given start or end of the cross-entropy's weight removes the mode's weight.
+    If the section has a start or end of the cross-entropy's weight, the mode's weight is left out.
 
     Args:
-        mode: of the run.
+        mode: the run's mode.
         given: the section.
     """
     own = dict(mode.fields)
@@ -105,24 +105,24 @@ def mode_fields(mode: Mode, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def reflects(config: "RunConfig") -> bool:
-    """Whether a run looks at the starting student's answers: all do but fine-tuning on all samples as they are."""
+    """Whether a run needs the starting student's answers. Only fine-tuning on all samples does not."""
     curate = config.curate
     return config.mode != SFT or curate.method != "none" or bool(curate.band) or curate.weight_by is not None
 
 
 def fine_tuning(config: "RunConfig", model: str, output: str | None = None) -> "RunConfig":
-    """The run that fine-tunes the teacher or the starting student of another on its data, before that.
+    """The config that fine-tunes another run's teacher or starting student on its data, before that run.
 
     Args:
-        config: of the other run.
+        config: the other run's config.
         model: "teacher" or "student".
         output: the run folder. Default: beside the other's.
 
     Returns:
-        A run of mode sft without a curriculum.
+        A config of mode sft without a curriculum.
 
     Raises:
-        UserError: there is no such model, or the student is not there yet.
+        UserError: there is no such model, or the student does not exist before the run.
     """
     if model not in (TEACHER, STUDENT):
         raise UserError(unknown_name("model", model, (TEACHER, STUDENT)))
@@ -162,30 +162,30 @@ def fine_tuning(config: "RunConfig", model: str, output: str | None = None) -> "
 
 
 def privileged_template(config: "RunConfig") -> str | None:
-    """What the teacher of a run reads besides, as a template; None where it reads what the student reads."""
+    """The template of what only the teacher of a run reads; None if it reads the same as the student."""
     return (config.privileged_template or WHOLE_COLUMN) if mode_of(config).itself else None
 
 
 def answers_anew(config: "RunConfig") -> bool:
-    """Whether any step of a run is on answers that are made for it."""
+    """Whether any training step of a run is on fresh answers."""
     fields = mode_fields(mode_of(config), config.distill)
     return bool(fields.get("lmbda")) or fields.get("seq_kd") is True
 
 
 def shares_weights(config: "RunConfig") -> bool:
-    """Whether a live teacher of a run is made of the weights of the student that is trained."""
+    """Whether a run's live teacher uses the weights of the student that is trained."""
     moves = config.distill.get("self_ema_decay") is not None
     return mode_of(config).itself and not has_cache(config) and (moves or config.lora is not None)
 
 
 def has_cache(config: "RunConfig") -> bool:
-    """Whether a run keeps its teacher's rows.
+    """Whether a run stores its teacher's rows.
 
-    It does not where every step is on fresh answers, of which nothing can be known before, or where the teacher is the
-    student itself and is there in any case.
+    It does not if every step is on fresh answers, which are not known before, or if the teacher is the student itself,
+    which is in memory anyway.
 
     Args:
-        config: of the run.
+        config: the run's config.
     """
     mode = mode_of(config)
     fields = mode_fields(mode, config.distill)
@@ -195,12 +195,12 @@ def has_cache(config: "RunConfig") -> bool:
 
 
 def check_mode(config: "RunConfig", args: SRDConfig, faults: Faults) -> None:
-    """Note settings that the mode of a config cannot do with.
+    """Find settings that do not fit the mode of a config.
 
     Args:
-        config: of the run.
-        args: of its training, with what the mode adds.
-        faults: takes what is wrong, naming the key, its value and the way out.
+        config: the run's config.
+        args: the training's config, with the mode's values.
+        faults: receives what is wrong: the key, its value and the way out.
     """
     weights = ("distill.sft_weight", "distill.sft_weight_start", "distill.sft_weight_end")
     faults.check(("mode", *weights), _check_weights, config, args)
@@ -309,10 +309,10 @@ def _check_again(config: "RunConfig") -> None:
 
 
 def check_signals(config: "RunConfig") -> None:
-    """Refuse signals that look at a teacher in a mode that has none, or that has the student itself.
+    """Refuse signals that compare with a teacher in a mode without one, or whose teacher is the student itself.
 
     Raises:
-        UserError: naming the mode, the signal and the way out.
+        UserError: there is such a signal.
     """
     mode = mode_of(config)
     if (mode.teacher and not mode.itself) or mode.answers == TEACHER or not reflects(config):

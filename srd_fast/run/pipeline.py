@@ -1,7 +1,7 @@
-"""The steps of a run. A step is done again only when what it was made from has changed.
+"""The steps of a run. A step is done again only if what it depends on has changed.
 
 A step's fingerprint covers its part of the config and the fingerprints of the steps before it. `steps.json` in the run
-folder keeps it with a digest of every output. A step is skipped if both still match.
+folder has the fingerprint and a digest of every output. A step is skipped if both still match.
 """
 
 import hashlib
@@ -104,12 +104,12 @@ STEPS = (
         steps.report,
     ),
 )
-# What another run may have made, where it would be made from the same.
+# Steps whose results may be taken from another run, if they depend on the same.
 _BEGINNING = ("prepare", "init-student", "reflect")
 
 
 def steps_of(config: RunConfig) -> tuple[Step, ...]:
-    """The steps that a run has, in their order, each after those before it that there are."""
+    """The steps of a run, in their order. Where the run lacks a step, later ones depend on the steps before it."""
     missing: dict[str, tuple[str, ...]] = {}
     found = []
     for step in STEPS:
@@ -121,7 +121,7 @@ def steps_of(config: RunConfig) -> tuple[Step, ...]:
     return tuple(found)
 
 
-# Of a run with the defaults.
+# The steps of a run with the defaults.
 STEP_NAMES = tuple(step.name for step in steps_of(RunConfig()))
 
 
@@ -138,17 +138,17 @@ def fingerprints(config: RunConfig) -> dict[str, str]:
 
 
 def load_checked(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a config; where some of it is wrong, check all the rest before that is told.
+    """Read a config. If some of it is wrong, check all the rest too, and report everything together.
 
     Args:
         path: a YAML file, or None for the defaults.
         overrides: texts such as "distill.skew=0.2".
 
     Returns:
-        The config. What needs more than reading it is checked by `execute`.
+        The config. Checks that need more than reading it are made by `execute`.
 
     Raises:
-        FaultsError: with a line for each fault of the config.
+        FaultsError: the config is wrong. There is a line for each fault.
         UserError: the file cannot be read.
     """
     config, faults = read_run_config(path, list(overrides))
@@ -169,20 +169,20 @@ def execute(
     """Run every step that is not done, or one step.
 
     Args:
-        config: of the run.
+        config: the run's config.
         only: the one step to run. The steps before it must be done, except init-student.
         force: do `only` again even if nothing has changed.
-        say: prints a line; it knows which step is where.
-        shard: "k/n" with only="reflect": do that share of the samples, and leave its scores beside those of the others.
-        group: the processes that do it together, of which this is the first. The others `serve` it. Default: this one.
-        checks: of the config, besides the run's own, before anything is done; what they raise is told with the rest.
+        say: prints a message about a step.
+        shard: "k/n" with only="reflect": do only that share of the samples, and write its scores to a file of its own.
+        group: the processes that do it together; this must be the first, the others call `serve`. Default: only this.
+        checks: further checks of the config before anything is done. Their errors are reported with the rest.
 
     Returns:
         The run folder.
 
     Raises:
-        UserError: the input is wrong, or `only` needs a step that is not done. All that is wrong with the config is
-            one FaultsError.
+        UserError: the input is wrong, or `only` needs a step that is not done. Everything that is wrong with the config
+            is in one FaultsError.
     """
     folder = Path(config.output_dir)
     with _explained(folder):
@@ -192,7 +192,7 @@ def execute(
     except OSError as e:
         raise UserError(f"output_dir {config.output_dir!r} cannot be made: {e}") from e
     with _explained(folder), ExitStack() as held:
-        # Shards of one folder may run beside each other, but beside nothing else.
+        # Several shards may run in one folder at the same time, but nothing else may.
         held.enter_context(in_use(folder, "output_dir", shared=shard is not None))
         if shard is not None:
             held.enter_context(in_use(folder, "output_dir", ".lock-{}-of-{}".format(*parse_shard(shard))))
@@ -201,10 +201,10 @@ def execute(
 
 
 def serve(group: Group) -> None:
-    """Do what the first process of a group orders, until it wants nothing more.
+    """Do what the first process of a group orders, until it is finished.
 
     Args:
-        group: as one of the others sees it.
+        group: the group, in a process other than the first.
 
     Raises:
         UserError: the input is wrong for this process.
@@ -222,7 +222,7 @@ def serve(group: Group) -> None:
 
 @contextmanager
 def _explained(folder: Path) -> Iterator[None]:
-    """Make one line of an error that comes from too little memory or from the disk of a run's folder."""
+    """Turn an error from a lack of memory, or from the disk of a run's folder, into one line."""
     try:
         yield
     except UserError:
@@ -248,7 +248,7 @@ def _execute(
     shard: str | None,
     group: Group,
 ) -> None:
-    """Run `execute` in a folder that this process holds."""
+    """Do what `execute` does in a folder that this process has locked."""
     steps.check_group(config, group, shard)
     wanted, ledger = fingerprints(config), Ledger(folder)
     run = steps.Run(config, folder, wanted, ledger.entries, group, say)
@@ -268,13 +268,14 @@ def _do(
     config, folder, wanted, todo = run.config, run.folder, run.fingerprints, steps_of(run.config)
     write_text(folder / "config.yaml", yaml.safe_dump(config.model_dump(), sort_keys=False))
     needed = {step.name for step in todo} if only is None else {only, *_before(only, todo)}
+    tests_checked = False
     for number, step in enumerate(todo, 1):
         if step.name not in needed:
             continue
         place = f"[{number}/{len(todo)}] {step.name}"
         valid = ledger.is_valid(step, wanted[step.name], config, folder)
         if only is not None and step.name != only:
-            # init-student's verb takes no config: it is a part of the step after it.
+            # The command init-student takes no config, so this step runs as a part of the step after it.
             part_of = next((s.name for s in todo if step.name == "init-student" and step.name in s.after), step.name)
             if not valid and part_of != only:
                 raise UserError(f"step {only!r} needs {part_of!r} done first: srd-fast {part_of} CONFIG")
@@ -294,10 +295,11 @@ def _do(
             run.say(News(f"{place}: unchanged, skipped", step.name, "skipped"))
             continue
         for output in step.outputs(config):
-            if (folder / output).is_symlink():  # of the run that this one began from
+            if (folder / output).is_symlink():  # to the run from which this one began
                 (folder / output).unlink()
-        if step.name != "prepare":
+        if step.name != "prepare" and not tests_checked:
             steps.check_tests_of_rows(run)
+            tests_checked = True
         run.say(News(f"{place} ...", step.name, "started"))
         started = time.monotonic()
         with expect_logits(run.expected_logits()):
@@ -308,15 +310,14 @@ def _do(
 
 
 def begin_from(source: Path, config: RunConfig) -> None:
-    """Let a run begin with what another one has made: data, start and reflections, and its teacher's cache.
+    """Let a run begin with results of another run: data, starting student, reflections and the teacher's cache.
 
-    They are links to the other's files. What would be made from something else is left to the run itself. The cache is
-    shared in any case, since it knows samples by their content; where it is of another teacher or kind, the run makes
-    one of its own.
+    They are links to the other run's files. Results that depend on something else are not taken. The cache is always
+    shared, since it knows samples by their content; if it is of another teacher or kind, the run makes its own.
 
     Args:
         source: the other run's folder.
-        config: of the run.
+        config: the run's config.
     """
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -329,7 +330,7 @@ def begin_from(source: Path, config: RunConfig) -> None:
             for output in step.outputs(config):
                 _link(source, folder, output)
             ours.adopt(step, entry)
-    # With answers made anew each run deletes the rows of its own that it no longer needs.
+    # With answers_again, each run deletes rows from its cache, so it needs its own.
     shares = has_cache(config) and not config.answers_again
     if shares and not os.path.lexists(folder / "teacher_cache") and (source / "teacher_cache").is_dir():
         _link(source, folder, "teacher_cache")
@@ -337,17 +338,17 @@ def begin_from(source: Path, config: RunConfig) -> None:
 
 
 def _link(source: Path, folder: Path, name: str) -> None:
-    """Make a link, which stays right where both folders are moved together."""
+    """Make a relative link, which stays valid if both folders are moved together."""
     remove(folder / name)
     (folder / name).symlink_to(os.path.relpath((source / name).resolve(), folder.resolve()))
 
 
 def _train_controls(run: "steps.Run") -> None:
-    """Do a run for each control, in a folder of its own, from this run's start and cache."""
+    """Do a run for each control, in a folder of its own, with this run's starting student and cache."""
     main = (run.config, run.folder, run.fingerprints, run.ledger)
     say, plan = run.say, CurriculumPlan.load(run.folder / "plan.json")
     cached = run.ledger["cache"]["outputs"] if has_cache(run.config) else {}
-    if cached:  # filled before there were controls, it lacks the dropped samples
+    if cached:  # if it was filled before there were controls, it lacks the dropped samples
         steps.cache_teacher(run)
     for name in run.config.controls:
         config = steps.control_config(main[0], name, plan)
@@ -360,7 +361,7 @@ def _train_controls(run: "steps.Run") -> None:
             _do(run, ledger)
     run.group.everywhere(steps.Run.turn_to, run, *main)
     run.say = say
-    # Controls have filled it too, with rows of answers that the run does not train on.
+    # The controls may have added rows, of answers on which the run does not train.
     cached.update({name: content_digest(run.folder / name) for name in cached})
 
 

@@ -1,4 +1,4 @@
-"""Ending on Ctrl-C or a cluster's SIGTERM: at once, or after the work in progress has been saved."""
+"""Stop on Ctrl-C or a cluster's SIGTERM: at once, or after the work in progress has been saved."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 
 class Stopped(KeyboardInterrupt):
-    """Raised in the main thread by SIGINT or SIGTERM. status: the exit status that is customary for the signal."""
+    """Raised in the main thread by SIGINT or SIGTERM. status: the usual exit status for the signal."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}")
@@ -24,7 +24,7 @@ class _Requests:
         self.raised: Stopped | None = None
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        # Asked a second time, whoever waits has lost patience.
+        # On a second signal, do not wait any longer.
         if not self.deferred or self.pending:
             self.raised = Stopped(number)
             raise self.raised
@@ -38,7 +38,7 @@ _requests = _Requests()
 def stoppable() -> Iterator[None]:
     """Let SIGINT and SIGTERM raise `Stopped` in the block, which must run in the main thread.
 
-    A library in which the signal arrives may turn it into an error of its own. `Stopped` is raised nevertheless.
+    `Stopped` is raised even if a library in which the signal arrives turns it into another error.
     """
     before = {n: signal.signal(n, _requests) for n in (signal.SIGINT, signal.SIGTERM)}
     _requests.deferred, _requests.pending, _requests.raised = False, 0, None
@@ -54,20 +54,20 @@ def stoppable() -> Iterator[None]:
 
 
 def stop_now() -> None:
-    """Raise `Stopped` in the main thread, from another one, and let nothing put it off."""
+    """Raise `Stopped` in the main thread, from another thread, even within `stopping_later`."""
     _requests.deferred = False
     os.kill(os.getpid(), signal.SIGTERM)
 
 
 @contextmanager
 def stopping_later(any_of: Callable[[int], int] = int) -> Iterator[TrainerCallback]:
-    """Let the first signal wait: training with the yielded callback saves a checkpoint after the step and ends.
+    """Delay the first signal: training with the yielded callback finishes the step, saves a checkpoint and ends.
 
     After such a signal, `Stopped` is raised at the end of the block.
 
     Args:
-        any_of: of processes that train together, called by all of them after each step: the signal's number here, or
-            0 -> the number for all.
+        any_of: called after each step by all processes that train together, with the number of this process's signal or
+            0; returns the number for all.
     """
     _requests.deferred, _requests.pending = True, 0
     try:
@@ -86,7 +86,7 @@ class _SaveAndStop(TrainerCallback):
         _requests.pending = self.any_of(_requests.pending)
         if _requests.pending:
             control.should_save = control.should_training_stop = True
-            # It goes on from this checkpoint, and the best one stays beside it.
+            # Training resumes from this checkpoint; the best one is kept beside it.
             args.save_only_model = args.load_best_model_at_end = False
             if args.save_total_limit == 1:
                 args.save_total_limit = 2

@@ -1,6 +1,6 @@
-"""Names that other libraries give to keys of the config, for the sentence about an unknown key."""
+"""Names of other libraries for keys of the config, for the message about an unknown key."""
 
-# What other libraries call keys of this one, by section; with a dot, a key of another section.
+# Another library's name -> the key here, by section; with a dot, a key of another section.
 SYNONYMS: dict[str, dict[str, str]] = {
     "": {
         **dict.fromkeys(("teacher_model", "teacher_model_path", "teacher_model_name_or_path"), "teacher"),

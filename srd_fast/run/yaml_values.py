@@ -10,8 +10,8 @@ import yaml
 from ..data import shown
 from ..errors import UserError, first_line
 
-# A config is some hundred lines. PyYAML takes a second for this many bytes; and aliases, each of which stands for a
-# part of the file, could make values without end of a few lines.
+# A config has a few hundred lines. PyYAML needs a second for this many bytes; and with aliases, each of which stands
+# for a part of the file, a few lines could make endless values.
 _MOST_BYTES = 100_000
 _MOST_VALUES = 20_000
 _DEEPEST = 20
@@ -22,7 +22,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """The values of a config file.
 
     Raises:
-        UserError: it cannot be read, is no YAML, or holds no keys.
+        UserError: the file cannot be read, is not YAML, or has no keys.
     """
     try:
         with _opened(path) as f:
@@ -41,7 +41,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def _opened(path: str | Path) -> BinaryIO:
-    """A file; by the name "quickstart", where no file has it, the example that comes with the package."""
+    """Open a file; for the name "quickstart", unless there is such a file, the example in the package."""
     if str(path) == QUICKSTART and not Path(path).exists():
         path = Path(__file__).parent.parent / "examples" / "quickstart.yaml"
     return Path(path).open("rb")
@@ -51,7 +51,7 @@ def _parsed(text: str, complaint: str) -> Any:
     """The values of a YAML text.
 
     Raises:
-        UserError: beginning with the complaint.
+        UserError: the text is not usable YAML. The message begins with `complaint`.
     """
     try:
         node = yaml.compose(text, yaml.SafeLoader)
@@ -63,13 +63,13 @@ def _parsed(text: str, complaint: str) -> Any:
         raise
     except RecursionError as e:
         raise UserError(f"{complaint}: nested too deeply") from e
-    except Exception as e:  # besides YAMLError what int(), date() and others say, as of 2024-13-45
+    except Exception as e:  # YAMLError, or errors of int(), date() and others, as for 2024-13-45
         raise UserError(f"{complaint}: {shown(' '.join(str(e).split()) or type(e).__name__, 500)}") from e
 
 
 def _check_aliases(root: yaml.Node, complaint: str) -> None:
-    """Refuse values without end, and a key that a section has twice: YAML would silently keep the last."""
-    counts: dict[int, int] = {}  # values below a node, each alias counted as all that it stands for; -1: not known yet
+    """Refuse endless values, and a section with the same key twice, of which YAML would silently keep the last."""
+    counts: dict[int, int] = {}  # number of values below a node, aliases expanded; -1: not known yet
 
     def count(node: yaml.Node) -> int:
         if isinstance(node, yaml.ScalarNode):
@@ -93,7 +93,7 @@ def _check_aliases(root: yaml.Node, complaint: str) -> None:
 
 
 def apply_override(content: dict[str, Any], assignment: str) -> None:
-    """Apply one `a.b=value`. The value is YAML, but 1e-4, which YAML takes for text without a dot, is a number."""
+    """Apply one `a.b=value`. The value is YAML, except that 1e-4, which is text in YAML 1.1, is a number."""
     key, equals, text = assignment.partition("=")
     if not equals or not key:
         raise UserError(f"override {shown(assignment)!r} is not of the form key=value")
@@ -111,10 +111,10 @@ def apply_override(content: dict[str, Any], assignment: str) -> None:
 
 
 def checked(value: Any, where: str = "") -> Any:
-    """Copy values, with 1e-4, which is text in YAML 1.1, as a number.
+    """Copy values, and convert numbers such as 1e-4, which is text in YAML 1.1.
 
     Args:
-        value: from YAML.
+        value: a value from YAML.
         where: the key of the value, for the message.
 
     Raises:
@@ -143,7 +143,7 @@ def checked(value: Any, where: str = "") -> Any:
 
 
 def _check_text(text: str, where: str) -> None:
-    """Refuse text that no path and no file can hold."""
+    """Refuse text that cannot be written to a path or a file."""
     if "\0" in text or any("\ud800" <= c <= "\udfff" for c in text):
         raise UserError(f"config: {where}: holds a NUL or half of a surrogate pair, got {shown_value(text)}")
 
@@ -152,5 +152,5 @@ def shown_value(value: Any) -> str:
     """A value as text for a message."""
     try:
         return shown(repr(value), 200)
-    except ValueError:  # Python writes no number of more than 4,300 digits
+    except ValueError:  # Python does not print numbers of more than 4,300 digits
         return f"a {type(value).__name__} of thousands of digits"

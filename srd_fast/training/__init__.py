@@ -1,1 +1,1 @@
-"""Training through `SRDTrainer`: its config and order of samples, and what is measured before and after."""
+"""Training with `SRDTrainer`: its config, the order of samples, and evaluation."""

@@ -1,4 +1,4 @@
-"""Fields of `SRDConfig` about answers that are generated while a student is trained: which of them go together."""
+"""Fields of `SRDConfig` about answers that are generated during training: which of them go together."""
 
 from typing import TYPE_CHECKING
 
@@ -15,18 +15,18 @@ if TYPE_CHECKING:
 
 # Ends of the names of metrics of which less is better; TrainingArguments knows "loss" alone.
 _LESS_IS_BETTER = ("loss", "kl", "entropy", "divergence", "perplexity")
-# Of the answers of evaluations, of fresh ones, and of both.
+# Fields about the answers of evaluations; about fresh answers; about both.
 _OF_EVALUATIONS = ("eval_metrics", "eval_generate_rows", "eval_max_new_tokens", "eval_temperature")
 _OF_FRESH = ("generation_temperature", "sync_every")
 _OF_BOTH = ("max_new_tokens", "generation_engine", "generation_options")
 
 
 def check_answers(args: "SRDConfig", faults: Faults) -> None:
-    """Note fields that would do nothing, or that lack another one.
+    """Find fields that would do nothing, or that need another field.
 
     Args:
-        args: before `TrainingArguments` has looked at them.
-        faults: takes what is wrong.
+        args: the config before `TrainingArguments.__post_init__`.
+        faults: receives what is wrong.
     """
     faults.check(("lmbda", "eval_strategy"), _check_share, args)
     faults.check(("generation_engine", "lmbda", "seq_kd", "eval_generate"), _check_engine, args)
@@ -50,17 +50,17 @@ def check_answers(args: "SRDConfig", faults: Faults) -> None:
 
 
 def less_is_better(args: "SRDConfig") -> bool:
-    """Whether `metric_for_best_model` is one of which less is better: a distance, or a metric of answers that says so.
+    """Whether a lower value of `metric_for_best_model` is better: for a distance, or a metric of answers that says so.
 
     Args:
-        args: with or without such a metric.
+        args: the config, with or without such a metric.
     """
     metric = str(args.metric_for_best_model or "")
     try:
         of_answers = get_metrics(args.answer_metrics) if args.eval_generate else {}
     except UserError:
-        of_answers = {}  # it is told with the rest
-    # Of several evaluation sets the name of the set is before it.
+        of_answers = {}  # another check reports it
+    # If there are several evaluation sets, the set's name comes before the metric's.
     ends = [name for name in of_answers if metric == name or metric.endswith(f"_{name}")]
     if ends:
         return not of_answers[max(ends, key=len)].higher_is_better
@@ -68,7 +68,7 @@ def less_is_better(args: "SRDConfig") -> bool:
 
 
 def _is_given(args: "SRDConfig", name: str) -> bool:
-    """Whether a field has another value than the default, which the class has."""
+    """Whether a field has another value than its default, which is the class's attribute."""
     return bool(getattr(args, name) != getattr(type(args), name))
 
 
@@ -155,13 +155,13 @@ def why_silent(args: "SRDConfig", deepspeed: bool, fsdp_version: int | None, in_
     """Why a student cannot answer prompts while it trains.
 
     Args:
-        args: of the training.
+        args: the training's config.
         deepspeed: whether DeepSpeed trains it.
-        fsdp_version: of the FSDP that shards it; None: none does.
-        in_shards: whether its weights lie in shards, by FSDP or before it came.
+        fsdp_version: version of the FSDP that shards it, or None.
+        in_shards: whether its weights are in shards, by FSDP or from loading.
 
     Returns:
-        The reason; None where it can.
+        The reason; None if it can.
     """
     if deepspeed or fsdp_version == 1:
         return f"it cannot answer while it trains by {'DeepSpeed' if deepspeed else 'FSDP1'}"
@@ -171,14 +171,14 @@ def why_silent(args: "SRDConfig", deepspeed: bool, fsdp_version: int | None, in_
 
 
 def check_can_answer(args: "SRDConfig", reason: str | None) -> None:
-    """Refuse a training whose student is to answer and cannot.
+    """Refuse a training whose student is to answer prompts but cannot.
 
     Args:
-        args: of the training.
-        reason: of `why_silent`.
+        args: the training's config.
+        reason: the result of `why_silent`.
 
     Raises:
-        UserError: with the way out.
+        UserError: there is a reason, and a field asks for answers.
     """
     asked = [f"{n} is {getattr(args, n)!r}" for n in ("eval_generate", "lmbda", "seq_kd") if getattr(args, n)]
     if asked and reason is not None:
@@ -199,7 +199,7 @@ def _check_patience(args: "SRDConfig") -> None:
     if not args.early_stopping_patience:
         return
     said = f"early_stopping_patience is {args.early_stopping_patience}, but"
-    # With load_best_model_at_end alone transformers takes the loss.
+    # With load_best_model_at_end and no metric, transformers takes the loss.
     if args.metric_for_best_model is None and not args.load_best_model_at_end:
         raise UserError(f"{said} there is no metric_for_best_model to look at; set it, for example to kl")
     if _never_evaluates(args):

@@ -1,6 +1,6 @@
-"""Metrics of answers to held-out prompts: those of all answers together, and means of what scores single ones.
+"""Metrics of answers to held-out prompts: scores of all answers together, and means of scores of single answers.
 
-Whatever scores answers as a difficulty signal is a metric too, a function of the user's own among them.
+Every difficulty signal that scores answers is also a metric, including a user's own function.
 """
 
 import math
@@ -22,7 +22,7 @@ from .corpus_metrics import CORPUS_METRICS, check_sacrebleu, corpus_score
 
 ROUGE_L = "rouge_l"
 DEFAULT_METRICS = (ROUGE_L, "exact_match")
-# What else an evaluation gives by these names.
+# Names of other values in the result of an evaluation.
 _TAKEN = ("loss", "kl", "cross_entropy", "rouge_l_std", "num_samples", "num_tokens", "examples", "rows",
           "sample_id", "generation")  # fmt: skip
 
@@ -31,9 +31,9 @@ class Metric(NamedTuple):
     """A metric of answers.
 
     Attributes:
-        name: of its value.
-        higher_is_better: its direction.
-        signal: what scores single answers; None for a metric of all together.
+        name: the name of its value.
+        higher_is_better: whether a higher value is better.
+        signal: scores single answers; None for a metric of all answers together.
     """
 
     name: str
@@ -42,22 +42,22 @@ class Metric(NamedTuple):
 
 
 def metric_names() -> list[str]:
-    """Names of metrics that there are, in alphabetical order."""
+    """The names of all metrics, in alphabetical order."""
     return sorted({*CORPUS_METRICS, *(signal.name for signal in DIFFICULTIES.things() if signal.of_answers)})
 
 
 def get_metrics(names: Sequence[str]) -> dict[str, Metric]:
-    """Look metrics up.
+    """Look up metrics.
 
     Args:
-        names: from `metric_names()`, or `FILE.py:FUNCTION` or `package.module:function` for a function of the user's
-            own, which is one that `reflect` takes as a signal.
+        names: names from `metric_names()`; or `FILE.py:FUNCTION` or `package.module:function` for a user's function,
+            as `reflect` takes it as a signal.
 
     Returns:
         The metrics by the names of their values.
 
     Raises:
-        UserError: a name is unknown or that of another value, a package is missing, or a function cannot be used.
+        UserError: a name is unknown or belongs to another value, a package is missing, or a function cannot be used.
     """
     return each_once("metric", ((metric.name, metric) for metric in map(_metric, names)))
 
@@ -77,11 +77,11 @@ def _metric(name: str) -> Metric:
 
 
 class AnswerScores(NamedTuple):
-    """What metrics say of the answers to some samples.
+    """The metrics' values for the answers to some samples.
 
     Attributes:
         means: name of the metric -> its value over all samples.
-        rows: name of the metric -> one value a sample, NaN where it says nothing; not of metrics of all together.
+        rows: name of the metric -> one value a sample, NaN where it has none; without metrics of all answers together.
     """
 
     means: dict[str, float]
@@ -89,18 +89,18 @@ class AnswerScores(NamedTuple):
 
 
 class AnswerMetrics:
-    """Scores answers to the same samples, as often as there are any.
+    """Scores answers to the same samples, any number of times.
 
     Args:
-        names: as `get_metrics` takes them.
-        samples: tokenised.
-        tokenizer: of the samples.
+        names: as in `get_metrics`.
+        samples: tokenised samples.
+        tokenizer: the samples' tokenizer.
         rouge_tokenizer: how ROUGE-L cuts text into words, a name that `srd_fast.rouge.RougeL` takes. "auto" chooses by
             the references of these samples.
-        batch_size: for functions of the user's own that run the model.
+        batch_size: samples of a forward pass, for user's functions that run the model.
 
     Raises:
-        UserError: as of `get_metrics`.
+        UserError: as in `get_metrics`.
     """
 
     def __init__(
@@ -119,17 +119,17 @@ class AnswerMetrics:
         self._rouge = RougeL(self.rouge_tokenizer)
 
     def __call__(self, answers: Sequence[str], model: Any) -> AnswerScores:
-        """Score the answers that a model gave.
+        """Score the answers of a model.
 
         Args:
             answers: one a sample, in order.
-            model: which gave them.
+            model: the model that gave them.
 
         Returns:
             The values.
 
         Raises:
-            UserError: a metric says nothing of any sample, or a function gives another number of values.
+            UserError: a metric has no value for any sample, or a function returns another number of values.
         """
         means: dict[str, float] = {}
         rows: dict[str, list[float]] = {}

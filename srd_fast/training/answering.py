@@ -1,10 +1,10 @@
-"""A model answers held-out prompts: in an evaluation of its own, or at intervals while it is trained."""
+"""A model answers held-out prompts: in a separate evaluation, or at intervals during its training."""
 
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -24,13 +24,15 @@ from .answer_metrics import AnswerMetrics
 from .config import SRDConfig
 from .kept_engine import KeptEngine
 
+T = TypeVar("T")
+
 
 class Prompts:
-    """The prompts of samples, and what reads the answers to them.
+    """The prompts of samples, which an engine answers in batches.
 
     Args:
-        samples: tokenised.
-        tokenizer: of the samples.
+        samples: tokenised samples.
+        tokenizer: the samples' tokenizer.
         batch_size: prompts that are answered together.
     """
 
@@ -40,21 +42,21 @@ class Prompts:
         self.ids = [row["input_ids"][: first_label(row["labels"])] for row in rows]
 
     def longest(self, sampling: Sampling) -> int:
-        """Tokens of the longest prompt and its answer."""
+        """Number of tokens of the longest prompt and its answer together."""
         return max(map(len, self.ids)) + sampling.max_new_tokens
 
     def answered(self, engine: GenerationEngine, sampling: Sampling, sharing: Sharing, progress: bool) -> list[str]:
         """Answer all prompts.
 
         Args:
-            engine: of the model.
-            sampling: with the tokens that end answers.
-            sharing: the processes that do it together. Each takes whole batches, so that an answer has the neighbours
-                that it has in one process.
+            engine: the model's engine.
+            sampling: how to generate, including the tokens that end answers.
+            sharing: the processes that do it together. Each takes whole batches, so that every answer is generated in
+                the same batch as with one process.
             progress: show a progress bar.
 
         Returns:
-            The text of each answer; in another process than the first of those that share, it may be empty.
+            The text of each answer. In all processes but the first it may be empty.
         """
         batches = list(batches_by_length([*map(len, self.ids)], self.batch_size))[sharing.rank :: sharing.world]
         mine = sorted(i for batch in batches for i in batch)
@@ -69,30 +71,30 @@ class Prompts:
 
 
 class Training(Sharing):
-    """The processes of a training, for what they do together between its steps.
+    """The processes of a training, for work that they share between its steps.
 
     Args:
-        args: of the training.
+        args: the training's config.
     """
 
     def __init__(self, args: TrainingArguments) -> None:
         self.rank, self.world = args.process_index, args.world_size
 
-    def share(self, value: Any) -> Any:
-        """The value of the first process, in every process."""
+    def share(self, value: T) -> T:
+        """Return the first process's value in every process."""
         values = [value]
         if self.world > 1:
             broadcast_object_list(values)
         return values[0]
 
-    def gather(self, mine: Any) -> list[Any]:
-        """The values of all, by rank, in every process."""
+    def gather(self, mine: T) -> list[T]:
+        """Return the values of all processes, by rank, in every process."""
         return [mine] if self.world == 1 else list(gather_object([mine]))
 
 
 @contextmanager
 def draws_kept(device: torch.device) -> Iterator[None]:
-    """Let no draw in the block change those after it: of Python, NumPy and torch, on the host and the device."""
+    """Restore the states of all random number generators (Python, NumPy, torch; host and device) after the block."""
     of_python, of_numpy = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -103,15 +105,15 @@ def draws_kept(device: torch.device) -> Iterator[None]:
 
 
 def check_generation(args: SRDConfig, student: nn.Module, sets: Sequence[Dataset]) -> None:
-    """Refuse a training whose evaluations could not have answers.
+    """Refuse a training whose evaluations could not generate answers.
 
     Args:
-        args: of the training, with `eval_generate`.
+        args: the training's config, with `eval_generate`.
         student: the model that is trained.
         sets: tokenised validation samples.
 
     Raises:
-        UserError: prompts leave no room for answers, or there are none.
+        UserError: there are no prompts, or they leave no room for answers.
     """
     if not sets:
         raise UserError("eval_generate is true, but there is no eval_dataset: give one, or set it to false")
@@ -129,7 +131,7 @@ def check_generation(args: SRDConfig, student: nn.Module, sets: Sequence[Dataset
 
 
 def chosen_rows(count: int, most: int | None) -> list[int]:
-    """Places of the rows that are answered, evenly over all of them: the same at each evaluation."""
+    """Indices of the rows that are answered, spread evenly over all rows: the same at each evaluation."""
     if most is None or most >= count:
         return list(range(count))
     return [i * count // most for i in range(most)]
@@ -141,15 +143,15 @@ class _Set(NamedTuple):
 
 
 class EvaluationAnswers:
-    """Answers validation prompts with the weights of a moment, and scores the answers.
+    """Answers validation prompts with the student's current weights, and scores the answers.
 
-    They depend on the weights, the seed and the rows alone. No draw of the training's is used.
+    They depend only on the weights, the seed and the rows. The training's random numbers are not used.
 
     Args:
-        args: of the training.
-        tokenizer: of the student.
-        autocast: makes the context in which the student runs.
-        engine: that the student answers with.
+        args: the training's config.
+        tokenizer: the student's tokenizer.
+        autocast: makes the autocast context in which the student runs.
+        engine: the student's engine.
         sets: tokenised validation samples that are known beforehand.
     """
 
@@ -169,12 +171,12 @@ class EvaluationAnswers:
         self._sets: dict[str, _Set] = {}
 
     def measure(self, samples: Dataset, student: Any, step: int) -> Mapping[str, float]:
-        """Let the student answer with the weights that it has, in all processes together.
+        """Let the student answer with its current weights, in all processes together.
 
         Args:
-            samples: tokenised.
-            student: without wrappers.
-            step: of the training.
+            samples: tokenised samples.
+            student: the student, without wrappers.
+            step: number of the training step.
 
         Returns:
             The value of each metric, and generation_seconds; the same in every process.
@@ -187,7 +189,7 @@ class EvaluationAnswers:
             engine = self.engine.of(student, step, sampling, prompts.batch_size, prompts.longest(sampling))
             answers = prompts.answered(engine, sampling, self.sharing, progress=False)
             self.engine.rest()
-            # By one process: tests of code depend on the clock, and a function of the user's may draw.
+            # Only in one process: tests of code depend on the clock, and a user's function may be random.
             found = metrics(answers, student).means if self.sharing.rank == 0 else {}
         shared: dict[str, float] = self.sharing.share({**found, "generation_seconds": time.monotonic() - began})
         return shared

@@ -1,6 +1,6 @@
-"""Fields of `transformers.TrainingArguments` that a curriculum or its loss leaves no room for, and ranges of others.
+"""Fields of `transformers.TrainingArguments` that have no meaning with a curriculum or its loss, and ranges of others.
 
-transformers looks at few of its numbers before it uses them, which may be hours later.
+transformers checks few of its numbers before it uses them, which may be hours later.
 """
 
 import copy
@@ -19,11 +19,11 @@ from ..suggest import unknown_name
 
 
 class Refused(NamedTuple):
-    """A field that has one value here.
+    """A field that may have only some of its values here.
 
     Attributes:
-        accepted: what it may be.
-        reason: why nothing else, and the way out.
+        accepted: the values that it may have.
+        reason: why it may have no other, and the way out.
     """
 
     accepted: tuple[Any, ...]
@@ -65,7 +65,7 @@ REFUSED = {
     "eval_accumulation_steps": Refused((None, 1), _BY_BATCHES),
     "batch_eval_metrics": Refused((False,), _BY_BATCHES),
 }
-# Lowest and highest value of fields that transformers takes unseen; None: there is none.
+# Lowest and highest value of fields that transformers does not check; None: no limit.
 RANGES: dict[str, tuple[float | None, float | None]] = {
     "max_steps": (-1, None),
     "warmup_steps": (0, None),
@@ -88,7 +88,7 @@ RANGES: dict[str, tuple[float | None, float | None]] = {
     "ddp_bucket_cap_mb": (1, None),
     "ddp_timeout": (1, None),
 }
-# Fields with a few values, which are not numbers.
+# Fields with a fixed set of values that are not numbers.
 CHOICES: dict[str, tuple[Any, ...]] = {
     "temperature_scaling": (True, False, "official"),
     "torch_compile": (True, False, None),
@@ -104,7 +104,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "include_num_input_tokens_seen": (True, False, "all", "non_padding", "no"),
     "dataloader_multiprocessing_context": (None, "fork", "spawn", "forkserver"),
 }
-# Settings of accelerate that change which samples a process gets of a step.
+# Settings of accelerate that change which of a step's samples a process gets.
 _OF_ACCELERATE = {
     "split_batches": ((False,), "every process takes a batch of its own; lower per_device_train_batch_size"),
     "dispatch_batches": ((False, None), "every process reads its samples itself; leave it out"),
@@ -114,14 +114,14 @@ _DIVIDES_A_SAMPLE = ("tp_size", "cp_size", "sp_size")
 
 
 def check_fits(args: TrainingArguments, name: str) -> None:
-    """Refuse a value that would be accepted and do nothing, or break the curriculum.
+    """Refuse a value that transformers accepts but that does nothing here, or breaks the curriculum.
 
     Args:
-        args: of the training.
-        name: of the field.
+        args: the training's config.
+        name: the field's name.
 
     Raises:
-        UserError: with the way out.
+        UserError: the field has such a value.
     """
     value = getattr(args, name)
     value = getattr(value, "value", value)
@@ -130,13 +130,13 @@ def check_fits(args: TrainingArguments, name: str) -> None:
 
 
 def check_processes(args: TrainingArguments) -> None:
-    """Refuse what would give a process other samples than the curriculum counts with.
+    """Refuse settings that would give a process other samples than the curriculum assumes.
 
     Args:
-        args: of the training, after `__post_init__`.
+        args: the training's config, after `__post_init__`.
 
     Raises:
-        UserError: naming the setting.
+        UserError: there is such a setting. The message names it.
     """
     for name, (accepted, reason) in _OF_ACCELERATE.items():
         value = getattr(args.accelerator_config, name, accepted[0])
@@ -151,19 +151,19 @@ def check_processes(args: TrainingArguments) -> None:
             )
 
 
-# Characters by which two refusals of transformers are known to be one.
+# Two errors of transformers that begin with the same characters, this many, count as the same error.
 _OPENING = 60
 
 
 def faults_of_transformers(args: TrainingArguments, error: Exception) -> Iterator[Fault]:
-    """Find the fields that transformers refused: it names few of them, and ends at the first.
+    """Find the fields that transformers refused: its errors name few of them, and stop at the first.
 
     Args:
-        args: for which `__post_init__` failed.
+        args: the config whose `__post_init__` failed.
         error: what it raised.
 
     Yields:
-        Each refusal with the field that, by its default, makes it go away.
+        Each error with the field whose default value makes it go away.
     """
     plain = TrainingArguments(output_dir="unused", use_cpu=args.use_cpu)
     known = [f.name for f in fields(TrainingArguments) if f.init and f.name not in ("output_dir", "use_cpu")]
@@ -173,7 +173,7 @@ def faults_of_transformers(args: TrainingArguments, error: Exception) -> Iterato
     while said is not None:
         for name in [n for n in given if n not in ("use_cpu", "output_dir")]:
             without = _refusal({k: v for k, v in given.items() if k != name})
-            # A refusal that quotes another value is the same one.
+            # An error that only quotes another value is the same one.
             if without is None or without[:_OPENING] != said[:_OPENING]:
                 value = given.pop(name)
                 text = said if said.startswith(name) else f"{name} is {getattr(value, 'value', value)!r}: {said}"
@@ -198,14 +198,14 @@ def _whole(error: Exception) -> str:
 
 
 def check_packages(args: TrainingArguments, optimizer_given: bool = False) -> None:
-    """Refuse settings whose packages are not installed, and an optimizer that its own settings do not make.
+    """Refuse settings whose packages are not installed, and an optimizer that cannot be made from its settings.
 
     Args:
-        args: of the training.
-        optimizer_given: whether the training has another optimizer than `optim`.
+        args: the training's config.
+        optimizer_given: whether the user passes an optimizer, so that `optim` is not used.
 
     Raises:
-        FaultsError: with what to install.
+        FaultsError: a package is missing, or an optimizer's settings are wrong.
     """
     faults = Faults()
     for names, look in PACKAGES.items():
@@ -235,7 +235,7 @@ def _check_report(name: Any) -> None:
     known = integration_utils.INTEGRATION_TO_CALLBACK
     if name not in known:
         raise UserError(unknown_name("report_to", name, ["none", "all", *known]))
-    # Its callback would say so too, but some of those that fail have more to say when they are collected.
+    # The callback would raise an error too, but some callbacks also print tracebacks when they are deleted.
     for spelt in (name, name.removesuffix("_ml"), name.replace("_", "")):
         is_there = getattr(integration_utils, f"is_{spelt}_available", None)
         if is_there is not None and not is_there():
@@ -249,7 +249,7 @@ def _check_optimizer(args: TrainingArguments) -> None:
         kind, settings = Trainer.get_optimizer_cls_and_kwargs(args)
     except ImportError as e:
         raise UserError(f"{name}: {first_line(e)}") from e
-    except ValueError as e:  # others are about the model, which is not there yet
+    except ValueError as e:  # other errors are about the model, which does not exist yet
         if args.optim_args or any(word in str(e) for word in ("install", "import", "optim_target_modules")):
             raise UserError(f"{name}: {first_line(e)}") from e
         return
@@ -257,7 +257,7 @@ def _check_optimizer(args: TrainingArguments) -> None:
     plain.optim_args = None
     if args.optim_args and settings == Trainer.get_optimizer_cls_and_kwargs(plain)[1]:
         raise UserError(f"optim_args is {args.optim_args!r}, of which nothing is for this one: {name}; leave it out")
-    if args.optim_target_modules:  # those that take it would have asked for the model
+    if args.optim_target_modules:  # an optimizer that uses it would have asked for the model
         raise UserError(f"optim_target_modules is given, but {name}, which trains all weights alike; leave it out")
     if kind.__module__.startswith("torch.optim"):
         try:
@@ -266,7 +266,7 @@ def _check_optimizer(args: TrainingArguments) -> None:
             raise UserError(f"{name}, with optim_args {args.optim_args!r}: {first_line(e)}") from e
 
 
-# Fields -> what looks at their packages.
+# Fields -> the function that checks their packages.
 PACKAGES: dict[tuple[str, ...], Callable[[TrainingArguments], None]] = {
     ("optim", "optim_args", "optim_target_modules"): _check_optimizer,
     ("report_to",): _check_reports,

@@ -1,4 +1,4 @@
-"""The order of the samples, and the batches that a training step gets, divided by their tokens if asked to."""
+"""The order of the samples, and the batches of a training step, divided by their tokens if asked to."""
 
 import logging
 import math
@@ -22,7 +22,7 @@ from .config import SRDConfig
 logger = logging.getLogger(__name__)
 
 MICRO_BATCHES = "micro_batches"
-# Steps whose samples the system is told to read from the cache beforehand.
+# Number of coming steps whose samples the operating system is told to read from the cache.
 _AHEAD = 4
 
 
@@ -53,9 +53,9 @@ def index_stream(curriculum: Curriculum, samples: Dataset, teacher: Any) -> Inde
     """Make the curriculum's sequence of samples. With a teacher cache, rows are read ahead.
 
     Args:
-        curriculum: of these samples.
-        samples: tokenised, as the teacher sees them.
-        teacher: any source of rows; only a cache has something to read.
+        curriculum: the samples' schedule.
+        samples: tokenised samples, as the teacher sees them.
+        teacher: any source of rows; only from a cache is anything read.
 
     Returns:
         The sequence.
@@ -83,9 +83,9 @@ class TokenBatches:
 
     Args:
         collate: makes one micro-batch.
-        max_tokens: of a micro-batch, padding included.
+        max_tokens: the most tokens of a micro-batch, including padding.
         flattened: whether batches have no padding.
-        encoder_decoder: whether the models are.
+        encoder_decoder: whether the models are encoder-decoder models.
     """
 
     def __init__(self, collate: StepCollator, max_tokens: int, flattened: bool, encoder_decoder: bool = False) -> None:
@@ -107,7 +107,7 @@ def micro_batches(batch: Mapping[str, Any]) -> list[Any]:
 def casts_kept() -> Iterator[None]:
     """Let autocast keep its copies of the weights from one micro-batch to the next, as it does within a forward pass.
 
-    Inside, the weights must not change, and nothing may run them with gradients switched off.
+    In the block the weights must not change, and must not be used with gradients switched off.
     """
     torch.autocast_increment_nesting()
     try:
@@ -120,13 +120,13 @@ def casts_kept() -> Iterator[None]:
 def make_curriculum(
     plan: CurriculumPlan, samples: Dataset, args: SRDConfig, processes: int | None = None
 ) -> Curriculum:
-    """Make the schedule that `args` give to a plan of these samples.
+    """Make the schedule of a plan, as the config describes it.
 
     Args:
         plan: which samples belong to which stage.
-        samples: tokenised, with sample_id.
-        args: of the training.
-        processes: that share a step, at least 1. Default: as many as train now.
+        samples: tokenised samples, with sample_id.
+        args: the training's config.
+        processes: number of processes that share a step, at least 1. Default: those of the current training.
 
     Returns:
         The schedule.
@@ -151,17 +151,17 @@ def make_curriculum(
 
 
 def with_weights(plan: CurriculumPlan, samples: Dataset) -> Dataset:
-    """Give samples the weights of a plan, if it has any, over the mean of those that are kept.
+    """Add a plan's weights to samples, if it has any, divided by the mean of the kept samples' weights.
 
     Args:
-        plan: of these samples.
-        samples: tokenised, with sample_id.
+        plan: the samples' plan.
+        samples: tokenised samples, with sample_id.
 
     Returns:
-        The samples, with a column `WEIGHT`, or as they are.
+        The samples, with a column `WEIGHT` if the plan has weights.
 
     Raises:
-        UserError: a kept sample has no weight, or none weighs anything.
+        UserError: a kept sample has no weight, or all weights are 0.
     """
     if not plan.weights:
         return samples
@@ -180,11 +180,11 @@ def check_max_steps(curriculum: Curriculum, args: TrainingArguments) -> None:
     """Refuse a `max_steps` beyond the end of a curriculum.
 
     Args:
-        curriculum: of the training.
-        args: of the training.
+        curriculum: the training's schedule.
+        args: the training's config.
 
     Raises:
-        UserError: with the way out.
+        UserError: max_steps is larger than the number of steps.
     """
     if args.max_steps > curriculum.total_steps:
         raise UserError(
@@ -194,11 +194,11 @@ def check_max_steps(curriculum: Curriculum, args: TrainingArguments) -> None:
 
 
 def warn_of_cut(curriculum: Curriculum, args: SRDConfig) -> None:
-    """Say so where `max_steps` ends a training in the middle of a stage, whose learning rate is still high then.
+    """Warn if `max_steps` ends a training in the middle of a stage, when the learning rate is still high.
 
     Args:
-        curriculum: of the training.
-        args: of the training.
+        curriculum: the training's schedule.
+        args: the training's config.
     """
     most, total = args.max_steps, curriculum.total_steps
     if not 0 < most < total or curriculum.is_stage_start(most):
@@ -220,17 +220,17 @@ def check_fit(
     models: Mapping[str, object],
     privileged: bool = False,
 ) -> None:
-    """Refuse samples of the curriculum or of the evaluation that are longer than a model's positions.
+    """Refuse samples of the curriculum or of the evaluation that need more positions than a model has.
 
     Args:
         train: tokenised samples.
         evaluation: tokenised samples, or None.
-        curriculum: of `train`.
-        models: by what they are called.
-        privileged: whether prompts are those of a teacher that reads more.
+        curriculum: the schedule of `train`.
+        models: the models, by the names that messages use.
+        privileged: whether the prompts are those of a teacher that reads more than the student.
 
     Raises:
-        UserError: naming the longest sample.
+        UserError: a sample is too long. The message names the longest one.
     """
     used = train.select(sorted({i for stage in curriculum.stages for i in stage.samples.tolist()}))
     for samples in (used, evaluation):
@@ -243,13 +243,13 @@ def check_lengths(most: int, curriculum: Curriculum, train: Dataset, encoder_dec
     """Refuse a sample that no micro-batch can hold.
 
     Args:
-        most: tokens of a micro-batch, `max_tokens_per_batch`.
-        curriculum: of `train`.
+        most: the most tokens of a micro-batch, `max_tokens_per_batch`.
+        curriculum: the schedule of `train`.
         train: tokenised samples.
-        encoder_decoder: whether the models are; a response then has a start token.
+        encoder_decoder: whether the models are encoder-decoder models, so that a response has a start token.
 
     Raises:
-        UserError: naming the longest sample.
+        UserError: a sample is too long. The message names the longest one.
     """
     lengths = [len(ids) + encoder_decoder for ids in train["input_ids"]]
     longest = max((i for stage in curriculum.stages for i in stage.samples.tolist()), key=lengths.__getitem__)
@@ -263,9 +263,9 @@ def check_lengths(most: int, curriculum: Curriculum, train: Dataset, encoder_dec
 def evaluation_batches(
     dataset: Dataset, args: SRDConfig, collate: Callable[..., Any]
 ) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
-    """Yield batches, with their samples, that hold every row once over all ranks, the same number of batches on each.
+    """Yield batches with their samples: each row is in one batch of one rank, and all ranks get equally many batches.
 
-    A rank without rows left gets a batch without loss.
+    A rank that has no rows left gets a batch without loss.
     """
     world, size = args.world_size, args.per_device_eval_batch_size
     mine = list(range(args.process_index, len(dataset), world))

@@ -1,6 +1,6 @@
-"""The best step of a training by its evaluations: where its checkpoint is, when to stop looking, and what is said.
+"""The best step of a training by its evaluations: its checkpoint, early stopping, and the message about it.
 
-All of it follows from what was logged, so a training that was killed ends with the same student.
+All of it depends only on what was logged, so a training that was killed and resumed ends with the same student.
 """
 
 import math
@@ -19,8 +19,8 @@ class Best(NamedTuple):
 
     Attributes:
         step: its number.
-        metric: by which it is, without "eval_".
-        value: of the metric.
+        metric: the metric by which it is the best, without "eval_".
+        value: the metric's value.
     """
 
     step: int
@@ -29,13 +29,13 @@ class Best(NamedTuple):
 
 
 def check_saves(args: TrainingArguments) -> None:
-    """Refuse `load_best_model_at_end` where the step of an evaluation would have no checkpoint.
+    """Refuse `load_best_model_at_end` if an evaluation's step would have no checkpoint.
 
     Args:
-        args: before `TrainingArguments` has looked at them.
+        args: the config before `TrainingArguments.__post_init__`.
 
     Raises:
-        UserError: naming the field, its value and the way out.
+        UserError: the settings of saving and evaluation do not fit.
     """
     if not args.load_best_model_at_end:
         return
@@ -48,7 +48,7 @@ def check_saves(args: TrainingArguments) -> None:
             "both to 'steps'"
         )
     between, every = args.save_steps, args.eval_steps or args.logging_steps
-    whole = all(isinstance(x, (int, float)) and x >= 1 for x in (between, every))  # others are told elsewhere
+    whole = all(isinstance(x, (int, float)) and x >= 1 for x in (between, every))  # other checks report the rest
     if save == "steps" and whole and between % every:
         raise UserError(
             f"save_steps is {between:g}, and with load_best_model_at_end it must be a multiple of eval_steps, which is "
@@ -57,11 +57,11 @@ def check_saves(args: TrainingArguments) -> None:
 
 
 def best_of(args: TrainingArguments, state: TrainerState) -> Best | None:
-    """The step whose student a finished training has; None where that is the last one.
+    """The step whose student a finished training keeps; None if it is the last one.
 
     Args:
-        args: of the training.
-        state: at its end.
+        args: the training's config.
+        state: the training's state at its end.
     """
     if not args.load_best_model_at_end or state.best_model_checkpoint is None or not state.best_global_step:
         return None
@@ -74,12 +74,12 @@ def evaluations_since_best(history: Iterable[Mapping[str, Any]], metric: str, gr
 
     Args:
         history: a Trainer's `log_history`.
-        metric: as it is logged.
-        greater_is_better: its direction.
+        metric: the metric's name in the log.
+        greater_is_better: whether a higher value is better.
 
     Returns:
-        0 if the last is better than all before it, or there is none. What is measured before the first step does not
-        count.
+        Their number; 0 if the last evaluation is better than all before it, or if there is none. Evaluations before the
+        first step do not count.
     """
     values = {x["step"]: float(x[metric]) for x in history if metric in x and x["step"]}
     best, since = float("nan"), 0
@@ -91,10 +91,10 @@ def evaluations_since_best(history: Iterable[Mapping[str, Any]], metric: str, gr
 
 
 class BestStep(TrainerCallback):
-    """Ends a training whose metric no longer gets better, and says whose student is kept.
+    """Ends a training whose metric no longer improves, and says which step's student is kept.
 
     Args:
-        patience: evaluations without a better metric; 0: no end but the schedule's.
+        patience: evaluations without improvement after which training ends; 0: never end early.
     """
 
     def __init__(self, patience: int = 0) -> None:
@@ -103,20 +103,20 @@ class BestStep(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Find the best checkpoint where it is now, and end at once where the training had ended already."""
+        """Find the current place of the best checkpoint, and stop at once if the training had ended already."""
         best = Path(str(args.output_dir)) / f"checkpoint-{state.best_global_step}"
         if state.best_global_step and best.is_dir():  # the folder may have been copied or moved
             state.best_model_checkpoint = str(best)
         self._end_if_due(args, state, control)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Count."""
+        """Stop if there was no improvement for too long."""
         self._end_if_due(args, state, control)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Say whose student is kept."""
+        """Say which step's student is kept."""
         best = best_of(args, state)
         if best is None or not state.is_world_process_zero or style() == "quiet":
             return

@@ -1,4 +1,4 @@
-"""What happens around each optimizer step."""
+"""Callbacks of each optimizer step."""
 
 import time
 from typing import Any
@@ -15,8 +15,8 @@ class StepHooks(TrainerCallback):
     Evaluation and saving happen outside of steps, so they do not count in tokens per second.
 
     Args:
-        curriculum: says where stages begin.
-        reset_optimizer: whether the state is cleared.
+        curriculum: the schedule, which knows where stages begin.
+        reset_optimizer: whether the optimizer's state is cleared.
     """
 
     def __init__(self, curriculum: Curriculum, reset_optimizer: bool) -> None:
@@ -44,7 +44,7 @@ class FollowStudent(TrainerCallback):
     """Moves a teacher towards its student after each optimizer step.
 
     Args:
-        teacher: the student's own.
+        teacher: the teacher that is a moving average of its student.
     """
 
     def __init__(self, teacher: OwnTeacher) -> None:

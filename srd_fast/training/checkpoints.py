@@ -1,4 +1,4 @@
-"""Finds the checkpoint that a run goes on from, and says whether this training can."""
+"""Find the checkpoint to resume from, and check that this training can resume from it."""
 
 import json
 from pathlib import Path
@@ -6,15 +6,15 @@ from typing import Any
 
 from ..errors import UserError
 
-# What the Trainer and accelerate write for FSDP: a folder of shards, or one file.
+# The names under which the Trainer and accelerate save an FSDP model: a folder of shards, or one file.
 _SHARDS, _WHOLE = "pytorch_model_fsdp_0", "pytorch_model_fsdp.bin"
 
 
 def last_whole_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that was written completely and can be gone on from, or None.
+    """The newest checkpoint that was written completely and from which training can resume, or None.
 
-    The Trainer writes trainer_state.json last, and with `save_only_model` leaves out the state of random numbers and
-    optimizer. To go on from weights alone would end in another student.
+    The Trainer writes trainer_state.json last, and with `save_only_model` leaves out the states of the random number
+    generators and the optimizer. Resuming from weights alone would give another student.
     """
     written = [p.parent for p in folder.glob("checkpoint-*/trainer_state.json") if _is_json(p)]
     whole = [p for p in written if any(p.glob("rng_state*.pth"))]
@@ -22,18 +22,18 @@ def last_whole_checkpoint(folder: Path) -> str | None:
 
 
 def check_engine(checkpoint: Path, fsdp: Any, deepspeed: bool, ranks: int) -> None:
-    """Refuse a checkpoint whose engine is not that of the training, or cannot go on with its number of processes.
+    """Refuse a checkpoint of another engine (FSDP, DeepSpeed, none), or one for another number of processes.
 
-    FSDP's shards go on with any number, and so does a checkpoint without an engine.
+    FSDP's shards and checkpoints without an engine can be resumed with any number of processes.
 
     Args:
         checkpoint: the folder.
-        fsdp: accelerate's plugin, or None.
+        fsdp: accelerate's FSDP plugin, or None.
         deepspeed: whether DeepSpeed trains.
         ranks: the number of processes.
 
     Raises:
-        UserError: with what the checkpoint is and the way out.
+        UserError: this training cannot resume from the checkpoint.
     """
     if not checkpoint.is_dir():
         return
@@ -61,7 +61,7 @@ def check_engine(checkpoint: Path, fsdp: Any, deepspeed: bool, ranks: int) -> No
 
 
 def saved_ranks(checkpoint: Path) -> int:
-    """How many processes wrote a checkpoint: each leaves the state of its random numbers."""
+    """How many processes wrote a checkpoint: each saves the state of its random number generators."""
     return max(1, len(list(checkpoint.glob("rng_state_*.pth"))))
 
 

@@ -27,22 +27,22 @@ from .replay import ADAPTIVE
 
 
 def check_cache_kind(kind: str, divergence: str, names: tuple[str, str] = ("teacher_cache_kind", "divergence")) -> None:
-    """Refuse an unknown kind of teacher cache, or one that cannot give this divergence.
+    """Refuse an unknown kind of teacher cache, or one with which this divergence cannot be computed.
 
     Args:
-        kind: of the cache.
+        kind: the kind of cache.
         divergence: name of the divergence.
         names: what the two are called in the user's input, for the message.
 
     Raises:
-        UserError: the kind is unknown, or cannot give the divergence.
+        UserError: the kind is unknown, or has too little for the divergence.
     """
     rows = CACHE_KINDS.get(kind).rows
     if rows is TopK:
         check_rest(divergence, f"{names[0]} {kind!r}")
     if rows in (Sampled, Projected) and divergence != "forward_kl":
         raise UserError(
-            f"{names[0]} {kind!r} gives forward_kl alone, and {names[1]} is {divergence!r}; use hidden or topk"
+            f"{names[0]} {kind!r} gives only forward_kl, and {names[1]} is {divergence!r}; use hidden or topk"
         )
 
 
@@ -51,7 +51,7 @@ def _described(default: Any, text: str) -> Any:
 
 
 class StageSettings(NamedTuple):
-    """What each stage of a curriculum trains with: one value a stage, from the first to the last.
+    """Settings of each stage of a curriculum: one value a stage, from the first to the last.
 
     Attributes:
         epochs: passes over the stage's samples.
@@ -80,7 +80,7 @@ def _is_whole(name: str) -> bool:
 class SRDConfig(TrainingArguments):
     """`transformers.TrainingArguments` with the fields of distillation.
 
-    A run is one pass over the curriculum's sequence of samples, so `num_train_epochs` is always 1: set
+    A training is one pass over the curriculum's sequence of samples, so `num_train_epochs` is always 1: set
     `epochs_per_stage` instead. `max_steps` ends a run early, in the middle of its schedule. Temperature and weight of
     the cross-entropy go linearly over the stages from `*_start` to `*_end`, unless `temperature` or `sft_weight` give
     one number, or one a stage.
@@ -88,11 +88,11 @@ class SRDConfig(TrainingArguments):
     The fields listed here are those of distillation, and those of `TrainingArguments` that have another default.
 
     Raises:
-        FaultsError: values are out of range, or would do nothing here: one line for each, with the field and the way
+        FaultsError: values are out of range, or have no meaning here: one line for each, with the field and the way
             out. It is a UserError, and a ValueError.
     """
 
-    # Here a loss that is not finite ends the run, and looking for one waits for the device twice a batch.
+    # Here a loss that is not finite ends the training. transformers' filter would wait for the device twice a batch.
     logging_nan_inf_filter: bool = _described(False, "Replace losses that are not finite in the logs.")
     torch_compile: Any = _described(
         None, "Compile the layers of the student and of a live teacher: true, false, or null: on a GPU, for long runs."
@@ -108,7 +108,7 @@ class SRDConfig(TrainingArguments):
     temperature_end: float = _described(2.0, "Temperature of the last stage.")
     temperature: Any = _described(None, "One temperature, or one a stage; replaces temperature_start and _end.")
     standardize_logits: bool = _described(
-        False, "Let the divergence be of logits less their row's mean, over its deviation (arXiv 2403.01427)."
+        False, "Standardise each row of logits before the divergence: (z - mean) / deviation (arXiv 2403.01427)."
     )
     temperature_scaling: Any = _described(
         True, "Multiply the divergence by T^2: true, false, or 'official' (as the authors' code, by divergence)."
@@ -123,38 +123,38 @@ class SRDConfig(TrainingArguments):
     reset_optimizer: bool = _described(True, "Drop the optimizer's state at the start of each later stage.")
     template: str = _described("alpaca", "Prompt template: alpaca, chat, or text with {instruction} and {input}.")
     max_prompt_length: int = _described(
-        512, "Tokens; longer prompts lose the end of their input text, longer chats their oldest turns first."
+        512, "In tokens; longer prompts lose the end of their input text, longer chats their oldest turns first."
     )
-    max_response_length: int = _described(512, "Tokens, with the one that ends the response; longer ones are cut.")
+    max_response_length: int = _described(512, "In tokens, including the end token; longer responses are cut.")
     chat_template_kwargs: dict[str, Any] | None = _described(
         None,
-        "Variables of the chat template (enable_thinking, ...); strftime_now: the date it gets, or 2025-01-01.",
+        "Variables of the chat template (enable_thinking, ...); strftime_now: the date it gets, default 2025-01-01.",
     )
     parse_special_tokens: bool | None = _described(
-        None, "Whether special tokens in the data's text are parsed; null: in prompt/completion rows alone."
+        None, "Whether special tokens in the data's text are parsed; null: only in prompt/completion rows."
     )
     train_on: str = _described("last", "Which answers of a conversation have loss: last or all.")
     privileged_template: str | None = _described(
-        None, "What the teacher alone reads: text with any of {prompt}, {response} and {privileged}; null: no more."
+        None, "What only the teacher reads: text with any of {prompt}, {response} and {privileged}; null: nothing."
     )
-    max_privileged_length: int = _described(2048, "Tokens of the prompt of the teacher; no row may have a longer one.")
+    max_privileged_length: int = _described(2048, "Most tokens of the teacher's prompt; longer rows are rejected.")
     backend: str = _described("auto", "Loss backend.")
     memory_budget: int | None = _described(None, "Bytes that the loss may allocate beyond its inputs and gradients.")
     logits_dtype: str | None = _described(
-        None, "Of the loss's logits: None for that of the training (bf16, fp16), or 'float32', unrounded."
+        None, "Dtype of the loss's logits: null for that of the training (bf16, fp16), or 'float32', unrounded."
     )
     keep_student_dtype: bool = _described(
-        False, "Train bfloat16 or float16 weights as they are; otherwise they become float32 first."
+        False, "Train bfloat16 or float16 weights in that dtype; otherwise they are converted to float32 first."
     )
     shared_vocabulary: bool = _described(
-        False, "Let student and teacher each have tokens of its own; the divergence is over those that both have."
+        False, "Allow tokens that only student or teacher has; the divergence is over those that both have."
     )
     max_tokens_per_batch: int = _described(
-        0, "Tokens of a micro-batch, padding included, into which each step's samples are divided; 0: as they come."
+        0, "Divide each step's samples into micro-batches of at most so many tokens, with padding; 0: do not."
     )
-    teacher_cache: str | None = _described(None, "Folder of the teacher's rows; filled first where it lacks any.")
-    teacher_cache_kind: str = _described("hidden", "What the cache holds of a row; see cache_kind_names().")
-    teacher_cache_k: int = _described(64, "Classes, or draws, a row of a compact cache.")
+    teacher_cache: str | None = _described(None, "Folder of the teacher's rows; missing rows are computed first.")
+    teacher_cache_kind: str = _described("hidden", "What the cache stores for each token; see cache_kind_names().")
+    teacher_cache_k: int = _described(64, "Classes, or draws, for each token of a compact cache.")
     teacher_offload: bool = _described(False, "Keep a live teacher's body in the host's memory between steps.")
     teacher_device_map: Any = _described(
         None, "Where the parts of a teacher given by name go: 'auto', or a device, 'cpu' or 'disk' for each module."
@@ -162,55 +162,57 @@ class SRDConfig(TrainingArguments):
     self_ema_decay: float | None = _described(
         None, "The teacher 'self' follows the student with this decay, 0 to below 1; null: it stays as at the start."
     )
-    teacher_tp_plan: str | None = _described(None, "'auto': each layer of such a teacher is split over all processes.")
+    teacher_tp_plan: str | None = _described(None, "'auto': split each layer of such a teacher over all processes.")
     head_in_shards: Any = _described(
-        "auto", "Head and embedding of a student in FSDP2 stay in shards: true, false, or 'auto' within one node."
+        "auto", "Keep head and embedding of a student in FSDP2 sharded: true, false, or 'auto': within one node."
     )
     padding_free: Any = _described(
-        "auto", "Batches without padding: true, false, or 'auto' where the models' attention is known to take them."
+        "auto", "Batches without padding: true, false, or 'auto': if the models' attention is known to allow it."
     )
-    length_buckets: int = _described(0, "Batches whose samples are sorted by length together; 0: as shuffled.")
+    length_buckets: int = _described(0, "Number of batches whose samples are sorted by length together; 0: shuffled.")
 
     position_selection: str = _described("all", "Which tokens of a response have loss; see position_policy_names().")
     position_ratio: float = _described(0.2, "Share of each response's tokens that a position policy chooses.")
-    position_steps: int = _described(4000, "Steps over which position_selection 'curriculum' goes to the hardest.")
+    position_steps: int = _described(
+        4000, "Steps after which position_selection 'curriculum' takes the hardest tokens."
+    )
     class_sampling: int = _described(0, "Classes to draw from the teacher for each token (forward KL); 0: all of them.")
     sample_selection: str = _described("all", "Which samples are trained on; see sample_policy_names().")
     sample_ratio: float = _described(0.2, "Share of each stage's samples that a sample policy chooses.")
 
     lmbda: Any = _described(
-        0.0, "Share of steps on fresh answers of the student as it is then, 0 to 1, or 'adaptive' (DistiLLM)."
+        0.0, "Share of steps that train on fresh answers of the current student, 0 to 1, or 'adaptive' (DistiLLM)."
     )
-    seq_kd: bool = _described(False, "All other steps are on fresh answers of the teacher.")
+    seq_kd: bool = _described(False, "Train all other steps on fresh answers of the teacher.")
     max_new_tokens: int = _described(128, "Longest fresh answer.")
-    generation_temperature: float = _described(1.0, "Of fresh answers; 0: greedy. `temperature` is the divergence's.")
+    generation_temperature: float = _described(1.0, "Temperature at which fresh answers are sampled; 0: greedy.")
     generation_engine: str = _described(
-        "transformers", "What makes fresh answers, and those of evaluations; see engine_names()."
+        "transformers", "Engine for fresh answers and those of evaluations; see engine_names()."
     )
     generation_options: dict[str, Any] | None = _described(None, "Keywords of that engine.")
-    sync_every: int = _described(1, "Steps after which an engine with weights of its own gets the student's anew.")
-    replay_buffer: int = _described(0, "Own answers that are kept to be trained on again; 0: none.")
+    sync_every: int = _described(1, "Steps after which an engine with its own weights gets the student's current ones.")
+    replay_buffer: int = _described(0, "How many of the student's answers are kept to train on them again; 0: none.")
 
     eval_generate: bool = _described(False, "Let evaluations answer the validation prompts too, and score the answers.")
     eval_metrics: list[str] | None = _described(
         None,
-        "Of these answers: rouge_l, exact_match, numeric_match, execution, bleu, chrf, FILE.py:FUNCTION; default the "
-        "first two.",
+        "Metrics of these answers: rouge_l, exact_match, numeric_match, execution, bleu, chrf, FILE.py:FUNCTION; "
+        "default: the first two.",
     )
-    eval_generate_rows: int | None = _described(None, "Validation rows that are answered, evenly over all; null: all.")
-    eval_max_new_tokens: int | None = _described(None, "Longest answer of an evaluation; null: max_new_tokens.")
-    eval_temperature: float = _described(0.0, "Of these answers; 0: greedy. The paper samples at 1.")
+    eval_generate_rows: int | None = _described(None, "How many validation rows are answered; null: all.")
+    eval_max_new_tokens: int | None = _described(None, "Most tokens of such an answer; null: max_new_tokens.")
+    eval_temperature: float = _described(0.0, "Temperature of these answers; 0: greedy. The paper samples at 1.")
     early_stopping_patience: int = _described(
-        0, "Evaluations without a better metric_for_best_model after which training ends; 0: it does not."
+        0, "Evaluations without a better metric_for_best_model after which training ends; 0: never end early."
     )
 
     def __post_init__(self) -> None:
         if self.greater_is_better is None and less_is_better(self):
             self.greater_is_better = False
         if self.disable_tqdm is None:
-            self.disable_tqdm = False  # transformers would go by the level of its log
+            self.disable_tqdm = False  # transformers would decide by its log level
         faults = Faults()
-        known = partial(hasattr, self)  # of transformers' fields some came with later versions
+        known = partial(hasattr, self)  # older versions of transformers lack some of these fields
         for name in filter(known, REFUSED):
             faults.check(name, check_fits, self, name)
         for name, (least, most) in RANGES.items():
@@ -261,7 +263,7 @@ class SRDConfig(TrainingArguments):
         check_answers(self, faults)
         faults.check("load_best_model_at_end", check_saves, self)
         given = {name: getattr(self, name) for name in faults.wrong}
-        for name in given:  # so that transformers looks at the others
+        for name in given:  # so that transformers checks the other fields
             setattr(self, name, _default_of(name))
         try:
             super().__post_init__()
@@ -287,7 +289,7 @@ class SRDConfig(TrainingArguments):
             return
         if self.divergence != "forward_kl":
             raise UserError(
-                f"class_sampling is {self.class_sampling}, which estimates forward_kl alone, and divergence is "
+                f"class_sampling is {self.class_sampling}, which estimates only forward_kl, and divergence is "
                 f"{self.divergence!r}; set it to 0 or the divergence to forward_kl"
             )
         if self.teacher_cache is not None and not keeps_head(self.teacher_cache_kind):
@@ -317,12 +319,12 @@ class SRDConfig(TrainingArguments):
 
     @property
     def answer_limit(self) -> int:
-        """Tokens of the longest answer of an evaluation."""
+        """The most tokens of an answer in an evaluation."""
         return self.max_new_tokens if self.eval_max_new_tokens is None else self.eval_max_new_tokens
 
     @property
     def answers_anew(self) -> bool:
-        """Whether any step trains on answers that are made for it."""
+        """Whether any step trains on fresh answers."""
         return bool(self.lmbda) or self.seq_kd
 
     @property
@@ -347,13 +349,13 @@ class SRDConfig(TrainingArguments):
                 raise UserError(f"{name} must be {'a whole number, ' * whole}{low}{high}, got {x!r}")
 
     def of_stages(self, count: int) -> StageSettings:
-        """What each stage of a curriculum trains with.
+        """The settings of each stage of a curriculum.
 
         Args:
-            count: of stages, at least 1.
+            count: number of stages, at least 1.
 
         Returns:
-            One value a stage of each setting.
+            For each setting one value a stage.
 
         Raises:
             UserError: a setting is a list of another length.

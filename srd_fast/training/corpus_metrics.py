@@ -10,10 +10,10 @@ CORPUS_METRICS = ("bleu", "chrf")
 
 
 def check_sacrebleu(name: str) -> None:
-    """Refuse a metric of sacrebleu's where that is not installed.
+    """Refuse a metric of sacrebleu if that package is not installed.
 
     Raises:
-        UserError: with what to install.
+        UserError: the package is missing.
     """
     if importlib.util.find_spec("sacrebleu") is None:
         raise UserError(f"metric {name!r} needs the sacrebleu package: pip install 'srd-fast[metrics]'")
@@ -33,6 +33,6 @@ def corpus_score(name: str, answers: Sequence[str], references: Sequence[Sequenc
     from sacrebleu.metrics import BLEU, CHRF
 
     metric = BLEU() if name == "bleu" else CHRF()
-    # Stream i has each sample's reference i; None where a sample has fewer.
+    # Stream i has reference i of each sample; None if a sample has fewer.
     streams = [list(stream) for stream in zip_longest(*(r or [""] for r in references))]
     return float(metric.corpus_score(list(answers), streams).score) / 100

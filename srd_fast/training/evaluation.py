@@ -76,16 +76,16 @@ def evaluate(
         tokenizer: the model's.
         teacher: gives `kl`, the mean of KL(teacher, model) at T = 1 over the tokens of the responses. A model, a
             `TeacherCache` that holds the samples, or another object with the methods of `TeacherSource`.
-        states: a cache of kind "hidden" that `model` itself filled. It spares the samples' forward pass. Not together
-            with `teacher`.
+        states: a cache of kind "hidden" that was filled by `model` itself, so that the samples need no forward pass.
+            Not together with `teacher`.
         engine: what generates the answers, a name from `engine_names()`, or "auto": vllm where it is installed and
             starts, else transformers.
         sampling: how answers are generated. Default: greedy, at most 128 new tokens.
-        seeds: generate once for each seed, at `sampling.temperature`, which must be above 0. ROUGE-L is their mean, as
-            are the other metrics of answers.
-        metrics: of the answers besides ROUGE-L: "bleu" and "chrf" of all together, by sacrebleu; "exact_match",
-            "numeric_match" (the final number, as in GSM8K) and "execution", means over the rows; or `FILE.py:NAME` or
-            `package.module:NAME` for a function of your own, one that `reflect` takes as a signal.
+        seeds: generate once for each seed, at `sampling.temperature`, which must be above 0. ROUGE-L and the other
+            metrics of answers are then means over the seeds.
+        metrics: further metrics of the answers: "bleu" and "chrf", of all answers together, by sacrebleu;
+            "exact_match", "numeric_match" (the final number, as in GSM8K) and "execution", means over the rows; or
+            `FILE.py:NAME` or `package.module:NAME` for a function of your own, as `reflect` takes it as a signal.
         batch_size: samples of a forward pass, at least 1.
         template: prompt template of rows that are not tokenised yet: "alpaca", "chat", or text with {instruction} and
             {input}.
@@ -93,15 +93,16 @@ def evaluate(
         parse_special_tokens: whether special tokens in the data's text are parsed; see `SRDConfig`.
         columns: which column of the data is which of a row format's, such as {"instruction": "question", "output":
             "answer"}.
-        data_function: makes the rows, of a row or, with a parameter `path`, of a file: a function, or
+        data_function: makes the rows from a row, or, if its parameter is called `path`, from a file. A function, or
             `FILE.py:FUNCTION`.
-        train_on: which answers of a conversation have loss, "last" or "all". Of all, the first is answered and scored.
+        train_on: which answers of a conversation have loss, "last" or "all". With "all", the first one is answered and
+            scored.
         rouge_tokenizer: how ROUGE-L cuts text into words, a name that `srd_fast.rouge.RougeL` takes. "auto" chooses by
             the references of all of `dataset`.
         num_examples: how many answers `examples` has.
-        per_row: give each row's answer and measures too, as `rows`.
+        per_row: return each row's answer and values too, as `rows`.
         sharing: the processes that make this call together, each for some of the batches. The first gets the results,
-            which are to the bit those of one process; the others get an empty dictionary.
+            bit for bit those of a single process; the others get an empty dictionary.
         progress: show a progress bar.
 
     Returns:
@@ -230,7 +231,7 @@ def evaluate(
 
 
 def _means_of_rows(of_seeds: Iterable[Sequence[float]]) -> list[float | None]:
-    """Each row's mean over seeds; None where there is nothing to say of it."""
+    """Each row's mean over seeds; None if it has no values."""
     means = [statistics.fmean(row) for row in zip(*of_seeds)]
     return [x if math.isfinite(x) else None for x in means]
 

@@ -1,8 +1,8 @@
-"""Watches loss and gradient of every step without waiting for the device, and warns when training gets worse.
+"""Watch loss and gradient of every step without waiting for the device, and warn when training gets worse.
 
-The host queues a step's work long before a GPU has done it, so it cannot know whether the step is finite without
-stopping. Here the device keeps the first step that is not finite. A flag on the device keeps a fused optimizer from
-moving in that step and in all later ones. The host learns of it from a copy that it does not wait for.
+The host queues a step's work long before a GPU has done it, so it cannot know without waiting whether the step's loss
+is finite. Here the device records the first step that is not finite. A flag on the device keeps a fused optimizer from
+changing weights in that step and all later ones. The host learns of it from a copy that arrives later.
 """
 
 import logging
@@ -18,7 +18,7 @@ from ..errors import NotFiniteError
 
 logger = logging.getLogger(__name__)
 
-# A stage with fewer logged values has no trend.
+# With fewer logged values in a stage, no trend is computed.
 _LEAST_VALUES = 8
 _SHOWN_IDS = 16
 
@@ -28,8 +28,8 @@ class BadStep(NamedTuple):
 
     Attributes:
         step: its number, from 0.
-        loss: of the step.
-        gradient_norm: of the step.
+        loss: the step's loss.
+        gradient_norm: the step's gradient norm.
     """
 
     step: int
@@ -38,10 +38,10 @@ class BadStep(NamedTuple):
 
 
 class StepCheck:
-    """Keeps the first step whose loss or gradient norm is not finite; as long as there is none, the last step.
+    """Records the first step whose loss or gradient norm is not finite; until there is one, the last step.
 
     Args:
-        device: of the losses.
+        device: the device of the losses.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -58,8 +58,8 @@ class StepCheck:
             gradient_norm: scalar.
 
         Returns:
-            Scalar float32 on the device, 1 from the first step on that is not finite, else 0. It is the `found_inf` of
-            `torch.amp.GradScaler` and of fused optimizers, which leave weights and state alone where it is 1.
+            Scalar float32 on the device: 0 until the first step that is not finite, 1 from that step on. Fused
+            optimizers take it as `found_inf`, like that of `torch.amp.GradScaler`, and change nothing if it is 1.
         """
         this = torch.stack([self._scalar(x) for x in (step, loss, gradient_norm)])
         self._last = torch.where(self._last.isfinite().all(), this, self._last)
@@ -84,7 +84,7 @@ class StepCheck:
             self._arrives = None
             if (bad := _bad(values)) is not None:
                 return bad
-        # The device keeps the first bad step, so a step that no copy shows is not missed.
+        # The device keeps the first bad step, so none is missed if some steps are not copied.
         event = torch.cuda.Event()
         values = torch.empty(3, pin_memory=True).copy_(self._last, non_blocking=True)
         event.record()
@@ -98,7 +98,7 @@ def _bad(last: Tensor) -> BadStep | None:
 
 
 def skips_on_the_device(optimizer: Any) -> bool:
-    """Whether an optimizer changes nothing where its `found_inf` is 1, as torch's fused ones do."""
+    """Whether an optimizer changes nothing if its `found_inf` is 1, as torch's fused ones do."""
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False)) and all(
         group.get("fused") for group in optimizer.param_groups
     )

@@ -1,4 +1,4 @@
-"""The engine that a model in training answers with, kept from one time to the next."""
+"""The generation engine of a model in training, kept from one use to the next."""
 
 import logging
 from typing import Any
@@ -13,14 +13,14 @@ logger = logging.getLogger(__name__)
 
 
 class KeptEngine:
-    """One engine for all that a model is to answer while it is trained: in steps, and in evaluations.
+    """One engine for all answers of a model in training: those of steps and those of evaluations.
 
-    The engine transformers uses the model as it is. Any other has weights of its own, and gets the model's where it
-    runs (`update_weights`); one that cannot take them is ended and made anew.
+    The engine "transformers" uses the model itself. Any other engine has its own copy of the weights. It gets new ones
+    while it runs (`update_weights`), or is closed and made again if it cannot take them.
 
     Args:
-        args: of the training: `generation_engine` and `generation_options`.
-        tokenizer: of the model.
+        args: the training's config, with `generation_engine` and `generation_options`.
+        tokenizer: the model's tokenizer.
     """
 
     def __init__(self, args: SRDConfig, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -30,10 +30,10 @@ class KeptEngine:
         self._takes_weights = True
 
     def reserve(self, length: int) -> None:
-        """Say beforehand how long a prompt and its answer get, so that the engine need not begin again for longer ones.
+        """Announce how long a prompt and its answer can be, so that the engine need not restart for longer ones.
 
         Args:
-            length: tokens of both together, at most.
+            length: the most tokens of both together.
         """
         self._length = max(self._length, length)
 
@@ -43,12 +43,12 @@ class KeptEngine:
         """The engine, with the weights of the model.
 
         Args:
-            model: whole, without wrappers; the same at each call, but for its weights.
-            step: of the training.
-            sampling: of the answers.
-            batch_size: prompts that are answered together. An engine that takes weights keeps the first.
+            model: the whole model, without wrappers; the same at each call, except for its weights.
+            step: number of the training step.
+            sampling: how to generate.
+            batch_size: prompts that are answered together. An engine that takes new weights keeps its first batch size.
             length: tokens of the longest prompt and its answer together.
-            behind: of how many steps before this one the weights may be. None: they are those of this moment.
+            behind: how many steps old the weights may be. None: they must be the current ones.
 
         Returns:
             The engine, until the next call.
@@ -71,7 +71,7 @@ class KeptEngine:
             )
             self._begun_with, self._batch_size, self._step = self._length, batch_size, step
             if isinstance(self._engine, TransformersEngine):
-                self._name = "transformers"  # what auto has taken
+                self._name = "transformers"  # the choice of "auto"
         return self._engine
 
     @property
@@ -79,7 +79,7 @@ class KeptEngine:
         return self._engine is not None and not isinstance(self._engine, TransformersEngine)
 
     def _serves(self, model: Any, batch_size: int) -> bool:
-        """Whether the engine fits what is asked, whatever weights it has."""
+        """Whether the engine can be used for this request, apart from its weights."""
         if not self._has_own_weights:
             return self._engine.model is model and self._batch_size == batch_size
         any_size = hasattr(self._engine, "update_weights")
@@ -89,7 +89,7 @@ class KeptEngine:
         return self._has_own_weights and (behind is None or step - self._step > behind)
 
     def _update(self, model: Any) -> None:
-        """Give the engine the model's weights, or end it."""
+        """Give the engine the model's weights, or close it."""
         if self._takes_weights:
             try:
                 if hasattr(self._engine, "update_weights"):
@@ -99,27 +99,27 @@ class KeptEngine:
             except UserError as e:
                 reason = str(e)
             self._takes_weights = False
-            logger.warning("engine %s begins anew whenever it is to have new weights: %s", self._name, reason)
+            logger.warning("engine %s has to restart for new weights each time: %s", self._name, reason)
         self.close()
 
     def lag(self, step: int) -> int:
-        """How many steps its weights are behind.
+        """How many steps old the engine's weights are.
 
         Args:
-            step: of the training.
+            step: number of the training step.
 
         Returns:
-            0 where it has none of its own.
+            The number of steps; 0 if it uses the model's own weights.
         """
         return step - self._step if self._has_own_weights else 0
 
     def rest(self) -> None:
-        """Let the engine give back what memory it can until it is asked again."""
+        """Let the engine free what memory it can until it is used again."""
         if hasattr(self._engine, "sleep"):
             self._engine.sleep()
 
     def close(self) -> None:
-        """End the engine. The next call makes it anew."""
+        """Close the engine. The next call of `of` makes a new one."""
         engine, self._engine = self._engine, None
         if hasattr(engine, "close"):
             engine.close()

@@ -14,21 +14,21 @@ from ..models import hidden_states, through_head
 from ..suggest import unknown_name
 from ..teacher import TeacherSource, distillation_loss_of_rows, labels_with_loss, rows_with_loss
 
-# What an evaluation during training gives, without the prefix "eval_". Of each, less is better.
+# Values of an evaluation during training, without the prefix "eval_". For each, lower is better.
 METRICS = ("loss", "kl", "cross_entropy")
 _FORWARD_KL = LossOptions("forward_kl", temperature=1.0, reduction="none", ignore_index=None)
 
 
 def check_best_metric(name: str | None, sets: Sequence[str] = (), of_answers: Iterable[str] | None = None) -> None:
-    """Refuse a `metric_for_best_model` that evaluation does not give.
+    """Refuse a `metric_for_best_model` that evaluations do not measure.
 
     Args:
-        name: of the metric.
-        sets: names of the data sets, where there are several.
-        of_answers: names of the metrics of generated answers; None where evaluations generate none.
+        name: the metric's name.
+        sets: names of the data sets, if there are several.
+        of_answers: names of the metrics of generated answers; None if evaluations generate no answers.
 
     Raises:
-        UserError: it is unknown.
+        UserError: the metric is unknown.
     """
     metrics = [*METRICS, *(of_answers or ())]
     known = [f"{of_set}_{metric}" for of_set in sets for metric in metrics] or metrics
@@ -42,8 +42,8 @@ class Divergences(NamedTuple):
 
     Attributes:
         kl: KL(teacher, student) at T = 1; 0 without a teacher.
-        cross_entropy: of the labels.
-        num_tokens: how many tokens.
+        cross_entropy: the cross-entropy of the labels.
+        num_tokens: the number of tokens.
     """
 
     kl: Tensor
@@ -52,11 +52,11 @@ class Divergences(NamedTuple):
 
 
 class TokenDivergences(NamedTuple):
-    """Of each of N tokens, in nats.
+    """Values of each of N tokens, in nats.
 
     Attributes:
         kl_N: [N] KL(teacher, student) at T = 1; 0 without a teacher.
-        cross_entropy_N: [N] of the labels.
+        cross_entropy_N: [N] the cross-entropy of the labels.
     """
 
     kl_N: Tensor
@@ -95,7 +95,7 @@ def measure_tokens(
     inputs: dict[str, Any],
     look: Callable[[Head, Tensor], None] | None = None,
 ) -> TokenDivergences:
-    """Do what `measure_batch` does, and keep the tokens apart.
+    """Measure a student as `measure_batch` does, but return the values of single tokens.
 
     Args:
         student: a causal language model.

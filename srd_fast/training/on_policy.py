@@ -1,7 +1,7 @@
-"""Fresh answers in place of a batch's own: of the student as it is then (GKD, arXiv 2306.13649), or of the teacher.
+"""Fresh answers instead of a batch's own: by the student at that step (GKD, arXiv 2306.13649), or by the teacher.
 
-The loader collates a batch before its step, with weights that are not there yet. So each batch carries its samples, and
-just before the step `FreshAnswers` makes another batch of their prompts and of answers to them.
+The loader collates a batch before the weights of its step exist. So each batch carries its samples, and just before the
+step `FreshAnswers` makes another batch from their prompts and new answers.
 """
 
 import time
@@ -35,17 +35,17 @@ from .config import SRDConfig
 from .kept_engine import KeptEngine
 from .replay import DATA, FRESH, REPLAYED, AnswerSchedule, ReplayBuffer, place_seed
 
-# Of a batch: its samples; whether its labels are answers of the student's own.
+# Keys of a batch: its samples; whether its labels are the student's own answers.
 SAMPLES, OWN = "samples", "own_answers"
-# What is summed over the steps and processes between two logs.
+# Counts that are summed over the steps and processes between two logs.
 _COUNTED = ("steps", "own", "replayed", "answers", "cut", "empty", "tokens", "seconds")
 
 
 class BatchSamples:
-    """The samples of a batch, in a wrapper that loaders pass on as it is.
+    """The samples of a batch, in a wrapper that data loaders pass on unchanged.
 
     Args:
-        samples: tokenised.
+        samples: tokenised samples.
     """
 
     def __init__(self, samples: Sequence[Mapping[str, Any]]) -> None:
@@ -53,7 +53,7 @@ class BatchSamples:
 
 
 class WithSamples:
-    """Collates as another collator does, and lets the samples travel with their batch.
+    """Collates like another collator, and adds the samples to their batch.
 
     Args:
         collate: the other collator.
@@ -78,13 +78,13 @@ def check_answering(
     """Refuse a training whose steps could not have fresh answers.
 
     Args:
-        args: of the training.
+        args: the training's config.
         student: the model that is trained.
-        teacher: where its rows come from.
-        classes: of the student.
-        curriculum: of `train`.
+        teacher: the source of the teacher's rows.
+        classes: the student's number of classes.
+        curriculum: the schedule of `train`.
         train: tokenised samples.
-        taught: the same as the teacher sees them.
+        taught: the same samples, as the teacher sees them.
 
     Raises:
         UserError: the student or the teacher cannot run on new answers, or prompts leave no room for them.
@@ -122,16 +122,16 @@ def check_answering(
 class FreshAnswers:
     """Decides for each step on which answers it trains, and makes them.
 
-    Everything follows from the seed, the step and the weights, and from what was logged and saved with a checkpoint.
+    Everything depends only on the seed, the step, the weights, the log, and what was saved with a checkpoint.
 
     Args:
-        args: of the training.
-        tokenizer: of the models.
+        args: the training's config.
+        tokenizer: the models' tokenizer.
         train: the tokenised samples.
-        total_steps: of the curriculum.
+        total_steps: the curriculum's number of steps.
         collate: makes a batch, or micro-batches, of samples, without a cache's rows.
         longest: tokens of the longest prompt that the teacher sees.
-        engine: that the student answers with.
+        engine: the student's engine.
     """
 
     def __init__(
@@ -167,14 +167,14 @@ class FreshAnswers:
         """The batches that a step trains on.
 
         Args:
-            batches: those of the loader, with their samples, which are taken out.
-            step: from 0.
-            losses: the validation losses before it.
-            student: as it is now, without wrappers.
-            teacher: where its rows come from.
+            batches: the loader's batches. Their samples are taken out.
+            step: the step's number, from 0.
+            losses: the validation losses before the step.
+            student: the student, without wrappers.
+            teacher: the source of the teacher's rows.
 
         Returns:
-            The same batches, or others with the same prompts; with `OWN` where the student's own answers are labels.
+            The same batches, or others with the same prompts; with the key `OWN` if labels are the student's answers.
         """
         drawn = [batch.pop(SAMPLES).samples for batch in batches]
         kind = self.schedule.kind(step, losses, len(self.buffer))
@@ -210,7 +210,7 @@ class FreshAnswers:
         teacher: LiveTeacher | None,
         student: nn.Module,
     ) -> list[dict[str, Any]]:
-        """The samples with answers of the student, or of the teacher if it is given."""
+        """The samples with new answers by the student, or by the teacher if it is given."""
         seen = [s if teacher is None or PRIVILEGED_IDS not in s else seen_by_teacher(s) for s in samples]
         prompts = [[int(x) for x in s["input_ids"][: first_label(s["labels"])]] for s in seen]
         sampling = Sampling(**{**vars(self._sampling), "seed": seed})
@@ -225,9 +225,9 @@ class FreshAnswers:
         return [self._answered(sample, found[i]) for i, sample in enumerate(samples)]
 
     def _answered(self, sample: Mapping[str, Any], ids: Sequence[int]) -> dict[str, Any]:
-        """A sample with an answer. What ends it has loss, and is not there where the limit cut it.
+        """A sample with an answer. The answer's end token has loss; an answer that the limit cut has none.
 
-        Of an empty answer the end is all there is: that the student stops at once is what it has to unlearn.
+        An empty answer is only the end token: the student has to unlearn to stop at once.
         """
         cut = len(ids) >= self.args.max_new_tokens
         for name, value in (("answers", 1), ("cut", cut), ("empty", not ids), ("tokens", len(ids))):
@@ -235,12 +235,12 @@ class FreshAnswers:
         return answered(sample, ids, None if cut else end_of(sample["labels"], self.ends, self.eos))
 
     def _engine(self, kept: KeptEngine, model: Any, step: int, length: int, moves: bool) -> GenerationEngine:
-        """With the weights of a model: if it moves, of the last `sync_every` steps."""
+        """The engine with a model's weights. If the model is being trained, they may be `sync_every` steps old."""
         behind = self.args.sync_every - 1 if moves else step
         return kept.of(model, step, self._sampling, self.args.per_device_train_batch_size, length, behind)
 
     def close(self) -> None:
-        """End the teacher's engine; a later step starts it again."""
+        """Close the teacher's engine; a later step starts it again."""
         self._of_teacher.close()
 
     def take(self, losses: Sequence[float], add: Callable[[Tensor], Tensor]) -> dict[str, float]:
@@ -251,10 +251,9 @@ class FreshAnswers:
             add: sums a tensor over the processes of the training.
 
         Returns:
-            own_answers and replayed: shares of the steps. Where there were fresh answers, answers_cut and
-            answers_empty: shares of them, and answer_tokens, their mean length. generation_seconds: of a step of a
-            process. weights_lag: how many steps the weights of an engine were behind at most. lmbda: the share that
-            the next step has.
+            own_answers and replayed: shares of the steps. If there were fresh answers, answers_cut and answers_empty:
+            shares of them, and answer_tokens: their mean length. generation_seconds: mean of a step in a process.
+            weights_lag: how many steps old an engine's weights were at most. lmbda: the share for the next step.
         """
         sums = torch.tensor(list(self._counts.values()), dtype=torch.float32, device=self.args.device)
         total = dict(zip(_COUNTED, add(sums).tolist(), strict=True))
@@ -277,12 +276,12 @@ class FreshAnswers:
         return f"own_answers-{self.args.process_index}.parquet"
 
     def save(self, checkpoint: Path) -> None:
-        """Save the buffer. This comes before the checkpoint's last file, which completes it."""
+        """Save the buffer. This must come before the checkpoint's last file, which marks it as complete."""
         if self.args.replay_buffer:
             checkpoint.mkdir(parents=True, exist_ok=True)
             self.buffer.save(checkpoint / self._file)
 
     def load(self, checkpoint: Path) -> None:
-        """Load the buffer of a checkpoint. Without such a file it is empty."""
+        """Load the buffer of a checkpoint. If there is no such file, the buffer is empty."""
         if self.args.replay_buffer and (checkpoint / self._file).is_file():
             self.buffer.load(checkpoint / self._file)

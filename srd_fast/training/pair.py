@@ -1,4 +1,4 @@
-"""What must hold of student and teacher together before the first step."""
+"""Checks of student and teacher together before the first step."""
 
 import logging
 from pathlib import Path
@@ -36,22 +36,22 @@ def ready_pair(
     teacher_tokenizer: PreTrainedTokenizerBase | None,
     peft_config: Any,
 ) -> tuple[nn.Module, Any]:
-    """Look at everything about the two that can be wrong without a forward pass, and put adapters into the student.
+    """Check student and teacher as far as that needs no forward pass, and put adapters into the student.
 
     Args:
         student: the model that is trained, or its folder or hub id, which is loaded in float32.
-        teacher: a model, its folder or hub id, a source of rows, "self", or None to read a cache that is there, or for
-            training on the cross-entropy alone.
-        args: of the training.
-        tokenizer: the student's.
-        teacher_tokenizer: the teacher's. Default: the one beside it.
-        peft_config: of the adapters, or None.
+        teacher: a model, its folder or hub id, a source of rows, "self", or None to read an existing cache, or to train
+            only on the cross-entropy.
+        args: the training's config.
+        tokenizer: the student's tokenizer.
+        teacher_tokenizer: the teacher's tokenizer. Default: the one saved with the teacher.
+        peft_config: the adapters' configuration, or None.
 
     Returns:
-        The student and the teacher, without what compiled them.
+        The student and the teacher, taken out of `torch.compile`'s wrappers.
 
     Raises:
-        UserError: one of the two is of a kind that does not fit, alone or beside the other.
+        UserError: one of the two cannot be used, or the two do not fit each other.
     """
     given: nn.Module = load_model(student) if isinstance(student, str) else student
     trained, teacher = uncompiled(given, "student"), uncompiled(teacher, "teacher")
@@ -89,14 +89,14 @@ def is_self(teacher: Any) -> bool:
 
 
 def check_privileged(teacher: Any, args: SRDConfig) -> None:
-    """Refuse settings of a teacher that reads more than its student, or of one that is the student, for another one.
+    """Refuse settings for a teacher that reads more than its student, or for teacher "self", with any other teacher.
 
     Args:
-        teacher: as `ready_pair` gets it.
-        args: of the training.
+        teacher: as in `ready_pair`.
+        args: the training's config.
 
     Raises:
-        UserError: with the way out.
+        UserError: there are such settings.
     """
     if args.privileged_template is not None and teacher is None and args.teacher_cache is None:
         raise UserError("privileged_template says what the teacher alone reads, and there is none; leave it out")
@@ -143,15 +143,15 @@ def uncompiled(model: Any, name: str) -> Any:
 
 
 def tokenizer_beside(model: Any) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a model: that of a folder or hub id, or that of the place where a model was loaded from.
+    """The tokenizer saved with a model: in its folder, under its hub id, or where the model was loaded from.
 
-    Nothing is fetched for a model that is loaded already.
+    Nothing is downloaded for a model that is loaded already.
 
     Args:
         model: a model, its folder or its hub id.
 
     Returns:
-        The tokenizer, or None where there is none.
+        The tokenizer, or None if there is none.
     """
     if isinstance(model, str):
         return load_tokenizer(model)
@@ -170,13 +170,13 @@ def check_teachers_tokenizer(
     """Compare the two tokenizers, or warn that a teacher's is not known.
 
     Args:
-        ours: the student's.
-        theirs: the teacher's. Default: the one beside the teacher.
+        ours: the student's tokenizer.
+        theirs: the teacher's tokenizer. Default: the one saved with the teacher.
         teacher: a model, its folder or hub id, a source of rows, or None.
-        args: of the training.
+        args: the training's config.
 
     Raises:
-        UserError: they differ.
+        UserError: the two differ.
     """
     theirs = theirs or tokenizer_beside(teacher)
     if theirs is not None:
@@ -186,14 +186,14 @@ def check_teachers_tokenizer(
 
 
 def check_no_shared_weights(student: nn.Module, teacher: Any) -> None:
-    """Refuse a student that trains weights of its teacher.
+    """Refuse a student that shares trained weights with its teacher.
 
     Args:
         student: the model that is trained.
         teacher: a model, or anything else.
 
     Raises:
-        UserError: naming the first of these weights.
+        UserError: there are such weights. The message names the first one.
     """
     model = teacher.model if isinstance(teacher, LiveTeacher) else teacher
     if not isinstance(model, nn.Module):
@@ -211,25 +211,28 @@ def check_no_shared_weights(student: nn.Module, teacher: Any) -> None:
 
 
 def _place(x: Tensor) -> int:
-    """Where a weight is; 0 for a quantised one of several tensors, which nobody trains."""
+    """The address of a weight; 0 for a quantised one of several tensors, which is never trained."""
     return 0 if hasattr(x, "__tensor_flatten__") else x.untyped_storage().data_ptr()
 
 
 def _is_trained(parameter: Tensor, student: nn.Module, teacher: Any) -> bool:
-    """A teacher that is a source already has frozen what both have; a student with adapters wants it so."""
+    """Whether the student trains, or would train, a weight that a teacher has too.
+
+    A `LiveTeacher` has frozen its weights before, those of the student among them. With adapters that is intended.
+    """
     frozen_by_the_teacher = isinstance(teacher, LiveTeacher) and unwrap(student) is student
     return parameter.requires_grad or frozen_by_the_teacher
 
 
 def widen_trained_weights(student: nn.Module, args: SRDConfig) -> None:
-    """Make weights that are trained float32, as mixed precision has them: small steps vanish in narrower ones.
+    """Convert trained weights to float32, as mixed precision needs them: small steps vanish in narrower dtypes.
 
     Args:
         student: the model that is trained.
-        args: of the training.
+        args: the training's config.
 
     Raises:
-        UserError: there are such weights, and the training is not in mixed precision.
+        UserError: there are narrower weights, and the training is not in mixed precision.
     """
     narrow = [p for p in student.parameters() if p.requires_grad and p.dtype in _NARROW]
     if not narrow or args.keep_student_dtype:

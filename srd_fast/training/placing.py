@@ -1,6 +1,6 @@
-"""Where a training's student is: sharded before something needs it, called where its weights are, saved whole.
+"""How a training's student is sharded, called and saved.
 
-The Trainer leaves sharding to FSDP and DeepSpeed, which do it when training begins. An evaluation may come before.
+The Trainer leaves sharding to FSDP and DeepSpeed, which do it when training begins. But an evaluation may come first.
 """
 
 import logging
@@ -43,16 +43,16 @@ logger = logging.getLogger(__name__)
 
 R = TypeVar("R")
 
-# Over more processes each sees so many rows of others that gathering the head moves less: docs/many_gpus.md counts it.
+# With more processes, exchanging rows moves more data than gathering the head: docs/many_gpus.md has the numbers.
 _MOST_RANKS = 8
 
 
 class StudentPlace:
-    """What a trainer does with its student that depends on where the student's weights are.
+    """Everything that a trainer does with its student that depends on where the student's weights are.
 
     Args:
-        args: of the training.
-        accelerator: of the training.
+        args: the training's config.
+        accelerator: the training's accelerator.
     """
 
     def __init__(self, args: SRDConfig, accelerator: Accelerator) -> None:
@@ -62,7 +62,7 @@ class StudentPlace:
 
     @property
     def fsdp(self) -> Any:
-        """accelerate's plugin, or None where FSDP does not shard the student."""
+        """accelerate's FSDP plugin, or None if FSDP does not shard the student."""
         return getattr(self.accelerator.state, "fsdp_plugin", None)
 
     @property
@@ -79,12 +79,12 @@ class StudentPlace:
         """Decide whether the student's vocabulary will stay in shards, as `head_in_shards` says.
 
         Args:
-            student: before it is sharded.
-            own_optimizer: whether the user made the optimizer, of the weights as they are now.
+            student: the student before it is sharded.
+            own_optimizer: whether the user made the optimizer, for the weights before sharding.
             predicts: whether evaluations look for each token's likeliest class.
 
         Raises:
-            UserError: `head_in_shards` is true, and the vocabulary cannot.
+            UserError: `head_in_shards` is true, but the vocabulary cannot stay in shards.
         """
         if self.args.head_in_shards is False:
             return
@@ -128,16 +128,16 @@ class StudentPlace:
         return self._known[1]
 
     def call(self, wrapped: nn.Module, forward: Callable[[dict[str, Any]], R], batch: dict[str, Any]) -> R:
-        """Run `forward` inside the student's call, where weights that lie in shards are gathered. No gradients."""
+        """Run `forward` without gradients, inside the student's call, where sharded weights are gathered."""
         student = self.inner(wrapped)
         with gathered(student):
             return call_through(wrapped, student, forward, batch)
 
     def placed(self, student: nn.Module) -> nn.Module:
-        """Put a student that nothing is around yet where a step will have it.
+        """Wrap, shard and move a student that has no wrapper yet, as for a training step.
 
         Args:
-            student: whole in this process, or emptied by ZeRO-3.
+            student: the student, whole in this process or emptied by ZeRO-3.
 
         Returns:
             The student as training calls it.
@@ -159,7 +159,7 @@ class StudentPlace:
 
     @contextmanager
     def _keeping_shards(self, student: nn.Module) -> Iterator[None]:
-        """Let FSDP2 shard a student meanwhile, all but a vocabulary that stays in shards of its own."""
+        """In the block, let FSDP2 shard a student, except a vocabulary that is in shards of its own."""
         if not self.in_shards or is_fully_sharded(student):
             yield
             return
@@ -174,7 +174,7 @@ class StudentPlace:
             self.fsdp.ignored_modules = None
 
     def save(self, wrapped: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-        """Save the student whole, adapters merged, and compare it with its folder. All processes call this together.
+        """Save the whole student, adapters merged, and check the saved folder. All processes call this together.
 
         Args:
             wrapped: the student as training calls it.
@@ -182,7 +182,7 @@ class StudentPlace:
             folder: where it goes. The first process writes.
 
         Raises:
-            UserError: it could not be saved. In every process.
+            UserError: it could not be saved. All processes raise it.
         """
         student: Any = self.inner(wrapped)
         failures: list[UserError | None] = [None]
@@ -200,7 +200,7 @@ class StudentPlace:
             raise failures[0]
 
     def why_silent(self, student: nn.Module) -> str | None:
-        """Why a student cannot answer prompts while it trains; None where it can.
+        """Why a student cannot answer prompts while it trains; None if it can.
 
         Args:
             student: the model that is trained.
@@ -209,13 +209,13 @@ class StudentPlace:
         return why_silent(self.args, self.has_deepspeed, self.fsdp_version, in_shards)
 
     def check_micro_batches(self, student: nn.Module) -> None:
-        """Refuse `max_tokens_per_batch`, where it is set and processes could not divide a step each in its own way.
+        """Refuse `max_tokens_per_batch` if processes cannot have different numbers of micro-batches in a step.
 
         Args:
             student: the model that is trained.
 
         Raises:
-            UserError: with the reason and the way out.
+            UserError: the field is set, and the way of training does not allow that.
         """
         reason = None
         if self.has_deepspeed:
@@ -229,13 +229,13 @@ class StudentPlace:
             )
 
     def check_checkpoint(self, checkpoint: Path) -> None:
-        """Refuse a checkpoint that this training cannot go on from, and say what is lost where it can.
+        """Refuse a checkpoint from which this training cannot resume, and warn of what is lost.
 
         Args:
             checkpoint: the folder.
 
         Raises:
-            UserError: with the way out.
+            UserError: this training cannot resume from it.
         """
         check_engine(checkpoint, self.fsdp, self.has_deepspeed, self.args.world_size)
         if self.fsdp_version == 1:
@@ -246,13 +246,13 @@ class StudentPlace:
 
 
 def check_not_divided(student: Any) -> None:
-    """Refuse a student of which each process has a part of every sample's products, or some of the layers or experts.
+    """Refuse a student that is divided over processes by tensor, pipeline or expert parallelism.
 
     Args:
-        student: as it was given.
+        student: the student as the user gave it.
 
     Raises:
-        UserError: with the way out.
+        UserError: it is divided in such a way.
     """
     spread = getattr(getattr(student, "config", None), "distributed_config", None)
     sizes = {name: getattr(spread, name, None) or 1 for name in ("tp_size", "pp_size", "ep_size")}
@@ -266,10 +266,10 @@ def check_not_divided(student: Any) -> None:
 
 
 def check_fsdp(args: SRDConfig) -> None:
-    """Refuse what FSDP could do for a student that only it runs, and not for one that is looked at before training.
+    """Refuse FSDP settings with which a student cannot be tried before training.
 
     Args:
-        args: of the training.
+        args: the training's config.
 
     Raises:
         UserError: only the first process would have the student's weights.

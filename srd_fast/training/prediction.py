@@ -1,7 +1,7 @@
-"""What a student predicts on held-out rows, for metrics of the user's own: class numbers instead of logits.
+"""A student's predictions on held-out rows, for a user's own metrics: class indices instead of logits.
 
-Logits of an evaluation would be rows times classes, often more than there is memory; the likeliest class of each token
-is found chunk by chunk, as losses are.
+The logits of a whole evaluation are often larger than memory. So the likeliest class of each token is found chunk by
+chunk, like the loss.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +27,7 @@ _FOR_METRICS = {"inputs", "loss"}
 
 
 def named_sets(rows: Any) -> bool:
-    """Whether rows are several data sets by name, and not the columns of one."""
+    """Whether `rows` are several data sets by name, and not the columns of a single one."""
     if type(rows) is not dict:
         return False
     first: list[Any] = [next(iter(x), None) if isinstance(x, (list, tuple)) else {} for x in rows.values()]
@@ -48,14 +48,14 @@ class Predictions:
     def of_batch(
         self, batch: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]
     ) -> Callable[[Head, Tensor], None]:
-        """Make what looks at a batch's rows within the call of its head.
+        """Make a function that records the predictions of a batch, to be called inside the head's call.
 
         Args:
-            batch: collated, on the student's device.
-            samples: of the batch.
+            batch: a collated batch, on the student's device.
+            samples: the batch's samples.
 
         Returns:
-            Takes the head and the [N, D] states of the tokens with loss.
+            A function of the head and the [N, D] states of the tokens with loss.
         """
 
         def look(head: Head, hidden_ND: Tensor) -> None:
@@ -82,12 +82,12 @@ class Predictions:
         """Put the rows of all ranks together, in the order of the data set.
 
         Args:
-            count: rows of the data set.
-            world: ranks, which have turns.
+            count: number of rows of the data set.
+            world: number of ranks, which take turns with the rows.
 
         Returns:
-            `predictions` and `label_ids` [count, longest] int64, filled up with -100; `losses` of the same shape with
-            NaN; `inputs`, if kept, [count, longest].
+            `predictions` and `label_ids` [count, longest] int64, padded with -100; `losses` of the same shape, padded
+            with NaN; `inputs`, if kept, [count, longest].
         """
         of_ranks = [self._rows] if world == 1 else gather_object([self._rows])
         rows = [of_ranks[i % world][i // world] for i in range(count)]
@@ -114,15 +114,15 @@ def own_metrics(
 
     Args:
         compute: the function.
-        found: of all rows.
+        found: the predictions for all rows.
         include: what it gets besides predictions and labels: "inputs", "loss".
-        prefix: of the names of metrics.
+        prefix: is put before the metrics' names, with "_".
 
     Returns:
-        The metrics, each name behind the prefix.
+        The metrics by their names with the prefix.
 
     Raises:
-        UserError: it returns no names with numbers.
+        UserError: the function does not return a dictionary of numbers.
     """
     given = EvalPrediction(
         found.predictions,
@@ -140,10 +140,10 @@ def own_metrics(
 
 
 def check_include(include: Sequence[str], compute: ComputeMetrics | None) -> None:
-    """Refuse what `compute_metrics` does not get.
+    """Refuse names in `include_for_metrics` that have no meaning.
 
     Raises:
-        UserError: an unknown name, or there is no function that it would be for.
+        UserError: a name is unknown, or there is no `compute_metrics`.
     """
     unknown = set(include) - _FOR_METRICS
     if unknown:

@@ -1,4 +1,4 @@
-"""What is done to the models before the first step: batches without padding, shared beginnings, compiled layers."""
+"""Prepare the models for the first step: batches without padding, shared beginnings, compiled layers."""
 
 import copy
 import logging
@@ -56,8 +56,8 @@ class Layout:
     """How samples are put into a batch.
 
     Args:
-        flattened: samples follow each other in one row, without padding.
-        share_prefix: tokens that all samples begin with stand in the batch once.
+        flattened: whether samples follow each other in one row, without padding.
+        share_prefix: whether tokens with which several samples begin are in the batch only once.
     """
 
     flattened: bool = False
@@ -72,14 +72,14 @@ def teacher_source(
     train: Dataset,
     evaluation: Dataset | None,
 ) -> TeacherSource:
-    """Open what the teacher's rows come from. A cache is first filled with what the curriculum and the evaluation need.
+    """Open the source of the teacher's rows. A cache is first filled with the rows of the curriculum and evaluation.
 
     Args:
-        teacher: a model, its folder or hub id, a source of rows, "self", or None to read a cache that is there, or for
-            training without any.
-        student: for caches that project the teacher's rows, and for "self".
-        args: of the training.
-        curriculum: of `train`.
+        teacher: a model, its folder or hub id, a source of rows, "self", or None to read an existing cache, or to train
+            without a teacher.
+        student: the student, for caches that project the teacher's rows, and for "self".
+        args: the training's config.
+        curriculum: the schedule of `train`.
         train: tokenised samples, as the teacher sees them.
         evaluation: tokenised samples, as the teacher sees them, or None.
 
@@ -134,10 +134,10 @@ def teacher_source(
 
 
 def freeze_what_text_never_reaches(student: nn.Module) -> None:
-    """Switch off the gradients of weights that a step over text does not use, such as those of a vision tower.
+    """Freeze weights that a step on text does not use, such as those of a vision tower.
 
-    Only weights outside of the text part are looked at, so for a language model alone nothing is done. Processes that
-    train together would wait for these gradients.
+    Without this, processes that train together would wait for these gradients. Only weights outside of the text part
+    are considered, so nothing happens to a plain language model.
 
     Args:
         student: the model that is trained.
@@ -162,11 +162,11 @@ def freeze_what_text_never_reaches(student: nn.Module) -> None:
 def layout_of(
     collate: Callable[..., Any], sample: Mapping[str, Any], student: nn.Module, teacher: TeacherSource
 ) -> Layout:
-    """Look at how a user's own collator puts samples into a batch, and prepare the attention of models for it.
+    """Find out how a user's own collator puts samples into a batch, and prepare the models' attention for it.
 
     Args:
         collate: the collator.
-        sample: tokenised, to try it on.
+        sample: a tokenised sample to try it on.
         student: the model that is trained.
         teacher: any source; only a live one has a model.
 
@@ -193,19 +193,17 @@ def batch_layout(student: nn.Module, teacher: TeacherSource, args: SRDConfig) ->
     Args:
         student: the model that is trained.
         teacher: any source; only a live one has a model.
-        args: of the training.
+        args: the training's config.
 
     Returns:
-        The layout, the best that every model in a step can take.
+        The best layout that every model of a step can take.
 
     Raises:
-        UserError: padding_free is true and a model cannot.
+        UserError: padding_free is true, but a model needs padding.
     """
     if not args.padding_free:
         return Layout()
-    known = isinstance(
-        teacher, (LiveTeacher, RowsOfSamples, NoTeacher)
-    )  # a source of the user's own may count on padded batches
+    known = isinstance(teacher, (LiveTeacher, RowsOfSamples, NoTeacher))  # a user's own source may need padded batches
     if not known and args.padding_free == "auto":
         return Layout()
     running = _running(student, teacher)
@@ -217,7 +215,7 @@ def batch_layout(student: nn.Module, teacher: TeacherSource, args: SRDConfig) ->
             logger.warning("batches are padded, because the %s cannot go without: %s", name, reason)
             return Layout()
     noise_of_its_own = args.neftune_noise_alpha is not None
-    # A beginning that stands once in the batch would count once among the tokens that a router's balance is over.
+    # The tokens of a shared beginning would count only once in a router's balancing loss.
     apart = noise_of_its_own or router_loss(student) is not None
     shares = known and not apart and all(unfit_for_shared_prefix(m) is None for m in running.values())
     return Layout(flattened=True, share_prefix=shares)
@@ -230,7 +228,7 @@ def _running(student: nn.Module, teacher: TeacherSource) -> dict[str, Any]:
 
 
 def compiles(args: SRDConfig, total_steps: int) -> bool:
-    """What `torch_compile` says; without it, whether the run is on a GPU and long enough for compiling to pay."""
+    """The value of `torch_compile`; if unset, whether the run is on a GPU and long enough to repay compilation."""
     if args.torch_compile is not None:
         return bool(args.torch_compile)
     steps = args.max_steps if args.max_steps > 0 else total_steps
@@ -244,14 +242,14 @@ def compile_models(
     autocast: Callable[[], AbstractContextManager[Any]],
     flattened: bool,
 ) -> None:
-    """Compile the layers of every model that runs in a step. A warning says once which are not compiled, and why.
+    """Compile the layers of every model that runs in a step. A warning says which are not compiled, and why.
 
     Args:
-        student: in the dtype of training.
+        student: the student, in the dtype of training.
         teacher: any source; only a live one has a model.
-        args: of the training.
-        autocast: makes the context in which the student runs.
-        flattened: whether batches are.
+        args: the training's config.
+        autocast: makes the autocast context in which the student runs.
+        flattened: whether batches are flattened.
     """
     options: dict[str, Any] = {"backend": args.torch_compile_backend or "inductor", "mode": args.torch_compile_mode}
     reasons: dict[str, str | None] = {"student": "its balancing loss looks at the routers inside of them"}

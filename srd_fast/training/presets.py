@@ -2,7 +2,7 @@
 
 from typing import Any
 
-# SE-KD (arXiv 2602.01395): KL at temperature 1 on the fifth of each response that the student is least sure of.
+# SE-KD (arXiv 2602.01395): KL at temperature 1 on the fifth of each response's tokens where the student is least sure.
 _SE_KD: dict[str, Any] = {
     "divergence": "forward_kl",
     "temperature": 1.0,
@@ -10,7 +10,7 @@ _SE_KD: dict[str, Any] = {
     "position_selection": "topk_student_entropy",
     "position_ratio": 0.2,
 }
-# Stages that are runs of their own, as in the code of both papers' authors.
+# Stages as separate runs, as in the code of both papers' authors.
 _STAGES_ALONE: dict[str, Any] = {
     "epochs_per_stage": 8,
     "learning_rate": 1e-4,
@@ -20,8 +20,8 @@ _STAGES_ALONE: dict[str, Any] = {
     "temperature_scaling": "official",
     "per_device_train_batch_size": 16,
 }
-# `paper`: arXiv 2508.06135. `official`: what the authors' code does, where it differs. POCL: arXiv 2506.05695, which
-# drops no sample. SE-KD3X: with classes, samples. `learnable` chooses samples, and leaves training as it is.
+# `paper`: arXiv 2508.06135. `official`: the authors' code, where it differs. POCL: arXiv 2506.05695, which drops no
+# sample. SE-KD3X: SE-KD that also selects classes and samples. `learnable` is about curation; here it is the defaults.
 TRAINING_PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
         "temperature_start": 1.0,

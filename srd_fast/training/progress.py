@@ -1,4 +1,4 @@
-"""What a training shows while it runs: a bar where there is a terminal, short lines in a file, json, or nothing."""
+"""The progress that a training shows: a bar on a terminal, short lines in a file, json, or nothing."""
 
 import time
 from typing import Any
@@ -9,9 +9,9 @@ from transformers.trainer_callback import TrainerControl, TrainerState
 
 from ..showing import say_json, style
 
-# Lines of a whole training in a file, at most; a bar has every log.
+# The most lines of a whole training in a file; a bar shows every log.
 _MOST_LINES = 200
-# What a line shows of a log, and as what.
+# Entries of a log that a line shows, and their format.
 _SHOWN = {
     "loss": "loss",
     "kl": "kl",
@@ -22,7 +22,7 @@ _SHOWN = {
 
 
 class ProgressLine(TrainerCallback):
-    """Shows step, total, the time that is left, and the loss. It takes the place of transformers' own two."""
+    """Shows the step, the number of steps, the remaining time and the loss, instead of transformers' two callbacks."""
 
     def __init__(self) -> None:
         self._bar: Any = None
@@ -31,7 +31,7 @@ class ProgressLine(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Start the clock, and the bar where there is one."""
+        """Start the clock, and the bar if there is one."""
         self._began, self._first, self._shown = time.monotonic(), state.global_step, -_MOST_LINES
         if state.is_world_process_zero and style() == "bar" and not args.disable_tqdm:
             self._bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True)

@@ -1,11 +1,11 @@
-"""When a step trains on the student's own answers, and on which: fresh ones, or ones from before.
+"""Decide which steps train on the student's own answers, and whether these are fresh or earlier ones.
 
-All of it follows from a seed, the number of the step, and what the training has logged so far. So a training that was
-killed goes on as if it had not been.
+All of it depends only on a seed, the step's number and the log so far. So a training that was killed and resumed takes
+the same decisions.
 
-GKD (arXiv 2306.13649): a fixed share of the steps. DistiLLM (arXiv 2402.03898): a share phi that begins at 0 and grows
-by 0.1 each time the validation loss has grown by 0.1 since it was last measured. Of these steps a share that sinks
-linearly to 0 over the training answers anew; the others train on answers kept in a buffer, once that is full.
+GKD (arXiv 2306.13649): a fixed share of the steps. DistiLLM (arXiv 2402.03898): a share phi that starts at 0 and grows
+by 0.1 each time the validation loss is at least 0.1 above the previous one. Among these steps, a share that falls
+linearly to 0 over the training generates fresh answers; the others use answers from a buffer, once it is full.
 """
 
 import hashlib
@@ -26,15 +26,15 @@ Kind = Literal["data", "fresh", "replayed"]
 DATA: Kind = "data"
 FRESH: Kind = "fresh"
 REPLAYED: Kind = "replayed"
-# By how much the validation loss must grow for phi to grow, and by how much that does.
+# The increase of the validation loss, in nats, from which on phi grows, and by how much phi grows.
 TOLERANCE, RAISE = 0.1, 0.1
 _DIGITS = 9
-# Of a sample what a step reads, besides its weight.
+# The columns of a sample that a step reads, besides its weight.
 _TOKENS = ("input_ids", "labels")
 
 
 def place_seed(*place: int) -> int:
-    """A seed from 0 to 2^63 that belongs to a place: of a training the seed, the step, the micro-batch, the rank."""
+    """A seed from 0 to 2^63 for a place in a training, given by its seed, step, micro-batch and rank."""
     digest = hashlib.blake2b(repr(place).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
@@ -63,10 +63,10 @@ class AnswerSchedule:
     """Which answers each step trains on.
 
     Args:
-        share: of the steps that train on the student's own answers, 0 to 1, or "adaptive" for DistiLLM's phi.
-        capacity: answers in the buffer; 0: every such step answers anew.
-        total_steps: of the training.
-        seed: of the draws.
+        share: share of the steps that train on the student's own answers, 0 to 1, or "adaptive" for DistiLLM's phi.
+        capacity: number of answers in the buffer; 0: all own answers are fresh.
+        total_steps: the training's number of steps.
+        seed: seed of the draws.
     """
 
     share: float | str
@@ -82,9 +82,9 @@ class AnswerSchedule:
         """Decide what a step trains on.
 
         Args:
-            step: from 0.
-            losses: the validation losses before it.
-            held: answers in the buffer.
+            step: the step's number, from 0.
+            losses: the validation losses before the step.
+            held: number of answers in the buffer.
 
         Returns:
             "data" for the rows' own answers, "fresh" or "replayed".
@@ -121,17 +121,17 @@ class ReplayBuffer:
         del self._kept[: max(0, len(self._kept) - self.capacity)]
 
     def draw(self, count: int, seed: int) -> list[dict[str, Any]]:
-        """Draw samples, each once while there are enough.
+        """Draw samples, without repetition if there are enough.
 
         Args:
             count: how many.
-            seed: of the draw.
+            seed: seed of the draw.
         """
         chosen = np.random.default_rng(seed).choice(len(self._kept), count, replace=len(self._kept) < count)
         return [self._kept[i] for i in chosen]
 
     def save(self, file: Path) -> None:
-        """Write all that is kept."""
+        """Write the whole buffer."""
         kind = pa.list_(pa.int32())
         names = read_columns(list(self._kept[0]) if self._kept else _TOKENS)
         columns = {n: pa.array([s[n] for s in self._kept], kind) for n in names}
@@ -140,5 +140,5 @@ class ReplayBuffer:
         pq.write_table(pa.table(columns), file)
 
     def load(self, file: Path) -> None:
-        """Take what was written in place of what is kept."""
+        """Replace the buffer by the written one."""
         self._kept = pq.read_table(file).to_pylist()

@@ -30,7 +30,7 @@ def trainer_basics(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
 
     Args:
         device: where the models are.
-        dtype: of the run; bfloat16 switches `bf16` on.
+        dtype: the run's dtype; bfloat16 switches `bf16` on.
 
     Returns:
         Fields of SRDConfig.
@@ -61,7 +61,7 @@ def prune_and_warm_up(
 ) -> None:
     """Cut a student out of `teacher` by keeping some layers, and optionally train it a little with the forward KL.
 
-    A pruned student without that warm-up answers noise, and reflections of noise rank nothing.
+    Without that warm-up, a pruned student answers with noise, and scores of noise cannot rank samples.
 
     Args:
         teacher: a model's folder or hub id.
@@ -74,9 +74,9 @@ def prune_and_warm_up(
         batch_size: samples a step.
         dtype: bfloat16 trains in mixed precision, float32 does not. The student is saved in float32.
         device: where the warm-up runs.
-        seed: of the order of the samples.
+        seed: seed of the order of the samples.
         template: prompt template of the rows.
-        source: the teacher's rows of `rows`. Default: the teacher itself, in `dtype` on `device`.
+        source: source of the teacher's rows. Default: the teacher itself, in `dtype` on `device`.
     """
     tokenizer = load_tokenizer(teacher)
     student = load_model(teacher, torch.float32, device)
@@ -102,7 +102,7 @@ def prune_and_warm_up(
             template=template,
             **trainer_basics(torch.device(device), dtype),
         )
-        args._n_gpu = min(args.n_gpu, 1)  # a few steps, which are no work for many
+        args._n_gpu = min(args.n_gpu, 1)  # a few steps do not need several GPUs
         live_or_cache = load_model(teacher, dtype, device, quantised=True) if source is None else source
         SRDTrainer(student, live_or_cache, args, rows, processing_class=tokenizer).train()
     save_student(student, tokenizer, work / "model")

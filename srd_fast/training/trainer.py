@@ -118,7 +118,7 @@ logger = logging.getLogger(__name__)
 
 R = TypeVar("R")
 
-# Parts of the loss in the logs; the last only where the student's config asks for that loss.
+# Parts of the loss in the logs; the last only if the student's config asks for that loss.
 _LOGGED = ("divergence", "cross_entropy", "entropy", "router_loss")
 
 
@@ -168,33 +168,33 @@ class SRDTrainer(Trainer):
         model: the student, a causal language model or an encoder-decoder model, in the dtype to train in (float32, also
             with bf16=True). A folder or hub id is loaded in float32.
         teacher_model: a model of the same kind with the same tokenizer, or any object with the methods of
-            `TeacherSource`. It is never trained. A folder or hub id is loaded where it is needed: with
+            `TeacherSource`. It is never trained. A folder or hub id is loaded only when needed: with
             `args.teacher_cache` only to fill the cache, so that the teacher takes no memory while the student trains.
-            "self": the student as it is now, or with `self_ema_decay` a moving average of it, which reads more than the
-            student (`privileged_template`). Weights that are not trained stand in memory once.
-            None: read the cache that is there; or, with `sft_weight` 1 and no cache, train on the cross-entropy alone.
+            "self": the starting student, or with `self_ema_decay` a moving average of the student. It reads more than
+            the student (`privileged_template`). Weights that are not trained are in memory only once.
+            None: read an existing cache; or, with `sft_weight` 1 and no cache, train only on the cross-entropy.
         args: an SRDConfig.
         train_dataset: rows of any format of `srd_fast.data`, or tokenised samples.
         curriculum: which samples are trained on and in which stage. Default: all of them, in one stage.
         eval_dataset: rows for validation, in any of these formats, or a dictionary of several, by name. Evaluation
             gives KL(teacher, student) and cross-entropy.
         processing_class: the student's tokenizer. It must be given.
-        teacher_tokenizer: compared with the student's. Default: the one in the folder that the teacher was loaded from.
+        teacher_tokenizer: compared with the student's. Default: the one saved where the teacher was loaded from.
         peft_config: a PEFT configuration; the student becomes a PEFT model with it.
         callbacks: `transformers.TrainerCallback`s, called in addition to the Trainer's own.
-        optimizers: an optimizer and a learning rate scheduler. None for either: the Trainer makes the optimizer that
-            `args` describe, and the curriculum gives the learning rate.
+        optimizers: an optimizer and a learning rate scheduler. If either is None, the Trainer makes the optimizer that
+            `args` describe, or the curriculum sets the learning rate.
         data_collator: makes a batch of a list of tokenised samples. Default: `DistillationCollator`, which pads them,
             or joins them without padding where the models allow it.
         columns: which column of the data is which of a row format's, such as {"instruction": "question", "output":
             "answer"}.
-        data_function: makes the rows, of a row or, with a parameter `path`, of a file: a function, or
+        data_function: makes the rows from a row, or, if its parameter is called `path`, from a file. A function, or
             `FILE.py:FUNCTION`.
-        compute_metrics: makes further metrics of a `transformers.EvalPrediction` of all validation rows, in every
-            process. There are no logits in it: `predictions` is [rows, tokens] int64, the student's likeliest class for
-            each token with loss, beside `label_ids`, the right ones, so nothing is to be shifted; both are filled up
-            with -100. With `include_for_metrics=["inputs", "loss"]` it has the rows' token ids and each token's
-            cross-entropy too.
+        compute_metrics: computes further metrics from a `transformers.EvalPrediction` of all validation rows, in every
+            process. It has no logits: `predictions` [rows, tokens] int64 are the student's likeliest classes for the
+            tokens with loss, and `label_ids` the right classes at the same places, so nothing has to be shifted. Both
+            are padded with -100. With `include_for_metrics=["inputs", "loss"]` it also has the rows' token ids and each
+            token's cross-entropy.
 
     Raises:
         UserError: an argument is missing or wrong, the student's head is not understood, the tokenizers differ, or the
@@ -261,13 +261,13 @@ class SRDTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        # accelerate would compile the model's own call, which the trainer never makes: it calls the body.
+        # accelerate would compile the model's own call, but the trainer only calls the model's body.
         self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
         # num_items_in_batch counts the labels that are predicted, over accumulation steps and ranks.
         self.model_accepts_loss_kwargs, self._loss_shifts_labels = True, True
         self._parameters: int | None = None
         self._place = StudentPlace(args, self.accelerator)
-        # As the teacher sees them.
+        # The samples as the teacher sees them.
         privileged = args.privileged_template is not None
         self._taught = teachers_samples(train) if privileged else train
         held_out_taught = teachers_samples(evaluation) if privileged and evaluation is not None else evaluation
@@ -372,7 +372,7 @@ class SRDTrainer(Trainer):
                 layout = layout_of(self.data_collator, train[0], model, self.teacher)
             if compiles(self.args, self.curriculum.total_steps):
                 compile_models(model, self.teacher, self.args, self.accelerator.autocast, layout.flattened)
-        # What gives the rows, of samples as it sees them.
+        # The source itself, which reads samples as the teacher sees them.
         self._source = self.teacher
         if self.args.privileged_template is not None:
             self.teacher = PrivilegedTeacher(self._source, self.data_collator)
@@ -405,7 +405,7 @@ class SRDTrainer(Trainer):
             self.data_collator = WithSamples(self.data_collator)
 
     def _batches_of(self, layout: Layout, rows: RowsOfSamples | None) -> StepCollator | TokenBatches:
-        """What makes the batch of a step, divided if it is to be, with the rows that a source keeps of its samples."""
+        """Make the collator of a step, which divides batches if asked to, and adds the rows of a cache."""
         collate = StepCollator(self._collate.collate, rows, ahead=rows is not None)
         if not self.args.max_tokens_per_batch:
             return collate
@@ -421,7 +421,7 @@ class SRDTrainer(Trainer):
         self._signature_columns = [*read_columns(columns), WEIGHT]  # type: ignore[assignment]
 
     def _remove_unused_columns(self, dataset: Dataset, description: str | None = None) -> Dataset:
-        """Keep the columns that a step reads, as arrays, which take a fifth of the time that lists take."""
+        """Keep the columns that a step reads, as arrays, which are five times as fast as lists."""
         return super()._remove_unused_columns(dataset, description).with_format("numpy")
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
@@ -497,13 +497,13 @@ class SRDTrainer(Trainer):
         temperature, labels_N = self.curriculum.temperature(step), labels_with_loss(inputs)
         rows = self.teacher.rows(inputs, temperature)
         student = self._place.inner(model)
-        # An answer of its own is nothing to imitate.
+        # The student must not imitate its own answer.
         sft_weight = 0.0 if inputs.get(OWN) else self.curriculum.sft_weight(step)
         options = replace(self._loss_options, temperature=temperature, sft_weight=sft_weight)
 
         def of_rows(head: Head, student_ND: Tensor) -> tuple[Tensor, DistillationOutput]:
             seen = self.selection(student_ND, head, rows, labels_N, inputs, step, temperature)
-            # A head in shards would count the labels of all ranks.
+            # By default, a head in shards would count the labels of all ranks.
             own = None if head.shard is None else max(1, len(seen.labels_K))
             items = own if num_items_in_batch is None else num_items_in_batch
             rows_K = StudentRows(seen.student_KD, head, seen.labels_K, options, seen.weights_K, items, seen.logits_KV)
@@ -511,14 +511,14 @@ class SRDTrainer(Trainer):
             return out.loss, out
 
         def forward(batch: Mapping[str, Any]) -> tuple[Tensor, DistillationOutput, Tensor | None]:
-            # Around the loss too: it takes the dtype of its products from autocast, as the body does.
+            # The loss is inside too: like the body, it takes the dtype of its products from autocast.
             with self.accelerator.autocast():
                 body = body_output(student, batch)
                 loss, out = through_head(student, of_rows, rows_with_loss(body.last_hidden_state, batch))
                 if self._router_loss is None:
                     return loss, out, None
                 balance = self._router_loss(body.router_logits, batch)
-            # A mean over tokens, so each micro-batch has the share of its tokens.
+            # It is a mean over tokens, so each micro-batch counts by its share of the tokens.
             balance = balance * (len(labels_N) / out.num_items)
             return loss + balance, out, balance
 
@@ -530,7 +530,7 @@ class SRDTrainer(Trainer):
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def _place_student(self) -> None:
-        """Put the student where a step will have it, before anything runs it outside of training."""
+        """Wrap and shard the student as for a step, before anything runs it outside of training."""
         if self.model_wrapped is self.model and not self.is_in_train:
             self.model = self.model_wrapped = self._place.placed(cast(nn.Module, self.model))
 
@@ -549,10 +549,10 @@ class SRDTrainer(Trainer):
 
     @torch.no_grad()
     def positions_of(self, sample: dict[str, Any]) -> tuple[list[float], list[bool]]:
-        """Look at the positions of one sample as the student sees them now.
+        """The current student's entropy at each position of a sample, and whether the position would be selected.
 
         Args:
-            sample: tokenised, with input_ids and labels.
+            sample: a tokenised sample, with input_ids and labels.
 
         Returns:
             For every position with loss, the student's entropy in nats, and whether `position_selection` would choose
@@ -591,18 +591,18 @@ class SRDTrainer(Trainer):
         super()._save_checkpoint(model, trial)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
-        """Take the batches of an optimizer step, with fresh answers where the step is to have them.
+        """Take the batches of an optimizer step, with fresh answers if the step trains on them.
 
         Args:
-            epoch_iterator: of the loader.
-            num_batches: of the step.
-            device: for the count.
+            epoch_iterator: the loader's iterator.
+            num_batches: number of batches of the step.
+            device: where the count of tokens goes.
 
         Returns:
             The batches, and how many tokens with loss they have over all ranks.
         """
         if self.control.should_training_stop:
-            return [], None  # it had ended when it was interrupted
+            return [], None  # the training had already ended when it was interrupted
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self._answers is None or not batches:
             return batches, items
@@ -614,7 +614,7 @@ class SRDTrainer(Trainer):
         return made, items if made is batches else self._get_num_items_in_batch(made, device)
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        """Save every step that is the best so far, whatever `save_steps` says, so that it is there in the end."""
+        """Save every step that is the best so far, whatever `save_steps` says, so that it can be loaded in the end."""
         is_best = super()._determine_best_metric(metrics, trial)
         if is_best and self._keeps_best:
             self.control.should_save = True
@@ -629,20 +629,20 @@ class SRDTrainer(Trainer):
         policy = self.selection.policy
         counts = [part["loss_counts"] for batch in batch_samples for part in micro_batches(batch)]
         items = sum(sum(of_part) if policy is None else items_of(policy, of_part) for of_part in counts)
-        # Passed on as a tensor of that many labels, on the device, so that the base class sums over ranks.
+        # Passed on as a tensor of as many labels, on the device, so that the base class sums over ranks.
         counted = {"labels": None, "shift_labels": torch.zeros(items, device=device)}
         return super()._get_num_items_in_batch([counted], device)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """Look at loss and gradient once before each optimizer step, so that no step is made of one that is not finite.
+        """Check loss and gradient once before each optimizer step, so that a step that is not finite changes nothing.
 
-        A fused optimizer skips such a step on the device: nothing waits, and the host learns of it soon after. With any
+        A fused optimizer skips such a step on the device: the host does not wait, and learns of it soon after. With any
         other optimizer the host waits.
         """
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         loss, self._step_loss = self._step_loss, 0.0
         optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)
-        # In fp16 the scaler looks at the gradients itself, and skips a step now and then.
+        # In fp16 the scaler checks the gradients itself, and skips a step now and then.
         whole = 0.0 if self.args.fp16 or norm is None else getattr(norm, "full_tensor", lambda: norm)()
         flag = self._check.add(self.state.global_step, loss, whole)
         skips = not self.args.fp16 and whole is norm and isinstance(norm, Tensor) and skips_on_the_device(optimizer)
@@ -652,7 +652,7 @@ class SRDTrainer(Trainer):
         return norm
 
     def _show_weights(self) -> None:
-        """Let a schedule-free optimizer put in place the weights that it has found. A step takes them away again."""
+        """Let a schedule-free optimizer put its averaged weights into the model. The next step takes them out again."""
         show = getattr(self.optimizer, "eval", None)
         if show is not None:
             show()
@@ -720,14 +720,14 @@ class SRDTrainer(Trainer):
         Args:
             resume_from_checkpoint: a checkpoint's folder, or True for the newest whole one in `args.output_dir`. True
                 without such a checkpoint starts from the beginning.
-            trial: of a hyperparameter search, as `transformers.Trainer` takes it.
+            trial: the trial of a hyperparameter search, as in `transformers.Trainer`.
             ignore_keys_for_eval: passed on to `transformers.Trainer`.
 
         Returns:
             A `transformers` TrainOutput: the number of steps, the mean loss and metrics.
 
         Raises:
-            UserError: the student could not be saved afterwards.
+            UserError: the student could not be saved after training. This is found out before the first step.
             NotFiniteError: loss or gradient became NaN or infinite. It is a UserError that names step, stage and
                 samples.
         """
@@ -748,7 +748,7 @@ class SRDTrainer(Trainer):
             if isinstance(self._source, OwnTeacher):
                 self._source.load(Path(resume_from_checkpoint))
         if self._place.in_shards:
-            self._place_student()  # the Trainer would make the optimizer of shards and whole weights, in other groups
+            self._place_student()  # else the Trainer would make the optimizer from other groups of weights
         self.selection.begin()
         self._sums, self._tokens, self._step_loss = None, 0, 0.0
         self._check = StepCheck(self.args.device)
@@ -768,16 +768,16 @@ class SRDTrainer(Trainer):
         return result
 
     def save_student(self, folder: str | Path) -> None:
-        """Save the student as a model of its own, adapters merged, with its tokenizer, and compare it with its folder.
+        """Save the student as a complete model, adapters merged, with its tokenizer, and check the saved folder.
 
-        In a training of many processes all of them call this. The first one writes, and gathers a sharded student in
+        If several processes train, all must call this together. The first one writes, and gathers a sharded student in
         the memory of its host. The others wait.
 
         Args:
             folder: where it goes.
 
         Raises:
-            UserError: the adapters cannot be merged, or the folder gives another model. In every process.
+            UserError: the adapters cannot be merged, or the folder gives another model. All processes raise it.
         """
         self._place.save(self.model_wrapped, cast(Any, self.processing_class), Path(folder))
 
@@ -790,15 +790,15 @@ class SRDTrainer(Trainer):
             eval_dataset: rows of any format of `srd_fast.data`, a dictionary of several, or the name of one of several.
                 Default: the trainer's `eval_dataset`.
             ignore_keys: not used.
-            metric_key_prefix: the names of the metrics begin with it and "_"; of several data sets, with the name of
-                the set behind it.
+            metric_key_prefix: the names of the metrics begin with it and "_"; with several data sets, followed by the
+                set's name and "_".
 
         Returns:
-            `eval_loss`, which is `eval_kl`, or without a teacher the cross-entropy, so that
-            `metric_for_best_model="loss"` picks the student closest to its teacher; `eval_kl`, KL(teacher, student) at
-            T = 1, not without a teacher; `eval_cross_entropy`; what `compute_metrics` gives; and with `eval_generate`
-            the student's answers' `eval_rouge_l`, `eval_exact_match` or other `eval_metrics`, which are means over rows
-            from 0 to 1, and `eval_generation_seconds`.
+            `eval_loss`: `eval_kl`, or without a teacher the cross-entropy, so that `metric_for_best_model="loss"` picks
+            the student closest to its teacher; `eval_kl`: KL(teacher, student) at T = 1, only with a teacher;
+            `eval_cross_entropy`; the metrics of `compute_metrics`; and with `eval_generate` the scores of the student's
+            answers, `eval_rouge_l`, `eval_exact_match` or other `eval_metrics`, means over rows from 0 to 1, and
+            `eval_generation_seconds`.
 
         Raises:
             UserError: there are no validation rows.
@@ -841,10 +841,10 @@ class SRDTrainer(Trainer):
             metric_key_prefix: the names of the metrics begin with it and "_".
 
         Returns:
-            `predictions` [rows, tokens] int64: the likeliest class for each token with loss, where `label_ids`, of the
-            same shape, has the right one, both filled up with -100; and `metrics`, as `evaluate` has them. A teacher
-            whose rows come from a cache, or that reads more than the student, has none of these: then `test_loss` is
-            the cross-entropy, and there is no KL.
+            `predictions` [rows, tokens] int64: the likeliest class for each token with loss; `label_ids`: the right
+            classes, in the same shape; both padded with -100; and `metrics`, as in `evaluate`. A teacher cache has no
+            rows of these samples, and neither has a teacher that reads more than the student: then `test_loss` is the
+            cross-entropy, and there is no KL.
 
         Raises:
             UserError: the rows cannot be used.
@@ -862,7 +862,7 @@ class SRDTrainer(Trainer):
     def _measured(
         self, dataset: Dataset, teacher: TeacherSource | None, collate: StepCollator, prefix: str, predicted: bool
     ) -> tuple[dict[str, float], EvalPrediction | None]:
-        """Metrics of the student on tokenised samples, and what it predicts if that is wanted."""
+        """Metrics of the student on tokenised samples, and its predictions if they are wanted."""
         self._place_student()
         student = self._place.inner(self.model_wrapped)
         was_training, totals = student.training, torch.zeros(3, dtype=torch.float64, device=self.args.device)

@@ -131,7 +131,7 @@ def test_missing_files_and_folders_are_refused(tmp_path: Path) -> None:
         read_rows("nowhere.jsonl")
     with pytest.raises(UserError, match="is a folder without files of rows"):
         read_rows(tmp_path)
-    with pytest.raises(UserError, match=r"'someone/some-data' is no file here, and as a hub name it fails"):
+    with pytest.raises(UserError, match=r"'someone/some-data' is not a local file, and as a hub name it fails"):
         read_rows("someone/some-data")
 
 
@@ -239,7 +239,7 @@ def test_tests_are_kept_and_change_no_id(tests: Any, kept: list[str], tiny_token
         ({"instruction": "a"}, r"columns \['instruction'\]; missing \['output'\] for instruction/output rows"),
         ({"prompt": "a", "id": "b"}, r"missing \['completion'\] for prompt/completion rows"),
         ({"input_ids": [1]}, r"missing \['labels'\]"),
-        ({"body": "a"}, r"columns \['body'\], which is no row format. A row needs two texts"),
+        ({"body": "a"}, r"columns \['body'\], which fit no row format. A row needs two texts"),
     ],
 )
 def test_missing_columns_are_named(row: Row, complaint: str, tiny_tokenizer: PreTrainedTokenizerFast) -> None:

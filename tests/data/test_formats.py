@@ -216,7 +216,7 @@ def test_a_registered_format_goes_first(tiny_tokenizer: PreTrainedTokenizerFast)
     with pytest.raises(UserError, match="'mine' exists already"):
         register_row_format("mine", ["q"], dict)
     register_row_format("half", ["only"], lambda row: {"instruction": row["only"]})
-    with pytest.raises(UserError, match=r"the row format only makes \['instruction'\], which is none of the standard"):
+    with pytest.raises(UserError, match=r"the row format only makes \['instruction'\], which is not a standard"):
         prepare([{"only": Q}], tiny_tokenizer)
 
 
@@ -245,4 +245,6 @@ def test_one_question_needs_no_chat_template(tiny_tokenizer: PreTrainedTokenizer
     more = [{"messages": [BRIEF, ASK, SAY]}, {"messages": [ASK, SAY, ASK, SAY]}, {"system": "Be brief.", **CHAT}]
     for row in more:
         ((_, reason),) = prepare([CHAT, row], plain).rejected
-        assert reason.startswith("the tokenizer has no chat template, and a prompt template has place for one question")
+        assert reason.startswith(
+            "the tokenizer has no chat template, and a prompt template has place for only one question"
+        )

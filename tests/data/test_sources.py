@@ -151,10 +151,10 @@ def test_damaged_files_are_refused(name: str, content: bytes, complaint: str, tm
 
 def test_sources_that_are_not_there(tmp_path: Path) -> None:
     for source, complaint in [
-        (str(tmp_path / "*.jsonl"), "no file here has such a name"),
+        (str(tmp_path / "*.jsonl"), "no local file has such a name"),
         (str(tmp_path / "x.csv"), r"x\.csv' does not exist"),
         ({"path": str(tmp_path / "x.csv.zst")}, r"x\.csv\.zst' does not exist"),
-        ({"path": "x", "splits": "train"}, "data as a mapping has path and, where wanted, name, split, revision"),
+        ({"path": "x", "splits": "train"}, "data as a mapping has path and optionally name, split, revision"),
         ({"split": "train"}, "data as a mapping has path"),
         ([str(tmp_path / "y.jsonl")], r"y\.jsonl' does not exist"),
     ]:

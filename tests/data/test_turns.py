@@ -109,10 +109,10 @@ def test_a_template_that_rewrites_earlier_answers_rejects_the_row(tiny_tokenizer
     thought = [*TURNS[:2], {"role": "assistant", "content": "hm</think>Un."}, *TURNS[3:]]
     prepared = prepare([{"messages": thought}, {"messages": TURNS}], tokenizer, train_on="all")
     assert len(prepared.dataset) == 1
-    assert "writes the first answer otherwise once others follow; train_on 'last'" in prepared.rejected[0][1]
+    assert "writes the first answer differently once others follow; train_on 'last'" in prepared.rejected[0][1]
     later = [*TURNS[:4], {"role": "assistant", "content": "hm</think>Deux."}, *TURNS[5:]]
     prepared = prepare([{"messages": later}, {"messages": TURNS}], tokenizer, train_on="all")
-    assert "writes turn 5 otherwise once others follow" in prepared.rejected[0][1]
+    assert "writes turn 5 differently once others follow" in prepared.rejected[0][1]
     assert not prepare([{"messages": later}], tokenizer).rejected
 
 

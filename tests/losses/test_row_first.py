@@ -215,9 +215,9 @@ def test_top_k_with_all_but_one_class_is_exact(name: str) -> None:
 @pytest.mark.parametrize("name", ["csd_us", "csd_uu", "adaptive_kl"])
 def test_what_counts_every_class_refuses_a_teacher_of_few(name: str) -> None:
     teacher = TopK(torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, 1), torch.full((1,), -1.0))
-    with pytest.raises(UserError, match=f"divergence '{name}' counts every class by itself, and a TopK teacher"):
+    with pytest.raises(UserError, match=f"divergence '{name}' needs every class by itself, and a TopK teacher"):
         compact_distillation_loss(torch.randn(1, 3), torch.randn(5, 3), teacher, torch.tensor([2]), divergence=name)
-    with pytest.raises(UserError, match=f"divergence '{name}' counts every class by itself, and teacher_cache_kind"):
+    with pytest.raises(UserError, match=f"divergence '{name}' needs every class by itself, and teacher_cache_kind"):
         SRDConfig(output_dir="x", divergence=name, teacher_cache="y", teacher_cache_kind="topk")
 
 

@@ -71,7 +71,7 @@ def test_a_divided_model_gives_and_learns_what_the_whole_one_does(architecture: 
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
         assert_same(found[name], gradient, 1e-6, name)
-    with pytest.raises(RuntimeError, match=r"without gradient alone.*head_in_shards=False"):
+    with pytest.raises(RuntimeError, match=r"only without gradient.*head_in_shards=False"):
         divided(**BATCH)
 
 

@@ -102,7 +102,7 @@ def test_what_is_cut_and_what_both_sides_share_is_counted_and_shown(
         "validation_in_training": 1, "validation_near_training": 1,
     }  # fmt: skip
     assert "of 8 rows 1 prompts and 1 responses are cut, and 2 turns dropped" in caplog.text
-    assert "1 of 2 validation prompts are training prompts too, and 1 more but for" in caplog.text
+    assert "1 of 2 validation prompts are also training prompts, and 1 more except for" in caplog.text
     (folder / "summary.json").write_text(json.dumps({"data": {"train": 8, "validation": 2, "rejected": 0, **counts}}))
     facts = dict(_facts(read_run(folder)))
     assert (facts["turns dropped from long chats"], facts["responses cut"]) == ("2", "1")
@@ -203,7 +203,7 @@ def test_how_rows_are_made_is_part_of_what_the_data_is_made_from(tiny_teacher_fo
         ("data={path: absent.jsonl}", "config: data: data file 'absent.jsonl' does not exist"),
         ("data=[]", "config: data: data is an empty list"),
         ("validation={name: x}", "config: validation: data as a mapping has path"),
-        ("data='absent/*.parquet'", "config: data: data 'absent/*.parquet': no file here has such a name"),
+        ("data='absent/*.parquet'", "config: data: data 'absent/*.parquet': no local file has such a name"),
     ],
 )
 def test_mistakes_in_what_makes_rows_are_found_before_a_step(

@@ -755,7 +755,7 @@ def test_a_chunk_without_memory_is_tried_in_half_of_it(
     for name, gradient in gradients(p, halved.loss).items():
         assert_same(gradient, expected[name], 1e-12, name)
     (record,) = warned.records
-    assert f"out of memory in the loss: its chunk goes on with memory_budget={half};" in record.getMessage()
+    assert f"out of memory in the loss: it goes on with memory_budget={half};" in record.getMessage()
     # Once is enough: what follows begins in the half.
     p.run(memory_budget=given)
     assert len(failing.budgets) == 3
@@ -845,7 +845,7 @@ def test_in_a_real_shortage_of_memory_the_loss_comes_out() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    warnings = re.findall(r"WARNING out of memory in the loss: its chunk goes on with memory_budget=(\d+)", done.stdout)
+    warnings = re.findall(r"WARNING out of memory in the loss: it goes on with memory_budget=(\d+)", done.stdout)
     assert warnings == [str(256 << 20)], done.stdout
     differences = [float(x) for x in re.findall(r"difference (\S+)", done.stdout)]
     assert len(differences) == 3

@@ -136,7 +136,7 @@ def test_one_that_takes_none_begins_anew_and_that_is_said_once(
     assert len(made) == 4
     assert sum("update" in x.calls for x in made) == (name == "unable")
     assert [x.calls[-1] for x in made[:3]] == 3 * ["close"]
-    assert caplog.text.count(f"engine {name} begins anew whenever it is to have new weights: {reason}") == 1
+    assert caplog.text.count(f"engine {name} has to restart for new weights each time: {reason}") == 1
 
 
 def test_transformers_has_the_model_itself(tokenizer: PreTrainedTokenizerFast) -> None:

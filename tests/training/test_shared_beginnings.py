@@ -192,7 +192,7 @@ def test_dropout_is_each_samples_own() -> None:
 
 def test_other_implementations_do_not_share() -> None:
     assert "sdpa" in str(unfit_for_shared_prefix(tiny.tiny_model("llama")))
-    with pytest.raises(ValueError, match="flash_attention_2 gives no sample the keys of another"):
+    with pytest.raises(ValueError, match="in flash_attention_2 no sample can see the keys of another"):
         varlen.varlen_keywords(torch.tensor([0, 4, 6]), torch.device("cpu"), "flash_attention_2", continues=[0])
 
 

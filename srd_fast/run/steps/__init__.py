@@ -1,4 +1,4 @@
-"""What each step of a run does: files of the run folder in, files of the run folder out."""
+"""The steps of a run. Each reads files of the run folder and writes others."""
 
 from ..modes import LIVE
 from .answers import answer_inputs, answer_step

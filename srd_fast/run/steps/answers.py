@@ -1,4 +1,4 @@
-"""Answers in place of the data's: the teacher's, or the student's own, once or anew at the borders of stages."""
+"""Answers that replace the data's: the teacher's, or the student's own, made once or again before each later stage."""
 
 import json
 import logging
@@ -24,21 +24,21 @@ from .selection import PARTS, reflect_inputs, reflect_together
 logger = logging.getLogger(__name__)
 
 COUNTS = "counts.json"
-# Of the draws of a stage; a prompt has no more answers than that.
+# Number of seeds for a stage; a prompt has at most as many answers.
 _SEEDS = 1000
 
 
 def answer_inputs(config: RunConfig) -> Any:
-    """What the answers depend on, besides the plan and the reflections: how many there are, and how they are made."""
+    """What the answers depend on, besides the plan and the reflections: their number, and how they are generated."""
     again = ["again"] if config.answers_again else []
     return [mode_of(config).answers, config.answers_per_prompt, reflect_inputs(config), config.seed, *again]
 
 
 def answer_step(run: Run) -> None:
-    """Write the kept samples with other answers, the plan of them, and how many there are.
+    """Write the kept samples with other answers, their plan, and the numbers of answers.
 
-    With `answers_again` only the samples of the first stage are answered: those of later ones are at their borders.
-    Empty answers are dropped otherwise. A cut answer has no label that ends it.
+    With `answers_again`, only the samples of the first stage are answered; those of a later stage are answered before
+    it. Without, empty answers are dropped. An answer that was cut has no end token.
     """
     config, plan = run.config, CurriculumPlan.load(run.folder / "plan.json")
     names = _names(run, plan)
@@ -58,7 +58,7 @@ def answer_step(run: Run) -> None:
     subsets = [[name for sample_id in subset for name in names[sample_id]] for subset in plan.subsets]
     weights = {name: plan.weights[x] for x, of_prompt in names.items() for name in of_prompt if plan.weights}
     first = next(k for k, subset in enumerate(subsets) if subset)
-    # All stages stay; the first needs rows.
+    # The number of stages stays, and the first stage must have rows.
     subsets[0], subsets[first] = subsets[first], subsets[0]
     plan.with_subsets(subsets, plan.dropped, weights).save(folder / "plan.json")
     write_text(folder / COUNTS, json_text(counts))
@@ -66,12 +66,12 @@ def answer_step(run: Run) -> None:
 
 
 def answer_again(run: Run, stage: int, student: Path) -> None:
-    """Let the student at the border of a stage answer the prompts of that stage; nothing where it has already.
+    """Let the student before a stage answer that stage's prompts, unless it has done so already.
 
     Args:
-        run: of which they are.
-        stage: from 1, the second.
-        student: a checkpoint.
+        run: the run.
+        stage: the stage's number, from 1 (the second stage).
+        student: the checkpoint's folder.
     """
     if _is_answered(run, stage):
         return
@@ -100,14 +100,14 @@ def stage_answers(run: Run, stage: int) -> Dataset:
 
 
 def trained_in(run: Run, stage: int) -> Dataset:
-    """The samples that a stage (from 0) trains on, in the place of all in the run's plan.
+    """The samples of the run's plan, with the answers on which a stage (from 0) trains.
 
-    Those of later stages that have no answer yet are there by name, with the tokens of one that has: a loader reads
-    ahead, and the schedule knows how many there will be.
+    Samples of later stages that have no answer yet have the tokens of another sample: a loader reads ahead, and the
+    schedule needs their number.
 
     Args:
-        run: of which they are.
-        stage: from 0. The answers are those made at its border.
+        run: the run.
+        stage: the stage's number, from 0. The answers are those made before it.
     """
     made = stage_answers(run, stage)
     if not run.config.answers_again:
@@ -122,14 +122,14 @@ def trained_in(run: Run, stage: int) -> Dataset:
 
 
 def answer_counts(run: Run) -> dict[str, int]:
-    """How many answers there are, and were empty or cut; nothing where the data's are trained on."""
+    """How many answers there are, and how many were empty or cut; empty if the data's answers are trained on."""
     file = run.folder / ANSWERS / COUNTS
     own = mode_of(run.config).makes_answers
     return dict(json.loads(file.read_text(encoding="utf-8"))) if own and file.is_file() else {}
 
 
 def answered_again(run: Run) -> list[dict[str, Any]]:
-    """For each stage whose prompts were answered at its border: at which step, how many answers, and the seconds."""
+    """For each stage whose prompts were answered before it: the step, the number of answers, and the seconds."""
     stages = range(1, run.config.curate.stages if run.config.answers_again else 1)
     files = [_of_stage(run, stage).with_suffix(".json") for stage in stages if _is_answered(run, stage)]
     return [dict(json.loads(file.read_text(encoding="utf-8"))) for file in files]
@@ -147,13 +147,13 @@ def _samples_of(run: Run, prompts: Iterable[str]) -> Dataset:
 def _answered(
     run: Run, samples: Dataset, names: Mapping[str, Sequence[str]], rounds: Iterable[Sequence[Sequence[int]]]
 ) -> tuple[Dataset, dict[str, int]]:
-    """Samples with answers in place of their own, and how many answers there are, were empty, or cut.
+    """Samples with new answers, and how many answers there are, and were empty or cut.
 
     Args:
-        run: of which they are.
-        samples: tokenised.
-        names: of each sample, those of its answers.
-        rounds: token ids of an answer to each sample, as often as there are answers to a prompt.
+        run: the run.
+        samples: tokenised samples.
+        names: for each sample, the ids of its answers.
+        rounds: for each answer to a prompt, the token ids of that answer to every sample.
     """
     train = run.data("train")
     ends, eos = answer_ends(train, run.tokenizer), int(run.tokenizer.eos_token_id)
@@ -184,12 +184,12 @@ def _answered(
 
 
 def _end(run: Run, ids: Sequence[int], end: int) -> int | None:
-    """What ends an answer; None where its engine gave up at the limit."""
+    """The token that ends an answer; None if its engine stopped at the limit."""
     return None if len(ids) >= run.config.reflect.max_new_tokens else end
 
 
 def _names(run: Run, plan: CurriculumPlan) -> dict[str, list[str]]:
-    """The ids of the answers to each kept sample: of the first the sample's own."""
+    """The ids of the answers to each kept sample. The first answer has the sample's own id."""
     kept = set(plan.kept)
     train: list[str] = list(run.data("train")["sample_id"])
     taken, names = set(train), {sample_id: [sample_id] for sample_id in train if sample_id in kept}
@@ -202,7 +202,7 @@ def _names(run: Run, plan: CurriculumPlan) -> dict[str, list[str]]:
 
 
 def _rounds(run: Run, samples: Dataset) -> Iterator[list[list[int]]]:
-    """Token ids of one answer to each sample, as often as there are answers a prompt."""
+    """For each answer to a prompt, the token ids of that answer to every sample."""
     rounds = range(run.config.answers_per_prompt)
     if mode_of(run.config).answers == STUDENT:
         made_already = rounds[: run.config.reflect.attempts]
@@ -218,7 +218,7 @@ def _rounds(run: Run, samples: Dataset) -> Iterator[list[list[int]]]:
 
 
 def _reflections(run: Run, sample_ids: Sequence[str], number: int = 0) -> list[list[int]]:
-    """The reflections of samples, or another attempt. Those from before their ids were kept are tokenised again."""
+    """The ids of the samples' reflections, or of another attempt. Older files have only texts, which are tokenised."""
     table = pq.read_table(run.folder / "reflections.parquet")
     place = {sample_id: i for i, sample_id in enumerate(table["sample_id"].to_pylist())}
     texts = table["generation"].to_pylist()

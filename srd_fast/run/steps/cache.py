@@ -1,4 +1,4 @@
-"""The teacher's cache of a run: what it must hold, and how it is filled."""
+"""The teacher cache of a run: what it must hold, and how it is filled."""
 
 import logging
 from collections.abc import Sequence
@@ -33,12 +33,12 @@ def check_cache(config: RunConfig, args: SRDConfig, faults: Faults | None = None
     """Refuse a kind of teacher cache that does not fit the rest of the config.
 
     Args:
-        config: of the run.
-        args: of its training.
-        faults: takes what is wrong. Default: it is raised.
+        config: the run's config.
+        args: the training's config.
+        faults: receives what is wrong. Default: it is raised.
 
     Raises:
-        FaultsError: something is wrong, and there are no `faults` to take it.
+        FaultsError: something is wrong, and `faults` is not given.
     """
     given = Faults() if faults is None else faults
     kind = config.cache.kind
@@ -93,36 +93,36 @@ def cache_inputs(config: RunConfig) -> Any:
     if c.log_sum_exp:
         return [c.kind, config.dtype, "log_sum_exp", cache_temperatures(config, training_config(config)), *by_vllm]
     if c.kind in (LIVE, "hidden"):
-        return [c.kind, config.dtype, *by_vllm]  # what is kept, and reflect_again, come with the plan
+        return [c.kind, config.dtype, *by_vllm]  # the kept samples, and reflect_again, are part of the plan
     return [c.kind, config.dtype, c.k, cache_temperatures(config, training_config(config)), *by_vllm]
 
 
 def cache_temperatures(config: RunConfig, args: SRDConfig) -> list[float]:
-    """Temperatures for which a cache keeps what depends on them: that of evaluation, then that of each stage."""
+    """Temperatures for which a cache is filled: that of evaluation, then that of each stage."""
     return [1.0, *args.of_stages(config.curate.stages).temperatures]
 
 
 def cache_teacher(run: Run) -> None:
-    """Run the teacher once over the kept samples and the validation samples. A live teacher needs no such step."""
+    """Run the teacher once over the kept samples and the validation samples. Nothing to do for a live teacher."""
     run.group.everywhere(open_cache, run)
 
 
 def open_cache(
     run: Run, student: nn.Module | None = None, whole: bool = False, beside: Dataset | None = None
 ) -> TeacherCache | None:
-    """Open the run's cache, complete. Missing and damaged parts are made, a cache of another teacher is replaced.
+    """Open the run's cache and complete it. Missing and damaged parts are made; a cache of another teacher is replaced.
 
-    As all that opens the cache, it is done by all processes of a group at once, which share what there is to make.
+    All processes of a group must call this together, and share the work.
 
     Args:
-        run: of which the cache is part.
-        student: the starting student, if it is loaded already. Compact kinds look at its head, log-sum-exps at the
-            number of its classes.
-        whole: with all training samples, kept or not, as before there is a plan.
-        beside: further samples. Rows of other further samples, of before, are deleted first.
+        run: the run.
+        student: the starting student, if it is loaded already. Compact kinds need its head, and log-sum-exps its number
+            of classes.
+        whole: include all training samples, kept or not, before there is a plan.
+        beside: further samples to include. Rows of earlier further samples are deleted first.
 
     Returns:
-        The cache, or None where the run has none.
+        The cache, or None if the run has none.
     """
     c = run.config.cache
     if not has_cache(run.config):
@@ -137,15 +137,15 @@ def open_cache(
 
 
 def drop_rows_beside(run: Run) -> None:
-    """Delete rows of `open_cache`'s further samples, so that the cache is what the step that fills it has left."""
+    """Delete the rows of `open_cache`'s further samples, so that the cache is again as its step has left it."""
     if has_cache(run.config):
         _drop_others(run, _held(run))
 
 
 def _held(run: Run, whole: bool = False) -> list[Dataset]:
-    """The samples that the cache holds: those that the run trains on first, and those of the validation."""
+    """The samples that the cache holds: the training samples, then the validation samples."""
     train = run.trained_on
-    # Dropped samples may come back, or are a control's.
+    # Dropped samples may return, or belong to a control.
     if not whole and not run.config.curate.reflect_again and not run.config.controls:
         kept = set(run.plan.kept)
         train = train.select([i for i, sample_id in enumerate(train["sample_id"]) if sample_id in kept])
@@ -157,13 +157,13 @@ def _drop_others(run: Run, samples: Sequence[Dataset]) -> None:
 
 
 def warm_up_cache(run: Run) -> TeacherCache | None:
-    """Open the cache for the warm-up of a pruned student, so that the teacher sees each sample once in the whole run.
+    """Open the cache for the warm-up of a pruned student, so that the teacher sees each sample only once in the run.
 
-    The student that is made has all of the teacher's classes.
+    The pruned student has all of the teacher's classes.
 
     Returns:
-        The cache. None if the warm-up must run the teacher itself: for compact kinds, which look at the student that it
-        makes, and if it sees so few samples that filling the cache for all of them would not pay before curation.
+        The cache. None if the warm-up must run the teacher itself: for compact kinds, which need the finished student,
+        and if the warm-up uses so few samples that filling the cache for all of them before curation would take longer.
     """
     c, train = run.config.init_student, run.data("train")
     held = has_cache(run.config) and run.config.cache.kind == "hidden" and not mode_of(run.config).makes_answers
@@ -173,14 +173,14 @@ def warm_up_cache(run: Run) -> TeacherCache | None:
 
 
 def scoring_teacher(run: Run, alone: bool = False) -> TeacherCache | PreTrainedModel | str:
-    """The teacher as signals want it: of all training samples.
+    """The teacher for signals, which need it for all training samples.
 
-    A cache of hidden states is filled for them now, so that the teacher sees each sample once in the whole run. Where
-    the run keeps none of the data's own answers, the teacher runs once more.
+    A cache of hidden states is filled for them now, so that the teacher sees each sample only once in the run. If the
+    run replaces the data's answers, the teacher runs once more.
 
     Args:
-        run: of which it is.
-        alone: that other processes, with samples of their own, do not see this folder.
+        run: the run.
+        alone: whether this process works without the others, which may not see this folder.
     """
     own = mode_of(run.config).makes_answers
     if not alone and not own and run.config.cache.kind == "hidden":
@@ -191,7 +191,7 @@ def scoring_teacher(run: Run, alone: bool = False) -> TeacherCache | PreTrainedM
 
 
 def validation_cache(run: Run) -> TeacherCache | None:
-    """The cache, if it holds everything about the validation samples that a live teacher would give; else None."""
+    """The cache, if it has everything of the validation samples that a live teacher would give; else None."""
     return open_cache(run) if has_cache(run.config) and run.config.cache.kind == "hidden" else None
 
 
@@ -218,7 +218,7 @@ def _filled(run: Run, samples: Sequence[Dataset], student: nn.Module | None = No
             **run.teacher_spread,
         )
 
-    # An engine that spreads over devices takes those of all: the others find the cache filled.
+    # An engine that spreads over devices uses those of all processes; the others then find the cache filled.
     first_alone = spreads(c.engine_options)
     if first_alone and run.group.rank:
         run.group.meet()
@@ -227,7 +227,7 @@ def _filled(run: Run, samples: Sequence[Dataset], student: nn.Module | None = No
         cache = opened()
     except StaleCacheError as e:
         if not first_alone:
-            run.group.meet()  # all have seen it, and nobody writes into it
+            run.group.meet()  # until all have opened it, and none writes into it
         if run.group.rank == 0:
             logger.warning("%s: making it again", str(e).partition(";")[0])
             remove(folder)

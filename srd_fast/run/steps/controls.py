@@ -1,4 +1,4 @@
-"""Controls of a run: the same student trained without what the curriculum knows, from the same start and cache."""
+"""Controls of a run: the same student trained without the curriculum's knowledge, from the same start and cache."""
 
 import json
 import math
@@ -23,24 +23,24 @@ def control_folder(config: RunConfig, name: str) -> Path:
 
 
 def control_outputs(config: RunConfig) -> list[str]:
-    """The files in the run folder that say that a control is done."""
+    """The files in the run folder that show that a control is done."""
     return [f"{CONTROLS}/{name}/summary.json" for name in config.controls]
 
 
 def control_config(config: RunConfig, name: str, plan: CurriculumPlan) -> RunConfig:
     """The config of a control.
 
-    "random" drops as many rows by chance, and cuts the rest into stages of the same sizes by chance. "none" trains on
-    all rows in every stage, for as many steps as the run has in it. Both have the run's schedule and number of steps,
-    and neither bands nor weights of samples.
+    "random" drops as many rows as the run, but at random, and divides the rest at random into stages of the same sizes.
+    "none" trains on all rows in every stage, for as many steps as the run has in it. Both have the run's schedule and
+    number of steps, and no bands or weights of samples.
 
     Args:
-        config: of the run.
-        name: of the control.
-        plan: of the run.
+        config: the run's config.
+        name: the control's name.
+        plan: the run's plan.
 
     Returns:
-        A config that is a run's own, in a folder below the run's.
+        A config for a separate run, in a folder below the run's.
     """
     given, distill = config.curate, dict(config.distill)
     sizes = [len(subset) for subset in plan.subset_columns]
@@ -49,10 +49,10 @@ def control_config(config: RunConfig, name: str, plan: CurriculumPlan) -> RunCon
     curate: dict[str, Any] = {"method": name, "order": RANKED, "reflect_again": False, "band": {}, "weight_by": None}
     if given.keep == KNEE:
         curate["keep"] = plan.keep
-    if looked_at:  # what has no value of them is in no control either
+    if looked_at:  # samples without their values are in no control either
         signals = given.signals or dict.fromkeys(config.reflect.signals, 1.0)
         curate["signals"] = {**dict.fromkeys(looked_at, 0.0), **signals}
-        if len(plan.fused) < rows:  # some are outside the band: the share is one of all rows
+        if len(plan.fused) < rows:  # some rows are outside the band, so convert to a share of all rows
             curate["keep"] = min(1.0, math.nextafter(plan.keep * len(plan.fused) / rows, 1.0))
     made = config.model_copy(
         update={
@@ -63,7 +63,7 @@ def control_config(config: RunConfig, name: str, plan: CurriculumPlan) -> RunCon
         }
     )
     if name == "none":
-        if not reflects(made):  # without scores it has those that could not be scored too
+        if not reflects(made):  # without scores, it also has the samples that could not be scored
             rows += len(plan.unscored_rows)
         passes = training_config(config).of_stages(len(sizes)).epochs
         distill["epochs_per_stage"] = [p * sum(sizes[: k + 1]) / rows for k, p in enumerate(passes)]
@@ -71,10 +71,10 @@ def control_config(config: RunConfig, name: str, plan: CurriculumPlan) -> RunCon
 
 
 def check_controls(config: RunConfig) -> None:
-    """Refuse controls that come twice, of a run that is one itself, or that could not have all samples.
+    """Refuse a control that is named twice, controls of a run that is one itself, and "none" with selected samples.
 
     Raises:
-        UserError: naming the keys and the way out.
+        UserError: there is such a control.
     """
     if len({*config.controls}) < len(config.controls):
         raise UserError(f"config: controls is {config.controls}: name each control once")
@@ -92,7 +92,7 @@ def check_controls(config: RunConfig) -> None:
 
 
 def adopt_evaluations(source: Path, folder: Path) -> None:
-    """Take over what another run has measured of teacher and start. Each says what it was made from."""
+    """Copy another run's evaluations of teacher and starting student. Each entry has the key of what it depends on."""
     theirs, ours = source / "evaluation.json", folder / "evaluation.json"
     if theirs.is_file() and not ours.is_file():
         kept = json.loads(theirs.read_text(encoding="utf-8"))

@@ -46,9 +46,9 @@ from .run import PRUNE, QUICKSTART, Run, json_text, write_parquet
 
 QUICKSTART_ROWS = 256
 VALIDATION = "validation"
-# Of the folder data: what was cut or dropped, and how many validation prompts are trained on.
+# File in the folder data: what was cut or dropped, and how many validation prompts are also training prompts.
 COUNTS = "counts.json"
-# Spaces and the marks of prose. Those of arithmetic and code are part of what is asked.
+# Spaces and punctuation of prose. Signs of arithmetic and code are part of a question.
 _BETWEEN_WORDS = re.compile(r"[\s.,;:!?'\"()\[\]\u00a1\u00ab\u00bb\u00bf\u2010-\u2027\u3001-\u3011]+")
 
 logger = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ logger = logging.getLogger(__name__)
 def prepare_inputs(config: RunConfig) -> Any:
     """What the prepared data depends on: the source of the rows, the tokenizer's model, template and limits.
 
-    max_bad_rows is not among them: it decides only whether the step fails, never what it writes.
+    max_bad_rows is not part of it: it decides only whether the step fails, never what it writes.
     """
     splits = ((config.data, config.data_split), (config.validation, VALIDATION))
     stamps = [[s, _file_stamp(s, split)] for s, split in splits if not isinstance(s, int)]
@@ -70,7 +70,7 @@ def prepare_inputs(config: RunConfig) -> Any:
 
 
 def _students_own(config: RunConfig) -> list[str]:
-    """A digest of the student's tokenizer, where it may give a row other tokens than the teacher's."""
+    """A digest of the student's tokenizer, if it may give other tokens than the teacher's."""
     if config.student == PRUNE:
         return []
     ours, theirs = (tokenizer_digest(load_tokenizer(source)) for source in (config.student, config.teacher))
@@ -78,7 +78,7 @@ def _students_own(config: RunConfig) -> list[str]:
 
 
 def _rows_made(config: RunConfig) -> list[Any]:
-    """What rows are made with; empty for settings with which older versions made the same of the same data."""
+    """Settings that make the rows; empty for those with which older versions made the same rows."""
     made: dict[str, Any] = {}
     if config.columns:
         made["columns"] = config.columns
@@ -93,7 +93,7 @@ def _rows_made(config: RunConfig) -> list[Any]:
 
 
 def _file_stamp(source: Any, split: str) -> Any:
-    """A digest of the file that a source is, or of each of its files; None on the hub."""
+    """A digest of a source's file, or of each of its files; None for the hub."""
     if isinstance(source, str):
         path = source_path(source)
         if path is not None and path.is_file():
@@ -123,7 +123,7 @@ def tokenisation_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> To
 
 
 def prepare(run: Run) -> None:
-    """Read and tokenise the data. Validation rows are held out if no file of them is given."""
+    """Read and tokenise the data. Validation rows are held out unless a source of them is given."""
     c = run.config
     tokenisation = tokenisation_of(c, run.tokenizer)
     train_rows: Any
@@ -159,7 +159,7 @@ def prepare(run: Run) -> None:
     same, near = _overlap(_prompts(train_set), _prompts(validation_set))
     if same or near:
         logger.warning(
-            "%d of %d validation prompts are training prompts too, and %d more but for case, spaces or punctuation",
+            "%d of %d validation prompts are also training prompts, and %d more except for case, spaces or punctuation",
             same, len(validation_set), near,
         )  # fmt: skip
     counts = {name: cuts[name] for name in (PROMPTS_CUT, RESPONSES_CUT, TURNS_DROPPED)}
@@ -167,10 +167,10 @@ def prepare(run: Run) -> None:
 
 
 def check_tests_of_rows(run: Run) -> None:
-    """Refuse a signal, a judge or a metric that runs the tests of rows, where no row has any.
+    """Refuse a signal, a judge or a metric that runs the rows' tests, if no row has any.
 
     Raises:
-        UserError: naming the key and the way out.
+        UserError: there are no tests. The message names the key.
     """
     c, args = run.config, run.args
     reflected = reflects(c)
@@ -190,7 +190,7 @@ def check_tests_of_rows(run: Run) -> None:
 
 
 def _check_positions(config: RunConfig, train: Dataset, validation: Dataset) -> None:
-    """Refuse rows that a model would fail on, in a forward pass or when it answers."""
+    """Refuse rows that are too long for a model, in a forward pass or when it answers."""
     students = {} if config.student == PRUNE else {"student": config.student}
     way_out = "lower max_{}_length, max_response_length or max_new_tokens"
     of_teacher = way_out.format("prompt" if privileged_template(config) is None else "privileged")
@@ -206,19 +206,19 @@ def _check_positions(config: RunConfig, train: Dataset, validation: Dataset) -> 
 def _hold_out(samples: Dataset, count: int, seed: int) -> tuple[Dataset, Dataset]:
     """Split off samples, chosen by a hash of their ids, so that added rows change the choice little.
 
-    Samples with one prompt stay together. If that makes `count` impossible, the number is as near to it as whole
-    groups of them come, and a warning says so.
+    Samples with the same prompt stay together. If that makes `count` impossible, the nearest possible number is taken,
+    with a warning.
 
     Args:
-        samples: tokenised.
+        samples: tokenised samples.
         count: how many to split off, at least 1 and fewer than there are.
-        seed: of the hash.
+        seed: seed of the hash.
 
     Returns:
         The samples that are left, and those split off, each in their order.
 
     Raises:
-        UserError: the count is out of range, or all samples have one prompt.
+        UserError: the count is out of range, or all samples have the same prompt.
     """
     if not 1 <= count < len(samples):
         raise UserError(
@@ -271,15 +271,15 @@ def _prompts(samples: Dataset) -> Iterator[str]:
 
 
 def _overlap(train: Iterable[str], validation: Iterable[str]) -> tuple[int, int]:
-    """Count validation prompts that are training prompts too.
+    """Count validation prompts that are also training prompts.
 
     Args:
-        train: prompts.
-        validation: prompts.
+        train: the training prompts.
+        validation: the validation prompts.
 
     Returns:
-        How many are the same, and how many more are the same but for case, punctuation, spaces and Unicode's
-        variants of a character.
+        How many are equal, and how many more are equal except for case, punctuation, spaces and Unicode variants of
+        characters.
     """
     exact, near = set[bytes](), set[bytes]()
     for prompt in train:

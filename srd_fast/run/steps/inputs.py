@@ -55,12 +55,12 @@ def check_inputs(config: RunConfig, faults: Faults | None = None, also: Checks =
     """Check a config before its run.
 
     Args:
-        config: of the run; without the keys that are known to be wrong.
-        faults: what is known to be wrong. The rest is looked at, and what depends on nothing of that is told with it.
-        also: further checks, for a config in which nothing was found.
+        config: the run's config, without the keys that are known to be wrong.
+        faults: the faults found so far. Everything that does not depend on a wrong key is checked and reported too.
+        also: further checks, for a config without faults.
 
     Raises:
-        FaultsError: with all that is wrong.
+        FaultsError: something is wrong. The error has all of it.
     """
     faults = Faults() if faults is None else faults
     faults.check("output_dir", _try_folder, Path(config.output_dir))
@@ -226,7 +226,7 @@ def _check_checkpoints(config: RunConfig, args: SRDConfig | None) -> None:
 
 
 def _check_models(config: RunConfig, faults: Faults) -> None:
-    """Look at teacher and student without their weights, and save the student as at the end of the run."""
+    """Check teacher and student without their weights, and try to save the student as at the end of the run."""
     teachers = faults.check("teacher", load_tokenizer, config.teacher)
     faults.check(("teacher", "student"), _check_weights, config)
     tokenizer = teachers
@@ -262,7 +262,7 @@ def _check_encoder_layers(config: RunConfig, teachers: Any) -> None:
 
 
 def _try_folder(folder: Path) -> None:
-    """Write in a run's folder, or in the next one above it that is there."""
+    """Try to write in a run's folder, or in the nearest existing folder above it."""
     there = next((x for x in (folder, *folder.absolute().parents) if x.exists()), Path("/"))
     if not there.is_dir():
         raise UserError(f"config: output_dir: {str(folder)!r} cannot be made: {str(there)!r} is a file")
@@ -276,16 +276,16 @@ def _try_folder(folder: Path) -> None:
 
 
 def check_group(config: RunConfig, group: Group, shard: str | None = None) -> None:
-    """Check whether the processes of a group can do a run together.
+    """Check that the processes of a group can do a run together.
 
     Raises:
-        UserError: for the first reason why not.
+        UserError: they cannot. The message has the first reason.
     """
     if group.world == 1:
         return
     if shard is not None:
         raise UserError(
-            f"--shard {shard} is for machines that do not know of each other, and {group.world} processes were started "
+            f"--shard {shard} is for machines that work separately, and {group.world} processes were started "
             "together: leave it out, they share the samples"
         )
     device = torch.device("cpu" if config.device == "auto" else config.device)
@@ -304,10 +304,10 @@ def check_group(config: RunConfig, group: Group, shard: str | None = None) -> No
 
 
 def student_without_weights(config: RunConfig) -> Any:
-    """The student that a run trains, on the device "meta"; None where only loading tells what it is.
+    """The student that a run trains, on the device "meta"; None if that can be known only by loading it.
 
     Args:
-        config: of the run.
+        config: the run's config.
 
     Raises:
         UserError: the teacher cannot be pruned to `init_student`'s layers, or a model's config cannot be read.
@@ -325,7 +325,7 @@ def student_without_weights(config: RunConfig) -> Any:
 
 
 def _try_the_end(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Save and merge, as at the end of the run, a student without weights."""
+    """Try to merge and save a student without weights, as at the end of the run."""
     student = student_without_weights(config)
     adapters = lora_config(config)
     if student is None:

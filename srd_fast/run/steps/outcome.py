@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 import transformers
+from transformers import PreTrainedModel
 
 from ...curriculum import CurriculumPlan
 from ...data import DistillationCollator, teachers_samples
@@ -17,7 +18,7 @@ from ...models import decoder_start, load_model
 from ...reflection import Sampling
 from ...reflection.signals import signal_files
 from ...report import controls_json, write_report
-from ...teacher import LiveTeacher, PrivilegedTeacher, TeacherCache
+from ...teacher import LiveTeacher, PrivilegedTeacher, TeacherCache, TeacherSource
 from ...training.evaluation import evaluate
 from ..config import RunConfig
 from ..modes import mode_of
@@ -30,7 +31,7 @@ from .run import PRUNE, Run, json_text
 def evaluate_inputs(config: RunConfig) -> Any:
     """What an evaluation depends on, besides the model: its settings, those of ROUGE, and the dtype."""
     settings = config.evaluate.model_dump()
-    if not settings["metrics"]:  # evaluations from before there were any stay valid
+    if not settings["metrics"]:  # so that evaluations from before this field stay valid
         del settings["metrics"]
     own = [content_digest(file) for file in signal_files(config.evaluate.metrics)]
     return [settings, config.reflect.rouge_tokenizer, config.dtype, *own]
@@ -71,7 +72,7 @@ def evaluate_step(run: Run) -> None:
 
 
 def _evaluations(run: Run) -> dict[str, Any]:
-    """Results by model. evaluation.json keeps what each was made from, so that only changed ones are made again."""
+    """Results by model. evaluation.json has a key of what each depends on, so that only changed ones are made again."""
     path = run.folder / "evaluation.json"
     try:
         kept: dict[str, Any] = dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
@@ -94,12 +95,12 @@ def _evaluations(run: Run) -> dict[str, Any]:
 
 
 def _evaluate(run: Run, todo: Mapping[str, tuple[str, str]], kept: dict[str, Any]) -> None:
-    """Evaluate models, and write each one's results down beside those that are there.
+    """Evaluate models, and add each one's results to evaluation.json.
 
     Args:
-        run: of which they are.
-        todo: the name of each model in the summary -> its key, and where it is.
-        kept: the content of evaluation.json. The results are added.
+        run: the run.
+        todo: the name of each model in the summary -> its key, and its folder or hub id.
+        kept: the content of evaluation.json. The results are added to it.
     """
     path, c = run.folder / "evaluation.json", run.config.evaluate
     cache, validation = validation_cache(run), run.data("validation")
@@ -130,13 +131,13 @@ def _metric_rows(run: Run) -> list[dict[str, Any]]:
 
 
 def _best_step(run: Run) -> dict[str, Any]:
-    """Whose student was kept, where it is not the last step's: step, metric and value."""
+    """The step whose student was kept, if it is not the last: step, metric and value."""
     found = [row for row in _metric_rows(run) if row["kind"] == "best"]
     return {name: value for name, value in found[-1].items() if name != "kind"} if found else {}
 
 
-def _teacher(run: Run, cache: TeacherCache | None) -> Any:
-    """What gives the teacher's rows of the validation samples."""
+def _teacher(run: Run, cache: TeacherCache | None) -> PreTrainedModel | TeacherSource:
+    """The source of the teacher's rows of the validation samples."""
     if not mode_of(run.config).itself:
         return run.teacher if cache is None else cache
     if cache is not None:
@@ -159,7 +160,7 @@ def _training_figures(run: Run) -> dict[str, Any]:
 
 
 def _stages(run: Run) -> list[dict[str, Any]]:
-    """For each new reflection at a stage's border (counted from 1): its means, and how many samples it exchanged."""
+    """For each reflection before a later stage (counted from 1): its means, and how many samples it exchanged."""
     found, before = [], CurriculumPlan.load(run.folder / "plan.json")
     for stage in range(2, len(before.subset_columns) + 1):
         path = run.folder / "checkpoints" / f"plan-stage-{stage}.json"
@@ -175,7 +176,7 @@ def _stages(run: Run) -> list[dict[str, Any]]:
 
 
 def report(run: Run) -> None:
-    """Write report.html; beside controls also report.json, how the run differs from them."""
+    """Write report.html, and with controls also report.json, which says how the run differs from them."""
     write_report(run.folder)
     if run.config.controls:
         write_text(run.folder / "report.json", json_text(controls_json(run.folder)))

@@ -24,6 +24,7 @@ from ...teacher import LiveTeacher
 from ...training.config import SRDConfig
 from ..config import RunConfig
 from ..group import Group
+from ..ledger import News
 from ..modes import PRUNE, mode_of
 from .settings import training_config
 
@@ -37,12 +38,12 @@ class Run:
     """A run: its config and its folder.
 
     Args:
-        config: of the run.
-        folder: where its files are.
-        fingerprints: of every step, by name.
+        config: the run's config.
+        folder: the run folder.
+        fingerprints: the fingerprint of every step, by name.
         ledger: the content of steps.json.
         group: the processes that do it together.
-        say: prints a line about a step.
+        say: prints a message about a step.
     """
 
     config: RunConfig
@@ -50,17 +51,17 @@ class Run:
     fingerprints: dict[str, str]
     ledger: dict[str, dict[str, Any]]
     group: Group = field(default_factory=Group)
-    say: Callable[[Any], None] = print
+    say: Callable[[News], None] = print
 
     def turn_to(
         self, config: RunConfig, folder: Path, fingerprints: dict[str, str], ledger: dict[str, dict[str, Any]]
     ) -> None:
-        """Become another run of the same models and data, and keep the models that are loaded.
+        """Become another run with the same models and data, and keep the loaded models.
 
         Args:
-            config: of the other run.
-            folder: where its files are.
-            fingerprints: of its steps, by name.
+            config: the other run's config.
+            folder: its run folder.
+            fingerprints: the fingerprints of its steps, by name.
             ledger: the content of its steps.json.
         """
         self.config, self.folder, self.fingerprints, self.ledger = config, folder, fingerprints, ledger
@@ -74,35 +75,35 @@ class Run:
         if found.type == "cuda" and self.group.world > 1:
             found = torch.device("cuda", self.group.local_rank % torch.cuda.device_count())
             torch.cuda.set_device(found)
-            torch.cuda.init()  # from now on "cuda" is this one, also where devices are given to other processes
+            torch.cuda.init()  # from now on "cuda" is this device, even if other processes see others
         return found
 
     @cached_property
     def dtype(self) -> torch.dtype:
-        """Dtype of teacher, reflection and evaluation. The student trains in float32 with autocast to it."""
+        """Dtype of teacher, reflection and evaluation. The student trains in float32, with autocast to this dtype."""
         if self.config.dtype == "auto":
             return torch.bfloat16 if has_fast_bfloat16(self.device) else torch.float32
         return torch.bfloat16 if self.config.dtype == "bfloat16" else torch.float32
 
     @cached_property
     def args(self) -> SRDConfig:
-        """What the student is trained with. To be read; a trainer, which writes into its arguments, gets a copy.
+        """The training arguments, only for reading: a trainer changes its arguments, so it gets a copy.
 
-        In a group these are the settings of all together; each trains with `training_args`.
+        In a group, the batch sizes are those of all processes together; each process trains with `training_args`.
         """
-        if self.group.world > 1:  # not with the device, of which transformers would take the first
+        if self.group.world > 1:  # without the device, because transformers would take the first one
             return training_config(self.config, self.folder)
         return training_config(self.config, self.folder, self.device, self.dtype)
 
     def training_args(self) -> SRDConfig:
-        """What a trainer in this process gets. In a group, to be called within its `training`."""
+        """The arguments for a trainer in this process. In a group, to be called within its `training`."""
         if self.group.world == 1:
             return copy.copy(self.args)
         return training_config(self.config, self.folder, self.device, self.dtype, self.group.world)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The student's tokenizer; the teacher's where the student is cut out of it."""
+        """The student's tokenizer; the teacher's if the student is cut out of it."""
         return load_tokenizer(self.config.teacher if self.config.student == PRUNE else self.config.student)
 
     @cached_property
@@ -112,14 +113,14 @@ class Run:
 
     @property
     def teacher_spread(self) -> dict[str, Any]:
-        """How the teacher is spread over devices, as `load_model` takes it; empty where it is not."""
+        """Keywords of `load_model` that spread the teacher over devices; empty if it is not spread."""
         given = self.config.teacher_device_map
         return {} if given is None else {"device_map": given}
 
     def check_teacher(self) -> None:
-        """Try the teacher before hours of work for which it is not needed yet.
+        """Try the teacher before hours of work that do not need it yet.
 
-        A student that was cut out of it has shown already that it is understood.
+        Not if the student is cut out of it: that has shown already that the teacher works.
         """
         if self.config.cache.engine == "vllm":
             head_of_files(self.config.teacher, self.dtype)  # vLLM itself starts when the cache is filled
@@ -145,7 +146,7 @@ class Run:
 
     @property
     def rouge_stamp(self) -> list[str]:
-        """What tells scores of other scripts from those that older versions made with the same config; else empty."""
+        """A mark for scores of other scripts, which older versions computed differently; else empty."""
         chosen, given = self.rouge_tokenizer, self.config.reflect.rouge_tokenizer
         return [chosen] if (given, chosen) == ("auto", "unicode") else []
 
@@ -159,7 +160,7 @@ class Run:
 
     @property
     def trained_on(self) -> Dataset:
-        """The samples that the student is trained on: those of the data, or with answers made in their place."""
+        """The samples on which the student is trained: those of the data, or with new answers."""
         own = mode_of(self.config).makes_answers
         return read_samples(self.folder / ANSWERS / "train.parquet") if own else self.data("train")
 
@@ -172,7 +173,7 @@ class Run:
     def expected_logits(self) -> float:
         """Estimate how many logits of the student the losses compute: rows with loss times classes; 0 without data.
 
-        It follows from config and data alone, so that every process of a run gets the same number.
+        It depends only on config and data, so that every process of a run gets the same number.
         """
         paths = [self.split(name) for name in SPLITS]
         if not all(path.is_file() for path in paths):
@@ -189,7 +190,7 @@ class Run:
         if args.eval_strategy == "steps" and args.eval_steps:
             steps = trained * samples / (args.per_device_train_batch_size * args.gradient_accumulation_steps)
             evaluations = steps / args.eval_steps if args.eval_steps >= 1 else 1 / args.eval_steps
-        # Reflection sees the training rows once; evaluation the others, for three models and before the first step.
+        # Reflection sees the training rows once; evaluation sees the others for three models and before the first step.
         return (rows * (1 + warm_up + trained) + held_out * (4 + evaluations)) * len(self.tokenizer)
 
 

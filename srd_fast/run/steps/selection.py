@@ -33,7 +33,7 @@ def student_inputs(config: RunConfig) -> Any:
 
 
 def init_student(run: Run) -> None:
-    """Cut the student out of the teacher and warm it up. A student that is given needs no such step."""
+    """Cut the student out of the teacher and warm it up. Nothing to do if a student is given."""
     if run.config.student != PRUNE:
         return
     c = run.config.init_student
@@ -58,9 +58,9 @@ PARTS = "reflections.parts"
 
 
 def reflect_step(run: Run) -> None:
-    """Let the starting student answer the training prompts. An interrupted step goes on where it was.
+    """Let the starting student answer the training prompts. An interrupted step resumes where it was.
 
-    If the run folder holds scores of shards, they are joined instead.
+    If the run folder has scores of shards, they are joined instead.
     """
     target, files = run.folder / "reflections.parquet", shard_files(run.folder)
     ids = list(run.data("train")["sample_id"])
@@ -84,7 +84,7 @@ def reflect_shard(run: Run, shard: str) -> Path:
 
 
 def shard_parts(folder: Path, shard: str) -> Path:
-    """The folder, in a run folder, for the finished parts of a shard that is being worked on."""
+    """The folder, in a run folder, for the finished parts of an unfinished shard."""
     return folder / shard_file(folder, shard).stem.replace("reflections", PARTS)
 
 
@@ -98,7 +98,7 @@ def reflect_together(
 ) -> Dataset:
     """Run `reflect_with` in all processes of a group, which share the work.
 
-    An engine that spreads over devices or machines by itself is left to the first of them.
+    An engine that spreads over devices or machines by itself runs only in the first process.
     """
     c, teacher = run.config.reflect, None
     scored = samples is None and looks_at_teacher(run.config)
@@ -124,17 +124,17 @@ def reflect_with(
     seed: int | None = None,
     teacher: TeacherCache | PreTrainedModel | str | None = None,
 ) -> Dataset:
-    """Reflections of the training rows by a model, with the settings of the section `reflect`.
+    """Let a model answer the training prompts and score its answers, with the settings of the section `reflect`.
 
     Args:
-        run: of which they are.
+        run: the run.
         model: folder or hub id.
-        parts: the folder for what is finished.
+        parts: the folder for finished parts.
         shard: "k/n" for a share of the rows.
         sharing: the processes that do it together.
-        samples: answer these alone, and do not score the answers. Default: the training rows.
-        seed: of the draws. Default: the run's.
-        teacher: for signals that look at one.
+        samples: answer only these, without scoring. Default: the training rows.
+        seed: seed of the draws. Default: the run's.
+        teacher: for signals that compare with one.
 
     Returns:
         The answers, and their scores.
@@ -179,7 +179,7 @@ def reflect_inputs(config: RunConfig) -> Any:
     """What reflections depend on, besides the student: the settings, and the code of the user's own signals."""
     c = config.reflect
     own = [content_digest(file) for file in signal_files([*c.signals, *([c.judge] if c.attempts > 1 else [])])]
-    # Without attempts that are not asked for, so that reflections of runs from before them stay valid.
+    # Without attempts if there is only one, so that reflections from before this field stay valid.
     given = c.model_dump(exclude={"attempts", "judge"} if c.attempts == 1 else None)
     return [given, config.dtype, config.seed if c.temperature > 0 else None, own]
 
@@ -196,7 +196,7 @@ def curate_inputs(config: RunConfig) -> Any:
     policy, ratio = sample_policy(config)
     samples = None if policy == ALL else [policy, ratio, config.dtype]
     c = config.curate
-    # Without what is not given, so that plans of runs from before it stay valid.
+    # Without fields that have their defaults, so that plans from before these fields stay valid.
     plain: dict[str, Any] = {"order": RANKED, "band": {}, "weight_by": None}
     given = c.model_dump(exclude={name for name, value in plain.items() if getattr(c, name) == value})
     return [given, config.seed if c.method == "random" or c.order == SHUFFLED else None, samples]

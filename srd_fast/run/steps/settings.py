@@ -1,4 +1,4 @@
-"""Sections of a run's config in the form in which the libraries behind them take them."""
+"""Sections of a run's config, converted to the objects of the libraries behind them."""
 
 import dataclasses
 import math
@@ -19,7 +19,7 @@ from ..modes import mode_fields, mode_of, privileged_template
 # Keys of the config that are fields of SRDConfig.
 OWN_KEYS = {"seed", "template", "max_prompt_length", "max_response_length", "chat_template_kwargs"}
 OWN_KEYS |= {"parse_special_tokens", "train_on", "teacher_device_map", "privileged_template", "max_privileged_length"}
-# Of the section `distill`, where they are not those of SRDConfig.
+# Defaults of the section `distill` that differ from those of SRDConfig.
 RUN_DEFAULTS: dict[str, Any] = {
     "logging_steps": 1,
     "save_strategy": "steps",
@@ -39,20 +39,20 @@ def training_config(
     dtype: torch.dtype = torch.float32,
     processes: int = 1,
 ) -> SRDConfig:
-    """SRDConfig of a run: the run's own settings, replaced by those in `distill`.
+    """The SRDConfig of a run: the run's own settings, overridden by those in `distill`.
 
     Args:
-        config: of the run.
-        folder: of the run. Default: where the config puts it.
-        device: that it trains on. The default serves to look at settings that do not depend on it.
-        dtype: of the run; bfloat16 switches `bf16` on.
-        processes: that train together. The batch of a step, which `distill` gives, is divided among them.
+        config: the run's config.
+        folder: the run folder. Default: the config's output_dir.
+        device: the training device. The default is for reading settings that do not depend on it.
+        dtype: the run's dtype; bfloat16 switches `bf16` on.
+        processes: number of processes that train together. The batch of a step, from `distill`, is divided among them.
 
     Returns:
         The training arguments.
 
     Raises:
-        FaultsError: fields of `distill`, or of the config beside it, are wrong. Names are keys of the config.
+        FaultsError: keys of `distill`, or other keys of the config, are wrong.
         UserError: the batch cannot be divided.
     """
     basics = {**trainer_basics(torch.device(device), dtype), **RUN_DEFAULTS}
@@ -94,7 +94,7 @@ def _of_config(fault: Fault) -> Fault:
 def share_of_batch(size: int, steps: int, processes: int) -> dict[str, int]:
     """Divide the samples of an optimizer step among processes.
 
-    Accumulation steps are shared first, which leaves what a device holds at a time as it is given.
+    Accumulation steps are divided first, so that a device's batch stays as it was given, if possible.
 
     Args:
         size: per_device_train_batch_size of one process.

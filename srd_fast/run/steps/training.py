@@ -16,7 +16,7 @@ from ...files import content_digest, remove, replace_folder, temporary_path, wri
 from ...models import load_model
 from ...reflection.signals import signal_files
 from ...sharing import ALONE, Sharing
-from ...teacher import SELF, CacheBesideTeacher, LiveTeacher
+from ...teacher import SELF, CacheBesideTeacher, LiveTeacher, TeacherSource
 from ...training.batching import make_curriculum
 from ...training.best import best_of
 from ...training.checkpoints import last_whole_checkpoint
@@ -35,7 +35,7 @@ SHOWN_SAMPLES = 6
 
 
 def distill_inputs(config: RunConfig) -> Any:
-    """What training depends on, besides plan, start and cache: its settings, and code of the user's in its metrics."""
+    """What training depends on, besides plan, start and cache: its settings, and the code of a user's own metrics."""
     mode = [] if config.mode == KD else [config.mode]
     own = [content_digest(file) for file in signal_files(config.distill.get("eval_metrics") or ())]
     return [config.distill, config.lora, config.dtype, config.seed, *mode, *own]
@@ -54,7 +54,7 @@ class _MetricsFile(TrainerCallback):
         elif "eval_cross_entropy" in logs:
             measured = {n.removeprefix("eval_"): x for n, x in logs.items() if n.startswith("eval_")}
             row = {"kind": "eval", "step": state.global_step, **measured}
-            del row["loss"]  # which is the KL, or without a teacher the cross-entropy
+            del row["loss"]  # the same as the KL, or without a teacher as the cross-entropy
         else:
             return
         add_line(self.path, row)
@@ -108,7 +108,7 @@ def _keep_student(run: Run, trainer: SRDTrainer) -> None:
 
 
 def selected_positions(trainer: SRDTrainer, sharing: Sharing = ALONE) -> dict[str, Any]:
-    """What the position policy chose: by entropy over the whole run, and in some samples with the finished student."""
+    """What the position policy selected: by entropy over the run, and in a few samples with the finished student."""
     train: Any = trainer.train_dataset
     first = list(dict.fromkeys(trainer.curriculum.stages[0].samples.tolist()))[:SHOWN_SAMPLES]
     decode = trainer.processing_class.decode  # type: ignore[union-attr]
@@ -138,10 +138,10 @@ def _train(run: Run, plan: CurriculumPlan, until: int | None = None, answers: in
     """Train along a plan, from the last checkpoint if there is one.
 
     Args:
-        run: of the student.
-        plan: of its samples.
-        until: a step, to train to a checkpoint there. Default: to the end.
-        answers: the stage (from 0) at whose border the answers that are trained on were made, where they are made anew.
+        run: the run.
+        plan: the plan of its samples.
+        until: a step, to train only up to a checkpoint there. Default: to the end.
+        answers: with answers_again, the stage (from 0) before which the answers were made.
     """
     checkpoint = last_whole_checkpoint(run.folder / "checkpoints")
     run.group.everywhere(_train_together, run, plan, until, answers, checkpoint)
@@ -171,7 +171,7 @@ def _trained(run: Run, plan: CurriculumPlan, until: int | None, answers: int, ch
         peft_config=lora_config(run.config),
     )
     if until is not None:
-        trainer.args.load_best_model_at_end = False  # the best is kept, and the last goes on
+        trainer.args.load_best_model_at_end = False  # the best is kept, but training continues from the last
     if checkpoint is None and args.eval_strategy != "no":
         trainer.evaluate()
     with stopping_later(run.group.any_of) as save_and_stop:
@@ -180,8 +180,8 @@ def _trained(run: Run, plan: CurriculumPlan, until: int | None, answers: int, ch
     return trainer
 
 
-def _teacher(run: Run, student: nn.Module, answers: Dataset | None = None) -> Any:
-    """What the student is distilled from, also on new answers; None where its loss has no teacher."""
+def _teacher(run: Run, student: nn.Module, answers: Dataset | None = None) -> nn.Module | TeacherSource | str | None:
+    """The trainer's `teacher_model`, which also covers new answers; None if the loss has no teacher."""
     if not mode_of(run.config).teacher:
         return None
     if shares_weights(run.config):
@@ -195,7 +195,7 @@ def _teacher(run: Run, student: nn.Module, answers: Dataset | None = None) -> An
 
 
 def _plan_from(run: Run, plan: CurriculumPlan, stage: int) -> CurriculumPlan:
-    """The plan from a stage on (counted from 0), where the student at that border has ranked the rest anew."""
+    """The plan from a stage (from 0) on, after the student before that stage has ranked the remaining samples again."""
     checkpoints = run.folder / "checkpoints"
     path = checkpoints / f"plan-stage-{stage + 1}.json"
     if path.is_file():
@@ -212,9 +212,9 @@ def _plan_from(run: Run, plan: CurriculumPlan, stage: int) -> CurriculumPlan:
 
 
 def _answered_until(run: Run, plan: CurriculumPlan) -> int:
-    """Train through all stages but the last, whose prompts the students at their borders answer; the last one's number.
+    """Train all stages but the last, with each stage's prompts answered before it, and return the last stage's number.
 
-    Where `max_steps` ends training before a border, the stage is that before it.
+    If `max_steps` ends training earlier, that is the stage in which it ends.
     """
     for stage in range(1, len(plan.subset_columns)):
         student = _student_before(run, plan, stage, answers=stage - 1)
@@ -225,9 +225,9 @@ def _answered_until(run: Run, plan: CurriculumPlan) -> int:
 
 
 def _student_before(run: Run, plan: CurriculumPlan, stage: int, answers: int = 0) -> Path | None:
-    """Train to the border of a stage (from 0), and return its checkpoint; None where `max_steps` comes before it."""
+    """Train to the border of a stage (from 0), and return the checkpoint; None if `max_steps` ends it before."""
     checkpoints = run.folder / "checkpoints"
-    # Between two trainings of a group nothing says how many there are; these settings are of all together.
+    # Outside of a group's training, batch sizes are those of all processes together.
     border = make_curriculum(plan, trained_in(run, answers), run.args, processes=1).stages[stage].first_step
     if 0 < run.args.max_steps <= border:
         return None
@@ -238,7 +238,7 @@ def _student_before(run: Run, plan: CurriculumPlan, stage: int, answers: int = 0
 
 
 def _drop_torn_line(path: Path) -> None:
-    """Remove a last line that a kill cut off, so that new lines follow whole ones."""
+    """Remove an incomplete last line, left by a kill, so that new lines follow whole ones."""
     if path.is_file():
         text = path.read_text(encoding="utf-8")
         write_text(path, text[: text.rfind("\n") + 1])
