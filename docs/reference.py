@@ -113,7 +113,7 @@ _DARK_SOURCE = re.compile(r"<source [^>]*prefers-color-scheme: dark[^>]*>\s*")
 
 
 def on_page_content(html: str, **kwargs: Any) -> str:
-    """Mark what a line may not break, such as `--all` or `1.52 ± 0.01`; let pictures follow the page, not the system."""
+    """Mark what a line may not break, such as `--all` or `1.52 ± 0.01`, and let pictures follow the page's scheme."""
 
     def kept_whole(found: re.Match[str]) -> str:
         if found["tag"] is None:

@@ -36,7 +36,7 @@ class Registry(Generic[T]):
         things: those that are there from the start.
         reserved: names that the setting takes besides, such as "auto". Their caller knows what they mean.
 
-    Example:
+    Examples:
         >>> colours = Registry("colour", {"red": 0xFF0000})
         >>> colours.register("green", 0x00FF00)
         >>> colours.get("gren")
