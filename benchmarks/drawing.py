@@ -204,7 +204,7 @@ def bar_figure(title: str, found: list[Row], grid: list[list[Panel]]) -> Figure:
             axes = figure.add_subplot(cells[i, j])
             alike = [p for others in grid for p in others if p.label == panel.label]
             draw_panel(axes, panel, order, limits(alike, 0.05 + 0.11 * columns))
-            axes.set_title("\n".join(textwrap.wrap(panel.title, letters)))
+            axes.set_title("\n".join(textwrap.wrap(panel.title, letters, break_long_words=False)))
             name_slots(axes, order, j == 0)
     return figure
 

@@ -99,3 +99,30 @@ def on_page_markdown(markdown: str, *, page: Any, **kwargs: Any) -> str:
         return f"{text} (`{path}`)" if text.strip("`") != path else f"`{path}`"
 
     return markdown if "/" in page.file.src_path else _LINK.sub(named, markdown)
+
+
+# A line's code, and a cell of a table. What is longer than a telephone is wide may be broken all the same.
+_TEXT = re.compile(r"<pre.*?</pre>|(?P<tag><code>|<t[dh][^>]*>)(?P<text>[^<]+)", re.DOTALL)
+_WHOLE = re.compile(
+    r"""(?<!\S)(?: \[?[-+]?[\d.,]+[ ](?:[±x][ ])?[-+]?[\d.,]+\]? | (?=\S*-)\S{1,30} )(?!\S)""", re.VERBOSE
+)
+_OPTION = re.compile(r"(?<=>)--?[a-z][\w-]{0,30}(?=<|\s)")
+_MARKED = r'<span class="whole">\g<0></span>'
+_PICTURE = re.compile(r"<picture>(.*?)</picture>", re.DOTALL)
+_DARK_SOURCE = re.compile(r"<source [^>]*prefers-color-scheme: dark[^>]*>\s*")
+
+
+def on_page_content(html: str, **kwargs: Any) -> str:
+    """Mark what a line may not break, such as `--all` or `1.52 ± 0.01`, and let pictures follow the page's scheme."""
+
+    def kept_whole(found: re.Match[str]) -> str:
+        if found["tag"] is None:
+            return _OPTION.sub(_MARKED, found[0])
+        return found["tag"] + _WHOLE.sub(_MARKED, found["text"])
+
+    def of_both_pages(picture: re.Match[str]) -> str:
+        light = _DARK_SOURCE.sub("", picture[1])
+        dark = light.replace("-light.svg", "-dark.svg")
+        return f'<picture class="on-light">{light}</picture><picture class="on-dark">{dark}</picture>'
+
+    return _PICTURE.sub(of_both_pages, _TEXT.sub(kept_whole, html))

@@ -36,7 +36,7 @@ class Registry(Generic[T]):
         things: the built-in ones.
         reserved: further names that the setting takes, such as "auto". The caller knows what they mean.
 
-    Example:
+    Examples:
         >>> colours = Registry("colour", {"red": 0xFF0000})
         >>> colours.register("green", 0x00FF00)
         >>> colours.get("gren")

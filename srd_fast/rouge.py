@@ -68,7 +68,7 @@ def unicode_tokens(text: str) -> list[str]:
     Returns:
         The tokens in their order.
 
-    Example:
+    Examples:
         >>> unicode_tokens("\u5317\u4eac AI \uff12\uff10!")
         ['\u5317', '\u4eac', 'ai', '20', '!']
     """
@@ -187,7 +187,7 @@ class RougeL:
     Raises:
         UserError: the tokenizer is unknown.
 
-    Example:
+    Examples:
         >>> RougeL().score("The cats sat", ["the cat sat down"])
         0.8571428571428571
     """

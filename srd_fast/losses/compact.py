@@ -278,7 +278,7 @@ def compact_distillation_loss(
         UserError: an argument is wrong. The message names the argument, its value and what it should be. It is a
             ValueError.
 
-    Example:
+    Examples:
         >>> import torch
         >>> hidden, weight = torch.randn(2, 3, 8, requires_grad=True), torch.randn(11, 8)
         >>> labels = torch.tensor([[-100, 4, 2], [-100, -100, 0]])

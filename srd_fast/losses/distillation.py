@@ -161,7 +161,7 @@ def distillation_loss(
         UserError: an argument is wrong. The message names the argument, its value and what it should be. It is a
             ValueError.
 
-    Example:
+    Examples:
         >>> import torch
         >>> h_S, w_S, h_T, w_T = torch.randn(2, 3, 8), torch.randn(11, 8), torch.randn(2, 3, 16), torch.randn(11, 16)
         >>> labels = torch.tensor([[-100, 4, 2], [-100, -100, 0]])

@@ -91,7 +91,7 @@ def register_divergence(
     Raises:
         UserError: the name is taken, or is not text.
 
-    Example:
+    Examples:
         >>> import torch
         >>> register_divergence("squared", lambda log_p, log_q, *, skew, beta:
         ...     ((log_p.exp() - log_q.exp()) ** 2).sum(-1), replace=True)

@@ -36,7 +36,7 @@ _PROBE_SECONDS = 60.0
 def extract_code(text: str) -> str:
     """The first block fenced by ```python or ``` (to the end of an answer that was cut off), else the whole text.
 
-    Example:
+    Examples:
         >>> extract_code("Like this:\\n```python\\nx = 1\\n```\\nDone.")
         'x = 1\\n'
     """

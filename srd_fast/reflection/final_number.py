@@ -22,7 +22,7 @@ def final_number(text: str) -> Decimal | None:
     Returns:
         Its value; None without a number.
 
-    Example:
+    Examples:
         >>> final_number("5 boxes of 250 are 5 * 250 = $1,250.00.")
         Decimal('1250.00')
         >>> final_number("3 + 4 = 7 #### 7 apples, as 2 are gone")

@@ -319,7 +319,7 @@ def register_difficulty(
     Raises:
         UserError: for a name that is taken, or is no text.
 
-    Example:
+    Examples:
         >>> register_difficulty("brevity", lambda r: [-len(g) for g in r.generations],
         ...     higher_is_easier=True, replace=True)
         >>> get_difficulty("brevity").higher_is_easier

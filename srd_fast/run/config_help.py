@@ -17,7 +17,7 @@ from .config import RunConfig
 from .distill_fields import DISTILL_FIELDS
 from .steps.settings import RUN_DEFAULTS
 
-_WIDTH = 120
+_WIDTH = 104
 # What the run sets by its device and dtype, and what it sets always.
 _OF_DEVICE = {"use_cpu", "bf16", "dataloader_pin_memory"}
 _DEFAULTS = {**trainer_basics(torch.device("cpu"), torch.float32), **RUN_DEFAULTS}

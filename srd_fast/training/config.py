@@ -186,9 +186,7 @@ class SRDConfig(TrainingArguments):
     seq_kd: bool = _described(False, "Train all other steps on fresh answers of the teacher.")
     max_new_tokens: int = _described(128, "Longest fresh answer.")
     generation_temperature: float = _described(1.0, "Temperature at which fresh answers are sampled; 0: greedy.")
-    generation_engine: str = _described(
-        "transformers", "Engine for fresh answers and those of evaluations; see engine_names()."
-    )
+    generation_engine: str = _described("transformers", "Engine of fresh answers and evaluations; see engine_names().")
     generation_options: dict[str, Any] | None = _described(None, "Keywords of that engine.")
     sync_every: int = _described(1, "Steps after which an engine with its own weights gets the student's current ones.")
     replay_buffer: int = _described(0, "How many of the student's answers are kept to train on them again; 0: none.")
@@ -293,9 +291,10 @@ class SRDConfig(TrainingArguments):
                 f"{self.divergence!r}; set it to 0 or the divergence to forward_kl"
             )
         if self.teacher_cache is not None and not keeps_head(self.teacher_cache_kind):
+            kind = self.teacher_cache_kind
             raise UserError(
-                f"class_sampling draws from the teacher's whole distribution, and teacher_cache_kind "
-                f"{self.teacher_cache_kind!r} does not hold it; use hidden, or teacher_cache_kind='sampled' alone"
+                f"class_sampling draws from the teacher's whole distribution, and teacher_cache_kind {kind!r} does not "
+                "hold it; use hidden, or teacher_cache_kind='sampled' alone"
             )
 
     def _check_standardising(self) -> None:

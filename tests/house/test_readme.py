@@ -33,7 +33,7 @@ PAGES = (
     README,
     *(
         ROOT / "docs" / f"{name}.md"
-        for name in ("run", "modes", "training", "teacher", "loss", "from_trl", "from_official", "from_top_k")
+        for name in ("index", "run", "modes", "training", "teacher", "loss", "from_trl", "from_official", "from_top_k")
     ),
 )
 Names = dict[str, Any]
@@ -207,6 +207,9 @@ def surroundings(
         assert names["student_weight"].grad.abs().sum() > 0
         assert not any(x.requires_grad for x in (out.divergence, out.cross_entropy, out.entropy))
 
+    def three_numbers(names: Names, printed: str) -> None:
+        assert len(printed.split()) == 3
+
     def in_a_loop() -> Names:
         models = {"student": make_tiny_model(1), "teacher": make_tiny_model(2)}
         optimizer = torch.optim.SGD(models["student"].parameters(), lr=0.1)
@@ -224,6 +227,7 @@ def surroundings(
         "README: From Python": Surroundings(from_python, trained),
         "README: The loss alone": Surroundings(hidden_states, differentiated),
         "README: From TRL": Surroundings(from_trl, two_steps),
+        "index: In Python": Surroundings(dict, three_numbers),
         "training: Training from Python": Surroundings(from_python, trained_and_saved),
         "training: The best student by its answers": Surroundings(from_python, kept_the_best),
         "teacher: The teacher, once": Surroundings(with_a_teacher_in_a_folder, trained_from_the_cache),
@@ -292,6 +296,13 @@ def test_your_own_models_and_data(
 def test_blocks_are_found_with_their_headings_and_lines() -> None:
     text = "# A\n```bash\n# no heading\n```\n## B\ntext\n```python\nx = 1\n```\n```py\ny = 2\n```\n"
     assert blocks(text, "py", "p") == [Block("p", "B", 7, "x = 1\n"), Block("p", "B", 10, "y = 2\n")]
+
+
+@pytest.mark.parametrize("page", [README, *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.stem)
+def test_code_is_no_wider_than_a_page(page: Path) -> None:
+    """What 1,200 pixels hold, here and on GitHub; the rest of a line would have to be scrolled to."""
+    code = re.findall(r"^```\w*\n(.*?)^```$", page.read_text(encoding="utf-8"), re.M | re.S)
+    assert [line for block in code for line in block.splitlines() if len(line) > 110] == []
 
 
 def test_the_front_page_is_short() -> None:

@@ -44,7 +44,7 @@ def test_the_text_is_a_config_of_all_defaults(every: bool, tmp_path: Path) -> No
         assert not name or set(content[name]) == set(section.model_fields)
     of_device = {"use_cpu", "bf16", "dataloader_pin_memory"}
     assert not every or set(content["distill"]) == DISTILL_FIELDS - of_device
-    assert max(map(len, config_text(every).splitlines())) <= 120
+    assert max(map(len, config_text(every).splitlines())) <= 104
 
 
 def test_every_key_says_what_it_is() -> None:
