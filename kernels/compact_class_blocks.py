@@ -87,8 +87,8 @@ class CompactClassBlocks(ClassBlocks):
     def _leave_out(self, places: _Places | None, student: Tensor) -> None:
         """Give the K classes the logit -inf, if the divergence sees them apart."""
         if self.sparse.apart and places is not None:
-            # In a row with such a class in the block, all places are those of such classes. In other rows, place 0 keeps
-            # its logit.
+            # In a row with such a class in the block, all places are those of such classes. In other rows, the logit at
+            # place 0 does not change.
             value = torch.where(places.some, -math.inf, student.gather(1, places.at))
             student.scatter_(1, places.at, value)
 

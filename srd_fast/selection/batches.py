@@ -8,7 +8,7 @@ import hashlib
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -107,6 +107,25 @@ class Seen(NamedTuple):
     logits_KV: Tensor | None = None
 
 
+class SelectionSettings(Protocol):
+    """The fields of `SRDConfig` that a selection reads."""
+
+    position_selection: str
+    position_ratio: float
+    position_steps: int
+    class_sampling: int
+    memory_budget: int | None
+    seed: int
+
+    @property
+    def logits(self) -> torch.dtype | None:
+        """Dtype of the loss's logits."""
+
+    @property
+    def process_index(self) -> int:
+        """Rank of this process."""
+
+
 class BatchSelection:
     """Chooses the positions and classes of each batch that the loss sees, as an `SRDConfig` says.
 
@@ -117,7 +136,7 @@ class BatchSelection:
         classes: V, the student's number of classes.
     """
 
-    def __init__(self, args: Any, classes: int) -> None:
+    def __init__(self, args: SelectionSettings, classes: int) -> None:
         self.args = args
         self.policy = make_position_policy(args.position_selection, args.position_ratio, args.position_steps)
         self.selected = SelectedPositions(classes)
