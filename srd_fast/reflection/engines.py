@@ -91,8 +91,7 @@ class GenerationEngine(Protocol):
 
     parallel: how many calls of `generate` it accepts at once, from threads (default 1).
     shard_size: how many prompts `reflect` passes in one call (default 256).
-    reserve(length, sampling): called before the first `generate`, with the most tokens of a prompt and its generation
-        together, and with how they are sampled.
+    reserve(length, sampling): called before the first `generate`; length: most tokens of a prompt and its generation.
     token_log_probs(samples): like `generate`: the log-probabilities of all tokens but the first of each sample.
     settings: what its answers depend on besides `Sampling`; it is stored with them. Default: all its options.
     update_weights(student): for engines with their own weights: use the current weights of this model, which has the
@@ -153,10 +152,8 @@ _IDLE = Sampling(max_new_tokens=1)
 class TransformersEngine:
     """Generation with `transformers`, in batches of similar length, longest first.
 
-    Prompts are padded on the left; those of an encoder-decoder model on the right, as in training.
-
-    Only `Sampling` decides how to generate. From the student's generation config, only the tokens that begin and end an
-    answer are used.
+    Prompts are padded on the left; those of an encoder-decoder model on the right, as in training. Only `Sampling`
+    decides how to generate; of the student's generation config, only the tokens that begin and end an answer are used.
 
     Args:
         student: a language model, or a folder or hub id to load one from (in float32).

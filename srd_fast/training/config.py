@@ -173,9 +173,7 @@ class SRDConfig(TrainingArguments):
 
     position_selection: str = _described("all", "Which tokens of a response have loss; see position_policy_names().")
     position_ratio: float = _described(0.2, "Share of each response's tokens that a position policy chooses.")
-    position_steps: int = _described(
-        4000, "Steps after which position_selection 'curriculum' takes the hardest tokens."
-    )
+    position_steps: int = _described(4000, "Steps until position_selection 'curriculum' takes the hardest tokens.")
     class_sampling: int = _described(0, "Classes to draw from the teacher for each token (forward KL); 0: all of them.")
     sample_selection: str = _described("all", "Which samples are trained on; see sample_policy_names().")
     sample_ratio: float = _described(0.2, "Share of each stage's samples that a sample policy chooses.")
