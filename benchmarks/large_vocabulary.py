@@ -9,7 +9,6 @@ Batches of 8 samples of 256 tokens, float32, AdamW; `ulimit -v` counts KiB, so t
 of every step, and at the end the peaks of resident memory and of address space.
 """
 
-import argparse
 import os
 import resource
 from pathlib import Path
@@ -27,7 +26,8 @@ from srd_fast.data.quickstart import make_quickstart_splits
 from srd_fast.models import load_model, load_tokenizer, prune_depth
 from srd_fast.teacher import TeacherCache, build_teacher_cache
 
-from .rows import RESULTS, make_rows, write
+from .command_line import command_line
+from .rows import make_rows, write
 
 BATCH, LENGTH, ROWS, LAYERS, LEARNING_RATE = 8, 256, 32, 6, 1e-5
 
@@ -129,12 +129,11 @@ def loop(folder: Path, steps: int) -> float:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("verb", choices=["prepare", "train", "loop"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--memory-budget", type=int, default=256 << 20, help="bytes of the loss's chunk")
-    parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     last_loss = None
     if args.verb == "prepare":

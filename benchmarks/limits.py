@@ -19,13 +19,13 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import torch
 
+from .command_line import command_line
 from .problem import LOSSES, SHAPES, Loss, Problem, Shape
 from .providers import NOT_THE_LOSS, PACKAGES, PROVIDERS
-from .rows import RESULTS, make_rows, set_threads, write
+from .rows import make_rows, set_threads, write
 
 LEAST = 64
 NOT_INSTALLED = 3
@@ -70,7 +70,7 @@ def largest(name: str, shape: Shape, dtype: str, device: str, loss: Loss, limit:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--limits", type=float, nargs="+", default=[4, 6, 8], help="GiB, ascending")
     parser.add_argument("--shapes", nargs="+", default=["smollm2", "gemma3"], choices=list(SHAPES))
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
@@ -79,7 +79,6 @@ def main() -> None:
     parser.add_argument("--loss", default="jsd", choices=list(LOSSES))
     parser.add_argument("--most", type=int, default=8192, help="rows at which the search ends")
     parser.add_argument("--providers", nargs="+", choices=list(PROVIDERS))
-    parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--once", help=argparse.SUPPRESS)
     args = parser.parse_args()
     set_threads()

@@ -27,9 +27,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .command_line import command_line
 from .problem import GPU_ROWS, LOSSES, SHAPES, Loss, Problem, Shape, Step, plain_loss
 from .providers import NOT_THE_LOSS, PACKAGES, PROVIDERS, try_step
-from .rows import RESULTS, device_name, make_rows, set_threads, spread, write
+from .rows import device_name, make_rows, set_threads, spread, write
 
 IGNORED_SHARE = 0.7
 IGNORED = "srd-fast, 70 % ignored"
@@ -177,7 +178,7 @@ def print_table(case: str, figures: dict[str, dict[str, float]], left_out: dict[
 
 def main() -> None:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--shapes", nargs="+", default=["smollm2", "llama3", "qwen2.5", "gemma3"], choices=list(SHAPES))
     parser.add_argument("--rows", type=int, help=f"N instead of the shape's; {GPU_ROWS} on a GPU")
@@ -186,7 +187,6 @@ def main() -> None:
     parser.add_argument("--providers", nargs="+", default=list(PROVIDERS), choices=list(PROVIDERS))
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--no-memory", action="store_true", help="leave out the runs in fresh processes")
-    parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     o = parser.parse_args()
     if o.peak:

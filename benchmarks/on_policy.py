@@ -15,7 +15,6 @@ first two steps, in which vLLM starts, count as the start.
 
 import argparse
 import copy
-import os
 import shutil
 import statistics
 import tempfile
@@ -31,8 +30,9 @@ from srd_fast import SRDConfig, SRDTrainer
 from srd_fast.models import load_model, load_tokenizer, prune_depth
 from srd_fast.workers.vllm import is_installed, vllm_version
 
+from .command_line import command_line
 from .loops import GKDOnPolicy
-from .rows import RESULTS, make_rows, set_threads, spread, write
+from .rows import make_rows, set_threads, spread, write
 from .train import MODEL, OURS, read_samples
 
 TRL = "trl GKDTrainer"
@@ -114,16 +114,13 @@ def summary(steps: list[dict[str, float]]) -> dict[str, float]:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=os.environ.get("SRD_FAST_DATA"), help="default: quickstart's rows")
-    parser.add_argument("--rows", type=int, help="only the first so many")
+    parser = command_line(__doc__, data=True)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--sides", nargs="+", choices=list(SIDES), default=list(SIDES))
-    parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     set_threads()
     teacher = load_model(MODEL, getattr(torch, args.dtype))

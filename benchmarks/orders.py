@@ -33,10 +33,11 @@ from torch import Tensor
 from srd_fast.kernels import FORMULAS
 from srd_fast.losses import free_workspace
 
+from .command_line import command_line
 from .loss import cache_flush, exact_gradient, gradient_error, peak_bytes, peak_in_fresh_process, peak_on_gpu, timed
 from .problem import GPU_ROWS, LOSSES, SHAPES, Loss, Problem, Shape, Step
 from .providers import srd_fast_in_order, why_not
-from .rows import PRODUCTS, RESULTS, Row, device_name, make_rows, read, set_threads, spread, write
+from .rows import PRODUCTS, Row, device_name, make_rows, read, set_threads, spread, write
 
 MIB = 2**20
 # Of the products alone: rows at a time, and bytes of their logits.
@@ -245,7 +246,7 @@ def print_table(run: Run, device: str, figures: Mapping[str, Mapping[str, float]
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), help="all but the smallest; fewer on the CPU")
     parser.add_argument("--rows", nargs="+", type=int, help=f"N: 1024 and 8192; {GPU_ROWS} on a GPU")
@@ -257,7 +258,6 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=math.inf, help="end by then")
     parser.add_argument("--again", action="store_true", help="measure also what there is")
     parser.add_argument("--no-memory", action="store_true", help="leave out the runs in fresh processes on the CPU")
-    parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     o = parser.parse_args()
     deadline = time.monotonic() + o.seconds

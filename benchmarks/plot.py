@@ -6,7 +6,6 @@
 The same rows give the same bytes. A figure whose rows are not there is left out, with a printed line that says why.
 """
 
-import argparse
 import re
 import textwrap
 from collections.abc import Callable, Collection
@@ -16,10 +15,11 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from .command_line import command_line
 from .drawing import WIDTH, bar_figure, draw_line, house_style, save, set_title
 from .panels import Panel, by_four, metric_panels, rows_of, shape_panels, spans, split, title_of
 from .plan import STEP
-from .rows import RESULTS, Row
+from .rows import Row
 
 FIGURES = Path(__file__).parent.parent / "docs" / "figures"
 MIB = 2.0**20
@@ -199,8 +199,7 @@ def draw(results: Path, figures: Path, only: Collection[str] = tuple(DRAWINGS)) 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser = command_line(__doc__)
     parser.add_argument("--figures", type=Path, default=FIGURES)
     o = parser.parse_args()
     draw(o.results, o.figures)

@@ -30,7 +30,8 @@ from srd_fast.losses import distillation
 from srd_fast.models import load_model, load_tokenizer, prune_depth
 from srd_fast.run.steps.run import has_fast_bfloat16
 
-from .rows import RESULTS, make_rows, read, set_threads, write
+from .command_line import command_line
+from .rows import make_rows, read, set_threads, write
 
 TEACHER = "smollm2-135m-instruct"
 SIDES: dict[str, dict[str, Any]] = {
@@ -129,7 +130,7 @@ def _figures(trainer: SRDTrainer) -> dict[str, float]:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--validation", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=100)
@@ -140,7 +141,6 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--emulate", action="store_true", help="also where bfloat16 is fast")
     parser.add_argument("--cache", type=Path, default=Path("runs/precision-cache"), help="kept for the next call")
-    parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     set_threads()
     emulate = args.emulate or not has_fast_bfloat16(torch.device(args.device))

@@ -3,18 +3,17 @@
 python -m benchmarks.quickstart [runs/quickstart]
 """
 
-import argparse
 import json
 from pathlib import Path
 
-from .rows import RESULTS, make_rows, set_threads, write
+from .command_line import command_line
+from .rows import make_rows, set_threads, write
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("folder", type=Path, nargs="?", default=Path("runs/quickstart"))
-    parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     set_threads()
     summary = json.loads((args.folder / "summary.json").read_text(encoding="utf-8"))

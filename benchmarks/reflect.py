@@ -13,10 +13,8 @@ a cross-entropy, and the transformers engine at several batch sizes. Rows are fo
 
 import argparse
 import importlib.metadata
-import os
 import time
 from collections import defaultdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,7 +30,8 @@ from srd_fast.reflection.signals import cross_entropy, rouge_l
 from srd_fast.reflection.vllm_engine import VLLMEngine
 from srd_fast.workers.vllm import is_installed
 
-from .rows import RESULTS, make_rows, set_threads, write
+from .command_line import command_line
+from .rows import make_rows, set_threads, write
 
 MODEL = "smollm2-135m-instruct"
 SCRIPT = "script"
@@ -93,9 +92,7 @@ def run_engine(engine: Any, model: Any, tokenizer: Any, samples: Dataset, sampli
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=os.environ.get("SRD_FAST_DATA"), help="default: quickstart's rows")
-    parser.add_argument("--rows", type=int, help="only the first so many")
+    parser = command_line(__doc__, data=True)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--groups", type=int, default=4)
@@ -104,7 +101,6 @@ def main() -> None:
     parser.add_argument(
         "--processes", type=int, nargs="*", default=[1], help="data_parallel_size of vLLM, one run each"
     )
-    parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     set_threads()
     tokenizer, dtype = load_tokenizer(MODEL), getattr(torch, args.dtype)

@@ -15,16 +15,15 @@ stands for a gradient with a NaN, `inf` for an error. What the definition is, wh
     large logits         a spread of 100 nats: probabilities underflow in float32, their logarithms do not
 """
 
-import argparse
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
+from .command_line import command_line
 from .problem import IGNORE, LOSSES, Loss, Problem, Shape, plain_loss
 from .providers import NOT_THE_LOSS, PACKAGES, PROVIDERS, why_not
-from .rows import RESULTS, make_rows, write
+from .rows import make_rows, write
 
 LEAST_NORM = 1e-6
 SMALL = Shape(6, 11, 8, 12)
@@ -83,10 +82,9 @@ def error_of(name: str, p: Problem) -> tuple[float, str]:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--losses", nargs="+", default=["jsd", "forward_kl", "forward_kl, T = 1"], choices=list(LOSSES))
     parser.add_argument("--providers", nargs="+", choices=list(PROVIDERS))
-    parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     names = args.providers or [n for n in PROVIDERS if n not in NOT_THE_LOSS]
     for loss_name in args.losses:

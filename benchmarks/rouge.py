@@ -7,7 +7,6 @@ Pairs: the references of the folder's json lines (default: the quickstart's rows
 each; ours starts without any stem in memory. Every value must be equal (`==`).
 """
 
-import argparse
 import json
 import os
 import random
@@ -21,7 +20,8 @@ from rouge_score.rouge_scorer import RougeScorer
 from srd_fast.data.quickstart import make_quickstart_rows
 from srd_fast.rouge import RougeL
 
-from .rows import RESULTS, make_rows, set_threads, write
+from .command_line import command_line
+from .rows import make_rows, set_threads, write
 
 Pairs = tuple[list[str], list[list[str]]]  # predictions, references
 
@@ -65,11 +65,10 @@ def seconds(pairs: Pairs, workers: int) -> tuple[float, float]:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--data", type=Path, default=os.environ.get("SRD_FAST_DATA"), help="a folder of .jsonl files")
     parser.add_argument("--pairs", type=int, default=11_000)
     parser.add_argument("--processes-up-to", type=int, default=200_000, help="pairs of the last table; 0: no table")
-    parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     set_threads()
     source = "real" if args.data else "quickstart"

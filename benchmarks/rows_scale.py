@@ -21,7 +21,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from .rows import RESULTS, make_rows, write
+from .command_line import command_line
+from .rows import make_rows, write
 
 
 def write_rows(path: Path, count: int) -> None:
@@ -82,10 +83,9 @@ def measure(path: Path, count: int, repeats: int) -> dict[str, float]:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 20_000, 40_000])
     parser.add_argument("--repeats", type=int, default=3, help="times that each size is measured")
-    parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--one", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:

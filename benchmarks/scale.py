@@ -9,21 +9,20 @@ are given, ROUGE-L, curation, cache and training of a small random model on n, 2
 a smaller run that warms up.
 """
 
-import argparse
 import contextlib
 import io
 import tempfile
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
 
+from .command_line import command_line
 from .loss import peak_in_fresh_process, timed
 from .problem import LOSSES, Problem, Shape
 from .providers import PROVIDERS
-from .rows import RESULTS, make_rows, set_threads, spread, write
+from .rows import make_rows, set_threads, spread, write
 
 LOSS = LOSSES["skew_reverse_kl + CE"]
 BASE = Shape(512, 49152, 576, 960)
@@ -102,13 +101,12 @@ def run_samples(count: int) -> float:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--what", nargs="+", default=[*GROWS, "samples"], choices=[*GROWS, "samples"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--samples", type=int, nargs="+", default=list(SAMPLES))
     parser.add_argument("--no-memory", action="store_true", help="leave out the runs in fresh processes")
-    parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     set_threads()
     for what in args.what:

@@ -24,7 +24,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .rows import RESULTS, make_rows, set_threads, write
+from .command_line import command_line
+from .rows import make_rows, set_threads, write
 
 CONFIG = Path(__file__).parents[1] / "examples" / "quickstart.yaml"
 EVERY, WARM_UP = 2.0, 0.2
@@ -71,13 +72,12 @@ def watch(args: argparse.Namespace, folder: Path) -> tuple[list[tuple[float, flo
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--data", default="quickstart")
     parser.add_argument("--max-rows", type=int, default=192)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/soak"))
-    parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     set_threads()
     shutil.rmtree(args.output_dir / "checkpoints", ignore_errors=True)

@@ -8,7 +8,6 @@ Errors are relative: of the mean loss, and of the gradient's l2 norm over all ro
 is noise, which training averages over steps.
 """
 
-import argparse
 import os
 from pathlib import Path
 
@@ -23,7 +22,8 @@ from srd_fast.teacher import LiveTeacher, TeacherRows, distillation_loss_of_rows
 from srd_fast.teacher.index import sample_key
 from srd_fast.teacher.stores import make_store
 
-from .rows import RESULTS, make_rows, write
+from .command_line import command_line
+from .rows import make_rows, write
 
 MODEL = "smollm2-135m-instruct"
 
@@ -40,11 +40,10 @@ def loss_and_gradient(h_ND: Tensor, head: Head, rows: TeacherRows, labels_N: Ten
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--data", type=Path, default=os.environ.get("SRD_FAST_DATA"), help="default: quickstart's rows")
     parser.add_argument("--student", help="a trained student; default: the teacher's 15 layers as they are")
     parser.add_argument("--rows", type=int, default=1024)
-    parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     tokenizer, teacher = load_tokenizer(MODEL), load_model(MODEL)
     student = load_model(args.student or MODEL)

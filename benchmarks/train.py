@@ -30,7 +30,6 @@ import argparse
 import copy
 import importlib.util
 import json
-import os
 import resource
 import shutil
 import statistics
@@ -52,8 +51,9 @@ from srd_fast.data.quickstart import make_quickstart_splits
 from srd_fast.models import load_model, load_tokenizer, prune_depth
 from srd_fast.teacher import TeacherCache, build_teacher_cache
 
+from .command_line import command_line
 from .loops import LOOPS, PLAIN, REVERSED, PlainLoop
-from .rows import RESULTS, make_rows, set_threads, spread, write
+from .rows import make_rows, set_threads, spread, write
 
 MODEL = "smollm2-135m-instruct"
 OURS = "srd-fast"
@@ -293,9 +293,7 @@ def run_times(args: argparse.Namespace, samples: Any, tokenizer: Any, folder: Pa
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=os.environ.get("SRD_FAST_DATA"), help="default: quickstart's rows")
-    parser.add_argument("--rows", type=int, help="only the first so many")
+    parser = command_line(__doc__, data=True)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--variant", default="cache", choices=["kernel", "packing", "cache", "lora"])
     parser.add_argument("--steps", type=int, default=100)
@@ -307,7 +305,6 @@ def main() -> None:
     parser.add_argument("--memory", action="store_true", help="peaks instead of times")
     parser.add_argument("--memory-of", dest="side", choices=[*LOOPS, FILLING, OURS], help=argparse.SUPPRESS)
     parser.add_argument("--cache", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     set_threads()
     if args.memory:

@@ -35,8 +35,9 @@ from typing import Any
 
 from . import plan
 from .child import Failed, OutOfTimeError, run_task
+from .command_line import command_line
 from .plan import Cell
-from .rows import RESULTS, Row, read, write_providers
+from .rows import Row, read, write_providers
 
 BENCHMARK = "train_gpu"
 # Of a cell before any was measured: to import, to make two models, and the steps.
@@ -219,7 +220,7 @@ def slug(text: str) -> str:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--pairs", nargs="+", choices=plan.PAIRS, default=[p for p in plan.PAIRS if p != plan.TINY])
     parser.add_argument("--batches", nargs="+", type=int, default=list(plan.BATCHES))
     parser.add_argument("--sides", nargs="+", help="default: all")
@@ -235,7 +236,6 @@ def main() -> None:
     parser.add_argument("--profiled", type=int, default=3)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
     parser.add_argument("--import", nargs="+", type=Path, default=[], dest="imports", help="files with sides of yours")
-    parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     # The process of a cell is in a group of its own: leaving by an exception ends it.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))

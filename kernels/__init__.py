@@ -1,4 +1,4 @@
-"""Row losses over the vocabulary: tensors in, tensors out, nothing of SRD.
+"""Row losses over the vocabulary: they take and return tensors, and know nothing of SRD.
 
 A *row* is one token position: its student logits, its teacher logits and its label. A row function returns the
 row's divergence, cross-entropy and entropy, and writes the gradient on the student's logits.

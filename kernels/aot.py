@@ -1,10 +1,11 @@
-"""Compile the loss kernels for GPUs without having one, and check the machine code against what the design promises.
+"""Compile the loss kernels for GPUs without having one, and check that the machine code is what the design promises.
 
     python -m srd_fast.kernels.aot [--target sm_90] [--quick] [--in-turn] [--json FILE]
 
 prints, for every configuration of `aot_kernels.py` and every target: registers of a thread, spills, shared memory of a
-program, bits that a load and a store of the hot loops move at once, bytes of global memory, exp2 and instructions for
-each logit (pair of student's and teacher's logit), summed over the loops. Exit status 1 with the list of broken rules:
+program, bits that each load and each store of the hot loops moves, and, for each logit (pair of student's and teacher's
+logit), bytes of global memory, exp2 and instructions, summed over the loops. It ends with exit status 1 and a list if
+one of these rules is broken:
 
     no spill; every access in a hot loop moves 128 bits; no more bytes for each logit than the reads that a divergence
     needs (whole rows in bf16: 10 for one-read divergences, 14 for two-read ones; blocks of classes: 4 to read, 4 to
@@ -30,7 +31,7 @@ from .disassembly import Resources, resources
 
 @dataclass
 class Finding:
-    """What compiling one configuration for one target gave.
+    """The result of compiling one configuration for one target.
 
     error: why it could not be compiled. *_per_logit: for each pair of a student's and a teacher's logit.
     """
@@ -51,7 +52,7 @@ class Finding:
 
 
 def per_thread(configuration: AnyConfiguration, target: GPUTarget) -> float:
-    """Logits of a block for each of its threads."""
+    """Number of a block's logits for each of its threads."""
     options = configuration.options(target)
     return options["BLOCK"] / (options["num_warps"] * target.warp_size)
 

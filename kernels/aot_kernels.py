@@ -1,4 +1,4 @@
-"""The kernels that `aot.py` compiles: every choice of their launchers that decides the machine code."""
+"""The kernels that `aot.py` compiles: every choice of their launchers that affects the machine code."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ TARGETS = {
 }
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
-# Of each argument its type, and whether it is a multiple of 16 bytes, or of 16.
+# For each argument its type, and whether it is a multiple of 16 (for a pointer, of 16 bytes).
 Types = dict[str, tuple[str, bool]]
 NUMBERS: Types = dict.fromkeys(
     (
@@ -42,7 +42,7 @@ def compile_kernel(kernel: Any, types: Types, fixed: dict[str, Any], target: GPU
 
 
 def _name(configuration: Any, first: str, named: int) -> str:
-    """`first`, and the fields after the first `named` that are not as usual."""
+    """`first`, followed by the fields after the first `named` ones that do not have their default."""
     changed = [
         f.name if getattr(configuration, f.name) is True else f"{f.name}={getattr(configuration, f.name)}"
         for f in dataclasses.fields(configuration)[named:]
@@ -68,9 +68,9 @@ def _of_divergence(divergence: str | None, target: GPUTarget) -> dict[str, Any]:
 class Configuration:
     """What decides the code of `row_kernel`: see `triton_rows.distillation_rows_triton`.
 
-    divergence: None for cross-entropy alone. temperature: 1, 2, or 0 for any other. gradient: its dtype, or None
-    without. classes: V. even_classes: whether V is a multiple of 16. aligned_rows: whether strides and readable columns
-    are.
+    divergence: None for only the cross-entropy. temperature: 1, 2, or 0 for any other. gradient: its dtype, or None
+    without gradient. classes: V. even_classes: whether V is a multiple of 16. aligned_rows: whether strides and
+    readable columns are multiples of 16.
     """
 
     divergence: str | None = "skew_reverse_kl"
@@ -94,12 +94,12 @@ class Configuration:
         """How often each logit must be read."""
         formula = None if self.divergence is None else FORMULAS[self.divergence]
         before = 1 if formula is None or formula.one_read else 2
-        # D is found with the gradient, or by one more read where there is none.
+        # D is computed with the gradient, or in an additional read if there is none.
         return before + (self.gradient is not None or (formula is not None and formula.row_first is not None))
 
     @property
     def looks(self) -> int:
-        """Loops over the teacher alone, for where its head begins; each look at it goes through one."""
+        """Number of loops over only the teacher, which search where its head begins; each look runs one of them."""
         first = None if self.divergence is None else FORMULAS[self.divergence].row_first
         return int(first is not None and first.head)
 
@@ -147,9 +147,10 @@ class Configuration:
 class BlockConfiguration:
     """What decides the code of a pass over a block of classes: see `triton_class_blocks.TritonClassBlocks`.
 
-    work: "read", "look", "gather", "weigh" or "write". divergence: None where there is no teacher, or past its classes.
-    student, teacher, gradient: dtypes. teacher None beside a divergence: the teacher's sum is known, so `read` leaves
-    its logits out, and `write` adds to D. softcap: on both sides. classes: of the block. Others as in `Configuration`.
+    work: "read", "look", "gather", "weigh" or "write". divergence: None without a teacher, or past its classes.
+    student, teacher, gradient: dtypes. teacher None with a divergence: the teacher's sum is known, so `read` leaves its
+    logits out, and `write` adds to D. softcap: of both sides. classes: number of classes of the block. Others as in
+    `Configuration`.
     """
 
     work: str = "read"
@@ -189,7 +190,7 @@ class BlockConfiguration:
 
     @property
     def looks(self) -> int:
-        """Loops over the teacher alone beside these."""
+        """Number of loops over only the teacher, in addition to `reads`."""
         return 0
 
     @property
@@ -274,7 +275,7 @@ def configurations(quick: bool = False) -> list[Configuration]:
 
 
 def block_configurations(quick: bool = False) -> list[BlockConfiguration]:
-    """Passes over blocks of classes: all divergences as usual, and what is unusual on one of them.
+    """Passes over blocks of classes: all divergences with the usual settings, and unusual settings with one of them.
 
     quick: the kernels with the most sums, one that reads and one that writes.
     """

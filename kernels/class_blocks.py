@@ -3,19 +3,20 @@
 Shape letters: N rows, R some of them, B classes of a block, V classes, K classes that student and teacher both have, S
 student, T teacher, P pieces of a row.
 
-What is known of a row while blocks pass by is a few numbers, so the logits of a block can go once it was seen:
+Between blocks, only a few numbers of each row are kept, so the logits of a block can be discarded after use. The
+passes:
 
     read    every block once: running maxima and sums of exponentials, and what one-read divergences need
-    look    every block with a teacher, many times: where a divergence that has a head and a tail divides a row
+    look    every block with a teacher, many times: the border between head and tail, for a divergence that has them
     gather  every block with a teacher: the sums over a row that a divergence needs before its terms
-    weigh   every block with a teacher: D and sum(w), for the divergences that need sum(w) before a gradient
+    weigh   every block with a teacher: D and sum(w), for divergences that need sum(w) before a gradient
     write   every block: the gradient
 
-`read` may leave out the teacher where the logarithm of its sum is known already. Blocks come in the order of their
-classes, and none has classes on both sides of K. The sums are those of `triton_rows.py`, with class 0 as the class from
-which one-read divergences measure.
+`read` may leave out the teacher if the logarithm of its sum is known already. Blocks come in the order of their
+classes, and none has classes on both sides of K. The sums are those of `triton_rows.py`; one-read divergences measure
+logits from class 0.
 
-One file, because every pass reads what the others left in the one state, and writes it for them.
+One file, because all passes read and write one common state.
 """
 
 import functools
@@ -66,7 +67,7 @@ class ClassBlocks(RowNumbers):
         teacher_softcap: the same for the teacher's logits.
         row_weights_N: [N] factor on each row's gradient, or None for 1.
         teacher_lse_N: [N] logarithm of the teacher's sum of e^(z/T) over K classes, where it is known.
-        writes: whether a gradient follows.
+        writes: whether a gradient is written in the end.
         compiled: run the passes through `torch.compile`.
     """
 
@@ -99,9 +100,9 @@ class ClassBlocks(RowNumbers):
         passes = ClassPasses.of(divergence, teacher_lse_N is not None, writes, compute)
         self.reads_teacher, self.weighs, self.crosses, self.gathers, self.looks = passes
         self.search: HeadSearch | None = None
-        # Forward KL's sum(w) is -1, so its D may come as late as the gradient.
+        # Forward KL's sum(w) is always -1, so its D may be computed as late as the gradient.
         self.values_on_writing = divergence is not None and not self.crosses and not self.weighs
-        # Not one tensor for all: compiled code takes no two arguments that share memory.
+        # Separate tensors, because compiled code accepts no two arguments that share memory.
         self.state = {x: torch.zeros(len(labels_N), dtype=compute, device=labels_N.device) for x in self.FIELDS}
         for name in ("max_S", "max_K", "max_T"):
             self.of(name).fill_(LOGIT_FLOOR)
@@ -113,7 +114,7 @@ class ClassBlocks(RowNumbers):
             self.of("sum_T").fill_(1)
 
     def of(self, name: str, rows: slice = slice(None)) -> Tensor:
-        """Look a field of some rows up.
+        """Look up a field of some rows.
 
         Args:
             name: one of `FIELDS`.
@@ -126,7 +127,7 @@ class ClassBlocks(RowNumbers):
 
     @property
     def read_sums(self) -> dict[str, str]:
-        """What `read` adds up: fields, and the maximum that each is relative to."""
+        """The fields that `read` adds up, each with the maximum to which it is relative."""
         found = {"sum_S": "max_S", "product_S": "max_S"}
         if self.divergence is not None:
             found["sum_K"] = "max_K"
@@ -138,20 +139,20 @@ class ClassBlocks(RowNumbers):
 
     @property
     def kept_logits(self) -> Tensor:
-        """[K, N] logits that `read` keeps besides the label's: a view, 0 where their class was in no block."""
+        """[K, N] logits that `read` keeps besides the label's: a view, 0 if their class was in no block."""
         return self.state["label"].new_empty(0, len(self.labels_N))
 
     def values(self) -> RowValues:
-        """The values of all rows, once every block was seen.
+        """The values of all rows, after all blocks.
 
         Returns:
-            The values; the divergence is 0 where there is no teacher.
+            The values; the divergence is 0 without a teacher.
         """
         cross_entropy = self.of("sum_S") - (self.of("label") - self.of("max_S"))
         return RowValues(*(x[:, 0] for x in (self.of("divergence"), cross_entropy, self.of("product_S"))))
 
     def normalise(self) -> None:
-        """Turn sums into logarithms, and make entropies and one-read divergences of them, once all blocks were read."""
+        """After all blocks were read, take logarithms of the sums, and compute entropies and one-read divergences."""
         sum_S, product_S, max_K, max_T = map(self.of, ("sum_S", "product_S", "max_K", "max_T"))
         entropy = sum_S.log() - product_S / sum_S
         if self.crosses:
@@ -231,7 +232,7 @@ class ClassBlocks(RowNumbers):
         maximum.copy_(new_maximum)
 
     def _side_of(self, side: str, cross_RP: Tensor | None) -> dict[str, Tensor]:
-        """`cross` among the sums of the side whose exponentials it has."""
+        """`cross` as one of the sums of the side whose exponentials it contains; empty for the other side."""
         return {} if cross_RP is None or self.side != side else {"cross": cross_RP}
 
     def _read_label(self, rows: slice, first: int, student: Tensor) -> None:
@@ -266,7 +267,7 @@ class ClassBlocks(RowNumbers):
             look: calls `look` for every block of common classes and all rows, and joins `mass` with other ranks'.
         """
         if self.looks:
-            # The likeliest class is as far from the maximum as nothing.
+            # The likeliest class is the maximum itself, so its log p is minus the logarithm of the sum.
             self.search = HeadSearch(-self.of("sum_T"))
         for _ in range(self.looks):
             assert self.search is not None
@@ -278,7 +279,7 @@ class ClassBlocks(RowNumbers):
             self.of("head").copy_(self.search.head)
 
     def look(self, rows: slice, teacher_RB: Tensor) -> None:
-        """Add a block of common classes to the probability of those that are at least as likely as asked for.
+        """Add a block of common classes to the probability of all classes that are at least as likely as `search` asks.
 
         Args:
             rows: which.
@@ -311,7 +312,7 @@ class ClassBlocks(RowNumbers):
                 self.of(name, of_block).add_(x.sum(1, keepdim=True))
 
     def settle(self) -> None:
-        """Make the numbers that the terms take of the sums, once all blocks were gathered."""
+        """After all blocks were gathered, compute the numbers that the terms need from the sums."""
         assert self.row_first is not None
         for name, x in zip("abc", self.row_first.settle(*(self.of(name).clone() for name in "abc"))):
             self.of(name).copy_(x)
@@ -399,11 +400,11 @@ class ClassBlocks(RowNumbers):
     ) -> None:
         """Write the label's gradient: its gradient like that of any class, minus a for the one-hot label."""
         slope = self.slope(logits(label_S, self.caps[0]))
-        # A row whose label is elsewhere gets back what stands at the place.
+        # A row whose label is in another block writes back the value that was there.
         with_label = (gradient_R1 - a_R1 * slope).to(out.dtype)
         out.scatter_(1, at, torch.where(inside, with_label, out.gather(1, at)))
 
     def _row_blocks(self, rows: slice, student_RB: Tensor, teacher_RB: Tensor | None) -> Iterator[tuple[slice, slice]]:
-        """Blocks of some rows, as slices of these rows and of all."""
+        """Blocks of some rows, as slices of these rows and as slices of all rows."""
         for part in row_blocks(student_RB, teacher_RB, self.compiled):
             yield part, slice(rows.start + part.start, rows.start + part.stop)

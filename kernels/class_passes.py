@@ -9,15 +9,15 @@ from .row_first import looks
 
 
 class ClassPasses(NamedTuple):
-    """Which passes rows go through.
+    """The passes that rows go through.
 
     Attributes:
         reads_teacher: whether `read` takes the teacher's logits.
         weighs: whether there is a pass for D and sum(w).
-        crosses: whether `read` finds D.
+        crosses: whether `read` computes D.
         gathers: whether there is a pass for sums that the terms of D need.
-        looks: how often the teacher is looked at before that one.
-        of_both: passes over both sides between the first and the gradient.
+        looks: number of passes over only the teacher before that one.
+        of_both: number of passes over both sides between `read` and `write`.
     """
 
     reads_teacher: bool
@@ -28,7 +28,7 @@ class ClassPasses(NamedTuple):
 
     @property
     def of_both(self) -> int:
-        """Count the passes over both sides between the first and the gradient.
+        """Count the passes over both sides between `read` and `write`.
 
         Returns:
             Their number.
@@ -43,8 +43,8 @@ class ClassPasses(NamedTuple):
 
         Args:
             divergence: D, one with a formula, or None.
-            lse_is_known: whether the teacher's log-sum-exp is.
-            writes: whether a gradient follows.
+            lse_is_known: whether the teacher's log-sum-exp is known.
+            writes: whether a gradient is written in the end.
             compute: dtype of the sums.
 
         Returns:
@@ -54,11 +54,11 @@ class ClassPasses(NamedTuple):
             return ClassPasses(False, False, False)
         side, first = divergence.formula.one_read, divergence.formula.row_first
         if first is not None:
-            # dD/dx needs no sum(w), so D may come as late as the gradient. A head begins with the largest logit, if not
-            # before: that is not known with the sum.
+            # dD/dx needs no sum(w), so D may be computed as late as the gradient. The search for a head needs the
+            # largest logit, which is not known together with the sum.
             reads_teacher = first.head or not lse_is_known
             return ClassPasses(reads_teacher, not writes, False, True, looks(compute) if first.head else 0)
-        # Reverse KL measures the teacher's logits by the student's sums; and without a gradient one pass is enough for
-        # forward KL, which then needs the teacher's logits in it.
+        # Reverse KL combines the teacher's logits with the student's sums, in `read`. Without a gradient, one pass is
+        # enough for forward KL, if it reads the teacher's logits.
         known = lse_is_known and side != "student" and (writes or side is None)
         return ClassPasses(not known, side is None, not known and side is not None)

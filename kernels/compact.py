@@ -1,4 +1,4 @@
-"""What the rows of a teacher that is known at few classes have in common, whichever way their logits come.
+"""The common part of rows whose teacher is known at few classes, for whole rows and for blocks of classes.
 
 Shape letters: C rows of a chunk, R rows, K classes that a row's teacher is known at, B = K + 1 buckets, V classes, P
 pieces of a row.
@@ -18,8 +18,8 @@ from .passes import logits, merge, tempered_statistics
 class SparseDivergence:
     """D of C rows whose teacher is known at K classes a row, as a function of the student's probabilities there.
 
-    A subclass sets `apart`: whether D sees each of the K classes, all distinct, as a bucket and all other classes as
-    one more. Otherwise the last bucket is all V classes.
+    A subclass sets `apart`: whether each of the K classes, all distinct, is a bucket, and all other classes are one
+    more. Otherwise the last bucket is all V classes.
 
     Args:
         ids_CK: [C, K] int64, the classes, or None for none.
@@ -42,7 +42,7 @@ class SparseDivergence:
     def __call__(self, log_q_CB: Tensor, log_sum_C1: Tensor) -> tuple[Tensor, Tensor]:
         """Compute D and its gradient on x = z/T, for each class and for the last bucket.
 
-        The last bucket's gradient is the sum over its classes, over which it is spread in proportion to q.
+        The last bucket's gradient is the sum over its classes; the caller distributes it over them in proportion to q.
 
         Args:
             log_q_CB: [C, K + 1] log-probabilities at T of the classes and of the last bucket.
@@ -56,9 +56,9 @@ class SparseDivergence:
 
 @dataclass(frozen=True)
 class CompactSums:
-    """What the logits of some rows add up to, and D. All [R, 1] but the last two.
+    """Sums over the logits of some rows, and D. All are [R, 1], except the last two.
 
-    rest: all classes, without the K where the divergence sees these apart. log_sum_1: logarithm of the sum of
+    "rest" means all classes, without the K ones if the divergence has them apart. log_sum_1: logarithm of the sum of
     e^(z - max_1) at temperature 1 over all classes; log_sum_beside_rest: the same relative to max_rest.
     log_sum_rest: of e^((z - max_rest)/T) over the rest. z_RK: logits of the K classes. gradient_RB: dD/d(z/T).
     """
@@ -91,7 +91,7 @@ def compact_sums(
     """Join the pieces of rows with the classes that they left out, and compute D.
 
     Args:
-        pieces_RP: what `tempered_statistics` gives: maxima, and sums of e, of e (z - max) and at T; each [R, P].
+        pieces_RP: the result of `tempered_statistics`: maxima, and sums of e, of e (z - max) and at T; each [R, P].
         ids_RK: [R, K] the stored logits of the K classes.
         divergence: of these rows.
         cap: softcap of the logits, or None.

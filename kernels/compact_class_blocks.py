@@ -15,15 +15,16 @@ from .compact import CompactSums, SparseDivergence, compact_sums
 from .passes import tempered_gradient, tempered_statistics
 from .row_numbers import RowCoefficients, RowValues
 
-# Rows of which the K classes are worked on at once.
+# Number of rows whose K classes are processed at once.
 _ROWS_AT_ONCE = 1024
 
 
 class _Places(NamedTuple):
-    """Where a block has the K classes of each row.
+    """The places of each row's K classes in a block.
 
-    at: [R, K] the classes' places. One that is elsewhere has the place of one that is not, or, in a row without any,
-    place 0. inside: [R, K] whether a class is in the block. one, some: [R, 1] which of the K is, and whether any is.
+    at: [R, K] the classes' places. A class outside of the block has the place of one that is inside, or, if the row has
+    none inside, place 0. inside: [R, K] whether a class is in the block. one: [R, 1] one of the K that is inside. some:
+    [R, 1] whether any is.
     """
 
     at: Tensor
@@ -84,9 +85,10 @@ class CompactClassBlocks(ClassBlocks):
         return _Places(torch.where(inside, at, torch.where(some, at.gather(1, one), 0)), inside, one, some)
 
     def _leave_out(self, places: _Places | None, student: Tensor) -> None:
-        """Give the K classes the logit -inf, where the divergence sees them apart."""
+        """Give the K classes the logit -inf, if the divergence sees them apart."""
         if self.sparse.apart and places is not None:
-            # Every place of a row with a class in the block is such a class's. In other rows place 0 stays what it is.
+            # In a row with such a class in the block, all places are those of such classes. In other rows, the logit at
+            # place 0 does not change.
             value = torch.where(places.some, -math.inf, student.gather(1, places.at))
             student.scatter_(1, places.at, value)
 
@@ -171,6 +173,7 @@ class CompactClassBlocks(ClassBlocks):
         if ids is not None and self.sparse.ids_CK is not None:
             is_label = self.sparse.ids_CK[rows] == self.labels_N[rows, None]
             g_RK = found.gradient_on_ids(is_label, a_R1, b_R1, self.caps[0]).to(out.dtype)
-            # A place that is not this class's gets what is written there anyway, or what stands there already.
+            # A class outside of the block writes to another class's place: the same value as that class, or the old
+            # one.
             otherwise = torch.where(ids.some, g_RK.gather(1, ids.one), out[:, :1]).expand_as(g_RK)
             out.scatter_(1, ids.at, torch.where(ids.inside, g_RK, otherwise))

@@ -10,11 +10,11 @@ from torch import Tensor
 
 
 class Compiler:
-    """`torch.compile`, once for each function and kind of argument. Where that fails, eager mode after one warning.
+    """`torch.compile`, once for each function and kind of argument. If it fails, eager mode after one warning.
 
     Row counts and class counts are symbolic, so a step with another number of rows compiles nothing. Each entry is a
     copy of the function's code, because the limit on recompilations counts per code object. No two arguments may share
-    memory: compiled code would read the second from its place in the first call.
+    memory: compiled code would read the second one where it was in the first call.
     """
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ class Compiler:
         compiled = torch.compile(types.FunctionType(code, function.__globals__, name), dynamic=True)
         try:
             result = compiled(*args)
-        except Exception as error:  # What a missing or broken compiler raises differs from release to release.
+        except Exception as error:  # The error of a missing or broken compiler differs between releases.
             self._failed = True
             reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             warnings.warn(f"torch.compile does not work here, using eager PyTorch: {reason}", stacklevel=2)
@@ -42,7 +42,7 @@ class Compiler:
 
 
 def layout(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """What compiled code relies on: dtypes, packed rows, and which sizes and strides are equal."""
+    """The properties on which compiled code relies: dtypes, packed rows, and which sizes and strides are equal."""
     sizes = [n for x in tensors if x is not None for n in (x[0].numel(), *x.shape[1:], *x.stride())]
     return tuple(None if x is None else x.dtype for x in tensors), tuple(sizes.index(n) for n in sizes)
 

@@ -1,4 +1,4 @@
-"""What a compiled Triton kernel costs a GPU, read from its machine code: registers, spills, loops and their accesses.
+"""Read from its machine code what a compiled Triton kernel costs: registers, spills, loops and their accesses.
 
 NVIDIA's cubin goes through `cuobjdump` and `nvdisasm`, which Triton's wheel contains; AMD's assembly is text already.
 No GPU is needed. A *hot loop* is a set of basic blocks that can all reach each other. Nested loops count as one.

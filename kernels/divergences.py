@@ -4,10 +4,10 @@ With x = z_S / T and q = softmax(x), let w = dD / d(log q) with every log q_v ta
 
     dD/dx_v = w_v - q_v * sum(w)          and          d(log q)/dz = (d(log q)/dx) / T
 
-so a divergence is fully described by what each class adds to it and its w. Adding any multiple of q to w changes
-nothing: such terms are left out. Both functions of a divergence take log p, log q, p, q of some classes, and skew s and
-beta b, and return the classes' terms of D (nats) and w. The one for Triton also takes LOG2, the GPU's logarithm; it
-takes that of ratios like m/q, not of m, which makes an approximate one exact enough: log(q/m) is of the order of 1.
+so a divergence is fully described by each class's term of it and w. Adding any multiple of q to w changes nothing, so
+such terms are left out. Both functions of a divergence take log p, log q, p, q of some classes, and skew s and beta b,
+and return the classes' terms of D (nats) and w. The one for Triton also takes LOG2, the GPU's logarithm. It is applied
+to ratios such as m/q, not to m: log(q/m) is of the order of 1, so an approximate logarithm is exact enough.
 
     forward_kl        KL(p, q)                                    w = -p
     reverse_kl        KL(q, p)                                    w = q log(q/p)
@@ -17,7 +17,7 @@ takes that of ratios like m/q, not of m, which makes an approximate one exact en
                       m = b p + (1-b) q
     tvd               1/2 sum |p - q|                             w = 1/2 q sign(q - p)
 
-`row_first.py` has those of which a class's terms need numbers of the whole row first.
+`row_first.py` has divergences whose terms need numbers of the whole row first.
 
 Skew divergences: Ko et al., DistiLLM, arXiv 2402.03898. Generalised JSD and its ends (b = 0 is forward KL, b = 1
 reverse KL: the limits of D/b and D/(1-b)): Agarwal et al., GKD, arXiv 2306.13649. TVD: Wen et al., f-DISTILL,
@@ -73,7 +73,7 @@ def skew_forward_kl(log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor, skew: An
 
 @jit
 def skew_forward_kl_triton(log_p, log_q, p, q, skew, beta, LOG2):
-    # m = p u. Where q/p is beyond 2^126, p is below all normal numbers and adds nothing.
+    # m = p u. If q/p is above 2^126, p is below all normal numbers and adds nothing.
     bits = tl.minimum((log_q - log_p) * LOG2E, 126.0, propagate_nan=tl.PropagateNan.ALL)
     log2_u = LOG2(skew + (1 - skew) * tl.exp2(bits))
     return p * log2_u * -LN2, (skew - 1) * q * tl.exp2(-log2_u)
@@ -87,7 +87,7 @@ def skew_reverse_kl(log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor, skew: An
 
 @jit
 def skew_reverse_kl_triton(log_p, log_q, p, q, skew, beta, LOG2):
-    # m = q u. Where p/q is beyond 2^126, q is below all normal numbers and adds nothing.
+    # m = q u. If p/q is above 2^126, q is below all normal numbers and adds nothing.
     bits = tl.minimum((log_p - log_q) * LOG2E, 126.0, propagate_nan=tl.PropagateNan.ALL)
     log2_u = LOG2(skew + (1 - skew) * tl.exp2(bits))
     value = q * log2_u * -LN2
@@ -113,7 +113,7 @@ def jsd_triton(log_p, log_q, p, q, skew, beta, LOG2):
 
 def tvd(log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor, skew: Any, beta: Any) -> tuple[Tensor, Tensor]:
     difference = q - p
-    # Equal but for rounding counts as equal: the sign of noise would be a gradient as large as any.
+    # Equal up to rounding counts as equal: otherwise the sign of rounding noise would give a full gradient.
     distinct = difference.abs() > 32 * torch.finfo(q.dtype).eps * q
     return 0.5 * difference.abs(), 0.5 * q * difference.sign() * distinct
 
@@ -128,15 +128,15 @@ def tvd_triton(log_p, log_q, p, q, skew, beta, LOG2):
 
 @dataclass(frozen=True)
 class RowFirst:
-    """What is known of a row before the terms of its classes are, see `row_first.py`: in PyTorch, and for Triton.
+    """The numbers of a row that a divergence needs before its classes' terms: see `row_first.py`.
 
     Args:
-        sums: (log_p, log_q, p, q, head) -> what classes add to three sums.
+        sums: (log_p, log_q, p, q, head) -> the classes' terms of three sums.
         settle: the sums -> the three numbers that `Formula.terms` takes in place of skew and beta.
         sums_triton: `sums`; None without Triton.
         settle_triton: `settle`; None without Triton.
-        head: whether the row is first divided into a head and a tail; `head` is else None.
-        every_class: whether D needs every class by itself, so that none may be known as part of a rest.
+        head: whether the row is first divided into a head and a tail; if not, `sums` gets None for `head`.
+        every_class: whether D needs every class by itself, so that no classes may be combined in a bucket.
     """
 
     sums: Callable[..., Three]
@@ -149,15 +149,15 @@ class RowFirst:
 
 @dataclass(frozen=True)
 class Formula:
-    """A divergence's two functions, each of which gives the classes' terms of D and w.
+    """A divergence's two functions, in PyTorch and for Triton, which return the classes' terms of D and w.
 
     Args:
-        name: of the divergence.
+        name: the divergence's name.
         terms: in PyTorch: (log_p, log_q, p, q, skew, beta) -> terms of D in nats, and w.
         triton: the same for Triton, with the GPU's logarithm as one more argument; None without Triton.
-        one_read: "teacher" or "student" where D is a sum over that side's probabilities of log-probabilities alone, and
-            w needs nothing besides but D. The Triton kernel then has both after one read of the logits. Else None.
-        row_first: where the terms need numbers of the whole row; w is then dD/dx. Else None.
+        one_read: "teacher" or "student" if D is the mean of log-probabilities under that side's distribution, and w
+            needs nothing else but D. The Triton kernel then has both after one read of the logits. Else None.
+        row_first: given if the terms need numbers of the whole row; w is then dD/dx. Else None.
     """
 
     name: str
@@ -168,7 +168,7 @@ class Formula:
 
 
 def _csd(name: str, weights: str) -> Formula:
-    """One of the weightings of concrete score distillation: ss, ts, us or uu."""
+    """One weighting of concrete score distillation: ss, ts, us or uu."""
     of = functools.partial(getattr, row_first)
     sums = {"ss": "csd_sums", "ts": "csd_ts_sums"}.get(weights, "csd_us_sums")
     settle = "of_one" if "u" in weights else "as_they_are"
@@ -206,7 +206,7 @@ FORMULAS = {
 }
 """Name -> formula of every divergence that runs on all backends."""
 
-# Where a mixture is one of its ends, the divergence is a plain KL, and exact where the other side underflows.
+# At the ends of skew and beta, the divergence is a plain KL, which is also exact where the other side underflows.
 _LIMITS = {
     ("skew_forward_kl", "skew", 0.0): "forward_kl",
     ("skew_reverse_kl", "skew", 0.0): "reverse_kl",

@@ -16,7 +16,7 @@ def jit(function: Callable[..., Any]) -> Any:
 
 
 def constexpr(value: float) -> Any:
-    """A number that functions of `jit` may use from their module; itself without Triton."""
+    """A module's number that functions of `jit` may use; without Triton, the number itself."""
     return value if triton is None else tl.constexpr(value)
 
 

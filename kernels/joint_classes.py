@@ -1,10 +1,9 @@
-"""Rows whose classes are divided over several `ClassBlocks`: what each found, joined into what one would have found.
+"""Rows whose classes are divided over several `ClassBlocks`: join the parts' results into those of a single one.
 
 Shape letters: N rows, F numbers of a row, P parts.
 
-Every part joins the numbers of all parts itself, in one order for every number and row: so the parts stay the same to
-the bit, and a sum of the student's equals the same sum of the teacher's where the two are equal. How the numbers reach
-the parts is the caller's business.
+Every part joins the numbers of all parts itself, in the same order for every number and row. So all parts have the same
+results, bit for bit, and equal rows of student and teacher have equal sums. The caller sends the numbers to the parts.
 """
 
 from collections.abc import Sequence
@@ -16,13 +15,13 @@ from .class_blocks import ClassBlocks
 
 
 def _names(loss: ClassBlocks) -> list[str]:
-    """What a part knows after `read`."""
+    """The fields that a part knows after `read`."""
     origins = ["origin_S", "origin_T"] if loss.crosses else []
     return ["label", *origins, *dict.fromkeys(loss.read_sums.values()), *loss.read_sums]
 
 
 def state_of(loss: ClassBlocks) -> Tensor:
-    """What a part knows once it has read its classes.
+    """A part's numbers after it has read its classes.
 
     Args:
         loss: the part.
@@ -34,17 +33,17 @@ def state_of(loss: ClassBlocks) -> Tensor:
 
 
 def join_states(loss: ClassBlocks, states_PFN: Tensor, first: int) -> None:
-    """Give a part, in place of what it knows, what all parts know together.
+    """Replace a part's numbers by those of all parts together.
 
     Args:
         loss: the part.
-        states_PFN: what `state_of` gave in each.
+        states_PFN: the result of `state_of` in each part.
         first: the part that has class 0, from which one-read divergences measure.
     """
     known = dict(zip(_names(loss), states_PFN.unbind(1)))
     if loss.crosses:
         of_S, of_T = known["origin_S"], known["origin_T"]
-        # The two differences first: they are equal where the two sides are, however large.
+        # The two differences come first: if the two sides are equal, so are these, however large.
         moved_PN = (of_S - of_S[first]) - (of_T - of_T[first])
         known["cross"] = known["cross"] + known["sum_T" if loss.side == "teacher" else "sum_K"] * moved_PN
         loss.state["origin_S"].copy_(of_S[first])
@@ -55,7 +54,7 @@ def join_states(loss: ClassBlocks, states_PFN: Tensor, first: int) -> None:
         lower[name] = known[name] - maximum_N
         loss.state[name].copy_(maximum_N)
     known["product_S"] = known["product_S"] + known["sum_S"] * lower["max_S"]
-    # A label is in one part, and 0 in the others.
+    # A label's logit is in one part, and 0 in the others.
     moved = [known["label"]]
     for name, maximum in loss.read_sums.items():
         scale = 1.0 if name in ("sum_S", "product_S") else loss.inverse_t
@@ -65,10 +64,10 @@ def join_states(loss: ClassBlocks, states_PFN: Tensor, first: int) -> None:
 
 
 def terms_of(loss: ClassBlocks) -> Tensor:
-    """What a part adds to D and, where there is a pass for it, to sum(w).
+    """A part's share of D and, if there is a pass for it, of sum(w).
 
     Args:
-        loss: the part, after `weigh`, or after `write` where D is found there.
+        loss: the part, after `weigh`, or after `write` if that one computes D.
 
     Returns:
         [1 or 2, N].
@@ -77,33 +76,33 @@ def terms_of(loss: ClassBlocks) -> Tensor:
 
 
 def join_terms(loss: ClassBlocks, terms_PFN: Tensor) -> None:
-    """Give a part D and sum(w) of all.
+    """Set a part's D and sum(w) to those of all parts together.
 
     Args:
         loss: the part.
-        terms_PFN: what `terms_of` gave in each.
+        terms_PFN: the result of `terms_of` in each part.
     """
     join_sums(loss, terms_PFN, ("divergence", "weight"))
 
 
 def join_sums(loss: ClassBlocks, sums_PFN: Tensor, names: Sequence[str]) -> None:
-    """Give a part some plain sums of all.
+    """Set some plain sums of a part to those of all parts together.
 
     Args:
         loss: the part.
-        sums_PFN: what `sums_of` gave in each.
-        names: of the fields.
+        sums_PFN: the result of `sums_of` in each part.
+        names: the fields' names.
     """
     for name, total in zip(names, _total(sums_PFN)):
         loss.state[name].copy_(total)
 
 
 def sums_of(loss: ClassBlocks, names: Sequence[str]) -> Tensor:
-    """What a part adds to some plain sums.
+    """A part's share of some plain sums.
 
     Args:
         loss: the part.
-        names: of the fields.
+        names: the fields' names.
 
     Returns:
         [F, N].
@@ -112,7 +111,7 @@ def sums_of(loss: ClassBlocks, names: Sequence[str]) -> Tensor:
 
 
 def _total(parts: Tensor) -> Tensor:
-    """Sum over the first dimension. `Tensor.sum` adds some columns in another order than others."""
+    """Sum over the first dimension, in the same order for all columns, which `Tensor.sum` does not guarantee."""
     while len(parts) > 1:
         half = len(parts) // 2
         parts = torch.cat((parts[:half] + parts[half : 2 * half], parts[2 * half :]))

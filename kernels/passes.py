@@ -1,13 +1,13 @@
-"""The functions of V-wide tensors that make up the row loss. `torch.compile` turns each into loops.
+"""The functions of V-wide tensors of which the row loss consists. `torch.compile` turns each into loops.
 
 Shape letters: R rows, V classes, S student, T teacher, P pieces of a row, W classes of a piece.
 
 With the teacher's logits there are three: `statistics` (maxima and sums of exponentials), `reduction` (D and sum(w))
 and `gradient`; divergences that need numbers of the row first have `mass_from` and `row_sums` besides. With a teacher
-known at few classes there are two: `tempered_statistics` and `tempered_gradient`. Eager PyTorch runs them as they
-stand; compiled, they need no V-wide temporary. Logarithms of sums, and single classes, are left to the caller: work on
-[R, 1] tensors between V-wide loops would keep the compiler from joining the loops, and a one-hot row costs a third of
-the gradient's time.
+known at few classes there are two: `tempered_statistics` and `tempered_gradient`. They also run in eager PyTorch;
+compiled, they need no V-wide temporary. Logarithms of sums, and single classes, are left to the caller: work on [R, 1]
+tensors between V-wide loops would keep the compiler from joining the loops, and a one-hot row would cost a third of the
+gradient's time.
 
 A compiled loop adds a row's terms one after the other, so small ones are lost once the sum is large; eager PyTorch adds
 in pairs. Reductions therefore take pieces of a row, which `merge` joins.
@@ -42,7 +42,7 @@ def _student_sums(z: Tensor, inverse_t: Tensor | float, temperature_kind: str) -
     maximum = z.amax(-1, keepdim=True)
     z = z - maximum
     e_t = torch.exp(z * inverse_t)
-    # One exponential is enough at the temperatures that people use.
+    # One exponential is enough at the usual temperatures, 1 and 2.
     e = e_t if temperature_kind == "one" else e_t * e_t if temperature_kind == "two" else torch.exp(z)
     return maximum.squeeze(-1), e.sum(-1), (e * z).sum(-1), e_t.sum(-1)
 
@@ -114,7 +114,7 @@ def crossed_statistics(
 
 
 class Normalisers(NamedTuple):
-    """What turns a row's logits into log-probabilities at the temperature: each [R, 1].
+    """The numbers that turn a row's logits into log-probabilities at the temperature: each [R, 1].
 
     Attributes:
         max_S: the student's largest logit.
@@ -154,7 +154,7 @@ class Headed(NamedTuple):
 def row_sums(
     student: Tensor, teacher: Tensor, n: Headed, caps: Caps, inverse_t: Tensor, sums: Callable[..., Three]
 ) -> Three:
-    """What pieces [R, P, W] add to the three sums that a divergence needs first, each [R, P]."""
+    """Terms of pieces [R, P, W] of the three sums that a divergence needs first, each [R, P]."""
     max_S, log_sum_S, max_T, log_sum_T, head = (x[..., None] for x in n)
     log_q, q = log_probabilities(student, caps[0], max_S, log_sum_S, inverse_t)
     log_p, p = log_probabilities(teacher, caps[1], max_T, log_sum_T, inverse_t)
@@ -179,7 +179,7 @@ def reduction(
     beta: Tensor,
     terms: Terms,
 ) -> tuple[Tensor, Tensor]:
-    """What pieces [R, P, W] add to D and sum(w), each [R, P]; normalisers [R, P] too, or the loops do not join."""
+    """Terms of pieces [R, P, W] of D and sum(w), each [R, P]. Normalisers are [R, P], so that loops can be joined."""
     max_S, log_sum_S, max_T, log_sum_T, *settled = (x[..., None] for x in n)
     log_q, q = log_probabilities(student, caps[0], max_S, log_sum_S, inverse_t)
     log_p, p = log_probabilities(teacher, caps[1], max_T, log_sum_T, inverse_t)
@@ -232,7 +232,7 @@ def student_gradient(
 
 def _rest_logits(stored: Tensor, cap: Tensor | None, apart: bool) -> Tensor:
     z = logits(stored, cap)
-    # A softcap would give the classes that are left out, -inf, a logit like any other.
+    # A softcap would turn -inf, the mark of classes that are left out, into an ordinary logit.
     return torch.where(stored == -math.inf, LOGIT_FLOOR, z) if apart and cap is not None else z
 
 

@@ -1,4 +1,4 @@
-"""How a block of rows is walked through: rows that stay in the CPU's caches, and pieces of them for compiled sums.
+"""How a block of rows is processed: in blocks of rows that fit in the CPU's caches, and in pieces for compiled sums.
 
 Shape letters: R rows of a block, V classes, P pieces of a row, W classes of a piece.
 """
@@ -17,7 +17,7 @@ _BLOCK_BYTES = {"cpu": 24 << 20}
 _BLOCK_BYTES_ELSEWHERE = 256 << 20
 EAGER_BUFFERS = 10
 """V-wide tensors of the compute dtype that are alive at once in eager mode."""
-# Classes that compiled code may add up in a row.
+# The most classes that compiled code may add up one after the other.
 _PIECE = 2048
 ALIGNMENT = 16
 """Rows whose stride is a multiple of this many elements can be read and written 128 bits at a time."""
@@ -50,20 +50,20 @@ def row_blocks(student_CV: Tensor, teacher_CV: Tensor | None, compiled: bool) ->
 
 
 class Pieces:
-    """Runs functions of a block of rows, eager or compiled, the reductions among them on pieces of each row.
+    """Runs functions of a block of rows, eager or compiled; reductions run on pieces of each row.
 
-    compiled: whether it compiles. run: calls a function with a key that says what compiled code relies on.
+    compiled: whether it compiles. run: calls a function with a key that says on what compiled code relies.
 
     Args:
-        rows: of a chunk. One row would compile once more: sizes 0 and 1 are never symbolic.
-        classes: of each row.
+        rows: number of rows of a chunk. A single row is not compiled: sizes 0 and 1 are never symbolic.
+        classes: number of classes of each row.
         compiled: whether it may compile.
     """
 
     def __init__(self, rows: int, classes: int, compiled: bool) -> None:
         self.compiled = compiled and rows > 1 and classes > 3
         self.run: Callable[..., Any] = _compile if self.compiled else eager
-        # Of the numbers of pieces with a few thousand classes each, the one that leaves the fewest classes over.
+        # The number of pieces, of a few thousand classes each, that leaves the fewest classes over.
         numbers = range(max(2, classes // (2 * _PIECE)), max(3, classes // _PIECE))
         self.number = min(numbers, key=lambda n: (classes % n, classes // n % ALIGNMENT)) if self.compiled else 1
 

@@ -1,21 +1,22 @@
-"""Divergences of which a class's terms need numbers of the whole row first, as `divergences.py` has those without.
+"""Divergences whose terms need numbers of the whole row first. `divergences.py` has the others.
 
-Each has three functions. `sums` gives what a class adds to three sums over the row; `settle` makes three numbers a, b,
-c of these; `terms` takes the numbers and gives the class's terms of D and of dD/dx itself, which add up to 0 over the
-row: no sum(w) is needed. d = log(q/p) differs from the difference of the logits over T by a constant of the row.
+Each has three functions. `sums` returns a class's terms of three sums over the row; `settle` computes three numbers a,
+b, c from the sums; `terms` takes these numbers and returns the class's terms of D and of dD/dx itself, which add up to
+0 over the row, so that no sum(w) is needed. d = log(q/p) differs from the difference of the logits over T by a constant
+of the row.
 
     csd           1/4 sum_v sum_u w1_v w2_u (d_v - d_u)^2, w1 and w2 constant in the gradient
                   dD/dx = 1/2 [w2 (d - E1) + w1 (d - E2)],  E = sum(w d)
                   csd: w1 = w2 = q. csd_ts: p, q. csd_us: u, q. csd_uu: u, u, with u = 1 / number of classes
     adaptive_kl   g KL(p, q) + (1-g) KL(q, p), g constant in the gradient: the share of the head in sum |p - q|
 
-Concrete score distillation: Kim et al., arXiv 2509.25837, with the factor of the authors' code. With T^2 before it the
-gradient is w2 (d - E1) + w1 (d - E2) over 2 of raw logits, w at temperature T, as there. u leaves out the classes that
-either side rules out. The gradient of `csd` is in exact arithmetic that of the reverse KL.
+Concrete score distillation: Kim et al., arXiv 2509.25837, with the factor of the authors' code. Multiplied by T^2, its
+gradient is [w2 (d - E1) + w1 (d - E2)] / 2 of raw logits, with w at temperature T, as in their code. u leaves out
+classes with a logit of -inf on either side. In exact arithmetic, the gradient of `csd` is that of the reverse KL.
 
-Adaptive KL: Wu et al., arXiv 2404.02657, head and tail as the authors' code cuts them: the head has the likeliest
-classes of the teacher whose probabilities add up to at most 1/2, and the likeliest in any case. Classes that are
-equally likely are in the same part.
+Adaptive KL: Wu et al., arXiv 2404.02657, with head and tail as in the authors' code: the head has the teacher's
+likeliest classes whose probabilities add up to at most 1/2, and always the likeliest one. Equally likely classes are in
+the same part.
 """
 
 from collections.abc import Callable
@@ -26,12 +27,12 @@ from torch import Tensor
 
 from .jit import constexpr, jit, tl
 
-# Of a class that is ruled out, log(q/p) is of the order of 1e30: its square would not be finite.
+# For a class with a logit of -inf, log(q/p) is of the order of 1e30: its square would not be finite.
 _FAR = 1e15
 FAR = constexpr(_FAR)
 HEAD_MASS = 0.5
 """Probability of the head, at most, if it is more than the likeliest class."""
-# No class that takes part is less likely than e to the minus this.
+# Classes that are less likely than e^-NATS do not take part.
 NATS = 128.0
 Three = tuple[Tensor, Tensor, Tensor]
 
@@ -170,7 +171,7 @@ def adaptive_kl_sums_triton(log_p, log_q, p, q, head):
 
 def shares(a: Tensor, b: Tensor, c: Tensor) -> Three:
     total = a + b
-    # Equal rows have no gap, and no gradient whatever the share is.
+    # Equal rows have no gap; then the share does not matter, because the gradient is 0.
     share = torch.where(total > 0, a / total.clamp(min=torch.finfo(a.dtype).tiny), 0.5)
     return share, 1 - share, c
 
@@ -196,7 +197,7 @@ def adaptive_kl_triton(log_p, log_q, p, q, a, b, c):
 class HeadSearch:
     """Finds where the head of each row begins, without sorting it: by bisection on the bits of -log p.
 
-    Floats above 0 are ordered as their bits are, so 31 looks at a row of float32 find the last one that will do.
+    Floats above 0 are ordered like their bits, so 31 looks at a row of float32 find the exact border.
 
     Args:
         likeliest: [R, 1] log p of each row's likeliest class.
@@ -206,7 +207,7 @@ class HeadSearch:
         self.likeliest = likeliest
         integer = torch.int64 if likeliest.dtype == torch.float64 else torch.int32
         self.looks = looks(likeliest.dtype)
-        # The head fits at `low` and no more at `high`. At -1 it has no class; nothing is less likely than e^-128.
+        # The head fits at `low` but not at `high`. At -1 it has no class; at `high` all that take part.
         self.low = torch.full_like(likeliest, -1, dtype=integer)
         self.high = torch.full_like(likeliest, NATS).view(integer)
 
@@ -220,11 +221,11 @@ class HeadSearch:
 
     @property
     def begin(self) -> Tensor:
-        """[R, 1] log p of which the mass of all classes that are as likely or likelier is asked for."""
+        """[R, 1] the log p for the next look: the mass of all classes that are at least as likely is needed."""
         return self._at(self._middle)
 
     def narrow(self, mass: Tensor) -> None:
-        """Go on after a look.
+        """Take the result of a look.
 
         Args:
             mass: [R, 1] probability of all classes whose log p is at least `begin`.
@@ -235,7 +236,7 @@ class HeadSearch:
 
     @property
     def head(self) -> Tensor:
-        """[R, 1] log p from which on a class is in the head, after all looks."""
+        """[R, 1] the lowest log p of a class in the head, after all looks."""
         return torch.minimum(self._at(self.low), self.likeliest)
 
 
@@ -245,14 +246,14 @@ def looks(dtype: torch.dtype) -> int:
 
 
 def find_head(likeliest: Tensor, mass_from: Callable[[Tensor], Tensor]) -> Tensor:
-    """Find where the head of each row begins, where all of a row can be looked at at once.
+    """Find where the head of each row begins, if whole rows are available.
 
     Args:
         likeliest: [R, 1] log p of each row's likeliest class.
-        mass_from: log p [R, 1] -> [R, 1] probability of all classes that are as likely or likelier.
+        mass_from: log p [R, 1] -> [R, 1] probability of all classes that are at least as likely.
 
     Returns:
-        [R, 1] log p from which on a class is in the head.
+        [R, 1] the lowest log p of a class in the head.
     """
     search = HeadSearch(likeliest)
     for _ in range(search.looks):

@@ -1,4 +1,4 @@
-"""What is asked of rows, what they give, and the numbers that all of them share, however their logits come.
+"""Inputs and outputs of row functions, and the numbers that all rows of a loss share.
 
 Shape letters: C rows of a chunk, R rows of a block.
 """
@@ -42,7 +42,7 @@ class RowValues(NamedTuple):
 
 
 class RowBackend(Protocol):
-    """`distillation_rows` and its equals."""
+    """The signature of `distillation_rows` and its equivalents on other backends."""
 
     def __call__(
         self,
@@ -61,12 +61,12 @@ class RowBackend(Protocol):
 
 
 class RowNumbers:
-    """The numbers that all rows of a loss share, as its passes in PyTorch take them.
+    """The numbers that all rows of a loss share, in the form that its passes in PyTorch take.
 
     Args:
         divergence: D, or None.
         coefficients: weights of cross-entropy and D, and the temperature.
-        softcaps: of the student's logits and the teacher's, each above 0 or None.
+        softcaps: softcaps of the student's and the teacher's logits, each above 0 or None.
         compute: dtype of the sums.
         device: where the rows are.
     """
@@ -82,7 +82,7 @@ class RowNumbers:
         self.divergence, self.coefficients, self.compute = divergence, coefficients, compute
         t = coefficients.temperature
         self.temperature_kind = "one" if t == 1 else "two" if t == 2 else "other"
-        # As tensors, because a compiled function would be specialised to a Python float.
+        # As tensors, because a compiled function would be specialised to the value of a Python float.
         number = functools.partial(torch.full, (), dtype=compute, device=device)
         self.inverse_t = number(1 / t)
         of_student, of_teacher = (None if cap is None else number(cap) for cap in softcaps)
@@ -112,7 +112,7 @@ class RowNumbers:
             log_sum_1: [R, 1] the same at temperature 1, relative to the same maximum.
 
         Returns:
-            a times the ratio of the two powers' constants; a itself at temperatures where q_1 is no power of q.
+            a times the ratio of the two normalising constants; a itself at temperatures where q_1 is not a power of q.
         """
         power = {"one": 1, "two": 2, "other": 0}[self.temperature_kind]
         return a_R1 * (power * log_sum_t - log_sum_1).exp() if power else a_R1
@@ -121,7 +121,7 @@ class RowNumbers:
         """Find the derivative of the student's softcap.
 
         Args:
-            z: its logits after it.
+            z: the logits after the softcap.
 
         Returns:
             The derivative at each of them.

@@ -1,9 +1,9 @@
-"""The row loss in PyTorch, eager or compiled: a few passes over a block of rows that stays in the CPU's caches.
+"""The row loss in PyTorch, eager or compiled: a few passes over blocks of rows that fit in the CPU's caches.
 
 Shape letters: C rows of a chunk, R rows of a block, V classes, S student, T teacher, K classes that both have, P pieces
 of a row, B buckets of classes. `passes.py` has the V-wide functions; this file has the work between them.
 
-One file, because a teacher with logits and one known at few classes share blocks, pieces and the joining of both.
+One file, because the losses with a teacher's logits and with a compact teacher share blocks, pieces and their joining.
 """
 
 import functools
@@ -95,7 +95,7 @@ def compact_rows(
 ) -> RowValues:
     """The values and gradient of `distillation_rows` with a teacher that is known at few classes.
 
-    There are no teacher logits, and the student's are passed over twice instead of three times.
+    There are no teacher logits, and the student's are read twice instead of three times.
 
     Args:
         student_logits_CV: [C, V] before the softcap, any float dtype; overwritten where `divergence.apart`.
@@ -282,7 +282,8 @@ class _RowLoss(RowNumbers):
         label_S = student_RV.gather(1, labels_R1)
         ids_S = label_S[:, :0] if ids_RK is None else student_RV.gather(1, ids_RK)
         if apart and ids_RK is not None:
-            # The rest's mass is then a sum of its own: 1 minus the mass of the others has no digits where it is small.
+            # So the rest's mass is a sum of its own: if it is small, 1 minus the others' mass would have no digits
+            # left.
             student_RV.scatter_(1, ids_RK, -math.inf)
         options = (cap, self.inverse_t, self.temperature_kind)
         pieces_RP = self.pieces.reduce(key, tempered_statistics, (student_RV,), *options, apart)
@@ -303,7 +304,7 @@ class _RowLoss(RowNumbers):
         self.run(key, tempered_gradient, student_RV, *shared, target)
         self._write_label(out, labels_R1, label_S, at_label, a_R1)
         if ids_RK is not None:
-            # Written, not added: a class that occurs twice gets the same exact value twice, rounded once.
+            # Written, not added: a class that occurs twice gets the same value twice, rounded once.
             out.scatter_(1, ids_RK, found.gradient_on_ids(ids_RK == labels_R1, a_R1, b_R1, cap).to(out.dtype))
         return found.divergence, cross_entropy, found.entropy
 

@@ -1,9 +1,9 @@
-"""The row loss with the logits of both sides standardised before the temperature, by whichever row function.
+"""The row loss with the logits of both sides standardised before the temperature, for any row function.
 
 Shape letters: C rows of a chunk, R rows of a block, V classes, K classes that student and teacher both have.
 
-In D alone, logits z become y = (z - mean) / deviation of their row, over the classes that the side does not rule out
-(Sun et al., arXiv 2403.01427). The row function gives D and G = dD/dy; with K classes
+Only in D, logits z become y = (z - mean) / deviation, over the classes of the row whose logit is not -inf (Sun et al.,
+arXiv 2403.01427). The row function gives D and G = dD/dy; with K classes
 
     dD/dz = (G - mean(G) - y mean(G y)) / deviation
 
@@ -18,14 +18,14 @@ from .passes import LOGIT_FLOOR, logits
 from .pieces import EAGER_BUFFERS, block_bytes
 from .row_numbers import RowBackend, RowCoefficients, RowValues
 
-# A row whose classes are all alike is no further from its mean than this.
+# The lowest deviation to divide by: in a row with a lower one, all classes are equal up to rounding.
 _LEAST = 1e-7
 STANDARDISING = 2
 """How many times `EAGER_BUFFERS` are alive at once, those of the row function among them."""
 
 
 class _Standardised:
-    """Some rows of one side, standardised: y is `LOGIT_FLOOR` where a class is ruled out."""
+    """Some rows of one side, standardised: y is `LOGIT_FLOOR` for a logit of -inf."""
 
     def __init__(self, stored: Tensor, softcap: float | None) -> None:
         cap = None if softcap is None else torch.full((), softcap, device=stored.device)
@@ -41,7 +41,7 @@ class _Standardised:
         return torch.where(self.there, x, 0).sum(1, keepdim=True) / self.count
 
     def on_logits(self, g: Tensor, softcap: float | None) -> Tensor:
-        """The gradient on the stored logits, of one on y."""
+        """Convert a gradient on y to one on the stored logits."""
         y = torch.where(self.there, self.y, 0)
         g = torch.where(self.there, g - self._of(g) - y * self._of(g * y), 0) / self.deviation
         return g if softcap is None else g * (1 - ((y * self.deviation + self.mean) / softcap).square())

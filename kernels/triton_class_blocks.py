@@ -2,9 +2,9 @@
 
 Shape letters: N rows, R some of them, B classes of a block, S student, T teacher, K classes that both have.
 
-The state is one tensor, [fields, N], so that a kernel takes one pointer to it and reaches row n's field f at f N + n. A
-program adds up its classes as `triton_sums.py` says, and joins them with the row's state at the end. What it needs of
-the state it has read before the sums over its threads, whose barriers keep what it writes behind.
+The state is one tensor, [fields, N], so that a kernel takes one pointer to it and finds row n's field f at f N + n. A
+program adds up its classes as described in `triton_sums.py`, and joins them with the row's state at the end. It reads
+the state before the sums over its threads: their barriers ensure that nothing is overwritten before it is read.
 """
 
 from typing import Any

@@ -297,7 +297,7 @@ def is_hopper(device: torch.device) -> bool:
 
 
 def _readable(logits: Tensor, padding_is_scratch: bool) -> int:
-    """Columns of a row that the kernel may touch: where scratch follows each row, up to the next aligned one."""
+    """Columns of a row that the kernel may access: up to the next aligned one, if the gap between rows is scratch."""
     classes, stride = logits.shape[1], logits.stride(0)
     aligned = -(-classes // ALIGNMENT) * ALIGNMENT
     return aligned if padding_is_scratch and stride >= aligned else classes
@@ -323,7 +323,7 @@ def distillation_rows_triton(
     """
     C, V = student_logits_CV.shape
     device = student_logits_CV.device
-    # A dummy stands for what is switched off: the kernel never touches it.
+    # A dummy replaces tensors that are switched off: the kernel never accesses it.
     teacher = student_logits_CV if teacher_logits_CV is None else teacher_logits_CV
     gradient = student_logits_CV if gradient_CV is None else gradient_CV
     weights = labels_C if row_weights_C is None else row_weights_C.to(torch.float32).contiguous()

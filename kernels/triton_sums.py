@@ -1,8 +1,8 @@
 """What the Triton kernels share: logits as they are read, log-probabilities, and the running sums of a thread.
 
-A thread keeps a running maximum m and sums relative to it. The neighbouring logits that it reads at once, 128 bits,
-have their maximum taken first: it moves the old sums by exp((m - m') / t) once for all of them, and each logit costs
-one exponential more. Threads are merged after the loop. The exponential at t = 1, for cross-entropy and entropy, is the
+A thread keeps a running maximum m and sums relative to it. Of the neighbouring logits that it reads at once, 128 bits,
+it takes the maximum first: then the old sums are multiplied once by exp((m - m') / t), and each logit costs only one
+exponential. Threads are merged after the loop. The exponential at t = 1, for cross-entropy and entropy, is the
 one at T = 1, its square at T = 2, and a second one at any other T.
 """
 

@@ -10,11 +10,14 @@ import sys
 import warnings
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .errors import FaultsError, UserError
+
+if TYPE_CHECKING:
+    from .run.ledger import News
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -111,11 +114,11 @@ def _execute(
     return None
 
 
-def _say_nothing(news: Any) -> None:
+def _say_nothing(news: "News") -> None:
     pass
 
 
-def _say_json(news: Any) -> None:
+def _say_json(news: "News") -> None:
     from .showing import say_json
 
     say_json(event="step", step=news.step, state=news.state, seconds=news.seconds)

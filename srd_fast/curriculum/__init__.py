@@ -1,4 +1,4 @@
-"""Which samples are trained on, and when: curated by difficulty into subsets, then a schedule of stages."""
+"""Which samples are trained on, and when: curation by difficulty into subsets, then a schedule of stages."""
 
 from .curation import CURATION_PRESETS, DEFAULT_SIGNALS, HIGHER_IS_EASIER, KNEE, check_band, curate, replan
 from .plan import METHODS, RANKED, SHUFFLED, CurriculumPlan, Signal

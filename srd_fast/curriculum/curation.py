@@ -1,8 +1,8 @@
 """From scores to a `CurriculumPlan`: signals are ranked, ranks are fused, the easiest are kept and cut into subsets.
 
 Reciprocal rank fusion: Cormack et al., SIGIR 2009; its use for distillation data: SRD, arXiv 2508.06135. The knee,
-which may decide how many are kept: Kneedle, Satopää et al., ICDCS workshops 2011. Samples are rows of columns
-throughout, so ten million of them are ranked and written in a minute and 4 GiB (`python -m benchmarks.curate`).
+which may decide how many are kept: Kneedle, Satopää et al., ICDCS workshops 2011. Samples are rows of Arrow columns
+everywhere, so that ten million are ranked and written in a minute and 4 GiB (`python -m benchmarks.curate`).
 """
 
 import logging
@@ -27,8 +27,8 @@ from .ranking import competition_ranks, knee, places_of, rows_by_text, subset_bo
 logger = logging.getLogger(__name__)
 
 KNEE = "knee"
-# `official` cuts as the authors' code does: int(N * keep / stages) samples a subset. POCL drops
-# none. SE-KD has no curriculum. `learnable` drops what the student knows as well as its teacher does.
+# `official` makes subsets as the authors' code does: of int(N * keep / stages) samples. POCL drops no sample. SE-KD has
+# no curriculum. `learnable` drops samples that the student knows as well as its teacher.
 CURATION_PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"keep": 0.75, "stages": 3, "rrf_k": 60},
     "official": {"keep": 0.75, "stages": 3, "rrf_k": 60, "floor_subsets": True},
@@ -68,33 +68,34 @@ def curate(
 
     The knee (Kneedle; Satopää et al. 2011) is where sorted difficulties begin to rise steeply. The difficulty of a
     sample is the weighted sum of its signals' values, each scaled to 0 (easiest) .. 1 (hardest) between its 1st and
-    99th percentile and clipped. Ranks would not do: they bend at the same place for all data. Kept are the samples up
-    to the point where the curve lies farthest below the straight line from its first to its last point, at least
-    `stages`. If it nowhere lies 5 % of its height below that line, there is no hard tail: all are kept, and a warning
-    says so. Normally distributed difficulties bend at 87 %.
+    99th percentile and clipped. Ranks cannot be used for this: their curve has the same shape for all data. Samples are
+    kept up to the point where the curve is farthest below the straight line from its first to its last point, but at
+    least `stages`. If it is nowhere 5 % of its height below that line, there is no hard tail: all are kept, with a
+    warning. For normally distributed difficulties, 87 % are kept.
 
     Args:
         scores: columns `sample_id` and one for each signal, optionally `reason` (text where a row could not be scored);
             or a parquet file that holds them, of which only these columns are read.
         keep: share of the ranked samples to keep, in (0, 1]; the hardest are dropped. "knee": keep the samples before
-            the hard tail; the plan's `keep` is then the share that this makes.
+            the hard tail; the plan's `keep` is then the resulting share.
         stages: number of subsets, at least 1.
         rrf_k: k above 0 of the score 1 / (k + rank) that a signal gives to a sample.
         signals: column -> Signal, or the weight of one of `reflect`'s own. Default: rouge_l (higher is easier) and
             cross_entropy (lower is easier).
         method: "srd" ranks by difficulty. Two others are controls: "random" ranks at random and keeps the same number;
             "none" keeps every ranked sample, whatever `keep` is, in the first subset, so every stage trains on all.
-        seed: of the random ranking, and of the order "shuffled".
-        floor_subsets: cut subsets of int(N * keep / stages) samples, as the authors' code does. Otherwise sizes differ
+        seed: seed of the random ranking, and of the order "shuffled".
+        floor_subsets: make subsets of int(N * keep / stages) samples, as the authors' code does. Otherwise sizes differ
             by at most 1.
-        order: of the kept samples, from which the subsets are cut; what is dropped does not depend on it. "ranked":
-            the ranking's; "shuffled"; or a signal, the easy end first (of "gap" the large one). It is one of `signals`
-            (weight 0: it does not rank) or one of `reflect`'s own.
-        band: column -> its least and greatest value. A sample outside is dropped before the ranking, whatever the
-            method is, so that `keep` is a share of those within: {"pass_rate": [0.1, 0.9]} leaves out what the student
-            never or always solves.
-        weight_by: a column with p from 0 to 1, such as "pass_rate". In the loss a sample weighs p(1 - p), over the mean
-            of the kept ones (PACED, arXiv 2603.11178); samples that would weigh 0 are dropped as those outside a band.
+        order: the order of the kept samples before they are divided into subsets; it does not affect which are dropped.
+            "ranked": that of the ranking; "shuffled"; or a signal, its easy end first (for "gap" the large values). It
+            must be one of `signals` (with weight 0 it does not rank) or one of `reflect`'s own.
+        band: column -> lowest and highest value. With any method, samples outside are dropped before the ranking, so
+            `keep` is a share of those inside: {"pass_rate": [0.1, 0.9]} drops samples that the student never or always
+            solves.
+        weight_by: a column with p from 0 to 1, such as "pass_rate". A sample's weight in the loss is p(1 - p), divided
+            by the mean over the kept ones (PACED, arXiv 2603.11178); samples with weight 0 are dropped like those
+            outside a band.
 
     Returns:
         The plan.
@@ -132,7 +133,7 @@ def curate(
     rankable = reasons.is_null()
     bad = pc.invert(rankable)
     unscored = pa.RecordBatch.from_arrays([ids.filter(bad), reasons.filter(bad)], schema=REASONS)
-    # Rows in the order of their ids from here on: the sorts are stable, so this is their last tie-break.
+    # From here on, rows are in the order of their ids, which is the last tie-break, because all sorts are stable.
     rows = by_id[rankable.to_numpy(zero_copy_only=False)[by_id]]
     within, outside = _in_band({n: values[n][rows] for n in looked_at}, limits, weight_by)
     outside = pa.RecordBatch.from_arrays([ids.take(rows[~within]), outside], schema=REASONS)
@@ -194,17 +195,17 @@ def curate(
 
 
 def replan(plan: CurriculumPlan, stage: int, scores: Dataset, seed: int = 0) -> CurriculumPlan:
-    """Fill a plan's subsets from `stage` on anew, with new scores.
+    """Fill a plan's subsets from `stage` on again, with new scores.
 
-    The subsets before it stay, and the others keep their sizes. All samples outside those that stay are ranked as
-    `curate` ranks them with the plan's signals: dropped samples may come in, kept ones may go. Those that are kept come
-    in the plan's order. Where the plan has a band and none of them is within it, the plan stays as it is.
+    Earlier subsets stay, and later ones keep their sizes. All samples outside the earlier subsets are ranked again, as
+    `curate` does with the plan's signals: dropped samples may return, and kept ones may be dropped. The kept ones are
+    in the plan's order. If the plan has a band and no sample is inside it, the plan does not change.
 
     Args:
         plan: the old plan.
-        stage: the first subset to fill anew, from 0.
-        scores: columns as for `curate`.
-        seed: of the order "shuffled".
+        stage: the first subset to fill again, from 0.
+        scores: columns as in `curate`.
+        seed: seed of the order "shuffled".
 
     Returns:
         The new plan.
@@ -237,11 +238,11 @@ def replan(plan: CurriculumPlan, stage: int, scores: Dataset, seed: int = 0) -> 
 
 
 def check_band(name: str, given: Any) -> tuple[float, float]:
-    """The limits of a signal's band.
+    """Check and return the limits of a signal's band.
 
     Args:
-        name: of the signal.
-        given: its least and greatest value.
+        name: the signal's name.
+        given: its lowest and highest value.
 
     Raises:
         UserError: they are not two numbers in order.
@@ -255,7 +256,7 @@ def check_band(name: str, given: Any) -> tuple[float, float]:
 def _in_band(
     values: Mapping[str, np.ndarray], limits: Mapping[str, tuple[float, float]], weight_by: str | None
 ) -> tuple[np.ndarray, pa.Array]:
-    """Which rows are within all bands and weigh something, and why each of the others is not."""
+    """Which rows are inside all bands and have a weight above 0, and the reason for each of the others."""
     count = len(next(iter(values.values())))
     within, reasons = np.ones(count, dtype=bool), np.full(count, None, dtype=object)
 
@@ -302,7 +303,7 @@ def _any_within(scores: pa.Table, plan: CurriculumPlan) -> bool:
 
 
 def _weights(ids: pa.Array, p: np.ndarray) -> pa.RecordBatch:
-    """PACED's p(1 - p)."""
+    """The weights of PACED, p(1 - p)."""
     return pa.RecordBatch.from_arrays([ids, pa.array(p * (1 - p))], schema=WEIGHTS)
 
 
@@ -322,7 +323,7 @@ def _signal(name: str, given: Signal | Mapping[str, Any] | float) -> Signal:
 def _columns(
     scores: Dataset | Mapping[str, Sequence[Any]] | str | Path, wanted: set[str]
 ) -> tuple[list[str], pa.Table | Mapping[str, Sequence[Any]]]:
-    """The names of all columns, and at least those of the wanted columns that exist."""
+    """The names of all columns, and the columns themselves: at least those of the wanted ones that exist."""
     if isinstance(scores, (str, Path)):
         try:
             with pq.ParquetFile(scores) as file:

@@ -17,7 +17,7 @@ RANKED, SHUFFLED = "ranked", "shuffled"
 REASONS = pa.schema({"sample_id": TEXT, "reason": TEXT})
 FUSED = pa.schema({"sample_id": TEXT, "score": pa.float64()})
 WEIGHTS = pa.schema({"sample_id": TEXT, "weight": pa.float64()})
-# Attributes of a plan beside its samples; in its file the last two are there where they say something.
+# Attributes of a plan besides its samples. Its file has the last two only if they are set.
 SETTINGS = ("method", "keep", "keep_rule", "stages", "rrf_k", "signals", "order", "band", "weight_by")
 _OPTIONAL = ("band", "weight_by")
 
@@ -38,8 +38,8 @@ class Signal:
 class CurriculumPlan:
     """Which samples are trained on, in which subset, and which are not and why. A plan does not change.
 
-    A plan holds Arrow columns. `subsets`, `dropped`, `unscored`, `fused` and `kept` make Python objects of them when
-    they are first asked for; `subset_columns` are the columns themselves.
+    A plan holds Arrow columns. `subsets`, `dropped`, `unscored`, `fused` and `kept` are converted to Python objects
+    when they are first used; `subset_columns` are the columns themselves.
 
     Args:
         subsets: sample ids, the subset of the first stage first, each in `order`. Later subsets may be empty.
@@ -52,12 +52,12 @@ class CurriculumPlan:
         rrf_k: k of the score 1 / (k + rank).
         signals: column of the scores -> Signal.
         keep_rule: "ratio" if `keep` was given, "knee" if it was found.
-        order: of the kept samples, from which the subsets are cut: "ranked" (from easy to hard), "shuffled", or the
-            signal by which they are sorted.
-        band: column of the scores -> its least and greatest value in a kept sample.
-        weight_by: the column that weights come from, or None.
-        weights: sample_id -> its weight in the loss, where there are any. A trainer divides them by the mean over the
-            kept samples.
+        order: the order of the kept samples before they are divided into subsets: "ranked" (from easy to hard),
+            "shuffled", or the signal by which they are sorted.
+        band: column of the scores -> lowest and highest value of a kept sample.
+        weight_by: the column from which weights are computed, or None.
+        weights: sample_id -> its weight in the loss, if there are any. A trainer divides them by the mean over the kept
+            samples.
 
     Raises:
         UserError: a row of `dropped` or `unscored` lacks its sample_id or reason, or a score or weight is not finite.
@@ -111,7 +111,7 @@ class CurriculumPlan:
 
     @cached_property
     def weights(self) -> dict[str, float]:
-        """sample_id -> weight in the loss; empty where all weigh the same."""
+        """sample_id -> weight in the loss; empty if all weights are equal."""
         return dict(zip(self.weight_rows["sample_id"].to_pylist(), self.weight_rows["weight"].to_pylist()))
 
     @property
@@ -126,7 +126,7 @@ class CurriculumPlan:
 
     @property
     def is_by_ease(self) -> bool:
-        """Whether the subsets go from easy to hard: not where chance or a gap to the teacher orders them."""
+        """Whether the subsets go from easy to hard, and not at random or by a gap to the teacher."""
         by = self.ranked_by if self.order == RANKED else [self.order]
         chance = self.order == SHUFFLED or (self.order == RANKED and self.method == "random")
         return not chance and by != ["gap"]
@@ -153,7 +153,7 @@ class CurriculumPlan:
         Args:
             subsets: sample ids, the subset of the first stage first.
             dropped: rows of "sample_id" and "reason".
-            weights: sample_id -> weight in the loss. Default: those that are there.
+            weights: sample_id -> weight in the loss. Default: those of this plan.
 
         Returns:
             The new plan.

@@ -12,7 +12,7 @@ from ..errors import UserError
 from ..files import temporary_path
 
 PLAN_FORMAT = "srd_fast.plan/1"
-# Of columns that hold ids and reasons.
+# The type of columns with ids and reasons.
 TEXT = pa.large_string()
 _CHUNK = 1 << 16
 
@@ -28,12 +28,12 @@ def write_plan(
     """Write a plan as JSON, atomically and in pieces.
 
     Args:
-        path: of the file.
+        path: the file.
         settings: values that JSON can hold, written first.
         subsets: sample ids of each subset.
         dropped: columns sample_id and reason.
         unscored: columns sample_id and reason.
-        numbers: by name, columns of sample_id and a number.
+        numbers: by name, columns sample_id and a number.
     """
     target = Path(path)
     ids = (_block("[]", _pieces(s, _json_items, 3), 3) for s in subsets)
@@ -56,7 +56,7 @@ def read_plan(path: str | Path) -> dict[str, Any]:
     """Read what `write_plan` wrote.
 
     Returns:
-        Its settings and columns by name, without the format.
+        Its settings and columns by name, without the entry for the format.
 
     Raises:
         UserError: the file is missing or is not a plan.

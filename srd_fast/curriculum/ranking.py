@@ -26,13 +26,13 @@ def competition_ranks(values: np.ndarray, higher_is_easier: bool) -> np.ndarray:
 
 
 def places_of(kept: int, values: np.ndarray | None, higher_is_easier: bool, seed: int) -> np.ndarray:
-    """Places in the ranking of the kept samples, in an order of their own.
+    """The kept samples' places in the ranking, sorted by another order.
 
     Args:
-        kept: how many there are.
-        values: [kept] of the signal that orders them, in the ranking's order; None: they are shuffled.
-        higher_is_easier: whether a high value comes first. Equal values keep the ranking's order.
-        seed: of the shuffling.
+        kept: how many samples are kept.
+        values: [kept] values of the signal that orders them, in the ranking's order; None: they are shuffled.
+        higher_is_easier: whether high values come first. Equal values keep the ranking's order.
+        seed: seed of the shuffling.
     """
     if values is None:
         return np.random.default_rng([seed, kept]).permutation(kept)
@@ -40,7 +40,7 @@ def places_of(kept: int, values: np.ndarray | None, higher_is_easier: bool, seed
 
 
 def subset_borders(exact: float, stages: int, floor_subsets: bool) -> list[int]:
-    """Positions in the ranking where subsets begin, and where the last ends. exact: how many to keep, unrounded."""
+    """Positions in the ranking where subsets begin, and where the last one ends. exact: unrounded number to keep."""
     if floor_subsets:
         size = int(exact / stages)
         return [size * s for s in range(stages + 1)]
@@ -72,25 +72,25 @@ def knee(values: Mapping[str, np.ndarray], signals: Mapping[str, Signal]) -> int
 
 
 def rows_by_text(texts: pa.Array) -> tuple[np.ndarray, bool]:
-    """Sort rows by their texts, as UTF-8 and so by code points.
+    """Sort rows by their texts in UTF-8, that is by code points.
 
-    Eight bytes are compared at a time, as one number, and each time only rows that are still equal. That takes half the
-    time of Arrow's sort.
+    Eight bytes at a time are compared as one number, and only among rows that are still equal. That takes half the time
+    of Arrow's sort.
 
     Returns:
-        The rows in order, and whether all texts are different.
+        The rows in order, and whether all texts are distinct.
     """
     _, offsets, content = texts.buffers()
     ends = np.frombuffer(offsets or b"\0" * 8, np.int64)[texts.offset : texts.offset + len(texts) + 1]
     content = np.append(np.frombuffer(content or b"", np.uint8), np.zeros(8, np.uint8))
-    words = np.ndarray(len(content) - 7, ">u8", content, strides=(1,))  # one from every byte on
+    words = np.ndarray(len(content) - 7, ">u8", content, strides=(1,))  # a word starting at every byte
     starts, lengths = ends[:-1], np.diff(ends)
     order, tied, group = np.arange(len(texts)), np.arange(len(texts)), np.zeros(len(texts), np.int64)
     for at in range(0, int(lengths.max(initial=0)) + 1, 8):
         rows = order[tied]
         spare = 8 * (8 - np.clip(lengths[rows] - at, 0, 8)).astype(np.uint64)
         word = words[np.minimum(starts[rows] + at, len(words) - 1)].astype(np.uint64)
-        word = np.where(spare == 64, 0, word >> spare << spare)  # without what follows the text
+        word = np.where(spare == 64, 0, word >> spare << spare)  # without bytes after the end of the text
         sort = np.lexsort((word, group))
         order[tied], word = rows[sort], word[sort]
         same = np.append(False, (word[1:] == word[:-1]) & (group[1:] == group[:-1]))[: len(word)]

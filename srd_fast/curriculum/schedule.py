@@ -1,4 +1,4 @@
-"""Baby Step as a sequence of samples: samples, T, SFT weight and learning rate follow from the step alone.
+"""Baby Step as a sequence of samples: samples, T, SFT weight and learning rate depend only on the step's number.
 
 Stage k trains on subsets 1..k together (Baby Step; Bengio et al., ICML 2009; SRD, arXiv 2508.06135). A step takes
 `batch_size` samples over all ranks and accumulation steps, so a resumed run needs only the step's number.
@@ -68,9 +68,9 @@ class Curriculum:
         warmup: steps (from 1 on) or share (below 1) of each cosine that rises linearly.
         seed: of the shuffling inside an epoch.
         lengths: tokens of each sample of the data set; needed for `length_buckets`.
-        length_buckets: how many batches are sorted by length together. Of the samples of that many batches, in shuffled
-            order, the longest make one batch, the next longest another, and so on; these batches are shuffled again. A
-            stage keeps its samples. 0: as shuffled.
+        length_buckets: how many batches are sorted by length together. The longest samples of that many batches become
+            one batch, the next longest another, and so on; then these batches are shuffled again. Samples stay in their
+            stage. 0: batches stay as shuffled.
 
     Raises:
         UserError: the first subset is empty, or the data lacks samples of the plan.

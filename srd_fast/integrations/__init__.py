@@ -1,4 +1,4 @@
-"""This library inside of other people's training: loops of their own, other trainers, and files that others wrote."""
+"""This library inside other people's training: their own loops, other trainers, and files of other libraries."""
 
 from .curriculum import attach_curriculum
 from .loop import model_distillation_loss

@@ -1,4 +1,4 @@
-"""A batch as `transformers` models take it, and what of it a loss and a teacher need.
+"""A batch as `transformers` models take it, prepared for the loss and the teacher.
 
 Shape letters: B batch, L length, N rows with loss, D width.
 """
@@ -15,22 +15,22 @@ from ..data import IGNORE_INDEX
 from ..errors import UserError
 from ..models import body_of, decoder_start, hidden_states, is_encoder_decoder
 
-# What attention reads of a batch without padding, beside the names in a body's own signature.
+# Entries of a batch without padding that attention reads, besides the names in a body's own signature.
 _OF_ATTENTION = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
 
 
 def with_rows(model: nn.Module, batch: Any) -> dict[str, Any]:
-    """Read a batch's labels, and fill in what a model's own call would.
+    """Find a batch's rows with loss, and fill in what a model's own call would fill in.
 
     Args:
         model: the student, without wrappers.
-        batch: input_ids and labels [B, L], and whatever else the model takes. Labels of a causal language model stand
-            at their own tokens; those of an encoder-decoder model at the states that predict them. In a batch of this
-            library's `StepCollator` rows and labels are known already, and nothing is read.
+        batch: input_ids and labels [B, L], and other inputs of the model. Labels of a causal language model are at
+            their own tokens; those of an encoder-decoder model at the states that predict them. A batch of this
+            library's `StepCollator` already has rows and labels.
 
     Returns:
-        The batch with loss_rows [N], positions, counted through all tokens, that predict a label, and loss_labels [N],
-        those labels. For an encoder-decoder model also with decoder_input_ids and both masks.
+        The batch with loss_rows [N]: indices among all tokens of the batch of those that predict a label, and
+        loss_labels [N]: those labels. For an encoder-decoder model also with decoder_input_ids and both masks.
 
     Raises:
         UserError: input_ids or labels are missing, or do not fit each other.
@@ -66,18 +66,18 @@ def with_rows(model: nn.Module, batch: Any) -> dict[str, Any]:
 
 
 def label_places(batch: Mapping[str, Any]) -> Tensor:
-    """[N] where the labels with loss stand, counted through all labels of a batch from `with_rows`."""
-    # The library's own batches always shift, those of encoder-decoder models too.
+    """[N] indices of the labels with loss among all labels of a batch from `with_rows`."""
+    # The library's own batches always shift labels, even for encoder-decoder models.
     shifts = "decoder_input_ids" not in batch or "loss_counts" in batch
     return batch["loss_rows"] + 1 if shifts else batch["loss_rows"]
 
 
 def states_of(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-    """Hidden states as the head sees them, of the inputs that the model's own call would read.
+    """Run a model without its head, on the inputs that its own call would read.
 
     Args:
-        model: without wrappers.
-        batch: from `with_rows`.
+        model: the model, without wrappers.
+        batch: a batch from `with_rows`.
 
     Returns:
         [B, L, D].
@@ -91,17 +91,17 @@ def states_of(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
 
 
 def samples_of(batch: Mapping[str, Any]) -> list[dict[str, list[int]]]:
-    """The tokenised samples of a batch, as a teacher's cache knows them.
+    """The tokenised samples of a batch, by which a teacher cache finds rows.
 
     Args:
-        batch: input_ids and labels [B, L], with attention_mask [B, L] where there is padding; or joined rows [1, L]
-            with position_ids, which are 0 where a sample begins.
+        batch: input_ids and labels [B, L], with attention_mask [B, L] if there is padding; or joined rows [1, L] with
+            position_ids, which are 0 where a sample begins.
 
     Returns:
         For each sample its input_ids and labels without padding.
 
     Raises:
-        UserError: the batch is one of an encoder-decoder model, or in the form of this library's own.
+        UserError: the batch is for an encoder-decoder model, or comes from this library's collator.
     """
     if "decoder_input_ids" in batch or "cu_seq_lens" in batch:
         raise UserError(
@@ -120,7 +120,7 @@ def samples_of(batch: Mapping[str, Any]) -> list[dict[str, list[int]]]:
 
 
 def _decoder_input_ids(model: Any, labels_BL: Tensor) -> Tensor:
-    """[B, L] the labels moved by one behind the start token, as the model's own call makes them."""
+    """[B, L] the labels shifted by one, after the start token, as the model's own call makes them."""
     if hasattr(model, "prepare_decoder_input_ids_from_labels"):
         return model.prepare_decoder_input_ids_from_labels(labels=labels_BL)
     pad = model.config.pad_token_id or 0
@@ -130,5 +130,5 @@ def _decoder_input_ids(model: Any, labels_BL: Tensor) -> Tensor:
 
 @cache
 def _read_by(forward: Callable[..., Any]) -> frozenset[str]:
-    """Names of a batch that this forward of a body reads."""
+    """Names of a batch's entries that a body's forward reads."""
     return frozenset(inspect.signature(forward).parameters) - {"labels"} | _OF_ATTENTION

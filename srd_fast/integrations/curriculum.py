@@ -1,7 +1,7 @@
-"""`attach_curriculum`: a curriculum for a trainer that is not this library's.
+"""`attach_curriculum`: a curriculum for a trainer of another library.
 
-The order of the samples goes in by the trainer's sampler, everything else by a callback. Both follow from the step
-alone, so a resumed run goes on where it was.
+The trainer's sampler sets the order of the samples, a callback everything else. Both depend only on the step's number,
+so a resumed run continues correctly.
 """
 
 import logging
@@ -19,7 +19,7 @@ from ..training.trainer import SRDTrainer
 logger = logging.getLogger(__name__)
 
 OnStage = Callable[[int, float, float], None]
-# What trainers call them. The first that a trainer has is set.
+# Names of the temperature in trainers. The first that a trainer has is set.
 _TEMPERATURES = ("divergence_temperature", "temperature")
 _WEIGHTS = ("sft_weight",)
 
@@ -41,21 +41,20 @@ def attach_curriculum(
     """Give a `transformers` or TRL trainer the samples, stages, temperatures and weights of a plan.
 
     The run becomes one epoch of the trainer, which goes through all stages. The learning rate, the optimizer and the
-    loss stay the trainer's. T is set as its attribute `divergence_temperature` or `temperature`, the weight of the
-    cross-entropy as `sft_weight`, where it has them; `on_stage` takes them anywhere else.
+    loss stay the trainer's. If the trainer has these attributes, T is set as `divergence_temperature` or `temperature`,
+    and the weight of the cross-entropy as `sft_weight`; `on_stage` can set them anywhere else.
 
     Args:
-        trainer: made already, not yet trained. Its train_dataset has the column sample_id.
-        plan: from `curate`, of the samples of train_dataset.
-        epochs_per_stage: passes over each stage's samples: one number, or one a stage. It takes the place of
-            num_train_epochs.
+        trainer: a trainer that has not trained yet. Its train_dataset has the column sample_id.
+        plan: the plan of train_dataset's samples, from `curate`.
+        epochs_per_stage: passes over each stage's samples: one number, or one a stage. It replaces num_train_epochs.
         temperature: one T, or one a stage; replaces temperature_start and _end.
         temperature_start: T of the first stage, above 0.
-        temperature_end: T of the last stage, above 0; those between are on a line.
+        temperature_end: T of the last stage, above 0; stages between are interpolated linearly.
         sft_weight: one weight of the cross-entropy, or one a stage; replaces sft_weight_start and _end.
         sft_weight_start: weight in the first stage, 0 to 1.
         sft_weight_end: weight in the last stage, 0 to 1.
-        sample_ids: ids of the rows of train_dataset in its order, where it has no column of them.
+        sample_ids: ids of the rows of train_dataset in its order, if it has no column sample_id.
         on_stage: called as `on_stage(stage, temperature, sft_weight)` before the first step of each stage, and of a
             resumed run. Stages are counted from 1.
 
@@ -63,8 +62,8 @@ def attach_curriculum(
         The schedule: its `total_steps`, and `stage_of`, `temperature` and `sft_weight` of a step.
 
     Raises:
-        UserError: the trainer or its data cannot take an order, the plan does not fit the data, or a value is out of
-            range. The message names it.
+        UserError: the order of the trainer's data cannot be set, the plan does not fit the data, or a value is out of
+            range.
     """
     _check_trainer(trainer)
     if plan.weights:
@@ -141,7 +140,7 @@ class _Stages(TrainerCallback):
 
 
 def _check_trainer(trainer: Any) -> None:
-    """Refuse a trainer whose samples would not come in the order of its sampler."""
+    """Refuse a trainer that would not take samples in the order of its sampler."""
     if not isinstance(trainer, Trainer):
         raise UserError(f"trainer must be a transformers.Trainer, got {type(trainer).__name__}")
     kind, args = type(trainer), trainer.args

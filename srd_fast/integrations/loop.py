@@ -1,4 +1,4 @@
-"""`model_distillation_loss`: the loss of two models and a batch, in one line of a training loop of one's own."""
+"""`model_distillation_loss`: the loss of two models and a batch, in one line of your own training loop."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -36,7 +36,7 @@ from ..teacher import (
 from ..teacher.live import moved
 from .batch import label_places, samples_of, states_of, with_rows
 
-# Models that were looked at: those whose weights are whole were seen to give their own logits.
+# Models that were checked already; for those with whole weights, the check included a trial of the head.
 _known: WeakSet[nn.Module] = WeakSet()
 
 
@@ -59,21 +59,21 @@ def model_distillation_loss(
     logits_dtype: torch.dtype | None = None,
     order: str = "auto",
 ) -> DistillationOutput:
-    """Distillation loss of two models and a batch, for training loops of one's own; no tensor of all logits exists.
+    """Distillation loss of two models and a batch, for your own training loop, without a tensor of all logits.
 
-    It is `distillation_loss` of the rows with loss. The models run without their heads, in the autocast that is on, or
-    that accelerate has put around them. Heads are found with bias, softcap and scale. Each model is tried once, on a
-    few tokens, to prove that hidden states times head are its logits; not where its weights lie in shards. A compiled
-    model runs uncompiled here. The balance loss of a mixture of experts is not part of it.
+    It is `distillation_loss` of the rows with loss. The models run without their heads, under the current autocast or
+    that of accelerate's wrapper. Heads are used with their bias, softcap and scale. Each model is tried once on a few
+    tokens, to prove that hidden states times head are its logits, unless its weights are in shards. A compiled model
+    runs uncompiled here. The balancing loss of a mixture of experts is not included.
 
     Args:
-        student: a causal language model or an encoder-decoder model of `transformers`; also inside DDP, with adapters
-            of PEFT in its layers, or prepared by accelerate. It runs in the mode that it is in.
-        teacher: such a model, without gradient and in eval mode for the call, on any device; or any object with the
+        student: a causal language model or an encoder-decoder model of `transformers`. It may be wrapped by DDP, have
+            PEFT adapters in its layers, or be prepared by accelerate. Its mode (train or eval) is not changed.
+        teacher: such a model, on any device, which runs without gradient and in eval mode; or any object with the
             methods of `TeacherSource`, such as a `TeacherCache`, which is moved to the batch's device.
-        batch: what the student's own call takes: input_ids [B, L], labels [B, L] (not shifted; -100: no loss),
-            attention_mask and others. Keys that the models do not read may be there. A cache's rows are found by the
-            samples of a padded batch, or come with a batch from `srd_fast.teacher.StepCollator`.
+        batch: the arguments of the student's own call: input_ids [B, L], labels [B, L] (not shifted; -100: no loss),
+            attention_mask and others. Other keys are ignored. A cache finds its rows by the samples of a padded batch,
+            or they come with a batch from `srd_fast.teacher.StepCollator`.
         divergence: the name of D, one of `divergence_names()`.
         temperature: T, above 0. D compares the two softmaxes at T; cross-entropy and entropy are at temperature 1.
         skew: s of the skew divergences, 0 to 1. Other divergences ignore it.
@@ -88,15 +88,15 @@ def model_distillation_loss(
         memory_budget: bytes that the loss may allocate beyond hidden states and gradients. Default: a twentieth of a
             GPU's memory, at most 4 GiB, and 512 MiB elsewhere.
         logits_dtype: dtype of the logits: None for that of the matrix products, or torch.float32.
-        order: "rows" or "classes" to have that outside, "auto" for whichever is predicted to be faster. See
-            `distillation_loss`.
+        order: "rows" or "classes", whichever the outer loop is over, or "auto" for the one that is predicted to be
+            faster. See `distillation_loss`.
 
     Returns:
         The loss and its parts.
 
     Raises:
-        UserError: an argument is wrong, the batch does not fit it, or a model's head is not understood. The message
-            names it, its value and what it should be. It is a ValueError.
+        UserError: an argument is wrong, the batch does not fit, or a model's head is not understood. The message names
+            the argument, its value and what it should be. It is a ValueError.
     """
     options = LossOptions(
         divergence, temperature, skew, beta, sft_weight, temperature_scaling, reduction, None, backend, memory_budget,
@@ -116,22 +116,22 @@ def loss_of_batch(
     token_weights: Tensor | None = None,
     num_items: int | float | Tensor | None = None,
 ) -> tuple[DistillationOutput, dict[str, Any]]:
-    """Compute what `model_distillation_loss` does, with options that are made already.
+    """Compute the loss of `model_distillation_loss` with existing options.
 
     Args:
-        student: as there.
-        teacher: as there; None for the cross-entropy alone.
-        batch: as there.
-        options: of the loss, with `ignore_index` None and, without a teacher, `sft_weight` 1.
-        token_weights: as there.
-        num_items: as there.
+        student: as in `model_distillation_loss`.
+        teacher: as in `model_distillation_loss`; None for only the cross-entropy.
+        batch: as in `model_distillation_loss`.
+        options: the loss's options, with `ignore_index` None and, without a teacher, `sft_weight` 1.
+        token_weights: as in `model_distillation_loss`.
+        num_items: as in `model_distillation_loss`.
 
     Returns:
-        The loss and its parts, and the batch with what was found out about it. With reduction "none" there is one value
-        a row with loss.
+        The loss and its parts, and the batch as `with_rows` returns it. With reduction "none", the parts have one value
+        for each row with loss.
 
     Raises:
-        UserError: as there.
+        UserError: as in `model_distillation_loss`.
     """
     given, inner = _understood(student, "student")
     found = with_rows(inner, batch)
@@ -155,10 +155,10 @@ def loss_of_batch(
 
 
 def _understood(model: Any, name: str) -> tuple[nn.Module, nn.Module]:
-    """A model as its loop calls it, uncompiled, and the model inside; both proven to be what the loss takes them for.
+    """A model as its loop calls it, uncompiled, and the model inside, after a check that the loss can use them.
 
     Raises:
-        UserError: it is no such model.
+        UserError: the loss cannot use the model.
     """
     if not isinstance(model, nn.Module):
         hint = ": load it first, e.g. by AutoModelForCausalLM.from_pretrained" if isinstance(model, str) else ""
@@ -178,7 +178,7 @@ def _understood(model: Any, name: str) -> tuple[nn.Module, nn.Module]:
 
 @contextmanager
 def _own_forward(model: nn.Module) -> Iterator[None]:
-    """Let a model that accelerate has prepared for mixed precision run as it is for a while."""
+    """In the block, run a model without the mixed precision that accelerate has wrapped around its forward."""
     original = vars(model).get("_original_forward")
     if original is None:
         yield
@@ -192,14 +192,14 @@ def _own_forward(model: nn.Module) -> Iterator[None]:
 
 
 def _precision(model: nn.Module) -> AbstractContextManager[Any]:
-    """The autocast that accelerate has put around a model's own call, which the loss does not make."""
+    """The autocast of accelerate's wrapper around a model's own call, which the loss does not use."""
     return get_mixed_precision_context_manager(True) if "_original_forward" in vars(model) else nullcontext()
 
 
 def _rows_of_teacher(
     teacher: nn.Module | TeacherSource, batch: dict[str, Any], temperature: float, device: torch.device
 ) -> TeacherRows:
-    """The teacher's side of a batch's rows with loss, on the batch's device."""
+    """The teacher's rows for a batch's rows with loss, on the batch's device."""
     if not isinstance(teacher, nn.Module) and hasattr(teacher, "rows") and hasattr(teacher, "num_classes"):
         if isinstance(teacher, RowsOfSamples):
             teacher.to(device)
@@ -223,7 +223,7 @@ def _of_labels(token_weights: Any, batch: Mapping[str, Any]) -> Tensor:
 
 
 def _in_place(out: DistillationOutput, batch: Mapping[str, Any]) -> DistillationOutput:
-    """Values of rows in the shape of the labels, each at its label."""
+    """Put the rows' values into the shape of the labels, each at its label."""
     places_N, labels = label_places(batch), batch["labels"]
 
     def spread(x_N: Tensor) -> Tensor:

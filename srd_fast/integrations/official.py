@@ -1,4 +1,4 @@
-"""What SRD's authors' scripts leave behind, read as reflections.
+"""Read the output files of the SRD authors' scripts as reflections.
 
 Their `generate_data.py` writes `answers.jsonl`, a line a row: prompt, LLM_output, lm_loss. Their `rank.py` adds answer,
 Rouge_L, lm_loss and ranks to the rows themselves (`sorted_train.jsonl`, and `raw.jsonl` of each stage).
@@ -34,24 +34,24 @@ def read_official_reflections(
     template: str = "alpaca",
     columns: Mapping[str, str] | None = None,
 ) -> Dataset:
-    """Read the answers of the authors' scripts (SRD, arXiv 2508.06135) as `reflect` would have given them.
+    """Read the answers of the authors' scripts (SRD, arXiv 2508.06135) in the form of `reflect`'s result.
 
-    Answers are joined with the rows by the text of the prompt, in the files of `rank.py` by prompt and output, and not
-    by position. A prompt that their scripts cut at its end is found by its beginning. ROUGE-L is computed anew, as
-    `reflect` does; theirs drops all letters that are not Latin.
+    Answers are matched with the rows by the text of the prompt, in files of `rank.py` by prompt and output, not by
+    position. A prompt whose end their scripts cut is found by its beginning. ROUGE-L is computed again, as in
+    `reflect`, because theirs drops all letters that are not Latin.
 
     Args:
         answers: `answers.jsonl`, `sorted_train.jsonl` or `raw.jsonl`.
         dataset: the rows that will be trained on, in any format that `reflect` takes.
-        tokenizer: the student's; the prompts are made with it.
-        model_name: the column of the answers in a file of `rank.py` (its `--model-name`). Default: the one column that
-            is neither the row's nor the ranking's.
+        tokenizer: the student's, with which the prompts are made.
+        model_name: the column of the answers in a file of `rank.py` (its `--model-name`). Default: the only column that
+            belongs neither to the row nor to the ranking.
         template: prompt template of the rows.
         columns: which column of the data is which of a row format's.
 
     Returns:
         A data set for `curate`, in the order of the samples: sample_id, generation, rouge_l (0 to 1), cross_entropy in
-        nats per token (their lm_loss), NaN where there is no answer, and reason (why not, or None).
+        nats per token (their lm_loss), NaN if there is no answer, and reason (why it is missing, or None).
 
     Raises:
         UserError: the file is none of these, or it has no answer for any row.
@@ -103,7 +103,7 @@ def _answers_of(
     tokenisation: Tokenisation,
     model_name: str | None,
 ) -> list[Answer | None]:
-    """The answer of each sample. Where a row is there more than once, they are taken in the order of the file."""
+    """The answer of each sample. Answers to equal rows are used in the order of the file."""
     rows = read_rows(file)
     known: set[str] = set().union(*(row.keys() for row in rows[:100])) if rows else set()
     keys: list[tuple[str, ...]]
@@ -156,5 +156,5 @@ def _answer(row: Mapping[str, Any], column: str, file: str, number: int) -> Answ
 
 
 def _plain(text: Any) -> str:
-    """With single spaces, as their scripts move them."""
+    """The text with single spaces, because their scripts change spaces."""
     return " ".join(str(text).split())

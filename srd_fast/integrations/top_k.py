@@ -1,6 +1,6 @@
-"""Top-k files of other libraries read into a teacher cache of kind "topk".
+"""Convert top-k files of other libraries to a teacher cache of kind "topk".
 
-Wherever they come from, row j of a sample's top-k is the teacher's distribution over token j + 1:
+In all of them, row j of a sample's top-k is the teacher's distribution over token j + 1:
 
     token_ids, top_values                          DistillKit, not compressed
     compressed_logprobs, bytepacked_indices        DistillKit, compressed: its own decompressor reads them
@@ -30,7 +30,7 @@ from ..teacher.stores import bits_for, pack_ids
 Row = Mapping[str, Any]
 Decode = Callable[[Row], tuple[Any, Any]]
 _COLUMNS = (("token_ids", "top_values"), ("target_token_ids", "target_logprobs"))
-# Probabilities of a row may add up to a little more than 1, by the rounding of what wrote them.
+# The probabilities of a row may add up to a little more than 1, because of rounding in the library that wrote them.
 _EXCESS = 1e-2
 
 
@@ -46,7 +46,8 @@ def cache_from_top_k(
 ) -> TeacherCache:
     """Write a teacher cache of kind "topk" from the log-probabilities that another library has stored.
 
-    What the k classes leave over becomes the bucket of all others. Files hold one temperature, 1, and so does the
+    The remaining probability becomes the bucket of all other classes. Such files have only temperature 1, and so has
+    the
     cache: train with `temperature=1`. The samples to train on are the rows' own input_ids and labels.
 
     Args:
@@ -55,17 +56,17 @@ def cache_from_top_k(
         folder: where the cache will be.
         num_classes: V of the teacher's head, above every id.
         k: classes to keep of each row, at least 1, at most as many as the rows have, below `num_classes`.
-        decode: gives ids and log-probabilities, each [tokens - 1 or more, at least k], of a row in a form of its own,
-            such as a compressed one.
-        template: what the training will have as `template`; the cache is compared with it.
+        decode: a function that returns ids and log-probabilities, each [tokens - 1 or more, at least k], of a row in
+            another format, such as a compressed one.
+        template: the `template` of the training, with which the cache will be compared.
         shard_bytes: bytes of rows in one file.
 
     Returns:
         The cache, open for reading.
 
     Raises:
-        UserError: a cache is there already, or a row has no top-k, too few, or numbers that are none of a distribution.
-            The message names the row.
+        UserError: the folder already has a cache, or a row has no top-k, too few classes, or numbers that are not a
+            distribution. The message names the row.
     """
     folder = Path(folder)
     if not 1 <= k < num_classes:
@@ -95,7 +96,7 @@ def cache_from_top_k(
 
 
 def _encoded(rows: Iterable[Row], num_classes: int, k: int, decode: Decode | None) -> Iterator[dict[str, Tensor]]:
-    """The tensors of each sample that has a loss, as a file of the cache has them."""
+    """The tensors of each sample with loss, in the form of the cache's files."""
     seen: set[bytes] = set()
     for number, row in enumerate(rows, 1):
         where = f"row {number}"
@@ -150,7 +151,7 @@ def _top_k(row: Row, where: str, places: Sequence[int], k: int, decode: Decode |
 
 
 def _check(ids_NK: Tensor, log_p_NK: Tensor, num_classes: int, where: str) -> None:
-    """Refuse what is no part of a distribution."""
+    """Refuse numbers that cannot be part of a distribution."""
     low, high = int(ids_NK.min()), int(ids_NK.max())
     if low < 0 or high >= num_classes:
         raise UserError(f"{where}: ids must be from 0 to {num_classes - 1}, got {low if low < 0 else high}")

@@ -1,11 +1,11 @@
 """TRL's `GKDTrainer` and `SFTTrainer` with this library's loss and teacher cache.
 
-The classes have the names and the arguments of TRL's. Data, generation, logging and saving stay TRL's; the loss runs
+The classes have the names and arguments of TRL's. Data, generation, logging and saving stay TRL's; the loss is computed
 from hidden states, without a tensor of all logits. With the defaults of their configs they give TRL's own numbers.
 
-Where TRL counts differently from this library, its way is kept: GKD's divergence is at temperature 1, whatever
-`temperature` is, which is of the sampling alone; it has no factor T^2; and with several processes GKD divides by the
-tokens of all of them and averages the gradients, too, where SFT multiplies by their number.
+Where TRL computes differently from this library, TRL's way is kept: GKD's divergence is always at temperature 1, since
+`temperature` is only that of the sampling; it has no factor T^2; and with several processes GKD divides by the tokens
+of all processes and also averages the gradients, while SFT multiplies by the number of processes.
 """
 
 from collections.abc import Iterable
@@ -39,7 +39,7 @@ def _described(default: Any, text: str) -> Any:
 
 @dataclass
 class _LossFields:
-    """What both configs have beside TRL's fields."""
+    """The fields of both configs in addition to TRL's."""
 
     divergence: str = _described("jsd", "Name of the divergence; see divergence_names().")
     divergence_temperature: float = _described(1.0, "T of both softmaxes in the divergence, above 0.")
@@ -51,9 +51,9 @@ class _LossFields:
     )
     backend: str = _described("auto", "Loss backend: triton, compile, eager or auto.")
     memory_budget: int | None = _described(None, "Bytes that the loss may allocate beyond hidden states and gradients.")
-    teacher_cache: str | None = _described(None, "Folder of the teacher's rows; filled first where it lacks any.")
-    teacher_cache_kind: str = _described("hidden", "What the cache holds of a row; see cache_kind_names().")
-    teacher_cache_k: int = _described(64, "Classes, or draws, a row of a compact cache.")
+    teacher_cache: str | None = _described(None, "Folder of the teacher's rows; missing rows are computed first.")
+    teacher_cache_kind: str = _described("hidden", "What the cache stores for each token; see cache_kind_names().")
+    teacher_cache_k: int = _described(64, "Classes, or draws, for each token of a compact cache.")
 
 
 @dataclass
@@ -64,7 +64,7 @@ class GKDConfig(_LossFields, gkd.GKDConfig):
         divergence: the name of D, one of `divergence_names()`. "jsd" with `beta` is TRL's.
         divergence_temperature: T of D, above 0. TRL's is 1; its `temperature` is that of the sampling.
         temperature_scaling: multiply D by T^2. TRL does not.
-        skew: of the skew divergences, 0 to 1.
+        skew: s of the skew divergences, 0 to 1.
         sft_weight: weight of the cross-entropy on the labels, 0 to 1. TRL has none.
         backend: "triton", "compile", "eager" or "auto".
         memory_budget: bytes that the loss may allocate. None: the device's default.
@@ -83,9 +83,9 @@ class SFTConfig(_LossFields, trl.SFTConfig):
         divergence: the name of D, one of `divergence_names()`.
         divergence_temperature: T of D, above 0.
         temperature_scaling: multiply D by T^2.
-        skew: of the skew divergences, 0 to 1.
-        beta: of the JSD, 0 to 1.
-        sft_weight: weight of the cross-entropy beside a teacher, 0 to 1.
+        skew: s of the skew divergences, 0 to 1.
+        beta: beta of the JSD, 0 to 1.
+        sft_weight: weight of the cross-entropy if there is a teacher, 0 to 1.
         backend: "triton", "compile", "eager" or "auto".
         memory_budget: bytes that the loss may allocate. None: the device's default.
         teacher_cache: folder of the teacher's rows, which then runs once over the data, before training.
@@ -95,11 +95,11 @@ class SFTConfig(_LossFields, trl.SFTConfig):
 
     divergence: str = _described("forward_kl", "Name of the divergence; see divergence_names().")
     temperature_scaling: bool = _described(True, "Multiply the divergence by T^2.")
-    sft_weight: float = _described(0.5, "Weight of the cross-entropy beside a teacher, 0 to 1.")
+    sft_weight: float = _described(0.5, "Weight of the cross-entropy if there is a teacher, 0 to 1.")
 
 
 class _Distils:
-    """What both trainers do with their loss.
+    """The common part of both trainers: their loss.
 
     Attributes:
         divergence_temperature: T of the next step; `attach_curriculum` sets it.
@@ -116,7 +116,7 @@ class _Distils:
     teacher: Any
 
     def _set_loss(self, args: Any, config: type[_LossFields]) -> None:
-        """Take the loss's fields of a config, of TRL's own the defaults, and check them."""
+        """Read and check the loss's fields of a config. A config of TRL's own has their defaults."""
         given = {f.name: getattr(args, f.name, getattr(config, f.name)) for f in fields(_LossFields)}
         check_in_range("divergence_temperature", given["divergence_temperature"])
         self.divergence_temperature, self.sft_weight = given["divergence_temperature"], given["sft_weight"]
@@ -131,14 +131,14 @@ class _Distils:
         )
 
     def _open_cache(self, args: Any, teacher: Any, dtype: Any) -> TeacherCache:
-        """Open `args.teacher_cache`, filled with what the data lack in it."""
+        """Open `args.teacher_cache`, after filling in the data's missing rows."""
         given = self.eval_dataset or {}
         data = [self.train_dataset, *(given.values() if isinstance(given, dict) else [given])]
         samples: list[dict[str, list[int]]] = []
         for rows in data:
             if not has_length(rows):
                 raise UserError("teacher_cache needs data with a length, to run the teacher over: load them whole")
-            # As a step will see them: through the collator, which cuts and masks.
+            # The samples as a step will see them, after the collator, which cuts and masks.
             samples += (s for row in _rows(rows) for s in samples_of(self.data_collator([row])))
         world = dist.group.WORLD if dist.is_available() and dist.is_initialized() and args.world_size > 1 else None
         cache = open_teacher_cache(
@@ -162,7 +162,7 @@ def _rows(data: Any) -> Iterable[Any]:
 
 
 def _check_cache(args: Any) -> bool:
-    """Whether a cache is asked for, of a kind that fits the divergence."""
+    """Whether a cache is asked for. Refuse a kind that does not fit the divergence."""
     if getattr(args, "teacher_cache", None) is None:
         return False
     CACHE_KINDS.check(args.teacher_cache_kind)
@@ -173,7 +173,7 @@ def _check_cache(args: Any) -> bool:
 
 
 class _NotLoaded(nn.Module):
-    """Stands where TRL wants a teacher, beside a cache: its configuration, and no weights."""
+    """A stand-in for the teacher that TRL requires, if there is a cache: a configuration without weights."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -183,8 +183,8 @@ class _NotLoaded(nn.Module):
 class GKDTrainer(_Distils, gkd.GKDTrainer):
     """TRL's GKDTrainer with this library's loss; the same arguments.
 
-    With the defaults of `GKDConfig` loss and gradients are TRL's. With `args.teacher_cache` and `lmbda=0` the teacher
-    runs once over the data and is not there while the student trains.
+    With the defaults of `GKDConfig`, loss and gradients are TRL's. With `args.teacher_cache` and `lmbda=0`, the teacher
+    runs once over the data and is not in memory while the student trains.
 
     Args:
         model: the student, or its folder or hub id.
@@ -246,7 +246,7 @@ class GKDTrainer(_Distils, gkd.GKDTrainer):
             Scalar, the loss; with `return_outputs` a tuple.
         """
         read = {name: inputs[name] for name in ("input_ids", "attention_mask", "labels")}
-        # TRL's collator pads on the left and counts padding as positions: so the models get no positions here either.
+        # TRL's collator pads on the left and gives no position_ids, so padding counts in positions here too.
         out, _ = loss_of_batch(model, self.teacher, read, self._loss_options(), num_items=num_items_in_batch)
         if not return_outputs:
             return out.loss
@@ -260,21 +260,21 @@ class GKDTrainer(_Distils, gkd.GKDTrainer):
 
 
 class SFTTrainer(_Distils, trl.SFTTrainer):
-    """TRL's SFTTrainer with this library's loss, and with a teacher if one is given; else the same arguments.
+    """TRL's SFTTrainer with this library's loss, and optionally a teacher; otherwise the same arguments.
 
-    Without a teacher, loss and gradients are TRL's "nll". With one, D of teacher and student has 1 - `args.sft_weight`.
-    The metric mean_token_accuracy is not logged, since no logits are made for it.
+    Without a teacher, loss and gradients are those of TRL's "nll". With one, D has the weight 1 - `args.sft_weight`.
+    The metric mean_token_accuracy is not logged, because it would need logits.
 
     Args:
         model: the student, or its folder or hub id.
         args: an SFTConfig of this module, or TRL's.
         *rest: TRL's further arguments, in its order.
         teacher_model: a model, or its folder or hub id; with `args.teacher_cache` it is loaded only if the cache lacks
-            rows. None: cross-entropy alone, or the cache as it is.
+            rows. None: only the cross-entropy, or the cache as it is.
         **more: TRL's further arguments, by name.
 
     Raises:
-        UserError: a field of the loss is wrong, or asks for a loss that this one is not.
+        UserError: a field of the loss is wrong, or asks for another loss.
     """
 
     def __init__(self, model: Any, args: Any = None, *rest: Any, teacher_model: Any = None, **more: Any) -> None:

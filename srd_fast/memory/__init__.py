@@ -1,1 +1,1 @@
-"""How much memory training will take, said before it takes it."""
+"""Predict how much memory training will need, before it starts."""

@@ -1,4 +1,4 @@
-"""A micro-batch, as far as memory goes."""
+"""The sizes of a micro-batch that matter for memory."""
 
 from dataclasses import dataclass
 
@@ -10,9 +10,9 @@ class Batch:
     """A micro-batch.
 
     Args:
-        lengths: of its samples, in tokens.
+        lengths: lengths of its samples, in tokens.
         rows: how many tokens have a loss.
-        prompts: tokens of each prompt, for encoder-decoder models.
+        prompts: lengths of the prompts in tokens, for encoder-decoder models.
     """
 
     lengths: tuple[int, ...]
@@ -21,11 +21,11 @@ class Batch:
 
     @property
     def sequences(self) -> list[tuple[int, ...]]:
-        """Tokens of the sequences that a model makes of each sample, as `data.sequence_lengths` says them."""
+        """Lengths of the sequences that a model makes of each sample, as `data.sequence_lengths` returns them."""
         if self.prompts is None:
             return [(n,) for n in self.lengths]
         return [(prompt, 1 + n - prompt) for n, prompt in zip(self.lengths, self.prompts)]
 
     def tokens(self, flattened: bool) -> int:
-        """Of the batch, padding included."""
+        """Tokens of the batch, including padding."""
         return sum(map(sum, self.sequences)) if flattened else padded_tokens(self.sequences)

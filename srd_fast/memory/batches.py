@@ -1,4 +1,4 @@
-"""Which micro-batches a run's training will have: from its prepared samples, else from the limits of its config."""
+"""The micro-batches of a run's training: from its prepared samples, or else from the limits in its config."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -63,7 +63,7 @@ def read_lengths(config: RunConfig, args: SRDConfig) -> Lengths | None:
         try:
             curriculum = make_curriculum(CurriculumPlan.load(folder / "plan.json"), samples["train"], args)
         except UserError:
-            pass  # a plan of other data
+            pass  # the plan is of other data
         else:
             steps = curriculum.total_steps if args.max_steps < 0 else min(args.max_steps, curriculum.total_steps)
             order = list(curriculum.indices())[: steps * curriculum.batch_size]
@@ -72,7 +72,7 @@ def read_lengths(config: RunConfig, args: SRDConfig) -> Lengths | None:
     return Lengths(sizes["train"], sizes["validation"], order, kept, source)
 
 
-Sizes = Sequence[tuple[int, int]]  # of samples: tokens, and tokens with loss
+Sizes = Sequence[tuple[int, int]]  # for each sample: tokens, and tokens with loss
 
 
 def _batch(sizes: Sizes, encoder_decoder: bool) -> Batch:
@@ -82,7 +82,7 @@ def _batch(sizes: Sizes, encoder_decoder: bool) -> Batch:
 
 
 def _largest(batches: Sequence[Sizes], flattened: bool, encoder_decoder: bool) -> Batch:
-    """The batch with the most tokens, padding included, and with the most rows of any batch."""
+    """The batch with the most tokens, including padding, but with the largest number of rows of any batch."""
     made = [_batch(sizes, encoder_decoder) for sizes in batches]
     chosen = max(made, key=lambda batch: batch.tokens(flattened))
     return replace(chosen, rows=max(batch.rows for batch in made))

@@ -1,4 +1,4 @@
-"""The loss of a step on fake tensors: what it allocates, as it would plan it, without its work."""
+"""The loss of a step on fake tensors: it allocates what the real loss would, and computes nothing."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,7 @@ from ..training.config import SRDConfig
 
 @dataclass(frozen=True)
 class LossSizes:
-    """What `ChunkedLoss` allocates, in bytes, as `plan_loss` plans it.
+    """Bytes that `ChunkedLoss` allocates, according to `plan_loss`.
 
     kept: the workspace. working: everything else.
     """
@@ -59,7 +59,7 @@ def loss_sizes(
     work, _ = with_backend(sizes, args.backend, divergence, compact=of_teacher is None)
     plan = plan_loss(work, budget_of(run.device, args.memory_budget))
     packed = 0
-    if run.device.type == "cpu":  # a block of the head as the product packs it
+    if run.device.type == "cpu":  # the product makes a packed copy of a block of the head
         packed = max(s.width * s.products.itemsize for s in (of_student, of_teacher or of_student)) * plan.classes
     return LossSizes(plan.workspace, plan.bytes - plan.workspace + packed)
 

@@ -1,6 +1,6 @@
-"""The distillation step of a run on fake tensors: student, optimizer and live teacher from their configs alone.
+"""The distillation step of a run on fake tensors: student, optimizer and live teacher, made only from their configs.
 
-The loss takes part with the buffers that its chunks would have.
+The loss is represented by the buffers of its chunks.
 """
 
 import gc
@@ -107,7 +107,7 @@ def _recompute_layers(model: Any, given: Mapping[str, Any]) -> None:
 def _make_teacher(config: RunConfig, run: Run, student: Any, offload: bool) -> tuple[Any, list[Tensor], Head]:
     """The teacher's body if it runs, its other tensors that stay in memory, and its head."""
     kind = config.cache.kind
-    if shares_weights(config) and config.lora is not None:  # what it has of its own are adapters
+    if shares_weights(config) and config.lora is not None:  # it shares all weights but the adapters
         return student, [], find_head(student).on("meta")
     dtype = torch.float32 if shares_weights(config) else run.dtype
     model = _make_model(config.teacher, dtype, torch.device("cpu") if offload else run.device)
@@ -121,7 +121,7 @@ def _make_teacher(config: RunConfig, run: Run, student: Any, offload: bool) -> t
 
 
 def _flattens(models: Sequence[Any], wanted: Any) -> bool:
-    """Guess what `SRDTrainer` finds out by running the models; switch their attention if batches are flattened."""
+    """Guess what `SRDTrainer` would find out by running the models. Switch their attention if batches are flattened."""
     inners: list[Any] = [unwrap(m) for m in models]
     if not wanted or any(flattening.unfit(m) is not None or flattening.mixes_elsewhere(m) for m in inners):
         return False
@@ -145,7 +145,7 @@ def _forward(model: Any, batch: Batch, device: torch.device, flattened: bool) ->
     lengths = list(batch.lengths)
     text = inner.config.get_text_config()
     if getattr(text, "sliding_window", None) is None:
-        # Without windows only the sum of the lengths matters, and equal lengths are one call of the kernel.
+        # Without windows only the sum of the lengths matters, and equal lengths need only one call of the kernel.
         lengths = [-(-sum(lengths) // len(lengths))] * len(lengths)
     total = sum(lengths)
     starts = torch.zeros(len(lengths) + 1, dtype=torch.int32, device=device)
@@ -184,7 +184,7 @@ class _Step:
 
     @contextmanager
     def at(self, moment: str, label: str) -> Iterator[None]:
-        """Name the moment, and label what is allocated in it."""
+        """Set the name of the moment, and the label of what is allocated in the block."""
         self.live.moment = moment
         with self.live.labelled(label, {"student weights": "cast weights", "adapters": "cast weights"}):
             yield
@@ -228,7 +228,7 @@ class _Step:
         del teacher_ND, hidden_BLD, hidden_ND
 
     def optimise(self, optimizer: Any) -> None:
-        """Make the optimizer's step. Its state is labelled as such from then on."""
+        """Do the optimizer's step. Its state is labelled as such from then on."""
         with self.at("optimizer", "optimizer"):
             optimizer.step()
 
@@ -243,9 +243,10 @@ def _optimizer(args: SRDConfig, model: Any) -> Any:
 
 @dataclass(frozen=True)
 class Simulated:
-    """What a simulated step needs.
+    """The result of a simulated step.
 
-    parts, moment: bytes at the peak, and when it is. row_bytes, head_bytes: of the cache on disk.
+    parts, moment: bytes by part at the peak, and when the peak is. row_bytes, head_bytes: bytes of a row and of the
+    head in the cache on disk.
     """
 
     parts: dict[str, int]
@@ -258,7 +259,7 @@ class Simulated:
 
 
 def _reached(student: Any) -> set[int]:
-    """Parameters, by id, that a text can have a gradient for: no other tower's."""
+    """Ids of the parameters that can get a gradient from text, which those of other towers cannot."""
     inner: Any = unwrap(student)
     tower = text_tower(inner)
     parts = [inner] if tower is inner.base_model else [tower, inner.get_output_embeddings()]
@@ -273,12 +274,12 @@ def _store(config: RunConfig, args: SRDConfig, student: Any, classes: int) -> St
 
 
 def simulate(config: RunConfig, args: SRDConfig, largest: Callable[[bool, bool], Batch]) -> Simulated:
-    """Find the peak of evaluation and of a training step in its steady state: with optimizer state, before gradients.
+    """Find the peak of evaluation and of a training step in the steady state: optimizer state exists, gradients do not.
 
     Args:
-        config: of the run.
-        args: of its training.
-        largest: (whether training or evaluation, whether batches are flattened) -> the largest micro-batch.
+        config: the run's config.
+        args: the training's config.
+        largest: (training?, are batches flattened?) -> the largest micro-batch.
 
     Returns:
         The peak and its parts.

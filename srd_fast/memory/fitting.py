@@ -1,4 +1,4 @@
-"""What to change in a run's config, so that its distillation fits in a limit of memory."""
+"""What to change in a run's config so that its distillation fits in a memory limit."""
 
 import json
 import re
@@ -20,7 +20,7 @@ from .planner import MemoryPlan, plan
 
 _EVALUATION = "distill.per_device_eval_batch_size"
 _MICRO_BATCH = "distill.max_tokens_per_batch"
-_ROUND = 32  # tokens, to a multiple of which a proposal is rounded up
+_ROUND = 32  # proposals are rounded up to a multiple of so many tokens
 _SMALLEST_BUDGET = 32 << 20
 _BUDGETS = (2 << 30, 1 << 30, 512 << 20, 256 << 20, 128 << 20, 64 << 20, _SMALLEST_BUDGET)
 _UNITS = {"": 1, "b": 1}
@@ -57,7 +57,7 @@ def _changed(config: RunConfig, changes: dict[str, Any]) -> RunConfig:
 
 
 def _variants(config: RunConfig, args: SRDConfig, device: torch.device) -> Iterator[dict[str, Any]]:
-    """What may change besides sizes, from changes that cost no speed to changes of the result."""
+    """Changes other than sizes, from those that cost no speed to those that change the result."""
     teachers: list[dict[str, Any]] = [{}]
     if config.cache.kind == LIVE:
         teachers.append({"cache.kind": "hidden"})
@@ -74,7 +74,7 @@ def _variants(config: RunConfig, args: SRDConfig, device: torch.device) -> Itera
 
 
 class _Search:
-    """Plans of a config with different sizes, each made once."""
+    """Makes plans of a config with different sizes, each only once."""
 
     def __init__(self, config: RunConfig, limit: int) -> None:
         self.config, self.limit = config, limit
@@ -91,7 +91,7 @@ class _Search:
         return self.made[key]
 
     def fits(self, changes: dict[str, Any]) -> bool:
-        """Whether the limit is enough with these changes."""
+        """Whether the run fits in the limit with these changes."""
         return self.plan(changes).total <= self.limit
 
     def first(self, candidates: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -104,14 +104,14 @@ class _Search:
 
 
 def _longest(config: RunConfig, args: SRDConfig) -> int:
-    """Tokens of the longest sample, the least that a micro-batch must hold."""
+    """Tokens of the longest sample, which a micro-batch must be able to hold."""
     two = is_encoder_decoder(load_config(config.teacher))
     batches = train_batches(read_lengths(config, args), config, args.per_device_train_batch_size, two)
     return max(n for batch in batches for n, _ in batch) + two
 
 
 def _smaller(whole: MemoryPlan, args: SRDConfig, longest: int) -> list[dict[str, Any]]:
-    """Changes to smaller and smaller micro-batches, beginning with none."""
+    """Changes to smaller and smaller micro-batches, starting with no change."""
     sizes: list[dict[str, Any]] = [{}]
     tokens = whole.batch.tokens(whole.flattened)
     for parts in range(2, tokens + 1):
@@ -129,12 +129,12 @@ def _smaller(whole: MemoryPlan, args: SRDConfig, longest: int) -> list[dict[str,
 def fit(config: RunConfig, limit: int) -> MemoryPlan:
     """Predict the peak memory of a config, and change the config if it does not fit in `limit` bytes.
 
-    What costs least speed is changed first: the loss's `memory_budget`; then `max_tokens_per_batch`, which divides a
-    step's samples and does not change its result; then a cache instead of a live teacher, or the teacher's body on the
+    Changes that cost the least speed come first: the loss's `memory_budget`; then `max_tokens_per_batch`, which divides
+    a step's samples without changing its result; then a cache instead of a live teacher, or the teacher's body on the
     host; then recomputed activations; last a top-k cache, whose divergence is a little below the full one.
 
     Args:
-        config: of the run.
+        config: the run's config.
         limit: bytes.
 
     Returns:
@@ -153,7 +153,7 @@ def fit(config: RunConfig, limit: int) -> MemoryPlan:
     most = args.memory_budget or default
     budgets += [{"distill.memory_budget": n} for n in _BUDGETS if n < most]
     sizes = _smaller(search.plan({}), args, _longest(config, args))
-    # A budget below a quarter of the usual one makes products slow, so it comes after smaller batches.
+    # A budget below a quarter of the default makes products slow, so smaller batches are tried before it.
     good = [b for b in budgets if b.get("distill.memory_budget", default) >= default // 4]
     for variant in _variants(config, args, run.device):
         if not search.fits({**variant, **sizes[-1], **budgets[-1]}):

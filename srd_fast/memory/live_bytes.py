@@ -1,7 +1,7 @@
 """Count the bytes of tensors that are alive while code runs on fake tensors, which have shapes but no memory.
 
-A fake tensor goes through autograd, autocast and attention kernels as a real one would, and its storage dies when the
-real one would. So the peak is that of the real run, except for what kernels allocate inside.
+A fake tensor goes through autograd, autocast and attention kernels like a real one, and its storage is freed when the
+real one would be. So the peak is that of the real run, except for what kernels allocate internally.
 """
 
 import weakref
@@ -20,7 +20,7 @@ _aten = torch.ops.aten
 
 
 class _Watch(TorchDispatchMode):
-    """Sees the results of every operation, above the mode that makes them fake."""
+    """Sees the results of every operation. It is active above the mode that makes them fake."""
 
     def __init__(self, owner: "LiveBytes") -> None:
         super().__init__()
@@ -42,8 +42,8 @@ class _Watch(TorchDispatchMode):
 class LiveBytes:
     """`with LiveBytes() as live:` makes every tensor fake and counts its storage, by label, until it dies.
 
-    live: bytes by label now. peak: bytes by label when their sum was largest; peak_moment: what `moment` was then.
-    masks_are_whole: the value read from a fake boolean tensor. Sizes depend on no other value.
+    live: current bytes by label. peak: bytes by label when their sum was largest; peak_moment: the value of `moment`
+    then. masks_are_whole: the value read from a fake boolean tensor, the only value on which sizes depend.
     """
 
     def __init__(self, masks_are_whole: bool = False) -> None:
@@ -110,7 +110,7 @@ class LiveBytes:
             self._labels[storage._cdata] = label
 
     def value_of(self, x: Tensor) -> Any:
-        """What `x.item()` returns: the value that full() filled it with, else `masks_are_whole`, or 1."""
+        """The result of `x.item()`: the value with which full() filled it, else `masks_are_whole`, or 1."""
         known = self.values.get(x.untyped_storage()._cdata)
         if known is not None:
             return known

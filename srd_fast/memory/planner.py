@@ -1,7 +1,7 @@
 """Predict how much memory the step `distill` of a run needs at its peak, and its teacher cache on disk.
 
-The tensors come from a step on fake ones (`dry_step`). What a process takes besides is measured (its imports) or
-estimated (`_KEPT`).
+The tensors' bytes come from a step on fake tensors (`dry_step`). Everything else in a process is measured (its imports)
+or estimated (`_KEPT`).
 """
 
 import math
@@ -27,13 +27,15 @@ from .batch import Batch
 from .batches import Lengths, evaluation_batch, read_lengths, train_batch
 from .dry_step import Simulated, simulate
 
-# What allocators keep beside tensors in use, as a part of activations and cast weights. On Linux glibc's malloc takes
-# blocks of up to 32 MB from a heap whose gaps later tensors fill only in part: 0.52 to 0.68 measured (SmolLM2-135M at
-# 15 layers, batches of 8 and 16, hidden and live), 0 with MALLOC_MMAP_THRESHOLD_ set. On CUDA an assumption.
+# What allocators hold in addition to tensors in use, as a share of activations and cast weights. On Linux, glibc's
+# malloc takes blocks of up to 32 MB from a heap, whose gaps are only partly reused: 0.52 to 0.68 was measured
+# (SmolLM2-135M with 15 layers, batches of 8 and 16, hidden and live), 0 with MALLOC_MMAP_THRESHOLD_ set. For CUDA it is
+# an assumption.
 _KEPT = {"cpu": 0.6, "cuda": 0.1}
-# A CUDA context with cuBLAS, bytes on the device.
+# Bytes of a CUDA context with cuBLAS on the device.
 _CUDA_BASE = 600 << 20
-# After the imports, where no process can be started to measure it: Linux, torch 2.13 for CPU, transformers 5.
+# Bytes of a process after the imports, if no process can be started to measure it: Linux, torch 2.13 for CPU,
+# transformers 5.
 _BASE = 620 << 20
 
 PARTS = (
@@ -63,16 +65,16 @@ class MemoryPlan:
     """The peak memory of a run's distillation, in bytes.
 
     Attributes:
-        device: the device that `parts` are on; "cpu" for the process as a whole (ru_maxrss).
+        device: the device of `parts`; "cpu" stands for the whole process (ru_maxrss).
         parts: bytes by name at the peak. Names are in `PARTS`; parts of 0 bytes are left out.
-        moment: what the step does then: "forward", "loss", "backward", "optimizer", "teacher" or "evaluation".
+        moment: what the step does at the peak: "forward", "loss", "backward", "optimizer", "teacher" or "evaluation".
         disk: bytes of the teacher cache; 0 with a live teacher, None if the number of samples is not known yet.
-        host: bytes of a teacher that is kept in the host's memory beside a GPU; else 0.
+        host: bytes of a teacher that a GPU run keeps in the host's memory; else 0.
         batch: the largest micro-batch.
-        source: where its lengths come from.
+        source: where its lengths come from, in words.
         flattened: whether batches have no padding.
         overrides: what `fit` changed in the config, as `key=value`.
-        not_counted: what there is besides the parts, of which nobody knows the size, in words.
+        not_counted: further needs whose sizes are unknown, in words.
     """
 
     device: str
@@ -138,7 +140,7 @@ def _disk(config: RunConfig, lengths: Lengths | None, made: Simulated) -> int | 
 
 
 def _answers_held(config: RunConfig) -> float:
-    """How many answers to a kept prompt the cache holds at most; of answers made anew those of the first stage too."""
+    """The most answers to a kept prompt in the cache; with answers_again, those of the first stage are added."""
     of_first = 1.0 if config.curate.method == "none" else 1 / config.curate.stages
     return config.answers_per_prompt * (1 + of_first if config.answers_again else 1.0)
 
@@ -151,7 +153,7 @@ def _count_rows(config: RunConfig) -> int | None:
     return len(read_source(config.data, config.data_split).head(config.max_rows))
 
 
-# On Linux ru_maxrss counts what a process was before exec as well, its parent, and VmHWM does not.
+# On Linux, ru_maxrss includes the memory of the process before exec, that of its parent; VmHWM does not.
 _PROBE = """
 import srd_fast.cli
 srd_fast.cli._quiet()
@@ -167,7 +169,7 @@ except (OSError, StopIteration):
 
 @cache
 def _process_bytes() -> int:
-    """Peak resident memory of a process after a run's imports, measured once; `_BASE` where that fails."""
+    """Peak resident memory, in bytes, of a process after a run's imports, measured once; `_BASE` if that fails."""
     try:
         done = subprocess.run([sys.executable, "-c", _PROBE], capture_output=True, text=True, check=True, timeout=300)
         return int(done.stdout.split()[-1])
@@ -176,15 +178,15 @@ def _process_bytes() -> int:
 
 
 def in_a_step(config: RunConfig) -> RunConfig:
-    """The config of a run of mode kd whose steps take what those of a run's mode take at most.
+    """A config of mode kd whose steps need the same memory as the largest steps of a run's mode.
 
     Args:
-        config: of the run.
+        config: the run's config.
     """
     mode, cache = mode_of(config), config.cache
-    if mode.teacher and (answers_anew(config) or not has_cache(config)):  # the teacher runs, also beside its cache
+    if mode.teacher and (answers_anew(config) or not has_cache(config)):  # the teacher runs, even if there is a cache
         cache = cache.model_copy(update={"kind": LIVE})
-    elif not mode.teacher:  # in whose place each label is one draw
+    elif not mode.teacher:  # each label stands in for the teacher, as one draw: see `NoTeacher`
         cache = cache.model_copy(update={"kind": "sampled", "k": 1})
     return config.model_copy(update={"cache": cache})
 
@@ -199,13 +201,13 @@ def _not_counted(config: RunConfig, run: Run) -> Iterator[str]:
 
 
 def plan(config: RunConfig) -> MemoryPlan:
-    """Predict the peak memory of the step `distill`, as a process of its own, and the disk space of its cache.
+    """Predict the peak memory of the step `distill` in a process of its own, and the disk space of its cache.
 
-    The models' configs are read, and the samples' lengths if the run folder holds them for these settings; otherwise
+    It reads the models' configs, and the samples' lengths if the run folder has them for these settings; otherwise
     every sample counts as max_prompt_length + max_response_length tokens. This takes seconds and reads no weights.
 
     Args:
-        config: of the run.
+        config: the run's config.
 
     Returns:
         The peak and its parts.

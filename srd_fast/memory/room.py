@@ -1,6 +1,6 @@
-"""Before a run: whether its training and its files fit on this machine.
+"""Check before a run that its training and its files fit on this machine.
 
-A bound that takes no time comes first. Only where that does not fit, the planner is asked, which takes seconds.
+First comes an upper bound that takes no time. Only if that does not fit, the planner is used, which takes seconds.
 """
 
 import logging
@@ -20,20 +20,20 @@ from .planner import in_a_step, plan
 
 logger = logging.getLogger(__name__)
 
-# Above what was measured: numbers that a layer keeps for each token, in widths of its states and of its inner ones;
-# bytes of the loss and of the imports.
+# Upper bounds of what was measured: numbers that a layer stores for each token, in multiples of the widths of its outer
+# and inner states; bytes of the loss and of the imports.
 _WIDTHS, _INNER = 40, 8
 _BESIDES = 4 << 30
 _FLOAT = 4
-# Of a weight that is trained: itself, its gradient, and two of the optimizer. A checkpoint has all but the gradient.
+# Numbers for each trained weight: itself, its gradient, and two of the optimizer; a checkpoint lacks the gradient.
 _TRAINED, _IN_CHECKPOINT = 4, 3
 
 
 def check_room(config: RunConfig) -> None:
-    """Compare what a run takes with what this machine has.
+    """Compare what a run needs with what this machine has.
 
     Args:
-        config: of the run, in which nothing is wrong.
+        config: the run's config, without faults.
 
     Raises:
         UserError: the training needs more memory than there is, or its checkpoints more disk than is free.
@@ -56,7 +56,7 @@ def check_room(config: RunConfig) -> None:
 
 
 def _memory(device: torch.device) -> tuple[int, int]:
-    """Bytes of a device, and how many of them are free."""
+    """Bytes of a device's memory, and how many of them are free."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return total, free
@@ -65,7 +65,7 @@ def _memory(device: torch.device) -> tuple[int, int]:
 
 
 def _bound(run: Run, student: Any) -> int:
-    """More bytes than the training takes."""
+    """An upper bound of the bytes that the training needs."""
     config, args = run.config, run.args
     text: Any = student.config.get_text_config()
     tokens = args.per_device_train_batch_size * (config.max_prompt_length + config.max_response_length)
@@ -82,9 +82,11 @@ def _size(model: nn.Module) -> int:
 
 
 def _check_disk(run: Run, student: nn.Module) -> None:
-    """Checkpoints that are there already are overwritten or kept instead of new ones, so they do not count.
+    """Refuse a run whose checkpoints need more disk than is free.
 
-    Where the student is there, its training is over, or what is there makes room for it. Controls are trainings too.
+    Existing checkpoints are overwritten, or kept instead of new ones, so they do not count.
+
+    If the student exists, its training is over or frees enough space for it. Controls are trainings too.
     """
     args, folder = run.args, run.folder
     folders = [folder, *(control_folder(run.config, name) for name in run.config.controls)]
@@ -95,7 +97,7 @@ def _check_disk(run: Run, student: nn.Module) -> None:
     if run.config.lora is not None:
         needed = _FLOAT * _size(student)
     else:
-        # A new one is there before an old one goes.
+        # A new checkpoint is written before an old one is deleted.
         checkpoints = 0 if args.save_strategy == "no" else (args.save_total_limit or 1) + 1
         states = 1 if args.save_only_model else _IN_CHECKPOINT
         needed = _FLOAT * _size(student) * (1 + checkpoints * states)

@@ -1,4 +1,4 @@
-"""The student answers every training prompt, and its answers are scored: how hard is each sample for it?"""
+"""The student answers every training prompt, and its answers are scored, to find out how hard each sample is for it."""
 
 from ..rouge import RougeL
 from .engines import (

@@ -1,7 +1,7 @@
 """Difficulty by attempts: the share of several sampled answers to a prompt that pass.
 
-What passes is for a judge to say, another signal: the final number (GSM8K), an exact match, tests that run, or a
-function of the user's. Weights p(1 - p) of such a share p are those of PACED (arXiv 2603.11178); see `curate`.
+A judge, which is another signal, says which answers pass: by the final number (GSM8K), an exact match, tests, or a
+user's function. From such a share p, `curate` can make the weights p(1 - p) of PACED (arXiv 2603.11178).
 """
 
 import math
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from .signals import Difficulty, Reflected
 
 PASS_RATE = "pass_rate"
-# What a judge gives an answer that passes.
+# A judge's value for an answer that passes.
 FULL = 1.0
-# Who judges where nothing else is said.
+# The default judge.
 JUDGE = "exact_match"
 
 
 def pass_rate(reflected: "Reflected") -> list[float]:
-    """The share of a sample's attempts that the judge gives 1 (or more), 0..1; NaN where it says nothing of one."""
+    """The share of a sample's attempts to which the judge gives 1 (or more), 0..1; NaN if it gives one no value."""
     assert reflected.judge is not None
     judged = [reflected.judge.function(replace(reflected, generations=texts)) for texts in reflected.attempts]
 
@@ -34,16 +34,16 @@ def pass_rate(reflected: "Reflected") -> list[float]:
 
 
 def check_attempts(attempts: int, temperature: float, signals: Iterable[str], judge: "Difficulty") -> None:
-    """Refuse settings with which attempts would be the same, or nothing would come of them.
+    """Refuse settings with which all attempts would be equal, or would not be used.
 
     Args:
-        attempts: answers to each prompt.
-        temperature: of their sampling.
+        attempts: number of answers to each prompt.
+        temperature: the sampling temperature.
         signals: names of the signals that are computed.
-        judge: of the attempts.
+        judge: the signal that judges the attempts.
 
     Raises:
-        UserError: naming the field, its value and the way out.
+        UserError: the settings do not fit each other.
     """
     if not isinstance(attempts, int) or isinstance(attempts, bool) or attempts < 1:
         raise UserError(f"attempts must be a whole number of at least 1, got {attempts!r}")

@@ -30,17 +30,17 @@ class Sampling:
     Args:
         max_new_tokens: the most tokens of an answer, at least 1.
         temperature: 0 (greedy) or above.
-        top_p: share of the probability that is drawn from, above 0 to 1; 1 leaves nothing out.
-        top_k: how many of the likeliest tokens are drawn from; 0 leaves nothing out.
-        min_p: least probability of a token, as a share of the likeliest one's, 0 to 1; 0 leaves nothing out.
-        repetition_penalty: divides the logits of tokens that occurred, above 0; 1 is none.
-        no_repeat_ngram_size: tokens of a sequence that may not occur twice; 0: none.
-        seed: of the draws.
-        stop_ids: tokens that end an answer besides the tokenizer's EOS and those of the model's generation config.
-            `reflect` and `evaluate` add those that the data's answers end in.
+        top_p: draw from the likeliest tokens that have this share of the probability, above 0 to 1; 1: from all.
+        top_k: draw from so many of the likeliest tokens; 0: from all.
+        min_p: lowest probability of a token, as a share of the likeliest token's, 0 to 1; 0: no limit.
+        repetition_penalty: makes tokens that occurred already less likely, above 0; 1: no penalty.
+        no_repeat_ngram_size: length of sequences of tokens that may not occur twice; 0: no limit.
+        seed: seed of the draws.
+        stop_ids: tokens that end an answer, besides the tokenizer's EOS and those of the model's generation config.
+            `reflect` and `evaluate` add the end tokens of the data's answers.
 
     Raises:
-        UserError: naming the field, for a value out of range.
+        UserError: a value is out of range. The message names the field.
     """
 
     max_new_tokens: int = 128
@@ -70,13 +70,13 @@ class Sampling:
                 raise UserError(f"{name} must be a whole number of at least 0, got {value!r}")
 
     def seed_of(self, prompts: Sequence[Sequence[int]]) -> int:
-        """A seed for generating these prompts together: the same wherever and whenever they come.
+        """A seed for generating these prompts together, which depends only on them and on `seed`.
 
         Args:
-            prompts: token ids of each.
+            prompts: the token ids of each prompt.
 
         Returns:
-            From 0 to 2^63.
+            A number from 0 to 2^63.
         """
         state = hashlib.blake2b(str(self.seed).encode(), digest_size=8)
         for prompt in prompts:
@@ -85,21 +85,20 @@ class Sampling:
 
 
 class GenerationEngine(Protocol):
-    """Yields (index of the prompt, generated ids without EOS), in any order, as they finish.
+    """The interface of an engine: `generate` yields (index of the prompt, generated ids without EOS), in any order.
 
-    What an engine may have besides, all optional:
+    Further members, all optional:
 
-    parallel: calls of `generate` that it takes at once, from threads (1).
-    shard_size: prompts that `reflect` gives it in one call (256).
-    reserve(length, sampling): told before the first call how many tokens a prompt and its generation take at most, and
-        how they are sampled.
-    token_log_probs(samples): like `generate`, the log-probability of every token but the first in each sample.
-    settings: what its answers depend on besides `Sampling`, kept with them; without it all its options count.
-    update_weights(student): for engines with weights of their own: answer with those that this model has now, of the
-        same shapes. One that cannot raises a UserError; a training then ends it and makes it anew, as it does without
-        this method.
-    sleep(): give back what memory it can until the next call; told after the answers of a step or an evaluation.
-    close(): after the last call.
+    parallel: how many calls of `generate` it accepts at once, from threads (default 1).
+    shard_size: how many prompts `reflect` passes in one call (default 256).
+    reserve(length, sampling): called before the first `generate`; length: most tokens of a prompt and its generation.
+    token_log_probs(samples): like `generate`: the log-probabilities of all tokens but the first of each sample.
+    settings: what its answers depend on besides `Sampling`; it is stored with them. Default: all its options.
+    update_weights(student): for engines with their own weights: use the current weights of this model, which has the
+        same shapes. If that is impossible, it raises a UserError; a training then closes the engine and makes a new
+        one, as it does without this method.
+    sleep(): free what memory it can until the next call; called after the answers of a step or an evaluation.
+    close(): called after the last `generate`.
     """
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[tuple[int, list[int]]]:
@@ -107,7 +106,7 @@ class GenerationEngine(Protocol):
 
 
 def stopping_at(sampling: Sampling, ids: Sequence[int]) -> Sampling:
-    """The sampling with further tokens that end an answer."""
+    """The same sampling with additional tokens that end an answer."""
     return replace(sampling, stop_ids=tuple(sorted({*sampling.stop_ids, *ids})))
 
 
@@ -119,14 +118,14 @@ def end_ids(tokenizer: PreTrainedTokenizerBase, generation_config: Any) -> set[i
 
 @contextmanager
 def nothing_shipped(model: PreTrainedModel) -> Iterator[None]:
-    """Hide a model's own generation config, from which `generate` takes each value that a given one leaves open.
+    """Hide a model's own generation config, from which `generate` takes all values that the given one does not set.
 
-    Penalties, beams, forced and forbidden tokens, limits of time: with them a greedy answer is another answer.
+    Its penalties, beams, forced and forbidden tokens or time limits would change even greedy answers.
     """
     holders: list[Any] = [m for m in (model, unwrap(model)) if "generation_config" in vars(m)]
     own = [holder.generation_config for holder in holders]
     config: Any = unwrap(model).config
-    # A balancing loss is for whole batches: with a cache of keys, generation ends in an error over it.
+    # A balancing loss needs whole batches: with a cache of keys, it would make generation fail.
     routed = [c for c in (config, config.get_text_config()) if getattr(c, "output_router_logits", False)]
     try:
         for holder in holders:
@@ -146,21 +145,20 @@ def until_end(ids: Sequence[int], ends: set[int]) -> list[int]:
     return list(ids[: next((n for n, token in enumerate(ids) if token in ends), len(ids))])
 
 
-# Of a process that has no batch of its own left while others do.
+# For a process that has no batch left while others do.
 _IDLE = Sampling(max_new_tokens=1)
 
 
 class TransformersEngine:
-    """`transformers` generation in batches of like length, longest first.
+    """Generation with `transformers`, in batches of similar length, longest first.
 
-    Prompts are padded at the left; those of an encoder-decoder model at the right, as they are in training.
-
-    `Sampling` alone says how. Of the student's generation config only the tokens that begin and end an answer count.
+    Prompts are padded on the left; those of an encoder-decoder model on the right, as in training. Only `Sampling`
+    decides how to generate; of the student's generation config, only the tokens that begin and end an answer are used.
 
     Args:
-        student: a language model, or where to load one from (float32).
-        tokenizer: for the pad and end-of-sequence ids only.
-        batch_size: prompts at a time.
+        student: a language model, or a folder or hub id to load one from (in float32).
+        tokenizer: used only for the pad and end-of-sequence ids.
+        batch_size: prompts of a batch, at least 1.
     """
 
     def __init__(
@@ -199,9 +197,9 @@ class TransformersEngine:
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[tuple[int, list[int]]]:
-        """Yields batch by batch. Sampled text depends on the seed and on which prompts share a batch.
+        """Yield the generations, batch by batch. Sampled text depends on the seed and on which prompts share a batch.
 
-        All processes that have shards of a model generate together, each from prompts of its own.
+        All processes that have shards of a model must generate together, each from its own prompts.
         """
         config, was_training = self._config(sampling), self.model.training
         batches = list(batches_by_length([len(p) for p in prompts], self.batch_size))
@@ -218,7 +216,7 @@ class TransformersEngine:
             self.model.train(was_training)
 
     def _most(self, batches: int) -> int:
-        """The most batches that a process has."""
+        """The largest number of batches that any process has."""
         most = torch.tensor(batches, device=entry_device(self.model))
         distributed.all_reduce(most, distributed.ReduceOp.MAX)
         return int(most)
@@ -293,21 +291,21 @@ def register_engine(
     Args:
         name: a new name; an existing one only with `replace=True`.
         factory: `factory(student, tokenizer, batch_size=..., **engine_options)` -> a `GenerationEngine`.
-        from_source: where `reflect` was given the student's name or folder, `student` is that, and `dtype` one of the
-            options; else always a loaded model.
-        replace: whether a name that is taken is taken over.
+        from_source: if `reflect` was given the student's name or folder, pass that as `student`, and `dtype` as an
+            option. Without it, `student` is always a loaded model.
+        replace: whether an existing engine of this name is replaced.
 
     Raises:
-        UserError: for a name that is taken, or is no text.
+        UserError: the name is taken, or is not text.
     """
     ENGINES.register(name, _Entry(factory, from_source), replace=replace)
 
 
 def check_engine_options(options: Mapping[str, Any] | None) -> None:
-    """Refuse, among the options of an engine, what every engine is given anyway.
+    """Refuse options of an engine that every engine gets anyway.
 
     Raises:
-        UserError: naming the option and its place.
+        UserError: there is such an option. The message says where it belongs.
     """
     for name in options or ():
         if name in ("batch_size", "length", "sampling", "device"):
@@ -328,17 +326,20 @@ def make_engine(
     device: torch.device | str = "cpu",
     **options: Any,
 ) -> GenerationEngine:
-    """The engine called `name` for a student.
+    """Make the engine called `name` for a student.
 
     Args:
-        name: from `engine_names()`; "auto" is vllm where that is installed and starts, else transformers.
+        name: a name from `engine_names()`; "auto" is vllm if that is installed and starts, else transformers.
         student: a causal language model, or the folder or hub id of one.
+        tokenizer: the student's tokenizer.
+        sampling: how answers will be generated.
         length: tokens of the longest prompt and its generation together, or of the longest sample to score.
-        dtype, device: of a student that is loaded here.
-        options: batch_size and whatever else the engine takes.
+        dtype: the dtype in which a student given by name is loaded.
+        device: where a student given by name is loaded.
+        **options: batch_size and further options of the engine.
 
     Raises:
-        UserError: for an unknown name, with the list of names.
+        UserError: the name or an option is unknown, or the engine does not start.
     """
     ENGINES.check(name)
     if name == AUTO:
@@ -392,8 +393,8 @@ def open_engine(*args: Any, **options: Any) -> Iterator[GenerationEngine]:
 
 
 def engine_settings(engine: GenerationEngine, sampling: Sampling) -> dict[str, Any]:
-    """What a generation depends on besides student and prompt: kept with it, so that no two are mixed."""
+    """What a generation depends on besides student and prompt. It is stored with it, so that none are mixed up."""
     settings = {"engine": type(engine).__name__, **getattr(engine, "settings", {}), **asdict(sampling)}
-    if not sampling.stop_ids:  # parts of versions without it stay readable
+    if not sampling.stop_ids:  # so that parts of versions without this field stay readable
         del settings["stop_ids"]
     return settings

@@ -1,10 +1,10 @@
-"""Execution feedback: what share of its tests the Python code in an answer passes, each test in a sandbox of its own.
+"""Execution feedback: the share of its tests that the Python code in an answer passes, each test in its own sandbox.
 
-It needs Linux on x86_64 or aarch64 with seccomp and Landlock (5.13 or newer). Anything else is refused, never run
-unprotected. `sandbox.py` says what the code cannot do. It can use the processor for `seconds`, `memory_mb` of memory
-and the disk below its folder; see whether a path exists; and attack the kernel through the calls that are left. Code
-that searches its own interpreter for the proof of success finds it: the score is for models that answer, not for models
-that cheat.
+It needs Linux on x86_64 or aarch64 with seccomp and Landlock (5.13 or newer). On other systems code is never run
+unprotected: an error is raised. `sandbox.py` lists what the code cannot do. It can use the processor for `seconds`,
+`memory_mb` of memory and the disk below its folder; find out whether a path exists; and attack the kernel through the
+allowed system calls. Code that searches its own interpreter for the proof of success will find it: the score is for
+models that answer honestly.
 """
 
 import functools
@@ -34,7 +34,7 @@ _PROBE_SECONDS = 60.0
 
 
 def extract_code(text: str) -> str:
-    """The first block fenced by ```python or ``` (to the end of an answer that was cut off), else the whole text.
+    """The first block fenced by ```python or ``` (up to the end, if the answer was cut), else the whole text.
 
     Examples:
         >>> extract_code("Like this:\\n```python\\nx = 1\\n```\\nDone.")
@@ -45,15 +45,15 @@ def extract_code(text: str) -> str:
 
 
 def check_tests(asked: Iterable[str], tests: Iterable[Sequence[str] | None], what: str) -> None:
-    """Refuse to execute answers to rows of which none has tests, before anything is answered.
+    """Refuse to execute answers if no row has tests, before anything is answered.
 
     Args:
         asked: names of signals or metrics.
-        tests: of each row.
-        what: the rows that are looked at, for the message.
+        tests: each row's tests.
+        what: what the message calls the rows.
 
     Raises:
-        UserError: with the way out.
+        UserError: execution is asked for, but no row has tests.
     """
     if EXECUTION in asked and not any(tests):
         raise UserError(
@@ -66,13 +66,13 @@ def run_tests(code: str, tests: Sequence[str], *, seconds: float = 5.0, memory_m
     """Run `code` and then one test, in a new interpreter for each test. A test passes if it runs to its end.
 
     The proof of passing is a random token that the process sends after the last line. Exit codes, output and exceptions
-    prove nothing. The code is not `__main__`, and the test sees its names.
+    are not used. The code does not run as `__main__`, and the test sees its names.
 
     Args:
         code: Python source.
-        tests: Python source each, such as assert statements.
-        seconds: wall-clock time for each test, with about 0.03 to start the interpreter.
-        memory_mb: address space of each test, in MiB.
+        tests: Python source of each test, such as assert statements.
+        seconds: wall-clock time limit of each test, including about 0.03 s to start the interpreter.
+        memory_mb: limit on the address space of each test, in MiB.
 
     Returns:
         Whether each test passed.
@@ -95,11 +95,12 @@ def pass_rates(
     """Share of its tests that the code in each answer passes, 0 to 1; NaN for a sample without tests.
 
     Args:
-        answers: of the model; `extract_code` finds the code.
+        answers: the model's answers, in which `extract_code` finds the code.
         tests: the sources of each sample's tests, or None.
-        seconds: wall-clock time for each test.
-        memory_mb: address space of each test, in MiB. All workers together take up to workers * memory_mb.
-        workers: samples at a time. Default: one for each core, because the clock of a waiting test runs on.
+        seconds: wall-clock time limit of each test.
+        memory_mb: limit on the address space of each test, in MiB. All workers together use up to workers * memory_mb.
+        workers: how many samples are tested at once. Default: one for each core; with more, tests would wait for a core
+            while their time runs.
 
     Returns:
         The share of each sample.
@@ -131,7 +132,7 @@ def _passes(code: str, test: str, seconds: float, memory_mb: int) -> bool:
 
 
 def _said(code: str, test: str, token: bytes, seconds: float, memory_mb: int) -> bytes:
-    """What a sandbox says first: the token, why it could not be set up, something that the code forged, or nothing."""
+    """The first output of a sandbox: the token, why it could not be set up, something that the code forged, or b""."""
     content = {"code": code, "test": test, "token": token, "seconds": seconds, "memory_mb": memory_mb}
     settings = marshal.dumps({**_constant_settings(), **content, "parent": os.getpid()})
     command = [sys.executable, "-I", "-S", "-B", sandbox.__file__]
@@ -143,7 +144,7 @@ def _said(code: str, test: str, token: bytes, seconds: float, memory_mb: int) ->
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             cwd=folder,
-            env={"OMP_NUM_THREADS": "1"},  # numpy's threads would take the address space
+            env={"OMP_NUM_THREADS": "1"},  # threads of numpy would use up the address space
             start_new_session=True,
         ) as process,
     ):
@@ -152,7 +153,7 @@ def _said(code: str, test: str, token: bytes, seconds: float, memory_mb: int) ->
         try:
             with suppress(BrokenPipeError), process.stdin as pipe:
                 pipe.write(settings)
-            # Read once: a sandbox that goes on talking is not listened to.
+            # Read once: further output of a sandbox is ignored.
             poll = select.poll()
             poll.register(process.stdout, select.POLLIN)
             return os.read(process.stdout.fileno(), 4096) if poll.poll(math.ceil(seconds * 1000)) else b""
@@ -170,7 +171,7 @@ def _constant_settings() -> dict[str, bytes | list[str]]:
 
 
 def _readable_paths() -> list[str]:
-    """What a process in a sandbox may read: Python's files, its packages', the system's libraries."""
+    """The paths that a process in a sandbox may read: Python, its packages and the system's libraries."""
     python = [sys.prefix, sys.base_prefix, sys.exec_prefix, sysconfig.get_path("stdlib")]
     system = ["/usr", "/lib", "/lib64", "/etc/ld.so.cache", "/dev/urandom"]
     return [path for path in dict.fromkeys([*python, *system]) if os.path.exists(path)]
@@ -184,7 +185,7 @@ def _check_limits(seconds: float, memory_mb: int) -> None:
 
 @functools.cache
 def _check_sandbox(memory_mb: int) -> None:
-    """Refuse to work where a protection is missing: try it on an empty program, once in a process."""
+    """Refuse to work if a protection is missing: try an empty program in a sandbox, once per process."""
     way_out = (
         "run it on Linux 5.13 or newer with Landlock (lsm=landlock,...) and seccomp, or without execution feedback"
     )

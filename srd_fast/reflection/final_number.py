@@ -1,26 +1,26 @@
-"""The number that an answer ends in, as problems like those of GSM8K are judged (arXiv 2110.14168)."""
+"""The final number of an answer, by which problems like those of GSM8K are judged (arXiv 2110.14168)."""
 
 import re
 from decimal import Decimal
 
 from ..rouge import normal_form
 
-# Thousands in groups of three, or digits as they come. A minus is a sign unless it follows a word or a number.
+# Digits with or without thousands separators. A minus is a sign unless it follows a word or a number.
 _NUMBER = re.compile(r"(?:(?<![\w.,)\]])-[$€£]?)?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+")
 _SIGNS = str.maketrans({"\u2212": "-", "\u2013": "-"})
 _MARK = "####"
 
 
 def final_number(text: str) -> Decimal | None:
-    """The number behind the last "####" of a text, where there is one; else the last number in it.
+    """The number after the last "####" of a text, if there is one; else the last number in it.
 
-    Currency signs, units and thousands' commas do not count; digits of other widths do.
+    Currency signs, units and thousands separators are ignored; digits of other widths are read as digits.
 
     Args:
-        text: of an answer or a reference.
+        text: an answer or a reference.
 
     Returns:
-        Its value; None without a number.
+        The number's value; None if there is no number.
 
     Examples:
         >>> final_number("5 boxes of 250 are 5 * 250 = $1,250.00.")

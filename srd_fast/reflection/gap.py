@@ -1,4 +1,4 @@
-"""What the teacher says of the references, and how far the student is behind it: what there is to learn."""
+"""The teacher's cross-entropy of the references, and how far the student is behind it: what it can learn."""
 
 import math
 from collections.abc import Iterable
@@ -71,12 +71,12 @@ def teacher_cross_entropy(reflected: "Reflected") -> list[float]:
 
 
 def gap(reflected: "Reflected") -> list[float]:
-    """The student's cross-entropy of each reference minus the teacher's, nats per token: how much there is to learn."""
+    """The student's cross-entropy of each reference minus the teacher's, nats per token: how much it can learn."""
     return [ours - theirs for ours, theirs in zip(reflected.student_losses, reflected.teacher_losses, strict=True)]
 
 
 def check_teacher_given(teacher: object, signals: Iterable["Difficulty"]) -> None:
-    """Refuse signals that look at a teacher where there is none."""
+    """Refuse signals that compare with a teacher if there is none."""
     for signal in signals:
         if signal.needs_teacher and teacher is None:
             raise UserError(
@@ -88,7 +88,7 @@ def check_teacher_given(teacher: object, signals: Iterable["Difficulty"]) -> Non
 def check_teacher(
     teacher: PreTrainedModel | TeacherSource | str | None, student: PreTrainedModel | str, samples: Dataset
 ) -> None:
-    """Refuse a teacher that cannot read the samples. Of a source of its rows nothing can be known before.
+    """Refuse a teacher that cannot read the samples. A source of its rows cannot be checked before.
 
     Raises:
         UserError: it is of another kind than the student, or has no embedding or position for some token.
@@ -105,7 +105,7 @@ def check_teacher(
 def teacher_source(
     teacher: PreTrainedModel | TeacherSource | str | None, dtype: torch.dtype, device: torch.device | str
 ) -> TeacherSource | None:
-    """Where a teacher's rows come from: a cache as it is, or a model at work, which is loaded if it is a name."""
+    """The source of the teacher's rows: the given cache, or a live model, which is loaded if only its name is given."""
     if isinstance(teacher, str):
         teacher = load_model(teacher, dtype, device, quantised=True)
     return LiveTeacher(teacher, freeze=False) if isinstance(teacher, nn.Module) else teacher

@@ -1,7 +1,7 @@
-"""Generations of a data set in parts. Each part is computed as one piece of work, and written whole or not at all.
+"""Generate answers for a data set in parts. Each part is computed in one piece, and written completely or not at all.
 
-A part's prompts never change, whatever was finished before it, and an engine computes a part alone. An interrupted part
-that is computed again therefore gives the same, even in dtypes in which a generation depends on its neighbours.
+A part's prompts never change, whatever was finished before, and an engine computes each part separately. So a part that
+is computed again after an interruption has the same result, even in dtypes in which an answer depends on its batch.
 """
 
 import hashlib
@@ -22,18 +22,18 @@ from ..files import temporary_path
 
 logger = logging.getLogger(__name__)
 
-# Key of a part's own metadata: a hash of what it holds.
+# Key in a part's metadata: a hash of its content.
 CONTENT = b"srd_fast.content"
 
 
 def cut(lengths: Sequence[int], size: int, keys: Sequence[str]) -> list[list[int]]:
-    """Indices of the samples of each part: similar lengths together, longest first, ties in the order of their keys."""
+    """Indices of the samples of each part: similar lengths together, longest first, ties ordered by their keys."""
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], keys[i]))
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
 def part_name(settings: Mapping[str, Any], sample_ids: Sequence[str], prompts: Sequence[Sequence[int]]) -> str:
-    """File name of a part: a hash of everything that its generations depend on."""
+    """File name of a part: a hash of everything on which its generations depend."""
     state = hashlib.blake2b(json.dumps(settings, sort_keys=True, default=str).encode(), digest_size=16)
     for sample_id, prompt in zip(sample_ids, prompts):
         state.update(f"\0{sample_id}\0{len(prompt)}\0".encode())
@@ -58,7 +58,7 @@ def read_part(path: Path, sample_ids: Sequence[str]) -> list[list[int]] | None:
 
 
 def write_part(path: Path, sample_ids: Sequence[str], generated: Sequence[Sequence[int]]) -> None:
-    """Write a part. It is on the disk when this returns, and never visible in part."""
+    """Write a part. It is on the disk when this returns, and never visible half-written."""
     columns = {
         "sample_id": pa.array(sample_ids, pa.string()),
         "generated_ids": pa.array(list(generated), pa.list_(pa.int32())),
@@ -81,10 +81,10 @@ def compute_parts(
     """Compute parts, and yield each when it is finished.
 
     Args:
-        compute: an engine's method: token ids of some samples -> pairs (index among them, result), in any order.
-        parts: indices of the samples of each part.
+        compute: an engine's method: token ids of samples -> pairs (index among them, result), in any order.
+        parts: the indices of the samples of each part.
         ids: indices of samples -> their token ids.
-        parallel: calls of `compute` at once.
+        parallel: how many calls of `compute` run at once.
 
     Yields:
         The number of the part, and the results of its samples in their order.

@@ -1,4 +1,4 @@
-"""Generation on the machines of a Ray cluster: actors, each with an engine of its own. This side gives them work."""
+"""Generation on the machines of a Ray cluster, in actors with their own engines, to which this process gives work."""
 
 import importlib.util
 import shutil
@@ -19,23 +19,23 @@ from .engines import AUTO, ENGINES, Sampling, make_engine
 class RayEngine:
     """An engine in each of several actors of a Ray cluster, which end with `close()`.
 
-    One actor computes a call of `generate`, alone, so with parts of the same size the answers are those of its engine
-    without Ray. Threads may make as many calls at once as there are actors. An actor that dies, with its machine or
-    alone, is started again once for a call, wherever the cluster has room.
+    Each call of `generate` is computed by one actor, so with parts of the same size the answers are those of its engine
+    without Ray. Threads may make as many calls at once as there are actors. If an actor dies, with or without its
+    machine, it is started again once per call, wherever the cluster has room.
 
     Args:
         student: a folder that every machine sees, or a hub id; or a loaded model, which is written to a temporary
             folder first, for clusters of one machine.
         tokenizer: the student's; it is sent to the actors.
-        batch_size: of the engine in each actor.
-        engine: of the actors, a name from `engine_names()`.
-        actors: how many there are.
-        num_gpus: GPUs of each; may be fractional. Default: one if the cluster has GPUs, for "vllm" as many as its
+        batch_size: batch size of the engine in each actor.
+        engine: the actors' engine, a name from `engine_names()`.
+        actors: how many actors there are.
+        num_gpus: GPUs of each actor; may be fractional. Default: one if the cluster has GPUs, for "vllm" as many as its
             tensor_parallel_size.
-        num_cpus: cores of each.
-        address: of the cluster. Default: the one of $RAY_ADDRESS or of this machine, else one that begins here and
-            ends with this process.
-        dtype: of the weights. Default: that of the loaded model, else float32.
+        num_cpus: cores of each actor.
+        address: the cluster's address. Default: that of $RAY_ADDRESS or of this machine, else a new cluster that ends
+            with this process.
+        dtype: dtype of the weights. Default: that of the loaded model, else float32.
         shard_size: prompts of one call. Default: that of the actors' engine.
         start_seconds: how long the start of all actors may take, in seconds.
         options: further keyword arguments of the actors' engine.
@@ -87,11 +87,11 @@ class RayEngine:
             self.token_log_probs = self._token_log_probs
 
     def reserve(self, length: int, sampling: Sampling) -> None:
-        """Say before the first call how many tokens prompt and generation have at most, and how they are sampled."""
+        """Announce the most tokens of prompt and generation together, and the sampling, before the first call."""
         self._length, self._sampling = max(self._length, length), sampling
 
     def start(self) -> None:
-        """Join or begin the cluster, and start every actor.
+        """Join or start the cluster, and start every actor.
 
         Raises:
             UserError: there is no cluster, it lacks room, or an engine does not start. The message says why.
@@ -113,7 +113,7 @@ class RayEngine:
             raise UserError(f"Ray's cluster at {self._address!r} cannot be used: {first_line(e)}") from e
 
     def _new(self, index: int) -> "_RemoteActor":
-        """Begin to start an actor."""
+        """Start an actor without waiting for it."""
         import ray
 
         self._join()
@@ -125,7 +125,7 @@ class RayEngine:
         return _RemoteActor(actor, self._start_seconds, self._too_late)
 
     def _too_late(self) -> str:
-        """Why the actors are not there, perhaps."""
+        """A message with the likely reason why the actors have not started."""
         import ray
 
         has = {n: x for n, x in ray.cluster_resources().items() if n in ("CPU", "GPU")} if self._began else ""
@@ -149,7 +149,7 @@ class RayEngine:
         yield from self._pool.ask("token_log_probs", [list(s) for s in samples])
 
     def close(self) -> None:
-        """End the actors, and the cluster if it began here."""
+        """End the actors, and the cluster if it was started here."""
         import ray
 
         self._pool.close()
@@ -160,18 +160,18 @@ class RayEngine:
 
 
 def _reason(error: BaseException) -> str:
-    """What ended in Ray's error, in one line."""
+    """The cause inside an error of Ray, in one line."""
     cause = getattr(error, "cause", None) or error
     return first_line(cause) if isinstance(cause, BaseException) else str(cause)
 
 
 class _RemoteActor:
-    """An actor, as this side sees it.
+    """An actor, seen from this process.
 
     Args:
         actor: Ray's handle of an `_Actor`.
         start_seconds: how long its start may take, in seconds.
-        too_late: says why it may have taken longer.
+        too_late: makes the message for a start that takes longer.
     """
 
     def __init__(self, actor: Any, start_seconds: float, too_late: Callable[[], str]) -> None:
@@ -189,7 +189,7 @@ class _RemoteActor:
             raise UserError(f"an engine does not start in Ray's actor: {_reason(e)}") from e
 
     def ask(self, method: str, *arguments: Any) -> Any:
-        """What a method of it returns."""
+        """Call a method of the actor, and return its result."""
         import ray
 
         try:
@@ -200,7 +200,7 @@ class _RemoteActor:
             raise EngineDiedError(f"an actor of Ray died: {_reason(e)}") from e
 
     def end(self) -> None:
-        """Kill it."""
+        """Kill the actor."""
         import ray
 
         ray.kill(self._actor)
@@ -217,7 +217,7 @@ class _Actor:
         )
 
     def ready(self) -> None:
-        """Start the engine, where it has a start of its own."""
+        """Start the engine, if it has a method for that."""
         start = getattr(self.engine, "start", None)
         if callable(start):
             start()

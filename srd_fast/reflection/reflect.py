@@ -48,15 +48,15 @@ from .signals import Reflected, get_difficulties, get_difficulty
 
 logger = logging.getLogger(__name__)
 
-# Reflection settings of the authors' code; `paper` leaves them open. `learnable` ranks by the gap alone; the others,
-# which cost little beside it, are for the page.
+# Reflection settings of the authors' code; `paper` leaves them open. `learnable` ranks only by the gap; its other
+# signals, which cost little more, are for the report.
 REFLECTION_PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"max_new_tokens": 256},
     "learnable": {"signals": ["rouge_l", "cross_entropy", "teacher_cross_entropy", "gap"]},
     "official": {"max_new_tokens": 256, "temperature": 0.01, "no_repeat_ngram_size": 6, "score_eos": False},
 }
 CROSS_ENTROPY_BY = ("student", "engine")
-# Share of answers that are the same, from which they rank nothing; of fewer than so many it says little.
+# From this share of equal answers on, they cannot rank samples; but not with fewer answers than the second number.
 _ALIKE, _LEAST_ANSWERS = 0.9, 8
 
 
@@ -105,10 +105,10 @@ def reflect(
         sampling: how answers are generated. Default: greedy, at most 128 new tokens.
         max_new_tokens: the longest answer, at least 1, instead of `sampling`'s.
         signals: names from `difficulty_names()`, or `FILE.py:NAME` or `package.module:NAME` for a function of your own.
-        attempts: answers to each prompt, for the signal "pass_rate"; above 1 they are sampled, with the seeds from
-            `sampling.seed` on. The other signals look at the first.
-        judge: the signal that says which attempts pass, those that it gives 1: "exact_match", "numeric_match" (the
-            final number, as in GSM8K), "execution" (all tests), or a function of your own.
+        attempts: number of answers to each prompt, for the signal "pass_rate"; if above 1, they are sampled, with the
+            seeds from `sampling.seed` on. The other signals use only the first answer.
+        judge: the signal that says which attempts pass, by the value 1: "exact_match", "numeric_match" (the final
+            number, as in GSM8K), "execution" (all tests), or a function of your own.
         cross_entropy_by: "student" computes it from hidden states through the fused loss, without logits. "engine"
             takes the engine's log-probabilities (vLLM's `prompt_logprobs`).
         batch_size: samples of a forward pass or a generation, at least 1.
@@ -118,33 +118,34 @@ def reflect(
         parse_special_tokens: whether special tokens in the data's text are parsed; see `SRDConfig`.
         columns: which column of the data is which of a row format's, such as {"instruction": "question", "output":
             "answer"}.
-        data_function: makes the rows, of a row or, with a parameter `path`, of a file: a function, or
+        data_function: makes the rows from a row, or, if its parameter is called `path`, from a file. A function, or
             `FILE.py:FUNCTION`.
-        train_on: which answers of a conversation have loss, "last" or "all". Of all, the first is answered and scored.
+        train_on: which answers of a conversation have loss, "last" or "all". With "all", the first one is answered and
+            scored.
         rouge_tokenizer: how ROUGE-L cuts text into words, a name that `srd_fast.rouge.RougeL` takes. "auto" chooses by
-            the references of all of `dataset`, also where only a shard is scored.
-        score_eos: count the end-of-sequence token in the cross-entropy.
+            the references of all of `dataset`, even if only a shard is scored.
+        score_eos: include the end-of-sequence token in the cross-entropy.
         test_seconds: time limit of each test of the signal "execution", in seconds.
         test_memory_mb: memory limit of each such test, in MiB.
-        dtype: in which a student given by name is loaded.
+        dtype: the dtype in which a student given by name is loaded.
         device: where a student given by name is loaded.
         shard: "k/n" for one of n shares of the samples, chosen by a hash of their ids.
             `srd_fast.reflection.merge_shards` joins the scores of all.
-        parts_folder: where finished parts of the generations are kept. A call that was interrupted goes on from them,
-            and ends as if it had not been.
-        sharing: the processes that make this call together, each for some of the parts. The first gets the scores,
-            which are to the bit those of one process; the others get a data set without rows.
-        keep_ids: add the column generated_ids, the token ids of each answer without the one that ended it, and for
-            several attempts attempt_ids. An answer of `max_new_tokens` of them was cut.
+        parts_folder: the folder for finished parts of the generations. An interrupted call continues from them, with
+            the same result as without interruption.
+        sharing: the processes that make this call together, each for some of the parts. The first gets the scores, bit
+            for bit those of a single process; the others get a data set without rows.
+        keep_ids: add the column generated_ids, the token ids of each answer without its end token, and for several
+            attempts attempt_ids. An answer of `max_new_tokens` ids was cut.
         progress: show a progress bar.
-        teacher: what the signals "teacher_cross_entropy" and "gap" compare with: a model with the student's tokenizer;
-            a folder or hub id to load one from, in `dtype` on `device`, once the answers are there; or a cache of kind
-            "hidden" that holds the samples (`open_teacher_cache`), which then runs no teacher.
+        teacher: the teacher for the signals "teacher_cross_entropy" and "gap": a model with the student's tokenizer; a
+            folder or hub id to load one from, in `dtype` on `device`, after the answers are generated; or a cache of
+            kind "hidden" that holds the samples (`open_teacher_cache`), so that no teacher runs.
 
     Returns:
-        A data set in the order of the samples, with sample_id, generation, for several attempts the list attempts, one
-        column for each signal (rouge_l and pass_rate from 0 to 1, cross-entropies and gap in nats per token; NaN where
-        a sample cannot be scored), and reason (why not, or None).
+        A data set in the order of the samples, with the columns sample_id, generation, for several attempts the list
+        attempts, one column for each signal (rouge_l and pass_rate from 0 to 1, cross-entropies and gap in nats per
+        token; NaN if a sample cannot be scored), and reason (why it cannot, or None).
 
     Raises:
         UserError: an argument is wrong, the rows or the student cannot be used, or the shard has no sample.
@@ -193,7 +194,7 @@ def reflect(
             name = type(runner).__name__
             raise UserError(f"cross_entropy_by='engine' needs an engine with token_log_probs, not {name}")
         model = getattr(runner, "model", None) if isinstance(student, str) else student
-        if model is None:  # in the host's memory, beside an engine that may fill the device's
+        if model is None:  # on the host, because an engine may fill the device's memory
             model = load_model(student, dtype)  # type: ignore[arg-type]
         check_head(model, "student")
         check_token_ids(samples, {"student": embeddings_of(model)})
@@ -272,7 +273,7 @@ def _generate(
 ) -> list[list[int]]:
     """Generated ids of every sample. Parts in the folder with the same `made_by` are read, not made again.
 
-    Of the processes that share the work, the first gets all of them.
+    If several processes share the work, the first one gets all results.
     """
     ids, lengths = list(samples["sample_id"]), prompt_lengths(samples)
     parts = cut(lengths, getattr(engine, "shard_size", 256), ids)
@@ -293,7 +294,7 @@ def _generate(
                 found[number] = whole
     if found and sharing.rank == 0:
         logger.warning("%d of %d generations were there already", sum(len(parts[n]) for n in found), len(ids))
-    # As the first process sees it: others may look when some of them have begun to write.
+    # The first process's list counts: others may read the folder when some have begun to write.
     todo = sharing.share([n for n in range(len(parts)) if n not in found])[sharing.rank :: sharing.world]
     generated: list[list[int]] = [[] for _ in ids]
     there = 0 if sharing.rank else sum(len(parts[n]) for n in found)

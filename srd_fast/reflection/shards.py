@@ -19,10 +19,10 @@ MADE_FROM = b"srd_fast.made_from"
 
 
 def parse_shard(given: str) -> tuple[int, int]:
-    """(k, n) of "k/n", k from 1.
+    """Read "k/n", k from 1, as (k, n).
 
     Raises:
-        UserError: for any other text.
+        UserError: the text has another form.
     """
     match = re.fullmatch(r"(\d+)/(\d+)", given.strip())
     k, n = (int(x) for x in match.groups()) if match else (0, 0)
@@ -56,9 +56,9 @@ def merge_shards(files: Sequence[Path], sample_ids: Sequence[str], made_from: st
     """Join the scores of all shards, in the order of the samples.
 
     Args:
-        files: with the scores of each shard.
-        sample_ids: of the whole data set.
-        made_from: what the files must say that they were made from.
+        files: the files with the scores of each shard.
+        sample_ids: the ids of the whole data set.
+        made_from: what the scores must have been made from.
 
     Returns:
         The scores of all samples.
@@ -90,7 +90,7 @@ def merge_shards(files: Sequence[Path], sample_ids: Sequence[str], made_from: st
             f"{len(missing)} of {n} shards are missing, the first is {missing[0]}/{n}: srd-fast reflect CONFIG "
             f"--shard {missing[0]}/{n}, or delete the others to do everything here"
         )
-    merged = pa.concat_tables(tables, promote_options="default")  # `reason` is null where nothing is unscored
+    merged = pa.concat_tables(tables, promote_options="default")  # `reason` has type null in a file without reasons
     place = pc.index_in(pa.array(sample_ids, pa.string()), merged["sample_id"].combine_chunks())
     if place.null_count:
         lost = sample_ids[place.is_null().to_pylist().index(True)]
@@ -101,7 +101,7 @@ def merge_shards(files: Sequence[Path], sample_ids: Sequence[str], made_from: st
 
 
 def write_shard(scores: Dataset, target: Path, made_from: str) -> None:
-    """Write a shard's scores together with what they were made from."""
+    """Write a shard's scores, with what they were made from."""
     table = scores.data.table.replace_schema_metadata({MADE_FROM: made_from.encode()})
     pq.write_table(table, temporary_path(target), write_page_checksum=True)
     temporary_path(target).replace(target)

@@ -39,15 +39,15 @@ RESERVED = ("sample_id", "generation", "generated_ids", "attempts", "attempt_ids
 
 @dataclass(frozen=True)
 class Reflected:
-    """What a signal may look at: tokenised samples, the student's answer to each, and the student itself.
+    """Everything that a signal may use: tokenised samples, the student's answers, and the student itself.
 
-    dataset: columns sample_id, prompt, references, input_ids, labels, tests. generations: one text a sample, in its
-    order. test_seconds, test_memory_mb: limits of each test of `execution`.
-    log_probs: where the engine gave them, the log-probability (nats) of every token but the first of each sample.
-    sharing: the processes that share the work of signals marked `shared`. The first alone computes the others.
-    teacher: where its rows come from, if `reflect` was given one.
-    attempts: for each attempt the answers to all samples, those of the first being `generations`; judge: the signal
-    that says which of them pass.
+    dataset: columns sample_id, prompt, references, input_ids, labels, tests. generations: one text a sample, in the
+    same order. test_seconds, test_memory_mb: limits of each test of `execution`.
+    log_probs: if the engine gave them, the log-probabilities (nats) of all tokens but the first of each sample.
+    sharing: the processes that share the work of signals marked `shared`. Other signals run only in the first process.
+    teacher: the source of the teacher's rows, if `reflect` was given a teacher.
+    attempts: for each attempt the answers to all samples; the first are `generations`. judge: the signal that says
+    which attempts pass.
     """
 
     dataset: Dataset
@@ -68,22 +68,22 @@ class Reflected:
 
     @cached_property
     def student_losses(self) -> list[float]:
-        """`cross_entropy`, computed once for all signals that are made of it."""
+        """`cross_entropy`, computed once for all signals that use it."""
         return cross_entropy(self)
 
     @cached_property
     def teacher_losses(self) -> list[float]:
-        """`teacher_cross_entropy`, computed once for all signals that are made of it."""
+        """`teacher_cross_entropy`, computed once for all signals that use it."""
         return teacher_cross_entropy(self)
 
 
 @dataclass(frozen=True)
 class Difficulty:
-    """A signal: its column, what computes it, its direction, and a package that it needs of the extra `metrics`.
+    """A signal: the name of its column, its function, its direction, and a package of the extra `metrics` if needed.
 
-    shared: all processes of a group call it, and the first one's values count.
-    needs_teacher: whether it looks at the teacher.
-    of_answers: whether it scores answers, so that it is a metric of an evaluation too.
+    shared: whether all processes of a group call it, and the first one's values count.
+    needs_teacher: whether it compares with the teacher.
+    of_answers: whether it scores answers, so that it is also a metric for evaluations.
     """
 
     name: str
@@ -115,7 +115,7 @@ def cross_entropy(reflected: Reflected) -> list[float]:
     ends = set() if reflected.score_eos else answer_ends(rows, reflected.tokenizer)
 
     def scored(labels: list[int]) -> list[int]:
-        """Labels that count; the token that ends the answer only with score_eos."""
+        """The labels that count; the end token counts only with score_eos."""
         return [*labels[:-1], IGNORE_INDEX] if labels[-1] in ends else labels
 
     if reflected.log_probs is not None:
@@ -159,7 +159,7 @@ def cross_entropy(reflected: Reflected) -> list[float]:
 
 
 def common_start(rows: Dataset) -> list[int]:
-    """Tokens that all samples begin with, short of the one whose state predicts a first label."""
+    """The tokens with which all samples begin, excluding any token whose state predicts a first label."""
     found: list[int] | None = None
     for batch in rows.iter(1000):
         some = [ids[: max(0, first_label(y) - 1)] for ids, y in zip(batch["input_ids"], batch["labels"])]
@@ -174,8 +174,8 @@ def _mean_loss(labels: Sequence[int], log_probs: Sequence[float]) -> float:
 
 
 def exact_match(reflected: Reflected) -> list[float]:
-    """1 where the answer is one of its references, else 0; case, whitespace's amount and how characters
-    are encoded do not count."""
+    """1 if the answer equals one of its references, else 0. Case, amounts of white space and the encoding of characters
+    are ignored."""
 
     def normalised(text: str) -> str:
         return " ".join(normal_form(text).split())
@@ -185,8 +185,8 @@ def exact_match(reflected: Reflected) -> list[float]:
 
 
 def numeric_match(reflected: Reflected) -> list[float]:
-    """1 where the answer ends in the number that one of its references ends in (GSM8K), else 0; NaN where no reference
-    has a number."""
+    """1 if the final number of the answer is that of one of its references (GSM8K), else 0; NaN if no reference has a
+    number."""
 
     def score(answer: str, references: Sequence[str]) -> float:
         wanted = {final_number(r) for r in references} - {None}
@@ -211,7 +211,7 @@ def bleu(reflected: Reflected) -> list[float]:
 
 
 def _sentence_scores(metric: Any, reflected: Reflected) -> list[float]:
-    # sacrebleu's percentages may exceed 100 by a rounding.
+    # sacrebleu's percentages may exceed 100 by a rounding error.
     return [
         max((min(metric.sentence_score(g, [r]).score / 100, 1.0) for r in references), default=0.0)
         for g, references in zip(reflected.generations, reflected.dataset["references"])
@@ -256,12 +256,13 @@ def difficulty_names() -> list[str]:
 
 
 def get_difficulty(name: str) -> Difficulty:
-    """Look a signal up, or import the function that a name `package.module:function` or `path/to/file.py:function`
-    stands for: its column is called like the function, and its attribute `higher_is_easier` says its direction.
+    """Look up a signal, or import a user's function, named `package.module:function` or `path/to/file.py:function`.
+
+    The column of a user's function has the function's name, and its attribute `higher_is_easier` is its direction.
 
     Raises:
-        UserError: for an unknown name, with the list of names; for a package that is missing; for what is wrong with a
-            function of one's own: no such file, module or function, an error in its code, no direction.
+        UserError: the name is unknown, a package is missing, or a user's function cannot be used: there is no such
+            file, module or function, its code has an error, or it has no direction.
     """
     if name not in DIFFICULTIES and ":" in name:
         return _imported(name)
@@ -287,17 +288,21 @@ def _imported(name: str) -> Difficulty:
 
 
 def column_of(name: str) -> str:
-    """The column of a signal, which is named by it or as `reflect` takes it."""
+    """The column of a signal, which may be given by that name or as `reflect` takes it."""
     return name if name in DIFFICULTIES else name.rpartition(":")[2]
 
 
 def get_difficulties(names: Iterable[str]) -> dict[str, Difficulty]:
-    """The signals of some names, by the column that each makes. UserError where two make the same."""
+    """Look up signals, and return them by their columns.
+
+    Raises:
+        UserError: a name is wrong, or two signals have the same column.
+    """
     return each_once("difficulty signal", ((signal.name, signal) for signal in map(get_difficulty, names)))
 
 
 def signal_files(names: Iterable[str]) -> list[Path]:
-    """The files of those signals that are named `path/to/file.py:function`."""
+    """The files of the signals that are named `path/to/file.py:function`."""
     return [path for path in map(file_of, names) if path is not None]
 
 
@@ -312,12 +317,12 @@ def register_difficulty(
 
     Args:
         name: a new name; an existing one only with `replace=True`.
-        function: `function(reflected)` -> one number a sample, in order; a non-finite one marks it as unscored.
+        function: `function(reflected)` -> one number a sample, in order; NaN or infinity marks a sample as unscored.
         higher_is_easier: whether a high value means an easy sample.
-        replace: whether a name that is taken is taken over.
+        replace: whether an existing signal of this name is replaced.
 
     Raises:
-        UserError: for a name that is taken, or is no text.
+        UserError: the name is taken, or is not text.
 
     Examples:
         >>> register_difficulty("brevity", lambda r: [-len(g) for g in r.generations],

@@ -1,4 +1,4 @@
-"""Generation by vLLM in processes of its own."""
+"""Generation by vLLM in separate processes."""
 
 import copy
 import logging
@@ -30,27 +30,27 @@ from .engines import Sampling, end_ids, until_end
 
 logger = logging.getLogger(__name__)
 
-# Loaded by vLLM, in its process.
+# vLLM loads this in its own process.
 _NGRAMS = "srd_fast.reflection.vllm_ngrams:NoRepeatNgrams"
 
 
 class VLLMEngine:
     """vLLM's engine in `data_parallel_size` processes, which end with `close()`.
 
-    One process computes a call of `generate`, alone and with an empty prefix cache. What it gives therefore depends
-    only on its prompts, and repeated work gives the same. Threads may make as many calls at once as there are
-    processes. A process that dies is started again once for a call, with the weights that the others have.
+    Each call of `generate` is computed by one process, with an empty prefix cache. So its result depends only on its
+    prompts, and repeated work gives the same result. Threads may make as many calls at once as there are processes. A
+    process that dies is started again once per call, with the same weights as the others.
 
     Args:
         student: a folder or hub id (of a model, or of a LoRA adapter), or a loaded model, which is written to a
-            temporary folder first. Of a model with a plain LoRA adapter the adapter is handed over as one, beside
-            weights that stay, where vLLM takes it; other adapters are merged into a copy.
+            temporary folder first. If the model has a plain LoRA adapter that vLLM supports, only the adapter is passed
+            on later, beside base weights that stay loaded; other adapters are merged into a copy.
         tokenizer: used only for the end-of-sequence id.
         batch_size: not used; vLLM's own limit is the option `max_num_seqs`.
         tensor_parallel_size: GPUs for one copy of the model.
         data_parallel_size: copies of the model. On a CPU they share its cores.
-        dtype: of the weights. Default: that of the loaded model, else float32.
-        shard_size: prompts that `reflect` gives in one call.
+        dtype: dtype of the weights. Default: that of the loaded model, else float32.
+        shard_size: prompts that `reflect` passes in one call.
         log: file for what vLLM prints. Default: one in the temporary folder.
         start_seconds: how long a start may take, in seconds.
         options: further keyword arguments of `vllm.LLM`: gpu_memory_utilization, max_model_len, max_num_seqs,
@@ -108,14 +108,14 @@ class VLLMEngine:
         self._pool = vllm_pool(options, self._needs, data_parallel_size, log, start_seconds)
 
     def reserve(self, length: int, sampling: Sampling) -> None:
-        """Say before the first call how many tokens prompt and generation have at most, and how they are sampled."""
+        """Announce the most tokens of prompt and generation together, and the sampling, before the first call."""
         self._length, self._ngrams = max(self._length, length), sampling.no_repeat_ngram_size > 0
 
     def start(self) -> None:
         """Start every process that is not running.
 
         Raises:
-            UserError: a process cannot start. The message has vLLM's own words.
+            UserError: a process cannot start. The message has vLLM's error.
         """
         try:
             self._start()
@@ -136,20 +136,19 @@ class VLLMEngine:
                 self._pool.start()
 
     def _needs(self) -> dict[str, Any]:
-        """What a process is told beside its options."""
+        """What a process needs besides vLLM's options."""
         processors = [_NGRAMS] if self._ngrams else []
         return {"model": self._weights, "length": self._length, "logits_processors": processors}
 
     def update_weights(self, student: PreTrainedModel) -> None:
-        """Answer with other weights from now on: every process takes them where it is, or starts with them.
+        """Use other weights from now on: every running process loads them, and others start with them.
 
         Args:
-            student: of the shapes that the engine was made with. Of one whose adapter was handed over as one, the
-                adapter alone is looked at.
+            student: a model of the same shapes. If the engine uses the adapter separately, only the adapter is read.
 
         Raises:
-            UserError: this version of vLLM, or the way in which it loaded the model, does not allow it. The engine is
-                of no use then.
+            UserError: this version of vLLM, or the way in which it loaded the model, does not allow it. The engine
+                cannot be used afterwards.
         """
         before, self._weights = self._weights, self._write(student)
         self._pool.ask_all({"weights": self._weights})
@@ -157,12 +156,12 @@ class VLLMEngine:
             shutil.rmtree(before, ignore_errors=True)
 
     def sleep(self) -> None:
-        """Free the GPU's memory until the next call, where `enable_sleep_mode` is given."""
+        """Free the GPU's memory until the next call, if `enable_sleep_mode` is set."""
         if self._sleeps:
             self._pool.ask_all({"sleep": True})
 
     def _write(self, student: PreTrainedModel) -> str:
-        """Write the weights of a loaded model, or its adapter alone, where vLLM can load them."""
+        """Write the weights of a loaded model, or only its adapter, to a folder from which vLLM can load them."""
         self._versions += 1
         folder = self._folder / f"weights-{self._versions}"
         with _without_bars(), torch.no_grad(), torch.autocast(student.device.type, enabled=False):
@@ -192,7 +191,7 @@ class VLLMEngine:
         yield from enumerate(self._pool.ask({"samples": [list(s) for s in samples]}))
 
     def close(self) -> None:
-        """End the processes. When this returns, their memory is free, on a GPU too."""
+        """End the processes. When this returns, their memory is free, including a GPU's."""
         self._pool.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -206,7 +205,7 @@ def _generation_config(source: str) -> GenerationConfig | None:
 
 @contextmanager
 def _without_bars() -> Iterator[None]:
-    """Let transformers write files, as often as every step, without a bar for each."""
+    """Let transformers write files without progress bars, because it may do so at every step."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
@@ -217,7 +216,7 @@ def _without_bars() -> Iterator[None]:
 
 
 def _takes_adapter(student: Any, options: dict[str, Any]) -> bool:
-    """Whether a loaded model has an adapter that vLLM may take as one."""
+    """Whether a loaded model has an adapter that vLLM may use separately."""
     if not hasattr(student, "merge_and_unload") or not options.get("enable_lora", True):
         return False
     reason = why_not_plain_lora(student)

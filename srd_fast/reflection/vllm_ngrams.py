@@ -1,4 +1,4 @@
-"""`no_repeat_ngram_size` for vLLM, which has no such option: transformers' rule as one of its logits processors."""
+"""`no_repeat_ngram_size` for vLLM, which lacks that option: the rule of transformers as a logits processor of vLLM."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +11,7 @@ class NoRepeatNgrams(AdapterLogitsProcessor):
     """Forbids every token that would complete an n-gram which prompt and generation already contain."""
 
     def is_argmax_invariant(self) -> bool:
-        """No: greedy choices change."""
+        """False: greedy choices change."""
         return False
 
     def new_req_logits_processor(self, params: Any) -> Callable[..., torch.Tensor] | None:
@@ -21,7 +21,7 @@ class NoRepeatNgrams(AdapterLogitsProcessor):
 
 
 class _Forbid:
-    """Keeps what followed each (n - 1)-gram so far, so that a step costs one look-up."""
+    """Remembers what followed each (n - 1)-gram so far, so that a step costs one look-up."""
 
     def __init__(self, size: int) -> None:
         self.size, self.done = size, 0

@@ -1,4 +1,4 @@
-"""What each model answered to each validation row, and how it measured there: evaluation.json and the split."""
+"""Each model's answer to each validation row, with its measures: evaluation.json and the validation split."""
 
 import math
 from collections.abc import Mapping
@@ -17,15 +17,15 @@ NAMES = {"teacher": "teacher", "start": "starting student", "student": "distille
 
 @dataclass(frozen=True)
 class RowMeasures:
-    """One model on the validation rows, NaN where something was not measured.
+    """One model's measures on the validation rows, NaN for what was not measured.
 
     Args:
         index: sample_id -> its place in the columns.
         generations: the answers.
-        rouge_l: 0 to 1.
-        cross_entropy: summed over the tokens of a row, in nats.
-        kl: to the teacher, summed likewise.
-        num_tokens: with loss.
+        rouge_l: ROUGE-L, 0 to 1.
+        cross_entropy: cross-entropy summed over the tokens of a row, in nats.
+        kl: KL to the teacher, summed over the tokens of a row, in nats.
+        num_tokens: number of tokens with loss.
     """
 
     index: Mapping[str, int]
@@ -38,20 +38,20 @@ class RowMeasures:
 
 @dataclass(frozen=True)
 class ValidationAnswers:
-    """The validation rows, and what models made of them. models has the keys "teacher", "start" and "student"."""
+    """The validation rows, and the models' measures on them. models has the keys "teacher", "start" and "student"."""
 
     table: pa.Table | None
     models: dict[str, RowMeasures]
 
 
 def read_answers(folder: Path) -> ValidationAnswers | None:
-    """The measures of single rows.
+    """Read the measures of single rows.
 
     Args:
-        folder: of a run.
+        folder: the run folder.
 
     Returns:
-        What it holds; None where it has none, as runs of versions before there were any.
+        The measures; None if there are none, as in runs of older versions.
 
     Raises:
         UserError: a file is damaged.

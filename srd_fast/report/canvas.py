@@ -17,12 +17,12 @@ MUTED = "#656d76"
 DROPPED = "#a3a9b0"
 LINE = "#3b528b"
 
-# What surrounds the data, by its place.
+# Colours of what surrounds the data.
 EDGE, GRID, SHADE = "#c4c9cf", "#e6e8eb", "#f1f2f4"
 
 # One unit of a figure is one CSS pixel, so that text has the same size in the plots as on the page.
 WIDE, NARROW = 920, 352
-# Of what is drawn as pixels; coarse where there are so many points that it would make a huge page.
+# Resolution of what is drawn as pixels; the coarse one is for so many points that the page would become huge.
 RASTER_DPI, COARSE_DPI = 180, 110
 
 STYLE = {
@@ -79,23 +79,23 @@ def _encode(figure: Figure, dpi: int) -> str:
 
 
 def svg_of(figure: Figure, dpi: int = RASTER_DPI) -> str:
-    """The figure as SVG; its bytes depend on the figure alone."""
+    """The figure as SVG; its bytes depend only on the figure."""
     buffer = io.StringIO()
     metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     with matplotlib.rc_context({"svg.hashsalt": "srd-fast"}):
         figure.savefig(buffer, format="svg", dpi=dpi, metadata=metadata)
     svg = _FONT.sub(_PAGE_FONT, buffer.getvalue())
-    # A hundredth of a pixel is more than anyone sees. Labels stand between the tags, not in their attributes.
+    # Nobody sees a hundredth of a pixel. Labels are between the tags, not in attributes, so they stay exact.
     return _ATTRIBUTE.sub(lambda match: _LONG_NUMBER.sub(r"\1", match[0]), svg)
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """Make an empty figure. width, height: in CSS pixels."""
+    """Make an empty figure. width, height: its size in CSS pixels."""
     return Figure(figsize=(width / 72, height / 72), layout="constrained")
 
 
 def sequence(count: int) -> list[str]:
-    """Colours from easy (dark blue) to hard (orange). Their lightness rises too, for every kind of eye."""
+    """Colours from easy (dark blue) to hard (orange). Their lightness rises too, for readers who are colour-blind."""
     colormap = matplotlib.colormaps["plasma"]
     return [to_hex(colormap(0.04 + 0.7 * i / max(count - 1, 1))) for i in range(count)]
 

@@ -1,11 +1,11 @@
 """Models of one or more runs side by side on the validation rows that they share, with intervals of the differences.
 
-Runs whose config differs by the seed alone are one side: its values are means over seeds. A difference is the second
-side's minus the first's, seed by seed and row by row where both have them. Its interval is over rows drawn anew and
-over seeds (`intervals`), and holds 95 % for the three measures of a pair together, each at 1 - 0.05 / 3. What lies
-inside its interval with 0 is said to be none. With one seed on both sides it knows nothing of seeds. A run's seed also
-draws its validation rows: where two models share too few, the rows of each are drawn apart, which the wider interval
-pays for.
+Runs whose configs differ only in the seed form one side: its values are means over seeds. A difference is the second
+side's value minus the first's, seed by seed and row by row if both have the same ones. Its interval is over resampled
+rows and over seeds (see `intervals`). It has 95 % confidence for the three measures of a pair together, so each has
+1 - 0.05 / 3. If the interval holds 0, the verdict is that there is no difference. With one seed on both sides, the
+interval does not cover the effect of seeds. A run's seed also chooses its validation rows: if two models share too few
+of them, the rows of each are resampled separately, which makes the interval wider.
 """
 
 import math
@@ -32,13 +32,13 @@ from srd_fast.report.sides import (
 )
 
 LEVEL = 1 - 0.05 / 3
-# Fewer rows say too little for an interval.
+# With fewer rows, no interval is computed.
 LEAST_ROWS = 10
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How a measure differs between two models. reason: why it is not compared, else empty."""
+    """The difference of a measure between two models. reason: why it is not compared, else empty."""
 
     measure: Measure
     first: float
@@ -49,7 +49,7 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """In one or two words: "better", "worse" or "no difference"; why there is none, if so."""
+        """The verdict in words: "better", "worse" or "no difference"; or why there is none."""
         if self.reason:
             return self.reason
         if self.low <= 0 <= self.high:
@@ -59,14 +59,14 @@ class Difference:
 
 @dataclass(frozen=True)
 class Pair:
-    """The second of two models against the first.
+    """The second of two models compared with the first.
 
     Args:
-        first: its label.
-        second: its label.
-        num_rows: of a seed's validation rows, those that both have; 0 where each is measured on its own.
-        num_seeds: of the first and of the second.
-        paired: whether they are compared seed by seed, and so on as many of each.
+        first: the first model's label.
+        second: the second model's label.
+        num_rows: number of validation rows, for each seed, that both have; 0 if each is measured on its own rows.
+        num_seeds: numbers of seeds of the first and of the second.
+        paired: whether they are compared seed by seed, so that both have the same number.
         differences: one for each of `MEASURES`.
     """
 
@@ -79,7 +79,7 @@ class Pair:
 
     @property
     def basis(self) -> str:
-        """Which rows and seeds it rests on, in words."""
+        """The rows and seeds of the comparison, in words."""
         rows = f"{self.num_rows:,} rows" if self.num_rows else "each on validation rows of its own"
         if max(self.num_seeds) == 1:
             return rows
@@ -92,12 +92,12 @@ class Comparison:
     """Every model with its values over the rows that all models have, and the pairs.
 
     Args:
-        shared: the ids of those rows; empty if there are too few, and each model's values are over its own rows.
+        shared: the ids of those rows; empty if there are too few, so that each model's values are over its own rows.
         given: the models.
-        pairs: of them.
-        prompts: sample_id -> prompt, where the first run has them.
+        pairs: the comparisons of two models.
+        prompts: sample_id -> prompt, if the first run has them.
         references: sample_id -> references.
-        metrics: what each run measured while training, by its label.
+        metrics: what each run measured during training, by its label.
     """
 
     shared: list[str]
@@ -114,7 +114,7 @@ class Comparison:
 
     @property
     def models(self) -> list[tuple[str, list[str]]]:
-        """The label of each model, and its `MEASURES` over the shared rows as text, of seeds mean ± deviation."""
+        """The label of each model, and its `MEASURES` over the shared rows as text; mean ± deviation over seeds."""
         return [(m.label, [_of_seeds(x, m.values(x, self.shared)) for x in MEASURES]) for m in self.given]
 
 
@@ -126,7 +126,7 @@ def _of_seeds(measure: Measure, values: Sequence[float]) -> str:
 def compare_runs(runs: Sequence[str]) -> Comparison:
     """Compare the distilled students of runs, each with its starting student, and all with the first.
 
-    Runs whose config differs by the seed alone are one side. Where all are, they are compared with each other too.
+    Runs whose configs differ only in the seed form one side. If all do, they are also compared with each other.
 
     Args:
         runs: run folders. FOLDER:start, FOLDER:student and FOLDER:teacher are one model of a run.
@@ -135,7 +135,7 @@ def compare_runs(runs: Sequence[str]) -> Comparison:
         The comparison.
 
     Raises:
-        UserError: a folder is not that of a run, lacks measures of single rows, or only one model is given.
+        UserError: a folder is not a run folder, lacks measures of single rows, or only one model is given.
     """
     if len(set(runs)) < len(runs):
         twice = next(x for i, x in enumerate(runs) if x in runs[:i])
@@ -163,13 +163,13 @@ def compare_runs(runs: Sequence[str]) -> Comparison:
 
 
 def _side(runs: Sequence[Sequence[Given]], label: str) -> list[Model]:
-    """Each model of runs that differ by their seed."""
+    """The models of runs that differ only in their seed."""
     seeds = f" ({len(runs)} seeds)" if len(runs) > 1 else ""
     return [Model(f"{label}{seeds}, {NAMES[of_seeds[0].name]}", list(of_seeds)) for of_seeds in zip(*runs, strict=True)]
 
 
 def _shared(models: Sequence[Model]) -> list[str]:
-    """The rows that all have. Empty if they are too few, although each model has enough."""
+    """The rows that all models have; empty if these are too few although each model has enough."""
     rows = [model.rows for model in models]
     sets = [set(x) for x in rows]
     shared = [x for x in rows[0] if all(x in of_model for of_model in sets)]
@@ -178,7 +178,7 @@ def _shared(models: Sequence[Model]) -> list[str]:
 
 
 def compare_models(first: Model, second: Model) -> Pair:
-    """The second model against the first, in pairs of seeds and rows where both have them.
+    """Compare the second model with the first, in pairs of seeds and rows if both have the same ones.
 
     Args:
         first: a model.
@@ -216,7 +216,7 @@ def compare_models(first: Model, second: Model) -> Pair:
 
 
 def _rows_of_seeds(first: Model, second: Model, paired: bool) -> tuple[list[list[Sequence[str]]], int]:
-    """For each seed of each model the rows that it is measured on; how many of them two models share, at least."""
+    """For each seed of each model, the rows on which it is measured; and the lowest number that both models share."""
     shared = _shared([first, second])
     if shared:
         return [[shared] * len(model.of_seeds) for model in (first, second)], len(shared)
@@ -230,7 +230,7 @@ def _rows_of_seeds(first: Model, second: Model, paired: bool) -> tuple[list[list
 
 
 def _counted_otherwise(given: Iterable[Measured]) -> bool:
-    """Whether the same rows have other numbers of tokens."""
+    """Whether the same rows have different numbers of tokens."""
     of_rows: dict[tuple[str, ...], FloatArray] = {}
     return any(not np.array_equal(of_rows.setdefault(x.rows, x.weights), x.weights) for x in given)
 
@@ -239,7 +239,7 @@ def comparison_text(comparison: Comparison) -> str:
     """The comparison as lines for a terminal.
 
     Args:
-        comparison: what `compare_runs` gave.
+        comparison: the result of `compare_runs`.
 
     Returns:
         Several lines.

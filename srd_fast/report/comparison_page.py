@@ -73,7 +73,7 @@ def _last(values: FloatArray) -> str:
 
 
 def _answers(comparison: Comparison) -> Table:
-    """Every shared row with what each model answered; ROUGE-L and KL of each, means over seeds."""
+    """Every shared row with each model's answer, ROUGE-L and KL; the numbers are means over seeds."""
     ids = comparison.shared
     columns, texts = [], []
     for i, model in enumerate(comparison.given, 1):
@@ -99,13 +99,13 @@ def write_comparison(comparison: Comparison, target: Path) -> Path:
     """Write the page of a comparison.
 
     Args:
-        comparison: what `compare_runs` gave.
+        comparison: the result of `compare_runs`.
         target: the file; an older one is replaced.
 
     Returns:
         The path of the page.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: the file cannot be written.
     """
     return write_page(target, render_comparison(comparison))

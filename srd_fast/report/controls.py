@@ -1,4 +1,4 @@
-"""A run beside its controls: what the page says of them, and report.json."""
+"""A run compared with its controls: the page's section about them, and report.json."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,26 +9,26 @@ from srd_fast.report.comparison import Pair, change, compare_models, interval
 from srd_fast.report.differences import differences_view, pairs_view
 from srd_fast.report.sides import MEASURES, Model, read_models
 
-# What is told apart, by the name of a control in a config.
+# Labels of the controls, by their names in a config.
 _LABELS = {"random": "random dropping, random stages", "none": "all rows in every stage"}
 
 
 @dataclass(frozen=True)
 class Controlled:
-    """The distilled students of a run and of its controls, and the run against each control."""
+    """The distilled students of a run and of its controls, and the run compared with each control."""
 
     models: list[Model]
     pairs: list[Pair]
 
 
 def read_controls(folder: Path) -> Controlled | None:
-    """The controls of a run.
+    """Read the controls of a run.
 
     Args:
-        folder: of the run.
+        folder: the run folder.
 
     Returns:
-        Those that are measured; None where there are none, or the run itself is not measured.
+        The controls that were evaluated; None if there are none, or if the run itself was not evaluated.
 
     Raises:
         UserError: a file is damaged.
@@ -47,7 +47,7 @@ def read_controls(folder: Path) -> Controlled | None:
 
 
 def controls_view(controlled: Controlled | None) -> dict[str, Any] | None:
-    """The section of the page; None where there are no controls."""
+    """The section of the page; None if there are no controls."""
     if controlled is None:
         return None
     values = [(m.label, [x.text(m.values(x, ())[0]) for x in MEASURES]) for m in controlled.models]
@@ -69,7 +69,7 @@ def controls_json(folder: Path) -> dict[str, Any]:
     """The content of report.json: values of the run and of its controls, and the differences with their intervals.
 
     Args:
-        folder: of the run.
+        folder: the run folder.
 
     Returns:
         models: label -> measure -> value; differences: for each control and measure the run's value minus the

@@ -13,7 +13,7 @@ from srd_fast.report.sides import MEASURES
 
 
 def pairs_view(pairs: Sequence[Pair]) -> list[tuple[Any, ...]]:
-    """Pairs as the macro `pairs` of `parts.html` takes them."""
+    """Pairs in the form that the macro `pairs` of `parts.html` takes."""
     return [
         (pair.first, pair.second, pair.basis,
          [(d.measure.title, d.measure.unit, change(d), interval(d), d.verdict) for d in pair.differences])

@@ -1,4 +1,4 @@
-"""The sections with figures: what each draws, what it says, and its description in words."""
+"""The sections with figures: each one's picture, caption and description in words."""
 
 from typing import Any
 
@@ -70,7 +70,7 @@ def difficulty_view(run: Run) -> dict[str, Any]:
 
 
 def named_groups(reflections: Reflections, plan: CurriculumPlan | None) -> list[tuple[str, str, list[str], bool]]:
-    """(label, colour, sample ids, whether they are kept): the subsets in their order, then the dropped rows."""
+    """(label, colour, sample ids, are they kept?): the subsets in their order, then the dropped rows."""
     if plan is None:
         return [("scored, no plan yet", sequence(2)[0], list(reflections.index), True)]
     subsets = [subset for subset in plan.subsets if subset]
@@ -114,7 +114,7 @@ def right_edge_of(entropy: FloatArray) -> tuple[float, int]:
 
 
 def _steps(run: Run) -> dict[str, Any]:
-    """The start of every view of the steps: what is missing, and no picture yet."""
+    """The common start of the views over the steps: what is missing, and no picture yet."""
     absent = missing(run, "metrics.jsonl")
     if run.metrics is not None and not len(run.metrics.train["step"]):
         absent = "metrics.jsonl holds no training step yet; `srd-fast distill` writes them."

@@ -1,4 +1,4 @@
-"""Opens the files of a run folder. A fault becomes a UserError that names the file and the place."""
+"""Open the files of a run folder. A fault becomes a UserError that names the file and the place."""
 
 import json
 import math

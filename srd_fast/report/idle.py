@@ -1,4 +1,4 @@
-"""Whether the ranking says more than a length count, and what was dropped, in words that a person can judge."""
+"""Whether the ranking says more than the length of texts, and what was dropped, in words that a reader can judge."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +10,8 @@ import regex
 from srd_fast.curriculum import CurriculumPlan
 from srd_fast.report.read import FloatArray, Run
 
-# Shares from which the page says so.
+# Shares from which on the page says that the ranking follows the length; that two signals are equal, or unrelated
+# (below this); that a signal has the same value in most rows.
 BY_LENGTH, SAME, UNRELATED, TIED = 0.5, 0.9, 0.1, 0.5
 BINS, LEAST_OF_BIN, LEAST_ROWS = 20, 10, 20
 NAMES = {
@@ -23,13 +24,13 @@ _LETTER, _LATIN = regex.compile(r"\p{L}"), regex.compile(r"\p{Latin}")
 
 
 def ranking_view(run: Run) -> dict[str, Any] | None:
-    """What the ranking follows, as (what, rank correlation); sentences; and kinds of rows among kept and dropped.
+    """The section about the ranking: its rank correlations, sentences, and kinds of rows among kept and dropped ones.
 
     Args:
-        run: whose plan.
+        run: the run.
 
     Returns:
-        The view; None without a plan, scores and the rows.
+        The view; None unless there are a plan, scores and the rows.
     """
     plan, train, reflections = run.plan, run.train, run.reflections
     if plan is None or train is None or reflections is None:
@@ -67,7 +68,7 @@ def ranking_view(run: Run) -> dict[str, Any] | None:
 
 
 def spearman(first: FloatArray, second: FloatArray) -> float:
-    """The rank correlation of two columns over the rows that have both, ties at their mean rank; else NaN."""
+    """The rank correlation of two columns over the rows that have both, ties at their mean rank; NaN if undefined."""
     both = np.isfinite(first) & np.isfinite(second)
     one, other = (_ranks(x[both]) for x in (first, second))
     if len(one) < 3 or not one.std() or not other.std():
@@ -82,10 +83,10 @@ def _ranks(values: FloatArray) -> FloatArray:
 
 
 def explained(hardness: FloatArray, length: FloatArray) -> float:
-    """The share of the variance of the ranks that any function of the length explains, 0 to 1.
+    """The share of the variance of the ranks that a function of the length can explain at most, 0 to 1.
 
-    Rows are put in bins of equal size by length; what the bins' means explain is corrected for their number. NaN where
-    rows are too few, or all equally hard.
+    Rows are divided by length into bins of equal size. The share is that of the bins' means, corrected for the number
+    of bins. NaN if there are too few rows, or all are equally hard.
     """
     ranks, bins = _ranks(hardness), min(BINS, len(hardness) // LEAST_OF_BIN)
     if bins < 2 or not ranks.std():
@@ -98,7 +99,7 @@ def explained(hardness: FloatArray, length: FloatArray) -> float:
 
 
 def _hardness(plan: CurriculumPlan, ids: Sequence[str]) -> FloatArray:
-    """0 for the easiest row; rows of one fused score are equally hard."""
+    """0 for the easiest row; rows with the same fused score are equally hard."""
     if plan.fused:
         return np.array([-plan.fused.get(x, np.nan) for x in ids])
     return np.arange(len(ids), dtype=np.float64)

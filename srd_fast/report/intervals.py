@@ -1,8 +1,9 @@
 """Intervals of a difference between two models, over validation rows and over seeds of training.
 
-Rows are drawn anew, with replacement, the same ones for all that was measured on them: what another set of such rows
-would give. Seeds are few, and of three a bootstrap's 95 % hold 75 %. So what another seed would give comes from
-Student's t: to each draw of rows the standard error over seeds is added, times a draw of t.
+For the effect of another set of rows, rows are resampled with replacement, the same ones for everything measured on
+them. For the effect of other seeds this would not work: there are few, and with three seeds a bootstrap interval of 95
+% covers only 75 %. So Student's t is used: to each resampling of rows, the standard error over seeds times a draw of t
+is added.
 """
 
 import math
@@ -15,18 +16,18 @@ import numpy.typing as npt
 FloatArray = npt.NDArray[np.float64]
 
 RESAMPLES = 4000
-_DRAWS_OF_T = 8  # for each of them: its ends are rare
-_ENTRIES = 2_000_000  # drawn at a time
+_DRAWS_OF_T = 8  # for each resampling, because extreme values of t are rare
+_ENTRIES = 2_000_000  # numbers drawn at a time
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One measure of one model of one seed: the quotient of two sums over rows.
+    """One measure of one model with one seed: the quotient of two sums over rows.
 
     Args:
-        rows: which rows these are. Where two have the same, both get the same draws of them.
+        rows: the ids of the rows. Two measures with the same rows get the same resamplings.
         values: [rows] the measure.
-        weights: [rows] what its sum is divided by: tokens, or ones for a mean over rows.
+        weights: [rows] the denominator's terms: numbers of tokens, or ones for a mean over rows.
     """
 
     rows: tuple[str, ...]
@@ -45,13 +46,13 @@ def difference_interval(
     """The interval of the second side's mean over seeds minus the first side's.
 
     Args:
-        first: a measure of one side, once for each seed. With one seed on both sides the interval is over rows alone.
-        second: the same of the other side.
-        level: between 0 and 1.
-        paired: whether the i-th of both belong to one seed, so that what a seed does to both cancels.
+        first: a measure of one side, once for each seed. With one seed on both sides the interval is only over rows.
+        second: the same measure of the other side.
+        level: confidence level, between 0 and 1.
+        paired: whether the i-th of both have the same seed, so that a seed's effect on both cancels.
 
     Returns:
-        Its two ends; the same for the same input.
+        The two ends. The same input always gives the same interval.
     """
     streams = {rows: number for number, rows in enumerate(dict.fromkeys(m.rows for m in (*first, *second)))}
     centre = np.zeros(RESAMPLES)
@@ -67,20 +68,20 @@ def difference_interval(
 
 
 def _over_seeds(first: Sequence[float], second: Sequence[float], paired: bool) -> tuple[float, int]:
-    """The standard error of the difference over seeds, and its degrees of freedom; 0 where nothing tells of seeds."""
+    """The standard error of the difference over seeds, and its degrees of freedom; 0 if there is only one seed."""
     if paired:
         apart = np.subtract(second, first)
         return (float(apart.std(ddof=1)) / math.sqrt(len(apart)), len(apart) - 1) if len(apart) > 1 else (0.0, 0)
     freedom = len(first) + len(second) - 2
     if not freedom:
         return 0.0, 0
-    # Both sides are taken to spread alike: one of them may have a single seed.
+    # Both sides are assumed to have the same variance, because one of them may have a single seed.
     squares = sum(len(side) * float(np.var(side)) for side in (first, second))
     return math.sqrt(squares / freedom * (1 / len(first) + 1 / len(second))), freedom
 
 
 def _drawn_anew(measured: Measured, random: np.random.Generator) -> FloatArray:
-    """The quotient over each of `RESAMPLES` sets of as many rows."""
+    """The quotient over each of `RESAMPLES` resamplings of the rows."""
     count, found = len(measured.values), []
     step = max(1, _ENTRIES // count)
     for start in range(0, RESAMPLES, step):

@@ -16,7 +16,7 @@ TITLES = {
 }
 _NATS = {"kl": "KL to the teacher", "cross_entropy": "cross-entropy", "loss": "loss"}
 
-# What a run folder may hold: the field of Run, and who writes the file.
+# Files of a run folder -> the field of Run, and what writes the file.
 _WRITTEN_BY = {
     "data/train.parquet": ("train", "the prepare step of `srd-fast run`"),
     "reflections.parquet": ("reflections", "`srd-fast reflect`"),
@@ -43,12 +43,12 @@ def points(rouge_l: float) -> str:
 
 
 def title_of(metric: str) -> str:
-    """What a page calls a metric; a user's own by its name."""
+    """The title of a metric on a page; the name itself for a user's own metric."""
     return TITLES.get(metric) or _NATS.get(metric, metric)
 
 
 def value_of(metric: str, value: float) -> str:
-    """A metric's value, in points where it is one from 0 to 1."""
+    """A metric's value; in points if the metric is from 0 to 1."""
     return points(value) if metric in TITLES else number(value)
 
 
@@ -63,7 +63,7 @@ def count(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds, in the unit that a reader would choose."""
+    """Seconds, in a readable unit."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

@@ -1,4 +1,4 @@
-"""Puts the page together: a small view per section, rendered by ``template.html``, all of it escaped."""
+"""Make the page: a small view for each section, rendered by ``template.html`` with all values escaped."""
 
 import base64
 import hashlib
@@ -23,7 +23,8 @@ from srd_fast.report.samples import examples_view, samples_view, selection_view,
 from srd_fast.report.tables import training_table, validation_table
 
 MOST_BYTES = 5_000_000
-# The validation rows have a share of what figures and scores of training rows leave, and a least share of the page.
+# Bytes for the scores of a training row. Of the bytes that these and the figures leave, the validation rows get a
+# share, and at least the last share of the whole page.
 BYTES_OF_SCORES, SHARE_OF_VALIDATION, LEAST_OF_VALIDATION = 40, 0.3, 0.05
 ROOM_OF_SENTENCES = 1000
 STEPS = ("prepare", "init-student", "reflect", "curate", "answers", "cache", "distill", "evaluate", "controls")
@@ -141,7 +142,7 @@ def _evaluation(run: Run, name: str) -> Evaluation:
     return found or Evaluation()
 
 
-# What a run's data lost or has twice, where there is any of it.
+# Counts of what the data lost or has twice, with their labels.
 _COUNTED = {
     "prompts_cut": "prompts cut",
     "responses_cut": "responses cut",
@@ -151,7 +152,7 @@ _COUNTED = {
 }
 
 
-# Kd says what all runs were before there were modes.
+# Mode kd is not named, since all runs were like that before there were modes.
 _MODES = {"": "–", "kd": "–", "sft": "sft (fine-tuning)", "seqkd": "seqkd (the teacher's answers)",
           "offline_on_policy": "offline on-policy (the starting student's answers)",
           "on_policy": "on-policy (fresh answers of the student)",
@@ -161,7 +162,7 @@ _ANSWERS = {"answers": "answers trained on", "cut": "answers cut", "empty": "emp
 
 
 def _facts(run: Run) -> list[tuple[str, str]]:
-    """(label, value) of what the run was made from: rows, plan, training."""
+    """(label, value) about the run's rows, plan and training."""
     summary = run.summary
     data = summary.data if summary else {}
     training = summary.training if summary else {}
@@ -188,7 +189,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
 
 
 def _best_in_words(summary: Summary | None) -> str:
-    """Whose student was kept, where it is not the last step's."""
+    """Which step's student was kept, if it is not the last one's."""
     best = summary.best if summary else None
     if best is None:
         return "–"
@@ -267,7 +268,7 @@ def _scores(run: Run) -> dict[str, Any]:
 
 
 def _best(texts: dict[str, str], pick: Any) -> str | None:
-    """The better student by the digits shown; None if they are equal or one was not measured."""
+    """The better student by the displayed digits; None if they are equal or one was not measured."""
     students = {name: texts[name] for name in ("start", "student") if texts[name] != "–"}
     if len(set(students.values())) < 2:
         return None

@@ -16,14 +16,14 @@ from srd_fast.report.read import VALIDATION_COLUMNS, FloatArray
 
 Band = tuple[float, float, int]
 
-# ROUGE-L ties at exactly 0 and 100 points are spread over a strip of their own outside the axis.
+# Rows at exactly 0 and 100 points of ROUGE-L are spread over a separate strip outside of the axis.
 STRIP = (3.0, 11.0)
 GOLDEN = 0.6180339887498949
 
-# More than these hide one another, and make a huge page.
+# More points would hide one another, and make the page huge.
 MOST_POINTS = 8_000
 
-# Steps; a longer line is drawn as pixels.
+# A line over more steps is drawn as pixels.
 LONGEST_LINE = 1000
 
 NICE = (1, 2, 2.5, 5, 10)
@@ -31,7 +31,7 @@ NICE = (1, 2, 2.5, 5, 10)
 
 @dataclass(frozen=True)
 class Group:
-    """Rows that have one colour on the difficulty map: cross-entropy in nats per token, ROUGE-L in 0..1."""
+    """Rows with the same colour on the difficulty map: cross-entropy in nats per token, ROUGE-L in 0..1."""
 
     label: str
     colour: str
@@ -54,7 +54,7 @@ def stage_bands(steps: FloatArray, stages: FloatArray) -> list[Band]:
 
 
 def smooth_by_stage(values: FloatArray, stages: FloatArray) -> FloatArray:
-    """Centred moving mean over a fifteenth of the run, never across the border of stages of different loss."""
+    """Centred moving mean over a fifteenth of the run, never across the border of two stages, whose losses differ."""
     half = max(2, len(values) // 30)
     known = np.isfinite(values)
     smooth = np.full(len(values), np.nan)
@@ -75,7 +75,7 @@ def _stages(stages: FloatArray) -> list[npt.NDArray[np.intp]]:
 
 
 def frame_of(figure: Figure) -> dict[str, float]:
-    """Where the first axes of a finished figure lie, as shares of it from the upper left, and the ends of the axes."""
+    """The place of a finished figure's first axes, as shares of it from the upper left, and the ends of the axes."""
     axes = figure.axes[0]
     box = axes.get_position()
     (x0, x1), (y0, y1) = axes.get_xlim(), axes.get_ylim()
@@ -85,7 +85,7 @@ def frame_of(figure: Figure) -> dict[str, float]:
 
 
 def difficulty_map(groups: Sequence[Group], right_edge: float, narrow: bool) -> Figure:
-    """ROUGE-L against cross-entropy, a histogram along each axis; points beyond ``right_edge`` sit on it."""
+    """ROUGE-L against cross-entropy, with a histogram on each axis; points beyond ``right_edge`` are drawn on it."""
     figure = new_figure(NARROW, 400) if narrow else new_figure(WIDE, 560)
     grid = figure.add_gridspec(
         2,
@@ -147,7 +147,7 @@ def _scatter(axes: Axes, groups: Sequence[Group], right_edge: float, size: float
 
 
 def _evenly(count: int, total: int) -> npt.NDArray[np.int64]:
-    """Of some of all points, the share that is drawn."""
+    """Indices of the points to draw, spread evenly, if there are more than ``MOST_POINTS`` in all."""
     return np.linspace(0, count - 1, min(count, -(-count * MOST_POINTS // max(total, 1)))).astype(np.int64)
 
 
@@ -259,7 +259,7 @@ def throughput(train: dict[str, FloatArray], bands: list[Band], narrow: bool) ->
 def _by_stage(axes: Axes, train: dict[str, FloatArray], values: FloatArray, **style: Any) -> None:
     """Draw one line for each stage. Nothing is interpolated across a border."""
     for rows in _stages(train["stage"]):
-        # A stage of a single step is a point, which a line would not show. Long lines would make a huge page.
+        # A stage with a single step is drawn as a point, because a line would not show it. Long lines become pixels.
         axes.plot(
             train["step"][rows],
             values[rows],

@@ -1,4 +1,4 @@
-"""Reads a run folder into one dataclass and checks every file.
+"""Read a run folder into one dataclass, and check every file.
 
 A missing file is ``None``; a damaged one raises :class:`~srd_fast.errors.UserError` naming it.
 """
@@ -23,7 +23,7 @@ FloatArray = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class TrainRows:
-    """The training rows, kept as columns. Only the few rows that the page shows become Python objects."""
+    """The training rows, as columns. Only the few rows that the page shows become Python objects."""
 
     table: pa.Table
     index: dict[str, int]
@@ -102,7 +102,7 @@ class Evaluation:
     num_tokens: float = math.nan
     examples: tuple[Example, ...] = ()
     metrics: dict[str, float] = field(default_factory=dict)
-    """Others of the answers, by name."""
+    """Other metrics of the answers, by name."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class Summary:
     data: dict[str, float]
     evaluation: dict[str, Evaluation]
     timings: dict[str, float]
-    """Seconds by step. Those of the evaluation itself are known to steps.json alone, which is written after it."""
+    """Seconds by step. Those of the evaluation itself are only in steps.json, which is written after it."""
     training: dict[str, float]
     environment: dict[str, str]
     stages: tuple[dict[str, float], ...] = ()
@@ -274,7 +274,7 @@ def read_metrics(path: Path) -> Metrics | None:
         if rows is not None:
             if math.isnan(step):
                 raise row.fail("step", "a number")
-            # A resumed run repeats steps: what it wrote last is what the final student saw.
+            # A resumed run repeats steps: the last entry belongs to the final student.
             rows[step] = row
     measured = {name for row in validation.values() for name in row.numeric()}
     columns = (*VALIDATION_COLUMNS, *sorted(measured - {*VALIDATION_COLUMNS, "generation_seconds"}))
@@ -290,7 +290,7 @@ def _columns(rows: Mapping[float, Fields], names: Sequence[str]) -> dict[str, Fl
 
 
 def _seconds(path: Path) -> dict[str, float]:
-    """What each finished step took; empty without a ledger, or with one that the run itself will refuse."""
+    """Seconds of each finished step; empty if there is no steps.json, or a damaged one."""
     try:
         fields = read_json(path)
         found = {} if fields is None else {name: fields.child(name).number("seconds") for name in fields.data}

@@ -1,9 +1,9 @@
-"""Every row of a run as data for the page's script, within a number of bytes.
+"""All rows of a run as data for the page's script, within a limit of bytes.
 
-The tables are JSON in blocks that no browser executes; `page.js` draws them with `textContent` alone. A plain script of
-two hundred lines, because nothing else is needed: plotting libraries weigh one to five megabytes, a page's whole
-allowance, and want `unsafe-eval` or styles of their own. The page's Content-Security-Policy names the script by its
-hash, so that no other can run. Without scripts the page is what it was: these tables are in addition.
+The tables are JSON in blocks that no browser executes; `page.js` draws them, using only `textContent`. It is a plain
+script of two hundred lines, because plotting libraries take one to five megabytes, the page's whole limit, and need
+`unsafe-eval` or their own styles. The page's Content-Security-Policy names the script by its hash, so that no other can
+run. Without scripts, only these tables are missing from the page.
 """
 
 import json
@@ -19,17 +19,17 @@ from srd_fast.report.numbers import rows as rows_in_words
 from srd_fast.report.plots import GOLDEN
 from srd_fast.report.read import FloatArray
 
-# Characters of a text, from which the most generous that fits is chosen.
+# Limits on the characters of a text; the largest with which the table fits is chosen.
 LIMITS = (6000, 2000, 600, 240)
-# Of a table's bytes, what ids and scores may take before rows are left out.
+# The share of a table's bytes that ids and scores may take before rows are left out.
 SHARE_OF_SCORES = 0.93
-# For what a column of texts has beside them: at most, and as a share of a table's bytes.
+# For the overhead of a column of texts: the most bytes, and the share of a table's bytes.
 COMMON_BYTES, SHARE_OF_COMMON = 20_000, 0.01
 
 
 @dataclass(frozen=True)
 class Column:
-    """A number of each row, NaN where there is none. minor: left out on narrow screens."""
+    """A number for each row, NaN if it has none. minor: whether it is left out on narrow screens."""
 
     title: str
     unit: str
@@ -39,7 +39,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Texts:
-    """A text of each row, or None."""
+    """A text for each row, or None."""
 
     label: str
     values: Sequence[str | None]
@@ -48,13 +48,13 @@ class Texts:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows that the page can sort, filter and turn over.
+    """Rows that the page can sort, filter and page through.
 
     Args:
-        ids: of the rows.
+        ids: the rows' ids.
         columns: their numbers.
-        texts: what opens on a click. The first is shown in part beside the id.
-        places: names of the groups, and of each row the number of its own.
+        texts: the texts that open on a click. The beginning of the first is shown beside the id.
+        places: names of the groups, and for each row the number of its group.
         extra: further entries for the script.
     """
 
@@ -68,15 +68,15 @@ class Table:
 def fit(table: Table, budget: int) -> tuple[str, str]:
     """Write a table in at most `budget` bytes of UTF-8.
 
-    Where it is larger, texts are cut, then left out, and then rows are: those that stay are spread evenly over the
-    order of the table.
+    If it is larger, texts are cut, then left out, and then rows are left out. The remaining rows are spread evenly over
+    the order of the table.
 
     Args:
         table: the rows.
         budget: bytes.
 
     Returns:
-        The JSON text, fit for a script element, and one sentence on what was left out; empty if nothing was.
+        The JSON text, safe in a script element, and a sentence about what was left out; empty if nothing was.
     """
     total = len(table.ids)
     index = np.arange(total)
@@ -94,7 +94,7 @@ def fit(table: Table, budget: int) -> tuple[str, str]:
     each = len(f"{len(index)},") + len(table.texts)
     limit = _limit(table.texts, index, room - each * len(index))
     found: dict[int, list[str | None]] = {}
-    # Golden steps reach every part of the table before they come back to the first.
+    # Steps by the golden ratio reach all parts of the table before they return to the first.
     for place in np.argsort(np.arange(len(index)) * GOLDEN % 1).tolist() if table.texts else ():
         of_row = [_cut(t.values[index[place]], limit) for t in table.texts]
         room -= each + sum(len(as_json(x).encode(errors="replace")) for x in of_row)
@@ -125,7 +125,7 @@ def _core(table: Table, index: npt.NDArray[np.int64]) -> dict[str, Any]:
 
 
 def _rounded(column: Column, index: npt.NDArray[np.int64]) -> list[float | int | None]:
-    """The digits that are shown."""
+    """The numbers, rounded to the displayed digits."""
     form = ".1f" if column.unit == "points" else ".4g"
     found = (float(format(x, form)) for x in column.values[index].tolist())
     return [None if not np.isfinite(x) else int(x) if x == int(x) else x for x in found]
@@ -137,14 +137,14 @@ def _limit(texts: Sequence[Texts], index: npt.NDArray[np.int64], room: int) -> i
 
 
 def _cut(text: str | None, limit: int) -> str | None:
-    """The text; of a longer one both ends, since a prompt begins with its template and ends with what is asked."""
+    """The text; if it is longer, its two ends, since a prompt begins with its template and ends with the question."""
     if text is None or len(text) <= limit:
         return text
     return f"{text[: limit // 2]} […] {text[-limit // 2 :]}"
 
 
 def _common_lines(texts: Iterable[str | None], most: int) -> list[str]:
-    """The lines that a tenth of the texts have, at least three: those of a template, not of a row. most: bytes."""
+    """Lines that at least three texts and a tenth of them have, such as a template's. most: bytes of all lines."""
     some = [x for x in texts if x]
     counts = Counter(line for x in some for line in {line.strip() for line in x.split("\n")})
     found = [line for line, n in counts.most_common(50) if line and n >= max(3, len(some) / 10)]
@@ -166,7 +166,7 @@ def _left_out(total: int, listed: int, with_text: int, limit: int) -> str:
 
 
 def as_json(content: Any) -> str:
-    """JSON without a character that could end a script element or begin a comment in it."""
+    """JSON without characters that could end a script element or begin a comment in it."""
     text = json.dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")

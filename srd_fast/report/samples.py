@@ -29,7 +29,7 @@ def samples_view(run: Run) -> dict[str, Any]:
     hardest = [sample_id for sample_id in kept[::-1][:SHOWN] if sample_id not in kept[:SHOWN]]
     for title, ids in (
         *zip(_titles(plan), (kept[:SHOWN], hardest, dropped[::-1][:SHOWN])),
-        # A person can judge a border by the rows on its two sides.
+        # A reader can judge the border by the rows on its two sides.
         ("Nearest to the border: the last kept", kept[::-1][:NEAREST] if dropped else []),
         ("Nearest to the border: the first dropped", dropped[:NEAREST]),
     ):
@@ -41,14 +41,14 @@ def samples_view(run: Run) -> dict[str, Any]:
 
 
 def _titles(plan: CurriculumPlan) -> tuple[str, str, str]:
-    """Of the first and the last kept rows of the ranking, and of its last rows. A large gap is no ease."""
+    """Titles for the first and the last kept rows of the ranking, and for its last rows, by what the ranking means."""
     if plan.ranked_by == ["gap"]:
         return "Kept rows with the most to learn", "Kept rows with the least to learn", "Dropped rows with the least"
     return "Easiest kept rows", "Hardest kept rows", "Hardest dropped rows"
 
 
 def selection_view(run: Run) -> dict[str, Any] | None:
-    """Which tokens the loss saw: by entropy, as (range, count, percent of the widest bar, share seen), and samples."""
+    """The tokens that the loss saw: by entropy, (range, count, percent of the widest bar, share seen), and samples."""
     found = run.selection
     if found is None:
         return None

@@ -1,4 +1,4 @@
-"""The models that are compared: those of single runs, and of runs that differ by the seed alone."""
+"""The models that are compared: those of single runs, and of runs that differ only in the seed."""
 
 import math
 import statistics
@@ -16,13 +16,13 @@ from srd_fast.report.answers import NAMES, RowMeasures, read_answers
 from srd_fast.report.files import read_json, read_text
 from srd_fast.report.intervals import FloatArray, Measured
 
-# Keys of a run's config that say nothing about what its students are worth.
+# Keys of a run's config that do not matter for the comparison of students.
 _ASIDE = ("seed", "output_dir", "controls")
 
 
 @dataclass(frozen=True)
 class Measure:
-    """What is compared. of_tokens: a sum over tokens, divided by their number; else a mean over rows."""
+    """A measure that is compared. of_tokens: whether it is a mean over tokens; otherwise it is a mean over rows."""
 
     field: str
     title: str
@@ -33,7 +33,7 @@ class Measure:
     higher_is_better: bool
 
     def text(self, value: float, sign: bool = False) -> str:
-        """The value as it is shown; a dash if it was not measured."""
+        """The displayed value; a dash if it was not measured."""
         return "–" if math.isnan(value) else format(self.scale * value, f"{'+' if sign else ''}.{self.digits}f")
 
 
@@ -51,10 +51,10 @@ class Given:
     Args:
         run: the run folder.
         name: "teacher", "start" or "student".
-        config: of the run; empty where it has none.
-        teacher: its name.
+        config: the run's config; empty if it has none.
+        teacher: the teacher's name.
         rows: measures on the run's validation rows.
-        table: these rows, where the run has them.
+        table: these rows, if the run has them.
     """
 
     run: Path
@@ -66,16 +66,16 @@ class Given:
 
     @property
     def seed(self) -> int | None:
-        """The run's; None where its config does not say it."""
+        """The run's seed; None if its config does not have it."""
         return self.config.get("seed")
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model, once for each seed.
+    """A model, trained once with each seed.
 
     Args:
-        label: what it is called.
+        label: its label.
         of_seeds: the models of single runs.
     """
 
@@ -84,7 +84,7 @@ class Model:
 
     @property
     def teacher(self) -> str:
-        """Its name; of several all names."""
+        """The teacher's name; if there are several, all names."""
         return ", ".join(dict.fromkeys(one.teacher for one in self.of_seeds))
 
     @property
@@ -94,11 +94,11 @@ class Model:
         return [x for x in first if all(x in index for index in others)]
 
     def values(self, measure: Measure, rows: Sequence[str]) -> list[float]:
-        """The measure of each seed over these rows; without any, over its own."""
+        """The measure of each seed over these rows; over its own rows if there are none."""
         return [measured(one.rows, measure, rows).mean for one in self.of_seeds]
 
     def by_row(self, field: str, rows: Sequence[str]) -> FloatArray:
-        """Of each row the mean over seeds of a field of its measures."""
+        """For each row, the mean over seeds of a field of its measures."""
         return np.mean([getattr(x.rows, field)[[x.rows.index[i] for i in rows]] for x in self.of_seeds], axis=0)
 
 
@@ -111,12 +111,12 @@ def measured(rows: RowMeasures, measure: Measure, ids: Sequence[str] = ()) -> Me
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
-    """Of a measure over seeds; the deviation is NaN with fewer than two."""
+    """Mean and standard deviation of a measure over seeds; the deviation is NaN with fewer than two."""
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else math.nan
 
 
 def read_models(given: str) -> list[Given]:
-    """Start and student of a run, or one model of it.
+    """Read the starting student and the student of a run, or one model of it.
 
     Args:
         given: a run folder, or FOLDER:start, FOLDER:student, FOLDER:teacher.
@@ -125,7 +125,7 @@ def read_models(given: str) -> list[Given]:
         The models.
 
     Raises:
-        UserError: the folder is not that of a run, or lacks measures of single rows.
+        UserError: the folder is not a run folder, or lacks measures of single rows.
     """
     folder, _, name = given.rpartition(":")
     if name not in NAMES or not folder:
@@ -150,9 +150,9 @@ def read_models(given: str) -> list[Given]:
 
 
 def _made_from(path: Path) -> dict[str, Any]:
-    """The config of a run; of a control with what its run's config has where the control's follows from the run's plan.
+    """The config of a run. For a control, values that follow from its run's plan are replaced by those of its run.
 
-    The plans of two seeds keep other numbers of rows where a knee or a band decides.
+    Otherwise controls of two seeds would differ: with a knee or a band, their plans keep different numbers of rows.
     """
     own, above = _config(path / "config.yaml"), path.absolute().parent
     run = _config(above.parent / "config.yaml") if above.name == "controls" else {}
@@ -177,12 +177,12 @@ def _config(path: Path) -> dict[str, Any]:
 
 
 def sides_of(runs: Sequence[Sequence[Given]]) -> list[list[Sequence[Given]]]:
-    """Runs that differ by the seed alone, together, in the order in which they are given.
+    """Group runs that differ only in the seed, in the order in which they are given.
 
-    A seed that comes twice begins a side of its own, as does a run without a config.
+    A repeated seed, or a run without a config, begins a separate side.
 
     Args:
-        runs: the chosen models of each.
+        runs: the chosen models of each run.
     """
     sides: list[list[Sequence[Given]]] = []
     for models in runs:
@@ -206,7 +206,7 @@ def _lacks(side: Sequence[Sequence[Given]], seed: int | None) -> bool:
 
 
 def labels_of(folders: Sequence[Path]) -> list[str]:
-    """The shortest ends of the paths that tell the folders apart."""
+    """The shortest ends of the paths by which the folders can be distinguished."""
     parts = [folder.absolute().parts for folder in folders]
     length = next(n for n in range(1, max(map(len, parts)) + 1) if len({p[-n:] for p in parts}) == len(set(parts)))
     return ["/".join(p[-length:]).lstrip("/") for p in parts]

@@ -1,4 +1,4 @@
-"""The two tables of all rows: the training rows in the order of the plan, and what each model answered."""
+"""The two tables of all rows: the training rows in the order of the plan, and each model's answers."""
 
 import math
 from typing import Any
@@ -16,8 +16,8 @@ def training_table(run: Run, frames: dict[str, Any] | None) -> Table | None:
     """Every training row with its scores and texts.
 
     Args:
-        run: whose rows.
-        frames: where the points of the difficulty map lie.
+        run: the run.
+        frames: where the points of the difficulty map are.
 
     Returns:
         The table; None before there are scores.
@@ -48,7 +48,7 @@ def training_table(run: Run, frames: dict[str, Any] | None) -> Table | None:
     answers = reflections.table["generation"].to_pylist()
     prompts, references = _texts(run, ids)
     columns = [
-        # As it is drawn, where the scores 0 and 100 are strips: the script shows what lies beyond as 0 and 100.
+        # The height in the drawing, where 0 and 100 are strips; the script displays values beyond as 0 and 100.
         Column("ROUGE‑L", "points", height),
         Column("cross-entropy", "nats per token", entropy),
         *(Column(name, "", score(name)) for name in reflections.scores if name not in ("rouge_l", "cross_entropy")),
@@ -66,19 +66,19 @@ def training_table(run: Run, frames: dict[str, Any] | None) -> Table | None:
 
 
 def _texts(run: Run, ids: list[str]) -> tuple[list[str | None], list[str | None]]:
-    """Prompt and references of the rows; several references one below the other."""
+    """Prompts and references of the rows; several references are put one below the other."""
     prompts, references = ({}, {}) if run.train is None else texts_of(run.train.table)
     return [prompts.get(x) for x in ids], [references.get(x) for x in ids]
 
 
 def validation_table(run: Run) -> Table | None:
-    """Every validation row with what each model answered.
+    """Every validation row with each model's answer.
 
     Args:
-        run: whose rows.
+        run: the run.
 
     Returns:
-        The table; None where the run has no measures of single rows.
+        The table; None if the run has no measures of single rows.
     """
     answers = run.answers
     if answers is None:

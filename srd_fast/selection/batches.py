@@ -1,4 +1,4 @@
-"""Selection during training: what the loss sees of each batch, and what was chosen so far.
+"""Selection during training: what the loss sees of each batch, and statistics of what was chosen.
 
 Shape letters: N candidates, sample by sample; K chosen; V classes; D width.
 """
@@ -8,7 +8,7 @@ import hashlib
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -34,9 +34,9 @@ def _saved(done: float, whole: float) -> float:
 class SelectedPositions:
     """Counts what was chosen so far: shares for the log, histograms of the student's entropy for the report.
 
-    edges: of the histogram's bins, in nats; the last bin ends at ln V. work: multiplications of the heads' products for
-    each class, those that were done and those that all positions would have taken: three products for the student's
-    head (forward, backward and its gradient), one for the teacher's.
+    edges: edges of the histogram's bins, in nats; the last bin ends at ln V. work: multiplications of the heads'
+    products per class, those done and those for all positions: three products for the student's head (forward, backward
+    and its gradient), one for the teacher's.
     """
 
     def __init__(self, classes: int, bins: int = 24) -> None:
@@ -54,7 +54,7 @@ class SelectedPositions:
         self._since += torch.tensor([candidates, chosen, *work])
         entropy_N = signals.found("student_entropy")
         if entropy_N is not None:
-            # Counted on the device of the rows, so that nothing waits for it.
+            # Counts stay on the rows' device, so that nothing waits for it.
             self.edges, self.candidates, self.chosen = (
                 x.to(entropy_N.device) for x in (self.edges, self.candidates, self.chosen)
             )
@@ -63,13 +63,13 @@ class SelectedPositions:
             self.chosen.index_add_(0, bin_N[indices_K], torch.ones_like(indices_K))
 
     def take(self) -> dict[str, float]:
-        """Since the last call: the share of positions that was chosen, and of the heads' products that was saved."""
+        """The shares since the last call: of positions chosen, and of the heads' products saved."""
         candidates, chosen, done, whole = self._since.tolist()
         self._since.zero_()
         return {"selected_share": chosen / max(1, candidates), "saved_head_work": _saved(done, whole)}
 
     def counts(self) -> tuple[Tensor, Tensor, Tensor]:
-        """What was counted, on the CPU, for `add_counts` of another process."""
+        """The counts, on the CPU, for `add_counts` in another process."""
         return self.work.cpu(), self.candidates.cpu(), self.chosen.cpu()
 
     def add_counts(self, counts: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -81,7 +81,7 @@ class SelectedPositions:
 
     @property
     def saved_head_work(self) -> float:
-        """Share of the heads' products that was saved so far."""
+        """Share of the heads' products saved so far."""
         return _saved(*self.work.tolist())
 
     def histogram(self) -> dict[str, list[float]]:
@@ -107,24 +107,43 @@ class Seen(NamedTuple):
     logits_KV: Tensor | None = None
 
 
+class SelectionSettings(Protocol):
+    """The fields of `SRDConfig` that a selection reads."""
+
+    position_selection: str
+    position_ratio: float
+    position_steps: int
+    class_sampling: int
+    memory_budget: int | None
+    seed: int
+
+    @property
+    def logits(self) -> torch.dtype | None:
+        """Dtype of the loss's logits."""
+
+    @property
+    def process_index(self) -> int:
+        """Rank of this process."""
+
+
 class BatchSelection:
     """Chooses the positions and classes of each batch that the loss sees, as an `SRDConfig` says.
 
     policy: None if the loss sees every position.
 
     Args:
-        args: the config.
-        classes: V of the student.
+        args: the training's config.
+        classes: V, the student's number of classes.
     """
 
-    def __init__(self, args: Any, classes: int) -> None:
+    def __init__(self, args: SelectionSettings, classes: int) -> None:
         self.args = args
         self.policy = make_position_policy(args.position_selection, args.position_ratio, args.position_steps)
         self.selected = SelectedPositions(classes)
         self._step, self._micro_batch = -1, 0
 
     def begin(self) -> None:
-        """Call this when training starts or goes on."""
+        """Call this when training starts or resumes."""
         self._step = -1
 
     def __call__(
@@ -167,7 +186,7 @@ class BatchSelection:
         return seen._replace(rows=drawn)
 
     def chosen(self, signals: Signals, batch: Mapping[str, Any], step: int) -> Chosen:
-        """What the policy would choose of a batch. Nothing is counted or kept, and no generator of training is used."""
+        """What the policy would choose in a batch, without effect on counts, the policy's state or random numbers."""
         policy = copy.deepcopy(self.policy)
         assert policy is not None
         generator = batch_generator(signals.labels_N.device, self.args.seed)
@@ -179,14 +198,14 @@ class BatchSelection:
         return f"position_selection-{self.args.process_index}.safetensors"
 
     def save(self, checkpoint: Path) -> None:
-        """Save what the policy remembers. This comes before the checkpoint's last file, which completes it."""
+        """Save the policy's state. This must come before the checkpoint's last file, which marks it as complete."""
         state = getattr(self.policy, "state_dict", None)
         if state is not None:
             checkpoint.mkdir(parents=True, exist_ok=True)
             save_file(state(), checkpoint / self._state_file)
 
     def load(self, checkpoint: Path) -> None:
-        """Load what the policy remembered at a checkpoint. Without such a file it starts anew."""
+        """Load the policy's state from a checkpoint. If there is no such file, it starts empty."""
         load = getattr(self.policy, "load_state_dict", None)
         if load is not None and (checkpoint / self._state_file).is_file():
             load(load_file(checkpoint / self._state_file))

@@ -1,10 +1,10 @@
 """Which positions of a batch the loss sees.
 
-A position is a row with loss: a token of a response. Of each sample with n of them a policy takes k = ceil(ratio n):
+A position is a row with loss: a token of a response. In each sample with n positions, a policy takes k = ceil(ratio n):
 
     all                     every position
     topk_SIGNAL             the k highest of each sample, an earlier one first where two are equal; SIGNALS below
-    global_threshold        those with an entropy above a percentile of the last 30,000, whatever sample they are in
+    global_threshold        those with an entropy above a percentile of the last 30,000, in whichever sample
     curriculum              k neighbours in the order of entropy, from the lowest at step 0 to the highest at the end
     stochastic              k draws with probability in proportion to entropy, weighted so that the mean is that of all
 
@@ -25,7 +25,7 @@ from ..registry import Registry
 from ..teacher.stores import CACHE_KINDS
 
 ALL = "all"
-# Entropies that the global threshold remembers, and the least weight of a position that is drawn by its entropy.
+# Number of entropies that the global threshold remembers, and lowest entropy, in nats, that counts for a draw.
 QUEUE = 30_000
 _LEAST_ENTROPY = 1e-4
 
@@ -42,12 +42,12 @@ def rows_of_samples(batch: Mapping[str, Any]) -> Tensor:
 
 
 def counts_of_samples(batch: Mapping[str, Any]) -> list[int]:
-    """`rows_of_samples` on the host; without what `with_loss_rows` added, a GPU has to be waited for."""
+    """`rows_of_samples` on the host. It waits for a GPU, unless the batch comes from `with_loss_rows`."""
     return batch["loss_counts"] if "loss_counts" in batch else rows_of_samples(batch).tolist()
 
 
 def share_of(counts_B: Tensor, ratio: float) -> Tensor:
-    """ceil(ratio * n) of each count, as exact as the ratio is meant: 0.1 of 30 is 3."""
+    """ceil(ratio * n) of each count, in decimal arithmetic: 0.1 of 30 is 3, not 4."""
     return torch.ceil(counts_B.double() * (ratio * (1 - 1e-12))).long()
 
 
@@ -55,9 +55,9 @@ def share_of(counts_B: Tensor, ratio: float) -> Tensor:
 class Candidates:
     """The positions to choose from.
 
-    counts_B: of each sample, on the device of the rows. signal: values [N] by name, computed when asked for, on that
-    device. step: the optimizer's, from 0. generator: for draws, on that device. counts: counts_B on the host, so that
-    sizes that follow from them need no waiting for the device; read from there if not given.
+    counts_B: number of candidates of each sample, on the device of the rows. signal: values [N] by name, on that
+    device, computed when they are first used. step: the optimizer step, from 0. generator: for draws, on that device.
+    counts: counts_B on the host, so that sizes are known without waiting for the device; read from there if not given.
     """
 
     counts_B: Tensor
@@ -83,28 +83,28 @@ class Chosen:
 
 
 class PositionPolicy(Protocol):
-    """Chooses positions.
+    """The interface of a policy, which chooses positions.
 
-    A policy that remembers something has `state_dict` and `load_state_dict` (tensors by name). One whose choice in a
-    sample depends on a signal in that sample alone, nothing drawn, and is as many as `num_items` says, has `by_sample`,
-    that signal's name.
+    A policy with a state has `state_dict` and `load_state_dict` (tensors by name). If its choice in a sample depends
+    only on one signal in that sample, is not random, and has as many positions as `num_items` says, it may have
+    `by_sample`, that signal's name.
     """
 
     def select(self, candidates: Candidates) -> Chosen:
-        """Which of the candidates the loss sees."""
+        """Choose which candidates the loss sees."""
 
     def num_items(self, counts_B: Tensor) -> Tensor:
-        """What the sum of the chosen losses is divided by, known before the batch has run."""
+        """The number by which the sum of the chosen losses is divided; it must be known before the batch has run."""
 
 
 def items_of(policy: PositionPolicy, counts: Sequence[int]) -> int:
-    """`num_items` of counts on the host."""
+    """`num_items` for counts on the host."""
     items: Any = torch.as_tensor(policy.num_items(torch.tensor(counts, dtype=torch.long))).tolist()
     return int(items)
 
 
 def _sample_of_rows(counts_B: Tensor, total: int) -> Tensor:
-    """[N] the sample of each row, N = `total` known beforehand: a GPU would have to be asked for it."""
+    """[N] the sample of each row. `total` is N, which is passed because reading it would wait for a GPU."""
     return torch.repeat_interleave(torch.arange(len(counts_B), device=counts_B.device), counts_B, output_size=total)
 
 
@@ -136,11 +136,11 @@ class TopPositions:
         return self.signal
 
     def select(self, candidates: Candidates) -> Chosen:
-        """ceil(ratio n) of each sample."""
+        """The ceil(ratio n) highest of each sample."""
         return Chosen(_neighbours(candidates, self.signal, True, None, self.ratio))
 
     def num_items(self, counts_B: Tensor) -> Tensor:
-        """As many as are chosen: the loss is their mean."""
+        """The number of chosen positions: the loss is their mean."""
         return share_of(counts_B, self.ratio).sum()
 
 
@@ -160,19 +160,19 @@ class CurriculumPositions:
         return Chosen(_neighbours(candidates, "student_entropy", False, low_B, self.ratio))
 
     def num_items(self, counts_B: Tensor) -> Tensor:
-        """As many as are chosen."""
+        """The number of chosen positions."""
         return share_of(counts_B, self.ratio).sum()
 
 
 @dataclass
 class ThresholdPositions:
-    """Entropies above the (1 - ratio) quantile of the last `QUEUE` ones, those of the batch included."""
+    """Positions whose entropy is above the (1 - ratio) quantile of the last `QUEUE` ones, including the batch's."""
 
     ratio: float
     queue: Tensor = field(default_factory=lambda: torch.empty(0))
 
     def select(self, candidates: Candidates) -> Chosen:
-        """Weighted so that their mean stands for all candidates of the batch."""
+        """The positions above the threshold, weighted so that their mean stands for all candidates of the batch."""
         values_N = candidates.signal("student_entropy").float()
         self.queue = torch.cat((self.queue.to(values_N.device), values_N))[-QUEUE:]
         if not len(values_N):
@@ -191,7 +191,7 @@ class ThresholdPositions:
         return {"queue": self.queue.cpu()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on with them."""
+        """Replace the remembered entropies."""
         self.queue = state["queue"]
 
 
@@ -199,8 +199,9 @@ class ThresholdPositions:
 class DrawnPositions:
     """ceil(ratio n) draws with replacement in each sample, with probability in proportion to entropy.
 
-    A position drawn c times of k, each time with probability q, has weight c / (k q): the weighted sum has the mean of
-    the sum over all positions. Entropies below 1e-4 nats count as that, so that none is out of reach.
+    A position that is drawn c times in k draws, with probability q each time, has weight c / (k q), so that the
+    expected weighted sum is the sum over all positions. Entropies below 1e-4 nats count as 1e-4, so that every position
+    can be drawn.
     """
 
     ratio: float
@@ -241,7 +242,7 @@ SIGNALS = (
     "forward_kl",
     "reverse_kl",
 )
-# Which of them the rows of a teacher cache do not give.
+# Signals that the rows of some kinds of teacher cache cannot give.
 _UNKNOWN_TO = {"teacher_entropy": (TopK,), "reverse_kl": (Sampled, Projected)}
 _OF_SIGNALS = {f"topk_{signal}": signal for signal in SIGNALS}
 POSITION_POLICIES: Registry[Callable[..., PositionPolicy]] = Registry(
@@ -274,19 +275,19 @@ def register_position_policy(name: str, factory: Callable[..., PositionPolicy], 
     Args:
         name: a new name; an existing one only with `replace=True`.
         factory: `factory(ratio, steps=...)` -> a `PositionPolicy`, from the config's position_ratio and position_steps.
-        replace: whether a name that is taken is taken over.
+        replace: whether an existing policy of this name is replaced.
 
     Raises:
-        UserError: for a name that is taken, or is no text.
+        UserError: the name is taken, or is not text.
     """
     POSITION_POLICIES.register(name, factory, replace=replace)
 
 
 def check_rows_have_signal(policy: str, kind: str) -> None:
-    """Refuse a policy whose signal the rows of this kind of teacher cache do not give.
+    """Refuse a policy whose signal the rows of this kind of teacher cache cannot give.
 
     Raises:
-        UserError: with the kinds whose rows give it.
+        UserError: they cannot. The message names the kinds that can.
     """
     lacking = _UNKNOWN_TO.get(_OF_SIGNALS.get(policy, ""), ())
     if CACHE_KINDS.get(kind).rows in lacking:
@@ -295,9 +296,9 @@ def check_rows_have_signal(policy: str, kind: str) -> None:
 
 
 def make_position_policy(name: str, ratio: float, steps: int = 4000) -> PositionPolicy | None:
-    """The policy of a name; None for "all".
+    """Make a policy by its name; None for "all".
 
     Raises:
-        UserError: for an unknown name, with the list of names.
+        UserError: the name is unknown. The message has the list of names.
     """
     return None if name == ALL else POSITION_POLICIES.get(name)(ratio, steps=steps)

@@ -1,4 +1,4 @@
-"""What positions are chosen by, and what the loss takes of those chosen.
+"""Signals by which positions are chosen, and the rows of the chosen ones.
 
 Shape letters: N candidates, sample by sample; B samples; K chosen; C rows of a chunk; V classes; D width.
 """
@@ -30,9 +30,10 @@ def _named(values: RowValues) -> dict[str, Tensor]:
 class Signals:
     """Values of the candidates by name, each computed once and only when a policy asks for it, without gradient.
 
-    student_ND: last hidden states of the candidates. rows: the teacher's, at `temperature`; the divergences are at that
-    temperature, as is the teacher's entropy where its rows hold just that; the student's and the gap are at 1.
-    memory_budget, logits_dtype: of the loss that follows. work: multiplications and additions for each class so far.
+    student_ND: last hidden states of the candidates. rows: the teacher's rows, at `temperature`. Divergences are at
+    that temperature, and so is the teacher's entropy if it comes from compact rows; the student's entropy and the
+    confidence gap are at temperature 1. memory_budget, logits_dtype: those of the loss that follows. work:
+    multiplications and additions per class so far.
     """
 
     def __init__(
@@ -48,14 +49,14 @@ class Signals:
         self.student_ND, self.head, self.labels_N = student_ND.detach(), head, labels_N
         self.rows, self.temperature = functools.cache(rows), temperature
         self.memory_budget, self.logits_dtype = memory_budget, logits_dtype
-        # One side's logits where the loss holds two: as many rows at a time in half of it, and room left for the loss.
+        # The loss has logits of two sides, this of one: half of the budget serves as many rows, and leaves room.
         self._one_side = budget_of(student_ND.device, memory_budget) // 2
         self.work = 0
         self._found: dict[str, Tensor] = {}
 
     @torch.no_grad()
     def __call__(self, name: str) -> Tensor:
-        """[N] in nats; of the gap, minus the difference of the two largest probabilities."""
+        """[N] in nats; for the confidence gap, minus the difference of the two largest probabilities."""
         if name not in self._found:
             self._found |= self._compute(name)
         return self._found[name]
@@ -68,10 +69,10 @@ class Signals:
         generator: torch.Generator,
         counts: list[int] | None = None,
     ) -> tuple[Chosen, Tensor | None]:
-        """What a policy selects, and the student's logits there, [K, V], where they fit in half of the budget.
+        """What a policy selects, and the student's logits there, [K, V], if they fit in half of the budget.
 
-        Only of a policy that chooses in each sample by a signal of the student: then the chosen logits are kept as the
-        entropies are computed, a chunk of samples at a time, and need not be computed again for the loss.
+        Logits are returned only for a policy that chooses in each sample by a signal of the student: they are kept
+        while the entropies are computed, a chunk of samples at a time, and need not be computed again for the loss.
         """
         counts, classes = counts or counts_B.tolist(), self.head.num_classes(self.student_ND)
         row_bytes = (self.logits_dtype or products_dtype(self.student_ND, self.head)).itemsize * classes
@@ -99,12 +100,12 @@ class Signals:
         return Chosen(indices_K), kept[0] if kept else None
 
     def found(self, name: str) -> Tensor | None:
-        """The values of a name if something asked for them before."""
+        """The values of a signal, if they have been computed already."""
         return self._found.get(name)
 
     @property
     def widths(self) -> tuple[int, int]:
-        """Of the student's hidden states and of the teacher's, 0 where its rows have none."""
+        """Widths of the student's hidden states and of the teacher's; 0 if its rows have none."""
         rows = self.rows()
         return self.student_ND.shape[1], rows.hidden_ND.shape[1] if isinstance(rows, HiddenRows) else 0
 
@@ -162,9 +163,9 @@ def take_rows(rows: TeacherRows, indices_K: Tensor) -> TeacherRows:
 def sample_classes(
     rows: HiddenRows, classes: int, temperature: float, draws: int, generator: torch.Generator
 ) -> Sampled:
-    """`draws` of the first `classes` of each row, with replacement, from the teacher's softmax, and its entropy.
+    """Draw `draws` of the first `classes` classes of each row from the teacher's softmax; with its entropy.
 
-    The teacher's logits exist for a chunk of rows at a time.
+    The draws are with replacement. The teacher's logits exist only for a chunk of rows at a time.
     """
     chunks = logit_chunks(rows.hidden_ND, rows.head, classes)
     parts = [draw_rows(z, temperature, draws, generator) for z in chunks]

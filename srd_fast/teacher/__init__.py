@@ -1,4 +1,4 @@
-"""Where teacher rows come from: a model that runs beside the student, or a cache of one that was run once."""
+"""Sources of the teacher's rows: a model that runs beside the student, or a cache of one that was run before."""
 
 from ..errors import DamagedFileError, StaleCacheError
 from .absent import NoTeacher

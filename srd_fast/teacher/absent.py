@@ -1,4 +1,4 @@
-"""A teacher that is not there, for training on the cross-entropy alone."""
+"""A stand-in for the teacher, for training only on the cross-entropy."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,12 +10,12 @@ from .source import TeacherRows, labels_with_loss
 
 
 class NoTeacher:
-    """Gives each label itself as the teacher's whole distribution, which costs nothing.
+    """A source in which each label is the teacher's whole distribution. It costs nothing.
 
-    The forward KL to that is the cross-entropy. No other divergence has a meaning beside it.
+    The forward KL to it is the cross-entropy. Other divergences have no meaning with it.
 
     Args:
-        num_classes: of the student.
+        num_classes: the student's number of classes.
     """
 
     def __init__(self, num_classes: int) -> None:

@@ -1,4 +1,4 @@
-"""A cache for the samples that it holds, and a teacher that runs for all others, such as a student's fresh answers."""
+"""A cache, and a teacher that runs for samples that the cache does not hold, such as a student's fresh answers."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,11 +10,11 @@ from .source import RowsOfSamples, TeacherRows, TeacherSource
 
 
 class CacheBesideTeacher:
-    """Two sources of one teacher's rows. A batch that was collated with the cache's rows has them; others are run.
+    """Two sources of one teacher's rows: the cache for batches collated with its rows, a live teacher for others.
 
     Args:
         cached: the cache.
-        live: the same teacher, at work.
+        live: the same teacher as a live model.
     """
 
     def __init__(self, cached: RowsOfSamples, live: TeacherSource) -> None:
@@ -22,7 +22,7 @@ class CacheBesideTeacher:
         self.num_classes = live.num_classes
 
     def to(self, device: torch.device | str) -> "CacheBesideTeacher":
-        """Move what the cache's batches share."""
+        """Move the part of the cache that all batches share."""
         self.cached = self.cached.to(device)
         return self
 
@@ -31,20 +31,20 @@ class CacheBesideTeacher:
         return self.cached.collate(samples)
 
     def collate_ahead(self, samples: Sequence[Mapping[str, Any]]) -> Any:
-        """The cache's rows of samples, while another thread reads them."""
+        """The cache's rows of samples, which another thread reads meanwhile."""
         return self.cached.collate_ahead(samples)
 
     def rows(self, batch: Mapping[str, Any], temperature: float) -> TeacherRows:
-        """The rows that came with a batch, else those of the teacher at work."""
+        """The rows that came with a batch, else those of the live teacher."""
         source: TeacherSource = self.cached if "teacher" in batch else self.live
         return source.rows(batch, temperature)
 
 
-def at_work(teacher: Any) -> Any:
-    """The part of a source that runs a model in a step: of one beside a cache that, else the source itself."""
+def at_work(teacher: TeacherSource) -> TeacherSource:
+    """The live part of a `CacheBesideTeacher`; any other source itself."""
     return teacher.live if isinstance(teacher, CacheBesideTeacher) else teacher
 
 
-def from_cache(teacher: Any) -> Any:
-    """The cache in a source that has one beside a model, else the source itself."""
+def from_cache(teacher: TeacherSource) -> TeacherSource:
+    """The cache of a `CacheBesideTeacher`; any other source itself."""
     return teacher.cached if isinstance(teacher, CacheBesideTeacher) else teacher

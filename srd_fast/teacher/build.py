@@ -1,7 +1,7 @@
-"""Run a teacher once, and keep what it gives for the rows with loss.
+"""Run a teacher once, and store its rows with loss.
 
-Which samples share a file follows from the request alone, and a file is written whole or not at all. A cache whose
-making was interrupted therefore ends the same as one whose making was not.
+Which samples share a file depends only on the request, and a file is written completely or not at all. So a cache that
+was interrupted and completed is the same as one that was not interrupted.
 """
 
 import hashlib
@@ -59,7 +59,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Request:
-    """A sample that the cache is to hold."""
+    """A sample to store in the cache."""
 
     key: bytes
     input_ids: Sequence[int]
@@ -68,7 +68,7 @@ class _Request:
 
 
 def _requests(samples: Iterable[Mapping[str, Any]]) -> list[_Request]:
-    """Samples without repetition, longest first: batches hold similar lengths, and the largest batch comes first."""
+    """Distinct samples, longest first, so that batches have similar lengths and the largest batch comes first."""
     found: dict[bytes, _Request] = {}
     for s in samples:
         key = sample_key(s["input_ids"], s["labels"])
@@ -81,21 +81,22 @@ def _requests(samples: Iterable[Mapping[str, Any]]) -> list[_Request]:
 def describe(
     teacher: nn.Module | VLLMTeacher, store: Store, kind: str, template: str | None = None, source: str | None = None
 ) -> dict[str, Any]:
-    """What meta.json says of a cache of this teacher.
+    """The content of meta.json for a cache of this teacher.
 
     Args:
         teacher: a causal language model, or one that vLLM runs.
-        store: decides what a row keeps.
-        kind: of the store.
+        store: decides what is stored of a row.
+        kind: the store's kind.
         template: the prompt template of the samples.
-        source: a fingerprint of where the teacher was loaded from. With it the cache can be checked without the
-            weights.
+        source: a fingerprint of where the teacher was loaded from. With it the cache can be checked without loading
+            the weights.
 
     Returns:
         The content of meta.json.
     """
     if isinstance(teacher, VLLMTeacher):
-        # Rows of two engines differ by rounding. So one fills a cache, and all read it, by the teacher's files.
+        # Rows of two engines differ by rounding, so only one engine may fill a cache. For reading, only the teacher's
+        # files are compared.
         head, digest, source = teacher.head, f"{teacher.source} by vLLM", teacher.source
     else:
         head, digest = find_head(teacher, "teacher"), model_digest(teacher)
@@ -134,29 +135,29 @@ def build_teacher_cache(
 ) -> "TeacherCache":
     """Run the teacher over the samples that the cache does not hold yet, and open the cache.
 
-    Any number of processes may fill one folder, and any of them may be killed. The next call goes on with the first
-    file that is missing or damaged, and the result is the same to the byte. With a `group`, each of its processes makes
-    a share of the files; without one, processes find each other by the locks of the file system.
+    Any number of processes may fill one folder, and any of them may be killed. The next call continues with the first
+    file that is missing or damaged, and the result is the same, byte for byte. With a `group`, each of its processes
+    makes a share of the files; without one, processes divide the work by locks in the file system.
 
     Args:
         teacher: a causal language model. Its dtype is that of the hidden states. It is moved to `device`, unless it is
-            spread out, see `LiveTeacher`. Ranks with shards of a teacher (FSDP2) run whole samples, and in step; those
-            of tensor parallelism make one share together. Or a teacher that vLLM runs, which stays open; the first rank
-            makes everything where it takes several devices.
+            spread out, see `LiveTeacher`. Ranks with FSDP2 shards of a teacher each run samples of their own, in step;
+            ranks of a tensor-parallel teacher make one share together. Or a teacher that vLLM runs, which stays open;
+            if it uses several devices, the first rank makes everything.
         samples: tokenised samples with input_ids and labels (-100 where there is no loss), such as a prepared data set.
         folder: where the cache is, or will be: a folder, or an address, as in `open_teacher_cache`.
-        kind: what a row keeps, a name from `srd_fast.cache_kind_names()`: "hidden" (hidden states), "topk" (the
+        kind: what is stored of a row, a name from `srd_fast.cache_kind_names()`: "hidden" (hidden states), "topk" (the
             likeliest classes), "sampled" (drawn classes), "projected" (the student's head, averaged), or your own.
         store: the kind's, from `srd_fast.teacher.make_store`. Default: the one with the kind's default options.
-            `make_store("hidden", classes, temperatures=..., log_sum_exp=True)` keeps log-sum-exps beside the hidden
-            states, which a cache that is there gets too.
-        template: the prompt template of the samples. It is written down, and a cache of another template is refused.
+            `make_store("hidden", classes, temperatures=..., log_sum_exp=True)` stores log-sum-exps beside the hidden
+            states, and adds them to an existing cache.
+        template: the prompt template of the samples. It is recorded, and a cache of another template is refused.
         source: a fingerprint of where the teacher was loaded from (`srd_fast.models.fingerprint`). With it the cache
             can later be checked without the teacher's weights.
-        batch_tokens: tokens of a forward pass, padding included. Default: 4,096 on a GPU; 1,024 elsewhere, where larger
-            batches are no faster and only hold lengths that differ more. vLLM has options of its own for that.
-        shard_bytes: bytes of rows in one file, the most work that a kill can cost.
-        device: where the teacher runs; of one in vLLM, where its head goes. Default: where it is.
+        batch_tokens: tokens of a forward pass, including padding. Default: 4,096 on a GPU; 1,024 elsewhere, where
+            larger batches are no faster and have more padding. vLLM has its own options for that.
+        shard_bytes: bytes of rows in one file, which is the most work that can be lost by a kill.
+        device: where the teacher runs; for one in vLLM, where its head goes. Default: where it is.
         progress: show a progress bar.
         group: processes that fill the folder together, such as `torch.distributed.group.WORLD`. All of them call this,
             with the same samples. Default: this process alone; with a teacher in shards, all processes.
@@ -192,7 +193,7 @@ def build_teacher_cache(
     groups = _groups(missing, per_row, shard_bytes, meta)
 
     def lacking() -> list[str]:
-        """Names of the files that are not there, of a cache for which there is room, and which has its head."""
+        """Check that there is disk space, store the head, and return the names of the missing files."""
         beside = store.bytes_beside(head) if isinstance(store, HiddenStore) else 0
         names = [name for name in groups if not (folder / name).exists()]
         _check_disk(folder, [groups[name] for name in names], per_row + beside, head, kind)
@@ -224,7 +225,7 @@ def build_teacher_cache(
 
 
 def _begun(folder: Path, meta: dict[str, Any]) -> dict[str, str]:
-    """The index of a folder that is ready to be filled."""
+    """Prepare a folder to be filled, and return its index."""
     index = begin(folder, meta)
     drop_damaged(folder, index)
     return index
@@ -244,7 +245,7 @@ def _finish(folder: Path, digests: Mapping[str, str]) -> None:
 
 
 class _Maker:
-    """Makes the rows of a file's samples. A beginning that many of the file's prompts share runs once."""
+    """Makes the rows of a file's samples. A beginning that many of the file's prompts share is run only once."""
 
     def __init__(self, fillers: Fillers, store: Store, batch_tokens: int) -> None:
         self.fillers, self.live = fillers, fillers.live
@@ -254,7 +255,7 @@ class _Maker:
     def make(self, group: Sequence[_Request]) -> dict[str, Tensor]:
         """Make all tensors of the file."""
         parts, ordered = [], []
-        # The state of a prompt's last token predicts the first label, so it is a row of its own.
+        # The state of a prompt's last token predicts the first label, so it is not part of a shared beginning.
         prompts = [r.input_ids[: max(0, first_label(r.labels) - 1)] for r in group]
         for start, members in shared_starts(prompts):
             some = [group[i] for i in members]
@@ -272,7 +273,7 @@ class _Maker:
         return {name: x.to(self.live.entry) for name, x in batch.items()}
 
     def _shared(self, start: list[int], some: Sequence[_Request]) -> SharedPrefix | None:
-        # Ranks in step count each other's passes, and a beginning takes some more.
+        # Ranks in step must make the same number of passes, and a shared beginning takes additional ones.
         if not start or self.fillers.steps:
             return None
         return self.live.run(share_prefix, self.live.model, start, self._batch(some[-2:]))
@@ -291,11 +292,11 @@ class _Maker:
 
 
 class _VLLMMaker:
-    """Makes the rows of a file's samples by vLLM, in the file's own requests, so that it is the same when made again.
+    """Makes the rows of a file's samples with vLLM, one file at a time, so that a file made again is the same.
 
     Args:
-        teacher: that vLLM runs.
-        store: decides what a row keeps.
+        teacher: a teacher that vLLM runs.
+        store: decides what is stored of a row.
     """
 
     def __init__(self, teacher: VLLMTeacher, store: Store) -> None:
@@ -313,7 +314,7 @@ class _VLLMMaker:
 
 
 def _of_samples(group: Sequence[_Request]) -> dict[str, Tensor]:
-    """What a file says of its samples."""
+    """The tensors that describe the samples of a file."""
     keys = torch.frombuffer(bytearray(b"".join(r.key for r in group)), dtype=torch.uint8)
     return {"keys": keys.view(-1, KEY_BYTES), "num_rows": torch.tensor([r.num_rows for r in group])}
 
@@ -321,7 +322,7 @@ def _of_samples(group: Sequence[_Request]) -> dict[str, Tensor]:
 def _groups(
     requests: Sequence[_Request], bytes_per_row: int, shard_bytes: int, meta: Mapping[str, Any]
 ) -> dict[str, list[_Request]]:
-    """File name -> its samples. The name depends on the teacher, so no other teacher's file is taken for it."""
+    """File name -> its samples. The name depends on the teacher, so that files of other teachers are not used."""
     groups: list[list[_Request]] = []
     room = 0
     for r in requests:
@@ -371,7 +372,7 @@ def revision_of(model: nn.Module | VLLMTeacher) -> str | None:
 
 
 def dtype_name(model: nn.Module | VLLMTeacher) -> str:
-    """Of a model's weights, such as "bfloat16"."""
+    """The dtype of a model's weights, such as "bfloat16"."""
     return str(_dtype(model)).removeprefix("torch.")
 
 

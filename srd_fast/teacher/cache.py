@@ -1,4 +1,4 @@
-"""A teacher that was run once: its rows with loss, read from disk by the content of a sample."""
+"""A teacher that was run before: its rows with loss are read from disk, found by the content of a sample."""
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -28,8 +28,8 @@ class ComingRows:
     """Rows of a batch that another thread is reading. The Trainer's loader calls `to` just before the batch's step.
 
     Args:
-        rows: what `TeacherCache.collate` would return, still to be filled.
-        read: done when the rows are filled.
+        rows: what `TeacherCache.collate` would return, not filled yet.
+        read: is done when the rows are filled.
     """
 
     def __init__(self, rows: dict[str, Tensor], read: "Future[None]") -> None:
@@ -45,9 +45,10 @@ class TeacherCache:
     """A cache of a teacher's rows, used in place of the teacher. Several processes may read it at once.
 
     Args:
-        folder: what `build_teacher_cache` filled, or an address of it that fsspec knows, of which a copy is made.
-        store: the store it was filled with. "hidden" needs none.
-        verify: first compare the checksum of every file, which takes about a second for each GB and core.
+        folder: the folder that `build_teacher_cache` filled, or an address that fsspec knows, of which a local copy is
+            made.
+        store: the store with which it was filled. Not needed for "hidden".
+        verify: first compare the checksum of every file, which takes about a second per GB on one core.
 
     Raises:
         UserError: the cache is missing, unfinished or damaged. The message names the file.
@@ -122,13 +123,13 @@ class TeacherCache:
         return self
 
     def for_student(self, student: nn.Module) -> "TeacherCache":
-        """Say which student the rows are for: those of kind "hidden" then come with the log-sum-exps kept for it.
+        """Set the student for which the rows are: those of kind "hidden" then come with its log-sum-exps, if stored.
 
         Args:
-            student: whose number of classes decides over which of the teacher's a log-sum-exp must be.
+            student: the student. Its number of classes decides over how many classes a log-sum-exp must be.
 
         Returns:
-            A cache that shares this one's files and head; the cache itself where that makes no difference.
+            A cache that shares this one's files and head; the cache itself if the student makes no difference.
         """
         classes = common_classes(self.num_classes, student)
         if not isinstance(self.store, HiddenStore) or self.store.classes == classes or not any(self._lse_files):
@@ -156,8 +157,8 @@ class TeacherCache:
     def collate_ahead(self, samples: Sequence[Mapping[str, Any]]) -> ComingRows | dict[str, Tensor]:
         """Start reading the rows of a batch's samples in another thread.
 
-        That thread mostly copies, without Python's lock, so the caller works on meanwhile. In a data-loader worker,
-        which is ahead of the steps anyway, the rows are read at once.
+        That thread mostly copies memory, without Python's lock, so the caller can work meanwhile. In a worker of a data
+        loader, which is ahead of the steps anyway, the rows are read at once.
 
         Args:
             samples: tokenised, with input_ids and labels.
@@ -177,7 +178,7 @@ class TeacherCache:
 
     def _rows_to_read(self, samples: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Tensor], list[Callable[[], None]]]:
         """The tensors that `collate` returns, still empty, and the calls that fill them."""
-        # A sample without loss has no rows. The search starts at the end, where most samples have a loss.
+        # A sample without loss has no rows. The search starts at the end, where most samples have labels.
         places = [self.place(s) for s in samples if any(x != IGNORE_INDEX for x in reversed(s["labels"]))]
         total = sum(count for _, _, count in places)
         # A GPU copies from page-locked memory without waiting. Allocating new memory costs more than reading into it.
@@ -186,7 +187,7 @@ class TeacherCache:
         found, reads = {}, list[Callable[[], None]]()
         for name, file in next(iter(columns.values())).items():
             if not all(name in of_file for of_file in columns.values()):
-                continue  # log-sum-exps that only some files have
+                continue  # log-sum-exps, which only some files have
             column = self._file(file).columns[name]
             rows = found[name] = torch.empty((total, *column.row_shape), dtype=column.dtype, pin_memory=pinned)
             end = 0

@@ -1,4 +1,4 @@
-"""A batch with the teacher's rows of its samples."""
+"""Collate a batch together with the teacher's rows of its samples."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -11,13 +11,13 @@ from .source import RowsOfSamples
 
 
 class StepCollator:
-    """Collates as another collator does, and adds what a step would otherwise have to wait for.
+    """Collates like another collator, and adds what a step would otherwise have to wait for.
 
-    Of samples with a `weight` the batch has loss_weights [N] float32, one for each row with loss.
+    If samples have a `weight`, the batch has loss_weights [N] float32, one for each row with loss.
 
     Args:
         collate: the other collator.
-        teacher: a source whose rows of the samples are added, such as a cache, or None.
+        teacher: a source whose rows are added, such as a cache, or None.
         ahead: let another thread read these rows until the batch is moved to its device.
     """
 
@@ -28,7 +28,7 @@ class StepCollator:
         teacher = self.teacher
         if teacher is None:
             return self._collated(samples)
-        # First, so that reading begins.
+        # First, so that reading starts at once.
         rows = teacher.collate_ahead(samples) if self.ahead else teacher.collate(samples)
         return {**self._collated(samples), "teacher": rows}
 
@@ -37,7 +37,7 @@ class StepCollator:
         if weights:
             samples = [{k: v for k, v in s.items() if k != WEIGHT} for s in samples]
         if not isinstance(self.collate, DistillationCollator):
-            # Other collators take lists: `[-100] + labels` is a sum where the labels are an array.
+            # Other collators expect lists: with arrays, `[-100] + labels` would add numbers.
             samples = [{k: getattr(v, "tolist", lambda v=v: v)() for k, v in s.items()} for s in samples]
         batch = with_loss_rows(with_borders(self.collate(samples)))
         if weights:

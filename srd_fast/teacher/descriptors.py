@@ -1,4 +1,4 @@
-"""Files that stay open for reading, but never more of them at once than a process may have."""
+"""Keep files open for reading, but never more at once than a process may have."""
 
 import os
 import sys
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..errors import DamagedFileError
 
-# Of the files that a process may have open, the share for these; and how many without such a limit.
+# These files may use one in so many of a process's descriptors; the other number is for systems without a limit.
 _SHARE = 4
 _MOST = 256
 
@@ -30,14 +30,13 @@ class _Entry:
 
 
 class Descriptors:
-    """Opens files when they are read, and closes those that nobody has read for longest.
+    """Opens files when they are read, and closes those that have not been read for the longest time.
 
-    Any number of threads may read at once. A forked process has descriptors of its own from the first read on that
-    needs a file anew.
+    Any number of threads may read at once. A forked process opens files again with descriptors of its own.
 
     Args:
-        most: files that are open at once, not counting more that are being read. Default: a quarter of what the
-            process may have, at most 256.
+        most: most open files, not counting additional ones that are being read. Default: a quarter of the process's
+            limit, at most 256.
     """
 
     def __init__(self, most: int | None = None) -> None:
@@ -52,15 +51,15 @@ class Descriptors:
 
     @contextmanager
     def reading(self, key: Hashable, path: Path, identity: tuple[int, int]) -> Iterator[int]:
-        """Give the descriptor of a file, which stays open as long as the context lasts.
+        """Yield the descriptor of a file, which stays open until the block ends.
 
         Args:
-            key: of the reader.
-            path: of the file.
-            identity: of the file when the reader first saw it, from `identity_of`.
+            key: the reader's key.
+            path: the file.
+            identity: the result of `identity_of` when the reader first opened the file.
 
         Raises:
-            DamagedFileError: the file cannot be opened, or another one is at its place.
+            DamagedFileError: the file cannot be opened, or was replaced by another one.
         """
         with self._lock:
             entry = self._open.get(key)
@@ -97,7 +96,7 @@ class Descriptors:
 
 
 def identity_of(descriptor: int) -> tuple[int, int]:
-    """Number and size of an open file: another file at its place differs in one of them."""
+    """Inode number and size of an open file: a file that replaces it differs in one of them."""
     found = os.fstat(descriptor)
     return found.st_ino, found.st_size
 

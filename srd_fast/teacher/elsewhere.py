@@ -1,4 +1,4 @@
-"""What teachers have in common that run in other processes: rows are asked for, and the head alone is here."""
+"""The common base of teachers that run in other processes: rows are requested, and only the head is in this process."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -20,12 +20,12 @@ T = TypeVar("T", bound="TeacherElsewhere")
 
 
 class TeacherElsewhere(ABC):
-    """A teacher that other processes run. They give the hidden states of rows with loss.
+    """A teacher that other processes run. They send the hidden states of rows with loss.
 
     Attributes:
-        where: it runs, for errors.
-        head: of the teacher.
-        num_classes: V_T of the head.
+        where: where it runs, for messages.
+        head: the teacher's head.
+        num_classes: V_T, the number of classes of the head.
         num_embeddings: token ids must be below it.
         is_encoder_decoder: whether the teacher is an encoder-decoder model.
     """
@@ -38,7 +38,7 @@ class TeacherElsewhere(ABC):
 
     @abstractmethod
     def _begin(self, samples: Sequence[Mapping[str, Any]], rows: dict[str, Tensor]) -> "Future[None]":
-        """Ask for the rows of samples. When it is done, `rows` has them under "hidden", on the CPU."""
+        """Request the rows of samples. When the future is done, `rows` has them under "hidden", on the CPU."""
 
     def to(self: T, device: torch.device | str) -> T:
         """Move the teacher's head.
@@ -53,7 +53,7 @@ class TeacherElsewhere(ABC):
         return self
 
     def collate(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """Ask for the rows of a batch's samples, and wait for them.
+        """Request the rows of a batch's samples, and wait for them.
 
         Args:
             samples: tokenised, with input_ids and labels.
@@ -67,7 +67,7 @@ class TeacherElsewhere(ABC):
         return self.collate_ahead(samples).to("cpu")
 
     def collate_ahead(self, samples: Sequence[Mapping[str, Any]]) -> ComingRows:
-        """Ask for the rows of a batch's samples while the caller goes on.
+        """Request the rows of a batch's samples without waiting for them.
 
         Args:
             samples: tokenised, with input_ids and labels.

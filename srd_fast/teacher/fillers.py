@@ -1,4 +1,4 @@
-"""How the ranks that fill a cache run a teacher, whose shards may lie on several of them."""
+"""How the ranks that fill a cache run a teacher, which may be sharded over several of them."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -17,24 +17,24 @@ Makers = Mapping[str, Callable[[], Mapping[str, Tensor]]]
 
 
 class Filler(Protocol):
-    """Who makes which files of a cache, and how."""
+    """Decides which rank makes which files of a cache, and how."""
 
     def share(self, names: list[str]) -> list[str]:
-        """The files that this rank makes, of those that all are to make."""
+        """The files that this rank makes, of those that all ranks make together."""
 
     def write(self, folder: Path, makers: Makers, done: Callable[[str], None]) -> None:
-        """Write this rank's share: name of each file and what makes it; done: called with each name."""
+        """Write this rank's share. makers: file name -> its maker; done: called with each finished file's name."""
 
     def in_step(self) -> AbstractContextManager[None]:
-        """Around the making of a share."""
+        """A context for making a share."""
 
 
 class VLLMFillers:
-    """With vLLM each rank has an engine of its own; one that takes several devices by itself is the first rank's.
+    """With vLLM each rank has its own engine; if an engine uses several devices, only the first rank has one.
 
     Args:
-        teacher: with as many files at once as it has processes.
-        ranks: that fill the cache.
+        teacher: the teacher, which makes as many files at once as it has processes.
+        ranks: the ranks that fill the cache.
     """
 
     def __init__(self, teacher: VLLMTeacher, ranks: Ranks) -> None:
@@ -51,20 +51,20 @@ class VLLMFillers:
         write_all(folder, makers, done, self.teacher.parallel)
 
     def in_step(self) -> AbstractContextManager[None]:
-        """No rank needs another."""
+        """Nothing: no rank needs another one."""
         return nullcontext()
 
 
 class Fillers:
-    """Who makes which files of a cache, and when each rank runs the teacher.
+    """Decides which rank makes which files of a cache, and when each rank runs the teacher.
 
-    With a whole teacher a rank is on its own. With FSDP2 a pass needs all ranks, each with a batch of its own: they go
-    in step, and one that has made its share runs what it ran last until all have. With tensor parallelism the ranks of
-    a group need the same batch: they make the same files, and the first of them writes.
+    With a whole teacher, a rank works alone. With FSDP2, a forward pass needs all ranks, each with its own batch: they
+    work in step, and a rank that has finished its share repeats its last batch until all have finished. With tensor
+    parallelism, the ranks of a group need the same batch: they make the same files, and the first of them writes.
 
     Args:
         live: the teacher.
-        ranks: that fill the cache.
+        ranks: the ranks that fill the cache.
     """
 
     def __init__(self, live: LiveTeacher, ranks: Ranks) -> None:
@@ -83,21 +83,21 @@ class Fillers:
         """Write this rank's share.
 
         Args:
-            folder: of the cache.
-            makers: name of each file, and what makes its tensors.
-            done: called with the name of each file that is there.
+            folder: the cache's folder.
+            makers: file name -> the function that makes its tensors.
+            done: called with each finished file's name.
         """
         if self.live.peers is None:
             write_all(folder, makers, done)
             return
         for name, make in makers.items():
-            made = make()  # also where the file is there by now: the others in the team do not know that
+            made = make()  # even if the file exists by now: the others in the group do not know that
             if self.live.peers.rank() == 0:
                 shards.write_once(folder / name, lambda made=made: made, wait=True)  # type: ignore[misc]
             done(name)
 
     def hidden_states(self, batch: Mapping[str, Any]) -> Tensor:
-        """Run the teacher on a batch, when the other ranks do."""
+        """Run the teacher on a batch, in step with the other ranks."""
         if self.steps:
             self.ranks.any(True)
             self._last = batch
@@ -105,7 +105,7 @@ class Fillers:
 
     @contextmanager
     def in_step(self) -> Iterator[None]:
-        """Make a share. At the end, however it comes, the teacher runs as long as another rank needs it."""
+        """A context for making a share. At its end, even after an error, this rank helps until all have finished."""
         try:
             yield
         finally:

@@ -1,4 +1,4 @@
-"""A teacher cache's folder while it is filled: begun, freed of what is damaged or unfinished, and its index kept."""
+"""A teacher cache's folder while it is filled: its start, the removal of damaged and unfinished files, its index."""
 
 import logging
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 def begin(folder: Path, meta: dict[str, Any]) -> dict[str, str]:
-    """Write meta.json, or compare it with the one that is there; return the index."""
+    """Write meta.json, or compare it with the existing one; return the index."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -49,7 +49,7 @@ def begin(folder: Path, meta: dict[str, Any]) -> dict[str, str]:
 
 
 def _usable_index(folder: Path) -> dict[str, str]:
-    """The index; if it is damaged, an empty one, and the files then tell what they hold."""
+    """The index; an empty one if it is damaged, in which case the files themselves are read."""
     try:
         return read_index(folder)
     except DamagedFileError as e:
@@ -63,7 +63,7 @@ def _say_again(error: UserError) -> None:
 
 
 def drop_damaged(folder: Path, index: dict[str, str]) -> None:
-    """Delete files with wrong content, whether the index lists them or a killed process left them."""
+    """Delete files with wrong content, listed in the index or left by a killed process."""
     named = {name: index.get(name) for name in (*index, *(p.name for p in folder.glob("*.safetensors")))}
     named.pop(META, None)
     damaged = verify_files(folder, named)
@@ -75,7 +75,7 @@ def drop_damaged(folder: Path, index: dict[str, str]) -> None:
 
 
 def drop_from_index(folder: Path, names: Collection[str]) -> None:
-    """Say in the index that files are no longer there."""
+    """Remove deleted files from the index."""
     if names:
         write_index(folder, lambda files: {n: d for n, d in files.items() if n not in names})
 
@@ -86,13 +86,13 @@ def write_all(
     done: Callable[[str], None],
     threads: int = 1,
 ) -> None:
-    """Write files that are not there. Those that another process is writing are waited for at the end.
+    """Write files that do not exist. At the end, wait for files that other processes are writing.
 
     Args:
-        folder: of the cache.
-        makers: name of each file, and what makes its tensors.
-        done: called with the name of each file that is there.
-        threads: that make files at once.
+        folder: the cache's folder.
+        makers: file name -> the function that makes its tensors.
+        done: called with each finished file's name.
+        threads: number of threads that make files at once.
     """
 
     def write(name: str) -> bool:
@@ -111,7 +111,7 @@ def write_all(
 
 
 def drop_unfinished(folder: Path) -> None:
-    """Delete the hidden files of killed processes. A file that is being written is locked, and stays."""
+    """Delete the hidden files of killed processes. Files that are being written are locked, and stay."""
     for partial in folder.glob(temporary_path(Path("*")).name):
         with shards.locked(partial, wait=False) as descriptor:
             if descriptor is not None:
@@ -119,15 +119,15 @@ def drop_unfinished(folder: Path) -> None:
 
 
 def add_to_index(folder: Path, digests: Mapping[str, str]) -> None:
-    """Say in the index that files are finished.
+    """Add finished files to the index.
 
     Args:
-        folder: of the cache.
+        folder: the cache's folder.
         digests: the digest of each file's content.
     """
     write_index(folder, lambda files: {**digests, **files, META: meta_digest(folder)})
 
 
 def digests_of(folder: Path, names: Iterable[str]) -> dict[str, str]:
-    """The digest of each file, compared with its content."""
+    """The digest of each file, after comparing it with the file's content."""
     return {name: shards.checked_digest(folder / name) for name in names}

@@ -1,4 +1,4 @@
-"""What a teacher cache's folder says of itself: who made it, which files are finished, and what each must hold.
+"""The files of a teacher cache's folder: what it was made from, which files are finished, and what each must hold.
 
     meta.json               what made it: teacher, dtype, template, kind of store
     head.safetensors        the teacher's head (only for kind "hidden")
@@ -6,12 +6,12 @@
     lse-<hash>.safetensors  log-sum-exps of another file's rows, see below (kind "hidden", not always there)
     index.json              its finished files and the digest of each
 
-A sample's key is a hash of its token ids and of which of them have loss. The same text is therefore stored once,
-whatever data set and order it comes in.
+A sample's key is a hash of its token ids and of which of them have loss. So the same text is stored only once, whatever
+data set and order it comes in.
 
-Log-sum-exps have files of their own: those with hidden states are then the same with and without them, and more
-temperatures are added later. Such a file holds `rows` [16], the digest of the file whose rows it is about, `classes`
-[1], how many of the first classes the sums are over, and for each temperature T an [N] tensor "lse@T".
+Log-sum-exps are in files of their own, so that files with hidden states do not depend on them and temperatures can be
+added later. Such a file has `rows` [16], the digest of the file whose rows it belongs to; `classes` [1], over how many
+of the first classes the sums are; and for each temperature T an [N] tensor "lse@T".
 """
 
 import hashlib
@@ -50,14 +50,14 @@ _FIELDS = {
 
 
 def sample_key(input_ids: Sequence[int], labels: Sequence[int]) -> bytes:
-    """16 bytes that depend on a sample's token ids and on which of them have loss."""
+    """A hash, 16 bytes, of a sample's token ids and of which of them have loss."""
     state = hashlib.blake2b(np.asarray(input_ids, dtype="<i4").tobytes(), digest_size=KEY_BYTES)
     state.update(np.packbits(np.asarray(labels) != IGNORE_INDEX).tobytes())
     return state.digest()
 
 
 def compare_meta(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Compare what made a cache with what is wanted. None in `wanted` is not compared.
+    """Compare the meta.json of a cache with what is wanted. None in `wanted` is not compared.
 
     Raises:
         StaleCacheError: for the first field that differs.
@@ -82,7 +82,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_meta(folder: Path, index: Mapping[str, str]) -> dict[str, Any]:
-    """Return what meta.json says, after comparing its digest with the index."""
+    """Return the content of meta.json, after comparing its digest with the index."""
     if META in index and meta_digest(folder) != index[META]:
         raise DamagedFileError(folder / META, "its checksum is not the one in the index")
     return read_json(folder / META)
@@ -116,7 +116,7 @@ def meta_digest(folder: Path) -> str:
 
 
 def write_index(folder: Path, change: Callable[[dict[str, str]], dict[str, str]]) -> None:
-    """Replace the index by what `change` makes of it, under a lock."""
+    """Replace the index by the result of `change`, under a lock."""
     partial = temporary_path(folder / INDEX)
     with shards.locked(partial) as descriptor:
         assert descriptor is not None
@@ -129,7 +129,7 @@ def verify_files(folder: Path, files: Mapping[str, str | None]) -> list[tuple[st
     """Find files whose content is not what it should be.
 
     Args:
-        folder: of the cache.
+        folder: the cache's folder.
         files: name -> the digest that the file must have; None: the digest stored in the file itself.
 
     Returns:
@@ -156,7 +156,7 @@ def lse_name(temperature: float) -> str:
 
 
 def lse_at(temperature: float, names: Iterable[str]) -> str | None:
-    """Which of the names is that of the log-sum-exps at a temperature, or None."""
+    """The one of `names` that stands for log-sum-exps at a temperature, or None."""
     of_lse = (name for name in names if name.startswith(_LSE))
     return next((name for name in of_lse if math.isclose(float(name[len(_LSE) :]), temperature, rel_tol=1e-9)), None)
 

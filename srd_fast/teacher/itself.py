@@ -1,4 +1,4 @@
-"""The student as its own teacher: as it was at the start, or as a moving average of what it has become since."""
+"""The student as its own teacher: the starting student, or a moving average of the student."""
 
 import copy
 from pathlib import Path
@@ -11,20 +11,20 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from ..errors import UserError
 from .live import LiveTeacher
 
-# What `SRDTrainer` takes in place of a teacher.
+# What `SRDTrainer` takes as `teacher_model`.
 SELF = "self"
 _FILE = "teacher.safetensors"
 
 
 def check_decay(decay: float | None, keeps_dtype: bool = False) -> None:
-    """Refuse a decay of a moving average that is none.
+    """Refuse a decay that is out of range, or that cannot work in the weights' dtype.
 
     Args:
         decay: `self_ema_decay`.
-        keeps_dtype: whether narrow weights are trained as they are: small parts of them vanish.
+        keeps_dtype: whether weights in bfloat16 or float16 are trained in that dtype, in which small changes vanish.
 
     Raises:
-        UserError: with the way out.
+        UserError: the decay cannot be used.
     """
     number = isinstance(decay, (int, float)) and not isinstance(decay, bool)
     if decay is not None and not (number and 0 <= decay < 1):
@@ -34,18 +34,18 @@ def check_decay(decay: float | None, keeps_dtype: bool = False) -> None:
 
 
 class OwnTeacher(LiveTeacher):
-    """A student's weights as they are now, as its teacher.
+    """A student's weights at the time of construction, as its teacher.
 
-    Weights that are not trained stand in memory once, for both. So beside a student with adapters the teacher is the
-    same model with the adapters as they began, which is, with adapters that begin at zero, the model without them.
+    Weights that are not trained are in memory only once, for both. So with adapters, the teacher is the same model with
+    the initial adapters; if these begin at zero, that is the model without adapters.
 
     Args:
-        student: a causal language model or an encoder-decoder model, whole, before it is trained.
+        student: a whole causal language model or encoder-decoder model, before it is trained.
         device: where it runs.
-        dtype: of the training. A copy that shares nothing, and does not move, has it; any other has the student's
-            dtype, and autocast to this one.
-        decay: after each step the teacher becomes decay * teacher + (1 - decay) * student, 0 to below 1. None: it stays
-            as it is.
+        dtype: the training's dtype. A teacher that shares no weights and has no decay is converted to it; any other
+            keeps the student's dtype and runs with autocast to this one.
+        decay: after each step the teacher becomes decay * teacher + (1 - decay) * student, 0 to below 1. None: the
+            teacher does not change.
 
     Raises:
         UserError: as `LiveTeacher` raises it.
@@ -67,21 +67,21 @@ class OwnTeacher(LiveTeacher):
 
     @torch.no_grad()
     def follow(self) -> None:
-        """Move towards the student, as it is now, where there is a decay."""
+        """Move towards the current student, if there is a decay."""
         if self.moves:
             self._average(list(self._mine.values()), self._theirs, 0)
 
     def save(self, checkpoint: Path) -> None:
-        """Save a teacher that moves, before the file that completes the checkpoint."""
+        """Save a teacher that moves. This must come before the file that marks the checkpoint as complete."""
         if self.moves:
             checkpoint.mkdir(parents=True, exist_ok=True)
             save_file({name: x.detach().contiguous() for name, x in self._mine.items()}, checkpoint / _FILE)
 
     def load(self, checkpoint: Path) -> None:
-        """Go on from a checkpoint.
+        """Resume from a checkpoint.
 
         Raises:
-            UserError: it has no teacher, or that of another student.
+            UserError: the checkpoint has no teacher, or another student's.
         """
         if not self.moves:
             return
@@ -90,7 +90,7 @@ class OwnTeacher(LiveTeacher):
         if saved.keys() != self._mine.keys():
             raise UserError(
                 f"resume_from_checkpoint: {str(checkpoint)!r} has no moving average of this student: it was saved "
-                "without self_ema_decay, or of another one; start anew"
+                "without self_ema_decay, or with another student; start from the beginning"
             )
         for name, mine in self._mine.items():
             mine.copy_(saved[name])

@@ -32,7 +32,7 @@ from .source import HiddenRows, TeacherRows, rows_with_loss
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-# What a model reads of a batch.
+# The entries of a batch that a model reads.
 _READ = {"input_ids", "attention_mask", "position_ids", "cu_seq_lens", "sample_lengths", "continues"}
 _READ |= {"decoder_input_ids", "decoder_attention_mask"}
 
@@ -40,16 +40,17 @@ _READ |= {"decoder_input_ids", "decoder_attention_mask"}
 class LiveTeacher:
     """A teacher that runs beside the student, in eval mode and its own dtype, outside the student's autocast.
 
-    A model that is spread out stays as it is: over several devices, in the host's memory or on disk (`device_map`,
-    accelerate's hooks), or in shards on several processes (tensor parallelism, FSDP2), which must then all make one,
-    and call it equally often. Its batches go to where its embeddings are. A head in shards is kept whole on each.
+    A model that is spread out is not moved: over several devices, the host's memory or the disk (`device_map`,
+    accelerate's hooks), or in shards on several processes (tensor parallelism, FSDP2). These processes must all make a
+    LiveTeacher, and call it equally often. Batches go to the device of its embeddings. A sharded head is kept whole on
+    each process.
 
     Args:
         model: a causal language model.
-        device: where the hidden states go, and where a model that is in one place runs. Default: where its head is.
+        device: where the hidden states go, and where a model on a single device runs. Default: where its head is.
         offload: keep its body in the host's memory and copy it to `device` for each batch. The head stays on `device`.
         freeze: switch off the gradients of its parameters, so that no optimizer can train it.
-        autocast: bfloat16 or float16, for products in it beside weights in float32. Default: no autocast.
+        autocast: bfloat16 or float16: run products in this dtype while the weights stay float32. Default: no autocast.
 
     Raises:
         UserError: the teacher's head is quantised, a quantised teacher would have to be moved, `offload` is asked for a
@@ -88,20 +89,20 @@ class LiveTeacher:
             size = sum(x.nbytes for x in self.head.tensors().values())
             logger.warning("the teacher's head is whole on every rank, which takes %.2f GB of each", size / 1e9)
         own = find_head(self.model)
-        # A body in the host's memory is tried there.
+        # A body in the host's memory is tried on the CPU.
         tried, place = (own, None) if offload else (self.head, self.entry)
         self.run(check_head, self.model, "teacher", tried, place, on_device=False)
         self._dtype = None if autocast == torch.float32 else autocast
         pairs = (own.weight, self.head.weight), (own.bias, self.head.bias)
         self._heads = {id(x): there for x, there in pairs if x is not None and there is not None}
         if offload and self.device.type == "cuda":
-            # Copies from page-locked memory need no staging, and run beside the student's work.
+            # Copies from page-locked memory need no extra copy, and run beside the student's work.
             for x in self._body():
                 x.data = x.data.pin_memory()
 
     @property
     def entry(self) -> torch.device:
-        """Where batches go."""
+        """The device for batches."""
         return self.device if self.offload else entry_device(self.model)
 
     def _body(self) -> list[Tensor]:
@@ -109,7 +110,7 @@ class LiveTeacher:
 
     @contextmanager
     def _on_device(self) -> Iterator[None]:
-        """Put the body on the device for a while. Nothing is copied back, because nothing changes."""
+        """Put the body on the device during the block. Nothing is copied back, because nothing changes."""
         if not self.offload:
             yield
             return
@@ -123,7 +124,7 @@ class LiveTeacher:
                 x.data = data
 
     def _without_gradient(self) -> AbstractContextManager[Any]:
-        # Weights that FSDP2 gathers in inference mode cannot be looked at outside of it.
+        # Weights that FSDP2 gathers in inference mode could not be used outside of it.
         return torch.no_grad() if self.sharded else torch.inference_mode()
 
     def _autocast(self, device: torch.device) -> AbstractContextManager[Any]:
@@ -137,15 +138,15 @@ class LiveTeacher:
             return compile_layers(self.model, lambda: self._autocast(self.device), **options)
 
     def run(self, function: Callable[..., T], *args: Any, on_device: bool = True) -> T:
-        """Call a function of the model's parts as `hidden_states` does: inside its wrapper, in its own autocast.
+        """Call a function that uses the model's parts, in the same contexts as `hidden_states`: wrapper and autocast.
 
         Args:
-            function: of the model's parts.
-            args: its arguments, with tensors on `entry`.
-            on_device: with the body on `device`, if it is offloaded.
+            function: the function.
+            *args: its arguments, with tensors on `entry`.
+            on_device: put an offloaded body on `device` meanwhile.
 
         Returns:
-            What it returns.
+            What the function returns.
         """
         place = self._on_device() if on_device else nullcontext()
         with self._without_gradient(), place, self._autocast(self.entry):
@@ -153,15 +154,15 @@ class LiveTeacher:
                 return run_inside(self.model, function, *args)
             finally:
                 if isinstance(self.model, FSDPModule):
-                    self.model.reshard()  # embeddings and head, which it would keep for a backward pass
+                    self.model.reshard()  # free embeddings and head, which FSDP2 keeps for a backward pass
 
     def hidden_states(self, batch: Mapping[str, Any]) -> Tensor:
         """Run the model on a batch.
 
-        Ranks of one group of tensor parallelism may have different batches: all of them run each, one after the other.
+        Ranks of a tensor-parallel group may have different batches: all of them run each batch, one after the other.
 
         Args:
-            batch: as the collator made it, on any device.
+            batch: a batch of the collator, on any device.
 
         Returns:
             [B, L, D] on `device`, without gradient.
@@ -181,7 +182,7 @@ class LiveTeacher:
         return whole(self.run(hidden_states, self.model, moved(batch, self.entry))).to(self.device)
 
     def some_batch(self) -> dict[str, Tensor]:
-        """A batch of one token, for a pass that only other ranks need."""
+        """A batch of one token, for a pass whose result only other ranks need."""
         ids = torch.zeros(1, 1, dtype=torch.long, device=self.entry)
         return with_decoder(unwrap(self.model), {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
 
@@ -196,7 +197,7 @@ _QUANTISED = "a quantised teacher"
 
 
 def _why_it_stays(model: nn.Module) -> str | None:
-    """What a model is that must stay where it is; None for one that may be moved."""
+    """What the message calls a model that cannot be moved; None for one that can."""
     if is_sharded(model):
         return "a teacher in shards on several processes"
     if is_dispatched(model):
@@ -205,14 +206,14 @@ def _why_it_stays(model: nn.Module) -> str | None:
 
 
 def moved(batch: Any, device: torch.device | str) -> Any:
-    """A batch on a device. Within it may be the rows of a teacher that was run before, or that is running.
+    """Move a batch to a device, including a teacher's rows in it, which may still be on their way.
 
     Args:
         batch: a dictionary, which may hold others.
         device: where its tensors go.
 
     Returns:
-        The like of it; what cannot be moved stays as it is.
+        A batch of the same structure. Values that cannot be moved stay as they are.
     """
     if isinstance(batch, Mapping):
         return {name: moved(x, device) for name, x in batch.items()}

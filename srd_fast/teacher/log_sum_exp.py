@@ -1,7 +1,7 @@
-"""Log-sum-exps kept beside the hidden states of a cache: they spare the loss a pass over the teacher's head.
+"""Log-sum-exps stored beside the hidden states of a cache: they save the loss a pass over the teacher's head.
 
-They are computed from the hidden states as stored and the cache's own head, so a cache gets them at any time, without
-its teacher. A file of them is written whole or not at all, as the files with hidden states are.
+They are computed from the stored hidden states and the cache's own head, so they can be added to a cache at any time,
+without its teacher. Like the files with hidden states, their files are written completely or not at all.
 """
 
 import hashlib
@@ -39,15 +39,15 @@ def keep_log_sum_exps(
     progress: bool,
     ranks: Ranks,
 ) -> TeacherCache:
-    """Add the log-sum-exps that the cache's store asks for, and that the files of these samples lack.
+    """Add the log-sum-exps that the cache's store asks for and that the files of these samples lack.
 
     Args:
-        cache: that holds the samples.
-        samples: tokenised, with input_ids and labels.
-        head: the cache's.
-        device: that computes.
+        cache: the cache, which holds the samples.
+        samples: tokenised samples, with input_ids and labels.
+        head: the cache's head.
+        device: the device that computes.
         progress: show a progress bar.
-        ranks: that have opened the cache together; each makes a share.
+        ranks: the ranks that have opened the cache together; each makes a share.
 
     Returns:
         The cache, opened again if anything was added.
@@ -67,7 +67,7 @@ def keep_log_sum_exps(
         if lacking:
             file = _Lacking(folder / rows, index[rows], store.classes, lacking)
             todo[file.name] = file
-    # Ranks that were here before the others' first file was written agree on what is lacking.
+    # Ranks may see different files, if one has already written some, so the first rank's list counts.
     names = ranks.first(lambda: list(todo))
     if not names:
         return cache
@@ -93,10 +93,10 @@ class _Lacking:
     """Log-sum-exps that a file with hidden states lacks.
 
     Args:
-        path: of the file with hidden states.
-        digest: of that file.
-        classes: over how many of the first classes.
-        temperatures: at which.
+        path: the file with hidden states.
+        digest: that file's digest.
+        classes: over how many of the first classes the sums are.
+        temperatures: the temperatures.
     """
 
     def __init__(self, path: Path, digest: str, classes: int, temperatures: tuple[float, ...]) -> None:
@@ -119,7 +119,7 @@ class _Lacking:
 
 
 def _check_disk(folder: Path, todo: Sequence[_Lacking], size: int) -> None:
-    """size: of a number."""
+    """Refuse to write if the disk lacks room. size: bytes of a number."""
     numbers = sum(len(file.temperatures) * sum(count for _, count in contents(file.path)) for file in todo)
     needed, free = numbers * size + len(todo) * 1024, shutil.disk_usage(folder).free
     if needed > free:
@@ -130,7 +130,7 @@ def _check_disk(folder: Path, todo: Sequence[_Lacking], size: int) -> None:
 
 
 def drop_orphans(folder: Path) -> None:
-    """Delete log-sum-exps of files with hidden states that are gone, or were made again and are not the same."""
+    """Delete log-sum-exps whose file with hidden states is gone or has changed."""
     index = read_index(folder)
     of_rows = lse_files(folder, index)
     orphans = {f for d in of_rows.keys() - set(index.values()) for x in of_rows[d].values() for f in x.values()}

@@ -1,7 +1,7 @@
 """A teacher cache at an address that fsspec knows (s3://, gs://, hf://, memory://): a local copy is read and filled.
 
-Files are fetched whole, once, several at a time, before the cache is opened; the system then reads ahead in them as in
-any cache. New files are sent when all are made, the index last, so that a reader finds the old cache or the new one.
+Whole files are downloaded once, several at a time, before the cache is opened. New files are uploaded when all are
+made, the index last, so that a reader finds either the old cache or the new one.
 """
 
 import inspect
@@ -31,7 +31,7 @@ class Mirror:
     """A local copy of the cache at an address.
 
     Args:
-        address: such as "s3://bucket/cache".
+        address: an address such as "s3://bucket/cache".
 
     Raises:
         UserError: fsspec does not know the address, or lacks the package for it.
@@ -65,7 +65,7 @@ class Mirror:
             raise UserError(f"teacher_cache {self.address!r} cannot be {done}: {first_line(e)}") from e
 
     def _there(self) -> tuple[dict[str, str], bytes]:
-        """What the index at the address lists, and the index itself; nothing where there is none."""
+        """The entries of the index at the address, and the index itself; both empty if there is none."""
         try:
             content = self.fs.cat_file(f"{self.root}/{INDEX}")
         except FileNotFoundError:
@@ -73,10 +73,10 @@ class Mirror:
         return dict(json.loads(content)["files"]), content
 
     def fetch(self) -> None:
-        """Fetch what the copy lacks. Any number of processes may do so at once; each file is fetched by one.
+        """Download what the copy lacks. Any number of processes may call this at once; each file is downloaded once.
 
         Raises:
-            UserError: the address cannot be read, or a file that came is not the one in the index.
+            UserError: the address cannot be read, or a downloaded file is not the one in the index.
         """
         if not self._is_copy:
             return
@@ -110,7 +110,7 @@ class Mirror:
             shards.publish(descriptor, partial, self.folder / name, content)
 
     def publish(self) -> None:
-        """Send what the address lacks, the index last.
+        """Upload what the address lacks, the index last.
 
         Raises:
             UserError: the address cannot be written.
@@ -132,12 +132,12 @@ class Mirror:
 
 
 def mirror_of(folder: str | Path) -> Mirror | None:
-    """The copy of a cache at an address; None for a folder."""
+    """The local copy of a cache at an address; None for a folder."""
     return Mirror(folder) if isinstance(folder, str) and "://" in folder else None
 
 
 def at_addresses(run: F) -> F:
-    """Let a function that fills the cache in its `folder` take an address too, and send there what is new."""
+    """Decorate a function that fills the cache in its argument `folder`, so that it takes an address too."""
     signature = inspect.signature(run)
 
     @wraps(run)

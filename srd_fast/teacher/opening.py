@@ -1,4 +1,4 @@
-"""Open a teacher cache for a training, and first fill it with what it lacks."""
+"""Open a teacher cache for a training, after filling in what it lacks."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -49,36 +49,35 @@ def open_teacher_cache(
     engine: Literal["transformers", "vllm"] = "transformers",
     engine_options: Mapping[str, Any] | None = None,
 ) -> "TeacherCache":
-    """Open the cache in a folder. It is checked against its teacher, and first filled with samples that it lacks.
+    """Open the cache in a folder. It is checked against its teacher, and first filled with missing samples.
 
     Args:
         folder: where the cache is, or will be: a folder, or an address that fsspec knows, such as "s3://bucket/cache".
-            Of an address a copy is made in the folder of converted weights ($SRD_FAST_CACHE), and what is filled is
-            sent there.
+            An address is copied to the folder of converted weights ($SRD_FAST_CACHE), and new files are uploaded.
         teacher: a model; one that vLLM runs; a folder or hub id, which is loaded in `dtype` only if the cache has to be
-            filled; or None to read what is there.
+            filled; or None to read the cache as it is.
         samples: tokenised samples that the cache must hold, with input_ids and labels (-100 where there is no loss).
-        kind: what a row keeps, a name from `srd_fast.cache_kind_names()`: "hidden" (hidden states), "topk" (the
+        kind: what is stored of a row, a name from `srd_fast.cache_kind_names()`: "hidden" (hidden states), "topk" (the
             likeliest classes), "sampled" (drawn classes), "projected" (the student's head, averaged), or your own.
-        k: classes, or draws, that a row of "topk" or "sampled" keeps; at least 1 and below the number of classes.
-        temperatures: for which a compact kind holds rows, or at which log-sum-exps are kept, each above 0. Evaluation
-            needs 1.
+        k: classes, or draws, of a row with "topk" or "sampled"; at least 1 and below the number of classes.
+        temperatures: the temperatures for which a compact kind has rows, or at which log-sum-exps are stored, each
+            above 0. Evaluation needs 1.
         student: the model that will be trained. "projected" needs it, and its head must not change. Log-sum-exps are
             over the classes that it shares with the teacher; without it, over all of the teacher's.
         template: prompt template of the samples, compared with the cache's. None: not compared.
-        dtype: in which a teacher given by name is loaded.
+        dtype: the dtype in which a teacher given by name is loaded.
         device: where the teacher runs when it fills the cache.
-        log_sum_exp: of kind "hidden": keep the log-sum-exp of each row's logits at each temperature, 4 bytes, which
-            spares the loss a pass over the teacher's head. A cache that lacks them gets them, without its teacher;
-            those that are there are used in any case.
+        log_sum_exp: for kind "hidden": store the log-sum-exp of each row's logits at each temperature, 4 bytes, which
+            saves the loss a pass over the teacher's head. They can be added to an existing cache, without its teacher.
+            Stored ones are always used.
         repair: make damaged files again instead of refusing the cache.
         progress: show a progress bar.
         device_map: where the parts of a teacher given by name go, see `srd_fast.models.load_model`.
         tp_plan: "auto": each layer of a teacher given by name is split over all processes.
         group: processes that open, check and fill the cache together. All of them call this, with the same arguments.
-            Default: this process alone.
+            Default: only this process.
         engine: what runs a teacher given by name when the cache is filled. Rows of two engines differ by rounding, so
-            one fills a cache; all read it.
+            only one engine may fill a cache.
         engine_options: keywords of `VLLMTeacher`, for the engine "vllm".
 
     Returns:
@@ -86,7 +85,7 @@ def open_teacher_cache(
 
     Raises:
         UserError: a file is damaged; the cache was made with another teacher, dtype, template, kind or options; samples
-            are missing and there is no teacher; or it cannot be filled. The message names which.
+            are missing and there is no teacher; or it cannot be filled. The message says which.
     """
     folder, ranks = Path(folder), Ranks(group)
     check_engine(engine, engine_options, spread=device_map is not None or tp_plan is not None)
@@ -97,7 +96,7 @@ def open_teacher_cache(
     cache: TeacherCache | None = None
 
     def said() -> tuple[dict[str, str], dict[str, Any]]:
-        """Index and meta.json, empty for a folder to be filled anew."""
+        """Index and meta.json; both empty for a folder that is filled from nothing."""
         try:
             index = read_index(folder)
             return index, read_meta(folder, index) if index else {}
@@ -168,26 +167,26 @@ def open_teacher_cache(
 
 
 def drop_other_rows(folder: str | Path, samples: Iterable[Mapping[str, Any]]) -> None:
-    """Delete the files of a cache with rows of samples that are no longer asked for, to make room for others.
+    """Delete files of a cache that have rows of other samples than these, to make room.
 
     Processes that share the folder may all do so at once. A file with rows of both is deleted too; opening the cache
-    makes them again.
+    makes the missing rows again.
 
     Args:
-        folder: of the cache.
-        samples: tokenised samples, those of other files.
+        folder: the cache's folder.
+        samples: tokenised samples whose rows are still needed.
     """
     folder, wanted = Path(folder), {sample_key(s["input_ids"], s["labels"]) for s in samples}
 
     def is_wanted(path: Path) -> bool:
         try:
             return all(key in wanted for key, _ in contents(path))
-        except (OSError, SafetensorError):  # another process was faster, or it is damaged
+        except (OSError, SafetensorError):  # another process has deleted it, or it is damaged
             return False
 
     gone = [path for path in folder.glob("rows-*.safetensors") if not is_wanted(path)]
     if gone:
-        with suppress(DamagedFileError):  # of an index that opening makes again
+        with suppress(DamagedFileError):  # opening the cache makes a damaged index again
             drop_from_index(folder, {path.name for path in gone})
             drop_orphans(folder)
         for path in gone:
@@ -199,11 +198,11 @@ def check_engine(engine: str, options: Mapping[str, Any] | None, spread: bool = 
 
     Args:
         engine: "transformers" or "vllm".
-        options: of the engine.
+        options: the engine's options.
         spread: whether there is a device_map or tp_plan.
 
     Raises:
-        UserError: for the first of them.
+        UserError: the engine is unknown, or an option does not fit it.
     """
     if engine not in _ENGINES:
         raise UserError(unknown_name("engine of a teacher cache", str(engine), _ENGINES))

@@ -1,4 +1,4 @@
-"""A teacher that reads more than its student: its rows are those of the same answers behind prompts of its own."""
+"""A teacher that reads more than its student: its rows are for the same answers, after its own prompts."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -14,10 +14,10 @@ from .source import RowsOfSamples, TeacherRows, TeacherSource
 class PrivilegedTeacher:
     """A source of rows for samples with `privileged_ids`.
 
-    A row belongs to a label, and both prompts have the same answer behind them, so the rows need no other alignment.
+    A row belongs to a label, and both prompts are followed by the same answer, so the rows need no other alignment.
 
     Args:
-        source: the teacher's rows of samples as it sees them: a model at work, a cache, or both.
+        source: the source for samples as the teacher sees them: a live model, a cache, or both.
         collate: makes a batch of samples.
     """
 
@@ -30,20 +30,20 @@ class PrivilegedTeacher:
         return PrivilegedTeacher(at_work(self.source), self.collate_tokens)
 
     def to(self, device: torch.device | str) -> "PrivilegedTeacher":
-        """Move what all batches share."""
+        """Move the part that all batches share."""
         if isinstance(self.source, RowsOfSamples):
             self.source = self.source.to(device)
         return self
 
     def collate(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """What `rows` needs of samples: the cache's rows, or the batch that the teacher will run on."""
+        """What `rows` needs of samples: the cache's rows, or the batch on which the teacher will run."""
         seen = [seen_by_teacher(sample) for sample in samples]
         if isinstance(self.source, RowsOfSamples):
             return {"teacher": self.source.collate(seen)}
         return StepCollator(self.collate_tokens, None)(seen)
 
     def collate_ahead(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """The same, while another thread reads the cache's rows."""
+        """The same as `collate`, but another thread reads the cache's rows."""
         if isinstance(self.source, RowsOfSamples):
             return {"teacher": self.source.collate_ahead([seen_by_teacher(sample) for sample in samples])}
         return self.collate(samples)

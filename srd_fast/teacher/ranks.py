@@ -1,4 +1,4 @@
-"""Processes that fill one cache together: each has its share, and all go on, or end, together."""
+"""Processes that fill one cache together: each has its share, and all continue or fail together."""
 
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,17 +13,17 @@ from ..errors import SRDFastError, UserError, first_line
 
 K = TypeVar("K")
 T = TypeVar("T")
-# Shares take as long as they take; a rank that dies closes its connections, which the others see at once.
+# A share may take any time. A rank that dies closes its connections, which the others see at once.
 _PATIENCE = timedelta(days=30)
 
 
 class Ranks:
-    """The processes of a group; without a group, this one alone.
+    """The processes of a group; without a group, only this process.
 
-    What they tell each other goes over a gloo group of their own, whose collectives need no GPU and wait for days.
+    They communicate over a separate gloo group, whose collectives need no GPU and may wait for days.
 
     Args:
-        group: which processes. All of them must make one.
+        group: the processes. All of them must make a `Ranks`.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
@@ -34,11 +34,11 @@ class Ranks:
             self._group = dist.new_group(members, _PATIENCE, "gloo", use_local_synchronization=True)
 
     def share(self, items: Sequence[T]) -> list[T]:
-        """This rank's part of what all have in the same order. Neighbours, alike in cost, go to different ranks."""
+        """This rank's part of a list that all have. Neighbours, which cost about the same, go to different ranks."""
         return list(items[self.rank :: self.size])
 
     def gather(self, item: T) -> list[T]:
-        """What each rank gives, in their order."""
+        """The items of all ranks, by rank."""
         found = [item] * self.size
         if self._group is not None:
             with _naming_the_dead():
@@ -46,11 +46,11 @@ class Ranks:
         return found
 
     def merged(self, part: Mapping[K, T]) -> dict[K, T]:
-        """The parts of all ranks in one."""
+        """The parts of all ranks in one dictionary."""
         return {key: value for of_rank in self.gather(part) for key, value in of_rank.items()}
 
     def any(self, flag: bool) -> bool:
-        """Whether it is so on any rank."""
+        """Whether the flag is set on any rank."""
         if self._group is None:
             return flag
         flags = torch.tensor([flag], dtype=torch.int32)
@@ -60,10 +60,11 @@ class Ranks:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Wait at the end for the other ranks, and fail where one of them has failed.
+        """Wait at the end of the block for the other ranks, and fail if one of them has failed.
 
         Raises:
-            UserError: another rank has failed, with its message and kind. This rank's own error is raised as it is.
+            UserError: another rank has failed; message and type are those of its error. This rank's own error is raised
+                unchanged.
         """
         error: Exception | None = None
         try:
@@ -78,10 +79,10 @@ class Ranks:
                 raise _again(rank, *failure)
 
     def first(self, make: Callable[[], T]) -> T:
-        """Let the first rank make something, and give it to all.
+        """Let the first rank make something, and send it to all.
 
         Args:
-            make: what the first rank calls. The others wait.
+            make: is called on the first rank, while the others wait.
 
         Returns:
             What it made.
@@ -100,14 +101,14 @@ class Ranks:
 def _naming_the_dead() -> Iterator[None]:
     try:
         yield
-    except RuntimeError as e:  # gloo's, where a connection is closed
+    except RuntimeError as e:  # from gloo, if a connection is closed
         raise UserError(
-            f"another rank has ended ({first_line(e)}): see what it said; the same command goes on where all were"
+            f"another rank has ended ({first_line(e)}): see its own message; the same command goes on where all were"
         ) from e
 
 
 def _failure(error: Exception) -> tuple[type[Exception] | None, str, dict[str, Any]]:
-    """Kind, message and attributes of an error of this package; of any other, which may not be pickled, its text."""
+    """Type, message and attributes of an error of this package; of any other, which may not be picklable, its text."""
     if isinstance(error, SRDFastError):
         return type(error), str(error), vars(error)
     return None, "".join(traceback.format_exception_only(error)).strip(), {}
@@ -116,7 +117,7 @@ def _failure(error: Exception) -> tuple[type[Exception] | None, str, dict[str, A
 def _again(rank: int, kind: type[Exception] | None, message: str, attributes: dict[str, Any]) -> Exception:
     if kind is None:
         return UserError(f"rank {rank} failed: {message}")
-    error = kind.__new__(kind)  # some are made of other arguments than their message
+    error = kind.__new__(kind)  # because some take other arguments than their message
     error.args = (message,)
     vars(error).update(attributes)
     return error

@@ -1,7 +1,7 @@
-"""A teacher on ranks of its own: students send it samples, and it sends back the hidden states of their rows with loss.
+"""A teacher on its own ranks: students send it samples, and it returns the hidden states of their rows with loss.
 
-A sample's request leaves when its batch is collated, which the Trainer does a step ahead, so that the teacher runs
-beside the student's step. Messages between two ranks keep their order.
+A request is sent when its batch is collated, which the Trainer does one step ahead, so that the teacher works during
+the student's step. Messages between two ranks arrive in order.
 """
 
 import atexit
@@ -32,7 +32,7 @@ _REQUEST, _ANSWER = 1, 2  # tags of messages
 
 
 class _Line:
-    """Messages between this rank and others: a length, a few values, and the bytes of "hidden", if they name it."""
+    """Messages between this rank and others: a length, a few values, and the bytes of "hidden" if it is among them."""
 
     def __init__(self, link: dist.ProcessGroupGloo) -> None:
         self.link: Any = link  # torch's stubs leave these methods out
@@ -49,7 +49,7 @@ class _Line:
             self.link.send([hidden_ND.contiguous().view(torch.uint8)], to, tag).wait()
 
     def receive(self, tag: int, source: int | None = None) -> tuple[dict[str, Any], int]:
-        """A message and who has sent it. source: from whom; None: from anyone."""
+        """Receive a message, and return it with its sender's rank. source: only from this rank; None: from any."""
         length = torch.zeros(1, dtype=torch.int64)
         if source is None:
             work = self.link.recv_anysource([length], tag)
@@ -73,12 +73,12 @@ class _Line:
 class RemoteTeacher(TeacherElsewhere):
     """A student's side of a teacher on other ranks: `SRDTrainer` takes it as `teacher_model`.
 
-    The teacher's head comes once, and is whole on each student. Hidden states come in the teacher's dtype, 2 D_T bytes
-    a row in bfloat16, over gloo, which is the hosts' network. Where several processes run whole teachers, each serves
+    The teacher's head is sent once, and is whole on each student. Hidden states are sent in the teacher's dtype, 2 D_T
+    bytes a row in bfloat16, through gloo, over the hosts' network. If several processes run whole teachers, each serves
     a part of the students.
 
     Args:
-        roles: from `split_ranks`.
+        roles: the result of `split_ranks`.
 
     Raises:
         UserError: this rank runs the teacher, or the teacher could not be opened.
@@ -90,7 +90,7 @@ class RemoteTeacher(TeacherElsewhere):
         if roles.teaches:
             raise UserError(f"rank {roles.rank} runs the teacher: call serve_teacher there, not RemoteTeacher")
         self._line = _Line(roles.link)
-        # One thread sends, which lasts until the teacher has time to listen, and one receives, in the same order.
+        # One thread sends, which may have to wait until the teacher is free, and one receives, in the same order.
         self._writer = ThreadPoolExecutor(1, "srd-fast-requests")
         self._reader = ThreadPoolExecutor(1, "srd-fast-rows")
         self._teacher = roles.students
@@ -119,7 +119,7 @@ class RemoteTeacher(TeacherElsewhere):
         return self._reader.submit(lambda: rows.update(self._receive()))
 
     def close(self) -> None:
-        """Let the teacher end, when all its students have called this. The end of the process calls it too."""
+        """Let the teacher end once all its students have called this. It is also called when the process ends."""
         if self._is_open:
             self._is_open = False
             atexit.unregister(self.close)
@@ -132,18 +132,18 @@ class RemoteTeacher(TeacherElsewhere):
 def serve_teacher(model: nn.Module, roles: Roles, device: torch.device | str | None = None) -> int:
     """Run a teacher for the students on other ranks, until all of them have closed their `RemoteTeacher`.
 
-    All ranks that teach call this: each with a whole model, or all with their shards of one.
+    All teacher ranks call this: each with a whole model, or all with their shards of one model.
 
     Args:
-        model: a language model, spread out or not, as `LiveTeacher` takes it.
-        roles: from `split_ranks`.
+        model: a language model, spread out or not, as in `LiveTeacher`.
+        roles: the result of `split_ranks`.
         device: where it runs. Default: where it is.
 
     Returns:
         How many batches it has run.
 
     Raises:
-        UserError: this rank trains, a student has ended, or the teacher cannot be used, which the students are told.
+        UserError: this rank trains, a student has ended, or the teacher cannot be used; then the students fail too.
     """
     if not roles.teaches:
         raise UserError(f"rank {roles.rank} trains: make a RemoteTeacher there, and do not call serve_teacher")
@@ -167,7 +167,7 @@ def serve_teacher(model: nn.Module, roles: Roles, device: torch.device | str | N
     while True:
         request, student = _next(line, left) if leads else ({}, -1)
         left -= request.pop("ended", 0)
-        if sharded:  # the others run the same batches
+        if sharded:  # the other teacher ranks must run the same batches
             shared = [request]
             dist.broadcast_object_list(shared, 0)
             request = shared[0]
@@ -185,7 +185,7 @@ def serve_teacher(model: nn.Module, roles: Roles, device: torch.device | str | N
 
 
 def _next(line: _Line, left: int) -> tuple[dict[str, Any], int]:
-    """The next request for rows and whose it is; an empty one where none of the `left` students has any more."""
+    """The next request for rows, and its student; an empty request if none of the `left` students has any more."""
     ended = 0
     while ended < left:
         try:

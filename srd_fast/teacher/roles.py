@@ -1,7 +1,7 @@
-"""Processes that one launcher has started, divided: the first ones train students, the last ones run a teacher.
+"""Divide the processes of one launcher: the first ones train students, the last ones run a teacher.
 
-Each side becomes a world of its own, as if it had been started alone, so that accelerate, FSDP, DeepSpeed and tensor
-parallelism see their own processes only. What the two sides say to each other goes over a group beside these worlds.
+Each side becomes a separate world, as if it had been started alone, so that accelerate, FSDP, DeepSpeed and tensor
+parallelism see only their own processes. The two sides communicate through an additional group.
 """
 
 import os
@@ -15,21 +15,21 @@ import torch.distributed as dist
 
 from ..errors import UserError
 
-_PATIENCE = timedelta(days=30)  # how long a side may be busy with something else; one that dies is seen at once
-# What tells a process that it is one of many.
+_PATIENCE = timedelta(days=30)  # how long a side may be busy; the death of a process is noticed at once
+# Environment variables that tell a process that it is one of many.
 _OF_MANY = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "ROLE_WORLD_SIZE")
 
 
 @dataclass(frozen=True)
 class Roles:
-    """What this process does, and with whom.
+    """The role of this process among those that a launcher started.
 
     Attributes:
-        rank: of this process among all that were started.
-        students: how many train. Theirs are the ranks from 0 on.
-        teachers: how many run the teacher. Theirs are the ranks after the students'.
-        link: a gloo group of all of them, not that of `torch.distributed`, for messages from rank to rank.
-        device: this process's own.
+        rank: the rank of this process among all.
+        students: how many processes train. They have the ranks from 0 on.
+        teachers: how many processes run the teacher. They have the ranks after the students'.
+        link: a gloo group of all processes, outside of `torch.distributed`, for messages from rank to rank.
+        device: this process's device.
     """
 
     rank: int
@@ -47,17 +47,17 @@ class Roles:
 def split_ranks(teacher_ranks: int = 1) -> Roles:
     """Divide the processes that `torchrun` or `accelerate launch` has started into students and teachers.
 
-    It is called first in the program, by all processes, before anything has initialised `torch.distributed`. After it,
-    the environment of each process says that it was started with those of its own side alone.
+    All processes must call this first in the program, before `torch.distributed` is initialised. Afterwards, the
+    environment of each process looks as if only the processes of its own side had been started.
 
     Args:
-        teacher_ranks: how many processes, the last ones, run the teacher; at least 1, and one less than all at most.
+        teacher_ranks: how many processes, the last ones, run the teacher; at least 1, and at most all but one.
 
     Returns:
         The role of this process.
 
     Raises:
-        UserError: the processes cannot be divided so, or `torch.distributed` is in use already.
+        UserError: there are too few processes, or `torch.distributed` is in use already.
     """
     env = os.environ
     world, rank = int(env.get("WORLD_SIZE", "1")), int(env.get("RANK", "0"))

@@ -1,4 +1,4 @@
-"""Safetensors files that carry a digest of their content: written whole or not at all, each by one process."""
+"""Safetensors files with a digest of their content: written completely or not at all, each by one process."""
 
 import hashlib
 import json
@@ -44,7 +44,7 @@ def payload_digest(tensors: Mapping[str, Tensor]) -> str:
 
 @contextmanager
 def locked(partial: Path, wait: bool = True) -> Iterator[int | None]:
-    """Open and lock a file, or give None where another process holds it. The lock ends with the process."""
+    """Open and lock a file, or yield None if another process has locked it. The lock ends with the process."""
     while True:
         descriptor = os.open(partial, os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -60,7 +60,7 @@ def locked(partial: Path, wait: bool = True) -> Iterator[int | None]:
 
 
 def _is_at(path: Path, descriptor: int) -> bool:
-    """Whether the open file is the one that the path names now."""
+    """Whether the open file is still the one at this path."""
     try:
         return os.path.samestat(path.stat(), os.fstat(descriptor))
     except FileNotFoundError:
@@ -78,10 +78,10 @@ def publish(descriptor: int, partial: Path, target: Path, content: bytes) -> Non
 
 
 def write_once(target: Path, make: Callable[[], Mapping[str, Tensor]], wait: bool) -> bool:
-    """Write `make()` to `target` unless it is there.
+    """Write `make()` to `target`, unless that exists.
 
-    The bytes go to a hidden file that the writer has locked, then to disk, and then the file is renamed. A killed
-    writer leaves the hidden file behind, unlocked, for the next one.
+    The bytes are written to a hidden, locked file and flushed to disk; then the file is renamed. A killed writer leaves
+    the hidden file unlocked, and the next writer uses it.
 
     Args:
         target: the file.
@@ -97,7 +97,7 @@ def write_once(target: Path, make: Callable[[], Mapping[str, Tensor]], wait: boo
     with locked(partial, wait) as descriptor:
         if descriptor is None:
             return False
-        if target.exists():  # finished while we waited
+        if target.exists():  # another process finished it meanwhile
             partial.unlink(missing_ok=True)
             return True
         tensors = {name: x.cpu().contiguous() for name, x in make().items()}
@@ -106,10 +106,10 @@ def write_once(target: Path, make: Callable[[], Mapping[str, Tensor]], wait: boo
 
 
 def checked_digest(path: Path) -> str:
-    """Return the digest that a file carries, after comparing it with the content.
+    """Return the digest stored in a file, after comparing it with the content.
 
     Raises:
-        DamagedFileError: the file is missing or unreadable, or holds something else.
+        DamagedFileError: the file is missing or unreadable, or its content is not what was written.
     """
     try:
         with safe_open(path, "pt") as f:
@@ -129,9 +129,9 @@ class Column(NamedTuple):
     """A tensor of a file.
 
     Attributes:
-        begin: where in the file it begins, in bytes.
+        begin: where it begins in the file, in bytes.
         row_bytes: bytes of one row.
-        dtype: of its elements.
+        dtype: dtype of its elements.
         row_shape: shape of one row.
     """
 
@@ -162,12 +162,12 @@ class OpenFile:
         """Read rows of a tensor.
 
         Args:
-            name: of the tensor.
+            name: the tensor's name.
             start: the first row.
-            out: [rows, ...] where they go: contiguous, on the CPU, of the tensor's dtype.
+            out: [rows, ...] receives the rows: contiguous, on the CPU, in the tensor's dtype.
 
         Raises:
-            DamagedFileError: the file ends too early.
+            DamagedFileError: the file is too short.
         """
         if not out.numel():
             return

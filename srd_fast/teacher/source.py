@@ -1,4 +1,4 @@
-"""What a teacher gives to a batch, whether it runs beside the student or was run once before."""
+"""The interface of teachers: their rows for a batch, whether they run beside the student or were run before."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -25,9 +25,9 @@ class HiddenRows(NamedTuple):
     Attributes:
         hidden_ND: [N, D_T] last hidden states of the rows with loss.
         head: turns them into logits.
-        lse_N: [N] log sum_v exp(z_v / T) at the temperature asked for, or None where the source does not keep it. z are
-            the logits after scale, bias and softcap, not rounded; v is over the classes that student and teacher share.
-            Float32, or float64 beside a head of it.
+        lse_N: [N] log sum_v exp(z_v / T) at the requested temperature, or None if the source does not store it. z are
+            the unrounded logits after scale, bias and softcap; v is over the classes that student and teacher share.
+            Float32, or float64 with a float64 head.
     """
 
     hidden_ND: Tensor
@@ -39,7 +39,7 @@ TeacherRows = HiddenRows | TopK | Sampled | Projected
 
 
 class TeacherSource(Protocol):
-    """What a teacher must have: any object with these may be `SRDTrainer`'s `teacher_model`.
+    """The interface of a teacher. Any object with these members can be the `teacher_model` of `SRDTrainer`.
 
     Attributes:
         num_classes: V_T, the number of the teacher's classes.
@@ -51,27 +51,27 @@ class TeacherSource(Protocol):
         """Return the teacher's side of a batch's rows with loss, without gradient.
 
         Args:
-            batch: what the collator made: the model's inputs, labels, and what the source itself attached.
-            temperature: T of the softmax that the rows are for.
+            batch: the collator's batch: the model's inputs, labels, and what the source itself has added.
+            temperature: the temperature T of the softmax for which the rows are needed.
 
         Returns:
             N rows in the order of `rows_with_loss`, which is that of the labels with loss. A source that knows the
-            log-sum-exp of each row at T may give it as `HiddenRows.lse_N`; the loss then applies the head less often.
+            log-sum-exp of each row at T may return it as `HiddenRows.lse_N`, which saves applications of the head.
         """
 
 
 @runtime_checkable
 class RowsOfSamples(TeacherSource, Protocol):
-    """A source that is asked for the rows of samples when their batch is collated. It finds them under "teacher"."""
+    """A source whose rows are requested when a batch is collated. `rows` finds them in the batch under "teacher"."""
 
     def to(self, device: torch.device | str) -> "RowsOfSamples":
-        """Move to a device what all batches share, and return the source."""
+        """Move the part that all batches share to a device, and return the source."""
 
     def collate(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Return the rows of samples, one sample after the other, on the CPU."""
 
     def collate_ahead(self, samples: Sequence[Mapping[str, Any]]) -> Any:
-        """Begin with what `collate` does, and return an object whose `to(device)` ends it."""
+        """Start what `collate` does, and return an object whose `to(device)` waits for the rows and returns them."""
 
 
 def rows_with_loss(states_BLD: Tensor, batch: Mapping[str, Any] | Tensor) -> Tensor:
@@ -79,8 +79,8 @@ def rows_with_loss(states_BLD: Tensor, batch: Mapping[str, Any] | Tensor) -> Ten
 
     Args:
         states_BLD: [B, L, D] states of all tokens.
-        batch: with labels [B, L], or these labels alone. In a batch from `with_loss_rows` the rows are known already,
-            so the host need not wait for a GPU to find them.
+        batch: a batch with labels [B, L], or only the labels. In a batch from `with_loss_rows` the rows are already
+            known, so the host need not wait for a GPU.
 
     Returns:
         [N, D] states.
@@ -104,8 +104,8 @@ def distillation_loss_of_rows(student: StudentRows, rows: TeacherRows) -> Distil
     """Compute the loss of a batch's rows with loss from any kind of teacher's rows.
 
     Args:
-        student: its rows with loss.
-        rows: the teacher's, in the order of the student's.
+        student: the student's rows with loss.
+        rows: the teacher's rows, in the same order.
 
     Returns:
         The loss and its parts.

@@ -1,6 +1,6 @@
-"""What a teacher cache keeps of each row with loss: hidden states, or less where the teacher's head does not fit.
+"""What a teacher cache stores of each row with loss: hidden states, or less if the teacher's head does not fit.
 
-A kind turns last hidden states into tensors whose first dimension is the row, and such tensors into what the loss
+A store converts last hidden states to tensors whose first dimension is the row, and these tensors to what the loss
 takes. Shape letters: N rows, K kept classes, M temperatures, D width, V classes, B bytes.
 
     hidden      the hidden states: exact for every divergence and temperature; 2 D_T bytes in bfloat16; beside them, if
@@ -29,32 +29,32 @@ from .index import lse_at
 from .shards import payload_digest
 from .source import HiddenRows, TeacherRows
 
-# Bytes of logits at a time while a compact store is made.
+# Bytes of logits that are computed at a time to fill a compact store.
 _CHUNK_BYTES = 256 << 20
 
 
 class Store(Protocol):
-    """One kind of store. `options` says everything that changes what is stored; it is compared on reading."""
+    """One kind of store. `options` has everything on which the stored values depend; it is compared on reading."""
 
     @property
     def options(self) -> dict[str, Any]: ...
 
     def bytes_per_row(self, head: Head, hidden_dtype: torch.dtype) -> int:
-        """What a row takes on disk."""
+        """Bytes of a row on disk."""
 
     def encode(self, hidden_ND: Tensor, head: Head, keys: Sequence[bytes], counts: Sequence[int]) -> dict[str, Tensor]:
-        """Tensors to store, first dimension N. keys, counts: the samples that the rows belong to, in order."""
+        """Tensors to store, first dimension N. keys, counts: key and number of rows of each sample, in order."""
 
     def decode(self, stored: Mapping[str, Tensor], head: Head | None, temperature: float) -> TeacherRows:
-        """What the loss takes at `temperature`."""
+        """The rows that the loss takes at `temperature`."""
 
 
 @dataclass(frozen=True)
 class HiddenStore:
     """Last hidden states in the teacher's dtype.
 
-    `classes`: how many the student shares with the teacher, or None: not known, and no log-sum-exp is given. `lse`:
-    temperatures at which log-sum-exps over these classes are kept, in files beside those with hidden states.
+    `classes`: how many classes student and teacher share; None: unknown, and no log-sum-exps are used. `lse`: the
+    temperatures at which log-sum-exps over these classes are stored, in separate files.
     """
 
     classes: int | None = None
@@ -62,27 +62,27 @@ class HiddenStore:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Nothing to choose."""
+        """Empty: there is nothing to choose."""
         return {}
 
     def bytes_per_row(self, head: Head, hidden_dtype: torch.dtype) -> int:
-        """D_T times the size of a number."""
+        """D_T times the bytes of a number."""
         assert head.weight is not None
         return head.weight.shape[1] * hidden_dtype.itemsize
 
     def bytes_beside(self, head: Head) -> int:
-        """What a row takes in other files: a number for each temperature."""
+        """Bytes of a row in other files: a number for each temperature."""
         return unrounded_dtype(head).itemsize * len(self.lse)
 
     def encode(self, hidden_ND: Tensor, head: Head, keys: Sequence[bytes], counts: Sequence[int]) -> dict[str, Tensor]:
-        """As they are."""
+        """The hidden states, unchanged."""
         return {"hidden": hidden_ND}
 
     def decode(self, stored: Mapping[str, Tensor], head: Head | None, temperature: float) -> TeacherRows:
-        """With the head that the cache holds, and the log-sum-exps if they are there."""
+        """The hidden states with the cache's head, and the log-sum-exps if they are stored."""
         assert head is not None
         name = lse_at(temperature, stored)
-        # DeepSpeed's trainer casts every tensor of a batch to bfloat16, in which a log-sum-exp is worth nothing.
+        # With DeepSpeed, the Trainer casts every tensor of a batch to bfloat16, in which a log-sum-exp is useless.
         exact = name is not None and stored[name].dtype == unrounded_dtype(head)
         return HiddenRows(stored["hidden"], head, stored[name] if name is not None and exact else None)
 
@@ -109,7 +109,7 @@ def unpack_ids(packed_NB: Tensor, bits: int, count: int) -> Tensor:
 
 
 def logit_chunks(hidden_ND: Tensor, head: Head, classes: int) -> Iterator[Tensor]:
-    """Float32 logits of the first classes, [C, classes], after the softcap; products in the dtype of the loss's."""
+    """Float32 logits of the first classes, [C, classes], after the softcap; products in the loss's dtype."""
     head = head.to(products_dtype(hidden_ND, head))
     rows = max(1, _CHUNK_BYTES // (head.num_classes(hidden_ND) * 4))
     for part in hidden_ND.split(rows):
@@ -117,13 +117,13 @@ def logit_chunks(hidden_ND: Tensor, head: Head, classes: int) -> Iterator[Tensor
 
 
 def unrounded_dtype(head: Head) -> torch.dtype:
-    """The dtype that products with a head are summed in: float32, or float64 beside a head of it."""
+    """The dtype in which products with a head are summed: float32, or float64 for a float64 head."""
     assert head.weight is not None
     return torch.promote_types(head.weight.dtype, torch.float32)
 
 
 def unrounded_chunks(hidden_ND: Tensor, head: Head, classes: int) -> Iterator[Tensor]:
-    """As `logit_chunks`, but of products in the head's own dtype, and in `unrounded_dtype`."""
+    """The same as `logit_chunks`, but with products in the head's own dtype, unrounded, in `unrounded_dtype`."""
     dtype, V = unrounded_dtype(head), head.num_classes(hidden_ND)
     for part in hidden_ND.split(max(1, _CHUNK_BYTES // (V * dtype.itemsize))):
         yield _capped(head.project(part, part.new_empty(len(part), V, dtype=dtype))[:, :classes], head)
@@ -175,7 +175,7 @@ class TopKStore(_FewClasses):
         return _joined(("ids", "logits", "log_rest"), parts)
 
     def decode(self, stored: Mapping[str, Tensor], head: Head | None, temperature: float) -> TeacherRows:
-        """Renormalised, so that float16 rounding leaves a distribution."""
+        """The classes, renormalised, so that they are a distribution in spite of float16 rounding."""
         log_rest = stored["log_rest"][:, _index(self.temperatures, temperature)]
         z = stored["logits"].float() / temperature
         log_sum = torch.logaddexp(torch.logsumexp(z, -1), log_rest)
@@ -196,7 +196,7 @@ class SampledStore(_FewClasses):
         return (math.ceil(self.k * bits_for(self.classes) / 8) + 4) * len(self.temperatures)
 
     def encode(self, hidden_ND: Tensor, head: Head, keys: Sequence[bytes], counts: Sequence[int]) -> dict[str, Tensor]:
-        """ids [N, M, B], entropy [N, M]. A sample's draws follow from its key, whatever is encoded beside it."""
+        """ids [N, M, B], entropy [N, M]. A sample's draws depend only on its key, not on other samples."""
         parts = []
         for key, hidden in zip(keys, hidden_ND.split(list(counts))):
             generator = torch.Generator(hidden.device).manual_seed(int.from_bytes(key[:7], "little"))
@@ -233,7 +233,7 @@ def draw_classes(p_NV: Tensor, count: int, generator: torch.Generator) -> Tensor
 class ProjectedStore:
     """p @ W_S at each temperature, float32, with the entropy and p @ bias_S: the loss then needs no teacher's head.
 
-    Nor does it need the log-sum-exp of the teacher's logits, which the entropy has in it; none is kept.
+    Nor does it need the log-sum-exp of the teacher's logits, which is part of the entropy.
     """
 
     student_head: Head
@@ -275,7 +275,7 @@ class ProjectedStore:
 
 @dataclass(frozen=True)
 class CacheKind:
-    """A registered kind: what makes its store, and what that decodes to."""
+    """A registered kind: the function that makes its store, and the type of the decoded rows."""
 
     make: Callable[..., Store]
     rows: type[TeacherRows]
@@ -333,21 +333,21 @@ def register_cache_kind(
     Args:
         name: a new name; an existing one only with `replace=True`.
         make: `make(classes, k=..., temperatures=..., student=...)` -> its `Store`; see `make_store` for the four.
-        rows: what the store's `decode` gives. With HiddenRows the cache keeps the teacher's head and hands it to
-            `decode`; Sampled and Projected give forward_kl alone.
-        replace: whether a name that is taken is taken over.
+        rows: the type that the store's `decode` returns. With HiddenRows the cache stores the teacher's head and passes
+            it to `decode`; with Sampled and Projected only forward_kl is possible.
+        replace: whether an existing kind of this name is replaced.
 
     Raises:
-        UserError: for a name that is taken, or is no text.
+        UserError: the name is taken, or is not text.
     """
     CACHE_KINDS.register(name, CacheKind(make, rows), replace=replace)
 
 
 def keeps_head(kind: str) -> bool:
-    """Whether a cache of this kind holds the teacher's head, and so all that the teacher says of a row.
+    """Whether a cache of this kind has the teacher's head, and so the teacher's whole distribution.
 
     Raises:
-        UserError: for an unknown kind, with the list of kinds.
+        UserError: the kind is unknown. The message has the list of kinds.
     """
     return CACHE_KINDS.get(kind).rows is HiddenRows
 
@@ -360,20 +360,20 @@ def make_store(
     student: nn.Module | None = None,
     log_sum_exp: bool = False,
 ) -> Store:
-    """The store of a kind.
+    """Make the store of a kind.
 
     Args:
-        kind: from `cache_kind_names()`.
-        classes: V that teacher and student have in common.
-        k: classes, or draws, that a compact store keeps of a row.
-        temperatures: that a compact store holds rows for, or that log-sum-exps are kept at; each above 0. Evaluation
-            needs 1.
+        kind: a name from `cache_kind_names()`.
+        classes: number of classes that teacher and student share.
+        k: classes, or draws, of a row in a compact store.
+        temperatures: the temperatures for which a compact store has rows, or at which log-sum-exps are stored; each
+            above 0. Evaluation needs 1.
         student: for "projected", the model whose head does not change.
-        log_sum_exp: of kind "hidden": keep the log-sum-exp of each row's logits over `classes` at each temperature, 4
-            bytes, beside the hidden states, which spares the loss a pass over the teacher's head.
+        log_sum_exp: for kind "hidden": store the log-sum-exp of each row's logits over `classes` at each temperature, 4
+            bytes, beside the hidden states, which saves the loss a pass over the teacher's head.
 
     Raises:
-        UserError: for an unknown kind, with the list of kinds, and for what the kind cannot do.
+        UserError: the kind is unknown, or does not support the arguments.
     """
     found = CACHE_KINDS.get(kind)
     if log_sum_exp and kind != "hidden":
@@ -389,5 +389,5 @@ def make_store(
                 'a compact kind needs a teacher with all of the student\'s classes, use "hidden"'
             )
     ordered = tuple(sorted({float(t) for t in temperatures}))
-    kept = {"log_sum_exp": True} if log_sum_exp else {}  # a kind of a user's own need not know of it
+    kept = {"log_sum_exp": True} if log_sum_exp else {}  # a user's own kind need not take it
     return found.make(classes, k=k, temperatures=ordered, student=student, **kept)

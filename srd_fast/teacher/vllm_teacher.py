@@ -1,8 +1,8 @@
-"""A teacher that vLLM runs, for models that do not run, or do not fit, anywhere else.
+"""A teacher that vLLM runs, for models that do not run or fit anywhere else.
 
-vLLM gives the states after the final norm, one for each token (its task "token_embed", without the normalisation that
-embeddings get), which is what the head takes. Its extraction of hidden states from layers gives those before that norm.
-The head is read alone from the model's files.
+vLLM returns the states after the final norm, one for each token (its task "token_embed", without the normalisation of
+embeddings), which are the head's inputs. Its extraction of hidden states from layers returns those before that norm.
+Only the head is read from the model's files.
 """
 
 import shutil
@@ -23,7 +23,7 @@ from ..workers.vllm import check_installed, check_sizes, vllm_pool
 from .elsewhere import TeacherElsewhere
 from .index import json_text
 
-# What hidden states need, and why none of it is to choose.
+# Options that hidden states need, and that cannot be chosen.
 _FIXED: dict[str, Any] = {
     "runner": "pooling",
     "convert": "embed",
@@ -31,19 +31,19 @@ _FIXED: dict[str, Any] = {
     "enable_prefix_caching": False,  # a cached token has no hidden state
     "skip_tokenizer_init": False,
 }
-# Options that say where and how much at once. All others may change what is computed.
+# Options about places and sizes of work. All others may change what is computed.
 _PLACES = {"tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "distributed_executor_backend"}
 _PLACES |= {"gpu_memory_utilization", "kv_cache_memory_bytes", "cpu_offload_gb", "swap_space", "block_size", "seed"}
 _PLACES |= {"max_num_seqs", "max_num_batched_tokens", "max_model_len", "enforce_eager", "compilation_config"}
 _PLACES |= {"tokenizer", "tokenizer_mode", "log", "start_seconds", "disable_log_stats", "download_dir"}
-# The most tokens of a request: their hidden states lie in vLLM's memory together.
+# The most tokens of a request, whose hidden states are all in vLLM's memory at the same time.
 _REQUEST_TOKENS = 32_768
-# Tokens that the two samples of the first request begin with in common, and how much their states may differ.
+# Number of equal tokens at the beginning of the first request's two samples, and how much their states may differ.
 _ALIKE, _TOLERANCE = 4, 5e-2
 
 
 def source_by_vllm(source: str, options: Mapping[str, Any] | None) -> str:
-    """What decides which teacher it is: `fingerprint`, and those of vLLM's options that may change what it computes."""
+    """What identifies the teacher: `fingerprint`, and those of vLLM's options that may change its results."""
     changing = {name: value for name, value in (options or {}).items() if name not in _PLACES}
     return fingerprint(source) + (f":{json_text(changing)}" if changing else "")
 
@@ -52,7 +52,7 @@ def check_vllm_options(options: Mapping[str, Any]) -> None:
     """Refuse options of vLLM that a teacher cannot have.
 
     Raises:
-        UserError: naming the option.
+        UserError: there is such an option. The message names it.
     """
     for name in options:
         if name in _FIXED or name in ("model", "dtype"):
@@ -63,7 +63,7 @@ def check_vllm_options(options: Mapping[str, Any]) -> None:
 
 
 def spreads(options: Mapping[str, Any]) -> bool:
-    """Whether vLLM with these options takes more than one device."""
+    """Whether vLLM uses more than one device with these options."""
     sizes = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
     return any(options.get(name, 1) != 1 for name in sizes)
 
@@ -71,13 +71,13 @@ def spreads(options: Mapping[str, Any]) -> bool:
 class VLLMTeacher(TeacherElsewhere):
     """A teacher run by vLLM in `data_parallel_size` processes, which start with the first samples and end with `close`.
 
-    It fills caches (`open_teacher_cache`, `build_teacher_cache`), and `SRDTrainer` takes it as `teacher_model`: the
-    rows of a batch are asked for when it is collated, a step ahead. Hidden states are those of transformers but for
-    rounding: relative differences of 1e-5 on average in float32, of some percent in bfloat16.
+    It fills caches (`open_teacher_cache`, `build_teacher_cache`), and `SRDTrainer` takes it as `teacher_model`: then
+    the rows of a batch are requested when it is collated, one step ahead. Hidden states differ from those of
+    transformers only by rounding: on average by 1e-5 (relative) in float32, by a few percent in bfloat16.
 
     Args:
         source: folder or hub id, with a tokenizer and weights in safetensors. The body may be quantised, the head not.
-        dtype: of weights and hidden states.
+        dtype: dtype of weights and hidden states.
         device: where the head goes.
         tensor_parallel_size: GPUs for one copy of the model.
         data_parallel_size: copies of the model. On a CPU they share its cores.
@@ -138,7 +138,7 @@ class VLLMTeacher(TeacherElsewhere):
         return self.head.weight.device
 
     def reserve(self, length: int) -> None:
-        """Say before the first samples how many tokens they have at most. Default: as many as the model takes.
+        """Announce how many tokens the samples have at most, before the first ones. Default: the model's limit.
 
         Args:
             length: tokens of the longest sample.
@@ -155,8 +155,8 @@ class VLLMTeacher(TeacherElsewhere):
             [N, D_T] on the CPU: the states of the rows with loss, one sample after the other.
 
         Raises:
-            UserError: vLLM cannot start, refuses a sample, or its states are not those that the head takes;
-                `EngineDiedError` where it has died twice.
+            UserError: vLLM cannot start, refuses a sample, or its states do not fit the head.
+            EngineDiedError: vLLM has died twice.
         """
         self._try()
         parts: list[Tensor] = []
@@ -190,7 +190,7 @@ class VLLMTeacher(TeacherElsewhere):
         return found_ND.to(self.dtype)
 
     def _try(self) -> None:
-        """Try the model once on a few tokens: finite, and causal, which a converted model may not be."""
+        """Try the model once on a few tokens: its states must be finite and causal."""
         if self._is_tried:
             return
         ids = [i * 7919 % self.num_embeddings for i in range(1, 13)]
@@ -213,7 +213,7 @@ class VLLMTeacher(TeacherElsewhere):
         return self._reader.submit(lambda: rows.update(hidden=self.hidden_rows(samples)))
 
     def close(self) -> None:
-        """End the processes. When this returns, their memory is free, on a GPU too."""
+        """End the processes. When this returns, their memory is free, including a GPU's."""
         self._reader.shutdown()
         self._pool.close()
         shutil.rmtree(self._folder, ignore_errors=True)

@@ -6,7 +6,7 @@ from transformers import IntervalStrategy
 
 from ..errors import Faults, UserError
 from ..reflection.engines import ENGINES, check_engine_options
-from ..workers.vllm import check_sleep_mode, is_installed
+from ..workers.vllm import INSTALL, check_sleep_mode, is_installed
 from .answer_metrics import get_metrics
 from .replay import ADAPTIVE
 
@@ -86,9 +86,7 @@ def _check_share(args: "SRDConfig") -> None:
 def _check_engine(args: "SRDConfig") -> None:
     ENGINES.check(args.generation_engine)
     if args.generation_engine == "vllm" and (args.answers_anew or args.eval_generate) and not is_installed():
-        raise UserError(
-            "generation_engine is 'vllm', which is not installed: pip install 'srd-fast[vllm]', or use 'transformers'"
-        )
+        raise UserError(f"generation_engine is 'vllm', which needs the package vllm: {INSTALL}; or use 'transformers'")
 
 
 def _check_sleep(args: "SRDConfig") -> None:

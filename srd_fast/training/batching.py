@@ -16,7 +16,7 @@ from ..curriculum import Curriculum, CurriculumPlan
 from ..data import IGNORE_INDEX, WEIGHT, divide_by_tokens, prompt_lengths, sequence_lengths, token_counts
 from ..errors import UserError
 from ..models import check_positions
-from ..teacher import StepCollator, TeacherCache
+from ..teacher import StepCollator, TeacherCache, TeacherSource
 from .config import SRDConfig
 
 logger = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ class IndexStream(Sampler[int]):
         return self.curriculum.sample_passes
 
 
-def index_stream(curriculum: Curriculum, samples: Dataset, teacher: Any) -> IndexStream:
+def index_stream(curriculum: Curriculum, samples: Dataset, teacher: TeacherSource) -> IndexStream:
     """Make the curriculum's sequence of samples. With a teacher cache, rows are read ahead.
 
     Args:
@@ -64,7 +64,7 @@ def index_stream(curriculum: Curriculum, samples: Dataset, teacher: Any) -> Inde
         return IndexStream(curriculum)
     rows, places = (
         samples.select_columns(["sample_id", "input_ids", "labels"]).with_format("numpy"),
-        dict[int, Any](),
+        dict[int, tuple[int, int, int]](),
     )
 
     def will_need(indices: list[int]) -> None:

@@ -25,7 +25,7 @@ class KeptEngine:
 
     def __init__(self, args: SRDConfig, tokenizer: PreTrainedTokenizerBase) -> None:
         self._name, self._options, self._tokenizer = args.generation_engine, args.generation_options or {}, tokenizer
-        self._engine: Any = None
+        self._engine: GenerationEngine | None = None
         self._length = self._begun_with = self._batch_size = self._step = 0
         self._takes_weights = True
 
@@ -80,7 +80,7 @@ class KeptEngine:
 
     def _serves(self, model: Any, batch_size: int) -> bool:
         """Whether the engine can be used for this request, apart from its weights."""
-        if not self._has_own_weights:
+        if isinstance(self._engine, TransformersEngine):
             return self._engine.model is model and self._batch_size == batch_size
         any_size = hasattr(self._engine, "update_weights")
         return self._begun_with >= self._length and (any_size or self._batch_size == batch_size)
@@ -92,8 +92,9 @@ class KeptEngine:
         """Give the engine the model's weights, or close it."""
         if self._takes_weights:
             try:
-                if hasattr(self._engine, "update_weights"):
-                    self._engine.update_weights(model)
+                update = getattr(self._engine, "update_weights", None)
+                if update is not None:
+                    update(model)
                     return
                 reason = "it has no update_weights"
             except UserError as e:
@@ -115,11 +116,12 @@ class KeptEngine:
 
     def rest(self) -> None:
         """Let the engine free what memory it can until it is used again."""
-        if hasattr(self._engine, "sleep"):
-            self._engine.sleep()
+        sleep = getattr(self._engine, "sleep", None)
+        if sleep is not None:
+            sleep()
 
     def close(self) -> None:
         """Close the engine. The next call of `of` makes a new one."""
-        engine, self._engine = self._engine, None
-        if hasattr(engine, "close"):
-            engine.close()
+        close, self._engine = getattr(self._engine, "close", None), None
+        if close is not None:
+            close()

@@ -190,7 +190,7 @@ class FreshAnswers:
                 answers: Sequence[Mapping[str, Any]] = self.buffer.draw(len(samples), seed)
             else:
                 began = time.monotonic()
-                answers = self._answers(samples, seed, step, None if kind == FRESH else at_work(teacher), student)
+                answers = self._answers(samples, seed, step, None if kind == FRESH else teacher, student)
                 self._counts["seconds"] += time.monotonic() - began
             if kind == FRESH:
                 self.buffer.add(answers)
@@ -207,7 +207,7 @@ class FreshAnswers:
         samples: Sequence[Mapping[str, Any]],
         seed: int,
         step: int,
-        teacher: LiveTeacher | None,
+        teacher: TeacherSource | None,
         student: nn.Module,
     ) -> list[dict[str, Any]]:
         """The samples with new answers by the student, or by the teacher if it is given."""
@@ -219,9 +219,11 @@ class FreshAnswers:
             self._lag = max(self._lag, self._of_student.lag(step))
             found = dict(engine.generate(prompts, sampling))
         else:
-            moves = isinstance(teacher, OwnTeacher) and teacher.moves
-            engine = self._engine(self._of_teacher, teacher.model, step, self._length_of_teacher, moves)
-            found = teacher.run(lambda: dict(engine.generate(prompts, sampling)))
+            live = at_work(teacher)
+            assert isinstance(live, LiveTeacher)  # `check_answering` refuses others
+            moves = isinstance(live, OwnTeacher) and live.moves
+            engine = self._engine(self._of_teacher, live.model, step, self._length_of_teacher, moves)
+            found = live.run(lambda: dict(engine.generate(prompts, sampling)))
         return [self._answered(sample, found[i]) for i, sample in enumerate(samples)]
 
     def _answered(self, sample: Mapping[str, Any], ids: Sequence[int]) -> dict[str, Any]:

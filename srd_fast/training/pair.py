@@ -20,22 +20,24 @@ from ..models import (
     unwrap,
     with_adapters,
 )
-from ..teacher import SELF, LiveTeacher
+from ..teacher import SELF, LiveTeacher, TeacherSource
 from .config import SRDConfig
 
 logger = logging.getLogger(__name__)
 
 _NARROW = (torch.bfloat16, torch.float16)
+# What `SRDTrainer` takes as `teacher_model`.
+Teacher = nn.Module | TeacherSource | str | None
 
 
 def ready_pair(
     student: nn.Module | str,
-    teacher: Any,
+    teacher: Teacher,
     args: SRDConfig,
     tokenizer: PreTrainedTokenizerBase,
     teacher_tokenizer: PreTrainedTokenizerBase | None,
     peft_config: Any,
-) -> tuple[nn.Module, Any]:
+) -> tuple[nn.Module, Teacher]:
     """Check student and teacher as far as that needs no forward pass, and put adapters into the student.
 
     Args:
@@ -83,12 +85,12 @@ def ready_pair(
     return trained, teacher
 
 
-def is_self(teacher: Any) -> bool:
+def is_self(teacher: Teacher) -> bool:
     """Whether the student is to be its own teacher."""
     return isinstance(teacher, str) and teacher == SELF
 
 
-def check_privileged(teacher: Any, args: SRDConfig) -> None:
+def check_privileged(teacher: Teacher, args: SRDConfig) -> None:
     """Refuse settings for a teacher that reads more than its student, or for teacher "self", with any other teacher.
 
     Args:
@@ -165,7 +167,7 @@ def tokenizer_beside(model: Any) -> PreTrainedTokenizerBase | None:
 
 
 def check_teachers_tokenizer(
-    ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase | None, teacher: Any, args: SRDConfig
+    ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase | None, teacher: Teacher, args: SRDConfig
 ) -> None:
     """Compare the two tokenizers, or warn that a teacher's is not known.
 
@@ -185,7 +187,7 @@ def check_teachers_tokenizer(
         logger.warning("the teacher's tokenizer is not known, so nobody compared it; pass teacher_tokenizer to do so")
 
 
-def check_no_shared_weights(student: nn.Module, teacher: Any) -> None:
+def check_no_shared_weights(student: nn.Module, teacher: Teacher) -> None:
     """Refuse a student that shares trained weights with its teacher.
 
     Args:
@@ -215,7 +217,7 @@ def _place(x: Tensor) -> int:
     return 0 if hasattr(x, "__tensor_flatten__") else x.untyped_storage().data_ptr()
 
 
-def _is_trained(parameter: Tensor, student: nn.Module, teacher: Any) -> bool:
+def _is_trained(parameter: Tensor, student: nn.Module, teacher: Teacher) -> bool:
     """Whether the student trains, or would train, a weight that a teacher has too.
 
     A `LiveTeacher` has frozen its weights before, those of the student among them. With adapters that is intended.

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -39,11 +39,12 @@ from ..teacher import (
     TeacherCache,
     TeacherElsewhere,
     TeacherSource,
+    VLLMTeacher,
     at_work,
     open_teacher_cache,
 )
 from .config import SRDConfig
-from .pair import is_self
+from .pair import Teacher, is_self
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ class Layout:
 
 
 def teacher_source(
-    teacher: Any,
+    teacher: Teacher,
     student: nn.Module,
     args: SRDConfig,
     curriculum: Curriculum,
@@ -96,14 +97,14 @@ def teacher_source(
         check_same_kind(student, load_config(teacher) if isinstance(teacher, str) else teacher)
     if teacher is None and args.teacher_cache is None:
         return NoTeacher(classes_of(student, "student"))
-    given = teacher
+    given, cache = teacher, None
     if args.teacher_cache is not None:
         kept = sorted({i for stage in curriculum.stages for i in stage.samples.tolist()})
         wanted = [train.select(kept)]
         wanted += [] if evaluation is None else [evaluation]
-        teacher = open_teacher_cache(
+        teacher = cache = open_teacher_cache(
             args.teacher_cache,
-            teacher,
+            cast("nn.Module | VLLMTeacher | str | None", given),
             concatenate_datasets(wanted),
             kind=args.teacher_cache_kind,
             k=args.teacher_cache_k,
@@ -117,11 +118,11 @@ def teacher_source(
             tp_plan=args.teacher_tp_plan,  # type: ignore[arg-type]
             group=dist.group.WORLD if dist.is_available() and dist.is_initialized() and args.world_size > 1 else None,
         )
-    if args.teacher_cache is not None and args.answers_anew:
+    if cache is not None and args.answers_anew:
         alone = copy.copy(args)
         alone.teacher_cache = None
         live = teacher_source(given, student, alone, curriculum, train, evaluation)
-        return CacheBesideTeacher(teacher.for_student(student).to(args.device), live)
+        return CacheBesideTeacher(cache.for_student(student).to(args.device), live)
     if isinstance(teacher, str):
         place = "cpu" if args.teacher_offload else args.device
         spread: Any = {"device_map": args.teacher_device_map, "tp_plan": args.teacher_tp_plan}
@@ -130,6 +131,7 @@ def teacher_source(
         return LiveTeacher(teacher, args.device, offload=args.teacher_offload)
     if isinstance(teacher, TeacherCache):
         teacher = teacher.for_student(student)
+    assert teacher is not None  # with no teacher there is a cache
     return teacher.to(args.device) if isinstance(teacher, RowsOfSamples) else teacher
 
 

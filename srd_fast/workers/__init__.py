@@ -1,4 +1,4 @@
-"""Processes that run other engines for this one, and are started again where they die."""
+"""Processes that run engines for this process, and are started again if they die."""
 
 from .pool import Pool, Worker
 

@@ -1,4 +1,4 @@
-"""Workers, each with one request at a time. One that dies is started again, once for a request."""
+"""Workers that each handle one request at a time. A worker that dies is started again, once per request."""
 
 import logging
 import queue
@@ -13,25 +13,25 @@ logger = logging.getLogger(__name__)
 
 
 class Worker(Protocol):
-    """Something that has begun to start elsewhere, and answers when it is ready."""
+    """Something that is starting elsewhere, and answers requests when it is ready."""
 
     def ready(self) -> None:
-        """Wait until it has started, or raise a `UserError` that says why it cannot."""
+        """Wait until it has started. A `UserError` says why it cannot start."""
 
     def ask(self, *request: Any) -> Any:
-        """Return the answer, or raise `EngineDiedError` where there will be none."""
+        """Return the answer, or raise `EngineDiedError` if there will be none."""
 
     def end(self) -> None:
         """End it, dead or alive."""
 
 
 class Pool:
-    """`size` workers for as many threads.
+    """A pool of `size` workers, which serves as many threads at once.
 
     Args:
-        begin: begins to start worker number i, from 0, and does not wait for it.
-        size: how many there are.
-        what: one of them in words, for the log.
+        begin: starts worker number i, from 0, without waiting for it.
+        size: the number of workers.
+        what: what the log calls a worker.
     """
 
     def __init__(self, begin: Callable[[int], Worker], size: int, what: str) -> None:
@@ -58,16 +58,17 @@ class Pool:
                 self._free.put(index)
 
     def ask(self, *request: Any) -> Any:
-        """Give a request to a worker that is free, and wait for the answer.
+        """Give a request to a free worker, and wait for the answer.
 
         Args:
-            request: what its `ask` takes.
+            *request: the arguments of the worker's `ask`.
 
         Returns:
-            Its answer.
+            The answer.
 
         Raises:
-            UserError: what the worker says; it cannot be started; or it has died twice (`EngineDiedError`).
+            UserError: from the worker, or because it cannot be started.
+            EngineDiedError: the worker has died twice.
         """
         self.start()
         index = self._free.get()
@@ -77,16 +78,16 @@ class Pool:
             self._free.put(index)
 
     def ask_all(self, *request: Any) -> list[Any]:
-        """Give one request to every worker that has been started, when it is free, and wait for all answers.
+        """Give a request to every started worker, as soon as it is free, and wait for all answers.
 
         Args:
-            request: what its `ask` takes. A worker that dies of it is asked again when it is back.
+            *request: the arguments of a worker's `ask`. If a worker dies of it, it is asked again after a restart.
 
         Returns:
-            Their answers. None where no worker has been started.
+            The answers of the started workers; empty if there are none.
 
         Raises:
-            UserError: as `ask` raises it, of the first worker that has something to say, after all have answered.
+            UserError: as in `ask`, from the first worker with an error, after all have answered.
         """
         with self._lock:
             taken = [self._free.get() for _ in self._workers]

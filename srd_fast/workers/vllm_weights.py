@@ -1,4 +1,4 @@
-"""What vLLM's workers do beside their own methods: in each process that has a part of the model."""
+"""Additional methods of vLLM's workers, which run in each process that has a part of the model."""
 
 from typing import Any
 
@@ -9,11 +9,11 @@ class TakesWeights:
     def take_weights(self: Any, folder: str) -> None:
         """Replace the weights in place by those of a folder, of the same shapes.
 
-        On a CPU a head multiplies by a packed copy of its weight. Reloading packs a head of its own again, but not one
-        that is the embedding, which would go on answering with the old weights.
+        On a CPU, a head uses a packed copy of its weight. Reloading packs it again, except for a head that is tied to
+        the embedding, which would continue with the old weights.
 
         Args:
-            folder: with weights in safetensors.
+            folder: a folder with weights in safetensors.
         """
         from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
         from vllm.platforms import current_platform
@@ -26,7 +26,7 @@ class TakesWeights:
                     method.process_weights_after_loading(layer)
 
     def layers_left_out(self: Any, adapter: int) -> list[str]:
-        """Layers of an adapter that are not found in this part of the model. vLLM leaves them out without a word.
+        """Layers of an adapter that this part of the model does not have. vLLM silently ignores them.
 
         Args:
             adapter: its number, once it is loaded.

@@ -18,22 +18,22 @@ from typing import Any
 
 
 class Engine:
-    """vLLM's engine: with which weights it answers, and whether it sleeps.
+    """vLLM's engine, with the state of its weights and whether it sleeps.
 
     Args:
         llm: a `vllm.LLM`.
-        folder: of its weights: a model's, or an adapter's beside a model that stays.
-        adapter: the adapter in words of vLLM; None: there is none.
+        folder: the folder of its weights: a model's, or that of an adapter beside a model that does not change.
+        adapter: vLLM's object for the adapter, or None.
     """
 
     def __init__(self, llm: Any, folder: str, adapter: Any = None) -> None:
         self.llm, self.folder, self.adapter = llm, folder, adapter
         self._level = 0  # of its sleep
         if adapter is not None:
-            self._add()  # what vLLM has against it is said now
+            self._add()  # so that vLLM's objections come now
 
     def answer(self, request: dict[str, Any]) -> Any:
-        """Do what a request says, and wake up for it."""
+        """Carry out a request, after waking up if necessary."""
         if "sleep" in request:
             return self._sleep()
         if "weights" in request:
@@ -46,7 +46,7 @@ class Engine:
         return _generate(self.llm, self.adapter, request)
 
     def _sleep(self) -> None:
-        """Free the device. Weights come back from their folder; those under an adapter wait in the host's memory."""
+        """Free the device. Weights are loaded from their folder again; those under an adapter stay on the host."""
         if not self._level:
             self._level = 2 if self.adapter is None else 1
             self.llm.sleep(level=self._level)
@@ -61,7 +61,7 @@ class Engine:
             self.llm.wake_up()
 
     def _take(self, folder: str) -> None:
-        """Answer with the weights of another folder from now on; the prefix cache is emptied before each answer."""
+        """Use the weights of another folder from now on. The prefix cache is emptied before each answer anyway."""
         self.folder, comes_with_waking = folder, self._level == 2
         self._wake()
         if self.adapter is not None:
@@ -149,7 +149,7 @@ def _lora_rank(rank: int) -> int:
 
 
 def _cache_bytes(config: Any, options: dict[str, Any], most: int) -> int:
-    """Bytes for the key-value cache on a CPU: what the longest samples of a full batch need, or `most`."""
+    """Bytes for the key-value cache on a CPU: what a full batch of the longest samples needs, but at most `most`."""
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     of_token = 2 * config.num_hidden_layers * heads * width * (4 if options["dtype"] == "float32" else 2)
@@ -202,7 +202,7 @@ def _states(llm: Any, request: dict[str, Any]) -> None:
 
 
 def _run(llm: Any, adapter: Any, prompts: list[list[int]], params: Any) -> Any:
-    """Generate with an empty prefix cache, so that repeated work gives the same."""
+    """Generate with an empty prefix cache, so that repeated work gives the same result."""
     llm.reset_prefix_cache()
     given = [{"prompt_token_ids": p} for p in prompts]
     return llm.generate(given, params, use_tqdm=False, lora_request=adapter)

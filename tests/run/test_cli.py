@@ -730,11 +730,11 @@ MISTAKES: dict[str, tuple[str, str]] = {
     },
     "drawn classes and another divergence": (
         "cache.kind=sampled",
-        "cache.kind 'sampled' gives forward_kl alone, and distill.divergence is 'skew_reverse_kl'; use hidden or topk",
+        "cache.kind 'sampled' gives only forward_kl, and distill.divergence is 'skew_reverse_kl'; use hidden or topk",
     ),
     "projection and another divergence": (
         "cache.kind=projected",
-        "cache.kind 'projected' gives forward_kl alone, and distill.divergence is 'skew_reverse_kl'",
+        "cache.kind 'projected' gives only forward_kl, and distill.divergence is 'skew_reverse_kl'",
     ),
     "cache set under distill": ("distill.teacher_cache=there", "teacher_cache is set at the top level of the config"),
     "unknown engine": ("reflect.engine=transformer", "unknown engine 'transformer'; did you mean 'transformers'?"),

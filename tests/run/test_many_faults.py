@@ -75,7 +75,7 @@ FAULTS: dict[str, list[tuple[dict[str, Any], str]]] = {
     "distill.skew": [({"distill.skew": 1.5}, "skew must be at least 0 and"), ({"distill.skew": "a"}, "skew:")],
     "distill.divergence": [
         ({"distill.divergence": "kld"}, "unknown divergence 'kld'"),
-        ({"distill.class_sampling": 8}, "class_sampling is 8, which estimates forward_kl alone"),
+        ({"distill.class_sampling": 8}, "class_sampling is 8, which estimates only forward_kl"),
     ],
     "distill.temperature": [({"distill.temperature": 0}, "temperature must be at least")],
     "distill.learning_rate": [({"distill.learning_rate": 0}, "learning_rate must be above 0")],

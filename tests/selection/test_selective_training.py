@@ -528,7 +528,7 @@ REFUSED = (
         ({"class_sampling": -1}, "class_sampling must be a whole number, at least 0"),
         ({"position_selection": "stochastics"}, "unknown position_selection 'stochastics'; did you mean 'stochastic'"),
         ({"sample_selection": "topk_student_entrop"}, "did you mean 'topk_student_entropy'"),
-        ({"class_sampling": 8}, "class_sampling is 8, which estimates forward_kl alone, and divergence is 'skew_rev"),
+        ({"class_sampling": 8}, "class_sampling is 8, which estimates only forward_kl, and divergence is 'skew_rev"),
         *[
             (
                 {"class_sampling": 8, "divergence": "forward_kl", "teacher_cache": "c", "teacher_cache_kind": kind},

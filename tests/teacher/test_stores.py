@@ -272,7 +272,7 @@ def test_a_kind_of_ones_own_is_made_as_it_says() -> None:
     with pytest.raises(UserError, match="teacher_cache_kind 'mine' does not hold it"):
         SRDConfig(**fields, class_sampling=8, divergence="forward_kl")
     register_cache_kind("mine", make, rows=Sampled, replace=True)
-    with pytest.raises(UserError, match="teacher_cache_kind 'mine' gives forward_kl alone"):
+    with pytest.raises(UserError, match="teacher_cache_kind 'mine' gives only forward_kl"):
         SRDConfig(**fields)
 
 

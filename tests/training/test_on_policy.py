@@ -327,7 +327,7 @@ def test_what_cannot_be_answered_is_said_first(tokenizer: PreTrainedTokenizerFas
         with pytest.raises(UserError, match=words):
             config(**fields)
     if not on_policy_needs_vllm():
-        with pytest.raises(UserError, match="generation_engine is 'vllm', which is not installed"):
+        with pytest.raises(UserError, match="generation_engine is 'vllm', which needs the package vllm"):
             config(generation_engine="vllm")
     with pytest.raises(UserError, match="generation_engine is 'vllm', but nothing is answered"):
         config(lmbda=0.0, max_new_tokens=128, generation_engine="vllm")

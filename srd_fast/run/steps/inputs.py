@@ -38,6 +38,7 @@ from ...training.answer_metrics import ROUGE_L, get_metrics
 from ...training.arguments import PACKAGES
 from ...training.config import SRDConfig
 from ...training.measure import check_best_metric
+from ...workers.vllm import INSTALL
 from ..config import RunConfig
 from ..group import Group
 from ..modes import check_mode, check_signals
@@ -192,11 +193,10 @@ def _check_order(order: str, made: Mapping[str, Any]) -> None:
 
 
 def _check_engine(name: str) -> None:
-    package, install = {"vllm": ("vllm", "srd-fast[vllm]"), "ray": ("ray", "srd-fast[ray]")}.get(name, (None, ""))
-    if package is not None and find_spec(package) is None:
+    install = {"vllm": INSTALL, "ray": "pip install 'srd-fast[ray]'"}.get(name)
+    if install is not None and find_spec(name) is None:
         raise UserError(
-            f"config: reflect.engine is {name!r}, which needs the package {package}: pip install '{install}', or set "
-            "it to auto"
+            f"config: reflect.engine is {name!r}, which needs the package {name}: {install}; or set it to auto"
         )
 
 

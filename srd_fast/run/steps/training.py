@@ -225,7 +225,7 @@ def _answered_until(run: Run, plan: CurriculumPlan) -> int:
 
 
 def _student_before(run: Run, plan: CurriculumPlan, stage: int, answers: int = 0) -> Path | None:
-    """Train to the border of a stage (from 0), and return the checkpoint; None if `max_steps` ends it before."""
+    """Train up to a stage (from 0), and return the checkpoint; None if `max_steps` ends training before it."""
     checkpoints = run.folder / "checkpoints"
     # Outside of a group's training, batch sizes are those of all processes together.
     border = make_curriculum(plan, trained_in(run, answers), run.args, processes=1).stages[stage].first_step
