@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 INK = "#1f2328"
 MUTED = "#656d76"
-DROPPED = "#a3a9b0"
+DROPPED = "#868d95"
 LINE = "#3b528b"
 
 # Colours of what surrounds the data.

@@ -118,11 +118,13 @@
     const lineOf = (row) => {
       const line = make("tr", "row");
       const name = make("td", "name");
-      const open = button(excerpt(table.texts[0], row, 140) || table.ids[row], () => {});
+      const words = excerpt(table.texts[0], row, 140);
+      const open = button(words || table.ids[row], () => {});
       open.className = "open";
       open.dir = "auto";
       open.setAttribute("aria-expanded", "false");
-      name.append(open, make("span", "unit id", table.ids[row]));
+      name.append(open);
+      if (words) name.append(make("span", "unit id", table.ids[row]));
       line.append(name);
       if (table.places) line.append(make("td", "wide", place(table, row)));
       table.columns.forEach((column, i) => {
@@ -296,4 +298,14 @@
     const figure = document.querySelector("#difficulty ~ figure .card");
     if (table.map && figure) hover(figure, table, rows);
   }
+
+  // Paper cannot be clicked: what is folded is printed open.
+  let folded = [];
+  addEventListener("beforeprint", () => {
+    folded = [...document.querySelectorAll("details:not([open])")];
+    for (const details of folded) details.open = true;
+  });
+  addEventListener("afterprint", () => {
+    for (const details of folded) details.open = false;
+  });
 })();

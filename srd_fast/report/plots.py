@@ -224,6 +224,7 @@ def curves(train: dict[str, FloatArray], validation: dict[str, FloatArray], band
             axes.plot(source["step"][seen], values[seen], color=INK, linewidth=1.2, marker=dot, markersize=4.5)
         if not np.isfinite(values).any():
             axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color=MUTED)
+            axes.tick_params(labelleft=False)
         axes.margins(x=0.01, y=0.1)
         axes.yaxis.set_major_locator(MaxNLocator(5, steps=NICE))
     for axes in grid[: len(panels)][-columns:]:

@@ -1,8 +1,11 @@
 """What docs/reference.py does to the pages of the site, and the pictures they show."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
+import browser
 import pytest
 from test_docstrings import REFERENCE
 
@@ -53,3 +56,15 @@ def test_every_picture_has_its_four_files(page: Path) -> None:
             "-light",
         ]
         assert all((page.parent / name).is_file() for name in files)
+
+
+@pytest.mark.slow
+@browser.needs_browser
+def test_no_page_of_the_site_is_wider_than_its_window(tmp_path: Path) -> None:
+    pytest.importorskip("material", reason="mkdocs-material is missing: pip install 'srd-fast[docs]'")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    pages = [str(page.relative_to(tmp_path / "site")) for page in (tmp_path / "site").rglob("*.html")]
+    assert len(pages) > len(PAGES)
+    assert browser.too_wide(tmp_path / "site", pages, (400, 1200)) == {}

@@ -132,6 +132,10 @@ class Tags(HTMLParser):
         self.text += data
 
 
+def bold(page: str) -> list[str]:
+    return [re.sub("<[^>]*>", "", text) for text in re.findall(r"<strong>(.*?)</strong>", page)]
+
+
 def pictures(page: str) -> list[str]:
     found = re.findall(r'(?:src|srcset)="data:image/svg\+xml;base64,([^"]+)"', page)
     return [base64.b64decode(text).decode() for text in found]
@@ -204,7 +208,7 @@ def test_result_sentence_and_table(full: tuple[Path, str]) -> None:
         "Distillation raised ROUGE-L from 7.6 to 39.8 points (the teacher scores 46.2) and lowered the KL divergence "
         "to the teacher from 4.987 to 0.931 nats per token."
     ) in page
-    assert re.findall(r"<strong>([^<]+)</strong>", page) == ["39.8 ± 1.0", "2.341", "0.931"]
+    assert bold(page) == ["39.8 ± 1.0", "2.341", "0.931"]
     assert 'subset 1, easiest <span class="count">6 rows' in page
     assert "1 h 06 min" in page
 
@@ -217,7 +221,7 @@ def test_metrics_of_answers_have_columns_of_their_own(tmp_path: Path) -> None:
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     page = write_report(tmp_path).read_text()
     assert re.findall(r'<th scope="col">(ROUGE-L|BLEU|chrF) <span class="unit">points', page) == ["ROUGE-L", "BLEU"]
-    assert re.findall(r"<strong>([^<]+)</strong>", page) == ["39.8 ± 1.0", "20.0", "2.341", "0.931"]
+    assert bold(page) == ["39.8 ± 1.0", "20.0", "2.341", "0.931"]
     assert "<td>31.0</td>" in page
 
 
@@ -331,6 +335,17 @@ def test_missing_column_and_missing_folder_are_named(tmp_path: Path) -> None:
         write_report(tmp_path)
     with pytest.raises(UserError, match="no such run folder"):
         write_report(tmp_path / "nowhere")
+
+
+def test_what_is_folded_is_printed_and_what_is_clicked_is_not(full: tuple[Path, str]) -> None:
+    page = full[1]
+    assert page.count("<details>") == 2
+    assert re.search(r'"beforeprint".*?details:not\(\[open\]\).*?details\.open = true', page, re.S)
+    paper = page[page.index("@media print") : page.index("</style>")]
+    assert re.search(r"nav, \.browser, [^{]*\{ display: none; \}", paper)
+    assert "tfoot { display: table-row-group; }" in paper
+    # A printed page is narrower than 760 pixels, and a picture for telephones would fill it.
+    assert re.findall(r'<source media="([^"]*)"', page) == ["screen and (max-width: 760px)"] * 4
 
 
 def test_smoothing_never_crosses_a_stage_border() -> None:
