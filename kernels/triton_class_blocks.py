@@ -77,7 +77,7 @@ def read_kernel(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """`ClassBlocks.read`: classes `first` to `first` + `classes`, the last arguments but for the first three as there.
+    """`ClassBlocks.read` for the classes from `first` up to `first` + `classes`.
 
     COMMON: both sides have the classes. TEACHER: its logits are there. SIDE: whose exponentials `cross` has, 1 teacher,
     2 student, 0 none. T_KIND: 1 or 2 for these temperatures, 0 for any other. WIDTH: lanes that take 128 bits in the

@@ -181,7 +181,7 @@ class _Reading:
         """
         if self._unprivileged:
             raise UserError(
-                f"{name}: {len(self._unprivileged)} rows have nothing that the teacher alone could read: "
+                f"{name}: {len(self._unprivileged)} rows have nothing that only the teacher could read: "
                 f"{_places(self._unprivileged)}; give each a text in the column privileged (another one: columns: "
                 "{privileged: NAME}; tokenised rows: privileged_ids), or a privileged_template without {privileged}"
             )
@@ -206,7 +206,7 @@ class _Reading:
                 raise wrong
             if self.tokenisation.lacks_privileged(standard, kind):
                 self._unprivileged.append(row.where)
-                raise UserError("there is nothing that the teacher alone could read")
+                raise UserError("there is nothing that only the teacher could read")
             if sample_id is None:
                 raise UserError("the row is nested too deeply, or holds what JSON cannot")
         except UserError as e:

@@ -114,12 +114,12 @@ class _Stages(TrainerCallback):
         for what, name, first in zip(("temperature", "sft_weight"), self.taken, ("temperatures", "sft_weights")):
             if name is None:
                 logger.warning(
-                    "%s has no attribute %s, so the stages' %s reach nothing: give on_stage, or take the order alone",
+                    "%s has no attribute %s, so the stages' %s have no effect: give on_stage, or use only the order",
                     type(trainer).__name__, what, first,
                 )  # fmt: skip
         if self.taken[0] == "temperature" and type(trainer).__module__.startswith("trl.experimental.gkd"):
             logger.warning(
-                "TRL's GKDTrainer compares at temperature 1 and has its temperature for sampling alone; "
+                "TRL's GKDTrainer compares at temperature 1 and uses its temperature only for sampling; "
                 "srd_fast.integrations.trl.GKDTrainer compares at the stages' temperatures"
             )
 
@@ -154,7 +154,7 @@ def _check_trainer(trainer: Any) -> None:
     if getattr(args, "packing", False):
         raise UserError("packing is on, which joins samples, so that a curriculum finds none of them; set it to False")
     if args.ignore_data_skip:
-        raise UserError("ignore_data_skip is on, so a resumed run would begin its curriculum anew; set it to False")
+        raise UserError("ignore_data_skip is on, so a resumed run would start its curriculum again; set it to False")
     if args.auto_find_batch_size:
         raise UserError("auto_find_batch_size would change the curriculum's steps in mid-run; set it to False")
     strategy = getattr(args, "train_sampling_strategy", "random")

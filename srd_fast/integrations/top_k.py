@@ -161,7 +161,7 @@ def _check(ids_NK: Tensor, log_p_NK: Tensor, num_classes: int, where: str) -> No
     if not log_p_NK.isfinite().all() or total > 1 + _EXCESS:
         raise UserError(
             f"{where}: the values must be finite log-probabilities at temperature 1, and their probabilities add up to "
-            f"{total:.4g} at one position; logits, and padding of -inf, are none (lower k where padding is the reason)"
+            f"{total:.4g} at one position; logits and padding of -inf are not (lower k if padding is the reason)"
         )
 
 

@@ -194,7 +194,7 @@ def load_merged(base: PreTrainedModel, path: str) -> PreTrainedModel:
     if local.is_dir() and not (local / _WEIGHTS).is_file():
         raise UserError(
             f"adapter {path!r} has no weights in safetensors ({_WEIGHTS}), and pickled ones (.bin) are not read, "
-            "because they can run code; save it anew with save_pretrained"
+            "because they can run code; save it again with save_pretrained"
         )
     try:
         model = peft.PeftModel.from_pretrained(base, path, use_safetensors=True)

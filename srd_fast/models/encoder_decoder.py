@@ -140,5 +140,5 @@ def check_same_kind(student: nn.Module | SaysItsKind, teacher: nn.Module | SaysI
     if ours != theirs:
         raise UserError(
             f"the student is {kinds[ours]} and the teacher {kinds[theirs]}: they read a prompt in different ways, and "
-            "their tokens would not stand beside each other; take two models of one kind"
+            "their tokens would not correspond; take two models of one kind"
         )

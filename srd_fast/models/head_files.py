@@ -40,7 +40,7 @@ def head_of_files(source: str, dtype: torch.dtype, device: torch.device | str = 
     path = resolve_model(source)
     if adapter_base(path) is not None:
         raise UserError(
-            f"model {source!r} is an adapter, of which no head can be read alone: merge it first (merge_and_unload, "
+            f"model {source!r} is an adapter, whose head cannot be read separately: merge it first (merge_and_unload, "
             "save_pretrained)"
         )
     model: Any = model_without_weights(source)

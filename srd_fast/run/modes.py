@@ -224,7 +224,7 @@ def _check_weights(config: "RunConfig", args: SRDConfig) -> None:
     if not mode_of(config).teacher and not args.only_cross_entropy:
         given = (args.sft_weight_start, args.sft_weight_end) if args.sft_weight is None else args.sft_weight
         raise UserError(
-            f"config: mode {config.mode!r} trains on the cross-entropy alone, and the sft_weight of its stages is "
+            f"config: mode {config.mode!r} trains only on the cross-entropy, and the sft_weight of its stages is "
             f"{given}; leave it out of distill, or use mode kd"
         )
 

@@ -70,7 +70,7 @@ def _metric(name: str) -> Metric:
         raise UserError(unknown_name("metric", name, metric_names()) + "; or FILE.py:FUNCTION for one of your own")
     signal = get_difficulty(name)
     if not signal.of_answers:
-        raise UserError(f"metric {name!r} is no metric of answers; there are {', '.join(metric_names())}")
+        raise UserError(f"metric {name!r} is not a metric of answers; known: {', '.join(metric_names())}")
     if signal.name in _TAKEN:
         raise UserError(f"metric {name!r}: an evaluation has another value called {signal.name!r}; rename the function")
     return Metric(signal.name, signal.higher_is_easier, signal)

@@ -256,7 +256,7 @@ def _check_optimizer(args: TrainingArguments) -> None:
     plain = copy.copy(args)
     plain.optim_args = None
     if args.optim_args and settings == Trainer.get_optimizer_cls_and_kwargs(plain)[1]:
-        raise UserError(f"optim_args is {args.optim_args!r}, of which nothing is for this one: {name}; leave it out")
+        raise UserError(f"optim_args is {args.optim_args!r}, none of which is for this optimizer: {name}; leave it out")
     if args.optim_target_modules:  # an optimizer that uses it would have asked for the model
         raise UserError(f"optim_target_modules is given, but {name}, which trains all weights alike; leave it out")
     if kind.__module__.startswith("torch.optim"):

@@ -101,7 +101,7 @@ def check_privileged(teacher: Teacher, args: SRDConfig) -> None:
         UserError: there are such settings.
     """
     if args.privileged_template is not None and teacher is None and args.teacher_cache is None:
-        raise UserError("privileged_template says what the teacher alone reads, and there is none; leave it out")
+        raise UserError("privileged_template says what only the teacher reads, but there is no teacher; leave it out")
     if not is_self(teacher):
         if args.self_ema_decay is not None:
             raise UserError(f"self_ema_decay is {args.self_ema_decay}, which is for teacher_model 'self'; leave it out")

@@ -74,7 +74,7 @@ def check_sleep_mode(options: Mapping[str, Any]) -> None:
     """
     if options.get("enable_sleep_mode") and not torch.cuda.is_available():
         raise UserError(
-            "enable_sleep_mode is true, but vLLM's engine sleeps on a GPU alone, and none is visible; leave it out"
+            "enable_sleep_mode is true, but vLLM's engine can sleep only on a GPU, and none is visible; leave it out"
         )
 
 

@@ -125,13 +125,13 @@ def test_all_answers_of_a_conversation_are_the_teachers_too(tiny_tokenizer: PreT
 def test_rows_that_do_not_say_it_are_named(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     rows = [{**COMPLETION, "privileged": HINT}, {**COMPLETION, "privileged": ""}, COMPLETION]
     tokenisation = Tokenisation(tiny_tokenizer, privileged_template="{prompt} {privileged}")
-    with pytest.raises(UserError, match=r"mine: 2 rows have nothing that the teacher alone could read: row 2, row 3;"):
+    with pytest.raises(UserError, match=r"mine: 2 rows have nothing that only the teacher could read: row 2, row 3;"):
         prepare_dataset(rows, tokenisation, "mine")
     assert len(prepare_dataset(rows, tokenisation.without_privileged()).dataset) == 3
     # The answer is always there.
     assert len(prepare_dataset(rows, Tokenisation(tiny_tokenizer, privileged_template="{response}")).dataset) == 3
     samples = prepare_dataset(rows, Tokenisation(tiny_tokenizer)).dataset
-    with pytest.raises(UserError, match="3 rows have nothing that the teacher alone could read"):
+    with pytest.raises(UserError, match="3 rows have nothing that only the teacher could read"):
         prepare_dataset(samples, tokenisation)
     with pytest.raises(UserError, match="privileged must be text, got int"):
         prepare_dataset([{**COMPLETION, "privileged": 3}], tokenisation)

@@ -192,7 +192,7 @@ def test_what_a_run_cannot_keep_is_said_first(settings: dict[str, Any], tmp_path
         ({"evaluate": {"metrics": ["rouge_l"]}}, {}, "two metrics are called 'rouge_l'"),
         (again, {"early_stopping_patience": 2}, "early_stopping_patience is 2, which may end training before one"),
         (again, {"save_only_model": True}, "save_only_model is true, which leaves out its optimizer; set it to false"),
-        (again, {"save_total_limit": 1}, "save_total_limit is 1, which leaves the best one alone; set it to 2"),
+        (again, {"save_total_limit": 1}, "save_total_limit is 1, which would keep only the best one; set it to 2"),
         ({}, {"patience": 2}, "early_stopping_patience"),
     ):
         given = {**settings, **changes, "distill": {**settings["distill"], **distill}}

@@ -302,7 +302,7 @@ def test_what_processes_cannot_do_together_is_refused(changes: dict[str, Any], m
 
 
 def test_shards_are_for_machines_that_do_not_know_of_each_other() -> None:
-    with pytest.raises(UserError, match=r"--shard 1/2 is for machines that do not know .* leave it out"):
+    with pytest.raises(UserError, match=r"--shard 1/2 is for machines that work separately, .* leave it out"):
         check_group(RunConfig(), Group(world=2), "1/2")
 
 

@@ -244,7 +244,7 @@ def test_what_it_cannot_do_with_is_told_together(settings: dict[str, Any], tmp_p
     assert len(told.value.faults) == 2
     assert not list(tmp_path.iterdir())
     # The rows are read before anything is computed.
-    with pytest.raises(UserError, match=r"data: 12 rows have nothing that the teacher alone could read: row 1, row 2,"):
+    with pytest.raises(UserError, match=r"data: 12 rows have nothing that only the teacher could read: row 1, row 2,"):
         execute(config(settings, tmp_path, privileged_template=None), say=lambda text: None)
     assert not (tmp_path / "reflections.parquet").exists()
 

@@ -232,7 +232,7 @@ def test_a_package_that_is_not_there_is_told(
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"optim_args": "momentum=0.9"}, "of which nothing is for this one: optim is 'adamw_torch_fused'"),
+        ({"optim_args": "momentum=0.9"}, "none of which is for this optimizer: optim is 'adamw_torch_fused'"),
         ({"optim": "sgd", "optim_args": "momentum"}, "optim is 'sgd'"),
         ({"optim": "sgd", "optim_args": "momentum=-1"}, "optim is 'sgd', with optim_args 'momentum=-1': Invalid"),
         ({"optim_target_modules": ["q_proj"]}, "optim_target_modules is given, but optim is 'adamw_torch_fused'"),

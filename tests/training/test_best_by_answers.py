@@ -261,7 +261,7 @@ def test_what_cannot_be_is_said_first(tokenizer: PreTrainedTokenizerFast) -> Non
         ({"eval_metrics": []}, r"eval_metrics must be a list of metrics, such as \[rouge_l\], got \[\]"),
         ({"eval_metrics": "rouge_l"}, "eval_metrics must be a list"),
         ({"eval_metrics": ["rogue_l"]}, "unknown metric 'rogue_l'; did you mean 'rouge_l'"),
-        ({"eval_metrics": ["cross_entropy"]}, "metric 'cross_entropy' is no metric of answers"),
+        ({"eval_metrics": ["cross_entropy"]}, "metric 'cross_entropy' is not a metric of answers"),
         ({"eval_metrics": ["exact_match", "exact_match"]}, "two metrics are called 'exact_match'"),
         ({"eval_metrics": ["nowhere.py:x"]}, "file 'nowhere.py' does not exist"),
         ({"eval_generate_rows": 0}, "eval_generate_rows must be a whole number, at least 1, got 0"),

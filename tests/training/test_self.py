@@ -394,12 +394,12 @@ def test_what_cannot_be_is_said_first(tokenizer: PreTrainedTokenizerFast) -> Non
         ({"teacher_cache": "rows"}, "self", "runs beside the student, and teacher_cache is 'rows'; leave it out"),
         ({"teacher_offload": True}, "self", "which is where the student is; leave teacher_offload out"),
         ({"self_ema_decay": 0.5}, tiny.tiny_model("llama", seed=2), "is for teacher_model 'self'; leave it out"),
-        ({"sft_weight": 1.0}, None, "privileged_template says what the teacher alone reads, and there is none"),
+        ({"sft_weight": 1.0}, None, "privileged_template says what only the teacher reads, but there is no teacher"),
     ):
         with pytest.raises(UserError, match=words):
             SRDTrainer(student, teacher, config(**fields), ROWS, processing_class=tokenizer)
     plain_rows = [{k: v for k, v in row.items() if k != "privileged_ids"} for row in ROWS]
-    with pytest.raises(UserError, match="train_dataset: 4 rows have nothing that the teacher alone could read: row 1,"):
+    with pytest.raises(UserError, match="train_dataset: 4 rows have nothing that only the teacher could read: row 1,"):
         SRDTrainer(student, "self", config(), plain_rows, processing_class=tokenizer)
     long = [{**ROWS[0], "privileged_ids": [5] * 70}]
     short = tiny.tiny_model("gpt2", seed=1)

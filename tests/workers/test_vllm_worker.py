@@ -122,7 +122,7 @@ def test_an_engine_that_takes_no_weights_says_so(llm: Noting) -> None:
 def test_sleep_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     check_sleep_mode({"enable_sleep_mode": False})
-    with pytest.raises(UserError, match="enable_sleep_mode is true, but vLLM's engine sleeps on a GPU alone"):
+    with pytest.raises(UserError, match="enable_sleep_mode is true, but vLLM's engine can sleep only on a GPU"):
         check_sleep_mode({"enable_sleep_mode": True})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     check_sleep_mode({"enable_sleep_mode": True})

@@ -222,7 +222,7 @@ def _check_checkpoints(config: RunConfig, args: SRDConfig | None) -> None:
             "one; set it to 0"
         )
     if args.metric_for_best_model is not None and args.save_total_limit == 1:
-        raise UserError(f"{said} distill.save_total_limit is 1, which leaves the best one alone; set it to 2")
+        raise UserError(f"{said} distill.save_total_limit is 1, which would keep only the best one; set it to 2")
 
 
 def _check_models(config: RunConfig, faults: Faults) -> None:
