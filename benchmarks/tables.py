@@ -14,14 +14,14 @@ from functools import partial
 from pathlib import Path
 
 from .claims import claims
-from .evidence_grid import REFERENCES
+from .evidence_grid import FULL, LEARNABLE, RANDOM, REFERENCES, SRD
 from .markdown import Figures, Group, Line, groups, reasons, table
 from .providers import NOT_THE_LOSS, PROVIDERS
 from .rows import LEFT_OUT, PRODUCTS, RESULTS, Row, natural, read
 from .training_tables import OURS, train, train_gpu, train_memory, train_rivals
 
 ROOT = Path(__file__).parent.parent
-PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("method", "benchmarks")))
 BLOCK = re.compile(r"<!-- table: ([\w-]+) -->\n(.*?)<!-- end -->", re.DOTALL)
 NATS = ("cross_entropy", "kl")
 UNITS = {"s": 1, "ms": 1000}  # in a second
@@ -178,6 +178,15 @@ def _apart(f: dict[str, float], metric: str, digits: int = 3, factor: float = 1.
     return f"{apart} [{low:+.{digits}f}, {high:+.{digits}f}]"
 
 
+# What is compared -> its metric, digits and factor.
+_WORTH = {"KL": ("kl", 3, 1.0), "cross-entropy": ("cross_entropy", 3, 1.0), "ROUGE-L": ("rouge_l", 1, 100.0)}
+
+
+def _all_apart(f: dict[str, float], reference: str) -> list[str]:
+    """The differences of a cell from a reference, with their intervals."""
+    return [_apart(f, f"{m}_vs_{REFERENCES[reference]}", digits, factor) for m, digits, factor in _WORTH.values()]
+
+
 def _first_sampled(figures: Figures) -> str:
     """The metric of answers sampled on the first validation set."""
     return next((m for f in figures.values() for m in f if re.fullmatch(r"sampled_rouge_l@[^:]*?(?<!_sd)", m)), "")
@@ -211,17 +220,33 @@ def evidence(rows: list[Row]) -> str:
 
 def evidence_differences(rows: list[Row]) -> str:
     """Every cell against full KD and against random dropping."""
-    measures: tuple[tuple[str, int, float], ...] = (("kl", 3, 1.0), ("cross_entropy", 3, 1.0), ("rouge_l", 1, 100.0))
     body: list[Line] = []
     for (case, shape, _, machine), figures in groups(rows, "evidence").items():
         where = f"{shape}, {case}"
         for name, f in figures.items():
-            cells = [_apart(f, f"{m}_vs_{x}", n, scale) for x in REFERENCES.values() for m, n, scale in measures]
+            cells = [cell for x in REFERENCES for cell in _all_apart(f, x)]
             if any(cells):
                 body.append((machine, [where, name, *cells]))
                 where = ""
-    titles = ("KL", "cross-entropy", "ROUGE-L")
-    return table(["", "", *(f"{title}, from {x}" for x in REFERENCES for title in titles)], body)
+    return table(["", "", *(f"{title}, from {x}" for x in REFERENCES for title in _WORTH)], body)
+
+
+# What the method page calls cells, of which it shows the differences from random dropping.
+_ANSWERS = {
+    SRD: "SRD: the hardest 25 % dropped, then easy to hard",
+    LEARNABLE: "`preset=learnable`: what the student knows dropped, in random order",
+    FULL: "all rows",
+}
+
+
+def curriculum(rows: list[Row]) -> str:
+    """SRD, learnable and all rows against random dropping, where all three were trained."""
+    body: list[Line] = []
+    for (*_, machine), figures in groups(rows, "evidence").items():
+        cells = {name: _all_apart(figures.get(name, {}), RANDOM) for name in _ANSWERS}
+        if all(map(any, cells.values())):
+            body += [(machine, [_ANSWERS[name], *apart]) for name, apart in cells.items()]
+    return table(["", "KL, nats", "cross-entropy, nats", "ROUGE-L"], body)
 
 
 def limits(rows: list[Row], benchmark: str = "limits") -> str:
@@ -340,6 +365,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "selection": selection,
     "evidence": evidence,
     "evidence-differences": evidence_differences,
+    "curriculum": curriculum,
 }
 
 # Of benchmarks whose rows no page shows.

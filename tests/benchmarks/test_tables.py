@@ -186,7 +186,8 @@ def test_other_tables_divide_by_what_their_own_machine_has() -> None:
 # README's reasons come from several machines as they are.
 @pytest.mark.parametrize("name", [name for name in tables.TABLES if name != "claims"])
 def test_a_second_machine_doubles_a_table_and_changes_no_cell(name: str) -> None:
-    here = tables.all_rows(RESULTS)
+    machines: dict[str, str] = {}
+    here = [r for r in tables.all_rows(RESULTS) if machines.setdefault(r.benchmark, r.machine) == r.machine]
     both = here + [replace(r, device=f"not {r.device}") for r in here]
     once, (head, *body) = lines_of(tables.TABLES[name](here)), lines_of(tables.TABLES[name](both))
     assert head == ["machine", *once[0]]

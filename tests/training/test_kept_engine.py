@@ -194,7 +194,9 @@ def test_sleep_without_a_gpu_is_refused_before_anything_runs(monkeypatch: pytest
     monkeypatch.setattr("srd_fast.training.answer_fields.is_installed", lambda: True)
     asked: dict[str, Any] = {"generation_engine": "vllm", "generation_options": {"enable_sleep_mode": True}}
     for user in ({}, {"lmbda": 0.0, "eval_generate": True}):
-        with pytest.raises(UserError, match="generation_options: enable_sleep_mode is true, but vLLM's engine can sleep"):
+        with pytest.raises(
+            UserError, match="generation_options: enable_sleep_mode is true, but vLLM's engine can sleep"
+        ):
             config(**asked, **user)
     with pytest.raises(UserError, match="generation_engine is 'vllm', but nothing is answered"):
         config(**asked, lmbda=0.0)
