@@ -23,7 +23,7 @@ from srd_fast.files import write_text
 from srd_fast.models import load_model
 from srd_fast.reflection import Sampling
 from srd_fast.run.config import RunConfig, load_run_config
-from srd_fast.run.modes import fine_tuning, mode_of
+from srd_fast.run.modes import answers_anew, fine_tuning, mode_of
 from srd_fast.run.pipeline import begin_from, execute, steps_of
 from srd_fast.run.steps import Run, adopt_evaluations
 from srd_fast.run.stopping import Stopped, stoppable
@@ -51,7 +51,11 @@ def config_of(task: dict[str, Any], *more: str) -> RunConfig:
     if task["best"]:
         given |= best_checkpoint(task)
     overrides = [f"{key}={json.dumps(value)}" for key, value in given.items()]
-    return load_run_config(None, [*overrides, *task["overrides"], *more])
+    config = load_run_config(None, [*overrides, *task["overrides"], *more])
+    if answers_anew(config):
+        more = (*more, f"distill.max_new_tokens={task['new_tokens']}")
+        config = load_run_config(None, [*overrides, *task["overrides"], *more])
+    return config
 
 
 def best_checkpoint(task: dict[str, Any]) -> dict[str, Any]:
