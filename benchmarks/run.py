@@ -41,6 +41,7 @@ FULL = {
         "--data DATA --variant packing --steps 13",
         "--data DATA --teacher-ratio 20 --steps 8 --dtype bfloat16",
     ],
+    "on_policy": ["--data DATA --steps 10"],
     "evidence": ["--data FOLDER --sets llms_from_scratch --layers 15 --equal passes --seeds 0 1 2"],
 }
 QUICK = {
@@ -55,6 +56,7 @@ QUICK = {
     "stores": ["--rows 128"],
     "reflect": ["--rows 8 --new-tokens 16 --groups 1 --batch-sizes 8"],
     "train": ["--rows 64 --steps 2", "--rows 64 --steps 2 --memory", "--rows 64 --steps 2 --trl"],
+    "on_policy": ["--rows 8 --steps 3 --batch 4 --new-tokens 8"],
     "evidence": [
         "--sets quickstart --layers 8 --teachers 'as it is' --equal passes --seeds 0 --cells 'full KD' SRD "
         "--rows 48 --validation-rows 12 --steps 6 --warmup-steps 2 --new-tokens 16 --sampling-seeds 10",

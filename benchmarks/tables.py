@@ -133,6 +133,18 @@ def reflect(rows: list[Row]) -> str:
     return table([*head, "answers as the script's"], body)
 
 
+def on_policy(rows: list[Row]) -> str:
+    """Steps on fresh answers, each side beside the other that it took turns with."""
+    body: list[Line] = []
+    for (_, _, dtype, machine), figures in groups(rows, "on_policy").items():
+        (ours, f), (_, theirs) = figures.items()
+        whole, made = (f"{f[m] / theirs['step_seconds']:.2f}x" for m in ("step_seconds", "generation_seconds"))
+        their_share = f"{theirs['generation_seconds'] / theirs['step_seconds']:.2f}x"
+        body.append((machine, [ours, dtype, f"{theirs['step_seconds']:.1f}", their_share, whole, made]))
+    head = ["", "dtype", "a step of TRL's beside it, s", "of it generation", "a step", "of it generation"]
+    return table(head, body)
+
+
 def large_vocabulary(rows: list[Row]) -> str:
     """Peaks of whole processes."""
     body: list[Line] = [
@@ -356,6 +368,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "rivals": rivals,
     "scale": scale,
     "reflect": reflect,
+    "on-policy": on_policy,
     "scores": scores,
     "train": train,
     "train-rivals": train_rivals,

@@ -50,6 +50,7 @@ from .triton_sums import (
     log_softmax,
     merged,
     powers,
+    store_gradient,
 )
 
 
@@ -248,13 +249,9 @@ def write_kernel(
                 g += ce_of_power * q * q
             else:
                 g += ce * tl.exp2(((z_S - M_S) - log_S1) * LOG2E)
-            if (label >= at) & (label < at + BLOCK):
-                g -= tl.where(at + lanes == label, ce, 0.0)
-        if STUDENT_SOFTCAP:
-            u = z_S / student_softcap
-            g *= 1 - u * u
-        columns = at + lanes
-        tl.store(gradient_ptr + columns, g.to(gradient_ptr.dtype.element_ty), mask=columns < classes)
+        store_gradient(
+            gradient_ptr, at, lanes, classes, g, z_S, student_softcap, label, ce, CROSS_ENTROPY, STUDENT_SOFTCAP
+        )
     if VALUES:
         add(state_ptr + DIVERGENCE * N, value)
 

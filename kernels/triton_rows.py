@@ -40,6 +40,7 @@ from .triton_sums import (
     log_softmax,
     merged,
     powers,
+    store_gradient,
 )
 
 
@@ -267,13 +268,10 @@ def row_kernel(
                     g += ce_of_square * q * q
                 else:
                     g += ce * tl.exp2(((z_S - M_S) - log_S1) * LOG2E)
-                if (label >= first) & (label < first + BLOCK):
-                    g -= tl.where(first + lanes == label, ce, 0.0)
-            if STUDENT_SOFTCAP:
-                u = z_S / student_softcap
-                g *= 1 - u * u
-            columns = first + lanes
-            tl.store(gradient_ptr + columns, g.to(gradient_ptr.dtype.element_ty), mask=columns < student_readable)
+            store_gradient(
+                gradient_ptr, first, lanes, student_readable, g, z_S, student_softcap, label, ce,
+                CROSS_ENTROPY, STUDENT_SOFTCAP,
+            )  # fmt: skip
         if TEACHER and SUMS is not None:
             tl.store(divergence_ptr + row, tl.sum(value, axis=0))
 

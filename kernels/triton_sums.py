@@ -46,6 +46,22 @@ def load_logits(pointer, first, lanes, limit, readable, softcap, SOFTCAP: tl.con
 
 
 @triton.jit
+def store_gradient(
+    pointer, first, lanes, limit, g, z, softcap, label, ce, CROSS_ENTROPY: tl.constexpr, SOFTCAP: tl.constexpr
+):
+    """Store the gradient g of logits z, those of `load_logits`: less ce at the label, and through the softcap."""
+    columns = first + lanes
+    if CROSS_ENTROPY:  # noqa: SIM102 - decided while compiling
+        # One branch for all lanes, as in `load_logits`.
+        if (label >= first) & (label < first + lanes.numel):
+            g -= tl.where(columns == label, ce, 0.0)
+    if SOFTCAP:
+        u = z / softcap
+        g *= 1 - u * u
+    tl.store(pointer + columns, g.to(pointer.dtype.element_ty), mask=columns < limit)
+
+
+@triton.jit
 def approximate_log2(x):
     """log2 as one instruction of NVIDIA GPUs: absolute error 2^-22 for x from 0.5 to 2, else relative error 2^-22."""
     return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)

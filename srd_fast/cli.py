@@ -28,7 +28,10 @@ app = typer.Typer(
 )
 
 _Config = Annotated[
-    Path, typer.Argument(metavar="CONFIG", help="YAML file, or quickstart; srd-fast config prints every key.")
+    Path,
+    typer.Argument(
+        metavar="CONFIG", help="YAML file, a folder with config.yaml, or quickstart; srd-fast config prints every key."
+    ),
 ]
 _Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[key=value]...", help="Override config keys, e.g. distill.skew=0.2.")

@@ -140,7 +140,7 @@ def read_models(given: str) -> list[Given]:
         done = (path / "evaluation.json").is_file()
         raise UserError(
             f"{path}: evaluation.json {'holds no measures of single rows' if done else 'is missing'} "
-            f"({', '.join(NAMES[n] for n in lacking)}): srd-fast evaluate {path / 'config.yaml'}"
+            f"({', '.join(NAMES[n] for n in lacking)}): srd-fast evaluate {path}"
             f"{' --force' if done else ''} writes them"
         )
     summary = read_json(path / "summary.json")

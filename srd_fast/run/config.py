@@ -271,7 +271,7 @@ def load_run_config(path: str | Path | None, overrides: list[str] | tuple[str, .
     """Read a config, add the preset's values where it has none, apply the overrides, and check every key and value.
 
     Args:
-        path: a YAML file, or None for the defaults.
+        path: a YAML file, a folder with config.yaml in it, or None for the defaults.
         overrides: texts such as "distill.skew=0.2".
 
     Returns:
@@ -291,7 +291,7 @@ def read_run_config(path: str | Path | None, overrides: list[str] | tuple[str, .
     """Read a config as `load_run_config` does, but go on if something is wrong.
 
     Args:
-        path: a YAML file, or None for the defaults.
+        path: a YAML file, a folder with config.yaml in it, or None for the defaults.
         overrides: texts such as "distill.skew=0.2".
 
     Returns:

@@ -141,7 +141,7 @@ def load_checked(path: str | Path | None, overrides: Sequence[str] = ()) -> RunC
     """Read a config. If some of it is wrong, check all the rest too, and report everything together.
 
     Args:
-        path: a YAML file, or None for the defaults.
+        path: a YAML file, a folder with config.yaml in it, or None for the defaults.
         overrides: texts such as "distill.skew=0.2".
 
     Returns:

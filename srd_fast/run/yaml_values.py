@@ -16,6 +16,7 @@ _MOST_BYTES = 100_000
 _MOST_VALUES = 20_000
 _DEEPEST = 20
 QUICKSTART = "quickstart"  # the example that comes with the package
+CONFIG_FILE = "config.yaml"  # of a run folder, and what srd-fast init writes
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -41,10 +42,11 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def _opened(path: str | Path) -> BinaryIO:
-    """Open a file; for the name "quickstart", unless there is such a file, the example in the package."""
-    if str(path) == QUICKSTART and not Path(path).exists():
+    """Open a file, or the config of a folder; for the name "quickstart", unless it exists, the package's example."""
+    path = Path(path)
+    if str(path) == QUICKSTART and not path.exists():
         path = Path(__file__).parent.parent / "examples" / "quickstart.yaml"
-    return Path(path).open("rb")
+    return (path / CONFIG_FILE if path.is_dir() else path).open("rb")
 
 
 def _parsed(text: str, complaint: str) -> Any:

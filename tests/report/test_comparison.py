@@ -166,9 +166,9 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path: Path) -> None:
         ([one, str(tmp_path / "nowhere")], "nowhere: there is no such run folder"),
         (
             [one, str(tmp_path / "old")],
-            r"old: evaluation\.json holds no measures of .*config\.yaml --force",
+            r"old: evaluation\.json holds no measures of .*: srd-fast evaluate .*old --force writes them",
         ),
-        ([one, str(tmp_path / "new")], r"new: evaluation\.json is missing .*evaluate .*config\.yaml writes them"),
+        ([one, str(tmp_path / "new")], r"new: evaluation\.json is missing .*: srd-fast evaluate .*new writes them"),
         ([f"{one}:teacher"], r"holds no measures of single rows \(teacher\)"),
         ([f"{one}:start"], "is one model: give a run folder, or two models"),
         ([one, one], "is given twice"),

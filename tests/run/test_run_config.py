@@ -317,11 +317,17 @@ def test_keys_are_text(text: str, config: Any) -> None:
 def test_a_missing_or_unreadable_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"config '.*nowhere\.yaml' cannot be read"):
         load_run_config(tmp_path / "nowhere.yaml")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match=r"cannot be read: .*config\.yaml"):
         load_run_config(tmp_path)
     (tmp_path / "latin.yaml").write_bytes(b"teacher: caf\xe9")
     with pytest.raises(UserError, match="cannot be read"):
         load_run_config(tmp_path / "latin.yaml")
+
+
+def test_a_folder_stands_for_the_config_in_it(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("seed: 7\n")
+    assert load_run_config(tmp_path).seed == 7
+    assert load_run_config(str(tmp_path), ["seed=8"]).seed == 8
 
 
 def test_a_written_config_reads_back_equal(config: Any) -> None:
