@@ -74,9 +74,10 @@ def as_messages(given: Any, column: str) -> Any:
 def _turns(entry: Any, where: str) -> list[Turn]:
     """The turns of an entry: one, or those of both sides where each stands under the name of its side."""
     if isinstance(entry, Mapping) and all(entry.get(k) is None for k in _ROLE_KEYS):
-        said = [(_SIDES.get(str(k).lower()), text) for k, text in entry.items() if isinstance(text, str)]
-        sides = {role: text for role, text in said if role is not None and (text or role != SYSTEM)}
-        if sides and sum(role is not None for role, _ in said) == len({role for role, _ in said} - {None}):
+        named = [(_SIDES.get(str(k).lower()), text) for k, text in entry.items() if isinstance(text, str)]
+        said = [(role, text) for role, text in named if role]
+        sides = {role: text for role, text in said if text or role != SYSTEM}
+        if sides and len(said) == len(dict(said)):  # no role twice
             return [{"role": role, "content": sides[role]} for role in (SYSTEM, USER, ASSISTANT) if role in sides]
     return [_turn(entry, where)]
 

@@ -84,9 +84,8 @@ def test_cells_differ_by_what_their_names_say(tmp_path: Path) -> None:
         assert configs[mode].mode == configs[f"SRD, {mode}"].mode == mode
         assert (configs[mode].curate.method, configs[f"SRD, {mode}"].curate) == ("none", usual.curate)
     longest = {name: c.distill.get("max_new_tokens") for name, c in configs.items()}
-    assert {name for name, n in longest.items() if n} == {
-        n for n in OF_MODES if "on_policy" in n or "distillm" in n
-    } - {n for n in OF_MODES if "offline" in n}
+    fresh = {"on_policy", "SRD, on_policy", "distillm", "SRD, distillm"}
+    assert {name for name, n in longest.items() if n} == fresh
     assert longest["on_policy"] == 16
     assert configs["SRD, schedule off"].distill["temperature_end"] == 1
     assert configs["hard to easy"].curate.signals == {"rouge_l": -1, "cross_entropy": -1}
