@@ -13,7 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..errors import EngineDiedError, UserError, first_line
 from ..models import mend_generation_config, resolve_model
 from ..workers import Pool
-from .engines import AUTO, ENGINES, Sampling, make_engine
+from .engines import AUTO, ENGINES, make_engine
+from .sampling import Sampling
 
 
 class RayEngine:

@@ -34,15 +34,14 @@ from .engines import (
     AUTO,
     ENGINES,
     GenerationEngine,
-    Sampling,
     check_engine_options,
     engine_settings,
     open_engine,
-    stopping_at,
 )
 from .execution import check_tests
 from .gap import check_teacher, check_teacher_given, teacher_source
 from .parts import compute_parts, cut, part_name, read_part, write_part
+from .sampling import Sampling, stopping_at
 from .shards import samples_of_shard
 from .signals import Reflected, get_difficulties, get_difficulty
 

@@ -26,7 +26,7 @@ from ..models import (
     why_not_plain_lora,
 )
 from ..workers.vllm import check_installed, check_sizes, check_sleep_mode, vllm_pool, vllm_version
-from .engines import Sampling, end_ids, until_end
+from .sampling import Sampling, end_ids, until_end
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import UserError
-from ..reflection.engines import GenerationEngine, Sampling, TransformersEngine, make_engine
+from ..reflection import GenerationEngine, Sampling, TransformersEngine
+from ..reflection.engines import make_engine
 from .config import SRDConfig
 
 logger = logging.getLogger(__name__)

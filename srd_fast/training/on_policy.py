@@ -27,8 +27,7 @@ from ..data import (
 )
 from ..errors import UserError
 from ..models import check_positions, is_encoder_decoder
-from ..reflection import Sampling
-from ..reflection.engines import GenerationEngine, stopping_at
+from ..reflection import GenerationEngine, Sampling, stopping_at
 from ..teacher import LiveTeacher, OwnTeacher, RowsOfSamples, TeacherSource, at_work
 from .batching import micro_batches
 from .config import SRDConfig

@@ -10,8 +10,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from srd_fast import Sampling, UserError, reflect, register_engine
 from srd_fast.data.quickstart import make_quickstart_rows
+from srd_fast.reflection import TransformersEngine
 from srd_fast.reflection import reflect as reflecting
-from srd_fast.reflection.engines import TransformersEngine
 
 pytestmark = pytest.mark.usefixtures("own_registries")
 SUMS: list[dict[str, Any]] = [

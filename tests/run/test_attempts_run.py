@@ -10,7 +10,7 @@ import tiny
 
 from srd_fast.curriculum import CurriculumPlan
 from srd_fast.errors import UserError
-from srd_fast.reflection.engines import TransformersEngine
+from srd_fast.reflection import TransformersEngine
 from srd_fast.run.config import RunConfig
 from srd_fast.run.pipeline import begin_from, execute, fingerprints
 from srd_fast.run.steps import Run, check_inputs, control_config, curate_step, selection

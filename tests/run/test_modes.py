@@ -195,8 +195,7 @@ def test_seqkd_trains_on_the_teachers_answers_by_cross_entropy(
     settings: dict[str, Any], tmp_path: Path, tiny_teacher_folder: Path, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     from srd_fast.models import load_model
-    from srd_fast.reflection import Sampling
-    from srd_fast.reflection.engines import TransformersEngine
+    from srd_fast.reflection import Sampling, TransformersEngine
 
     greedy = {**settings["reflect"], "temperature": 0.0}
     metrics = distilled(settings, tmp_path, mode="seqkd", reflect=greedy)

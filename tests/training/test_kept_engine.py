@@ -9,8 +9,8 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from srd_fast import SRDConfig, SRDTrainer, UserError
-from srd_fast.reflection import Sampling, register_engine
-from srd_fast.reflection.engines import ENGINES, TransformersEngine
+from srd_fast.reflection import Sampling, TransformersEngine, register_engine
+from srd_fast.reflection.engines import ENGINES
 from srd_fast.training.kept_engine import KeptEngine
 
 pytestmark = pytest.mark.usefixtures("quick_collection", "own_folder")

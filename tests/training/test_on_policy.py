@@ -14,8 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainerCallba
 
 from srd_fast import SRDConfig, SRDTrainer, UserError
 from srd_fast.data import answered, end_of
-from srd_fast.reflection import Sampling
-from srd_fast.reflection.engines import ENGINES, TransformersEngine
+from srd_fast.reflection import Sampling, TransformersEngine
+from srd_fast.reflection.engines import ENGINES
 from srd_fast.training import on_policy, replay
 from srd_fast.training.replay import (
     ADAPTIVE,

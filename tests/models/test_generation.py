@@ -1,0 +1,55 @@
+"""Answers of a batch whose rows leave when they have ended are those of a batch whose rows stay."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from architectures import NAMES, VOCAB, make_architecture
+
+from srd_fast.reflection import Sampling, TransformersEngine, transformers_engine
+
+TOKENIZER: Any = SimpleNamespace(pad_token_id=0, eos_token_id=0)
+PROMPTS = [[3 + (7 * i + 5 * k * k) % (VOCAB - 10) for k in range(2 + i % 5)] for i in range(24)]
+# Models whose rows stay: their caches, or what else they keep, cannot be divided.
+WHOLE = {
+    *("bamba", "bloom", "falcon_h1", "falcon_mamba", "gemma3", "gemma3n_text", "gemma4", "gemma4_text"),
+    *("granitemoehybrid", "jamba", "lfm2", "llava", "mamba", "mamba2", "minimax", "mistral3"),
+    *("nemotron_h", "olmo_hybrid", "phi3", "phi3_longrope", "phi4_multimodal", "phimoe", "qwen2_5_vl", "qwen2_vl"),
+    *("qwen3_5_text", "qwen3_next", "qwen3_vl", "recurrent_gemma", "rwkv", "xlnet", "zamba2"),
+}
+
+
+@contextmanager
+def rows_of_steps(model: Any) -> Iterator[list[int]]:
+    """How many rows each call of the model has."""
+    seen: list[int] = []
+
+    def look(_: Any, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        ids = named.get("input_ids", given[0] if given else None)
+        seen.append(len(ids))
+
+    handle = model.register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+# The test of kimi_linear, whose rows stay, would take 40 s.
+@pytest.mark.parametrize("name", [x for x in NAMES if x != "kimi_linear"])
+def test_rows_that_have_ended_leave(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transformers_engine, "_FEW_ROWS", 2)
+    model = make_architecture(name)
+    engine = TransformersEngine(model, TOKENIZER, batch_size=24)
+    # A third of all tokens ends an answer, so that answers have many lengths.
+    sampling = Sampling(max_new_tokens=8, stop_ids=tuple(range(1, VOCAB, 3)))
+    with rows_of_steps(model) as steps:
+        found = dict(engine.generate(PROMPTS, sampling))
+    with monkeypatch.context() as whole, rows_of_steps(model) as all_steps:
+        whole.setattr(transformers_engine, "_empty_cache", lambda _: None)
+        expected = dict(engine.generate(PROMPTS, sampling))
+    assert found == expected
+    assert set(all_steps) == {24}
+    assert (min(steps) < 24) == (name not in WHOLE)
