@@ -4,6 +4,7 @@ The loader collates a batch before the weights of its step exist. So each batch 
 step `FreshAnswers` makes another batch from their prompts and new answers.
 """
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -34,6 +35,10 @@ from .config import SRDConfig
 from .kept_engine import KeptEngine
 from .replay import DATA, FRESH, REPLAYED, AnswerSchedule, ReplayBuffer, place_seed
 
+logger = logging.getLogger(__name__)
+
+# Share of cut answers that is told.
+_MANY_CUT = 0.9
 # Keys of a batch: its samples; whether its labels are the student's own answers.
 SAMPLES, OWN = "samples", "own_answers"
 # Counts that are summed over the steps and processes between two logs.
@@ -153,7 +158,7 @@ class FreshAnswers:
         self._sampling = stopping_at(sampling, sorted(self.ends - {self.eos}))
         self._of_student, self._of_teacher = engine, KeptEngine(args, tokenizer)
         engine.reserve(self._length)
-        self._counts, self._lag = dict.fromkeys(_COUNTED, 0.0), 0
+        self._counts, self._lag, self._warned = dict.fromkeys(_COUNTED, 0.0), 0, False
 
     def in_place_of(
         self,
@@ -269,8 +274,21 @@ class FreshAnswers:
         if total["answers"]:
             shares = {"answers_cut": total["cut"], "answers_empty": total["empty"], "answer_tokens": total["tokens"]}
             found |= {name: count / total["answers"] for name, count in shares.items()}
+            self._warn_of_cut(found["answers_cut"])
         self._counts, self._lag = dict.fromkeys(_COUNTED, 0.0), 0
         return found
+
+    def _warn_of_cut(self, share: float) -> None:
+        """Say once that hardly any answer ends."""
+        if share >= _MANY_CUT and not self._warned:
+            self._warned = True
+            logger.warning(
+                "%.0f %% of the fresh answers since the last log did not end within max_new_tokens=%d: raise it, if the "
+                "data's answers are longer. A student that is trained on endless answers of its own learns to write "
+                "them; a lower learning rate, a lower lmbda or fine-tuning it first helps",
+                100 * share,
+                self.args.max_new_tokens,
+            )
 
     @property
     def _file(self) -> str:

@@ -372,3 +372,15 @@ def test_without_a_teacher_the_loss_is_the_cross_entropy(tokenizer: PreTrainedTo
     assert measured == {"eval_loss": pytest.approx(log["loss"]), "eval_cross_entropy": pytest.approx(log["loss"])}
     for name, parameter in student.named_parameters():
         torch.testing.assert_close(trained.gradients[0][name].double(), parameter.grad, rtol=0, atol=1e-5)
+
+
+def test_answers_that_do_not_end_are_told_once(
+    tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
+    args = config(generation_engine="transformers", max_new_tokens=1, epochs_per_stage=3)
+    trained = trainer(tokenizer, args)
+    trained.train()
+    assert [log["answers_cut"] for log in trained.logs] == [1, 1, 1]
+    (told,) = [x for x in caplog.messages if "did not end" in x]
+    assert "100 % of the fresh answers" in told
+    assert "max_new_tokens=1" in told
