@@ -283,7 +283,7 @@ class FreshAnswers:
         if share >= _MANY_CUT and not self._warned:
             self._warned = True
             logger.warning(
-                "%.0f %% of the fresh answers since the last log did not end within max_new_tokens=%d: raise it, if the "
+                "%.0f %% of the fresh answers since the last log did not end within max_new_tokens=%d: raise it if the "
                 "data's answers are longer. A student that is trained on endless answers of its own learns to write "
                 "them; a lower learning rate, a lower lmbda or fine-tuning it first helps",
                 100 * share,
