@@ -361,6 +361,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "loss-memory": loss_memory,
     "loss-error": loss_error,
     "limits": limits,
+    "orders": orders,
     "loss-time-gpu": partial(loss_time, benchmark="loss_gpu", unit="ms"),
     "loss-memory-gpu": partial(loss_memory, benchmark="loss_gpu"),
     "limits-gpu": partial(limits, benchmark="limits_gpu"),
@@ -384,7 +385,6 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
 # Of benchmarks whose rows no page shows.
 OTHER_TABLES: dict[str, Callable[[list[Row]], str]] = {
     "claims": claims,
-    "orders": orders,
     "orders-gpu": partial(orders, benchmark="orders_gpu", unit="ms"),
 }
 

@@ -53,3 +53,15 @@ def test_rows_that_have_ended_leave(name: str, monkeypatch: pytest.MonkeyPatch) 
     assert found == expected
     assert set(all_steps) == {24}
     assert (min(steps) < 24) == (name not in WHOLE)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3_moe"])
+def test_on_a_gpu_too(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transformers_engine, "_FEW_ROWS", 2)
+    engine = TransformersEngine(make_architecture(name).cuda(), TOKENIZER, batch_size=24)
+    stop = tuple(range(1, VOCAB, 3))
+    # At so low a temperature a draw has no choice.
+    cold, greedy = (dict(engine.generate(PROMPTS, Sampling(8, temperature=t, stop_ids=stop))) for t in (1e-4, 0.0))
+    monkeypatch.setattr(transformers_engine, "_empty_cache", lambda _: None)
+    assert cold == greedy == dict(engine.generate(PROMPTS, Sampling(8, stop_ids=stop)))
