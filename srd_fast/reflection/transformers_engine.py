@@ -232,10 +232,10 @@ class TransformersEngine:
             criteria = StoppingCriteriaList([half] if cache is not None and len(ids) > _FEW_ROWS else [])
             ids = self.model.generate(input_ids=ids, attention_mask=mask, stopping_criteria=criteria, **options, **kept)
             found.update(zip(rows.tolist(), ids.tolist()))
-            going = (~half.ended).nonzero()[:, 0]
+            going = (~half.ended).nonzero()[:, 0].cpu()  # layers may be on several devices
             at_limit = ids.shape[1] == options["generation_config"].max_length
             if cache is None or not criteria or at_limit or not len(going):
                 return [found[row] for row in range(len(found))]
             cache.batch_select_indices(going)
-            ids, rows = ids[going], rows[going.cpu()]
+            ids, rows = ids[going], rows[going]
             mask = nn.functional.pad(mask[going], (0, ids.shape[1] - mask.shape[1]), value=1)
