@@ -44,10 +44,12 @@ def config_of(task: dict[str, Any], *more: str) -> RunConfig:
         "init_student.layers": task["layers"], "init_student.warmup_steps": task["warmup_steps"],
         "reflect.max_new_tokens": task["new_tokens"], "evaluate.max_new_tokens": task["new_tokens"],
         "reflect.engine": "transformers", "reflect.batch_size": 64, "evaluate.batch_size": 64,
-        "distill.divergence": "forward_kl", "distill.learning_rate": task["learning_rate"],
+        "distill.learning_rate": task["learning_rate"],
         "distill.per_device_train_batch_size": BATCH, "distill.save_strategy": "no", "distill.eval_strategy": "no",
         "distill.save_steps": 100_000, "evaluate.metrics": task["metrics"],
     }  # fmt: skip
+    if not any(o.startswith("mode=") for o in task["overrides"]):  # a mode has its own
+        given["distill.divergence"] = "forward_kl"
     if task["best"]:
         given |= best_checkpoint(task)
     overrides = [f"{key}={json.dumps(value)}" for key, value in given.items()]

@@ -16,13 +16,16 @@ NO_DROP, BY_CHANCE, ALL_ROWS = "curate.keep=1", "curate.method=random", "curate.
 FULL, SRD, RANDOM, DROP = "full KD", "SRD", "random 75 %, random stages", "hardest 25 % dropped, random stages"
 LEARNABLE = "learnable"
 FIRST = (FULL, SRD, RANDOM, DROP)
-# Other modes of a run, with what their names do not say. DistiLLM's share of own answers hangs on the validation loss.
+# Other modes of a run, each with the loss of its paper, and with what their names do not say. DistiLLM's share of own
+# answers hangs on the validation loss.
+_AT_1 = ["distill.temperature_start=1", "distill.temperature_end=1"]
+_SAMPLED = [*_AT_1, "reflect.temperature=1"]
 MODES: dict[str, list[str]] = {
     "sft": [],
     "seqkd": [],
-    "offline_on_policy": [],
-    "on_policy": [],
-    "distillm": ["distill.eval_strategy=steps", "distill.eval_steps=10"],
+    "offline_on_policy": _SAMPLED,
+    "on_policy": _AT_1,
+    "distillm": [*_AT_1, "distill.eval_strategy=steps", "distill.eval_steps=10"],
 }
 # Cells with which all others are compared, and what the figures of the difference are called.
 REFERENCES = {FULL: "full", RANDOM: "random"}
@@ -58,7 +61,9 @@ CELLS: dict[str, list[str]] = {
         for mode, more in MODES.items()
         for name, overrides in ((mode, [*PAPER, ALL_ROWS]), (f"SRD, {mode}", PAPER))
     },
-    "SRD, offline_on_policy, answers again": [*PAPER, "mode=offline_on_policy", "answers_again=true", *WHOLE],
+    "SRD, offline_on_policy, answers again": [
+        *PAPER, "mode=offline_on_policy", "answers_again=true", *_SAMPLED, *WHOLE,
+    ],
     "SE-KD": ["preset=SE-KD"],
     "SE-KD3X": ["preset=SE-KD3X"],
     "SRD + SE-KD": [*PAPER, "distill.position_selection=topk_student_entropy", "distill.position_ratio=0.2"],

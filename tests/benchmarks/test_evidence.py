@@ -78,11 +78,18 @@ def test_cells_differ_by_what_their_names_say(tmp_path: Path) -> None:
     for name in (FULL, RANDOM, DROP, LEARNABLE, "curriculum only", "hard to easy"):
         assert configs[name].distill == usual.distill, name
     # All that rank by the usual signals share one base.
-    assert [n for n, c in configs.items() if c.reflect != usual.reflect] == [LEARNABLE]
+    sampled = {name for name in CELLS if "offline_on_policy" in name}
+    assert {n for n, c in configs.items() if c.reflect != usual.reflect} == {LEARNABLE, *sampled}
+    assert {configs[name].reflect.temperature for name in sampled} == {1}
     assert {c.mode for c in configs.values()} == {"kd", *MODES}
     for mode in MODES:
         assert configs[mode].mode == configs[f"SRD, {mode}"].mode == mode
         assert (configs[mode].curate.method, configs[f"SRD, {mode}"].curate) == ("none", usual.curate)
+    losses = {name: training_config(configs[name]) for name in (FULL, *MODES) if name not in ("sft", "seqkd")}
+    assert {name: x.divergence for name, x in losses.items()} == {
+        FULL: "forward_kl", "offline_on_policy": "reverse_kl", "on_policy": "jsd", "distillm": "skew_reverse_kl",
+    }  # fmt: skip
+    assert [x.temperature_end for x in losses.values()] == [2, 1, 1, 1]
     longest = {name: c.distill.get("max_new_tokens") for name, c in configs.items()}
     fresh = {"on_policy", "SRD, on_policy", "distillm", "SRD, distillm"}
     assert {name for name, n in longest.items() if n} == fresh
