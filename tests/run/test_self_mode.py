@@ -151,7 +151,9 @@ def test_on_answers_that_the_student_gives_beforehand(
     changes = {"own_answers": True, "answers_again": True, "answers_per_prompt": 2, "reflect": sampled}
     metrics = run(config(settings, tmp_path / "cached", **changes), "distill")
     live = run(config(settings, tmp_path / "live", **changes, cache={"kind": "live"}), "distill")
-    ours, theirs = ([row["loss"] for row in x if row["kind"] == "train"] for x in (metrics, live))
+    # From the border on, a draw that rounding moves may give another answer.
+    ours, theirs = ([x["loss"] for x in rows if x["kind"] == "train" and x["stage"] == 1] for rows in (metrics, live))
+    assert len(ours) > 2
     assert ours == pytest.approx(theirs, rel=1e-4)
     data = {row["sample_id"]: row for row in pq.read_table(tmp_path / "cached/data/train.parquet").to_pylist()}
     files = [tmp_path / "cached" / x for x in ("answers/train.parquet", "checkpoints/answers-stage-2.parquet")]
