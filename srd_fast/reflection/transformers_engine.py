@@ -61,7 +61,7 @@ def nothing_shipped(model: PreTrainedModel) -> Iterator[None]:
 class _Draw(LogitsProcessor):
     """Draws each row's token, and leaves no other one possible.
 
-    `generate` itself would draw a number for each class, which takes a CPU a quarter of a small model's time. One
+    `generate` itself would draw a number for each class, which takes a CPU a sixth of a small model's time. One
     number a row is enough: the token is where the sum of the probabilities passes it.
     """
 
