@@ -1,11 +1,13 @@
 """Answers of a batch whose rows leave when they have ended are those of a batch whose rows stay."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from architectures import NAMES, VOCAB, make_architecture
 
 from srd_fast.reflection import Sampling, TransformersEngine, transformers_engine
@@ -65,3 +67,23 @@ def test_on_a_gpu_too(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     cold, greedy = (dict(engine.generate(PROMPTS, Sampling(8, temperature=t, stop_ids=stop))) for t in (1e-4, 0.0))
     monkeypatch.setattr(transformers_engine, "_empty_cache", lambda _: None)
     assert cold == greedy == dict(engine.generate(PROMPTS, Sampling(8, stop_ids=stop)))
+
+def test_in_bfloat16_tokens_are_the_likeliest_of_their_own_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Greedy answers differ where two logits are nearly equal, so each token is judged by float32's logits."""
+    monkeypatch.setattr(transformers_engine, "_FEW_ROWS", 2)
+    model = make_architecture("llama")
+    exact = copy.deepcopy(model)
+    engine = TransformersEngine(model.to(torch.bfloat16), TOKENIZER, batch_size=24)
+    with rows_of_steps(model) as steps:
+        found = dict(engine.generate(PROMPTS, Sampling(max_new_tokens=8, stop_ids=tuple(range(1, VOCAB, 3)))))
+    assert min(steps) < 24
+    behind: list[float] = []
+    for row, prompt in enumerate(PROMPTS):
+        if not found[row]:
+            continue
+        ids = torch.tensor([*prompt, *found[row]])
+        logits_LV = exact(ids[None]).logits[0, len(prompt) - 1 : -1]
+        chosen_L = logits_LV.gather(1, ids[len(prompt) :, None])[:, 0]
+        behind += ((logits_LV.amax(1) - chosen_L) / logits_LV.std(1)).tolist()
+    # Rounding moves a logit by some hundredths of a row's deviation; a token of another row is whole ones behind.
+    assert len(behind) > 30 and max(behind) < 0.5
