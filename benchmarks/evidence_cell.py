@@ -104,8 +104,9 @@ def make_cell(task: dict[str, Any]) -> dict[str, Any]:
     begin_from(Path(task["base"]), config)
     folder = Path(task["folder"])
     answers = mode_of(config).makes_answers
-    if answers:  # of which the base's cache has no rows, and other cells would have to carry them
-        (folder / "teacher_cache").unlink(missing_ok=True)
+    cache = folder / "teacher_cache"
+    if answers and cache.is_symlink():  # the base's, without rows of these answers, and not for other cells to carry
+        cache.unlink()
     linked = (folder / "reflections.parquet").is_symlink()
     for step in [x.name for x in steps_of(config) if x.name in ("reflect", "curate", "answers")]:
         if step != "reflect" or not linked:
