@@ -241,6 +241,13 @@ def test_a_small_grid_ends_with_its_table_and_is_not_done_again(tiny_teacher_fol
     assert {name for name, x in found.items() if "cache_bytes" not in x} == {
         name for name in OF_MODES if "sft" in name or "seqkd" in name
     }
+    # A cell that was cut off has a cache of its own already.
+    lines = [x for x in evidence_table.read_lines(tmp_path / "evidence.jsonl") if x["cell"] != "offline_on_policy"]
+    (tmp_path / "evidence.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    assert not (folder / "offline_on_policy-0" / "teacher_cache").is_symlink()
+    again = [*command, "--cells", "offline_on_policy"]
+    done = subprocess.run(again, cwd=ROOT, capture_output=True, text=True, check=False, timeout=600)
+    assert "1 of 1 cells, 0 tasks failed" in done.stdout, done.stdout + done.stderr
     best = [*command, "--best", "rouge_l", "--cells", SRD, "SRD, reflecting again"]
     done = subprocess.run(best, cwd=ROOT, capture_output=True, text=True, check=False, timeout=600)
     assert "2 of 2 cells, 0 tasks failed" in done.stdout, done.stdout + done.stderr
