@@ -4,8 +4,10 @@ Runs whose configs differ only in the seed form one side: its values are means o
 side's value minus the first's, seed by seed and row by row if both have the same ones. Its interval is over resampled
 rows and over seeds (see `intervals`). It has 95 % confidence for the three measures of a pair together, so each has
 1 - 0.05 / 3. If the interval holds 0, the verdict is that there is no difference. With one seed on both sides, the
-interval does not cover the effect of seeds. A run's seed also chooses its validation rows: if two models share too few
-of them, the rows of each are resampled separately, which makes the interval wider.
+interval does not cover the effect of seeds. Two seeds hardly bound it: Student's t is then 38 standard errors wide, so
+where only that hides a difference, the verdict is that there are too few seeds to tell. A run's seed also chooses its
+validation rows: if two models share too few of them, the rows of each are resampled separately, which makes the
+interval wider.
 """
 
 import math
@@ -38,7 +40,17 @@ LEAST_ROWS = 10
 
 @dataclass(frozen=True)
 class Difference:
-    """The difference of a measure between two models. reason: why it is not compared, else empty."""
+    """The difference of a measure between two models.
+
+    Args:
+        measure: the measure.
+        first: the first model's value.
+        second: the second's.
+        low: the lower end of the interval of second - first.
+        high: its upper end.
+        reason: why it is not compared, else empty.
+        few_seeds: whether the interval would not hold 0 if its part over seeds, of one degree of freedom, was left out.
+    """
 
     measure: Measure
     first: float
@@ -46,14 +58,20 @@ class Difference:
     low: float = math.nan
     high: float = math.nan
     reason: str = ""
+    few_seeds: bool = False
+
+    @property
+    def holds_zero(self) -> bool:
+        """Whether no difference is shown."""
+        return self.low <= 0 <= self.high
 
     @property
     def verdict(self) -> str:
         """The verdict in words: "better", "worse" or "no difference"; or why there is none."""
         if self.reason:
             return self.reason
-        if self.low <= 0 <= self.high:
-            return "no difference"
+        if self.holds_zero:
+            return "too few seeds to tell" if self.few_seeds else "no difference"
         return "better" if (self.low > 0) == self.measure.higher_is_better else "worse"
 
 
@@ -192,6 +210,7 @@ def compare_models(first: Model, second: Model) -> Pair:
             Model(m.label, [x for s in common for x in m.of_seeds if x.seed == s]) for m in (first, second)
         )
     rows, num_rows = _rows_of_seeds(first, second, paired)
+    counts = len(first.of_seeds), len(second.of_seeds)
     differences = []
     for measure in MEASURES:
         sides = [
@@ -209,9 +228,15 @@ def compare_models(first: Model, second: Model) -> Pair:
             reason = "not measured"
         elif min(map(len, apart)) < LEAST_ROWS:
             reason = "too few rows to tell"
-        low, high = (math.nan, math.nan) if reason else difference_interval(sides[0], sides[1], LEVEL, paired)
-        differences.append(Difference(measure, before, after, low, high, reason))
-    counts = len(first.of_seeds), len(second.of_seeds)
+        if reason:
+            differences.append(Difference(measure, before, after, reason=reason))
+            continue
+        low, high = difference_interval(sides[0], sides[1], LEVEL, paired)
+        few = low <= 0 <= high and counts in ({(2, 2)} if paired else {(1, 2), (2, 1)})
+        if few:
+            of_rows = difference_interval(sides[0], sides[1], LEVEL, paired, seeds=False)
+            few = not of_rows[0] <= 0 <= of_rows[1]
+        differences.append(Difference(measure, before, after, low, high, few_seeds=few))
     return Pair(first.label, second.label, num_rows, counts, paired, differences)
 
 

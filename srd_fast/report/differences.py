@@ -52,7 +52,7 @@ def _intervals(pairs: Sequence[Pair], narrow: bool) -> Figure:
             d = pair.differences[number]
             if d.reason:
                 continue
-            colour = DROPPED if d.verdict == "no difference" else LINE
+            colour = DROPPED if d.holds_zero else LINE
             ends = [measure.scale * d.low, measure.scale * d.high]
             axes.plot(ends, [y, y], color=colour, linewidth=2.5)
             axes.plot(measure.scale * (d.second - d.first), y, "o", color=colour, markersize=6)

@@ -41,7 +41,7 @@ class Measured:
 
 
 def difference_interval(
-    first: Sequence[Measured], second: Sequence[Measured], level: float, paired: bool
+    first: Sequence[Measured], second: Sequence[Measured], level: float, paired: bool, seeds: bool = True
 ) -> tuple[float, float]:
     """The interval of the second side's mean over seeds minus the first side's.
 
@@ -50,6 +50,7 @@ def difference_interval(
         second: the same measure of the other side.
         level: confidence level, between 0 and 1.
         paired: whether the i-th of both have the same seed, so that a seed's effect on both cancels.
+        seeds: whether the interval holds the effect of other seeds too, where there are several.
 
     Returns:
         The two ends. The same input always gives the same interval.
@@ -60,7 +61,7 @@ def difference_interval(
         for one in side:
             centre += sign / len(side) * _drawn_anew(one, np.random.default_rng([0, streams[one.rows]]))
     error, freedom = _over_seeds([m.mean for m in first], [m.mean for m in second], paired)
-    if freedom:
+    if seeds and freedom:
         drawn = np.random.default_rng([1]).standard_t(freedom, RESAMPLES * _DRAWS_OF_T)
         centre = np.tile(centre, _DRAWS_OF_T) + error * drawn
     low, high = np.quantile(centre, [(1 - level) / 2, (1 + level) / 2])

@@ -286,6 +286,27 @@ def test_seeds_of_one_run_are_compared_with_each_other_too(tmp_path: Path) -> No
     assert [p.differences[0].verdict for p in comparison.pairs[1:]] == ["better", "better", "no difference"]
 
 
+def test_two_seeds_that_are_too_few_say_so(tmp_path: Path) -> None:
+    """Both seeds are better by 0.5 and 0.6, but Student's t of two is so wide that 0 is in it; of three it is not.
+
+    Two seeds against one have one degree of freedom as well. Where rows alone show no difference, there is none.
+    """
+    runs = [write_run(tmp_path / f"{i}", (2.0, 1.5 - 0.1 * i), i, config={"seed": i}) for i in range(3)]
+    of_two, *of_one = compare_runs(runs[:2]).pairs
+    kl, cross_entropy, _ = of_two.differences
+    assert kl.low < -1 < 0 < 0.1 < kl.high
+    assert [kl.verdict, cross_entropy.verdict] == ["too few seeds to tell", "no difference"]
+    assert [pair.differences[0].verdict for pair in of_one[:2]] == ["better", "better"]
+    assert compare_runs(runs).pairs[0].differences[0].verdict == "better"
+
+    other = write_run(tmp_path / "other", (2.0, 1.0), 7, config={"seed": 7, "x": 1})
+    [against_one] = compare_runs([f"{runs[0]}:student", f"{runs[1]}:student", f"{other}:student"]).pairs
+    assert (against_one.num_seeds, against_one.paired) == ((2, 1), False)
+    assert against_one.differences[0].verdict == "too few seeds to tell"
+    page = write_comparison(compare_runs(runs[:2]), tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "too few seeds to tell" in page
+
+
 def test_seeds_with_validation_rows_of_their_own_are_compared_in_pairs(tmp_path: Path) -> None:
     """Each seed's two runs share its rows, and no two seeds share any."""
     runs = [
