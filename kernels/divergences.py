@@ -248,12 +248,16 @@ class RowDivergence:
                 name = limit
         return RowDivergence(FORMULAS[name], skew, beta)
 
-    def __call__(self, log_p_CK: Tensor, log_q_CK: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, log_p_CK: Tensor, log_q_CK: Tensor, p_CK: Tensor | None = None, q_CK: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Compute D and its weights.
 
         Args:
             log_p_CK: [C, K] the teacher's log-probabilities.
             log_q_CK: [C, K] the student's.
+            p_CK: [C, K] the teacher's probabilities. Default: computed.
+            q_CK: [C, K] the student's.
 
         Returns:
             D of each row, [C] in nats, and w = dD/d(log q), [C, K].
@@ -261,7 +265,9 @@ class RowDivergence:
         if self.rows is not None:
             return self.rows(log_p_CK, log_q_CK)
         assert self.formula is not None
-        row_first, both = self.formula.row_first, (log_p_CK, log_q_CK, log_p_CK.exp(), log_q_CK.exp())
+        p_CK = log_p_CK.exp() if p_CK is None else p_CK
+        q_CK = log_q_CK.exp() if q_CK is None else q_CK
+        row_first, both = self.formula.row_first, (log_p_CK, log_q_CK, p_CK, q_CK)
         numbers: tuple[Any, ...] = self.skew, self.beta
         if row_first is not None:
             head_C1 = None

@@ -15,7 +15,7 @@ from .passes import Headed, Normalisers, Origins, Settled
 # Bytes of V-wide tensors that a block of rows may hold: logits alone where compiled, temporaries too in eager mode.
 _BLOCK_BYTES = {"cpu": 24 << 20}
 _BLOCK_BYTES_ELSEWHERE = 256 << 20
-EAGER_BUFFERS = 10
+EAGER_BUFFERS = 12
 """V-wide tensors of the compute dtype that are alive at once in eager mode."""
 # The most classes that compiled code may add up one after the other.
 _PIECE = 2048

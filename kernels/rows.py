@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from .compact import SparseDivergence, compact_sums
-from .compiler import eager, layout
+from .compiler import layout
 from .divergences import RowDivergence, RowFirst
+from .eager_rows import eager_block
 from .passes import (
     Headed,
     Normalisers,
     Settled,
     gradient,
-    log_probabilities,
     logits,
     mass_from,
     merge,
@@ -172,6 +172,8 @@ class _RowLoss(RowNumbers):
         out: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Divergence, cross-entropy and entropy of a block, each [R, 1]. The gradient goes to `out`."""
+        if not self.pieces.compiled:
+            return eager_block(self, student_RV, teacher_RV, labels_R1, weights_R1, out)
         if teacher_RV is None or self.divergence is None:
             return self._student_block(student_RV, labels_R1, weights_R1, out)
         classes = min(student_RV.shape[1], teacher_RV.shape[1])
@@ -195,23 +197,15 @@ class _RowLoss(RowNumbers):
         entropy = log_sum_1 - a / s
 
         labels_K = labels_R1.clamp(max=classes - 1)
-        if self.divergence.formula is not None:
-            run, terms = self.run, self.divergence.formula.terms
-            label_terms = terms
-            if self.divergence.formula.row_first is not None:
-                n = self._settled(self.divergence.formula.row_first, key, student, teacher, of_sides)
-            parameters = (self.inverse_t, self.skew, self.beta)
-            both_RP = self.pieces.reduce(
-                (key, terms), reduction, (student, teacher), self.caps, *parameters, terms, of_rows=n
-            )
-            value, sum_w = (x.sum(1, keepdim=True) for x in both_RP)
-        else:
-            run = eager
-            log_q, _ = log_probabilities(student, self.caps[0], n.max_S, n.log_sum_S, self.inverse_t)
-            log_p, _ = log_probabilities(teacher, self.caps[1], n.max_T, n.log_sum_T, self.inverse_t)
-            value, w = self.divergence(log_p, log_q)
-            value, sum_w, w_label = value[:, None], w.sum(1, keepdim=True), w.gather(1, labels_K)
-            terms, label_terms = (lambda *_: (w, w)), (lambda *_: (w_label, w_label))
+        assert self.divergence.formula is not None
+        terms, first = self.divergence.formula.terms, self.divergence.formula.row_first
+        if first is not None:
+            n = self._settled(first, key, student, teacher, of_sides)
+        parameters = (self.inverse_t, self.skew, self.beta)
+        both_RP = self.pieces.reduce(
+            (key, terms), reduction, (student, teacher), self.caps, *parameters, terms, of_rows=n
+        )
+        value, sum_w = (x.sum(1, keepdim=True) for x in both_RP)
         if out is None:
             return value, cross_entropy, entropy
 
@@ -221,13 +215,13 @@ class _RowLoss(RowNumbers):
         factors = (self.factor_of_power(a_R1, n.log_sum_S, log_sum), b_R1)
         shared = (self.caps, n, sum_w, log_sum, factors, self.inverse_t, self.skew, self.beta)
         at_label = torch.empty_like(s)
-        gradient(label_S, teacher.gather(1, labels_K), *shared, label_terms, self.temperature_kind, at_label)
+        gradient(label_S, teacher.gather(1, labels_K), *shared, terms, self.temperature_kind, at_label)
         if tail.shape[1]:
             in_tail = torch.empty_like(s)
             student_gradient(label_S, self.caps[0], max_1, log_sum_1, a_R1, in_tail)
             at_label = torch.where(labels_R1 < classes, at_label, in_tail)
             student_gradient(tail, self.caps[0], max_1, log_sum_1, a_R1, out[:, classes:])
-        run((key, terms), gradient, student, teacher, *shared, terms, self.temperature_kind, target)
+        self.run((key, terms), gradient, student, teacher, *shared, terms, self.temperature_kind, target)
         self._write_label(out, labels_R1, label_S, at_label, a_R1)
         return value, cross_entropy, entropy
 

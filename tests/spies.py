@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -82,4 +83,26 @@ class Largest(TorchDispatchMode):
         storages = [x.untyped_storage() for x in real]
         made = [s.nbytes() // 4 for s in storages if s._cdata not in given]  # all is float32 here
         self.elements = max(self.elements, *made, 0)
+        return out
+
+
+class Wide(TorchDispatchMode):
+    """Passes over tensors of at least `elements`, and how many such tensors are alive at once beside those given."""
+
+    def __init__(self, elements: int) -> None:
+        super().__init__()
+        self.elements, self.passes, self.most_alive = elements, 0, 0
+        self._alive: dict[int, StorageWeakRef] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)]
+        self.passes += not func.is_view and any(x.numel() >= self.elements for x in tensors)
+        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        for x in tree_leaves(out):
+            storage = x.untyped_storage() if isinstance(x, Tensor) else None
+            if storage is not None and storage._cdata not in given and x.numel() >= self.elements:
+                self._alive[storage._cdata] = StorageWeakRef(storage)
+        self._alive = {key: ref for key, ref in self._alive.items() if not ref.expired()}
+        self.most_alive = max(self.most_alive, len(self._alive))
         return out

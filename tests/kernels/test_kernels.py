@@ -36,6 +36,7 @@ from kernel_cases import (
     make_rows,
     textbook,
 )
+from spies import Wide
 from test_losses import Problem, gradients, problem
 from tiny import DIVERGENCES, ROW_FIRST, assert_same, rounding
 from torch import Tensor
@@ -287,6 +288,44 @@ def test_blocks_of_rows_are_independent(backend: str, monkeypatch: pytest.Monkey
     monkeypatch.setitem(pieces._BLOCK_BYTES, "cpu", 97 * 4 * (40 if backend == "eager" else 8))
     for x, y in zip(by_backend(backend, sample, "jsd", 4.0), whole):
         assert_same(x, y, 2e-6)
+
+
+def eager_passes(divergence: str | None, classes: tuple[int, int], temperature: float, softcap: float | None) -> Wide:
+    """What a block of three rows does with its logits, the gradient included."""
+    of_student, of_teacher = classes
+    student, out, labels = torch.randn(3, of_student), torch.empty(3, of_student), torch.tensor([0, 1, of_student - 1])
+    teacher = None if divergence is None else torch.randn(3, of_teacher)
+    with Wide(3 * min(classes)) as wide:
+        distillation_rows(
+            student,
+            teacher,
+            labels,
+            None if divergence is None else RowDivergence.of(divergence),
+            RowCoefficients(0.5, 0.5, temperature),
+            gradient_CV=out,
+            student_softcap=softcap,
+            teacher_softcap=softcap,
+        )
+    return wide
+
+
+@not_interpreted
+@pytest.mark.parametrize(
+    ("divergence", "temperature", "most"), [(None, 1.0, 13), ("forward_kl", 1.0, 27), ("forward_kl", 2.0, 33)]
+)
+def test_eager_rows_compute_each_softmax_once(divergence: str | None, temperature: float, most: int) -> None:
+    """A softmax has 7 passes, its logarithm included; the gradient, 5 of them, does not begin anew."""
+    assert 5 < eager_passes(divergence, (999, 999), temperature, None).passes <= most
+
+
+@not_interpreted
+@pytest.mark.parametrize("divergence", [*DIVERGENCES, *ROW_FIRST])
+def test_eager_rows_hold_no_more_tensors_than_the_budget_counts(divergence: str) -> None:
+    most = [
+        eager_passes(divergence, classes, temperature, softcap).most_alive
+        for classes, temperature, softcap in product(((999, 999), (999, 990)), (1.0, 1.5, 2.0), (None, 30.0))
+    ]
+    assert 5 < max(most) <= pieces.EAGER_BUFFERS
 
 
 if INTERPRETED:

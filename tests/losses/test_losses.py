@@ -15,6 +15,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from srd_fast import DistillationLoss, DistillationOutput, UserError, distillation_loss, distillation_loss_from_logits
+from srd_fast.kernels import EAGER_BUFFERS
 from srd_fast.losses import Head, expect_logits, free_workspace, token_cross_entropy
 from srd_fast.losses.backends import chosen_backend
 
@@ -567,7 +568,7 @@ def test_given_logits_must_be_the_heads(change: Any) -> None:
 def test_no_tensor_is_larger_than_a_chunk_of_logits(reduction: str) -> None:
     rows, classes, chunk = 3000, 1008, 32
     p = problem(shape=(rows,), widths=(8, 8), classes=(classes, classes), bias=True, ignored=0.2).to(torch.float32)
-    budget = chunk * classes * 4 * 12
+    budget = chunk * classes * 4 * (2 + EAGER_BUFFERS)
     free_workspace()
     with Watch() as watch:
         p.run(memory_budget=budget, reduction=reduction).loss.mean().backward()
@@ -587,7 +588,7 @@ def test_the_smallest_budget_takes_one_row_at_a_time() -> None:
 
 
 # Bytes of ten rows of 23 classes: the aligned logits of both sides and eager mode's temporaries, all float64.
-TEN_ROWS = 10 * (2 * 32 + 10 * 23) * 8
+TEN_ROWS = 10 * (2 * 32 + EAGER_BUFFERS * 23) * 8
 
 
 @pytest.mark.parametrize(
