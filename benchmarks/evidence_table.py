@@ -127,7 +127,6 @@ def write_all(folder: Path) -> str:
     rows = rows_of(read_lines(folder / "evidence.jsonl"))
     if not rows:
         return "no cell is there yet"
-    (folder / "evidence.csv").unlink(missing_ok=True)
     write(rows, folder)
     text = f"{tables.evidence(rows)}\n{tables.evidence_differences(rows)}"
     (folder / "evidence.md").write_text(text, encoding="utf-8")

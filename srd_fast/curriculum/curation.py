@@ -87,9 +87,10 @@ def curate(
         seed: seed of the random ranking, and of the order "shuffled".
         floor_subsets: make subsets of int(N * keep / stages) samples, as the authors' code does. Otherwise sizes differ
             by at most 1.
-        order: the order of the kept samples before they are divided into subsets; it does not affect which are dropped.
-            "ranked": that of the ranking; "shuffled"; or a signal, its easy end first (for "gap" the large values). It
-            must be one of `signals` (with weight 0 it does not rank) or one of `reflect`'s own.
+        order: the order of the kept samples before they are divided into subsets; it does not affect which are dropped,
+            but a sample without a value for it cannot be ranked. "ranked": that of the ranking; "shuffled"; or a
+            signal, its easy end first (for "gap" the large values). It must be one of `signals` (with weight 0 it does
+            not rank) or one of `reflect`'s own.
         band: column -> lowest and highest value. With any method, samples outside are dropped before the ranking, so
             `keep` is a share of those inside: {"pass_rate": [0.1, 0.9]} drops samples that the student never or always
             solves.
@@ -309,15 +310,19 @@ def _weights(ids: pa.Array, p: np.ndarray) -> pa.RecordBatch:
 
 def _signal(name: str, given: Signal | Mapping[str, Any] | float) -> Signal:
     if isinstance(given, Signal):
-        return given
-    if isinstance(given, (int, float)) and name in HIGHER_IS_EASIER:
-        return Signal(HIGHER_IS_EASIER[name], float(given))
-    try:
-        return Signal(**given)  # type: ignore[arg-type]
-    except TypeError:
-        raise UserError(
-            f"signal {name!r} must have higher_is_easier (true or false) and optionally weight, got {given!r}"
-        ) from None
+        found = given
+    elif isinstance(given, (int, float)) and name in HIGHER_IS_EASIER:
+        found = Signal(HIGHER_IS_EASIER[name], float(given))
+    else:
+        try:
+            found = Signal(**given)  # type: ignore[arg-type]
+        except TypeError:
+            raise UserError(
+                f"signal {name!r} must have higher_is_easier (true or false) and optionally weight, got {given!r}"
+            ) from None
+    if not isinstance(found.weight, (int, float)) or not math.isfinite(found.weight):
+        raise UserError(f"signal {name!r}: weight must be a finite number, got {found.weight!r}")
+    return found
 
 
 def _columns(

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from srd_fast.report.files import Fields, read_json, read_table
+from srd_fast.report.files import Fields, read_json, read_rows
 
 # The models of a run, in the order in which pages show them.
 NAMES = {"teacher": "teacher", "start": "starting student", "student": "distilled student"}
@@ -66,15 +66,13 @@ def read_answers(folder: Path) -> ValidationAnswers | None:
             models[name] = _measures(rows)
     if not models:
         return None
-    return ValidationAnswers(
-        read_table(folder / "data" / "validation.parquet", ("sample_id", "prompt", "references")), models
-    )
+    return ValidationAnswers(read_rows(folder / "data" / "validation.parquet"), models)
 
 
 def texts_of(table: pa.Table) -> tuple[dict[str, str], dict[str, str]]:
     """sample_id -> prompt, and sample_id -> references, one below the other."""
     ids = table["sample_id"].to_pylist()
-    joined = ("\n– or –\n".join(x or []) for x in table["references"].to_pylist())
+    joined = ("\n– or –\n".join(y for y in x or [] if y is not None) for x in table["references"].to_pylist())
     return dict(zip(ids, table["prompt"].to_pylist())), dict(zip(ids, joined))
 
 
@@ -85,10 +83,9 @@ def _measures(rows: Fields) -> RowMeasures:
         values = rows.items(name) or [math.nan] * len(ids)
         if len(values) != len(ids):
             raise rows.fail(name, "as long as sample_id")
-        try:
-            return np.array(values, dtype=np.float64)
-        except (TypeError, ValueError):
-            raise rows.fail(name, "a list of numbers") from None
+        if not all(x is None or (isinstance(x, int | float) and not isinstance(x, bool)) for x in values):
+            raise rows.fail(name, "a list of numbers")
+        return np.array(values, dtype=np.float64)
 
     generations = [str(x) for x in rows.items("generation")]
     if len(generations) != len(ids):

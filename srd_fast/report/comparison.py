@@ -6,7 +6,7 @@ rows and over seeds (see `intervals`). It has 95 % confidence for the three meas
 1 - 0.05 / 3. If the interval holds 0, the verdict is that there is no difference. With one seed on both sides, the
 interval does not cover the effect of seeds. Two seeds hardly bound it: Student's t is then 38 standard errors wide, so
 where only that hides a difference, the verdict is that there are too few seeds to tell. A run's seed also chooses its
-validation rows: if two models share too few of them, the rows of each are resampled separately, which makes the
+validation rows: if two models share less than half of them, the rows of each are resampled separately, which makes the
 interval wider.
 """
 
@@ -36,6 +36,8 @@ from srd_fast.report.sides import (
 LEVEL = 1 - 0.05 / 3
 # With fewer rows, no interval is computed.
 LEAST_ROWS = 10
+# Models are compared on the rows that they share if these are at least this part of the rows of each.
+_SHARED_PART = 0.5
 
 
 @dataclass(frozen=True)
@@ -155,10 +157,11 @@ def compare_runs(runs: Sequence[str]) -> Comparison:
     Raises:
         UserError: a folder is not a run folder, lacks measures of single rows, or only one model is given.
     """
-    if len(set(runs)) < len(runs):
-        twice = next(x for i, x in enumerate(runs) if x in runs[:i])
-        raise UserError(f"{twice} is given twice; give each run once")
     chosen = [read_models(given) for given in runs]
+    of_given = [[(one.run.resolve(), one.name) for one in models] for models in chosen]
+    for number, models in enumerate(of_given):
+        if models in of_given[:number]:
+            raise UserError(f"{runs[number]} is given twice; give each run once")
     labels = dict(zip(runs, labels_of([models[0].run for models in chosen])))
     of_run = {id(models): label for models, label in zip(chosen, labels.values())}
     sides = [_side(side, of_run[id(side[0])]) for side in sides_of(chosen)]
@@ -187,12 +190,14 @@ def _side(runs: Sequence[Sequence[Given]], label: str) -> list[Model]:
 
 
 def _shared(models: Sequence[Model]) -> list[str]:
-    """The rows that all models have; empty if these are too few although each model has enough."""
-    rows = [model.rows for model in models]
-    sets = [set(x) for x in rows]
-    shared = [x for x in rows[0] if all(x in of_model for of_model in sets)]
-    fewest = min(len(one.rows.index) for model in models for one in model.of_seeds)
-    return [] if len(shared) < LEAST_ROWS <= fewest else shared
+    """The rows that all models have; empty if these are too few although each model has enough.
+
+    Rows of the same id whose references differ are not the same.
+    """
+    first, *others = [one for model in models for one in model.of_seeds]
+    shared = [x for x in first.rows.index if all(one.has(x, first.references.get(x)) for one in others)]
+    fewest = min(len(one.rows.index) for one in (first, *others))
+    return [] if len(shared) < max(_SHARED_PART * fewest, min(LEAST_ROWS, fewest)) else shared
 
 
 def compare_models(first: Model, second: Model) -> Pair:
@@ -203,12 +208,11 @@ def compare_models(first: Model, second: Model) -> Pair:
         second: another, of runs with the same teacher if their KL is to be compared.
     """
     seeds = [one.seed for one in first.of_seeds], [one.seed for one in second.of_seeds]
-    common = [x for x in seeds[0] if x is not None and x in seeds[1]]
-    paired = bool(common) or len(seeds[0]) == len(seeds[1]) == 1
-    if common:
-        first, second = (
-            Model(m.label, [x for s in common for x in m.of_seeds if x.seed == s]) for m in (first, second)
-        )
+    same = None not in seeds[0] and set(seeds[0]) == set(seeds[1])
+    paired = same or len(seeds[0]) == len(seeds[1]) == 1
+    if same:
+        by_seed = {one.seed: one for one in second.of_seeds}
+        second = Model(second.label, [by_seed[seed] for seed in seeds[0]])
     rows, num_rows = _rows_of_seeds(first, second, paired)
     counts = len(first.of_seeds), len(second.of_seeds)
     differences = []
@@ -218,7 +222,6 @@ def compare_models(first: Model, second: Model) -> Pair:
             for model, of_model in zip((first, second), rows)
         ]
         before, after = (mean_and_deviation([x.mean for x in side])[0] for side in sides)
-        apart = {x.rows for side in sides for x in side}
         reason = ""
         if first.teacher != second.teacher and (measure.field == "kl" or (measure.of_tokens and not num_rows)):
             reason = "not comparable: other teachers"
@@ -226,7 +229,9 @@ def compare_models(first: Model, second: Model) -> Pair:
             reason = "not comparable: other tokens"
         elif math.isnan(before + after):
             reason = "not measured"
-        elif min(map(len, apart)) < LEAST_ROWS:
+        elif math.isinf(before) or math.isinf(after):
+            reason = "not finite"
+        elif min(np.count_nonzero(x.weights) for side in sides for x in side) < LEAST_ROWS:
             reason = "too few rows to tell"
         if reason:
             differences.append(Difference(measure, before, after, reason=reason))
@@ -275,6 +280,8 @@ def comparison_text(comparison: Comparison) -> str:
     lines = [of, *_aligned(table)]
     for pair in comparison.pairs:
         lines += ["", *pair_lines(pair)]
+    if any(max(pair.num_seeds) == 1 for pair in comparison.pairs):
+        lines += ["", "With one seed, an interval does not hold what another seed of training would give."]
     return "\n".join(lines)
 
 

@@ -94,6 +94,38 @@ def read_json(path: Path) -> Fields | None:
         return Fields(path, json.loads(text))
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: not valid JSON (line {error.lineno}: {error.msg})") from error
+    except RecursionError as error:
+        raise UserError(f"{path}: not readable JSON (objects in objects, too deep)") from error
+
+
+def read_rows(path: Path) -> pa.Table | None:
+    """The ids, prompts and references of a split's rows; None if there is no file."""
+    table = read_table(path, ("sample_id", "prompt", "references"))
+    if table is None:
+        return None
+    check_texts(table, path, ("sample_id", "prompt"))
+    kind = table.schema.field("references").type
+    lists = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    if len(table) and not (lists and (_is_text(kind.value_type) or pa.types.is_null(kind.value_type))):
+        raise UserError(f"{path}: column 'references' must hold lists of strings, found {kind}")
+    return table
+
+
+def check_texts(table: pa.Table, path: Path, names: Sequence[str]) -> None:
+    """Refuse columns that do not hold strings."""
+    for name in names:
+        kind = table.schema.field(name).type
+        if len(table) and not _is_text(kind):
+            raise UserError(f"{path}: column {name!r} must hold strings, found {kind}")
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def index_of(table: pa.Table) -> dict[str, int]:
+    """sample_id -> its row."""
+    return {sample_id: row for row, sample_id in enumerate(table["sample_id"].to_pylist())}
 
 
 def read_table(path: Path, required: Sequence[str], optional: Sequence[str] | None = ()) -> pa.Table | None:

@@ -108,7 +108,7 @@ def _hardness(plan: CurriculumPlan, ids: Sequence[str]) -> FloatArray:
 def _nothing_done(plan: CurriculumPlan) -> list[str]:
     if plan.method == "random":
         return ["Rows were dropped and ordered at random: this run is a control."]
-    if not plan.dropped and sum(1 for subset in plan.subsets if subset) < 2:
+    if not plan.dropped and not plan.unscored and sum(1 for subset in plan.subsets if subset) < 2:
         return ["The curriculum is idle: all rows are kept, in one subset."]
     return []
 
@@ -123,14 +123,21 @@ def _by_length(hardness: FloatArray, length: FloatArray, dropped: npt.NDArray[np
             found[-1] += " The signals do little more than count: sorting by length would give nearly this curriculum."
     count = int(dropped.sum())
     if 0 < count < len(dropped):
-        order = np.argsort(length, kind="stable")
-        ends = {"shortest": order[:count], "longest": order[-count:]}
-        which, same = max(((n, float(dropped[x].mean())) for n, x in ends.items()), key=lambda pair: pair[1])
+        ends = {"shortest": _dropped_among(length, dropped), "longest": _dropped_among(-length, dropped)}
+        which, same = max(ends.items(), key=lambda pair: pair[1])
         found.append(
             f"Dropping as many of the {which} rows instead would have dropped {same:.0%} of the same rows; chance "
             f"alone gives {count / len(dropped):.0%}."
         )
     return found
+
+
+def _dropped_among(values: FloatArray, dropped: npt.NDArray[np.bool_]) -> float:
+    """The share of dropped rows among as many with the lowest values; among rows of equal value, as chance gives."""
+    count = int(dropped.sum())
+    border = np.sort(values)[count - 1]
+    below, at = values < border, values == border
+    return float(dropped[below].sum() + (count - below.sum()) * dropped[at].mean()) / count
 
 
 def _between(scores: dict[str, FloatArray], signals: Sequence[str]) -> list[str]:

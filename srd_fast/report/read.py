@@ -16,7 +16,7 @@ import pyarrow as pa
 from srd_fast.curriculum import CurriculumPlan
 from srd_fast.errors import UserError
 from srd_fast.report.answers import ValidationAnswers, read_answers
-from srd_fast.report.files import Fields, read_json, read_table, read_text
+from srd_fast.report.files import Fields, check_texts, index_of, read_json, read_rows, read_table, read_text
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -198,22 +198,9 @@ def read_run(run_folder: str | Path) -> Run:
     )
 
 
-def _index(table: pa.Table, path: Path, texts: Sequence[str]) -> dict[str, int]:
-    for name in ("sample_id", *texts):
-        kind = table.schema.field(name).type
-        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)) and len(table):
-            raise UserError(f"{path}: column {name!r} must hold strings, found {kind}")
-    return {sample_id: row for row, sample_id in enumerate(table["sample_id"].to_pylist())}
-
-
 def _read_train(path: Path) -> TrainRows | None:
-    table = read_table(path, ("sample_id", "prompt", "references"))
-    if table is None:
-        return None
-    kind = table.schema.field("references").type
-    if len(table) and not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
-        raise UserError(f"{path}: column 'references' must hold lists of strings, found {kind}")
-    return TrainRows(table, _index(table, path, ("prompt",)))
+    table = read_rows(path)
+    return None if table is None else TrainRows(table, index_of(table))
 
 
 def _count_rows(path: Path) -> int | None:
@@ -230,7 +217,8 @@ def _read_reflections(path: Path) -> Reflections | None:
         for field in table.schema
         if pa.types.is_floating(field.type)
     }
-    return Reflections(table, _index(table, path, ("generation",)), scores)
+    check_texts(table, path, ("sample_id", "generation"))
+    return Reflections(table, index_of(table), scores)
 
 
 def _read_plan(path: Path) -> CurriculumPlan | None:

@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ import pyarrow as pa
 import yaml
 
 from srd_fast.errors import UserError
-from srd_fast.report.answers import NAMES, RowMeasures, read_answers
+from srd_fast.files import content_digest
+from srd_fast.report.answers import NAMES, RowMeasures, read_answers, texts_of
 from srd_fast.report.files import read_json, read_text
 from srd_fast.report.intervals import FloatArray, Measured
 
@@ -55,6 +56,7 @@ class Given:
         teacher: the teacher's name.
         rows: measures on the run's validation rows.
         table: these rows, if the run has them.
+        references: sample_id -> references of these rows.
     """
 
     run: Path
@@ -63,6 +65,12 @@ class Given:
     teacher: str
     rows: RowMeasures
     table: pa.Table | None
+    references: Mapping[str, str]
+
+    def has(self, sample_id: str, references: str | None) -> bool:
+        """Whether it has a row of this id, with these references if both are known."""
+        known = self.references.get(sample_id)
+        return sample_id in self.rows.index and (known is None or references is None or known == references)
 
     @property
     def seed(self) -> int | None:
@@ -87,12 +95,6 @@ class Model:
         """The teacher's name; if there are several, all names."""
         return ", ".join(dict.fromkeys(one.teacher for one in self.of_seeds))
 
-    @property
-    def rows(self) -> list[str]:
-        """The ids of the rows that all of its seeds have."""
-        first, *others = (one.rows.index for one in self.of_seeds)
-        return [x for x in first if all(x in index for index in others)]
-
     def values(self, measure: Measure, rows: Sequence[str]) -> list[float]:
         """The measure of each seed over these rows; over its own rows if there are none."""
         return [measured(one.rows, measure, rows).mean for one in self.of_seeds]
@@ -111,8 +113,13 @@ def measured(rows: RowMeasures, measure: Measure, ids: Sequence[str] = ()) -> Me
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and standard deviation of a measure over seeds; the deviation is NaN with fewer than two."""
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else math.nan
+    """Mean and standard deviation of a measure over seeds; the deviation is NaN with fewer than two.
+
+    Both are NaN if a seed was not measured.
+    """
+    mean = math.fsum(values) / len(values) if all(map(math.isfinite, values)) else float(np.sum(values))
+    known = len(values) > 1 and math.isfinite(mean)
+    return mean, statistics.stdev(values) if known else math.nan
 
 
 def read_models(given: str) -> list[Given]:
@@ -146,7 +153,20 @@ def read_models(given: str) -> list[Given]:
     summary = read_json(path / "summary.json")
     teacher = "" if summary is None else summary.text("teacher")
     config = _made_from(path)
-    return [Given(path, n, config, teacher, answers.models[n], answers.table) for n in wanted]
+    _check_config(path)
+    references = {} if answers.table is None else texts_of(answers.table)[1]
+    return [Given(path, n, config, teacher, answers.models[n], answers.table, references) for n in wanted]
+
+
+def _check_config(path: Path) -> None:
+    """Refuse a run whose config has changed since its models were evaluated: the measures are of other models."""
+    steps = read_json(path / "steps.json")
+    then = "" if steps is None else steps.child("evaluate").text("config")
+    if then and then != content_digest(path / "config.yaml"):
+        raise UserError(
+            f"{path}: its config has changed since it was evaluated, so the measures are not those of this config; "
+            f"srd-fast run {path} brings it to its end"
+        )
 
 
 def _made_from(path: Path) -> dict[str, Any]:
@@ -156,7 +176,8 @@ def _made_from(path: Path) -> dict[str, Any]:
     """
     own, above = _config(path / "config.yaml"), path.absolute().parent
     run = _config(above.parent / "config.yaml") if above.name == "controls" else {}
-    if path.absolute().name not in (run.get("controls") or ()):
+    controls = run.get("controls")
+    if not isinstance(controls, list) or path.absolute().name not in controls:
         return own
     epochs = "epochs_per_stage"
     distill = {name: value for name, value in (own.get("distill") or {}).items() if name != epochs}

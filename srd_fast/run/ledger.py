@@ -60,7 +60,11 @@ class News(str):
 
 
 class Ledger:
-    """`steps.json`: for each finished step its fingerprint, the digests of its outputs, and its seconds."""
+    """`steps.json`: for each finished step its fingerprint, the digests of its outputs, its seconds, and the config.
+
+    The config is a digest of config.yaml when the step was last done, or found done. If it is no longer that of the
+    file, a later run with another config has not come this far.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "steps.json"
@@ -73,6 +77,7 @@ class Ledger:
                         "fingerprint": e["fingerprint"],
                         "outputs": dict(e["outputs"]),
                         "seconds": float(e["seconds"]),
+                        "config": e.get("config", ""),
                     }
                     for name, e in content.items()
                 }
@@ -89,7 +94,16 @@ class Ledger:
     def record(self, step: Step, fingerprint: str, config: RunConfig, folder: Path, seconds: float) -> None:
         """Record a finished step, atomically."""
         outputs = {o: content_digest(folder / o) for o in step.outputs(config)}
-        self.entries[step.name] = {"fingerprint": fingerprint, "outputs": outputs, "seconds": seconds}
+        self._put(step, {"fingerprint": fingerprint, "outputs": outputs, "seconds": seconds}, folder)
+
+    def confirm(self, step: Step, folder: Path) -> None:
+        """Record that a finished step is also that of the folder's present config, atomically."""
+        entry = self.entries[step.name]
+        if entry["config"] != content_digest(folder / "config.yaml"):
+            self._put(step, entry, folder)
+
+    def _put(self, step: Step, entry: dict[str, Any], folder: Path) -> None:
+        self.entries[step.name] = {**entry, "config": content_digest(folder / "config.yaml")}
         write_text(self.path, json.dumps(self.entries, indent=1))
 
     def adopt(self, step: Step, entry: dict[str, Any]) -> None:

@@ -292,6 +292,7 @@ def _do(
             for cache in step.caches:
                 remove(folder / cache)
         elif valid:
+            ledger.confirm(step, folder)
             run.say(News(f"{place}: unchanged, skipped", step.name, "skipped"))
             continue
         for output in step.outputs(config):

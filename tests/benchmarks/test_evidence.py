@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -39,6 +40,7 @@ from benchmarks.evidence_grid import (  # noqa: E402
     Setting,
     cells,
 )
+from benchmarks.rows import RESULTS, read  # noqa: E402
 
 sys.path.remove(str(ROOT))
 
@@ -205,6 +207,17 @@ def test_a_last_line_that_a_kill_cut_off_is_no_line(tmp_path: Path) -> None:
     file.write_text('{"a": 1}\n{"a": 2}\n{"a":')
     assert [x["a"] for x in evidence_table.read_lines(file)] == [1, 2]
     assert evidence_table.read_lines(tmp_path / "none") == []
+
+
+def test_the_table_made_again_keeps_rows_of_other_machines(tmp_path: Path) -> None:
+    """Rows of which there are no lines here."""
+    for name in ("evidence.jsonl", "evidence.csv"):
+        shutil.copy(RESULTS / name, tmp_path)
+    of_lines = {row.device for row in evidence_table.rows_of(evidence_table.read_lines(tmp_path / "evidence.jsonl"))}
+    others = [row for row in read(tmp_path / "evidence.csv") if row.device not in of_lines]
+    evidence_table.write_all(tmp_path)
+    assert others
+    assert [row for row in read(tmp_path / "evidence.csv") if row.device not in of_lines] == others
 
 
 @pytest.mark.long

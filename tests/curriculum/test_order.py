@@ -1,5 +1,6 @@
 """The order in which the kept samples are cut into subsets, apart from which samples are dropped."""
 
+import math
 import random
 from itertools import chain
 from pathlib import Path
@@ -112,6 +113,9 @@ def test_weights_alone_stand_for_reflects_own_signals() -> None:
         ({"order": "length"}, "put that column among the signals"),
         ({"order": "chrf"}, "unknown column 'chrf'"),
         ({"signals": {"length": 1.0}}, "signal 'length' must have higher_is_easier"),
+        ({"signals": {"gap": math.nan}}, "signal 'gap': weight must be a finite number, got nan"),
+        ({"signals": {"gap": Signal(True, math.inf)}}, "signal 'gap': weight must be a finite number, got inf"),
+        ({"signals": {"gap": {"higher_is_easier": True, "weight": "1"}}}, "weight must be a finite number, got '1'"),
     ],
 )
 def test_an_order_that_is_none_is_refused(options: dict[str, Any], message: str) -> None:

@@ -19,9 +19,10 @@ from typer.testing import CliRunner
 from srd_fast.cli import app
 from srd_fast.curriculum import CurriculumPlan
 from srd_fast.errors import UserError
+from srd_fast.files import content_digest
 from srd_fast.report import compare_runs, comparison_text, write_comparison
 from srd_fast.report.comparison import LEVEL
-from srd_fast.report.intervals import Measured, difference_interval
+from srd_fast.report.intervals import Measured, difference_interval, quantiles_of_t
 from srd_fast.run.config import RunConfig
 from srd_fast.run.pipeline import execute
 from srd_fast.run.steps import control_config, outcome
@@ -109,6 +110,38 @@ def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
     assert pytest.approx(0.9833, abs=1e-4) == LEVEL
 
 
+@pytest.mark.parametrize("count", [10, 20, 64])
+def test_intervals_over_few_rows_are_wide_enough(count: int) -> None:
+    """Without widening, those of ten rows with weights hold 91 % where they say 98.3."""
+    random, inside = np.random.default_rng(count), 0
+    for _ in range(200):
+        weights = np.ceil(random.lognormal(3, 0.7, count))
+        low, high = paired_interval(random.normal(0.1, 0.5, count) * weights, weights)
+        inside += low <= 0.1 <= high
+    assert inside / 200 >= 0.945
+
+
+def test_quantiles_of_t_are_the_textbooks() -> None:
+    """Two-sided 95 % and 98.3 %, from tables."""
+    for freedom, at_95 in ((1, 12.7062), (2, 4.30265), (3, 3.18245), (10, 2.22814), (100, 1.98397)):
+        low, middle, high = quantiles_of_t(freedom, np.array([0.025, 0.5, 0.975]))
+        assert high == pytest.approx(at_95, rel=1e-5)
+        assert [low, middle] == pytest.approx([-at_95, 0], rel=1e-5, abs=1e-9)
+    assert quantiles_of_t(2, np.array([(1 + LEVEL) / 2]))[0] == pytest.approx(7.64880, rel=1e-5)
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_the_part_of_seeds_is_students_t(count: int) -> None:
+    """Where rows do not matter, the interval is t standard errors to both sides."""
+    rows, ones = tuple(map(str, range(40))), np.ones(40)
+    values = np.random.default_rng(count).normal(0.5, 0.2, count)
+    sides = [[Measured(rows, x * ones, ones) for x in side] for side in (0 * values, values)]
+    low, high = difference_interval(*sides, LEVEL, True)
+    t = quantiles_of_t(count - 1, np.array([(1 + LEVEL) / 2]))[0]
+    half = t * values.std(ddof=1) / math.sqrt(count)
+    assert [low, high] == pytest.approx([values.mean() - half, values.mean() + half], abs=0.01 * half)
+
+
 @pytest.mark.parametrize("paired", [True, False])
 def test_intervals_over_three_seeds_hold_the_truth_as_often_as_they_say(paired: bool) -> None:
     """A seed moves both sides alike by 1 and each by 0.1, rows by 0.5. Drawing three seeds anew would hold 75 %."""
@@ -157,6 +190,83 @@ def test_runs_with_other_validation_rows_are_compared_apart(tmp_path: Path) -> N
     assert not blocks(page)
 
 
+def test_rows_that_are_not_the_same_are_not_paired(tmp_path: Path) -> None:
+    """Rows of the same id with other references, and a few that two random draws have in common."""
+    one, other = (write_run(tmp_path / str(i), (2.0, 1.0), i) for i in range(2))
+    for at_least, references in ((1, COUNT // 2), (0, COUNT // 2 + 1)):
+        path = Path(other) / "data" / "validation.parquet"
+        table = {"sample_id": [f"v{i}" for i in range(COUNT)], "prompt": ["p"] * COUNT}
+        texts = pa.array([["another"]] * references + [[HOSTILE[1]]] * (COUNT - references))
+        pq.write_table(pa.table(table | {"references": texts}), path)
+        assert compare_runs([one, other]).pairs[-1].num_rows == at_least * (COUNT - references)
+
+    both = [
+        write_run(tmp_path / f"few{i}", (2.0, 1.0), i, ids=range(45 * i, 45 * i + COUNT), config={"seed": i})
+        for i in range(2)
+    ]
+    together, first, _, seeds = compare_runs(both).pairs
+    assert [together.num_rows, first.num_rows, seeds.num_rows] == [COUNT, COUNT, 0]
+
+
+def test_what_is_not_a_number_gets_no_verdict(tmp_path: Path) -> None:
+    one = write_run(tmp_path / "one", (2.0, 1.0))
+    for name, values in (("some", [math.inf] * 20 + [1.0] * 40), ("all", [math.inf] * COUNT)):
+        other = write_run(tmp_path / name, (2.0, 1.0), changed={"kl": values})
+        assert verdicts(one, other)[-1] == ["not finite", "no difference", "no difference"]
+    empty = write_run(tmp_path / "empty", (2.0, 1.0), changed={"num_tokens": [0] * (COUNT - 5) + [10] * 5})
+    assert verdicts(empty)[0] == ["too few rows to tell", "too few rows to tell", "no difference"]
+    none = write_run(tmp_path / "none", (2.0, 1.0), changed={"num_tokens": [0] * COUNT})
+    assert verdicts(none)[0] == ["not measured", "not measured", "no difference"]
+    seeds = [
+        write_run(tmp_path / f"seed{i}", (2.0, 1.0), i, changed={"kl": None} if i else {}, config={"seed": i})
+        for i in range(3)
+    ]
+    together = compare_runs(seeds)
+    assert together.models[0][1][0] == "–"
+    assert together.pairs[0].differences[0].verdict == "not measured"
+    assert "±" in together.models[0][1][1]
+
+
+def test_a_run_that_was_changed_after_its_evaluation_is_refused(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "a", (2.0, 1.0), config={"seed": 0})
+    steps = {"evaluate": {"config": content_digest(Path(run) / "config.yaml")}}
+    (Path(run) / "steps.json").write_text(json.dumps(steps))
+    assert len(compare_runs([run]).pairs) == 1
+    with (Path(run) / "config.yaml").open("a") as f:
+        f.write("learning_rate: 1.0\n")
+    with pytest.raises(UserError, match=r"a: its config has changed since it was evaluated.*srd-fast run .*a brings"):
+        compare_runs([run])
+
+
+def test_damaged_files_are_named(tmp_path: Path) -> None:
+    def damaged(file: str, content: Any) -> str:
+        run = write_run(tmp_path / str(len(list(tmp_path.iterdir()))), (2.0, 1.0), config={"seed": 0})
+        if isinstance(content, pa.Array):
+            table = pq.read_table(Path(run) / file).drop_columns("references").append_column("references", content)
+            pq.write_table(table, Path(run) / file)
+        else:
+            (Path(run) / file).write_text(content)
+        return run
+
+    ok = write_run(tmp_path / "ok", (2.0, 1.0))
+    measures = json.loads((Path(ok) / "evaluation.json").read_text())
+    for values in ([[1.0]] * COUNT, ["1.0"] * COUNT, [True] * COUNT):
+        measures["student"]["rows"]["kl"] = values
+        with pytest.raises(UserError, match=r"evaluation\.json: student\.rows\.kl must be a list of numbers"):
+            compare_runs([damaged("evaluation.json", json.dumps(measures))])
+    with pytest.raises(UserError, match=r"evaluation\.json: not readable JSON"):
+        compare_runs([damaged("evaluation.json", '{"a":' * 100_000)])
+    with pytest.raises(UserError, match=r"validation\.parquet: column 'references' must hold lists of strings"):
+        compare_runs([damaged("data/validation.parquet", pa.array([[1]] * COUNT))])
+    assert compare_runs([damaged("data/validation.parquet", pa.array([[None, "a"]] * COUNT))]).references["v0"] == "a"
+
+    above = damaged("config.yaml", "controls: 5\n")
+    (Path(above) / "controls").mkdir()
+    assert (
+        len(compare_runs([write_run(Path(above) / "controls" / "random", (2.0, 1.0), config={"seed": 0})]).pairs) == 1
+    )
+
+
 def test_runs_that_cannot_be_compared_are_refused(tmp_path: Path) -> None:
     one = write_run(tmp_path / "a", (2.0, 1.0))
     (tmp_path / "old").mkdir()
@@ -172,6 +282,7 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path: Path) -> None:
         ([f"{one}:teacher"], r"holds no measures of single rows \(teacher\)"),
         ([f"{one}:start"], "is one model: give a run folder, or two models"),
         ([one, one], "is given twice"),
+        ([one, f"{one}/"], "is given twice"),
     ):
         with pytest.raises(UserError, match=said):
             compare_runs(runs)
@@ -234,6 +345,14 @@ def test_runs_that_differ_by_the_seed_alone_are_one_side(tmp_path: Path) -> None
     again = runs("again", [1.02], curate={"method": "srd"})
     labels = [label for label, _ in compare_runs([*srd, *again]).models]
     assert labels[-1] == "again0, distilled student"
+    # Of these, seed 2 is on both sides: all seeds are compared, not that one alone.
+    some = write_run(tmp_path / "some2", (2.0, 1.2), 77, config={"seed": 2, "curate": {"method": "none"}, "x": 1})
+    more = write_run(tmp_path / "some3", (2.0, 1.6), 78, config={"seed": 3, "curate": {"method": "none"}, "x": 1})
+    overlapping = compare_runs([*srd, some, more]).pairs[-1]
+    assert (overlapping.num_seeds, overlapping.paired) == ((3, 2), False)
+    assert overlapping.differences[0].second == pytest.approx(
+        1.4 + 4 + np.random.default_rng(99).normal(0, 3, 60).mean(), abs=0.1
+    )
     [of_two] = compare_runs([f"{srd[0]}:student", f"{srd[1]}:student", f"{far[2]}:student"]).pairs
     assert (of_two.num_seeds, of_two.paired) == ((2, 1), False)
     assert "1 against 2 seeds" in of_two.basis
@@ -342,9 +461,23 @@ def test_runs_of_tiny_models_with_two_seeds_do_not_differ(
     monkeypatch.chdir(tmp_path)
     done = CliRunner().invoke(app, ["compare", "seed-0", "seed-1"])
     assert done.exit_code == 0, done.output
-    together, first, second, seeds = done.output.split("\n\n")[1:]
+    together, first, second, seeds, note = done.output.split("\n\n")[1:]
     assert "seed-0 (2 seeds), distilled student against seed-0 (2 seeds), starting student" in together
     for before_and_after in (first, second):
         assert re.search(r"KL to the teacher .* better", before_and_after), done.output
     assert seeds.count("no difference") == 3, done.output
+    assert note.startswith("With one seed, an interval does not hold")
     assert (tmp_path / "comparison.html").stat().st_size > 50_000
+
+    # Another config, whose run was stopped before it came to the evaluation: these measures are not its own.
+    changed = RunConfig(**{**config, "distill": {**config["distill"], "learning_rate": 1e-3}})
+    execute(changed, only="distill", say=lambda text: None)
+    with pytest.raises(UserError, match="its config has changed since it was evaluated"):
+        compare_runs(["seed-0", "seed-1"])
+    execute(changed, say=lambda text: None)
+    assert len(compare_runs(["seed-0", "seed-1"]).pairs) == 3
+    # One that only skips: the measures are those of the new config too.
+    execute(
+        RunConfig(**{**changed.model_dump(), "reflect": {**config["reflect"], "batch_size": 4}}), say=lambda text: None
+    )
+    compare_runs(["seed-0", "seed-1"])

@@ -80,6 +80,25 @@ def test_rank_correlation_is_the_textbooks() -> None:
     assert np.isnan(spearman(first, np.ones(5)))
 
 
+def test_among_references_of_one_length_chance_decides(tmp_path: Path) -> None:
+    """Not the order in which the plan lists the rows, kept ones first."""
+    rouge, entropy = RANDOM.uniform(0, 1, COUNT), RANDOM.uniform(0, 1, COUNT)
+    for name, references in (
+        ("one", ["A"] * COUNT),
+        ("two", ["yes" if x < 0.5 else "no" for x in RANDOM.random(COUNT)]),
+    ):
+        (tmp_path / name).mkdir()
+        text, *_ = said(tmp_path / name, rouge, entropy, references)
+        share = re.findall(r"rows instead would have dropped (\d+)% of the same rows; chance alone gives 25%", text)[0]
+        assert 24 <= int(share) <= (25 if name == "one" else 31)
+
+
+def test_rows_without_a_score_are_not_trained_on(tmp_path: Path) -> None:
+    rouge, entropy = RANDOM.uniform(0, 1, COUNT), np.where(np.arange(COUNT) < 100, np.nan, RANDOM.uniform(0, 1, COUNT))
+    text, *_ = said(tmp_path, rouge, entropy, keep=1.0, stages=1)
+    assert "idle" not in text
+
+
 def test_ties_and_plans_that_do_nothing_are_said(tmp_path: Path) -> None:
     rouge, entropy = np.where(np.arange(COUNT) < 300, 0.0, 0.5), RANDOM.uniform(0, 1, COUNT)
     cases = (
