@@ -40,7 +40,7 @@ def config_of(task: dict[str, Any], *more: str) -> RunConfig:
     """The config of a task's run."""
     given = {
         "teacher": task["teacher"], "student": "prune", "data": task["data"], "validation": task["validation"][0],
-        "output_dir": task["folder"], "seed": task["seed"], "device": task["device"],
+        "output_dir": task["folder"], "seed": task["seed"], "device": task["device"], "dtype": "bfloat16",
         "init_student.layers": task["layers"], "init_student.warmup_steps": task["warmup_steps"],
         "reflect.max_new_tokens": task["new_tokens"], "evaluate.max_new_tokens": task["new_tokens"],
         "reflect.engine": "transformers", "reflect.batch_size": 64, "evaluate.batch_size": 64,

@@ -192,7 +192,7 @@ class RunConfig(_Section):
     max_privileged_length: int = Field(default=2048, ge=1)
     """Most tokens of the teacher's prompt in mode self; longer rows are rejected."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Dtype of computation; auto is bfloat16 if the device supports it in hardware."""
+    """Dtype of computation; auto is bfloat16 if the device multiplies it faster than float32."""
     device: str = "auto"
     """Such as cpu or cuda:1; auto is a GPU if there is one."""
     seed: int = Field(default=0, ge=0, lt=2**32)

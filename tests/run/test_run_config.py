@@ -4,12 +4,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from srd_fast.curriculum import CURATION_PRESETS
 from srd_fast.errors import UserError
 from srd_fast.reflection.reflect import REFLECTION_PRESETS
 from srd_fast.run.config import RunConfig, load_run_config
+from srd_fast.run.steps.run import has_fast_bfloat16
 from srd_fast.training.presets import TRAINING_PRESETS
 
 
@@ -333,3 +335,23 @@ def test_a_folder_stands_for_the_config_in_it(tmp_path: Path) -> None:
 def test_a_written_config_reads_back_equal(config: Any) -> None:
     first = config("preset: official\nvalidation: 7\n", "curate.signals={rouge_l: 1}", "init_student.layers=[0, 2]")
     assert config(yaml.safe_dump(first.model_dump(), sort_keys=False)) == first
+
+
+@pytest.mark.parametrize(
+    ("amx", "avx512", "vendor", "fast"),
+    [
+        (True, True, "GenuineIntel", True),
+        (False, True, "GenuineIntel", False),
+        (False, True, "AuthenticAMD", True),
+        (False, True, None, True),
+        (False, False, "AuthenticAMD", False),
+    ],
+)
+def test_auto_is_bfloat16_where_the_cpu_is_faster_with_it(
+    amx: bool, avx512: bool, vendor: str | None, fast: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    if vendor is not None:
+        (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nvendor_id\t: {vendor}\nmodel name\t: a CPU\n")
+    assert has_fast_bfloat16(torch.device("cpu"), tmp_path / "cpuinfo") == fast

@@ -194,12 +194,22 @@ class Run:
         return (rows * (1 + warm_up + trained) + held_out * (4 + evaluations)) * len(self.tokenizer)
 
 
-def has_fast_bfloat16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 matrices in hardware."""
+def has_fast_bfloat16(device: torch.device, cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether the device multiplies bfloat16 matrices faster than float32 ones.
+
+    On a CPU it does with AMX, and with AMD's AVX512-BF16, which has twice the throughput of float32. Intel's has no
+    more; where a virtual machine hides AMX, a training step in bfloat16 takes 1.75 times as long as in float32.
+
+    Args:
+        device: the device.
+        cpuinfo: where Linux describes the CPU.
+    """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    checks = (getattr(torch.cpu, n, None) for n in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-    return device.type == "cpu" and any(check() for check in checks if check is not None)
+    if device.type != "cpu":
+        return False
+    amx, avx512 = (getattr(torch.cpu, f"_is_{n}_supported", lambda: False)() for n in ("amx_tile", "avx512_bf16"))
+    return bool(amx or (avx512 and not (cpuinfo.is_file() and "GenuineIntel" in cpuinfo.read_text())))
 
 
 def read_samples(file: Path) -> Dataset:
