@@ -82,7 +82,11 @@ def eager_block(
 
 
 def _softmax(z: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and probabilities. z: logits less their maximum; overwritten."""
+    """Log-probabilities and probabilities. z: logits less their maximum; overwritten.
+
+    The probabilities are the exponentials of the rounded log-probabilities, not quotients by the sum: an error that is
+    in both alike, as that of the sum's logarithm, cancels in most divergences.
+    """
     p = z.exp()
-    total = p.sum(-1, keepdim=True)
-    return z.sub_(total.log()), p.div_(total)
+    z -= p.sum(-1, keepdim=True).log_()
+    return z, torch.exp(z, out=p)
