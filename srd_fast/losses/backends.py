@@ -18,8 +18,8 @@ BACKENDS = ("auto", "triton", "compile", "eager")
 # Below this many classes a compiled function does not earn back the seconds that its compilation takes.
 _COMPILE_FROM_CLASSES = 16384
 # The same for the logits of a whole process, for each of its threads. For each student's logit, its teacher's and its
-# gradient, eager mode costs 25 ns of one thread more. Compilation costs a process 10 to 45 s, however many threads.
-_COMPILE_FROM_LOGITS = 1 << 30
+# gradient, eager mode costs 12 ns of one thread more. Compilation costs a process 10 to 45 s, however many threads.
+_COMPILE_FROM_LOGITS = 1 << 31
 _logits_to_come: ContextVar[float] = ContextVar("logits_to_come", default=math.inf)
 
 
