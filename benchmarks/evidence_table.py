@@ -102,7 +102,8 @@ def _differences(theirs: dict[int, Line], ours: dict[int, Line], short: str) -> 
         first, second = ([_measured(side[seed], name) for seed in seeds] for side in (theirs, ours))
         apart = statistics.fmean(m.mean for m in second) - statistics.fmean(m.mean for m in first)
         low, high = difference_interval(first, second, LEVEL, paired=True)
-        if len(seeds) == 1 and name in sampled:  # whose single rows are not known
+        # One seed alone says nothing where there are several, and of sampled answers single rows are not known.
+        if len(seeds) == 1 and (name in sampled or len(theirs) + len(ours) > 2):
             low = high = math.nan
         found |= {f"{name}_vs_{short}": apart, f"{name}_vs_{short}_low": low, f"{name}_vs_{short}_high": high}
     return {name: value for name, value in found.items() if not math.isnan(value)}

@@ -189,6 +189,10 @@ def test_differences_are_of_seeds_and_rows_in_pairs() -> None:
     [said] = [x for x in tables.evidence_differences(evidence_table.rows_of(lines)).splitlines() if "| SRD |" in x]
     assert re.search(r"\| SRD \| \+0\.10\d \[\+0\.\d+, \+0\.\d+\] \|", said)
     assert "| none [+0.0, +0.0] |" in said
+    # A single seed on both sides, of several: there is a difference, and no interval that would leave seeds out.
+    one = {(r.provider, r.metric): r.value for r in evidence_table.rows_of([*lines[:3], lines[3]])}
+    assert one[SRD, "kl_vs_full"] == pytest.approx(0.101, abs=0.005)
+    assert (SRD, "kl_vs_full_low") not in one
 
 
 def test_one_seed_has_no_interval_of_what_no_row_is_known_of_and_seconds_stand_beside_passes() -> None:
