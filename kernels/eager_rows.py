@@ -38,15 +38,11 @@ def eager_block(
         Three tensors, each [R, 1].
     """
     cap, divergence = numbers.caps[0], numbers.divergence
-    z = logits(student_RV, cap)
-    z -= z.amax(-1, keepdim=True)
-    tempered = None
+    z, tempered = _below_maximum(student_RV, cap), None
     if teacher_RV is not None and divergence is not None:
         classes = min(student_RV.shape[1], teacher_RV.shape[1])
         if classes < student_RV.shape[1]:
-            tempered = logits(student_RV[:, :classes], cap)
-            tempered -= tempered.amax(-1, keepdim=True)
-            tempered *= numbers.inverse_t
+            tempered = _below_maximum(student_RV[:, :classes], cap).mul_(numbers.inverse_t)
         elif numbers.temperature_kind != "one":
             tempered = z * numbers.inverse_t
     log_q_1, q_1 = _softmax(z)
@@ -58,8 +54,7 @@ def eager_block(
     else:
         log_q, q = (log_q_1, q_1) if tempered is None else _softmax(tempered)
         del log_q_1, z, tempered
-        z = logits(teacher_RV[:, :classes], numbers.caps[1])
-        z -= z.amax(-1, keepdim=True)
+        z = _below_maximum(teacher_RV[:, :classes], numbers.caps[1])
         log_p, p = _softmax(z if numbers.temperature_kind == "one" else z.mul_(numbers.inverse_t))
         value_R, w = divergence(log_p, log_q, p, q)
         value = value_R[:, None]
@@ -79,6 +74,12 @@ def eager_block(
             g *= numbers.slope(logits(student_RV, cap))
         out.copy_(g)
     return value, cross_entropy, entropy
+
+
+def _below_maximum(stored: Tensor, cap: Tensor | None) -> Tensor:
+    """Logits less their row's maximum, in a tensor of their own."""
+    z = logits(stored, cap)
+    return z.sub_(z.amax(-1, keepdim=True))
 
 
 def _softmax(z: Tensor) -> tuple[Tensor, Tensor]:

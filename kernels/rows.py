@@ -75,9 +75,11 @@ def distillation_rows(
         divergence, coefficients, student_softcap, teacher_softcap, student_logits_CV, teacher_logits_CV, compiled
     )
 
+    of_block = loss.block if loss.pieces.compiled else functools.partial(eager_block, loss)
+
     def block(part: slice, *rows: Any) -> tuple[Tensor, Tensor, Tensor]:
         teacher_RK = None if teacher_logits_CV is None else teacher_logits_CV[part]
-        return loss.block(student_logits_CV[part], teacher_RK, *rows)
+        return of_block(student_logits_CV[part], teacher_RK, *rows)
 
     return loss.run_blocks(block, student_logits_CV, labels_C, row_weights_C, gradient_CV)
 
@@ -171,9 +173,7 @@ class _RowLoss(RowNumbers):
         weights_R1: Tensor | None,
         out: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Divergence, cross-entropy and entropy of a block, each [R, 1]. The gradient goes to `out`."""
-        if not self.pieces.compiled:
-            return eager_block(self, student_RV, teacher_RV, labels_R1, weights_R1, out)
+        """Divergence, cross-entropy and entropy of a block, each [R, 1], compiled. The gradient goes to `out`."""
         if teacher_RV is None or self.divergence is None:
             return self._student_block(student_RV, labels_R1, weights_R1, out)
         classes = min(student_RV.shape[1], teacher_RV.shape[1])

@@ -198,7 +198,7 @@ def has_fast_bfloat16(device: torch.device, cpuinfo: Path = Path("/proc/cpuinfo"
     """Whether the device multiplies bfloat16 matrices faster than float32 ones.
 
     On a CPU it does with AMX, and with AMD's AVX512-BF16, which has twice the throughput of float32. Intel's has no
-    more; where a virtual machine hides AMX, a training step in bfloat16 takes 1.75 times as long as in float32.
+    more; where a virtual machine hides AMX, a training step in bfloat16 takes longer than in float32.
 
     Args:
         device: the device.
