@@ -18,7 +18,7 @@ from itertools import chain
 import numpy as np
 
 from srd_fast.errors import UserError
-from srd_fast.report.answers import NAMES, texts_of
+from srd_fast.report.answers import NAMES
 from srd_fast.report.intervals import FloatArray, Measured, difference_interval
 from srd_fast.report.read import Metrics, read_metrics
 from srd_fast.report.sides import (
@@ -175,8 +175,7 @@ def compare_runs(runs: Sequence[str]) -> Comparison:
     if not pairs:
         raise UserError(f"{runs[0]} is one model: give a run folder, or two models")
     everything = list(chain.from_iterable(sides))
-    table = chosen[0][0].table
-    prompts, references = ({}, {}) if table is None else texts_of(table)
+    prompts, references = chosen[0][0].prompts, chosen[0][0].references
     found = {of_run[id(models)]: read_metrics(models[0].run / "metrics.jsonl") for models in chosen}
     metrics = {label: x for label, x in found.items() if x is not None}
     made = [compare_models(*pair) for pair in pairs]

@@ -2,13 +2,12 @@
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import yaml
 
 from srd_fast.errors import UserError
@@ -55,8 +54,8 @@ class Given:
         config: the run's config; empty if it has none.
         teacher: the teacher's name.
         rows: measures on the run's validation rows.
-        table: these rows, if the run has them.
-        references: sample_id -> references of these rows.
+        prompts: sample_id -> prompt of these rows; empty if the run does not have them.
+        references: the same of their references.
     """
 
     run: Path
@@ -64,8 +63,8 @@ class Given:
     config: dict[str, Any]
     teacher: str
     rows: RowMeasures
-    table: pa.Table | None
-    references: Mapping[str, str]
+    prompts: dict[str, str]
+    references: dict[str, str]
 
     def has(self, sample_id: str, references: str | None) -> bool:
         """Whether it has a row of this id, with these references if both are known."""
@@ -154,8 +153,8 @@ def read_models(given: str) -> list[Given]:
     teacher = "" if summary is None else summary.text("teacher")
     config = _made_from(path)
     _check_config(path)
-    references = {} if answers.table is None else texts_of(answers.table)[1]
-    return [Given(path, n, config, teacher, answers.models[n], answers.table, references) for n in wanted]
+    texts = ({}, {}) if answers.table is None else texts_of(answers.table)
+    return [Given(path, n, config, teacher, answers.models[n], *texts) for n in wanted]
 
 
 def _check_config(path: Path) -> None:
