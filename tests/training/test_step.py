@@ -2,6 +2,7 @@
 
 import copy
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,13 +12,14 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from spies import Products, Waits, products_of
+from spies import Products, Waits, Wide, products_of
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from srd_fast import SRDConfig, SRDTrainer, UserError
 from srd_fast.data import DistillationCollator, divide_by_tokens, with_loss_rows
+from srd_fast.kernels import rows
 from srd_fast.teacher import TeacherCache, build_teacher_cache, labels_with_loss, rows_with_loss
 from srd_fast.teacher.shards import OpenFile
 from srd_fast.training import preparation
@@ -128,6 +130,27 @@ def test_float32_logits_of_bfloat16_products(tokenizer: PreTrainedTokenizerFast)
 def test_float32_training_stays_float32(tokenizer: PreTrainedTokenizerFast) -> None:
     products = watched(make(tokenizer).train)
     assert products.dtypes(V_S) == products.dtypes(V_T) == {torch.float32}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_computes_each_softmax_once(
+    dtype: torch.dtype, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the trainer's way too, in the dtype of training; `test_kernels.py` has what a pass is."""
+    passes, block = Counter[tuple[torch.dtype, bool]](), rows.eager_block
+
+    def counted(numbers: Any, student_RV: Tensor, *others: Any) -> Any:
+        with Wide(len(student_RV) * V_S // 2) as wide:
+            found = block(numbers, student_RV, *others)
+        trains = others[-1] is not None
+        passes[student_RV.dtype, trains] = max(passes[student_RV.dtype, trains], wide.passes)
+        return found
+
+    monkeypatch.setattr(rows, "eager_block", counted)
+    make(tokenizer, {"bf16": dtype == torch.bfloat16, "divergence": "forward_kl"}).train()
+    assert {kind for kind, trains in passes if trains} == {dtype}
+    # Logits in bfloat16 are widened first, those of both sides.
+    assert 20 < passes[dtype, True] <= (27 if dtype == torch.float32 else 29)
 
 
 # Waiting.
