@@ -226,6 +226,8 @@ def compare_models(first: Model, second: Model) -> Pair:
             reason = "not comparable: other teachers"
         elif measure.of_tokens and _counted_otherwise(chain.from_iterable(sides)):
             reason = "not comparable: other tokens"
+        elif not (measure.of_tokens or _answered_alike(first, second)):
+            reason = "not comparable: answered or scored with other settings"
         elif math.isnan(before + after):
             reason = "not measured"
         elif math.isinf(before) or math.isinf(after):
@@ -256,6 +258,11 @@ def _rows_of_seeds(first: Model, second: Model, paired: bool) -> tuple[list[list
     if not all(of_pairs):
         return own, 0
     return [[*of_pairs], [*of_pairs]], min(map(len, of_pairs))
+
+
+def _answered_alike(first: Model, second: Model) -> bool:
+    """Whether all answers were made and scored with the same settings, as far as these are known."""
+    return all(one.answers_like(other) for one in first.of_seeds for other in second.of_seeds)
 
 
 def _counted_otherwise(given: Iterable[Measured]) -> bool:

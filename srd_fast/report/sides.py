@@ -76,6 +76,20 @@ class Given:
         """The run's seed; None if its config does not have it."""
         return self.config.get("seed")
 
+    @property
+    def answering(self) -> dict[str, Any]:
+        """The settings on which the score of an answer depends besides the model, as far as they are known."""
+        evaluate, reflect = (x if isinstance(x := self.config.get(y), dict) else {} for y in ("evaluate", "reflect"))
+        known = {x: evaluate[x] for x in ("max_new_tokens", "seeds") if x in evaluate}
+        if evaluate.get("seeds"):  # else greedy
+            known["temperature"] = evaluate.get("temperature")
+        return known | {x: reflect[x] for x in ("rouge_tokenizer",) if x in reflect}
+
+    def answers_like(self, other: "Given") -> bool:
+        """Whether no setting of the answers is known to be another one than the other's."""
+        mine, theirs = self.answering, other.answering
+        return all(mine[x] == theirs[x] for x in mine.keys() & theirs.keys())
+
 
 @dataclass(frozen=True)
 class Model:

@@ -173,6 +173,29 @@ def test_what_cannot_be_compared_is_said(tmp_path: Path) -> None:
     assert comparison.pairs[0].num_rows == COUNT
 
 
+@pytest.mark.parametrize(
+    ("own", "reason"),
+    [
+        ({"evaluate": {"max_new_tokens": 64, "seeds": []}}, True),
+        ({"evaluate": {"max_new_tokens": 128, "seeds": [1]}}, True),
+        ({"reflect": {"rouge_tokenizer": "words"}}, True),
+        ({"evaluate": {"max_new_tokens": 128, "seeds": [], "temperature": 0.5, "batch_size": 8}}, False),
+        ({"evaluate": {"max_new_tokens": 128}, "distill": {"learning_rate": 1.0}}, False),
+        ({"evaluate": None}, False),
+    ],
+)
+def test_answers_made_or_scored_otherwise_are_not_compared(tmp_path: Path, own: dict[str, Any], reason: bool) -> None:
+    """A longer answer, a sampled one or words counted otherwise have another ROUGE-L, whatever the student is worth."""
+    given = {"evaluate": {"max_new_tokens": 128, "seeds": [], "temperature": 1.0, "batch_size": 32}}
+    given["reflect"] = {"rouge_tokenizer": "auto"}
+    one = write_run(tmp_path / "a", (2.0, 1.0), 5, config={"seed": 0, **given})
+    other = write_run(tmp_path / "b", (2.0, 1.0), 2, config={"seed": 0, **given, **own})
+    *_, scores = verdicts(f"{one}:student", f"{other}:student")[0]
+    said = "not comparable: answered or scored with other settings"
+    assert scores == (said if reason else "no difference")
+    assert verdicts(one)[0][-1] == "no difference"
+
+
 def test_runs_with_other_validation_rows_are_compared_apart(tmp_path: Path) -> None:
     """Then the rows' own spread, 3, is in the interval: 0.3 is no difference any more, and 5 is one."""
     one, *others = (
