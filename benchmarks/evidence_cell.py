@@ -19,12 +19,14 @@ import torch
 
 from srd_fast import evaluate
 from srd_fast.curriculum import CurriculumPlan
+from srd_fast.errors import UserError
 from srd_fast.files import write_text
 from srd_fast.models import load_model
 from srd_fast.reflection import Sampling
 from srd_fast.run.config import RunConfig, load_run_config
+from srd_fast.run.ledger import Ledger
 from srd_fast.run.modes import answers_anew, fine_tuning, mode_of
-from srd_fast.run.pipeline import begin_from, execute, steps_of
+from srd_fast.run.pipeline import begin_from, execute, fingerprints, steps_of
 from srd_fast.run.steps import Run, adopt_evaluations
 from srd_fast.run.stopping import Stopped, stoppable
 
@@ -103,6 +105,8 @@ def make_cell(task: dict[str, Any]) -> dict[str, Any]:
     config = config_of(task)
     begin_from(Path(task["base"]), config)
     folder = Path(task["folder"])
+    if Ledger(folder).entries.get("init-student", {}).get("fingerprint") != fingerprints(config)["init-student"]:
+        raise UserError(f"{task['base']} was made with other settings than this cell has: move it away, or give them")
     answers = mode_of(config).makes_answers
     cache = folder / "teacher_cache"
     if answers and cache.is_symlink():  # the base's, without rows of these answers, and not for other cells to carry
@@ -197,6 +201,8 @@ def main() -> None:
             made = {"teacher": make_teacher, "base": make_base, "cell": make_cell}[task["do"]](task)
     except Stopped as e:
         sys.exit(e.status)
+    except UserError as e:
+        sys.exit(str(e))
     write_text(args.answer, json.dumps(made))
 
 

@@ -274,3 +274,8 @@ def test_a_small_grid_ends_with_its_table_and_is_not_done_again(tiny_teacher_fol
         assert json.loads(x["options"])["best"] == "rouge_l"
     assert not [*folder.glob("*/checkpoints")]
     assert "6 steps, equal passes, best checkpoint by rouge_l" in (tmp_path / "evidence.md").read_text()
+    # A base of other settings is no beginning of a cell.
+    other = [*command, "--warmup-steps", "1", "--cells", FULL]
+    done = subprocess.run(other, cwd=ROOT, capture_output=True, text=True, check=False, timeout=600)
+    assert "0 of 1 cells, 1 tasks failed" in done.stdout, done.stdout + done.stderr
+    assert "base-0 was made with other settings than this cell has" in done.stdout
