@@ -34,12 +34,13 @@ def _peft(wanted_by: str) -> Any:
     return peft
 
 
-def with_adapters(model: nn.Module, peft_config: Any) -> nn.Module:
-    """Make a PEFT model.
+def with_adapters(model: nn.Module, peft_config: Any, seed: int = 0) -> nn.Module:
+    """Make a PEFT model. torch's own random numbers stay as they are.
 
     Args:
         model: a causal language model.
         peft_config: a configuration of the peft package, for adapters in the layers.
+        seed: seed of the adapters' first weights.
 
     Returns:
         The model with adapters.
@@ -50,7 +51,10 @@ def with_adapters(model: nn.Module, peft_config: Any) -> nn.Module:
     peft = _peft("peft_config")
     _refuse_prompts(peft_config, "peft_config is")
     try:
-        return peft.get_peft_model(model, peft_config)
+        device = next(model.parameters()).device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            return peft.get_peft_model(model, peft_config)
     except (ValueError, TypeError, KeyError, NotImplementedError) as e:
         raise UserError(f"peft_config does not fit {type(model).__name__}: {first_line(e)}") from e
 

@@ -20,7 +20,7 @@ import sys
 import sysconfig
 import tempfile
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
@@ -42,24 +42,6 @@ def extract_code(text: str) -> str:
     """
     blocks = (body for info, body in _FENCED.findall(text) if info.strip().lower() in _PYTHON)
     return next((textwrap.dedent(body) for body in blocks), text)
-
-
-def check_tests(asked: Iterable[str], tests: Iterable[Sequence[str] | None], what: str) -> None:
-    """Refuse to execute answers if no row has tests, before anything is answered.
-
-    Args:
-        asked: names of signals or metrics.
-        tests: each row's tests.
-        what: what the message calls the rows.
-
-    Raises:
-        UserError: execution is asked for, but no row has tests.
-    """
-    if EXECUTION in asked and not any(tests):
-        raise UserError(
-            f"{EXECUTION!r} runs the tests of a row, and none of {what} has any in a column tests; leave it out, or "
-            "give the rows tests"
-        )
 
 
 def run_tests(code: str, tests: Sequence[str], *, seconds: float = 5.0, memory_mb: int = 512) -> list[bool]:

@@ -38,12 +38,11 @@ from .engines import (
     engine_settings,
     open_engine,
 )
-from .execution import check_tests
 from .gap import check_teacher, check_teacher_given, teacher_source
 from .parts import compute_parts, cut, part_name, read_part, write_part
 from .sampling import Sampling, stopping_at
 from .shards import samples_of_shard
-from .signals import Reflected, get_difficulties, get_difficulty
+from .signals import Reflected, check_rows, get_difficulties, get_difficulty
 
 logger = logging.getLogger(__name__)
 
@@ -169,7 +168,7 @@ def reflect(
     )
     samples = prepare_dataset(dataset, tokenisation, columns=columns, data_function=data_function).dataset
     judged = [judging.name] if attempts > 1 else []
-    check_tests([*(signal.name for signal in functions), *judged], samples["tests"], "the samples")
+    check_rows([*(signal.name for signal in functions), *judged], samples, "the samples")
     rouge_tokenizer = choose_tokenizer(rouge_tokenizer, samples["references"])  # the same for all shards
     if shard is not None:
         samples = samples.select(samples_of_shard(samples["sample_id"], shard))

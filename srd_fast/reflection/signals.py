@@ -33,6 +33,7 @@ from .parts import cut
 
 logger = logging.getLogger(__name__)
 
+NUMERIC_MATCH = "numeric_match"
 # Columns of `reflect` besides the signals.
 RESERVED = ("sample_id", "generation", "generated_ids", "attempts", "attempt_ids", "reason")
 
@@ -184,6 +185,30 @@ def exact_match(reflected: Reflected) -> list[float]:
     return [float(normalised(g) in map(normalised, references)) for g, references in answers]
 
 
+def check_rows(asked: Iterable[str], samples: Dataset, what: str) -> None:
+    """Refuse signals or metrics that need something that no row has, before anything is answered.
+
+    Args:
+        asked: names of signals or metrics.
+        samples: tokenised samples.
+        what: what the message calls them.
+
+    Raises:
+        UserError: execution is asked for and no row has tests, or numeric_match and no reference has a number.
+    """
+    names = set(asked)
+    if EXECUTION in names and not any(samples["tests"]):
+        raise UserError(
+            f"{EXECUTION!r} runs the tests of a row, and none of {what} has any in a column tests; leave it out, or "
+            "give the rows tests"
+        )
+    if NUMERIC_MATCH in names and all(final_number(r) is None for row in samples["references"] for r in row):
+        raise UserError(
+            f"{NUMERIC_MATCH!r} compares final numbers, and no reference of {what} has a number; leave it out, or take "
+            "exact_match"
+        )
+
+
 def numeric_match(reflected: Reflected) -> list[float]:
     """1 if the final number of the answer is that of one of its references (GSM8K), else 0; NaN if no reference has a
     number."""
@@ -238,7 +263,7 @@ _BUILT_IN = (
     Difficulty("gap", gap, higher_is_easier=True, shared=True, needs_teacher=True, of_answers=False),
     Difficulty(EXECUTION, execution, higher_is_easier=True),
     Difficulty("exact_match", exact_match, higher_is_easier=True),
-    Difficulty("numeric_match", numeric_match, higher_is_easier=True),
+    Difficulty(NUMERIC_MATCH, numeric_match, higher_is_easier=True),
     Difficulty(PASS_RATE, pass_rate, higher_is_easier=True, of_answers=False),
     Difficulty("chrf", chrf, higher_is_easier=True, package="sacrebleu"),
     Difficulty("bleu", bleu, higher_is_easier=True, package="sacrebleu"),

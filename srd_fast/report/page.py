@@ -158,7 +158,8 @@ _MODES = {"": "–", "kd": "–", "sft": "sft (fine-tuning)", "seqkd": "seqkd (t
           "on_policy": "on-policy (fresh answers of the student)",
           "distillm": "distillm (fresh and replayed answers of the student)",
           "self": "self (the teacher is the starting student, and reads more)"}  # fmt: skip
-_ANSWERS = {"answers": "answers trained on", "cut": "answers cut", "empty": "empty answers dropped"}
+_ANSWERS = {"answers": "answers trained on", "cut": "answers cut", "empty": "empty answers dropped",
+            "empty_kept": "empty answers, trained on to end at once"}  # fmt: skip
 
 
 def _facts(run: Run) -> list[tuple[str, str]]:
@@ -167,6 +168,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     data = summary.data if summary else {}
     training = summary.training if summary else {}
     answers = summary.answers if summary else {}
+    first = ", first stage" if "empty_kept" in answers else ""
     train_rows = data.get("train", math.nan if run.train is None else len(run.train.table))
     validation_rows = data.get("validation", math.nan if run.num_validation is None else run.num_validation)
     facts = [
@@ -175,7 +177,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         ("rejected rows", count(data.get("rejected", math.nan))),
         *[(label, count(data[name])) for name, label in _COUNTED.items() if data.get(name)],
         ("mode", _MODES.get(summary.mode, summary.mode) if summary else "–"),
-        *[(label, count(answers[name])) for name, label in _ANSWERS.items() if answers.get(name)],
+        *[(label + first, count(answers[name])) for name, label in _ANSWERS.items() if answers.get(name)],
         ("divergence", summary.divergence if summary and summary.divergence else "–"),
         ("optimizer steps", count(training.get("steps", math.nan))),
         ("student kept", _best_in_words(summary)),
@@ -318,7 +320,7 @@ def _environment(run: Run) -> dict[str, Any]:
         ("student", summary.student),
         ("srd-fast", summary.version),
         *summary.environment.items(),
-        ("mean training speed", _with_unit(training.get("tokens_per_second", math.nan), "tokens per second")),
+        ("median training speed", _with_unit(training.get("tokens_per_second", math.nan), "tokens per second")),
         ("peak memory", _with_unit(training.get("peak_memory_mb", math.nan), "MB")),
     ]
     return {"missing": "", "rows": [(label, value) for label, value in rows if value]}

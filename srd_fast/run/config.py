@@ -304,6 +304,8 @@ def read_run_config(path: str | Path | None, overrides: list[str] | tuple[str, .
     given = read_yaml(path) if path is not None else {}
     # `curate:` with nothing below it counts as absent.
     content = {key: value for key, value in checked(given).items() if value is not None or key in _NULLABLE}
+    if given.keys() >= RunConfig.model_fields.keys():
+        _take_out_what_follows(content)
     for assignment in overrides:
         faults.check((), apply_override, content, assignment)
     preset = content.get("preset")
@@ -319,6 +321,27 @@ def read_run_config(path: str | Path | None, overrides: list[str] | tuple[str, .
         for error in e.errors():
             _take(faults, error, content)
     return RunConfig(**content), faults
+
+
+def _take_out_what_follows(content: dict[str, Any]) -> None:
+    """Leave out of a complete config, as a run writes it, what its own mode, its preset and the defaults give.
+
+    Then another mode or preset, given beside it, has its own values. What was given and is the same goes too.
+    """
+    follows: dict[str, Any] = {"mode": content.get("mode", KD)}
+    if content.get("preset") in TRAINING_PRESETS:
+        _add_preset(follows, content["preset"])
+    for name in ("reflect", "curate", "distill"):
+        section, default = content.get(name), RunConfig.model_fields[name].default
+        values = {**(default if name == "distill" else default.model_dump()), **follows.get(name, {})}
+        if isinstance(section, dict):
+            # 60 and 60.0 are not the same to a fingerprint.
+            same = {k for k, v in section.items() if k in values and type(v) is type(values[k]) and v == values[k]}
+            for of_stages in ("temperature", "sft_weight"):  # a list, or start and end: one of them replaces others
+                keys = {of_stages, f"{of_stages}_start", f"{of_stages}_end"}
+                if not keys & (section.keys() | values.keys()) <= same:
+                    same -= keys
+            content[name] = {k: v for k, v in section.items() if k not in same}
 
 
 def _add_preset(content: dict[str, Any], preset: str) -> None:

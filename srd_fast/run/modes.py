@@ -140,6 +140,7 @@ def fine_tuning(config: "RunConfig", model: str, output: str | None = None) -> "
     return config.model_copy(
         update={
             "mode": SFT,
+            "preset": None,  # its values are in the sections already
             "controls": [],
             "teacher": source,
             "student": source,

@@ -268,7 +268,7 @@ def _do(
     config, folder, wanted, todo = run.config, run.folder, run.fingerprints, steps_of(run.config)
     write_text(folder / "config.yaml", yaml.safe_dump(config.model_dump(), sort_keys=False))
     needed = {step.name for step in todo} if only is None else {only, *_before(only, todo)}
-    tests_checked = False
+    rows_checked = False
     for number, step in enumerate(todo, 1):
         if step.name not in needed:
             continue
@@ -298,9 +298,9 @@ def _do(
         for output in step.outputs(config):
             if (folder / output).is_symlink():  # to the run from which this one began
                 (folder / output).unlink()
-        if step.name != "prepare" and not tests_checked:
-            steps.check_tests_of_rows(run)
-            tests_checked = True
+        if step.name != "prepare" and not rows_checked:
+            steps.check_rows_of_run(run)
+            rows_checked = True
         run.say(News(f"{place} ...", step.name, "started"))
         started = time.monotonic()
         with expect_logits(run.expected_logits()):

@@ -13,8 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import UserError
 from ..reflection import Reflected, get_difficulty
-from ..reflection.execution import check_tests
-from ..reflection.signals import DIFFICULTIES, Difficulty
+from ..reflection.signals import DIFFICULTIES, Difficulty, check_rows
 from ..registry import each_once
 from ..rouge import RougeL, choose_tokenizer
 from ..suggest import unknown_name
@@ -112,7 +111,7 @@ class AnswerMetrics:
         batch_size: int = 32,
     ) -> None:
         self.metrics = get_metrics(names)
-        check_tests(self.metrics, samples["tests"], f"{len(samples)} validation rows")
+        check_rows(self.metrics, samples, f"the {len(samples)} validation rows")
         self.samples, self.tokenizer, self.batch_size = samples, tokenizer, batch_size
         self.references: list[list[str]] = list(samples["references"])
         self.rouge_tokenizer = choose_tokenizer(rouge_tokenizer, self.references)

@@ -17,7 +17,7 @@ from ..data import Answers, batches_by_length, first_label, prompt_lengths, toke
 from ..errors import UserError
 from ..models import check_positions
 from ..reflection import GenerationEngine, Sampling, stopping_at
-from ..reflection.execution import check_tests
+from ..reflection.signals import check_rows
 from ..sharing import Sharing
 from ..showing import progress_bar
 from .answer_metrics import AnswerMetrics
@@ -119,7 +119,7 @@ def check_generation(args: SRDConfig, student: nn.Module, sets: Sequence[Dataset
         raise UserError("eval_generate is true, but there is no eval_dataset: give one, or set it to false")
     for samples in sets:
         rows = samples.select(chosen_rows(len(samples), args.eval_generate_rows))
-        check_tests(args.answer_metrics, rows["tests"], f"{len(rows)} validation rows")
+        check_rows(args.answer_metrics, rows, f"the {len(rows)} validation rows")
         check_positions(
             token_counts(rows),
             prompt_lengths(rows),

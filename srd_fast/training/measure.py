@@ -19,18 +19,21 @@ METRICS = ("loss", "kl", "cross_entropy")
 _FORWARD_KL = LossOptions("forward_kl", temperature=1.0, reduction="none", ignore_index=None)
 
 
-def check_best_metric(name: str | None, sets: Sequence[str] = (), of_answers: Iterable[str] | None = None) -> None:
+def check_best_metric(
+    name: str | None, sets: Sequence[str] = (), of_answers: Iterable[str] | None = None, teacher: bool = True
+) -> None:
     """Refuse a `metric_for_best_model` that evaluations do not measure.
 
     Args:
         name: the metric's name.
         sets: names of the data sets, if there are several.
         of_answers: names of the metrics of generated answers; None if evaluations generate no answers.
+        teacher: whether there is a teacher, with whom the student can be compared.
 
     Raises:
         UserError: the metric is unknown.
     """
-    metrics = [*METRICS, *(of_answers or ())]
+    metrics = [*(x for x in METRICS if teacher or x != "kl"), *(of_answers or ())]
     known = [f"{of_set}_{metric}" for of_set in sets for metric in metrics] or metrics
     if name is not None and name.removeprefix("eval_") not in known:
         way = "; metrics of answers, such as rouge_l, are there with eval_generate" if of_answers is None else ""

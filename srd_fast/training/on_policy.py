@@ -136,6 +136,7 @@ class FreshAnswers:
         collate: makes a batch, or micro-batches, of samples, without a cache's rows.
         longest: tokens of the longest prompt that the teacher sees.
         engine: the student's engine.
+        classes: the student's number of classes.
     """
 
     def __init__(
@@ -147,8 +148,9 @@ class FreshAnswers:
         collate: Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]],
         longest: int,
         engine: KeptEngine,
+        classes: int,
     ) -> None:
-        self.args, self.tokenizer, self.collate = args, tokenizer, collate
+        self.args, self.tokenizer, self.collate, self.classes = args, tokenizer, collate, classes
         self.schedule = AnswerSchedule(args.lmbda, args.replay_buffer, total_steps, args.seed)
         self.buffer = ReplayBuffer(args.replay_buffer)
         self.ends, self.eos = answer_ends(train, tokenizer), int(tokenizer.eos_token_id)
@@ -228,6 +230,12 @@ class FreshAnswers:
             moves = isinstance(live, OwnTeacher) and live.moves
             engine = self._engine(self._of_teacher, live.model, step, self._length_of_teacher, moves)
             found = live.run(lambda: dict(engine.generate(prompts, sampling)))
+            highest = max((x for ids in found.values() for x in ids), default=0)
+            if highest >= self.classes:
+                raise UserError(
+                    f"seq_kd: the teacher answered with token {highest}, and the student has {self.classes} classes: "
+                    "give the student as many as the teacher (resize_token_embeddings)"
+                )
         return [self._answered(sample, found[i]) for i, sample in enumerate(samples)]
 
     def _answered(self, sample: Mapping[str, Any], ids: Sequence[int]) -> dict[str, Any]:

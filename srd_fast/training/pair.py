@@ -73,7 +73,7 @@ def ready_pair(
     if not is_self(teacher):
         check_teachers_tokenizer(tokenizer, teacher_tokenizer, teacher, args)
     if peft_config is not None:
-        trained = with_adapters(trained, peft_config)
+        trained = with_adapters(trained, peft_config, args.seed)
     untie_adapted_embeddings(trained)
     check_no_shared_weights(trained, teacher)
     if is_encoder_decoder(trained) and args.neftune_noise_alpha is not None:

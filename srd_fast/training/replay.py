@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal
 
 import numpy as np
@@ -52,10 +53,20 @@ def adaptive_share(losses: Sequence[float]) -> float:
     return min(1.0, round(raised * RAISE, _DIGITS))
 
 
-def logged_losses(history: Iterable[Mapping[str, Any]], step: int) -> list[float]:
-    """The validation losses in a Trainer's `log_history` up to a step, one for each step that was evaluated."""
-    found = {x["step"]: float(x["eval_loss"]) for x in history if "eval_loss" in x and x["step"] <= step}
-    return [found[at] for at in sorted(found)]
+def logged_losses(history: Iterable[Mapping[str, Any]], step: int, sets: Sequence[str] = ()) -> list[float]:
+    """The validation losses in a Trainer's `log_history` up to a step, one for each step that was evaluated.
+
+    Args:
+        history: the log.
+        step: the step.
+        sets: names of the validation sets, if there are several. A step's loss is then the mean of theirs.
+    """
+    names = [f"eval_{of_set}_loss" for of_set in sets] or ["eval_loss"]
+    found: dict[int, dict[str, float]] = {}
+    for line in history:
+        if line["step"] <= step:
+            found.setdefault(line["step"], {}).update({x: float(line[x]) for x in names if x in line})
+    return [fmean(found[at].values()) for at in sorted(found) if len(found[at]) == len(names)]
 
 
 @dataclass(frozen=True)

@@ -135,6 +135,7 @@ def _check_arguments(
     columns: Mapping[str, str] | None,
     compute_metrics: ComputeMetrics | None,
     own_optimizer: bool,
+    teacher: bool,
 ) -> None:
     """Refuse arguments that are missing or do not go together, before anything is loaded."""
     if not isinstance(args, SRDConfig):
@@ -146,6 +147,7 @@ def _check_arguments(
             args.metric_for_best_model,
             list(eval_dataset) if named_sets(eval_dataset) else (),
             get_metrics(args.answer_metrics) if args.eval_generate else None,
+            teacher,
         )
     if args.push_to_hub and args.process_index == 0:
         try_hub(args.hub_token)
@@ -223,7 +225,14 @@ class SRDTrainer(Trainer):
     ) -> None:
         if processing_class is None:
             raise UserError("processing_class is missing: pass the student's tokenizer")
-        _check_arguments(args, eval_dataset, columns, compute_metrics, own_optimizer=optimizers[0] is not None)
+        _check_arguments(
+            args,
+            eval_dataset,
+            columns,
+            compute_metrics,
+            own_optimizer=optimizers[0] is not None,
+            teacher=teacher_model is not None or getattr(args, "teacher_cache", None) is not None,
+        )
         model, teacher_model = ready_pair(model, teacher_model, args, processing_class, teacher_tokenizer, peft_config)
         self._tokenisation = Tokenisation(
             processing_class,
@@ -401,6 +410,7 @@ class SRDTrainer(Trainer):
                 self._batches_of(layout, fresh),
                 max(prompt_lengths(self._taught)),
                 self._student_engine,
+                self._classes,
             )
             self.data_collator = WithSamples(self.data_collator)
 
@@ -621,7 +631,8 @@ class SRDTrainer(Trainer):
         return is_best
 
     def _validation_losses(self) -> list[float]:
-        return logged_losses(self.state.log_history, self.state.global_step)
+        sets = list(cast(Any, self.eval_dataset)) if named_sets(self.eval_dataset) else []
+        return logged_losses(self.state.log_history, self.state.global_step, sets)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         if not batch_samples:
@@ -707,6 +718,7 @@ class SRDTrainer(Trainer):
                 logs |= self._answers.take(
                     self._validation_losses(), lambda x: cast(Tensor, self.accelerator.reduce(x, "sum"))
                 )
+                logs["sft_weight"] *= 1 - logs["own_answers"]  # these steps have no cross-entropy
         super().log(logs, start_time)
 
     def train(
@@ -780,6 +792,13 @@ class SRDTrainer(Trainer):
             UserError: the adapters cannot be merged, or the folder gives another model. All processes raise it.
         """
         self._place.save(self.model_wrapped, cast(Any, self.processing_class), Path(folder))
+
+    def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
+        """Evaluate within the training loop. `eval_on_start` is for its start: where a resumed training goes on, one
+        evaluation more would move what depends on their number."""
+        if skip_scheduler and self.state.global_step:
+            return {}
+        return cast(dict[str, float], super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler))
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"

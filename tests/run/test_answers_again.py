@@ -298,6 +298,11 @@ def test_a_student_that_says_nothing_is_trained_on_that(
     assert all([x for x in row["labels"] if x != -100] == [0] for row in rows)
     assert json.loads(stage_file(tmp_path, 2, "json").read_text())["empty"] == len(rows) == 12
     assert max(row["step"] for row in metrics) == 2 + 3  # 6 and 12 samples, 4 a step
+    config = RunConfig(**{**settings, "output_dir": str(tmp_path)})
+    counts = steps_answers.answer_counts(Run(config, tmp_path, {}, {}))
+    first = pq.read_table(tmp_path / "answers" / "train.parquet")
+    assert counts["empty_kept"] == counts["answers"] == len(first), "none is dropped"
+    assert "empty" not in counts
 
 
 @pytest.mark.long

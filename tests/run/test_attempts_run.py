@@ -105,6 +105,21 @@ def test_answers_are_attempts_that_are_there(
         assert plans[1].weights[row["sample_id"]] == plans[0].weights[source]
 
 
+@pytest.mark.parametrize("changes", [{"mode": "seqkd"}, {"mode": "offline_on_policy", "answers_per_prompt": 4}])
+def test_answers_after_the_reflections_need_no_judge(
+    settings: dict[str, Any], curated: Path, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    config = RunConfig(**settings, **changes, output_dir=str(tmp_path))
+    begin_from(curated, config)
+    for step in ("curate", "answers"):
+        execute(config, only=step, say=lambda text: None)
+    kept = CurriculumPlan.load(tmp_path / "plan.json").kept
+    names = pq.read_table(tmp_path / "answers" / "train.parquet")["sample_id"].to_pylist()
+    empty = json.loads((tmp_path / "answers" / "counts.json").read_text())["empty"]
+    assert len(names) == len(kept) * changes.get("answers_per_prompt", 1) - empty
+    assert {x.partition("#")[0] for x in names} <= set(kept)
+
+
 def test_controls_have_neither_bands_nor_weights(settings: dict[str, Any], curated: Path) -> None:
     """Each draws from all rows, as many as the run keeps, and the weight of every row is the same."""
     ours = CurriculumPlan.load(curated / "plan.json")

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tiny
+import yaml
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
@@ -243,6 +244,15 @@ def test_a_teacher_is_fine_tuned_first(settings: dict[str, Any], tmp_path: Path)
     assert found["student"]["cross_entropy"] < found["start"]["cross_entropy"] == found["teacher"]["cross_entropy"]
 
 
+@pytest.mark.parametrize("mode", ["kd", "on_policy", "offline_on_policy"])
+def test_the_config_of_a_fine_tuning_reads_back_equal(mode: str, tmp_path: Path) -> None:
+    made = fine_tuning(load_run_config(None, [f"mode={mode}", "preset=paper"]), "teacher")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(made.model_dump()))
+    again = load_run_config(tmp_path)
+    assert again == made
+    assert fingerprints(again) == fingerprints(made)
+
+
 def test_a_run_of_mode_kd_is_what_a_run_was(settings: dict[str, Any], tmp_path: Path) -> None:
     config = RunConfig(**settings, output_dir=str(tmp_path))
     assert [step.name for step in steps_of(config)] == list(STEP_NAMES)
@@ -266,6 +276,8 @@ def test_a_mode_without_what_it_needs_says_so_first(settings: dict[str, Any], tm
         ("mode", "on_policy", "distill", "lmbda", 0): r"distill\.lmbda is 0 in mode 'on_policy'; set it above 0",
         ("mode", "on_policy", "distill", "lmbda", 1.5): "lmbda must be at least 0 and at most 1, got 1.5",
         ("mode", "on_policy", "distill", "lmbda", "often"): "lmbda must be from 0 to 1, or 'adaptive', got 'often'",
+        ("mode", "sft", "distill", "metric_for_best_model", "kl"): "unknown metric_for_best_model 'kl'",
+        ("mode", "seqkd", "distill", "metric_for_best_model", "eval_kl"): "unknown metric_for_best_model 'eval_kl'",
         ("mode", "distillm", "distill", "eval_strategy", "no"): "set eval_strategy to 'steps'",
         ("mode", "on_policy", "distill", "generation_engine", "vlm"): "unknown engine 'vlm'; did you mean 'vllm'",
         ("mode", "on_policy", "distill", "sync_every", 0): "sync_every must be a whole number, at least 1",

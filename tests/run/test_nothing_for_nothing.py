@@ -1,8 +1,10 @@
 """No key about answers, or about what a teacher reads, is accepted where it would do nothing."""
 
+import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import tiny
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -11,6 +13,7 @@ from srd_fast.errors import FaultsError, UserError
 from srd_fast.run.config import RunConfig
 from srd_fast.run.modes import fine_tuning
 from srd_fast.run.pipeline import execute
+from srd_fast.run.steps import Run, check_rows_of_run
 from srd_fast.training.config import SRDConfig
 from srd_fast.training.trainer import SRDTrainer
 
@@ -126,3 +129,60 @@ def test_tests_that_no_row_has_are_told_as_soon_as_rows_are_read(
         execute(RunConfig(**settings), say=lambda text: None)
     assert (tmp_path / "data").is_dir()
     assert not (tmp_path / "start").exists()
+
+
+WORDS = [{"instruction": f"Say {word}.", "output": word} for word in ("yes", "no", "maybe", "never", "always", "so")]
+LONG = {"instruction": "Say much. " * 20, "output": "much"}
+
+
+def settings_of(rows: list[dict[str, str]], teacher: Path, folder: Path) -> dict[str, Any]:
+    for name, some in (("rows", rows), ("held_out", WORDS[:2])):
+        (folder / f"{name}.json").write_text(json.dumps(some))
+    settings = {**tiny.tiny_run(teacher), "reflect": SAMPLED, "max_rows": None, "output_dir": str(folder / "run")}
+    return {**settings, "data": str(folder / "rows.json"), "validation": str(folder / "held_out.json")}
+
+
+@pytest.mark.parametrize(
+    ("key", "changes"),
+    [
+        ("reflect.signals", {"reflect": {**SAMPLED, "signals": ["numeric_match"]}}),
+        ("reflect.judge", {"reflect": {**SAMPLED, "signals": ["pass_rate"], "attempts": 2, "judge": "numeric_match"}}),
+        ("evaluate.metrics", {"evaluate": {"metrics": ["numeric_match"]}}),
+        ("distill.eval_metrics", {"distill": {"eval_generate": True, "eval_metrics": ["numeric_match"]}}),
+    ],
+)
+def test_numbers_that_no_reference_has_are_told_as_soon_as_rows_are_read(
+    key: str, changes: dict[str, Any], tiny_teacher_folder: Path, tmp_path: Path
+) -> None:
+    settings = settings_of(WORDS, tiny_teacher_folder, tmp_path) | changes
+    rows = "6 training" if key.startswith("reflect") else "2 validation"
+    with pytest.raises(UserError, match=rf"config: {key}: 'numeric_match' .* no reference of the {rows} rows has"):
+        execute(RunConfig(**settings), say=lambda text: None)
+    assert (tmp_path / "run" / "data").is_dir()
+    assert not (tmp_path / "run" / "start").exists()
+
+
+def test_rows_too_long_for_a_micro_batch_are_told_where_no_curriculum_can_drop_them(
+    tiny_teacher_folder: Path, tmp_path: Path
+) -> None:
+    settings = settings_of([*WORDS, LONG], tiny_teacher_folder, tmp_path)
+    execute(RunConfig(**settings), only="prepare", say=lambda text: None)
+    lengths = sorted(map(len, pq.read_table(tmp_path / "run" / "data" / "train.parquet")["input_ids"].to_pylist()))
+    assert lengths[-1] > lengths[-2]
+    for curate, most, too_long in (
+        ({"method": "none"}, lengths[-2], 1),
+        ({"keep": 0.5}, lengths[-2], 0),
+        ({"keep": 0.5}, lengths[0] - 1, 7),
+        ({"keep": "knee"}, lengths[-2], 0),
+        ({"method": "none"}, lengths[-1], 0),
+    ):
+        config = RunConfig(**settings, curate=curate, distill={"max_tokens_per_batch": most})
+        run = Run(config, tmp_path / "run", {}, {})
+        if too_long:
+            words = (
+                f"max_tokens_per_batch is {most}, and {too_long} of 7 training rows .* the longest has {lengths[-1]}"
+            )
+            with pytest.raises(UserError, match=words):
+                check_rows_of_run(run)
+        else:
+            check_rows_of_run(run)

@@ -11,6 +11,7 @@ from srd_fast.curriculum import CURATION_PRESETS
 from srd_fast.errors import UserError
 from srd_fast.reflection.reflect import REFLECTION_PRESETS
 from srd_fast.run.config import RunConfig, load_run_config
+from srd_fast.run.pipeline import fingerprints
 from srd_fast.run.steps.run import has_fast_bfloat16
 from srd_fast.training.presets import TRAINING_PRESETS
 
@@ -246,6 +247,35 @@ def test_presets_are_the_papers_numbers(config: Any) -> None:
     assert quarters.distill["epochs_per_stage"] == 8
     assert (official.reflect.temperature, official.reflect.no_repeat_ngram_size) == (0.01, 6)
     assert (official.reflect.max_new_tokens, official.reflect.score_eos) == (256, False)
+
+
+@pytest.mark.parametrize("preset", [None, *TRAINING_PRESETS])
+@pytest.mark.parametrize("mode", ["kd", "sft", "offline_on_policy", "on_policy"])
+def test_another_mode_or_preset_of_a_written_config_has_its_own_values(
+    preset: str | None, mode: str, tmp_path: Path
+) -> None:
+    """A run folder as CONFIG is what the run was asked for, not what its mode and preset made of that."""
+    asked = [f"mode={mode}", f"preset={preset or 'null'}", "distill.weight_decay=0.01", "curate.rrf_k=7"]
+    first, file = load_run_config(None, asked), tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(first.model_dump(), sort_keys=False))
+    assert load_run_config(file) == first
+    assert fingerprints(load_run_config(file)) == fingerprints(first)
+    for more in (
+        ["mode=kd"],
+        ["mode=on_policy", "preset=official"],
+        ["preset=null"],
+        ["distill.sft_weight_start=0.2", "distill.sft_weight_end=0.2"],
+        ["distill.temperature=1.25", "preset=paper"],
+    ):
+        assert load_run_config(file, more) == load_run_config(None, [*asked, *more]), more
+
+
+@pytest.mark.parametrize("given", ["distill.sft_weight_start=0.3", "distill.temperature_end=2.0", "curate.keep=0.75"])
+@pytest.mark.parametrize("mode", ["kd", "sft", "on_policy"])
+def test_what_was_given_as_the_preset_has_it_stays_in_the_run(given: str, mode: str, tmp_path: Path) -> None:
+    first, file = load_run_config(None, [f"mode={mode}", "preset=paper", given]), tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(first.model_dump()))
+    assert load_run_config(file) == first
 
 
 def test_an_unknown_preset_is_named_with_the_nearest(config: Any) -> None:

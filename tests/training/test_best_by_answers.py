@@ -243,6 +243,33 @@ def test_a_training_that_had_ended_early_does_not_go_on(tokenizer: PreTrainedTok
     assert all(x.equal(again.model.state_dict()[n]) for n, x in whole.model.state_dict().items())
 
 
+class Killed(TrainerCallback):
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == 3:
+            raise KeyboardInterrupt
+
+
+def test_an_evaluation_at_the_start_is_none_where_a_killed_training_goes_on(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """One evaluation more, at the checkpoint's step, would end it earlier, or move an adaptive share."""
+    fields: dict[str, Any] = {
+        "eval_on_start": True, "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 3,
+        "early_stopping_patience": 2, "metric_for_best_model": "kl", "greater_is_better": True,
+        "eval_generate": False, "eval_max_new_tokens": None, "learning_rate": 1e-3, "epochs_per_stage": 5,
+    }  # fmt: skip
+    whole = make(tokenizer, {**fields, "output_dir": str(tmp_path / "whole")})
+    whole.train()
+    place = {**fields, "output_dir": str(tmp_path / "killed")}
+    with pytest.raises(KeyboardInterrupt):
+        make(tokenizer, place, callbacks=[Killed()]).train()
+    resumed = make(tokenizer, place)
+    resumed.train(resume_from_checkpoint=True)
+    ours, theirs = ([x["step"] for x in t.state.log_history if "eval_kl" in x] for t in (resumed, whole))
+    assert ours == theirs == [0, 2, 4, 6]
+    assert whole.state.global_step == resumed.state.global_step == 6
+
+
 def test_what_cannot_be_is_said_first(tokenizer: PreTrainedTokenizerFast) -> None:
     for fields, words in (
         ({"eval_generate": "yes"}, "eval_generate must be true or false"),
@@ -292,8 +319,14 @@ def test_what_cannot_be_is_said_first(tokenizer: PreTrainedTokenizerFast) -> Non
     gpt2 = {"model": tiny.tiny_model("gpt2"), "teacher_model": tiny.tiny_model("gpt2", seed=1)}
     with pytest.raises(UserError, match="lower eval_max_new_tokens or max_prompt_length"):
         make(tokenizer, {"eval_max_new_tokens": 5000}, **gpt2)
-    with pytest.raises(UserError, match="metric 'numeric_match' says nothing of any of 5 validation rows"):
-        make(tokenizer, {"eval_metrics": ["numeric_match"]}).evaluate()
+    with pytest.raises(
+        UserError, match=r"'numeric_match' .* no reference of the 5 validation rows has a number; leave"
+    ):
+        make(tokenizer, {"eval_metrics": ["numeric_match"]})
+    alone = {"eval_generate": False, "eval_max_new_tokens": None, "metric_for_best_model": "kl", "sft_weight": 1.0}
+    with pytest.raises(UserError, match="unknown metric_for_best_model 'kl'"):
+        make(tokenizer, alone, teacher_model=None)
+    make(tokenizer, alone)
 
 
 def test_the_direction_of_a_metric_of_ones_own_is_known() -> None:

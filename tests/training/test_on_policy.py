@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainerCallba
 
 from srd_fast import SRDConfig, SRDTrainer, UserError
 from srd_fast.data import answered, end_of
-from srd_fast.reflection import Sampling, TransformersEngine
+from srd_fast.reflection import Sampling, TransformersEngine, register_engine
 from srd_fast.reflection.engines import ENGINES
 from srd_fast.training import on_policy, replay
 from srd_fast.training.replay import (
@@ -78,8 +78,6 @@ class Scripted:
 @pytest.fixture(autouse=True)
 def scripted() -> Iterator[list[Scripted]]:
     with ENGINES.restored():
-        from srd_fast.reflection import register_engine
-
         Scripted.made = []
         register_engine("scripted", Scripted)
         yield Scripted.made
@@ -162,6 +160,48 @@ def test_with_answers_given_loss_and_gradient_are_those_of_a_plain_loop(
         torch.testing.assert_close(found[key].double(), value, rtol=0, atol=1e-5 * largest)
 
 
+def test_an_adaptive_share_follows_the_mean_of_several_validation_sets(tokenizer: PreTrainedTokenizerFast) -> None:
+    """At such a learning rate every loss is far above the one before it."""
+    fields = {"lmbda": ADAPTIVE, "eval_strategy": "steps", "eval_steps": 1, "learning_rate": 20.0}
+    args = config(**fields, generation_engine="scripted", epochs_per_stage=3)
+    trained = trainer(tokenizer, args, eval_dataset={"a": ROWS[:2], "b": ROWS[2:]})
+    trained.train()
+    losses = [
+        [x[f"eval_{name}_loss"] for x in trained.state.log_history if f"eval_{name}_loss" in x] for name in ("a", "b")
+    ]
+    means = [sum(both) / 2 for both in zip(*losses)]
+    assert len(means) == 3
+    expected = [adaptive_share(means[:k]) for k in range(3)]
+    assert [log["lmbda"] for log in trained.logs] == expected
+    assert expected[-1] > 0, "this test could not tell a share from none"
+
+
+def test_a_weight_of_cross_entropy_is_logged_as_it_was_used(tokenizer: PreTrainedTokenizerFast) -> None:
+    args = config(lmbda=0.5, generation_engine="scripted", epochs_per_stage=12, logging_steps=4)
+    trained = trainer(tokenizer, args)
+    trained.train()
+    assert {0 < log["own_answers"] < 1 for log in trained.logs} >= {True}
+    for log in trained.logs:
+        assert log["sft_weight"] == pytest.approx(0.3 * (1 - log["own_answers"]))
+
+
+def test_a_token_of_the_teachers_answer_without_embedding_is_named(tokenizer: PreTrainedTokenizerFast) -> None:
+    teacher = tiny.tiny_model("llama", seed=2, layers=3)
+    teacher.resize_token_embeddings(teacher.config.vocab_size + 10)
+    student = tiny.tiny_model("llama", seed=1)
+    classes = student.config.vocab_size
+
+    class Odd(Scripted):
+        def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[tuple[int, list[int]]]:
+            yield from ((i, [5, classes + 3]) for i in range(len(prompts)))
+
+    register_engine("odd", Odd)
+    args = config(lmbda=0.0, seq_kd=True, generation_engine="odd")
+    trained = trainer(tokenizer, args, model=student, teacher_model=teacher)
+    with pytest.raises(UserError, match=f"with token {classes + 3}, and the student has {classes} classes: give"):
+        trained.train()
+
+
 def test_labels_of_an_answer() -> None:
     row = {"sample_id": "a", "input_ids": [5, 6, 7, 8], "labels": [IGNORE, IGNORE, 7, 8], "tests": []}
     assert answered(row, [9, 10], 0) == {**row, "input_ids": [5, 6, 9, 10, 0], "labels": [IGNORE, IGNORE, 9, 10, 0]}
@@ -186,6 +226,12 @@ def test_phi_is_a_function_of_the_validation_losses() -> None:
     ]  # fmt: skip
     assert logged_losses(history, 5) == [1.0, 2.0]
     assert logged_losses(history, 1) == []
+    of_sets = [
+        {"step": 2, "eval_a_loss": 1.0, "eval_a_kl": 7.0}, {"step": 2, "eval_b_loss": 2.0}, {"step": 3, "loss": 9.0},
+        {"step": 4, "eval_a_loss": 3.0},
+    ]  # fmt: skip
+    assert logged_losses(of_sets, 5, ["a", "b"]) == [1.5]
+    assert logged_losses(of_sets, 5, ["a"]) == [1.0, 3.0]
 
 
 def test_a_schedule_answers_anew_less_and_less_once_its_buffer_is_full() -> None:

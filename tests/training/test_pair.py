@@ -19,6 +19,7 @@ from srd_fast.data import DistillationCollator
 from srd_fast.models import load_model
 from srd_fast.reflection import Sampling
 from srd_fast.teacher import LiveTeacher, build_teacher_cache
+from srd_fast.training.pair import ready_pair
 
 SAMPLES = tiny.tiny_samples(12)
 pytestmark = pytest.mark.usefixtures("own_folder")
@@ -181,6 +182,22 @@ def test_frozen_narrow_weights_stay_beside_adapters() -> None:
     trainer.train()
     found = {(p.requires_grad, p.dtype) for p in trainer.model.parameters()}
     assert found == {(False, torch.bfloat16), (True, torch.float32)}
+
+
+def test_adapters_start_from_the_seed_alone() -> None:
+    peft = pytest.importorskip("peft")
+    found = []
+    for before, seed in ((1, 0), (2, 0), (1, 5)):
+        adapters = peft.LoraConfig(r=2, task_type="CAUSAL_LM", target_modules=["q_proj"])
+        models = tiny.tiny_model("llama"), tiny.tiny_model("llama", seed=1)
+        torch.manual_seed(before)
+        drawn = torch.get_rng_state()
+        trained, _ = ready_pair(*models, config(seed=seed), tiny.tiny_tokenizer(), None, adapters)
+        assert torch.get_rng_state().equal(drawn)
+        found.append({n: x for n, x in trained.named_parameters() if "lora_A" in n})
+    first, again, other = found
+    assert all(x.equal(again[n]) and not x.equal(other[n]) for n, x in first.items())
+    assert first
 
 
 def taken_over(how: str) -> tuple[PreTrainedModel, PreTrainedModel]:

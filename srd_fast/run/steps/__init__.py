@@ -4,7 +4,7 @@ from ..modes import LIVE
 from .answers import answer_inputs, answer_step
 from .cache import cache_inputs, cache_teacher
 from .controls import CONTROLS, adopt_evaluations, check_controls, control_config, control_folder, control_outputs
-from .data import check_tests_of_rows, prepare, prepare_inputs
+from .data import check_rows_of_run, prepare, prepare_inputs
 from .inputs import Checks, check_group, check_inputs, student_without_weights
 from .outcome import evaluate_inputs, evaluate_step, report
 from .run import ANSWERS, PRUNE, Run
@@ -37,7 +37,7 @@ __all__ = [
     "check_controls",
     "check_group",
     "check_inputs",
-    "check_tests_of_rows",
+    "check_rows_of_run",
     "control_config",
     "control_folder",
     "control_outputs",

@@ -122,10 +122,15 @@ def trained_in(run: Run, stage: int) -> Dataset:
 
 
 def answer_counts(run: Run) -> dict[str, int]:
-    """How many answers there are, and how many were empty or cut; empty if the data's answers are trained on."""
+    """How many answers there are, and how many were empty or cut; empty if the data's answers are trained on.
+
+    With answers_again these are the first stage's, and its empty answers are "empty_kept": they are trained on.
+    """
     file = run.folder / ANSWERS / COUNTS
-    own = mode_of(run.config).makes_answers
-    return dict(json.loads(file.read_text(encoding="utf-8"))) if own and file.is_file() else {}
+    if not mode_of(run.config).makes_answers or not file.is_file():
+        return {}
+    counts = json.loads(file.read_text(encoding="utf-8"))
+    return {"empty_kept" if n == "empty" and run.config.answers_again else n: count for n, count in counts.items()}
 
 
 def answered_again(run: Run) -> list[dict[str, Any]]:

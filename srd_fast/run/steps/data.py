@@ -7,7 +7,6 @@ import unicodedata
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import pyarrow.parquet as pq
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
@@ -39,9 +38,10 @@ from ...models import (
     tokenizer_digest,
 )
 from ...own_code import file_of
-from ...reflection.execution import EXECUTION, check_tests
+from ...reflection.signals import check_rows
+from ...selection import ALL
 from ..config import RunConfig
-from ..modes import privileged_template, reflects
+from ..modes import mode_of, privileged_template, reflects
 from .run import PRUNE, QUICKSTART, Run, json_text, write_parquet
 
 QUICKSTART_ROWS = 256
@@ -166,11 +166,12 @@ def prepare(run: Run) -> None:
     write_text(folder / COUNTS, json_text({**counts, "validation_in_training": same, "validation_near_training": near}))
 
 
-def check_tests_of_rows(run: Run) -> None:
-    """Refuse a signal, a judge or a metric that runs the rows' tests, if no row has any.
+def check_rows_of_run(run: Run) -> None:
+    """Refuse settings that do not fit the prepared rows.
 
     Raises:
-        UserError: there are no tests. The message names the key.
+        UserError: no row has what a signal, a judge or a metric needs, or a row that is certainly trained on does not
+            fit into a micro-batch. The message names the key.
     """
     c, args = run.config, run.args
     reflected = reflects(c)
@@ -181,12 +182,29 @@ def check_tests_of_rows(run: Run) -> None:
         "distill.eval_metrics": (VALIDATION, args.answer_metrics if args.eval_generate else ()),
     }
     for key, (split, names) in asked.items():
-        if EXECUTION in names:
-            tests = pq.read_table(run.split(split), columns=["tests"])["tests"].to_pylist()
+        if names:
+            rows = run.data(split)
             try:
-                check_tests(names, tests, f"the {len(tests)} {'training' if split == 'train' else split} rows")
+                check_rows(names, rows, f"the {len(rows)} {'training' if split == 'train' else split} rows")
             except UserError as e:
                 raise UserError(f"config: {key}: {e}") from e
+    if args.max_tokens_per_batch and not mode_of(c).makes_answers:
+        _check_micro_batches(c, run.data("train"), args.max_tokens_per_batch)
+
+
+def _check_micro_batches(config: RunConfig, train: Dataset, most: int) -> None:
+    """Refuse more rows than the curriculum can drop that are longer than a micro-batch."""
+    start = is_encoder_decoder(load_config(config.teacher))
+    lengths = sorted(length + start for length in token_counts(train))
+    c, chosen = config.curate, config.distill.get("sample_selection", ALL) != ALL
+    plain = not (c.band or chosen or isinstance(c.keep, str))
+    kept = len(lengths) if plain and c.method == "none" else int(len(lengths) * c.keep) - 1 if plain else 1
+    if lengths[max(0, kept - 1)] > most:
+        raise UserError(
+            f"config: distill.max_tokens_per_batch is {most}, and {sum(x > most for x in lengths)} of {len(lengths)} "
+            f"training rows are longer, the longest has {lengths[-1]} tokens; raise it to that, or lower "
+            "max_prompt_length or max_response_length"
+        )
 
 
 def _check_positions(config: RunConfig, train: Dataset, validation: Dataset) -> None:

@@ -41,7 +41,7 @@ from ...training.measure import check_best_metric
 from ...workers.vllm import INSTALL
 from ..config import RunConfig
 from ..group import Group
-from ..modes import check_mode, check_signals
+from ..modes import check_mode, check_signals, mode_of
 from .cache import check_cache
 from .controls import check_controls
 from .data import VALIDATION, tokenisation_of
@@ -77,7 +77,7 @@ def check_inputs(config: RunConfig, faults: Faults | None = None, also: Checks =
         for names, needs in PACKAGES.items():
             faults.check((f"distill.{name}" for name in names), _of_distill, needs, args)
         metric = ("distill.metric_for_best_model", "distill.eval_metrics")
-        faults.check(metric, _of_distill, _check_best, args)
+        faults.check((*metric, "mode"), _of_distill, _check_best, args, mode_of(config).teacher)
         if args.push_to_hub:
             faults.check("distill.push_to_hub", try_hub, args.hub_token, "distill.push_to_hub")
     _check_reflection(config, faults)
@@ -136,9 +136,9 @@ def _of_distill(look: Callable[..., Any], *given: Any) -> None:
         raise UserError(f"config: distill: {e}") from e
 
 
-def _check_best(args: SRDConfig) -> None:
+def _check_best(args: SRDConfig, teacher: bool) -> None:
     of_answers = get_metrics(args.answer_metrics) if args.eval_generate else None
-    check_best_metric(args.metric_for_best_model, of_answers=of_answers)
+    check_best_metric(args.metric_for_best_model, of_answers=of_answers, teacher=teacher)
 
 
 def _check_stages(name: str, value: Any, stages: int) -> None:

@@ -11,6 +11,7 @@ from ...curriculum import RANKED, SHUFFLED, CurriculumPlan, Signal, curate
 from ...files import content_digest, remove
 from ...models import fingerprint, load_model, quantisation_of
 from ...reflection import Sampling, get_difficulties, reflect
+from ...reflection.attempts import JUDGE
 from ...reflection.shards import merge_shards, shard_file, shard_files, write_shard
 from ...reflection.signals import column_of, signal_files
 from ...selection import ALL, select_samples
@@ -152,7 +153,7 @@ def reflect_with(
         ),
         signals=c.signals if samples is None else (),
         attempts=c.attempts if samples is None else 1,
-        judge=c.judge,
+        judge=c.judge if samples is None else JUDGE,
         cross_entropy_by=c.cross_entropy_by,
         batch_size=c.batch_size,
         rouge_tokenizer=run.rouge_tokenizer,
