@@ -100,6 +100,7 @@ def _empty_cache(model: Any) -> DynamicCache | None:
     config = inner.config.get_text_config(decoder=True)
     # Models of several kinds of input, or that prepare theirs in their own way, know more of rows than the cache does.
     plain = type(inner).prepare_inputs_for_generation is GenerationMixin.prepare_inputs_for_generation
+    plain = plain and not getattr(inner, "_is_stateful", False)  # its layers may keep states that are in no cache
     if not plain or config is not inner.config or not inner._supports_default_dynamic_cache():
         return None
     cache = DynamicCache(config=config)
