@@ -337,6 +337,8 @@ def init_student(
     """Cut a student out of a teacher by keeping some of its layers, and warm it up."""
     _for_one_process("init-student")
     kept = _layers("layers", layers)
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise UserError(f"output {str(output)!r} is there already; delete it, or give another folder")
     if bool(data) != bool(warmup_steps):
         raise UserError("--data and --warmup-steps go together: give both for a warm-up, or neither")
 

@@ -235,7 +235,7 @@ def _is_saved(folder: Path) -> bool:
 
 def _folder_rows(folder: Path, split: str) -> Rows:
     if not _is_saved(folder):
-        return _joined([(str(path.relative_to(folder)), _file(path)) for path in _of_split(folder, split)])
+        return _joined([(os.path.relpath(path, folder), _file(path)) for path in _of_split(folder, split)])
     try:
         data = load_from_disk(str(folder))
     except Exception as e:  # of many kinds; all mean that the folder is not usable

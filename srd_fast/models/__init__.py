@@ -50,7 +50,7 @@ from .placement import (
     whole,
     whole_head,
 )
-from .positions import check_positions
+from .positions import check_positions, max_positions
 from .prefix import SharedPrefix, common_prefix, share_prefix, shared_starts
 from .pruning import prune_depth
 from .routing import RouterLoss, router_loss
@@ -98,6 +98,7 @@ __all__ = [
     "load_tokenizer",
     "loading_whole",
     "make_model",
+    "max_positions",
     "mend_generation_config",
     "merge_adapters",
     "model_digest",

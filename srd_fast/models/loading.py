@@ -363,7 +363,8 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **_SAFELY)
     except Exception as e:  # as for models
-        raise UserError(f"no tokenizer can be loaded from {source!r}: {_why(e)}") from e
+        place = "" if local.is_dir() else ", which is no folder here"
+        raise UserError(f"no tokenizer can be loaded from {source!r}{place}: {_why(e)}") from e
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {source!r} has no end-of-sequence token; responses must end in one")
     return tokenizer

@@ -11,7 +11,7 @@ from ..errors import Faults, FaultsError
 from ..reflection.reflect import REFLECTION_PRESETS
 from ..suggest import unknown_name
 from ..training.presets import TRAINING_PRESETS, with_preset
-from .distill_fields import check_field
+from .distill_fields import DISTILL_FIELDS, check_field
 from .modes import KD, MODES, mode_fields
 from .synonyms import SYNONYMS
 from .yaml_values import apply_override, checked, read_yaml, shown_value
@@ -261,7 +261,7 @@ class RunConfig(_Section):
     def _known_fields(cls, given: dict[str, Any]) -> dict[str, Any]:
         faults = Faults()
         for name, value in given.items():
-            faults.check(name, check_field, name, value)
+            faults.check(name, check_field, name, value, _elsewhere(name, "distill"))
         faults.tell()
         # YAML 1.1 reads `save_strategy: no` as false.
         return {k: "no" if k.endswith("_strategy") and v is False else v for k, v in given.items()}
@@ -378,6 +378,18 @@ def _is_section(name: str) -> bool:
     return name in RunConfig.model_fields and hasattr(RunConfig.model_fields[name].annotation, "model_fields")
 
 
+def _elsewhere(name: str, section: str) -> dict[str, str]:
+    """A key that another section has, or that has none: its whole name, or names."""
+    known = section and name in RunConfig.model_fields and not _is_section(name)
+    places = [f"{name} at the top level"] if known else []
+    for other in (x for x in RunConfig.model_fields if x != section and _is_section(x)):
+        inner: Any = RunConfig.model_fields[other].annotation
+        places += [f"{other}.{name}"] if name in inner.model_fields else []
+    if section != "distill" and name in DISTILL_FIELDS:
+        places.append(f"distill.{name}")
+    return {name: " or ".join(places)} if places else {}
+
+
 def _one_line(error: Any, loc: list[str]) -> str:
     if error["type"] == "extra_forbidden":
         section: Any = RunConfig
@@ -385,6 +397,7 @@ def _one_line(error: Any, loc: list[str]) -> str:
             section = section.model_fields[part].annotation
         prefix = ".".join(loc[:-1])
         kind = f"key in {prefix}" if prefix else "key"
-        return "config: " + unknown_name(kind, shown(loc[-1]), section.model_fields, synonyms=SYNONYMS.get(prefix))
+        synonyms = _elsewhere(loc[-1], prefix) | SYNONYMS.get(prefix, {})
+        return "config: " + unknown_name(kind, shown(loc[-1]), section.model_fields, synonyms=synonyms)
     message = error["msg"].removeprefix("Value error, ")
     return f"config: {shown('.'.join(loc))}: {message[:1].lower()}{message[1:]}, got {shown_value(error['input'])}"

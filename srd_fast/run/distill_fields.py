@@ -1,7 +1,9 @@
 """The section `distill` of a config: which fields of SRDConfig it has, and their types."""
 
+from collections.abc import Mapping
 from dataclasses import fields
 from functools import cache
+from types import MappingProxyType
 from typing import Any, get_type_hints
 
 from pydantic import PydanticUserError, TypeAdapter, ValidationError
@@ -22,12 +24,13 @@ _SET_BY_RUN |= {"teacher_device_map", "teacher_tp_plan", "teacher_cache", "teach
 DISTILL_FIELDS = {f.name for f in fields(SRDConfig) if f.init} - _SET_BY_RUN
 
 
-def check_field(name: str, value: Any) -> None:
+def check_field(name: str, value: Any, elsewhere: Mapping[str, str] = MappingProxyType({})) -> None:
     """Refuse a key that `distill` does not have, or a value of another type.
 
     Args:
         name: the key.
         value: the value from YAML.
+        elsewhere: the key -> its place, if it is one of another section.
 
     Raises:
         UserError: the key or its value is wrong. The message lacks the section's name.
@@ -35,7 +38,7 @@ def check_field(name: str, value: Any) -> None:
     if name in _SET_BY_RUN and name not in SYNONYMS["distill"]:
         raise UserError(f"{name} is set at the top level of the config, or by the run itself")
     if name not in DISTILL_FIELDS:
-        synonyms = SYNONYMS["distill"]
+        synonyms = {**elsewhere, **SYNONYMS["distill"]}
         raise UserError(unknown_name("key", shown(name), DISTILL_FIELDS, listed=False, synonyms=synonyms))
     if name.endswith("_strategy") and value is False:
         return

@@ -84,6 +84,11 @@ class Ledger:
             except (ValueError, KeyError, TypeError, AttributeError):
                 logger.warning("%s is damaged: every step is done again", self.path)
 
+    def begin(self) -> None:
+        """Mark the folder as a run's, before there is a finished step."""
+        if not self.path.exists():
+            write_text(self.path, json.dumps(self.entries))
+
     def is_valid(self, step: Step, fingerprint: str, config: RunConfig, folder: Path) -> bool:
         """Whether the step was done with the same inputs, and its outputs have not changed since."""
         entry = self.entries.get(step.name)

@@ -18,6 +18,7 @@ import transformers
 import yaml
 
 from ..curriculum import CurriculumPlan
+from ..data import source_path
 from ..errors import UserError, first_line
 from ..files import content_digest, disk_trouble, in_use, remove, write_text
 from ..losses import expect_logits, is_out_of_memory
@@ -186,7 +187,7 @@ def execute(
     """
     folder = Path(config.output_dir)
     with _explained(folder):
-        steps.check_inputs(config, also=checks)
+        steps.check_inputs(config, also=(_check_places, *checks))
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -198,6 +199,36 @@ def execute(
             held.enter_context(in_use(folder, "output_dir", ".lock-{}-of-{}".format(*parse_shard(shard))))
         _execute(config, folder, only, force, say, shard, group or Group())
     return folder
+
+
+def _check_places(config: RunConfig) -> None:
+    """Refuse a run that would write over files of others, or over what it reads.
+
+    Raises:
+        UserError: the folder has files with the names of a run's, and no run has been there; or a model or data file is
+            one of them.
+    """
+    folder = Path(config.output_dir)
+    names = sorted({Path(x).parts[0] for step in STEPS for x in (*step.outputs(config), *step.caches)})
+    if not ((folder / "steps.json").exists() or any(folder.glob(".lock*"))):
+        found = [name for name in names if os.path.lexists(folder / name)]
+        if found:
+            raise UserError(
+                f"config: output_dir: {str(folder)!r} has {', '.join(found)}, which no run has made and this one would "
+                "write over; give another folder"
+            )
+    for key in ("teacher", "student", "data", "validation"):
+        value = getattr(config, key)
+        read = source_path(value) if isinstance(value, str) else None
+        if read is None:
+            continue
+        for name in names:
+            # A start is made only where no student is given.
+            if name != "start" and read.resolve().is_relative_to(folder.resolve() / name):
+                raise UserError(
+                    f"config: {key}: {str(value)!r} is inside of {str(folder / name)!r}, which the run writes; give "
+                    "another output_dir"
+                )
 
 
 def serve(group: Group) -> None:
@@ -323,6 +354,7 @@ def begin_from(source: Path, config: RunConfig) -> None:
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     theirs, ours, wanted = Ledger(source), Ledger(folder), fingerprints(config)
+    ours.begin()
     for step in steps_of(config):
         entry = theirs.entries.get(step.name)
         if step.name not in _BEGINNING or entry is None or entry["fingerprint"] != wanted[step.name]:

@@ -44,6 +44,7 @@ SYNONYMS: dict[str, dict[str, str]] = {
         **dict.fromkeys(("lmbda_skew", "skew_alpha", "skew_lambda"), "skew"),
         **dict.fromkeys(("clip_grad", "grad_clip", "gradient_clipping"), "max_grad_norm"),
         **dict.fromkeys(("compile", "use_compile"), "torch_compile"),
+        **dict.fromkeys(("group_by_length", "sortish_sampler"), "length_buckets"),
         **dict.fromkeys(("packing", "sample_packing"), "padding_free"),
     },
     "reflect": {

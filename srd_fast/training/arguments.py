@@ -44,7 +44,6 @@ REFUSED = {
         ("random",), "the curriculum orders the samples; length_buckets sorts neighbouring batches by length"
     ),
     "length_column_name": Refused(("length",), "length_buckets counts the tokens itself; leave it out"),
-    "group_by_length": Refused((False,), "the curriculum orders the samples; set length_buckets"),
     "label_smoothing_factor": Refused(
         (0,),
         "which the distillation loss does not have; set it to 0 (the teacher's probabilities are soft labels already)",

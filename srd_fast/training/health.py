@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 # With fewer logged values in a stage, no trend is computed.
 _LEAST_VALUES = 8
+# From this ratio on, a stage's last quarter is above its first one by more than its batches differ.
+_RISE = 1.02
 _SHOWN_IDS = 16
 
 
@@ -137,7 +139,7 @@ class DivergenceTrend:
         if len(values) < _LEAST_VALUES:
             return
         first, last = statistics.fmean(values[:quarter]), statistics.fmean(values[-quarter:])
-        if last > first:
+        if last > _RISE * first:
             logger.warning(
                 "stage %d: the divergence to the teacher rose from %.4g to %.4g; check learning_rate (too high?), that "
                 "teacher and student have one tokenizer and template, and the cache (srd-fast cache CONFIG --force)",

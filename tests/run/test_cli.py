@@ -642,6 +642,15 @@ def test_init_student_warms_up(tiny_teacher_folder: Path, tmp_path: Path) -> Non
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "warm").config.num_hidden_layers == 2
 
 
+def test_init_student_replaces_nothing(tiny_teacher_folder: Path, tmp_path: Path) -> None:
+    common = ("init-student", "--teacher", tiny_teacher_folder, "--layers", 2, "--output")
+    (tmp_path / "mine").mkdir()
+    assert srd_fast(*common, tmp_path / "mine").status == 0  # an empty folder is no loss
+    before = content_digest(tmp_path / "mine")
+    assert "is there already; delete it, or give another folder" in srd_fast(*common, tmp_path / "mine").error()
+    assert content_digest(tmp_path / "mine") == before
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import yaml
 from pydantic import BaseModel
 from typer.testing import CliRunner
@@ -13,6 +14,7 @@ import srd_fast
 from srd_fast.cli import app
 from srd_fast.data.quickstart import make_quickstart_rows
 from srd_fast.errors import UserError
+from srd_fast.models import load_config
 from srd_fast.run.config import RunConfig, load_run_config
 from srd_fast.run.config_help import config_text, json_schema
 from srd_fast.run.distill_fields import DISTILL_FIELDS
@@ -98,6 +100,13 @@ def test_a_synonym_is_no_key_and_means_one() -> None:
         ("curate.num_stages=3", "did you mean 'stages'"),
         ("teacher_model=x", "did you mean 'teacher'"),
         ("distill.temperatur=2", "did you mean 'temperature'"),
+        ("epochs_per_stage=3", "did you mean 'distill.epochs_per_stage'"),
+        ("layers=4", "did you mean 'init_student.layers'"),
+        ("signals=[gap]", "did you mean 'reflect.signals or curate.signals'"),
+        ("reflect.keep=0.5", "did you mean 'curate.keep'"),
+        ("distill.keep=0.5", "did you mean 'curate.keep'"),
+        ("distill.dtype=float32", "did you mean 'dtype at the top level'"),
+        ("distill.group_by_length=true", "did you mean 'length_buckets'"),
         ("distill.output_dir=x", "output_dir is set at the top level of the config"),
     ],
 )
@@ -151,3 +160,26 @@ def test_a_first_config(tiny_teacher_folder: Path) -> None:
     )
     assert isinstance(few.exception, UserError)
     assert not Path("other").exists()
+
+
+@pytest.mark.usefixtures("own_folder")
+def test_a_first_config_fits_the_models(tiny_teacher_folder: Path) -> None:
+    """Another tokenizer and rows without answers are told; lengths are no longer than the teacher's positions."""
+    rows = make_quickstart_rows(8, seed=1)
+    Path("rows.json").write_text(json.dumps(rows))
+    Path("empty.json").write_text(json.dumps([{**row, "output": ""} for row in rows]))
+    Path("long.json").write_text(json.dumps([{**row, "instruction": "far " * 900, "output": "off"} for row in rows]))
+    teacher = load_config(str(tiny_teacher_folder))
+    tiny.tiny_tokenizer(vocab_size=280).save_pretrained("other")
+    tiny.tiny_model("llama").save_pretrained("other")
+    common = ["init", "mine", "--teacher", str(tiny_teacher_folder), "--data"]
+    for words, said in (
+        ([*common, "rows.json", "--student", "other"], "different tokenizers"),
+        ([*common, "empty.json"], "all of 8 answers that were looked at are empty"),
+    ):
+        assert said in str(run(*words).exception)
+        assert not Path("mine").exists()
+    assert run(*common, "long.json").exit_code == 0
+    made = load_run_config("mine/config.yaml")
+    assert made.max_prompt_length + made.max_response_length <= teacher.max_position_embeddings
+    assert "0 of 100 fit" in Path("mine/config.yaml").read_text()

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,13 @@ from transformers import PreTrainedTokenizerFast
 
 from srd_fast.data import content_id
 from srd_fast.errors import UserError
+from srd_fast.files import content_digest
 from srd_fast.report.page import _facts
 from srd_fast.report.read import read_run
-from srd_fast.run.config import load_run_config
+from srd_fast.run.config import RunConfig, load_run_config
 from srd_fast.run.pipeline import execute, fingerprints
 from srd_fast.run.steps.data import _hold_out, _overlap, prepare_inputs
+from srd_fast.run.steps.run import read_samples
 
 
 def samples_of(groups: list[int]) -> Dataset:
@@ -213,3 +216,42 @@ def test_mistakes_in_what_makes_rows_are_found_before_a_step(
         execute(config_of(tmp_path, tiny_teacher_folder, [chat("a", "b")] * 3, override))
     assert complaint in str(error.value)
     assert not (tmp_path / "run" / "data").exists()
+
+
+@pytest.mark.parametrize("name", ["student", "data", "checkpoints", "plan.json", "start", "report.html"])
+def test_a_folder_with_files_of_others_is_left_alone(name: str, tiny_teacher_folder: Path, tmp_path: Path) -> None:
+    settings = {**tiny.tiny_run(tiny_teacher_folder), "output_dir": str(tmp_path)}
+    (tmp_path / "config.yaml").touch()  # as `srd-fast init` may write it there
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(UserError, match=rf"output_dir: .* has {re.escape(name)}, which no run has made and this one"):
+        execute(RunConfig(**settings), say=lambda text: None)
+    assert sorted(x.name for x in tmp_path.iterdir()) == sorted(["config.yaml", name])
+    assert (tmp_path / name).read_text() == "mine"
+
+
+@pytest.mark.parametrize("key", ["teacher", "student", "data", "validation"])
+def test_a_run_does_not_write_over_what_it_reads(key: str, tiny_teacher_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    settings = {**tiny.tiny_run(tiny_teacher_folder), "output_dir": str(folder)}
+    execute(RunConfig(**settings), only="prepare", say=lambda text: None)
+    own = folder / "data" / "train.parquet"
+    if key in ("teacher", "student"):
+        own = folder / "student"
+        shutil.copytree(tiny_teacher_folder, own)
+    before = content_digest(own)
+    with pytest.raises(UserError, match=rf"config: {key}: .* is inside of .*, which the run writes; give another"):
+        execute(RunConfig(**{**settings, key: str(own)}), say=lambda text: None)
+    assert content_digest(own) == before
+    assert "start" not in {x.name for x in folder.iterdir()}
+
+
+@pytest.mark.usefixtures("own_folder")
+def test_a_folder_of_files_may_be_given_by_a_relative_path(tiny_teacher_folder: Path) -> None:
+    Path("rows").mkdir()
+    rows = [{"instruction": f"Say {n}.", "output": f"{n}"} for n in range(12)]
+    for name, some in (("train", rows[:8]), ("train-2", rows[8:10]), ("validation", rows[10:])):
+        Path("rows", f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+    settings = {**tiny.tiny_run(tiny_teacher_folder), "data": "rows", "validation": "rows", "max_rows": None}
+    execute(RunConfig(**settings, output_dir="run"), only="prepare", say=lambda text: None)
+    counts = [len(read_samples(Path("run", "data", f"{name}.parquet"))) for name in ("train", "validation")]
+    assert counts == [10, 2]

@@ -689,7 +689,16 @@ def test_the_last_stage_is_judged_too(warned: pytest.LogCaptureFixture) -> None:
 
 
 @pytest.mark.parametrize(
-    "stages", [[FALLING], [RISING[:7]], [[1.0] * 20], [], [RISING[:5], FALLING[:5]], [FALLING, [9.0] * 7]]
+    "stages",
+    [
+        [FALLING],
+        [RISING[:7]],
+        [[1.0] * 20],
+        [[1.435 + 0.0001 * i for i in range(20)]],
+        [],
+        [RISING[:5], FALLING[:5]],
+        [FALLING, [9.0] * 7],
+    ],
 )
 def test_falling_flat_and_short_stages_are_not(stages: list[list[float]], warned: pytest.LogCaptureFixture) -> None:
     trend(*stages)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -49,6 +49,7 @@ from .run import PRUNE, QUICKSTART
 from .selection import sample_policy
 from .settings import OWN_KEYS, lora_config, share_of_batch, training_config
 
+R = TypeVar("R")
 Checks = Sequence[Callable[[RunConfig], None]]
 
 
@@ -120,9 +121,9 @@ def _training_args(config: RunConfig, faults: Faults) -> SRDConfig | None:
         return None  # of fields that go together: they are told
 
 
-def _of_config(key: str, look: Callable[..., Any], *given: Any) -> None:
+def _of_config(key: str, look: Callable[..., R], *given: Any) -> R:
     try:
-        look(*given)
+        return look(*given)
     except UserError as e:
         raise UserError(f"config: {key}: {e}") from e
 
@@ -227,15 +228,15 @@ def _check_checkpoints(config: RunConfig, args: SRDConfig | None) -> None:
 
 def _check_models(config: RunConfig, faults: Faults) -> None:
     """Check teacher and student without their weights, and try to save the student as at the end of the run."""
-    teachers = faults.check("teacher", load_tokenizer, config.teacher)
+    teachers = faults.check("teacher", _of_config, "teacher", load_tokenizer, config.teacher)
     faults.check(("teacher", "student"), _check_weights, config)
     tokenizer = teachers
     if config.student != PRUNE:
-        tokenizer = faults.check("student", load_tokenizer, config.student)
+        tokenizer = faults.check("student", _of_config, "student", load_tokenizer, config.student)
         pair = ("teacher", "student", "distill.shared_vocabulary")
         if tokenizer is not None and teachers is not None:
             shared = config.distill.get("shared_vocabulary", False)
-            faults.check(pair, check_tokenizers, tokenizer, teachers, shared)
+            faults.check(pair, _of_config, "student", check_tokenizers, tokenizer, teachers, shared)
             faults.check(pair, lambda: check_same_kind(load_config(config.student), load_config(config.teacher)))
     else:
         faults.check("init_student.encoder_layers", _check_encoder_layers, config, teachers)

@@ -71,7 +71,7 @@ def distill(run: Run) -> None:
     checkpoints, metrics = run.folder / "checkpoints", run.folder / "metrics.jsonl"
     stamp, wanted = checkpoints / "fingerprint.txt", run.fingerprints["distill"]
     if not stamp.is_file() or stamp.read_text(encoding="utf-8").strip() != wanted:
-        shutil.rmtree(checkpoints, ignore_errors=True)
+        remove(checkpoints)
         checkpoints.mkdir(parents=True)
         stamp.write_text(wanted + "\n", encoding="utf-8")
     if last_whole_checkpoint(checkpoints) is None:
