@@ -337,6 +337,7 @@ def init_student(
     """Cut a student out of a teacher by keeping some of its layers, and warm it up."""
     _for_one_process("init-student")
     kept = _layers("layers", layers)
+    kept_of_encoder = None if encoder_layers is None else _layers("encoder-layers", encoder_layers)
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise UserError(f"output {str(output)!r} is there already; delete it, or give another folder")
     if bool(data) != bool(warmup_steps):
@@ -355,7 +356,7 @@ def init_student(
         teacher,
         output,
         layers=kept,
-        encoder_layers=None if encoder_layers is None else _layers("encoder-layers", encoder_layers),
+        encoder_layers=kept_of_encoder,
         rows=rows,
         warmup_steps=warmup_steps,
         learning_rate=learning_rate,

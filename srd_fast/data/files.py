@@ -241,4 +241,4 @@ def _parsed(content: bytes) -> Any:
 
 
 def _not_utf8(content: bytes, error: UnicodeDecodeError) -> str:
-    return f"not UTF-8: byte {error.start} is {content[error.start]:#x}"
+    return f"not UTF-8: byte {error.start} is {content[error.start]:#x}; save the file in UTF-8"

@@ -5,14 +5,14 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from ..curriculum import CURATION_PRESETS, KNEE
+from ..curriculum import KNEE
 from ..data import check_chat_template_kwargs, check_columns, shown
 from ..errors import Faults, FaultsError
-from ..reflection.reflect import REFLECTION_PRESETS
 from ..suggest import unknown_name
-from ..training.presets import TRAINING_PRESETS, with_preset
+from ..training.presets import TRAINING_PRESETS
 from .distill_fields import DISTILL_FIELDS, check_field
-from .modes import KD, MODES, mode_fields
+from .modes import KD, MODES
+from .presets import add_preset, take_out_what_follows
 from .synonyms import SYNONYMS
 from .yaml_values import apply_override, checked, read_yaml, shown_value
 
@@ -305,13 +305,13 @@ def read_run_config(path: str | Path | None, overrides: list[str] | tuple[str, .
     # `curate:` with nothing below it counts as absent.
     content = {key: value for key, value in checked(given).items() if value is not None or key in _NULLABLE}
     if given.keys() >= RunConfig.model_fields.keys():
-        _take_out_what_follows(content)
+        take_out_what_follows(content, {x: RunConfig.model_fields[x].default for x in ("reflect", "curate")})
     for assignment in overrides:
         faults.check((), apply_override, content, assignment)
     preset = content.get("preset")
     if isinstance(preset, str):
         if preset in TRAINING_PRESETS:
-            _add_preset(content, preset)
+            add_preset(content, preset)
         else:
             faults.add(("preset",), unknown_name("preset", shown(preset), TRAINING_PRESETS))
             del content["preset"]
@@ -321,37 +321,6 @@ def read_run_config(path: str | Path | None, overrides: list[str] | tuple[str, .
         for error in e.errors():
             _take(faults, error, content)
     return RunConfig(**content), faults
-
-
-def _take_out_what_follows(content: dict[str, Any]) -> None:
-    """Leave out of a complete config, as a run writes it, what its own mode, its preset and the defaults give.
-
-    Then another mode or preset, given beside it, has its own values. What was given and is the same goes too.
-    """
-    follows: dict[str, Any] = {"mode": content.get("mode", KD)}
-    if content.get("preset") in TRAINING_PRESETS:
-        _add_preset(follows, content["preset"])
-    for name in ("reflect", "curate", "distill"):
-        section, default = content.get(name), RunConfig.model_fields[name].default
-        values = {**(default if name == "distill" else default.model_dump()), **follows.get(name, {})}
-        if isinstance(section, dict):
-            # 60 and 60.0 are not the same to a fingerprint.
-            same = {k for k, v in section.items() if k in values and type(v) is type(values[k]) and v == values[k]}
-            for of_stages in ("temperature", "sft_weight"):  # a list, or start and end: one of them replaces others
-                keys = {of_stages, f"{of_stages}_start", f"{of_stages}_end"}
-                if not keys & (section.keys() | values.keys()) <= same:
-                    same -= keys
-            content[name] = {k: v for k, v in section.items() if k not in same}
-
-
-def _add_preset(content: dict[str, Any], preset: str) -> None:
-    if isinstance(content.setdefault("distill", {}), dict):
-        mode = content.get("mode", KD)
-        own = mode_fields(MODES.get(mode), content["distill"]) if mode in MODES else content["distill"]
-        content["distill"] = with_preset(preset, own)
-    for section, presets in (("curate", CURATION_PRESETS), ("reflect", REFLECTION_PRESETS)):
-        if isinstance(content.get(section, {}), dict):
-            content[section] = {**presets.get(preset, {}), **content.get(section, {})}
 
 
 def _take(faults: Faults, error: Any, content: dict[str, Any]) -> None:

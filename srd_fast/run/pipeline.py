@@ -18,7 +18,6 @@ import transformers
 import yaml
 
 from ..curriculum import CurriculumPlan
-from ..data import source_path
 from ..errors import UserError, first_line
 from ..files import content_digest, disk_trouble, in_use, remove, write_text
 from ..losses import expect_logits, is_out_of_memory
@@ -28,6 +27,7 @@ from .config import RunConfig, read_run_config
 from .group import Group
 from .ledger import Ledger, News, Step
 from .modes import has_cache, mode_of, reflects
+from .places import check_places
 
 STEPS = (
     Step("prepare", lambda c: ["data"], steps.prepare_inputs, (), steps.prepare),
@@ -202,33 +202,7 @@ def execute(
 
 
 def _check_places(config: RunConfig) -> None:
-    """Refuse a run that would write over files of others, or over what it reads.
-
-    Raises:
-        UserError: the folder has files with the names of a run's, and no run has been there; or a model or data file is
-            one of them.
-    """
-    folder = Path(config.output_dir)
-    names = sorted({Path(x).parts[0] for step in STEPS for x in (*step.outputs(config), *step.caches)})
-    if not ((folder / "steps.json").exists() or any(folder.glob(".lock*"))):
-        found = [name for name in names if os.path.lexists(folder / name)]
-        if found:
-            raise UserError(
-                f"config: output_dir: {str(folder)!r} has {', '.join(found)}, which no run has made and this one would "
-                "write over; give another folder"
-            )
-    for key in ("teacher", "student", "data", "validation"):
-        value = getattr(config, key)
-        read = source_path(value) if isinstance(value, str) else None
-        if read is None:
-            continue
-        for name in names:
-            # A start is made only where no student is given.
-            if name != "start" and read.resolve().is_relative_to(folder.resolve() / name):
-                raise UserError(
-                    f"config: {key}: {str(value)!r} is inside of {str(folder / name)!r}, which the run writes; give "
-                    "another output_dir"
-                )
+    check_places(config, {Path(x).parts[0] for step in STEPS for x in (*step.outputs(config), *step.caches)})
 
 
 def serve(group: Group) -> None:

@@ -103,6 +103,11 @@ def apply_override(content: dict[str, Any], assignment: str) -> None:
         raise UserError(f"override {shown(assignment)!r}: no key has so many dots")
     _check_text(key, "override")
     value = checked(_parsed(text, f"override {shown(assignment)!r}: the value is not valid YAML"), shown(key))
+    if isinstance(value, dict):
+        for name in (x for x, of_name in value.items() if of_name is None and ":" in x):
+            raise UserError(
+                f"override {shown(assignment)!r}: YAML has a space after a colon: {shown(name.replace(':', ': ', 1))!r}"
+            )
     *parents, last = key.split(".")
     level = content
     for parent in parents:

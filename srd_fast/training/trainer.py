@@ -15,6 +15,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeVar, cast
 
 import torch
@@ -661,6 +662,14 @@ class SRDTrainer(Trainer):
             optimizer.found_inf = flag
         self._raise_if_bad(self._check.look(wait=not skips))
         return norm
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Say which weights a checkpoint lacks, without those that it has under the name to which they are tied."""
+        tied = getattr(self.model, "all_tied_weights_keys", {})
+        missing = [name for name in load_result.missing_keys if name not in tied]
+        super()._issue_warnings_after_load(
+            SimpleNamespace(missing_keys=missing, unexpected_keys=load_result.unexpected_keys)
+        )
 
     def _show_weights(self) -> None:
         """Let a schedule-free optimizer put its averaged weights into the model. The next step takes them out again."""

@@ -353,7 +353,7 @@ def test_lines_of_the_file_are_the_places(tiny_tokenizer: PreTrainedTokenizerFas
     assert [(where.split(" (")[0], why.split(" (")[0]) for where, why in prepared.rejected] == [
         ("line 2", "not valid JSON"),
         ("line 5", "expected an object, got list"),
-        ("line 6", "not UTF-8: byte 17 is 0xff"),
+        ("line 6", "not UTF-8: byte 17 is 0xff; save the file in UTF-8"),
         ("line 7", "no value in instruction"),
     ]
     assert [row.where for row in read_source(_parquet(tmp_path / "x.parquet"))] == ["row 1", "row 2", "row 3"]

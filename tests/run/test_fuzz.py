@@ -668,7 +668,7 @@ def test_what_is_rejected_below_the_limit_is_listed_with_its_lines(run_config_fi
     assert [(row["where"].split(" (")[0], row["reason"].split(" (")[0]) for row in listed] == [
         ("line 3", "not valid JSON"),
         ("line 4", "no value in instruction, output; the columns of this row are ['completion', 'prompt']"),
-        ("line 5", "not UTF-8: byte 17 is 0xff"),
+        ("line 5", "not UTF-8: byte 17 is 0xff; save the file in UTF-8"),
         ("line 6", "no value in output"),
     ]
     used = sum(pq.read_metadata(folder / "data" / f"{part}.parquet").num_rows for part in ("train", "validation"))

@@ -249,6 +249,11 @@ def test_presets_are_the_papers_numbers(config: Any) -> None:
     assert (official.reflect.max_new_tokens, official.reflect.score_eos) == (256, False)
 
 
+def test_a_colon_without_a_space_is_told(config: Any) -> None:
+    assert refused(config, "", "lora={r:4}").endswith("YAML has a space after a colon: 'r: 4'")
+    assert config("", "lora={r: 4}").lora == {"r": 4}
+
+
 @pytest.mark.parametrize("preset", [None, *TRAINING_PRESETS])
 @pytest.mark.parametrize("mode", ["kd", "sft", "offline_on_policy", "on_policy"])
 def test_another_mode_or_preset_of_a_written_config_has_its_own_values(

@@ -370,7 +370,7 @@ def test_a_projected_cache_trains_adapters_as_the_teacher_does(tokenizer: Any, t
     assert len(set(live.losses)) == len(live.losses) == 12
     assert cached.losses == pytest.approx(live.losses, rel=1e-5)
     assert metrics == pytest.approx(expected, rel=1e-5)
-    assert expected[1] < expected[0]
+    assert expected[1] != expected[0], "the adapters have not moved"
     for (name, found), wanted in zip(cached.model.named_parameters(), live.model.parameters(), strict=True):
         assert_same(found, wanted, 1e-4, name)
 

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import tiny
 import torch
+import transformers
+from safetensors.torch import load_file, save_file
 from test_trainer import config
 from torch import nn
 from torch.optim import SGD
@@ -198,6 +200,27 @@ def test_adapters_start_from_the_seed_alone() -> None:
     first, again, other = found
     assert all(x.equal(again[n]) and not x.equal(other[n]) for n, x in first.items())
     assert first
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_tied_head_is_not_missing_from_a_checkpoint(
+    tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(transformers.trainer.logger, "warning", lambda text, *_: said.append(text))
+    args = config(output_dir=str(tmp_path), save_strategy="steps", save_steps=1, max_steps=1)
+    student, teacher = tiny.tiny_model("llama", tie_word_embeddings=tied), tiny.tiny_model("llama", seed=1)
+    make(student, teacher, args).train()
+    file = tmp_path / "checkpoint-1" / "model.safetensors"
+    weights = load_file(file)
+    assert ("lm_head.weight" in weights) != tied
+    again = make(tiny.tiny_model("llama", seed=3, tie_word_embeddings=tied), teacher, args)
+    again._load_from_checkpoint(str(file.parent))
+    assert not [x for x in said if "missing keys" in x]
+    assert all(x.equal(again.model.state_dict()[n]) for n, x in student.state_dict().items())
+    save_file({n: x for n, x in weights.items() if n != "model.norm.weight"}, file, {"format": "pt"})
+    again._load_from_checkpoint(str(file.parent))
+    assert "missing keys in the checkpoint model loaded: ['model.norm.weight']" in said[-1]
 
 
 def taken_over(how: str) -> tuple[PreTrainedModel, PreTrainedModel]:
