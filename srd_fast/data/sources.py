@@ -141,9 +141,14 @@ def check_source(source: Any, split: str = "train") -> None:
         if _is_pattern(str(source)):
             _matching(str(source))
         elif _looks_like_file(str(source)):
-            raise UserError(f"data file {str(source)!r} does not exist")
+            raise _missing(str(source))
     elif path.is_dir() and not _is_saved(path):
         _of_split(path, split)
+
+
+def _missing(name: str) -> UserError:
+    way = "; addresses are not read: download it" if "://" in name else ""
+    return UserError(f"data file {name!r} does not exist{way}")
 
 
 def rows_of(data: Any, name: str = "data", split: str = "train") -> Rows:
@@ -188,7 +193,7 @@ def _not_here(name: str, split: str) -> Rows:
     if _is_pattern(name):
         return _joined([(path.name, _file(path)) for path in _matching(name)])
     if _looks_like_file(name):
-        raise UserError(f"data file {name!r} does not exist")
+        raise _missing(name)
     path, _, config = name.partition(":")
     return _hub_rows(path, config or None, split)
 

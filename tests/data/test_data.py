@@ -129,6 +129,8 @@ def test_damaged_files_are_refused_with_their_name(name: str, content: bytes, co
 def test_missing_files_and_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nowhere\.jsonl' does not exist"):
         read_rows("nowhere.jsonl")
+    with pytest.raises(UserError, match=r"rows\.jsonl' does not exist; addresses are not read: download it"):
+        read_rows("https://example.org/rows.jsonl")
     with pytest.raises(UserError, match="is a folder without files of rows"):
         read_rows(tmp_path)
     with pytest.raises(UserError, match=r"'someone/some-data' is not a local file, and as a hub name it fails"):
