@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any, Generic, TypeVar
 
 from .errors import UserError
@@ -35,6 +36,7 @@ class Registry(Generic[T]):
         kind: what messages call such a thing; usually the name of the setting that takes its name.
         things: the built-in ones.
         reserved: further names that the setting takes, such as "auto". The caller knows what they mean.
+        synonyms: what others call a thing -> its name here, for the message about an unknown name.
 
     Examples:
         >>> colours = Registry("colour", {"red": 0xFF0000})
@@ -44,8 +46,14 @@ class Registry(Generic[T]):
         srd_fast.errors.UserError: unknown colour 'gren'; did you mean 'green'? Known: green, red
     """
 
-    def __init__(self, kind: str, things: Mapping[str, T], reserved: Iterable[str] = ()) -> None:
-        self.kind, self.reserved = kind, frozenset(reserved)
+    def __init__(
+        self,
+        kind: str,
+        things: Mapping[str, T],
+        reserved: Iterable[str] = (),
+        synonyms: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        self.kind, self.reserved, self.synonyms = kind, frozenset(reserved), synonyms
         self._things = dict(things)
 
     def __contains__(self, name: object) -> bool:
@@ -67,7 +75,7 @@ class Registry(Generic[T]):
             UserError: the name is unknown. The message has the nearest name and all names.
         """
         if name not in self:
-            raise UserError(unknown_name(self.kind, name, self.names()))
+            raise UserError(unknown_name(self.kind, name, self.names(), synonyms=self.synonyms))
 
     def get(self, name: str) -> T:
         """Look up a thing by its name, which must not be a reserved one.

@@ -37,9 +37,20 @@ class Divergence:
         return RowDivergence(None, skew, beta, lambda log_p, log_q: function(log_p, log_q, skew, beta))
 
 
+# Names of other libraries, and those of DistiLLM's and SRD's code.
+_SYNONYMS = {
+    **dict.fromkeys(("kl", "kld", "kl_div", "fkl", "tfkl", "kl_divergence"), "forward_kl"),
+    **dict.fromkeys(("rkl", "trkl", "kl_reverse"), "reverse_kl"),
+    **dict.fromkeys(("sfkl", "tsfkl", "skl", "skew_kl"), "skew_forward_kl"),
+    **dict.fromkeys(("srkl", "tsrkl"), "skew_reverse_kl"),
+    **dict.fromkeys(("js", "tjsd", "jensen_shannon"), "jsd"),
+    **dict.fromkeys(("tv", "ttvd", "total_variation"), "tvd"),
+    "akl": "adaptive_kl",
+}
 DIVERGENCES = Registry(
     "divergence",
     {name: Divergence(name, official_t_squared=name not in _OFFICIALLY_UNSCALED) for name in FORMULAS},
+    synonyms=_SYNONYMS,
 )
 
 

@@ -160,7 +160,16 @@ def test_names_are_in_order() -> None:
 
 @pytest.mark.parametrize(
     ("given_name", "nearest"),
-    [("reverse_lk", "reverse_kl"), ("skew_reverse", "skew_reverse_kl"), ("JSD", "jsd"), ("tv", "tvd")],
+    [
+        ("reverse_lk", "reverse_kl"),
+        ("skew_reverse", "skew_reverse_kl"),
+        ("JSD", "jsd"),
+        ("tv", "tvd"),
+        ("kl", "forward_kl"),
+        ("srkl", "skew_reverse_kl"),
+        ("TFKL", "forward_kl"),
+        ("js", "jsd"),
+    ],  # fmt: skip
 )
 def test_unknown_name_lists_the_names_and_suggests_the_nearest(given_name: str, nearest: str) -> None:
     with pytest.raises(UserError) as caught:
