@@ -169,7 +169,7 @@ def test_names_are_in_order() -> None:
         ("srkl", "skew_reverse_kl"),
         ("TFKL", "forward_kl"),
         ("js", "jsd"),
-    ],  # fmt: skip
+    ],
 )
 def test_unknown_name_lists_the_names_and_suggests_the_nearest(given_name: str, nearest: str) -> None:
     with pytest.raises(UserError) as caught:
