@@ -211,6 +211,7 @@ def gradient(
     log_q = (z - n.max_S) * inverse_t - n.log_sum_S
     q = log_q.exp()
     log_p, p = log_probabilities(teacher, caps[1], n.max_T, n.log_sum_T, inverse_t)
+    # PyTorch 2.8 cannot compile a slice of a named tuple.
     w = terms(log_p, log_q, p, q, *(tuple(n)[4:] or (skew, beta)))[1]
     q_1 = _at_temperature_1(q, z, n.max_S, log_sum_1, temperature_kind)
     g = factors[0] * q_1 + factors[1] * (w - q * sum_w)

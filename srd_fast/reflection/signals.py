@@ -34,6 +34,8 @@ from .parts import cut
 logger = logging.getLogger(__name__)
 
 NUMERIC_MATCH = "numeric_match"
+# Signals that need something of the rows that rows may lack: see `check_rows`.
+OF_ROWS = frozenset({EXECUTION, NUMERIC_MATCH})
 # Columns of `reflect` besides the signals.
 RESERVED = ("sample_id", "generation", "generated_ids", "attempts", "attempt_ids", "reason")
 

@@ -18,6 +18,8 @@ from srd_fast.report.intervals import FloatArray, Measured
 
 # Keys of a run's config that do not matter for the comparison of students.
 _ASIDE = ("seed", "output_dir", "controls")
+# Keys on which the score of an answer depends, by section.
+_ANSWERING = {"evaluate": ("max_new_tokens", "seeds", "temperature"), "reflect": ("rouge_tokenizer",)}
 
 
 @dataclass(frozen=True)
@@ -79,11 +81,14 @@ class Given:
     @property
     def answering(self) -> dict[str, Any]:
         """The settings on which the score of an answer depends besides the model, as far as they are known."""
-        evaluate, reflect = (x if isinstance(x := self.config.get(y), dict) else {} for y in ("evaluate", "reflect"))
-        known = {x: evaluate[x] for x in ("max_new_tokens", "seeds") if x in evaluate}
-        if evaluate.get("seeds"):  # else greedy
-            known["temperature"] = evaluate.get("temperature")
-        return known | {x: reflect[x] for x in ("rouge_tokenizer",) if x in reflect}
+        known: dict[str, Any] = {}
+        for key, names in _ANSWERING.items():
+            section = self.config.get(key)
+            if isinstance(section, dict):
+                known |= {name: section[name] for name in names if name in section}
+        if not known.get("seeds"):  # greedy
+            known.pop("temperature", None)
+        return known
 
     def answers_like(self, other: "Given") -> bool:
         """Whether no setting of the answers is known to be another one than the other's."""

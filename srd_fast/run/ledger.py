@@ -87,7 +87,7 @@ class Ledger:
     def begin(self) -> None:
         """Mark the folder as a run's, before there is a finished step."""
         if not self.path.exists():
-            write_text(self.path, json.dumps(self.entries))
+            self._write()
 
     def is_valid(self, step: Step, fingerprint: str, config: RunConfig, folder: Path) -> bool:
         """Whether the step was done with the same inputs, and its outputs have not changed since."""
@@ -109,9 +109,12 @@ class Ledger:
 
     def _put(self, step: Step, entry: dict[str, Any], folder: Path) -> None:
         self.entries[step.name] = {**entry, "config": content_digest(folder / "config.yaml")}
-        write_text(self.path, json.dumps(self.entries, indent=1))
+        self._write()
 
     def adopt(self, step: Step, entry: dict[str, Any]) -> None:
         """Record a step that another run has done and whose outputs are linked here, atomically."""
         self.entries[step.name] = entry
+        self._write()
+
+    def _write(self) -> None:
         write_text(self.path, json.dumps(self.entries, indent=1))

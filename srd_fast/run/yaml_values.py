@@ -103,11 +103,6 @@ def apply_override(content: dict[str, Any], assignment: str) -> None:
         raise UserError(f"override {shown(assignment)!r}: no key has so many dots")
     _check_text(key, "override")
     value = checked(_parsed(text, f"override {shown(assignment)!r}: the value is not valid YAML"), shown(key))
-    if isinstance(value, dict):
-        for name in (x for x, of_name in value.items() if of_name is None and ":" in x):
-            raise UserError(
-                f"override {shown(assignment)!r}: YAML has a space after a colon: {shown(name.replace(':', ': ', 1))!r}"
-            )
     *parents, last = key.split(".")
     level = content
     for parent in parents:
@@ -125,13 +120,16 @@ def checked(value: Any, where: str = "") -> Any:
         where: the key of the value, for the message.
 
     Raises:
-        UserError: a key is not text, or a value is one that no setting can hold.
+        UserError: a key is not text or has a colon without a space, or a value is one that no setting can hold.
     """
     if isinstance(value, dict):
         for key in value:
             if not isinstance(key, str):
                 raise UserError(f"config keys must be text, got {shown_value(key)} in {where or 'the file'}")
             _check_text(key, where or "a key")
+            if value[key] is None and ":" in key:
+                way = shown(key.replace(":", ": ", 1))
+                raise UserError(f"config: {where or 'the file'}: YAML has a space after a colon: {way!r}")
         return {k: checked(v, f"{where}.{shown(k)}".strip(".")) for k, v in value.items()}
     if isinstance(value, list):
         return [checked(v, where) for v in value]

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 # With fewer logged values in a stage, no trend is computed.
 _LEAST_VALUES = 8
-# From this ratio on, a stage's last quarter is above its first one by more than its batches differ.
+# A stage whose last quarter is less than this times its first one counts as flat.
 _RISE = 1.02
 _SHOWN_IDS = 16
 

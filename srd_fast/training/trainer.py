@@ -136,7 +136,7 @@ def _check_arguments(
     columns: Mapping[str, str] | None,
     compute_metrics: ComputeMetrics | None,
     own_optimizer: bool,
-    teacher: bool,
+    teacher_model: object,
 ) -> None:
     """Refuse arguments that are missing or do not go together, before anything is loaded."""
     if not isinstance(args, SRDConfig):
@@ -148,7 +148,7 @@ def _check_arguments(
             args.metric_for_best_model,
             list(eval_dataset) if named_sets(eval_dataset) else (),
             get_metrics(args.answer_metrics) if args.eval_generate else None,
-            teacher,
+            teacher=teacher_model is not None or args.teacher_cache is not None,
         )
     if args.push_to_hub and args.process_index == 0:
         try_hub(args.hub_token)
@@ -232,7 +232,7 @@ class SRDTrainer(Trainer):
             columns,
             compute_metrics,
             own_optimizer=optimizers[0] is not None,
-            teacher=teacher_model is not None or getattr(args, "teacher_cache", None) is not None,
+            teacher_model=teacher_model,
         )
         model, teacher_model = ready_pair(model, teacher_model, args, processing_class, teacher_tokenizer, peft_config)
         self._tokenisation = Tokenisation(

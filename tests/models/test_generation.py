@@ -56,8 +56,9 @@ def test_rows_that_have_ended_leave(name: str, monkeypatch: pytest.MonkeyPatch) 
         expected = dict(engine.generate(PROMPTS, sampling))
     assert found == expected
     assert set(all_steps) == {24}
+    assert min(steps) < 24 or name in WHOLE
     if version.parse(transformers.__version__) >= version.parse("5.24"):
-        assert (min(steps) < 24) == (name not in WHOLE)
+        assert min(steps) == 24 or name not in WHOLE
 
 
 @pytest.mark.gpu

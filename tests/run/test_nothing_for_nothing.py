@@ -112,25 +112,6 @@ def test_python_refuses_them_too(
         SRDTrainer(tiny_model, tiny_model, args, rows, processing_class=tiny_tokenizer, columns={"privileged": "hint"})
 
 
-@pytest.mark.parametrize(
-    ("key", "changes"),
-    [
-        ("reflect.signals", {"reflect": {**SAMPLED, "signals": ["execution"]}}),
-        ("reflect.judge", {"reflect": {**SAMPLED, "signals": ["pass_rate"], "attempts": 2, "judge": "execution"}}),
-        ("evaluate.metrics", {"evaluate": {"metrics": ["execution"]}}),
-        ("distill.eval_metrics", {"distill": {"eval_generate": True, "eval_metrics": ["execution"]}}),
-    ],
-)
-def test_tests_that_no_row_has_are_told_as_soon_as_rows_are_read(
-    key: str, changes: dict[str, Any], tiny_teacher_folder: Path, tmp_path: Path
-) -> None:
-    settings = {**tiny.tiny_run(tiny_teacher_folder), "reflect": SAMPLED, **changes, "output_dir": str(tmp_path)}
-    with pytest.raises(UserError, match=rf"config: {key}: 'execution' runs the tests of a row, and none of the \d+ "):
-        execute(RunConfig(**settings), say=lambda text: None)
-    assert (tmp_path / "data").is_dir()
-    assert not (tmp_path / "start").exists()
-
-
 WORDS = [{"instruction": f"Say {word}.", "output": word} for word in ("yes", "no", "maybe", "never", "always", "so")]
 LONG = {"instruction": "Say much. " * 20, "output": "much"}
 
@@ -142,22 +123,26 @@ def settings_of(rows: list[dict[str, str]], teacher: Path, folder: Path) -> dict
     return {**settings, "data": str(folder / "rows.json"), "validation": str(folder / "held_out.json")}
 
 
+@pytest.mark.parametrize("key", ["reflect.signals", "reflect.judge", "evaluate.metrics", "distill.eval_metrics"])
 @pytest.mark.parametrize(
-    ("key", "changes"),
+    ("name", "said"),
     [
-        ("reflect.signals", {"reflect": {**SAMPLED, "signals": ["numeric_match"]}}),
-        ("reflect.judge", {"reflect": {**SAMPLED, "signals": ["pass_rate"], "attempts": 2, "judge": "numeric_match"}}),
-        ("evaluate.metrics", {"evaluate": {"metrics": ["numeric_match"]}}),
-        ("distill.eval_metrics", {"distill": {"eval_generate": True, "eval_metrics": ["numeric_match"]}}),
+        ("execution", "runs the tests of a row, and none of the {} rows has any"),
+        ("numeric_match", "compares final numbers, and no reference of the {} rows has a number"),
     ],
 )
-def test_numbers_that_no_reference_has_are_told_as_soon_as_rows_are_read(
-    key: str, changes: dict[str, Any], tiny_teacher_folder: Path, tmp_path: Path
+def test_what_no_row_has_is_told_as_soon_as_rows_are_read(
+    name: str, said: str, key: str, tiny_teacher_folder: Path, tmp_path: Path
 ) -> None:
-    settings = settings_of(WORDS, tiny_teacher_folder, tmp_path) | changes
+    changes: dict[str, Any] = {
+        "reflect.signals": {"reflect": {**SAMPLED, "signals": [name]}},
+        "reflect.judge": {"reflect": {**SAMPLED, "signals": ["pass_rate"], "attempts": 2, "judge": name}},
+        "evaluate.metrics": {"evaluate": {"metrics": [name]}},
+        "distill.eval_metrics": {"distill": {"eval_generate": True, "eval_metrics": [name]}},
+    }
     rows = "6 training" if key.startswith("reflect") else "2 validation"
-    with pytest.raises(UserError, match=rf"config: {key}: 'numeric_match' .* no reference of the {rows} rows has"):
-        execute(RunConfig(**settings), say=lambda text: None)
+    with pytest.raises(UserError, match=f"config: {key}: '{name}' {said.format(rows)}"):
+        execute(RunConfig(**settings_of(WORDS, tiny_teacher_folder, tmp_path) | changes[key]), say=lambda text: None)
     assert (tmp_path / "run" / "data").is_dir()
     assert not (tmp_path / "run" / "start").exists()
 

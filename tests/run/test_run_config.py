@@ -251,6 +251,7 @@ def test_presets_are_the_papers_numbers(config: Any) -> None:
 
 def test_a_colon_without_a_space_is_told(config: Any) -> None:
     assert refused(config, "", "lora={r:4}").endswith("YAML has a space after a colon: 'r: 4'")
+    assert refused(config, "lora: {r:4}").endswith("YAML has a space after a colon: 'r: 4'")
     assert config("", "lora={r: 4}").lora == {"r": 4}
 
 

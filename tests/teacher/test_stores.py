@@ -363,14 +363,14 @@ def trained(
 
 
 def test_a_projected_cache_trains_adapters_as_the_teacher_does(tokenizer: Any, tmp_path: Path) -> None:
-    fields = {"lora": True, "divergence": "forward_kl"}
+    fields = {"lora": True, "divergence": "forward_kl", "learning_rate": 1.0}
     live, expected = trained(tokenizer, **fields)
     fields |= {"teacher_cache": str(tmp_path / "cache"), "teacher_cache_kind": "projected"}
     cached, metrics = trained(tokenizer, **fields)
     assert len(set(live.losses)) == len(live.losses) == 12
     assert cached.losses == pytest.approx(live.losses, rel=1e-5)
     assert metrics == pytest.approx(expected, rel=1e-5)
-    assert expected[1] != expected[0], "the adapters have not moved"
+    assert expected[1] < expected[0]
     for (name, found), wanted in zip(cached.model.named_parameters(), live.model.parameters(), strict=True):
         assert_same(found, wanted, 1e-4, name)
 

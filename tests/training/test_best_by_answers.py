@@ -323,6 +323,9 @@ def test_what_cannot_be_is_said_first(tokenizer: PreTrainedTokenizerFast) -> Non
         UserError, match=r"'numeric_match' .* no reference of the 5 validation rows has a number; leave"
     ):
         make(tokenizer, {"eval_metrics": ["numeric_match"]})
+    Path("silent.py").write_text("def f(r): return [float('nan')] * len(r.generations)\nf.higher_is_easier = True\n")
+    with pytest.raises(UserError, match="metric 'f' says nothing of any of 5 validation rows"):
+        make(tokenizer, {"eval_metrics": ["silent.py:f"]}).evaluate()
     alone = {"eval_generate": False, "eval_max_new_tokens": None, "metric_for_best_model": "kl", "sft_weight": 1.0}
     with pytest.raises(UserError, match="unknown metric_for_best_model 'kl'"):
         make(tokenizer, alone, teacher_model=None)

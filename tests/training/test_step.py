@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from packaging import version
 from spies import Products, Waits, Wide, products_of
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -253,7 +254,8 @@ def test_padded_batches_wait_in_transformers_alone(tokenizer: PreTrainedTokenize
 def test_policies_that_choose_by_number_look_once(policy: str, tokenizer: PreTrainedTokenizerFast) -> None:
     """How many these choose follows from the values, so the host has to ask: once a batch."""
     found = waits_of(tokenizer, {"position_selection": policy}).found
-    found.pop(("equal", "positions.py:select"), None)  # torch 2.8 looks whether its quantile is one
+    if version.parse(torch.__version__) < version.parse("2.13"):  # 2.8 looks whether its quantile is one
+        found.pop(("equal", "positions.py:select"), None)
     assert dict(found) == {("nonzero", "positions.py:select"): 10}
 
 

@@ -38,7 +38,7 @@ from ...models import (
     tokenizer_digest,
 )
 from ...own_code import file_of
-from ...reflection.signals import check_rows
+from ...reflection.signals import OF_ROWS, check_rows
 from ...selection import ALL
 from ..config import RunConfig
 from ..modes import mode_of, privileged_template, reflects
@@ -182,7 +182,7 @@ def check_rows_of_run(run: Run) -> None:
         "distill.eval_metrics": (VALIDATION, args.answer_metrics if args.eval_generate else ()),
     }
     for key, (split, names) in asked.items():
-        if names:
+        if OF_ROWS & {*names}:
             rows = run.data(split)
             try:
                 check_rows(names, rows, f"the {len(rows)} {'training' if split == 'train' else split} rows")
@@ -196,10 +196,10 @@ def _check_micro_batches(config: RunConfig, train: Dataset, most: int) -> None:
     """Refuse more rows than the curriculum can drop that are longer than a micro-batch."""
     start = is_encoder_decoder(load_config(config.teacher))
     lengths = sorted(length + start for length in token_counts(train))
-    c, chosen = config.curate, config.distill.get("sample_selection", ALL) != ALL
-    plain = not (c.band or chosen or isinstance(c.keep, str))
-    kept = len(lengths) if plain and c.method == "none" else int(len(lengths) * c.keep) - 1 if plain else 1
-    if lengths[max(0, kept - 1)] > most:
+    c, certain = config.curate, 1
+    if not c.band and not isinstance(c.keep, str) and config.distill.get("sample_selection", ALL) == ALL:
+        certain = len(lengths) if c.method == "none" else max(1, int(len(lengths) * c.keep) - 1)
+    if lengths[certain - 1] > most:
         raise UserError(
             f"config: distill.max_tokens_per_batch is {most}, and {sum(x > most for x in lengths)} of {len(lengths)} "
             f"training rows are longer, the longest has {lengths[-1]} tokens; raise it to that, or lower "
